@@ -1,0 +1,1 @@
+"""YOLOv5: network definition, safe loading, images and boxes."""
