@@ -1,0 +1,98 @@
+"""DSConv as a torch module, with the published constructor and buffer names.
+
+The published PyTorch class convolves its plain float weight and never applies alpha; this one applies the whole
+equation, so the module computes what its integers say.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dsconvert.dsconv.tensor import DSTensor, block_count, expand_blocks
+
+
+class DSConv(nn.Module):
+    """out = conv(x, CDSw * (alpha * intweight + KDSb)) + CDSb   (arXiv 1901.01928, section 3).
+
+    Buffers: `intweight` int8 (cho, chi / groups, kh, kw); `alpha` and `KDSb` float (cho, nblk, kh, kw);
+    `CDSw`, `CDSb` float (cho,). `KDSb` exists with KDSBias=True, `CDSw`/`CDSb` with CDS=True; `bias` is the
+    ordinary convolution bias. alpha may hold any real number (the paper) or the integers of the two-level KDS.
+    """
+
+    intweight: Tensor
+    alpha: Tensor
+    KDSb: Tensor | None
+    CDSw: Tensor | None
+    CDSb: Tensor | None
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, int],
+        stride: int | tuple[int, int] = 1,
+        padding: int | tuple[int, int] | None = None,
+        dilation: int | tuple[int, int] = 1,
+        groups: int = 1,
+        padding_mode: str = "zeros",
+        bias: bool = False,
+        block_size: int = 32,
+        KDSBias: bool = False,
+        CDS: bool = False,
+    ) -> None:
+        super().__init__()
+        if in_channels % groups or out_channels % groups:
+            raise ValueError(f"groups={groups} must divide {in_channels} and {out_channels}")
+        if padding_mode not in ("zeros", "reflect", "replicate", "circular"):
+            raise ValueError(f"padding_mode {padding_mode!r} is unknown")
+        self.in_channels, self.out_channels, self.groups = in_channels, out_channels, groups
+        self.kernel_size, self.stride, self.dilation = _pair(kernel_size), _pair(stride), _pair(dilation)
+        same = tuple(d * (k - 1) // 2 for k, d in zip(self.kernel_size, self.dilation, strict=True))
+        self.padding = _pair(same if padding is None else padding)
+        self.padding_mode, self.block_size = padding_mode, block_size
+        chi = in_channels // groups
+        blocks = (out_channels, block_count(chi, block_size), *self.kernel_size)
+        self.register_buffer("intweight", torch.zeros(out_channels, chi, *self.kernel_size, dtype=torch.int8))
+        self.register_buffer("alpha", torch.ones(blocks))
+        self.register_buffer("KDSb", torch.zeros(blocks) if KDSBias else None)
+        self.register_buffer("CDSw", torch.ones(out_channels) if CDS else None)
+        self.register_buffer("CDSb", torch.zeros(out_channels) if CDS else None)
+        self.bias = nn.Parameter(torch.zeros(out_channels)) if bias else None
+
+    @classmethod
+    def from_conv(cls, conv: nn.Conv2d, weight: DSTensor, cds_b: Tensor) -> DSConv:
+        """A DSConv in the place of `conv` holding a fitted weight and output bias CDSb (cho,)."""
+        module = cls(
+            conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, conv.dilation,  # type: ignore[arg-type]
+            conv.groups, conv.padding_mode, False, weight.block_size, weight.z is not None, True,
+        )  # fmt: skip
+        parts: dict[str, Any] = {"intweight": weight.vqk, "alpha": weight.m.float(), "CDSw": weight.cds_w}
+        if weight.z is not None:
+            parts["KDSb"] = weight.z.float()
+        module.load_state_dict({**parts, "CDSb": cds_b})
+        return module
+
+    def weight(self) -> Tensor:
+        """W' of the equation above, in alpha's dtype."""
+        chi = self.intweight.shape[1]
+        w = expand_blocks(self.alpha, chi, self.block_size) * self.intweight.to(self.alpha.dtype)
+        if self.KDSb is not None:
+            w = w + expand_blocks(self.KDSb, chi, self.block_size)
+        return w if self.CDSw is None else self.CDSw[:, None, None, None] * w
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(n, chi, h, w) -> (n, cho, h', w')."""
+        padding = self.padding
+        if self.padding_mode != "zeros":
+            x = F.pad(x, (padding[1], padding[1], padding[0], padding[0]), mode=self.padding_mode)
+            padding = (0, 0)
+        out = F.conv2d(x, self.weight(), self.bias, self.stride, padding, self.dilation, self.groups)
+        return out if self.CDSb is None else out + self.CDSb[:, None, None]
+
+
+def _pair(value: int | tuple[int, ...]) -> tuple[int, int]:
+    return (value, value) if isinstance(value, int) else (value[0], value[1])

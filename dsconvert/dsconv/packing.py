@@ -1,0 +1,27 @@
+"""Integers of 1 to 8 bits packed end to end into bytes, for the model file."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+def pack_bits(values: NDArray[np.int8] | NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
+    """Low `bits` of every value (two's complement), least significant bit first -> bytes, zero-padded."""
+    flat = values.reshape(-1).view(np.uint8)[:, None]
+    return np.packbits(np.unpackbits(flat, axis=1, bitorder="little")[:, :bits].reshape(-1), bitorder="little")
+
+
+def unpack_bits(
+    packed: NDArray[np.uint8], bits: int, shape: tuple[int, ...], signed: bool = True
+) -> NDArray[np.int8]:
+    """Inverse of `pack_bits`; `signed` extends the top bit. Raises ValueError when the length is wrong."""
+    count = int(np.prod(shape))
+    if packed.size != (count * bits + 7) // 8:
+        raise ValueError(f"{packed.size} bytes cannot hold {count} values of {bits} bits")
+    planes = np.unpackbits(packed, count=count * bits, bitorder="little").reshape(count, bits)
+    out = np.zeros((count, 8), np.uint8)
+    out[:, :bits] = planes
+    if signed:
+        out[:, bits:] = planes[:, -1:]
+    return np.packbits(out, axis=1, bitorder="little").view(np.int8).reshape(shape)

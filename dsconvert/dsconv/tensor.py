@@ -1,0 +1,99 @@
+"""The DSConv weight as a value (arXiv 1901.01928, section 3), with the two-level integer KDS.
+
+A convolution weight W of shape (cho, chi, kh, kw) is represented as
+
+    W'[o, i, y, x] = CDSw[o] * (m[o, i // B, y, x] * VQK[o, i, y, x] + z[o, i // B, y, x])
+
+VQK are signed b-bit integers, B is the block size along input channels (chi is per group), m (1..15) and the
+optional z are the kernel distribution shift (KDS) kept as integers, CDSw (float, one per output channel) is the
+channel distribution shift. Because |m * VQK + z| <= 127 always, W' / CDSw is an int8 tensor: every int8 engine
+runs it. A plain per-channel int8 weight is the same thing with b = 8 and m = 1.
+
+When chi is no multiple of B the last block is the short one: 48 channels with B = 32 are blocks of 32 and 16.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+M_MAX = 15  # the integer multiplier fits four bits
+INT8_MAX = 127  # symmetric: -128 is never used, so that negation is safe on every engine
+
+
+def vqk_limits(bits: int) -> tuple[int, int]:
+    """Smallest and largest VQK integer: two's complement, except that 8 bits stop at -127 (see INT8_MAX)."""
+    if not 2 <= bits <= 8:
+        raise ValueError(f"bits must be 2 to 8, got {bits}")
+    return max(-(2 ** (bits - 1)), -INT8_MAX), 2 ** (bits - 1) - 1
+
+
+def max_multiplier(bits: int) -> int:
+    """Largest m for which m * VQK stays within int8 for every VQK of that width."""
+    return max(1, min(M_MAX, INT8_MAX // -vqk_limits(bits)[0]))
+
+
+def block_count(chi: int, block_size: int) -> int:
+    """ceil(chi / block_size)."""
+    return math.ceil(chi / block_size)
+
+
+def expand_blocks(kds: Tensor, chi: int, block_size: int) -> Tensor:
+    """(cho, nblk, kh, kw) -> (cho, chi, kh, kw): every channel gets its block's value."""
+    return kds.repeat_interleave(block_size, 1)[:, :chi]
+
+
+@dataclass(frozen=True)
+class DSTensor:
+    """One DSConv weight. vqk int8 (cho, chi, kh, kw); m int8 and z int8 or None (cho, nblk, kh, kw);
+    cds_w float32 (cho,). Raises ValueError when the parts do not fit each other or leave int8."""
+
+    vqk: Tensor
+    m: Tensor
+    z: Tensor | None
+    cds_w: Tensor
+    bits: int
+    block_size: int
+
+    def __post_init__(self) -> None:
+        cho, chi, kh, kw = self.vqk.shape
+        blocks = (cho, block_count(chi, self.block_size), kh, kw)
+        if tuple(self.m.shape) != blocks or (self.z is not None and tuple(self.z.shape) != blocks):
+            raise ValueError(f"KDS must have shape {blocks}, got {tuple(self.m.shape)}")
+        if tuple(self.cds_w.shape) != (cho,):
+            raise ValueError(f"CDSw must have shape ({cho},), got {tuple(self.cds_w.shape)}")
+        low, high = vqk_limits(self.bits)
+        if self.vqk.numel() and (int(self.vqk.min()) < low or int(self.vqk.max()) > high):
+            raise ValueError(f"VQK leaves {self.bits} bits")
+        if self.m.numel() and (int(self.m.min()) < 1 or int(self.m.max()) > M_MAX):
+            raise ValueError(f"m must lie in 1..{M_MAX}")
+        if self.vqk.numel() and int(_merge(self).abs().max()) > INT8_MAX:
+            raise ValueError("m * VQK + z leaves int8")
+
+    @property
+    def weight_bits(self) -> float:
+        """Bits per weight in storage: VQK, plus KDS where it says anything (plain int8 stores none)."""
+        kds = 0 if self.is_plain_int8 else self.m.numel() * 4 + (0 if self.z is None else self.z.numel() * 8)
+        return self.bits + kds / self.vqk.numel()
+
+    @property
+    def is_plain_int8(self) -> bool:
+        """True when this is an ordinary per-channel int8 weight (not DSConv)."""
+        return self.bits == 8 and self.z is None and bool((self.m == 1).all())
+
+    def merged(self) -> Tensor:
+        """W' / CDSw = m * VQK + z, int8 (cho, chi, kh, kw)."""
+        return _merge(self).to(torch.int8)
+
+    def weight(self) -> Tensor:
+        """W', float32 (cho, chi, kh, kw)."""
+        return self.cds_w[:, None, None, None] * _merge(self).float()
+
+
+def _merge(t: DSTensor) -> Tensor:
+    chi = t.vqk.shape[1]
+    merged = expand_blocks(t.m.int(), chi, t.block_size) * t.vqk.int()
+    return merged if t.z is None else merged + expand_blocks(t.z.int(), chi, t.block_size)

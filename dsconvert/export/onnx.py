@@ -1,0 +1,187 @@
+"""The ONNX file: input `images` (n, 3, s, s) float 0..1, output `output0` (n, boxes, 5 + nc), as YOLOv5 exports it.
+
+The quantized file is in QDQ form: every convolution reads DequantizeLinear values and is followed by
+QuantizeLinear, from which engines build their int8 kernels. Max-pool, upsampling and same-grid concatenation
+work on the uint8 values directly. Decoding stays in float.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import onnx
+
+from dsconvert.errors import InputError
+from dsconvert.export.builder import OnnxBuilder
+from dsconvert.export.decode import add_decode, box_count
+from dsconvert.export.layouts import LAYOUT_OPSET, add_int8_weight
+from dsconvert.graph.integer import SIGMOID, QParams, grid_of, keeps_grid
+from dsconvert.graph.ir import INPUT, ConvParams, Graph, Node
+from dsconvert.model import DSModel, display_name
+from dsconvert.yolo.network import Head
+
+OUTPUT = "output0"
+FLOAT_OPSET = 13
+
+
+def export_quantized(model: DSModel, layout: str, imgsz: int, dynamic_batch: bool = False) -> onnx.ModelProto:
+    """The converted network with integer weights in the given layout (see `layouts`)."""
+    b = OnnxBuilder(LAYOUT_OPSET[layout])
+    q = _Quantized(b, model, layout)
+    for node in model.graph.nodes:
+        q.add(node)
+    add_decode(b, [q.real(name) for name in model.graph.outputs], model.head, imgsz, OUTPUT)
+    return _finish(b, model.head, imgsz, dynamic_batch, {"dsconvert.layout": layout})
+
+
+def export_float(
+    graph: Graph, params: Mapping[str, ConvParams], head: Head, imgsz: int, dynamic_batch: bool = False
+) -> onnx.ModelProto:
+    """The float32 network, for comparison."""
+    b = OnnxBuilder(FLOAT_OPSET)
+    for node in graph.nodes:
+        if node.op == "conv":
+            p, name = params[node.name], display_name(node)
+            weight = b.tensor(f"{name}.weight", p.weight.numpy())
+            bias = b.tensor(f"{name}.bias", p.bias.numpy())
+            _conv(b, node, [node.inputs[0], weight, bias], node.name)
+        else:
+            _float_op(b, node, list(node.inputs), node.name)
+    add_decode(b, list(graph.outputs), head, imgsz, OUTPUT)
+    return _finish(b, head, imgsz, dynamic_batch, {})
+
+
+def _finish(
+    b: OnnxBuilder, head: Head, imgsz: int, dynamic_batch: bool, extra: Mapping[str, str]
+) -> onnx.ModelProto:
+    if imgsz % head.stride:
+        raise InputError(f"The image size {imgsz} is not a multiple of the model's stride {head.stride}.")
+    n: int | str = "batch" if dynamic_batch else 1
+    # YOLOv5 reads exactly these two keys: int(stride) and the names as a Python dictionary
+    metadata = {"stride": str(head.stride), "names": str(dict(enumerate(head.names))), **extra}
+    shape = (n, box_count(head, imgsz), head.nc + 5)
+    return b.model({INPUT: (n, 3, imgsz, imgsz)}, {OUTPUT: shape}, metadata)
+
+
+def _conv(b: OnnxBuilder, node: Node, inputs: list[str], output: str) -> str:
+    a = node.attrs
+    kernel = _kernel(b, inputs[1])
+    return b.node(
+        "Conv", inputs, output, kernel_shape=kernel, strides=[a["stride"]] * 2, pads=[a["padding"]] * 4,
+        dilations=[a["dilation"]] * 2, group=a["groups"], name=display_name(node),
+    )  # fmt: skip
+
+
+def _kernel(b: OnnxBuilder, weight: str) -> list[int]:
+    return list(b.initializers[weight].dims[2:])
+
+
+def _activation(b: OnnxBuilder, kind: str, x: str, output: str) -> str:
+    if kind == "ReLU":
+        return b.node("Relu", [x], output)
+    if kind == "LeakyReLU":
+        return b.node("LeakyRelu", [x], output, alpha=0.1)
+    if kind == "SiLU":
+        return b.node("Mul", [x, b.node("Sigmoid", [x], f"{output}.s")], output)
+    # x * relu6(x + 3) / 6, spelled out: HardSwish itself needs opset 14
+    gate = b.node("HardSigmoid", [x], f"{output}.s", alpha=1 / 6, beta=0.5)
+    return b.node("Mul", [x, gate], output)
+
+
+def _float_op(b: OnnxBuilder, node: Node, inputs: list[str], output: str) -> str:
+    """Any op but a convolution, on float or (where it only moves values) uint8 inputs."""
+    a = node.attrs
+    if node.op == "act":
+        return _activation(b, a["kind"], inputs[0], output)
+    if node.op == "add":
+        return b.node("Add", inputs, output)
+    if node.op == "concat":
+        return b.node("Concat", inputs, output, axis=1)
+    if node.op == "maxpool":
+        return b.node(
+            "MaxPool", inputs, output, kernel_shape=[a["kernel"]] * 2, strides=[a["stride"]] * 2,
+            pads=[a["padding"]] * 4,
+        )  # fmt: skip
+    if node.op == "upsample":
+        scales = b.constant(np.array([1, 1, a["scale"], a["scale"]], np.float32))
+        return b.node(
+            "Resize", [inputs[0], "", scales], output, mode="nearest", nearest_mode="floor",
+            coordinate_transformation_mode="asymmetric",
+        )  # fmt: skip
+    if node.op == "space_to_depth":
+        return _space_to_depth(b, inputs[0], output)
+    raise ValueError(f"unknown op {node.op}")
+
+
+def _space_to_depth(b: OnnxBuilder, x: str, output: str) -> str:
+    """The Focus slices: four strided slices joined along the channels."""
+    parts = []
+    for column in (0, 1):
+        for row in (0, 1):
+            ends, axes, steps = b.shape(1 << 30, 1 << 30), b.shape(2, 3), b.shape(2, 2)
+            starts = b.shape(row, column)
+            parts.append(b.node("Slice", [x, starts, ends, axes, steps], f"{output}.{column}{row}"))
+    return b.node("Concat", parts, output, axis=1)
+
+
+class _Quantized:
+    """Walks the graph keeping, for every value, its uint8 name and (made when first asked for) its float name."""
+
+    def __init__(self, b: OnnxBuilder, model: DSModel, layout: str) -> None:
+        self.b, self.model, self.layout = b, model, layout
+        self.grids = grid_of(model.graph, model.activations)
+        self.uint8: dict[str, str] = {}
+        self.floats: dict[str, str] = {}
+        self._quantize(INPUT, INPUT)
+
+    def add(self, node: Node) -> None:
+        """Emit one node."""
+        b = self.b
+        same = all(self.grids[x] == self.grids[node.name] for x in node.inputs)
+        if keeps_grid(node.op) or (node.op == "concat" and same):
+            self.uint8[node.name] = _float_op(b, node, [self.uint8[x] for x in node.inputs], f"{node.name}.q")
+            return
+        inputs = [self.real(x) for x in node.inputs]
+        if node.op == "conv":
+            out = self._conv(node, inputs[0])
+        elif node.op == "act" and node.attrs["kind"] == "SiLU":
+            gate = b.node("Sigmoid", inputs, f"{node.name}.s")
+            gate = self._dq(self._q(gate, f"{node.name}.sq", SIGMOID), f"{node.name}.sd", SIGMOID)
+            out = b.node("Mul", [inputs[0], gate], node.name)
+        else:
+            out = _float_op(b, node, inputs, node.name)
+        self._quantize(node.name, out)
+
+    def real(self, value: str) -> str:
+        """The dequantized name of a value."""
+        if value not in self.floats:
+            self.floats[value] = self._dq(self.uint8[value], f"{value}.d", self.grids[value])
+        return self.floats[value]
+
+    def _quantize(self, value: str, real: str) -> None:
+        self.uint8[value] = self._q(real, f"{value}.q", self.grids[value])
+
+    def _grid(self, p: QParams) -> list[str]:
+        return [self.b.scalar(p.scale), self.b.constant(np.array(p.zero_point, np.uint8))]
+
+    def _q(self, x: str, out: str, p: QParams) -> str:
+        return self.b.node("QuantizeLinear", [x, *self._grid(p)], out)
+
+    def _dq(self, x: str, out: str, p: QParams) -> str:
+        return self.b.node("DequantizeLinear", [x, *self._grid(p)], out)
+
+    def _conv(self, node: Node, x: str) -> str:
+        b, name, conv = self.b, display_name(node), self.model.convs[node.name]
+        source = self.grids[node.inputs[0]]
+        cds = b.tensor(f"{name}.cds", conv.weight.cds_w.numpy().astype(np.float32))
+        integers = add_int8_weight(b, name, conv.weight, self.layout)
+        weight = b.node("DequantizeLinear", [integers, cds], f"{name}.w", axis=0)
+        unit = b.node("Mul", [cds, b.scalar(source.scale)], f"{name}.unit")
+        bias_int = b.tensor(f"{name}.bias", conv.bias_int(source.scale).numpy())
+        bias = b.node("DequantizeLinear", [bias_int, unit], f"{name}.b", axis=0)
+        a, kernel = node.attrs, list(conv.weight.vqk.shape[2:])
+        return b.node(
+            "Conv", [x, weight, bias], node.name, kernel_shape=kernel, strides=[a["stride"]] * 2,
+            pads=[a["padding"]] * 4, dilations=[a["dilation"]] * 2, group=a["groups"], name=name,
+        )  # fmt: skip

@@ -1,0 +1,89 @@
+"""Per-block least squares: the VQK, KDS and CDSw nearest to a float weight.
+
+For a fixed CDSw the blocks are independent and small enough to solve exactly: for every m in 1..m_max the best
+VQK is round-and-clamp, so trying all m finds the block's optimum. For fixed integers the best CDSw is a
+projection. The two steps alternate from several starting scales; no step can increase the error.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from dsconvert.dsconv.tensor import DSTensor, block_count, max_multiplier, vqk_limits
+
+STARTS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5)  # starting CDSw, as a share of the one that just avoids clipping
+ROUNDS = 4
+
+
+def fit_weight(weight: Tensor, bits: int, block_size: int) -> DSTensor:
+    """Float weight (cho, chi, kh, kw) -> the DSTensor minimising ||W - W'||^2 per output channel (locally)."""
+    cho, chi, kh, kw = weight.shape
+    low, high = vqk_limits(bits)
+    m_max = max_multiplier(bits)
+    blocks = to_blocks(weight.detach().double(), block_size)
+    widest = (blocks.amax((1, 2, 3)) / high).maximum(blocks.amin((1, 2, 3)) / low).clamp_min(1e-12)
+    best_error = torch.full((cho,), torch.inf, dtype=torch.float64)
+    best_cds = torch.ones(cho, dtype=torch.float64)
+    best_m = torch.ones(cho, blocks.shape[1], 1, kh * kw, dtype=torch.float64)
+    best_vqk = torch.zeros_like(blocks)
+    for start in STARTS:
+        cds = widest * start / m_max
+        for _ in range(ROUNDS):
+            m, vqk = nearest_integers(blocks, cds, bits)
+            cds = project_cds(blocks, m * vqk, cds)
+            error = (blocks - cds[:, None, None, None] * m * vqk).square().sum((1, 2, 3))
+            better = error < best_error
+            best_error = torch.where(better, error, best_error)
+            best_cds = torch.where(better, cds, best_cds)
+            best_m = torch.where(better[:, None, None, None], m, best_m)
+            best_vqk = torch.where(better[:, None, None, None], vqk, best_vqk)
+    return DSTensor(
+        from_blocks(best_vqk, chi, kh, kw).to(torch.int8),
+        best_m.reshape(cho, -1, kh, kw).to(torch.int8),
+        None,
+        best_cds.float(),
+        bits,
+        block_size,
+    )
+
+
+def nearest_integers(blocks: Tensor, cds: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """For each block, the m (cho, nblk, 1, taps) and VQK (cho, nblk, B, taps) nearest to it at the given CDSw.
+
+    Exact: all m are tried, and for each the nearest VQK is the rounded quotient. Ties go to the smaller m.
+    """
+    low, high = vqk_limits(bits)
+    scaled = blocks / cds[:, None, None, None]
+    best_error = torch.full_like(scaled[:, :, :1], torch.inf)
+    best_m, best_vqk = torch.ones_like(best_error), torch.zeros_like(scaled)
+    for m in range(1, max_multiplier(bits) + 1):
+        vqk = torch.round(scaled / m).clamp_(low, high)
+        error = (scaled - m * vqk).square().sum(2, keepdim=True)
+        better = error < best_error
+        best_error = torch.where(better, error, best_error)
+        best_m = torch.where(better, float(m), best_m)
+        best_vqk = torch.where(better, vqk, best_vqk)
+    return best_m, best_vqk
+
+
+def project_cds(blocks: Tensor, integers: Tensor, fallback: Tensor) -> Tensor:
+    """argmin over CDSw of ||W - CDSw * I||^2 = <W, I> / <I, I> per output channel; `fallback` where I = 0."""
+    power = integers.square().sum((1, 2, 3))
+    cds = (blocks * integers).sum((1, 2, 3)) / power.clamp_min(1e-30)
+    return torch.where((power > 0) & (cds > 0), cds, fallback)
+
+
+def to_blocks(weight: Tensor, block_size: int) -> Tensor:
+    """(cho, chi, kh, kw) -> (cho, nblk, B, kh * kw), a short last block padded with zeros (which fit exactly)."""
+    cho, chi, kh, kw = weight.shape
+    nblk = block_count(chi, block_size)
+    size = min(block_size, chi) if nblk == 1 else block_size
+    padded = F.pad(weight.reshape(cho, chi, -1), (0, 0, 0, nblk * size - chi))
+    return padded.reshape(cho, nblk, size, kh * kw)
+
+
+def from_blocks(blocks: Tensor, chi: int, kh: int, kw: int) -> Tensor:
+    """Inverse of `to_blocks`."""
+    return blocks.reshape(blocks.shape[0], -1, kh, kw)[:, :chi]

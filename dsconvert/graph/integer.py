@@ -1,0 +1,151 @@
+"""The integer executor: the arithmetic of an int8 engine, to the last integer.
+
+Activations are uint8 with one scale and zero point a tensor, real = scale * (q - zero_point). Weights are int8
+with one scale per output channel (CDSw), biases int32 in units of input scale * weight scale. Every rounding is
+half to even in float32, in the order ONNX Runtime's kernels use, so that both give the same numbers. Integers
+are carried in float32 tensors, exact up to 2^24.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from dsconvert.dsconv.tensor import DSTensor
+from dsconvert.graph import run
+from dsconvert.graph.ir import INPUT, Graph, Node
+
+QMAX = 255
+SIGMOID_SCALE = np.float32(1 / 255)  # the sigmoid inside SiLU spans 0..1
+
+
+@dataclass(frozen=True)
+class QParams:
+    """uint8 quantization of one tensor: real = scale * (q - zero_point)."""
+
+    scale: float
+    zero_point: int
+
+    @staticmethod
+    def of_range(low: float, high: float) -> QParams:
+        """The grid spanning [low, high], widened to hold zero exactly."""
+        low, high = min(low, 0.0), max(high, 0.0)
+        scale = float(np.float32(max(high - low, 1e-6) / QMAX))
+        return QParams(scale, int(np.clip(round(-low / scale), 0, QMAX)))
+
+    def quantize(self, x: Tensor) -> Tensor:
+        """Real -> integers 0..255, carried as float32."""
+        return (torch.round(x / self.scale) + self.zero_point).clamp_(0, QMAX)
+
+    def dequantize(self, q: Tensor) -> Tensor:
+        """Integers -> real."""
+        return (q - self.zero_point) * self.scale
+
+
+@dataclass(frozen=True)
+class QConv:
+    """A quantized convolution: DSConv weight and real-valued output bias CDSb (cho,)."""
+
+    weight: DSTensor
+    bias: Tensor
+
+    def bias_int(self, input_scale: float) -> Tensor:
+        """int32 bias in units of input scale * CDSw (computed in float32, as engines do)."""
+        unit = torch.tensor(input_scale, dtype=torch.float32) * self.weight.cds_w.float()
+        return torch.round(self.bias.double() / unit.double()).clamp(-(2**31), 2**31 - 1).to(torch.int32)
+
+
+def keeps_grid(op: str) -> bool:
+    """True for ops whose output is on the same grid as their input: no quantization parameters of their own."""
+    return op in ("maxpool", "upsample", "space_to_depth")
+
+
+def grid_of(graph: Graph, own: Mapping[str, QParams]) -> dict[str, QParams]:
+    """Quantization parameters of every value: its own, or its input's where the op keeps the grid."""
+    grids = {INPUT: own[INPUT]}
+    for node in graph.nodes:
+        grids[node.name] = grids[node.inputs[0]] if keeps_grid(node.op) else own[node.name]
+    return grids
+
+
+def activation_table(kind: str, source: QParams, sigmoid: QParams | None, target: QParams) -> NDArray[np.uint8]:
+    """The activation of each of the 256 possible inputs. SiLU is x * sigmoid(x) with a quantized sigmoid."""
+    q = np.arange(256, dtype=np.float32)
+    x = (q - np.float32(source.zero_point)) * np.float32(source.scale)
+    if kind != "SiLU":
+        y = run.ACTIVATIONS[kind](torch.from_numpy(x)).numpy()
+        return _quantize_np(y / np.float32(target.scale), target.zero_point)
+    assert sigmoid is not None
+    s = _quantize_np(torch.from_numpy(x).sigmoid().numpy() / np.float32(sigmoid.scale), sigmoid.zero_point)
+    ratio = np.float32(source.scale) * np.float32(sigmoid.scale) / np.float32(target.scale)
+    product = (q - source.zero_point) * (s.astype(np.float32) - sigmoid.zero_point)
+    return _quantize_np(product * ratio, target.zero_point)
+
+
+def _quantize_np(x: NDArray[np.float32], zero_point: int) -> NDArray[np.uint8]:
+    return np.clip(np.rint(x) + zero_point, 0, QMAX).astype(np.uint8)
+
+
+SIGMOID = QParams(float(SIGMOID_SCALE), 0)
+
+
+def integer_conv(node: Node, q: Tensor, conv: QConv, source: QParams, target: QParams) -> Tensor:
+    """Integers in, integers out: int32 accumulation, one float32 multiplier per output channel."""
+    acc = run.conv(node, q - source.zero_point, conv.weight.merged().to(q), None)
+    acc = acc + conv.bias_int(source.scale).to(acc)[:, None, None]
+    multiplier = torch.tensor(source.scale, dtype=torch.float32) * conv.weight.cds_w.float() / target.scale
+    out = torch.round(acc * multiplier.to(acc)[:, None, None]) + target.zero_point
+    return out.clamp_(0, QMAX)
+
+
+def integer_add(inputs: list[Tensor], source: list[QParams], target: QParams) -> Tensor:
+    """a * sa / st + b * sb / st on integers, in the fused multiply-adds of ONNX Runtime's QLinearAdd.
+
+    A fused multiply-add rounds once; float64 arithmetic rounded to float32 gives the same result.
+    """
+    (a, b), (ga, gb) = inputs, source
+    ra, rb = (np.float32(g.scale) / np.float32(target.scale) for g in (ga, gb))
+    inner = np.float32(float(ra) * ga.zero_point + float(rb * np.float32(gb.zero_point)))
+    fixed = np.float32(target.zero_point) - inner
+    total = (b.double() * float(rb) + float(fixed)).float()
+    return torch.round((a.double() * float(ra) + total.double()).float()).clamp_(0, QMAX)
+
+
+def integer_step(
+    node: Node, inputs: list[Tensor], convs: Mapping[str, QConv], grids: Mapping[str, QParams]
+) -> Tensor:
+    """One node in integer arithmetic."""
+    source, target = [grids[name] for name in node.inputs], grids[node.name]
+    if node.op == "conv":
+        return integer_conv(node, inputs[0], convs[node.name], source[0], target)
+    if node.op == "act":
+        table = torch.from_numpy(activation_table(node.attrs["kind"], source[0], SIGMOID, target))
+        return table.to(inputs[0])[inputs[0].long()]
+    if node.op == "add":
+        return integer_add(inputs, source, target)
+    if node.op == "concat":
+        inputs = [
+            q if g == target else target.quantize(g.dequantize(q)) for q, g in zip(inputs, source, strict=True)
+        ]
+    return run.move(node, inputs)
+
+
+def run_integer(
+    graph: Graph,
+    convs: Mapping[str, QConv],
+    own: Mapping[str, QParams],
+    x: Tensor,
+    visit: Callable[[str, Tensor], None] | None = None,
+) -> list[Tensor]:
+    """Image batch (n, 3, h, w) real 0..1 -> raw output maps, real, as an int8 engine computes them."""
+    grids = grid_of(graph, own)
+    with torch.no_grad():
+        out = run.execute(
+            graph, grids[INPUT].quantize(x), lambda node, inputs: integer_step(node, inputs, convs, grids), visit
+        )
+    return [grids[name].dequantize(q) for name, q in zip(graph.outputs, out, strict=True)]

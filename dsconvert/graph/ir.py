@@ -1,0 +1,78 @@
+"""The graph every stage shares: calibration, fitting and export walk the same list of nodes.
+
+It has only what a convolutional detector needs. A node's name is also the name of the value it makes. Weights
+are kept apart, by convolution name, so that one graph serves the float and the quantized network.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+OPS = ("conv", "act", "add", "concat", "maxpool", "upsample", "space_to_depth")
+INPUT = "images"
+
+
+@dataclass(frozen=True)
+class Node:
+    """One operation. `attrs` per op: conv stride, padding, dilation, groups (ints); act kind; maxpool kernel,
+    stride, padding; upsample scale; the others none."""
+
+    op: str
+    name: str
+    inputs: tuple[str, ...]
+    attrs: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Graph:
+    """Nodes in an order that can be executed; `outputs` are the raw detection maps."""
+
+    nodes: tuple[Node, ...]
+    outputs: tuple[str, ...]
+
+    def convs(self) -> tuple[Node, ...]:
+        """The convolution nodes in order."""
+        return tuple(n for n in self.nodes if n.op == "conv")
+
+    def consumers(self) -> dict[str, list[Node]]:
+        """Value name -> the nodes that read it."""
+        readers: dict[str, list[Node]] = {}
+        for node in self.nodes:
+            for name in node.inputs:
+                readers.setdefault(name, []).append(node)
+        return readers
+
+    def last_use(self) -> dict[str, int]:
+        """Value name -> index of the last node reading it; outputs are never released."""
+        last = {name: i for i, node in enumerate(self.nodes) for name in node.inputs}
+        return {**last, **dict.fromkeys(self.outputs, len(self.nodes))}
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data for the model file."""
+        return asdict(self)
+
+    @staticmethod
+    def from_json(data: Mapping[str, Any]) -> Graph:
+        """Inverse of `to_json`. Raises ValueError when a node reads what is not there or its op is unknown."""
+        nodes = tuple(Node(n["op"], n["name"], tuple(n["inputs"]), dict(n["attrs"])) for n in data["nodes"])
+        known = {INPUT}
+        for node in nodes:
+            if node.op not in OPS or not set(node.inputs) <= known or node.name in known:
+                raise ValueError(f"node {node.name} is not usable")
+            known.add(node.name)
+        outputs = tuple(data["outputs"])
+        if not outputs or not set(outputs) <= known:
+            raise ValueError("the graph's outputs are missing")
+        return Graph(nodes, outputs)
+
+
+@dataclass(frozen=True)
+class ConvParams:
+    """A float convolution: weight (cho, chi / groups, kh, kw), bias (cho,)."""
+
+    weight: Tensor
+    bias: Tensor

@@ -1,0 +1,84 @@
+"""The float executor: what the network computes, one node at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from dsconvert.graph.ir import INPUT, ConvParams, Graph, Node
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "SiLU": F.silu,
+    "ReLU": F.relu,
+    "LeakyReLU": lambda x: F.leaky_relu(x, 0.1),
+    "Hardswish": F.hardswish,
+}
+
+
+def conv(node: Node, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The node's convolution with any weight."""
+    a = node.attrs
+    return F.conv2d(x, weight, bias, a["stride"], a["padding"], a["dilation"], a["groups"])
+
+
+def move(node: Node, inputs: list[Tensor]) -> Tensor:
+    """The ops that only move or select values, and so work on integers unchanged."""
+    a = node.attrs
+    if node.op == "maxpool":
+        return F.max_pool2d(inputs[0], a["kernel"], a["stride"], a["padding"])
+    if node.op == "upsample":
+        return F.interpolate(inputs[0], scale_factor=float(a["scale"]), mode="nearest")
+    if node.op == "space_to_depth":
+        x = inputs[0]
+        return torch.cat((x[..., ::2, ::2], x[..., 1::2, ::2], x[..., ::2, 1::2], x[..., 1::2, 1::2]), 1)
+    if node.op == "concat":
+        return torch.cat(inputs, 1)
+    raise ValueError(f"unknown op {node.op}")
+
+
+def float_step(node: Node, inputs: list[Tensor], params: Mapping[str, ConvParams]) -> Tensor:
+    """One node in float arithmetic."""
+    if node.op == "conv":
+        p = params[node.name]
+        return conv(node, inputs[0], p.weight, p.bias)
+    if node.op == "act":
+        return ACTIVATIONS[node.attrs["kind"]](inputs[0])
+    if node.op == "add":
+        return inputs[0] + inputs[1]
+    return move(node, inputs)
+
+
+def execute(
+    graph: Graph,
+    x: Tensor,
+    step: Callable[[Node, list[Tensor]], Tensor],
+    visit: Callable[[str, Tensor], None] | None = None,
+) -> list[Tensor]:
+    """Run every node with `step`, releasing values after their last use; `visit` sees each value once."""
+    values = {INPUT: x}
+    last = graph.last_use()
+    if visit:
+        visit(INPUT, x)
+    for index, node in enumerate(graph.nodes):
+        out = step(node, [values[name] for name in node.inputs])
+        values[node.name] = out
+        if visit:
+            visit(node.name, out)
+        for name in set(node.inputs):
+            if last[name] == index:
+                del values[name]
+    return [values[name] for name in graph.outputs]
+
+
+def run_float(
+    graph: Graph,
+    params: Mapping[str, ConvParams],
+    x: Tensor,
+    visit: Callable[[str, Tensor], None] | None = None,
+) -> list[Tensor]:
+    """Image batch (n, 3, h, w) -> the graph's raw output maps, in float."""
+    with torch.no_grad():
+        return execute(graph, x, lambda node, inputs: float_step(node, inputs, params), visit)

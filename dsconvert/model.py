@@ -1,0 +1,46 @@
+"""The converted model as a value: what fitting makes, what the model file holds, what export reads."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from dsconvert.dsconv.tensor import DSTensor
+from dsconvert.graph.integer import QConv, QParams
+from dsconvert.graph.ir import Graph, Node
+from dsconvert.yolo.network import Head
+
+
+@dataclass(frozen=True)
+class DSModel:
+    """A quantized detector. `convs` by convolution name, `activations` by value name (`grid_of` completes them);
+    `imgsz` is the side calibrated at, in pixels; `provenance` says where it came from (plain JSON values)."""
+
+    graph: Graph
+    convs: Mapping[str, QConv]
+    activations: Mapping[str, QParams]
+    head: Head
+    imgsz: int
+    provenance: Mapping[str, Any]
+
+    @property
+    def weight_count(self) -> int:
+        """Number of convolution weights, biases not counted."""
+        return sum(c.weight.vqk.numel() for c in self.convs.values())
+
+    @property
+    def weight_bits(self) -> float:
+        """Mean stored bits per weight, KDS included."""
+        total = sum(c.weight.weight_bits * c.weight.vqk.numel() for c in self.convs.values())
+        return total / self.weight_count
+
+
+def is_dsconv(weight: DSTensor) -> bool:
+    """True when the layer is DSConv, False when it is plain int8 per channel."""
+    return not weight.is_plain_int8
+
+
+def display_name(node: Node) -> str:
+    """`model.2.m.0.cv1.conv` -> `model.2.m.0.cv1`; Detect's convolutions keep their name."""
+    return node.name.removesuffix(".conv")

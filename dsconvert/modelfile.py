@@ -1,0 +1,106 @@
+"""The converted model on disk: one safetensors file, integers packed to their bits, everything else in its header.
+
+Tensors per convolution: `<name>.vqk` and `<name>.kds` as packed bits (see `dsconv.packing`), `<name>.kdsb` int8
+where there is one, `<name>.cdsw` and `<name>.cdsb` float32. The header's single key `dsconvert` holds JSON: format
+version, graph, layers (shape, bits, block size), activation grids, head, image size, provenance.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+
+from dsconvert.dsconv.packing import pack_bits, unpack_bits
+from dsconvert.dsconv.tensor import DSTensor, block_count
+from dsconvert.errors import InputError
+from dsconvert.graph.integer import QConv, QParams
+from dsconvert.graph.ir import Graph
+from dsconvert.model import DSModel
+from dsconvert.yolo.network import Head
+
+KEY, VERSION, KDS_BITS = "dsconvert", 1, 4
+
+
+def model_bytes(model: DSModel) -> bytes:
+    """The file's bytes; equal models give equal bytes."""
+    tensors: dict[str, NDArray[Any]] = {}
+    layers: dict[str, Any] = {}
+    for name, conv in model.convs.items():
+        w = conv.weight
+        layers[name] = {"shape": list(w.vqk.shape), "bits": w.bits, "block_size": w.block_size}
+        tensors[f"{name}.vqk"] = pack_bits(w.vqk.numpy(), w.bits)
+        if not w.is_plain_int8:
+            tensors[f"{name}.kds"] = pack_bits(w.m.numpy(), KDS_BITS)
+        if w.z is not None:
+            tensors[f"{name}.kdsb"] = w.z.numpy()
+        tensors[f"{name}.cdsw"] = w.cds_w.numpy()
+        tensors[f"{name}.cdsb"] = conv.bias.numpy()
+    header = {
+        "version": VERSION,
+        "imgsz": model.imgsz,
+        "head": {"names": model.head.names, "strides": model.head.strides, "anchors": model.head.anchors},
+        "provenance": model.provenance,
+        "graph": model.graph.to_json(),
+        "layers": layers,
+        "activations": {name: [p.scale, p.zero_point] for name, p in model.activations.items()},
+    }
+    return save(tensors, {KEY: json.dumps(header, separators=(",", ":"))})
+
+
+def load_model(path: Path) -> DSModel:
+    """Read a model file. Raises InputError, one sentence, for anything else."""
+    try:
+        with safe_open(path, framework="numpy") as stored:
+            text = (stored.metadata() or {}).get(KEY)
+            if text is None:
+                raise InputError(f"{path} is a safetensors file, but not one made by dsconvert.")
+            tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 (not a dict)
+    except FileNotFoundError:
+        raise InputError(f"There is no model file at {path}.") from None
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{path} is not a readable safetensors file ({type(error).__name__}).") from None
+    try:
+        header = json.loads(text)
+        if header["version"] != VERSION:
+            raise InputError(f"{path} has format version {header['version']}; this dsconvert reads {VERSION}.")
+        return _model(header, tensors)
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{path} is damaged: its header and tensors do not fit ({error}).") from None
+
+
+def _model(header: Mapping[str, Any], tensors: Mapping[str, NDArray[Any]]) -> DSModel:
+    graph = Graph.from_json(header["graph"])
+    convs = {node.name: _conv(node.name, header["layers"][node.name], tensors) for node in graph.convs()}
+    h = header["head"]
+    anchors = tuple(tuple((float(w), float(v)) for w, v in level) for level in h["anchors"])
+    head = Head(tuple(str(n) for n in h["names"]), tuple(int(s) for s in h["strides"]), anchors)
+    activations = {name: QParams(float(s), int(z)) for name, (s, z) in header["activations"].items()}
+    return DSModel(graph, convs, activations, head, int(header["imgsz"]), dict(header["provenance"]))
+
+
+def _conv(name: str, layer: Mapping[str, Any], tensors: Mapping[str, NDArray[Any]]) -> QConv:
+    cho, chi, kh, kw = (int(n) for n in layer["shape"])
+    bits, block_size = int(layer["bits"]), int(layer["block_size"])
+    blocks = (cho, block_count(chi, block_size), kh, kw)
+    vqk = unpack_bits(tensors[f"{name}.vqk"], bits, (cho, chi, kh, kw))
+    kds = tensors.get(f"{name}.kds")
+    m = np.ones(blocks, np.int8) if kds is None else unpack_bits(kds, KDS_BITS, blocks, signed=False)
+    z = tensors.get(f"{name}.kdsb")
+    weight = DSTensor(
+        torch.from_numpy(vqk), torch.from_numpy(m), None if z is None else torch.from_numpy(z),
+        torch.from_numpy(tensors[f"{name}.cdsw"]), bits, block_size,
+    )  # fmt: skip
+    bias = torch.from_numpy(tensors[f"{name}.cdsb"])
+    if bias.shape != (cho,):
+        raise ValueError(f"CDSb of {name} has shape {tuple(bias.shape)}")
+    return QConv(weight, bias)

@@ -1,0 +1,91 @@
+"""From the YOLOv5 modules to the flat graph."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from dsconvert.graph.ir import INPUT, ConvParams, Graph, Node
+from dsconvert.yolo.modules import C3, SPP, SPPF, Bottleneck, Concat, Conv, Detect, Focus
+from dsconvert.yolo.network import Network
+
+
+class _Builder:
+    """Collects nodes and float weights; names follow the module path (`model.2.m.0.cv1.conv`)."""
+
+    def __init__(self) -> None:
+        self.nodes: list[Node] = []
+        self.params: dict[str, ConvParams] = {}
+
+    def add(self, op: str, name: str, *inputs: str, **attrs: Any) -> str:
+        self.nodes.append(Node(op, name, inputs, attrs))
+        return name
+
+    def conv2d(self, conv: nn.Conv2d, name: str, x: str) -> str:
+        assert conv.bias is not None
+        self.params[name] = ConvParams(conv.weight.detach(), conv.bias.detach())
+        stride, padding, dilation = conv.stride[0], conv.padding[0], conv.dilation[0]
+        assert isinstance(padding, int)
+        return self.add("conv", name, x, stride=stride, padding=padding, dilation=dilation, groups=conv.groups)
+
+    def conv(self, module: Conv, name: str, x: str) -> str:
+        out = self.conv2d(module.conv, f"{name}.conv", x)
+        kind = type(module.act).__name__
+        return out if kind == "Identity" else self.add("act", f"{name}.act", out, kind=kind)
+
+    def pool(self, module: nn.MaxPool2d, name: str, x: str) -> str:
+        return self.add("maxpool", name, x, kernel=module.kernel_size, stride=module.stride, padding=module.padding)
+
+    def bottleneck(self, module: Bottleneck, name: str, x: str) -> str:
+        y = self.conv(module.cv2, f"{name}.cv2", self.conv(module.cv1, f"{name}.cv1", x))
+        return self.add("add", f"{name}.add", x, y) if module.add else y
+
+    def layer(self, module: nn.Module, name: str, xs: list[str]) -> str:
+        x = xs[0]
+        if isinstance(module, Conv):
+            return self.conv(module, name, x)
+        if isinstance(module, Bottleneck):
+            return self.bottleneck(module, name, x)
+        if isinstance(module, nn.Sequential):
+            for i, child in enumerate(module):
+                x = self.layer(child, f"{name}.{i}", [x])
+            return x
+        if isinstance(module, C3):
+            deep = self.layer(module.m, f"{name}.m", [self.conv(module.cv1, f"{name}.cv1", x)])
+            both = self.add("concat", f"{name}.cat", deep, self.conv(module.cv2, f"{name}.cv2", x))
+            return self.conv(module.cv3, f"{name}.cv3", both)
+        if isinstance(module, SPP):
+            x = self.conv(module.cv1, f"{name}.cv1", x)
+            pools = [self.pool(p, f"{name}.m.{i}", x) for i, p in enumerate(module.m)]  # type: ignore[arg-type]
+            return self.conv(module.cv2, f"{name}.cv2", self.add("concat", f"{name}.cat", x, *pools))
+        if isinstance(module, SPPF):
+            xs = [self.conv(module.cv1, f"{name}.cv1", x)]
+            for i in range(3):
+                xs.append(self.pool(module.m, f"{name}.m.{i}", xs[-1]))
+            return self.conv(module.cv2, f"{name}.cv2", self.add("concat", f"{name}.cat", *xs))
+        if isinstance(module, Focus):
+            return self.conv(module.conv, f"{name}.conv", self.add("space_to_depth", f"{name}.slices", x))
+        if isinstance(module, nn.Upsample):
+            assert module.scale_factor is not None
+            return self.add("upsample", name, x, scale=int(module.scale_factor))  # type: ignore[arg-type]
+        if isinstance(module, Concat):
+            return self.add("concat", name, *xs)
+        raise TypeError(f"no lowering for {type(module).__name__}")
+
+
+def lower(network: Network) -> tuple[Graph, dict[str, ConvParams]]:
+    """A fused network -> its graph and float weights by convolution name."""
+    builder = _Builder()
+    made: list[str] = []
+    outputs: list[str] = []
+    for index, (layer, sources) in enumerate(zip(network.model, network.sources, strict=True)):
+        xs = [made[s] if s >= 0 else INPUT for s in sources]
+        if isinstance(layer, Detect):
+            outputs = [
+                builder.conv2d(conv, f"model.{index}.m.{i}", x)  # type: ignore[arg-type]
+                for i, (conv, x) in enumerate(zip(layer.m, xs, strict=True))
+            ]
+        else:
+            made.append(builder.layer(layer, f"model.{index}", xs))
+    return Graph(tuple(builder.nodes), tuple(outputs)), builder.params

@@ -1,0 +1,59 @@
+"""Which convolutions become DSConv: from block and scope words to convolution names."""
+
+from __future__ import annotations
+
+from dsconvert.errors import InputError
+from dsconvert.graph.ir import Graph
+from dsconvert.yolo.network import Network
+
+SCOPES = ("bottleneck", "c3", "all")
+
+
+def choose_layers(network: Network, blocks: str) -> list[int]:
+    """Indices of the chosen C3 blocks: `all`, `head`, `backbone`, or indices such as `13,17,20,23`."""
+    c3 = [i for i, kind in enumerate(network.kinds) if kind == "C3"]
+    if blocks == "all":
+        return c3
+    if blocks in ("head", "backbone"):
+        return [i for i in c3 if (i >= network.backbone_length) == (blocks == "head")]
+    try:
+        wanted = [int(part) for part in blocks.split(",")]
+    except ValueError:
+        raise InputError(f"--blocks {blocks} is not all, head, backbone or a list of layer indices.") from None
+    wrong = [i for i in wanted if i not in c3]
+    if wrong:
+        raise InputError(f"Layer {wrong[0]} is not a C3 block; the C3 blocks of this model are {_join(c3)}.")
+    return sorted(set(wanted))
+
+
+def choose_convs(network: Network, graph: Graph, blocks: str, scope: str) -> frozenset[str]:
+    """Names of the convolutions to convert.
+
+    `bottleneck`: those inside the chosen blocks' bottlenecks. `c3`: all those of the chosen blocks. `all`: also
+    the other layers of the same part of the network (the whole of it, head or backbone; for a list of indices,
+    those between the first and the last). The stem (layer 0) and Detect are never among them.
+    """
+    if scope not in SCOPES:
+        raise InputError(f"--scope {scope} is not one of {', '.join(SCOPES)}.")
+    chosen = choose_layers(network, blocks)
+    if not chosen:
+        raise InputError("This model has no C3 block to convert there.")
+    last = len(network.kinds) - 1
+    part = {
+        "all": range(1, last),
+        "head": range(network.backbone_length, last),
+        "backbone": range(1, network.backbone_length),
+    }.get(blocks, range(chosen[0], chosen[-1] + 1))
+    layers = set(part) if scope == "all" else set(chosen)
+    names = set()
+    for node in graph.convs():
+        layer, inner = int(node.name.split(".")[1]), node.name.split(".")[2]
+        if layer in layers and 0 < layer < last and (scope != "bottleneck" or inner == "m"):
+            names.add(node.name)
+    if not names:
+        raise InputError("The chosen blocks hold no convolution of that scope.")
+    return frozenset(names)
+
+
+def _join(numbers: list[int]) -> str:
+    return ", ".join(map(str, numbers)) or "none"
