@@ -1,0 +1,5 @@
+"""`python -m dsconvert`."""
+
+from dsconvert.cli import main
+
+main()

@@ -1,0 +1,360 @@
+"""The command line: parse, call the pipeline, print. Exit codes: 0 done, 1 a fault of dsconvert, 2 bad input."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import sys
+import time
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import click
+import onnx
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+import dsconvert
+from dsconvert import pipeline
+from dsconvert.errors import InputError
+from dsconvert.evaluate.candidates import Candidate
+from dsconvert.export.inspect import conv_weights
+from dsconvert.files import free_folder, write_atomic
+from dsconvert.model import DSModel
+from dsconvert.modelfile import load_model
+from dsconvert.yolo.checkpoint import load_checkpoint
+from dsconvert.yolo.plan import SCOPES
+
+RUNS = Path("runs/dsconvert")
+STAGES = {
+    "images": "reading images",
+    "synthesize": "synthesising images",
+    "weights": "fitting weights",
+    "ranges": "measuring activations",
+    "fit": "fitting shifts",
+    "evaluate": "evaluating",
+}
+PATH = click.Path(path_type=Path)
+as_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON document to stdout.")
+force = click.option("--force", is_flag=True, help="Replace files that are there.")
+
+
+def _threads(context: click.Context, parameter: click.Parameter, value: int | None) -> int:
+    count = value or len(os.sched_getaffinity(0))
+    torch.set_num_threads(count)
+    return count
+
+
+threads = click.option(
+    "--threads", type=click.IntRange(1, 1024), callback=_threads, help="CPU threads (default: all)."
+)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 80})
+@click.version_option(dsconvert.__version__, prog_name="dsconvert")
+def cli() -> None:
+    """Make a trained YOLOv5 detector several times smaller and faster.
+
+    \b
+    dsconvert quantize best.pt --calib images/   fit 4-bit DSConv weights
+    dsconvert export --onnx                      integer weights in ONNX
+    dsconvert eval --data data.yaml              accuracy, size, latency
+    """
+
+
+@cli.command()
+@click.argument("checkpoint", type=PATH)
+@click.option("--calib", type=PATH, help="Folder of images, data.yaml, or text file of paths.")
+@click.option("--block-size", default=32, show_default=True, help="Input channels a shift covers.")
+@click.option("--bits", type=click.IntRange(2, 8), default=4, show_default=True, help="Bits of a weight (VQK).")
+@click.option("--blocks", default="all", show_default=True, help="all, head, backbone or C3 layers: 13,17,20,23.")
+@click.option("--scope", type=click.Choice(SCOPES), default="all", show_default=True, help="Which convolutions.")
+@click.option("--imgsz", default=640, show_default=True, help="Side of the square images, pixels.")
+@click.option("--samples", default=128, show_default=True, help="Most calibration images used.")
+@click.option("--seed", default=0, show_default=True, help="Seed of every random choice.")
+@threads
+@click.option("--device", default="cpu", show_default=True, help="cpu or cuda.")
+@click.option("--out", type=PATH, help="Folder to write (default: runs/dsconvert/NAME).")
+@force
+@as_json
+def quantize(
+    checkpoint: Path, calib: Path | None, threads: int, out: Path | None, force: bool, as_json: bool, **options: Any
+) -> None:
+    """Convert the C3 blocks of a YOLOv5 CHECKPOINT to DSConv.
+
+    Example: dsconvert quantize best.pt --calib data.yaml --block-size 32
+    """
+    began = time.perf_counter()
+    loaded = load_checkpoint(checkpoint)
+    folder = out or free_folder(RUNS / checkpoint.stem)
+    if out is not None and not force and (out / pipeline.MODEL_FILE).exists():
+        raise InputError(f"{out / pipeline.MODEL_FILE} already exists; give --force to replace it.")
+    if calib is None:
+        _say(
+            "No --calib: calibrating on images synthesised from the checkpoint's BatchNorm statistics.\n"
+            "About 100 of your own images (no labels needed) with --calib FOLDER would lose less accuracy."
+        )
+    with _progress() as progress:
+        result = pipeline.quantize(
+            loaded, pipeline.QuantizeOptions(calib=calib, **options), shlex.join(["dsconvert", *sys.argv[1:]]), progress
+        )
+    written = pipeline.save_quantized(result, folder, force)
+    seconds = time.perf_counter() - began
+    if as_json:
+        report = pipeline.quantize_report(result)
+        _print_json({**report, "path": str(written), "seconds": round(seconds, 2)})
+        return
+    if result.skipped:
+        _say(f"{result.skipped} images could not be read and were left out.")
+    _print_quantized(result, loaded.size_bytes, written, seconds)
+
+
+@cli.command()
+@click.argument("model", type=PATH, required=False)
+@click.option("--onnx", "to_onnx", is_flag=True, help="Write ONNX (the one format so far).")
+@click.option("--layout", type=click.Choice(["packed", "int8"]), default="packed", show_default=True,
+              help="packed: smallest file. int8: runs on old engines.")  # fmt: skip
+@click.option("--imgsz", type=int, help="Side of the input, pixels (default: as calibrated).")
+@click.option("--dynamic-batch", is_flag=True, help="Leave the batch size open.")
+@click.option("--out", type=PATH, help="File to write (default: beside the model).")
+@force
+@as_json
+def export(
+    model: Path | None, to_onnx: bool, layout: str, imgsz: int | None, dynamic_batch: bool, out: Path | None,
+    force: bool, as_json: bool,
+) -> None:  # fmt: skip
+    """Write MODEL (default: the newest quantize result) as ONNX.
+
+    A .pt gives the float32 network, for comparison.
+
+    Example: dsconvert export --onnx --layout packed
+    """
+    if not to_onnx:
+        raise InputError("Say what to export to: dsconvert export --onnx.")
+    path = model or pipeline.newest_result(RUNS)
+    float_source = path.suffix == ".pt"
+    suffix = "float32" if float_source else layout
+    target = out or path.with_name(f"{path.stem}-{suffix}.onnx")
+    data = pipeline.onnx_bytes(path, layout, imgsz, dynamic_batch)
+    write_atomic(target, data, force)
+    if as_json:
+        _print_json({"path": str(target), "layout": suffix, "size_bytes": len(data)})
+        return
+    click.echo(f"Wrote {target} ({len(data) / 1e6:.2f} MB, {suffix}).")
+    click.echo(f"Next: dsconvert eval {shlex.quote(str(target))} --data data.yaml")
+
+
+@cli.command("eval")
+@click.argument("models", type=PATH, nargs=-1, metavar="[MODEL]...")
+@click.option("--data", type=PATH, help="data.yaml with labels (default: the one calibrated on).")
+@click.option("--imgsz", type=int, help="Side of the images, pixels (default: as exported).")
+@click.option("--samples", type=click.IntRange(1), help="Most images used.")
+@click.option("--float-activations", is_flag=True, help="Converted weights with float activations.")
+@threads
+@as_json
+def evaluate(
+    models: tuple[Path, ...], data: Path | None, imgsz: int | None, samples: int | None, float_activations: bool,
+    threads: int, as_json: bool,
+) -> None:  # fmt: skip
+    """Measure accuracy, size and latency of each MODEL on labelled images.
+
+    MODEL is a .pt, .safetensors or .onnx file; by default the newest quantize
+    result and the checkpoint it came from. Latency is ONNX Runtime's for all.
+
+    Example: dsconvert eval best.pt best.onnx --data data.yaml
+    """
+    paths = list(models)
+    if not paths or data is None:
+        newest = pipeline.newest_result(RUNS)
+        provenance = load_model(newest).provenance
+        paths = paths or [Path(provenance["source"]), newest]
+        data = data or _data_of(provenance)
+    with _progress() as progress:
+        rows = pipeline.evaluate(paths, data, imgsz, samples, float_activations, progress)
+    if as_json:
+        _print_json({"models": [_row(r) for r in rows], "data": str(data)})
+        return
+    _print_evaluation(rows)
+
+
+@cli.command()
+@click.argument("model", type=PATH, required=False)
+@as_json
+def info(model: Path | None, as_json: bool) -> None:
+    """Show the layers of MODEL: shapes, kinds, bits, bytes.
+
+    Example: dsconvert info runs/dsconvert/best/model.safetensors
+    """
+    path = model or pipeline.newest_result(RUNS)
+    facts = _facts(path)
+    if as_json:
+        _print_json({"path": str(path), **facts})
+        return
+    table = Table("layer", "shape", "kind", "bits", "block", "bytes")
+    for row in facts["layers"]:
+        shape = "x".join(map(str, row["shape"]))
+        block = str(row.get("block_size") or "")
+        table.add_row(row["name"], shape, row["kind"], str(row["bits"]), block, f"{row['bytes']:,}")
+    _out().print(table)
+    stored = sum(row["bytes"] for row in facts["layers"])
+    full = sum(row["float32_bytes"] for row in facts["layers"])
+    click.echo(
+        f"{path}: file {facts['size_bytes'] / 1e6:.2f} MB; weights {stored / 1e6:.2f} MB, "
+        f"float32 {full / 1e6:.2f} MB, {full / max(stored, 1):.2f} times smaller."
+    )
+
+
+def _facts(path: Path) -> dict[str, Any]:
+    """Layer rows of any model file."""
+    if path.suffix == ".pt":
+        network = load_checkpoint(path).network.fuse()
+        graph, params = pipeline.lower(network)
+        convs = [(n.name.removesuffix(".conv"), tuple(params[n.name].weight.shape)) for n in graph.convs()]
+        rows = [_plain_row(name, shape, "float32", 32) for name, shape in convs]
+    elif path.suffix == ".safetensors":
+        model = load_model(path)
+        return {"format": "safetensors", "size_bytes": path.stat().st_size, **_model_facts(model)}
+    elif path.suffix == ".onnx" and path.is_file():
+        try:
+            weights = conv_weights(onnx.load(path, load_external_data=False))
+        except Exception:  # onnx raises many kinds on malformed files
+            raise InputError(f"{path} is not a readable ONNX file.") from None
+        rows = [{**_plain_row(w.name, w.shape, w.type, 0), "bits": round(w.bits / max(w.count, 1), 3),
+                 "bytes": w.bits // 8} for w in weights]  # fmt: skip
+    else:
+        raise InputError(f"{path} is not a .pt, .safetensors or .onnx file that is there.")
+    return {"format": path.suffix[1:], "size_bytes": path.stat().st_size, "layers": rows}
+
+
+def _model_facts(model: DSModel) -> dict[str, Any]:
+    return {
+        "layers": pipeline.layer_table(model),
+        "weight_bits": round(model.weight_bits, 4),
+        "provenance": model.provenance,
+    }
+
+
+def _plain_row(name: str, shape: tuple[int, ...], kind: str, bits: int) -> dict[str, Any]:
+    count = 1
+    for n in shape:
+        count *= n
+    return {"name": name, "shape": list(shape), "kind": kind, "bits": bits, "block_size": None,
+            "bytes": count * bits // 8, "float32_bytes": count * 4}  # fmt: skip
+
+
+def _data_of(provenance: Any) -> Path:
+    calib = provenance["options"]["calib"]
+    if not calib or Path(calib).suffix not in (".yaml", ".yml"):
+        raise InputError("Which labelled images? Give --data data.yaml.")
+    return Path(calib)
+
+
+def _row(r: pipeline.Evaluated) -> dict[str, Any]:
+    c, m, t = r.candidate, r.metrics, r.latency
+    return {
+        "path": str(c.path), "format": c.format, "map50_95": m.map50_95, "map50": m.map50, "precision": m.precision,
+        "recall": m.recall, "size_bytes": c.size_bytes, "weight_bits": c.weight_bits,
+        "latency_ms": {"median": t.median_ms, "min": t.min_ms, "spread": t.spread_ms}, "images": m.images,
+    }  # fmt: skip
+
+
+def _short(path: Path) -> str:
+    """The last parts of a path, enough to tell models apart."""
+    return "/".join(path.parts[-2:])
+
+
+def _print_evaluation(rows: list[pipeline.Evaluated]) -> None:
+    table = Table("model", "mAP50-95", "mAP50", "P", "R", "MB", "bits", "ms", "±")
+    for r in rows:
+        m, t, c = r.metrics, r.latency, r.candidate
+        table.add_row(
+            _short(c.path), f"{m.map50_95:.4f}", f"{m.map50:.4f}", f"{m.precision:.3f}", f"{m.recall:.3f}",
+            f"{c.size_bytes / 1e6:.2f}", _bits(c), f"{t.median_ms:.1f}", f"{t.spread_ms:.1f}",
+        )  # fmt: skip
+    _out().print(table)
+    m = rows[0].metrics
+    click.echo(
+        f"{m.images} images. bits: stored bits a weight. ms: median of {rows[0].latency.runs} interleaved ONNX "
+        "Runtime runs; ±: interquartile range."
+    )
+
+
+def _bits(c: Candidate) -> str:
+    return f"{c.weight_bits:.2f}"
+
+
+def _print_quantized(result: pipeline.Quantized, source_bytes: int, written: Path, seconds: float) -> None:
+    model = result.model
+    kinds = [row["kind"] for row in pipeline.layer_table(model)]
+    size = written.stat().st_size
+    click.echo(
+        f"Converted {kinds.count('DSConv')} of {len(kinds)} convolutions to DSConv, the others to int8, "
+        f"on {result.images} images in {seconds:.0f} s."
+    )
+    click.echo(
+        f"Weights: {model.weight_bits:.2f} bits each, {32 / model.weight_bits:.2f} times smaller than float32. "
+        f"File: {size / 1e6:.2f} MB (checkpoint {source_bytes / 1e6:.2f} MB)."
+    )
+    click.echo(f"Wrote {written}")
+    click.echo("Next: dsconvert export --onnx")
+
+
+def _print_json(document: dict[str, Any]) -> None:
+    click.echo(json.dumps(document, indent=1))
+
+
+def _say(text: str) -> None:
+    click.echo(text, err=True)
+
+
+def _out() -> Console:
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=120)
+    return console
+
+
+@contextmanager
+def _progress() -> Iterator[pipeline.Progress]:
+    """A bar per stage on stderr; silent when stderr is no terminal."""
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bars:
+        tasks: dict[str, Any] = {}
+
+        def report(stage: str, done: int, total: int) -> None:
+            if stage not in tasks:
+                tasks[stage] = bars.add_task(STAGES[stage], total=total)
+            bars.update(tasks[stage], completed=done, total=total)
+
+        yield report
+
+
+def main() -> None:
+    """Entry point: bad input is one sentence and exit code 2; only a fault of ours shows a traceback."""
+    try:
+        cli.main(standalone_mode=False)
+    except InputError as error:
+        _fail(str(error), 2)
+    except click.exceptions.Abort:
+        _fail("Interrupted.", 130)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+    except Exception:
+        traceback.print_exc()
+        _fail("This is a fault of dsconvert; please report it with the lines above.", 1)
+
+
+def _fail(message: str, code: int) -> None:
+    click.echo(f"Error: {message}", err=True)
+    sys.exit(code)

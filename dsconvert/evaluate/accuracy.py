@@ -1,0 +1,46 @@
+"""Run a predictor over labelled images and measure it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dsconvert.evaluate.coco import Metrics, coco_metrics
+from dsconvert.yolo.boxes import non_max_suppression, to_image
+from dsconvert.yolo.images import label_path, letterbox, read_image, read_labels, to_tensor
+
+# A predictor takes a float batch (1, 3, side, side), 0..1, and returns (1, boxes, 5 + nc) as `decode` does.
+Predictor = Callable[[NDArray[np.float32]], NDArray[np.float32]]
+
+
+def evaluate_predictors(
+    predictors: Sequence[Predictor],
+    paths: Sequence[Path],
+    side: int,
+    nc: int,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[Metrics]:
+    """Metrics of every predictor on the same images, each decoded once; labels lie beside the images."""
+    found: list[list[NDArray[np.float32]]] = [[] for _ in predictors]
+    truths, shapes = [], []
+    for index, path in enumerate(paths):
+        image = read_image(path)
+        h, w = image.shape[:2]
+        truths.append(_pixels(read_labels(label_path(path), nc), h, w))
+        shapes.append((h, w))
+        square, box = letterbox(image, side)
+        batch = to_tensor([square]).numpy()
+        for results, predict in zip(found, predictors, strict=True):
+            results.append(to_image(non_max_suppression(predict(batch)[0]), box, (h, w)))
+        if progress:
+            progress(index + 1, len(paths))
+    return [coco_metrics(results, truths, shapes, nc) for results in found]
+
+
+def _pixels(labels: NDArray[np.float64], h: int, w: int) -> NDArray[np.float64]:
+    """class, cx, cy, w, h in 0..1 -> class, x1, y1, x2, y2 in pixels."""
+    centre, half = labels[:, 1:3], labels[:, 3:5] / 2
+    return np.concatenate((labels[:, :1], (centre - half) * (w, h), (centre + half) * (w, h)), 1)

@@ -1,0 +1,144 @@
+"""Anything that can be evaluated (`.pt`, `.safetensors`, `.onnx`) as one kind of value."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import torch
+from numpy.typing import NDArray
+
+from dsconvert.errors import InputError
+from dsconvert.evaluate.accuracy import Predictor
+from dsconvert.export.inspect import conv_weights
+from dsconvert.export.onnx import export_float, export_quantized
+from dsconvert.graph.integer import run_integer
+from dsconvert.graph.ir import ConvParams
+from dsconvert.graph.run import run_float
+from dsconvert.modelfile import load_model
+from dsconvert.yolo.checkpoint import load_checkpoint
+from dsconvert.yolo.decode import decode
+from dsconvert.yolo.lower import lower
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A model ready to be measured. `predict` computes its accuracy: torch for `.pt` (float) and `.safetensors`
+    (integer arithmetic), ONNX Runtime for `.onnx`. `run_once` is one ONNX Runtime inference, for its latency:
+    the other two are exported in memory for it, so that all latencies come from one engine."""
+
+    path: Path
+    format: str
+    names: tuple[str, ...]
+    side: int
+    weight_bits: float
+    predict: Predictor
+    run_once: Callable[[], object]
+
+    @property
+    def size_bytes(self) -> int:
+        """Size of the file."""
+        return self.path.stat().st_size
+
+
+def load_candidate(path: Path, side: int | None, float_activations: bool = False) -> Candidate:
+    """Load a model for evaluation at `side` pixels (None: what it was made for, else 640).
+
+    `float_activations` keeps a converted model's activations in float: its weights' error alone."""
+    if path.suffix == ".pt":
+        return _float(path, side or 640)
+    if path.suffix == ".safetensors":
+        return _converted(path, side, float_activations)
+    if path.suffix == ".onnx":
+        return _onnx(path, side)
+    raise InputError(f"{path} is not a .pt, .safetensors or .onnx file.")
+
+
+def session(model: bytes | Path) -> ort.InferenceSession:
+    """An ONNX Runtime CPU session with torch's number of threads."""
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    options.log_severity_level = 3
+    return ort.InferenceSession(
+        str(model) if isinstance(model, Path) else model, options, providers=["CPUExecutionProvider"]
+    )
+
+
+def _once(running: ort.InferenceSession, side: int) -> Callable[[], object]:
+    entry = running.get_inputs()[0]
+    kind = np.float16 if "float16" in entry.type else np.float32
+    image = np.random.default_rng(0).random((1, 3, side, side)).astype(kind)
+    return lambda: running.run(None, {entry.name: image})
+
+
+def _float(path: Path, side: int) -> Candidate:
+    checkpoint = load_checkpoint(path)
+    graph, params = lower(checkpoint.network.fuse())
+    head = checkpoint.head
+
+    def predict(batch: NDArray[np.float32]) -> NDArray[np.float32]:
+        return decode(run_float(graph, params, torch.from_numpy(batch)), head).numpy()
+
+    running = session(export_float(graph, params, head, side).SerializeToString())
+    return Candidate(path, "pt", head.names, side, 32.0, predict, _once(running, side))
+
+
+def _converted(path: Path, side: int | None, float_activations: bool) -> Candidate:
+    model = load_model(path)
+    side = side or model.imgsz
+    params = {name: ConvParams(c.weight.weight(), c.bias) for name, c in model.convs.items()}
+
+    def predict(batch: NDArray[np.float32]) -> NDArray[np.float32]:
+        x = torch.from_numpy(batch)
+        if float_activations:
+            raw = run_float(model.graph, params, x)
+        else:
+            raw = run_integer(model.graph, model.convs, model.activations, x)
+        return decode(raw, model.head).numpy()
+
+    running = session(export_quantized(model, "packed", side).SerializeToString())
+    bits = model.weight_bits
+    return Candidate(path, "safetensors", model.head.names, side, bits, predict, _once(running, side))
+
+
+def _onnx(path: Path, side: int | None) -> Candidate:
+    if not path.is_file():
+        raise InputError(f"There is no ONNX file at {path}.")
+    try:
+        proto = onnx.load(path, load_external_data=False)
+        running = session(path)
+    except Exception:  # onnx and onnxruntime raise many kinds on malformed files
+        raise InputError(f"{path} is not an ONNX file ONNX Runtime can run.") from None
+    entry = running.get_inputs()[0]
+    given = entry.shape[-1]
+    if isinstance(given, int) and side is not None and given != side:
+        raise InputError(f"{path} was exported for {given} pixels; --imgsz {side} does not fit it.")
+    side = given if isinstance(given, int) else side or 640
+    kind = np.float16 if "float16" in entry.type else np.float32
+    meta = running.get_modelmeta().custom_metadata_map
+    weights = conv_weights(proto)
+    count = sum(w.count for w in weights)
+
+    def predict(batch: NDArray[np.float32]) -> NDArray[np.float32]:
+        out = running.run(None, {entry.name: batch.astype(kind)})[0]
+        if out.ndim != 3:
+            raise InputError(f"{path} does not have YOLOv5's output (1, boxes, 5 + classes).")
+        return out.astype(np.float32)
+
+    bits = sum(w.bits for w in weights) / count if count else 32.0
+    return Candidate(path, "onnx", _names(meta.get("names", ""), path), side, bits, predict, _once(running, side))
+
+
+def _names(text: str, path: Path) -> tuple[str, ...]:
+    """Class names from YOLOv5's metadata, a Python dictionary or list in text; empty when there are none."""
+    try:
+        names = ast.literal_eval(text) if text else {}
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        raise InputError(f"The metadata of {path} names no readable classes.") from None
+    values = names.values() if isinstance(names, dict) else names
+    return tuple(map(str, values)) if isinstance(names, (dict, list, tuple)) else ()

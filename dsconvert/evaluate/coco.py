@@ -1,0 +1,93 @@
+"""COCO metrics through faster-coco-eval, which reimplements pycocotools' evaluation."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from faster_coco_eval import COCO, COCOeval_faster
+from numpy.typing import NDArray
+
+from dsconvert.errors import InputError
+
+Array = NDArray[np.floating[Any]]
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """mAP over IoU 0.50..0.95 and at 0.50 (COCO's definitions, 100 detections an image); precision and recall at
+    IoU 0.50 and the confidence where mean F1 over classes is best (YOLOv5's definition); AP50-95 by class number."""
+
+    map50_95: float
+    map50: float
+    precision: float
+    recall: float
+    images: int
+    per_class: dict[int, float]
+
+
+def coco_metrics(
+    detections: Sequence[Array], truths: Sequence[Array], shapes: Sequence[tuple[int, int]], nc: int
+) -> Metrics:
+    """Per image: detections (n, 6) x1, y1, x2, y2, score, class; truths (m, 5) class, x1, y1, x2, y2, all in
+    pixels of an image of shape (height, width). Raises InputError when there is no object to find."""
+    if not sum(len(t) for t in truths):
+        raise InputError("The images have no labels: there is nothing to measure accuracy against.")
+    with contextlib.redirect_stdout(io.StringIO()):  # the library reports its progress on stdout
+        coco = COCO(_ground_truth(truths, shapes, nc))
+        found = coco.loadRes(_results(detections))
+        run = COCOeval_faster(coco, found, "bbox", print_function=lambda *_: None)
+        run.evaluate()
+        run.accumulate()
+    precision = run.eval["precision"][:, :, :, 0, -1]  # IoU, recall, class; all areas, 100 detections
+    present = precision[0, 0] > -1
+    per_class = {int(i): float(precision[:, :, i].mean()) for i in np.nonzero(present)[0]}
+    p, r = _best_f1(run.eval, present)
+    return Metrics(
+        float(precision[:, :, present].mean()), float(precision[0][:, present].mean()), p, r, len(shapes), per_class
+    )
+
+
+def _ground_truth(truths: Sequence[Array], shapes: Sequence[tuple[int, int]], nc: int) -> dict[str, Any]:
+    annotations = []
+    for image, boxes in enumerate(truths):
+        for kind, x1, y1, x2, y2 in boxes.tolist():
+            annotations.append({
+                "id": len(annotations) + 1, "image_id": image, "category_id": int(kind), "iscrowd": 0,
+                "bbox": [x1, y1, x2 - x1, y2 - y1], "area": (x2 - x1) * (y2 - y1),
+            })  # fmt: skip
+    images = [{"id": i, "height": h, "width": w} for i, (h, w) in enumerate(shapes)]
+    return {"images": images, "annotations": annotations, "categories": [{"id": i, "name": str(i)} for i in range(nc)]}
+
+
+def _results(detections: Sequence[Array]) -> list[dict[str, Any]]:
+    return [
+        {"image_id": image, "category_id": int(kind), "bbox": [x1, y1, x2 - x1, y2 - y1], "score": score}
+        for image, boxes in enumerate(detections)
+        for x1, y1, x2, y2, score, kind in boxes.tolist()
+    ]
+
+
+def _best_f1(result: dict[str, Any], present: NDArray[np.bool_]) -> tuple[float, float]:
+    """Mean precision and recall over classes at the one confidence with the best mean F1, at IoU 0.50.
+
+    The library gives, per class, precision and score at 101 recall levels; at confidence c a class has reached
+    the last level whose score is at least c.
+    """
+    precision = result["precision"][0, :, present, 0, -1]  # class, recall
+    scores = result["scores"][0, :, present, 0, -1]
+    levels = np.asarray(result["params"].recThrs) if "params" in result else np.linspace(0, 1, 101)
+    best = (-1.0, 0.0, 0.0)
+    for confidence in np.linspace(0, 1, 1001)[1:-1]:
+        reached = (scores >= confidence) & (precision > 0)
+        last = np.where(reached.any(1), reached.shape[1] - 1 - reached[:, ::-1].argmax(1), -1)
+        p = np.where(last >= 0, precision[np.arange(len(last)), last], 0.0)
+        r = np.where(last >= 0, levels[last], 0.0)
+        f1 = (2 * p * r / np.maximum(p + r, 1e-16)).mean()
+        if f1 > best[0]:
+            best = (float(f1), float(p.mean()), float(r.mean()))
+    return best[1], best[2]

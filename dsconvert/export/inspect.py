@@ -1,0 +1,60 @@
+"""What weights an ONNX file holds, whoever made it: each convolution's initializers, found by graph structure."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import onnx
+from onnx import TensorProto
+
+BITS = {
+    TensorProto.FLOAT: 32, TensorProto.FLOAT16: 16, TensorProto.BFLOAT16: 16, TensorProto.INT8: 8,
+    TensorProto.UINT8: 8, TensorProto.INT4: 4, TensorProto.UINT4: 4, TensorProto.INT32: 32,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class OnnxWeight:
+    """A convolution's weight as stored: its largest initializer's shape and type, and all its bits together."""
+
+    name: str
+    shape: tuple[int, ...]
+    type: str
+    bits: int
+    count: int
+
+
+def conv_weights(model: onnx.ModelProto) -> list[OnnxWeight]:
+    """One entry for every Conv, ConvInteger or QLinearConv, in graph order. Shapes and zero points are not counted."""
+    tensors = {t.name: t for t in model.graph.initializer}
+    makers = {out: node for node in model.graph.node for out in node.output}
+    found = []
+    for index, node in enumerate(model.graph.node):
+        if node.op_type not in ("Conv", "ConvInteger", "QLinearConv"):
+            continue
+        parts = _sources(node.input[3 if node.op_type == "QLinearConv" else 1], makers, tensors)
+        if not parts:
+            continue
+        largest = max(parts, key=_count)
+        bits = sum(_count(t) * BITS.get(t.data_type, 32) for t in parts if t.dims and t.data_type != TensorProto.INT64)
+        scale_bits = sum(_count(t) * 32 for t in parts if t is not largest and t.data_type == TensorProto.FLOAT)
+        type_name = TensorProto.DataType.Name(largest.data_type).lower()
+        found.append(
+            OnnxWeight(node.name or f"conv {index}", tuple(largest.dims), type_name, bits - scale_bits, _count(largest))
+        )
+    return found
+
+
+def _sources(
+    value: str, makers: dict[str, onnx.NodeProto], tensors: dict[str, onnx.TensorProto]
+) -> list[onnx.TensorProto]:
+    """Initializers the value is computed from."""
+    if value in tensors:
+        return [tensors[value]]
+    node = makers.get(value)
+    return [] if node is None else [t for name in node.input for t in _sources(name, makers, tensors)]
+
+
+def _count(tensor: onnx.TensorProto) -> int:
+    return int(np.prod(tensor.dims)) if tensor.dims else 1

@@ -1,0 +1,313 @@
+"""The steps strung together: what the command line calls, and the Python API.
+
+    checkpoint -> network -> plan -> calibrate -> fit -> DSModel -> file -> ONNX
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import dsconvert
+from dsconvert.dsconv.tensor import DSTensor
+from dsconvert.errors import InputError
+from dsconvert.evaluate.accuracy import evaluate_predictors
+from dsconvert.evaluate.candidates import Candidate, load_candidate
+from dsconvert.evaluate.coco import Metrics
+from dsconvert.evaluate.latency import Latency, interleaved_latency
+from dsconvert.export.onnx import export_float, export_quantized
+from dsconvert.files import write_atomic
+from dsconvert.fit.least_squares import fit_weight
+from dsconvert.fit.lockstep import fit_lockstep
+from dsconvert.fit.ranges import choose_grids, sample_values
+from dsconvert.fit.synthesize import synthesize
+from dsconvert.graph.integer import QConv
+from dsconvert.graph.ir import ConvParams, Graph
+from dsconvert.graph.run import run_float
+from dsconvert.model import DSModel, display_name, is_dsconv
+from dsconvert.modelfile import load_model, model_bytes
+from dsconvert.yolo.checkpoint import Checkpoint, load_checkpoint
+from dsconvert.yolo.images import calibration_batches, calibration_images, read_data_yaml, spread
+from dsconvert.yolo.lower import lower
+from dsconvert.yolo.plan import choose_convs
+
+MODEL_FILE, REPORT_FILE = "model.safetensors", "quantize.json"
+BATCH = 4
+LOCKSTEP_BYTES = 1 << 30  # values of both networks kept while fitting; more images than fit are left out there
+SYNTHETIC_IMAGES, SYNTHETIC_SIDE, SYNTHETIC_STEPS = 16, 320, 80
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class QuantizeOptions:
+    """Everything that decides the result of `quantize` besides the checkpoint and the machine.
+
+    calib None means data-free; bits 2..8; blocks and scope as in `yolo.plan`; imgsz in pixels; samples the most
+    calibration images used."""
+
+    calib: Path | None = None
+    block_size: int = 32
+    bits: int = 4
+    blocks: str = "all"
+    scope: str = "all"
+    imgsz: int = 640
+    samples: int = 128
+    seed: int = 0
+    device: str = "cpu"
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """A fitted model, the images it was calibrated on, how many files were unreadable, and each layer's error."""
+
+    model: DSModel
+    images: int
+    skipped: int
+    sqnr_db: Mapping[str, float]
+
+
+def quantize(
+    checkpoint: Checkpoint, options: QuantizeOptions, command: str = "", progress: Progress | None = None
+) -> Quantized:
+    """Convert a checkpoint. Raises InputError for options that do not fit it."""
+    _check(options, checkpoint)
+    torch.manual_seed(options.seed)
+    report = progress or (lambda stage, done, total: None)
+    network, device = checkpoint.network.to(options.device), options.device
+    calib_paths = None if options.calib is None else spread(calibration_images(options.calib), options.samples)
+    if calib_paths is None:
+        batches, skipped = _synthetic(checkpoint, options, report), 0
+    else:
+        batches, skipped = _decode(calib_paths, options.imgsz, report)
+    graph, params = lower(network.fuse())
+    chosen = choose_convs(network, graph, options.blocks, options.scope)
+    weights = _fit_weights(graph, params, chosen, options, report)
+    images = sum(len(b) for b in batches)
+    counted = _counted((b.to(device).float() / 255 for b in batches), "ranges", images, report)
+    own = choose_grids(graph, sample_values(graph, params, counted, options.seed), options.seed)
+    kept = _bounded(graph, params, batches, device)
+    convs = fit_lockstep(
+        graph, params, weights, own, [b.to(device).float() / 255 for b in kept],
+        lambda done, total: report("fit", done, total),
+    )  # fmt: skip
+    convs = {name: _on_cpu(conv) for name, conv in convs.items()}
+    sqnr = {name: _sqnr_db(params[name].weight.cpu(), weights[name].weight().cpu()) for name in convs}
+    model = DSModel(graph, convs, own, checkpoint.head, options.imgsz, _provenance(checkpoint, options, command))
+    return Quantized(model, images, skipped, sqnr)
+
+
+def _check(options: QuantizeOptions, checkpoint: Checkpoint) -> None:
+    stride = checkpoint.head.stride
+    if options.imgsz % stride or not stride <= options.imgsz <= 4096:
+        raise InputError(f"--imgsz {options.imgsz} is not a multiple of the model's stride {stride} up to 4096.")
+    if not 2 <= options.bits <= 8:
+        raise InputError(f"--bits {options.bits} is not a number from 2 to 8.")
+    if options.block_size < 1 or options.samples < 1:
+        raise InputError("--block-size and --samples must be at least 1.")
+    if options.device != "cpu" and not torch.cuda.is_available():
+        raise InputError(f"--device {options.device} is not available on this machine; use --device cpu.")
+
+
+def _decode(paths: Sequence[Path], side: int, report: Progress) -> tuple[list[Tensor], int]:
+    """Letterboxed uint8 batches; images are decoded once."""
+    batches, skipped = [], 0
+    for batch, bad in calibration_batches(paths, side, BATCH):
+        skipped += bad
+        if len(batch):
+            batches.append((batch * 255).round().to(torch.uint8))
+        report("images", min(len(batches) * BATCH, len(paths)), len(paths))
+    if not batches:
+        raise InputError(f"None of the {skipped} calibration images could be read.")
+    return batches, skipped
+
+
+def _synthetic(checkpoint: Checkpoint, options: QuantizeOptions, report: Progress) -> list[Tensor]:
+    side = min(options.imgsz, SYNTHETIC_SIDE)
+    count = min(options.samples, SYNTHETIC_IMAGES)
+    try:
+        batches = synthesize(
+            checkpoint.network, count, side, SYNTHETIC_STEPS, options.seed,
+            lambda done, total: report("synthesize", done, total),
+        )  # fmt: skip
+    except ValueError:
+        raise InputError(
+            f"{checkpoint.path} has its BatchNorm fused away, so images cannot be synthesised from it; give --calib."
+        ) from None
+    return [(part * 255).round().to(torch.uint8).cpu() for b in batches for part in b.split(BATCH)]
+
+
+def _fit_weights(
+    graph: Graph, params: Mapping[str, ConvParams], chosen: frozenset[str], options: QuantizeOptions, report: Progress
+) -> dict[str, DSTensor]:
+    """DSConv for the chosen convolutions, plain int8 per channel for the others."""
+    weights = {}
+    for index, node in enumerate(graph.convs()):
+        weight = params[node.name].weight.cpu()
+        bits = options.bits if node.name in chosen else 8
+        weights[node.name] = fit_weight(weight, bits, options.block_size if bits < 8 else weight.shape[1])
+        report("weights", index + 1, len(graph.convs()))
+    return weights
+
+
+def _counted(batches: Iterable[Tensor], stage: str, total: int, report: Progress) -> Iterable[Tensor]:
+    done = 0
+    for batch in batches:
+        yield batch
+        done += len(batch)
+        report(stage, done, total)
+
+
+def _bounded(graph: Graph, params: Mapping[str, ConvParams], batches: list[Tensor], device: str) -> list[Tensor]:
+    """As many of the batches, evenly spread, as lockstep fitting can hold within LOCKSTEP_BYTES."""
+    sizes: dict[str, int] = {}
+    one = batches[0][:1].to(device).float() / 255
+    run_float(graph, params, one, lambda name, value: sizes.__setitem__(name, value.numel()))
+    alive, peak, last = 0, 0, graph.last_use()
+    for index, node in enumerate(graph.nodes):
+        alive += sizes[node.name]
+        peak = max(peak, alive)
+        alive -= sum(sizes[name] for name in set(node.inputs) if last[name] == index and name in sizes)
+    fitting = max(1, LOCKSTEP_BYTES // (5 * peak * len(batches[0])))  # float32 and uint8: five bytes a value
+    count = min(fitting, len(batches))
+    return [batches[i * len(batches) // count] for i in range(count)]
+
+
+def _on_cpu(conv: QConv) -> QConv:
+    w = conv.weight
+    moved = replace(w, vqk=w.vqk.cpu(), m=w.m.cpu(), z=None if w.z is None else w.z.cpu(), cds_w=w.cds_w.cpu())
+    return QConv(moved, conv.bias.cpu())
+
+
+def _sqnr_db(weight: Tensor, fitted: Tensor) -> float:
+    """Signal to quantization noise of a weight, in decibels."""
+    noise = (weight - fitted).double().square().sum().clamp_min(1e-30)
+    return round(float(10 * torch.log10(weight.double().square().sum().clamp_min(1e-30) / noise)), 2)
+
+
+def _provenance(checkpoint: Checkpoint, options: QuantizeOptions, command: str) -> dict[str, Any]:
+    return {
+        "source": str(checkpoint.path.resolve()),
+        "source_sha256": hashlib.sha256(checkpoint.path.read_bytes()).hexdigest(),
+        "source_bytes": checkpoint.size_bytes,
+        "dsconvert": dsconvert.__version__,
+        "command": command,
+        "options": {**asdict(options), "calib": None if options.calib is None else str(options.calib.resolve())},
+    }
+
+
+def quantize_report(result: Quantized) -> dict[str, Any]:
+    """What quantize.json holds."""
+    model = result.model
+    return {
+        "model": MODEL_FILE,
+        "provenance": model.provenance,
+        "calibration_images": result.images,
+        "unreadable_images": result.skipped,
+        "weights": model.weight_count,
+        "weight_bits": round(model.weight_bits, 4),
+        "layers": [
+            {**layer, "sqnr_db": result.sqnr_db[node.name]}
+            for layer, node in zip(layer_table(model), model.graph.convs(), strict=True)
+        ],
+    }
+
+
+def layer_table(model: DSModel) -> list[dict[str, Any]]:
+    """One row a convolution: name, shape, kind, bits, block size, stored weight bytes, float32 bytes."""
+    rows = []
+    for node in model.graph.convs():
+        w = model.convs[node.name].weight
+        rows.append(
+            {
+                "name": display_name(node),
+                "shape": list(w.vqk.shape),
+                "kind": "DSConv" if is_dsconv(w) else "int8",
+                "bits": w.bits,
+                "block_size": w.block_size if is_dsconv(w) else None,
+                "bytes": round(w.weight_bits * w.vqk.numel() / 8),
+                "float32_bytes": w.vqk.numel() * 4,
+            }
+        )
+    return rows
+
+
+def save_quantized(result: Quantized, folder: Path, force: bool) -> Path:
+    """Write quantize.json and the model file into the folder; returns the model's path."""
+    for name in (MODEL_FILE, REPORT_FILE):
+        if (folder / name).exists() and not force:
+            raise InputError(f"{folder / name} already exists; give --force to replace it, or another --out.")
+    text = json.dumps(quantize_report(result), indent=1) + "\n"
+    write_atomic(folder / REPORT_FILE, text.encode(), force)
+    write_atomic(folder / MODEL_FILE, model_bytes(result.model), force)
+    return folder / MODEL_FILE
+
+
+def onnx_bytes(path: Path, layout: str, imgsz: int | None, dynamic_batch: bool = False) -> bytes:
+    """ONNX of a converted model in a layout, or the float32 network of a `.pt`."""
+    if path.suffix == ".pt":
+        checkpoint = load_checkpoint(path)
+        graph, params = lower(checkpoint.network.fuse())
+        return export_float(graph, params, checkpoint.head, imgsz or 640, dynamic_batch).SerializeToString(
+            deterministic=True
+        )
+    model = load_model(path)
+    made = export_quantized(model, layout, imgsz or model.imgsz, dynamic_batch)
+    return made.SerializeToString(deterministic=True)
+
+
+def newest_result(root: Path) -> Path:
+    """The model file written last under `root` (runs/dsconvert). Raises InputError when there is none."""
+    found = sorted(root.glob(f"*/{MODEL_FILE}"), key=lambda p: p.stat().st_mtime_ns)
+    if not found:
+        raise InputError(f"There is no converted model under {root}; run dsconvert quantize first, or name a MODEL.")
+    return found[-1]
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """One model's accuracy and latency on the same images as the others."""
+
+    candidate: Candidate
+    metrics: Metrics
+    latency: Latency
+
+
+def evaluate(
+    models: Sequence[Path],
+    data: Path,
+    imgsz: int | None = None,
+    samples: int | None = None,
+    float_activations: bool = False,
+    progress: Progress | None = None,
+) -> list[Evaluated]:
+    """Measure models on the val split of a data.yaml (its train split when there is no val).
+
+    Raises InputError when a model's classes are not the data's."""
+    report = progress or (lambda stage, done, total: None)
+    described = read_data_yaml(data)
+    paths = list(described.val or described.train)
+    if not paths:
+        raise InputError(f"{data} names neither val nor train images.")
+    if samples is not None:
+        paths = spread(paths, samples)
+    candidates = [load_candidate(path, imgsz, float_activations) for path in models]
+    sides = {c.side for c in candidates}
+    if len(sides) > 1:
+        raise InputError(f"The models were made for different image sizes {sorted(sides)}; give --imgsz.")
+    nc = len(described.names)
+    for c in candidates:
+        if c.names and len(c.names) != nc:
+            raise InputError(f"{c.path} has {len(c.names)} classes, {data} has {nc}.")
+    metrics = evaluate_predictors(
+        [c.predict for c in candidates], paths, sides.pop(), nc, lambda done, total: report("evaluate", done, total)
+    )
+    latencies = interleaved_latency([c.run_once for c in candidates])
+    return [Evaluated(c, m, t) for c, m, t in zip(candidates, metrics, latencies, strict=True)]

@@ -1,0 +1,47 @@
+"""From predictions to final detections: class-wise non-maximum suppression and back to image pixels."""
+
+from __future__ import annotations
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from dsconvert.yolo.images import Letterbox
+
+Array = NDArray[np.float32]
+
+
+def non_max_suppression(
+    predictions: Array, confidence: float = 0.001, iou: float = 0.6, most: int = 300, candidates: int = 30000
+) -> Array:
+    """(boxes, 5 + nc) as decoded -> (n, 6): x1, y1, x2, y2, score, class; best first, at most `most`.
+
+    A box takes part once for every class whose score (objectness * class) exceeds `confidence`; within a class,
+    boxes overlapping a better one by more than `iou` are dropped (OpenCV's batched NMS).
+    """
+    likely = predictions[predictions[:, 4] > confidence]
+    scores = likely[:, 5:] * likely[:, 4:5]
+    rows, classes = np.nonzero(scores > confidence)
+    values = scores[rows, classes]
+    if values.size > candidates:
+        best = np.argsort(-values, kind="stable")[:candidates]
+        rows, classes, values = rows[best], classes[best], values[best]
+    if not values.size:
+        return np.zeros((0, 6), np.float32)
+    xywh = likely[rows, :4].astype(np.float64)
+    corner = np.concatenate((xywh[:, :2] - xywh[:, 2:] / 2, xywh[:, 2:]), 1)
+    kept = cv2.dnn.NMSBoxesBatched(
+        corner.tolist(), values.astype(float).tolist(), classes.tolist(), float(confidence), float(iou)
+    )
+    order = np.asarray(kept, dtype=np.int64).reshape(-1)[:most]
+    boxes = np.concatenate((corner[order, :2], corner[order, :2] + corner[order, 2:]), 1)
+    return np.concatenate((boxes, values[order, None], classes[order, None]), 1).astype(np.float32)
+
+
+def to_image(detections: Array, box: Letterbox, shape: tuple[int, int]) -> Array:
+    """Boxes in the letterboxed square -> boxes in the original image of (height, width), clipped to it."""
+    h, w = shape
+    out = detections.copy()
+    out[:, [0, 2]] = ((detections[:, [0, 2]] - box.pad_x) / box.gain).clip(0, w)
+    out[:, [1, 3]] = ((detections[:, [1, 3]] - box.pad_y) / box.gain).clip(0, h)
+    return out

@@ -1,0 +1,204 @@
+"""Images, labels and data.yaml files as YOLOv5 users have them, and the letterbox that squares an image."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import torch
+import yaml
+from numpy.typing import NDArray
+from torch import Tensor
+
+from dsconvert.errors import InputError
+
+SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
+PAD_VALUE = 114  # YOLOv5's grey
+
+Image = NDArray[np.uint8]
+Labels = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class DataYaml:
+    """A data.yaml: class names, and image files of the training and validation splits (empty when not given)."""
+
+    names: tuple[str, ...]
+    train: tuple[Path, ...]
+    val: tuple[Path, ...]
+
+
+@dataclass(frozen=True)
+class Letterbox:
+    """How an image was placed in its square: pixels * gain + pad."""
+
+    gain: float
+    pad_x: float
+    pad_y: float
+
+
+def image_paths(source: Path) -> list[Path]:
+    """Images of a folder (recursive, sorted), of a text file of paths, or the one image given.
+
+    Relative paths in a text file start at the file's folder. Raises InputError when nothing is there.
+    """
+    if source.is_dir():
+        found = sorted(p for p in source.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
+        if not found:
+            raise InputError(f"The folder {source} holds no images ({', '.join(sorted(SUFFIXES))}).")
+        return found
+    if not source.exists():
+        raise InputError(f"There is no file or folder at {source}.")
+    if source.suffix.lower() in SUFFIXES:
+        return [source]
+    try:
+        lines = [line.strip() for line in source.read_text(encoding="utf-8").splitlines()]
+    except (OSError, UnicodeDecodeError):
+        raise InputError(f"{source} is neither a folder, an image, a data.yaml nor a text file of paths.") from None
+    found = [source.parent / line for line in lines if line]
+    if not found:
+        raise InputError(f"{source} lists no images.")
+    if missing := [p for p in found if not p.is_file()]:
+        raise InputError(f"{source} lists {len(missing)} files that are not there, the first {missing[0]}.")
+    return found
+
+
+def read_data_yaml(path: Path) -> DataYaml:
+    """Read a YOLOv5 data.yaml; `path` inside it is relative to the file. Raises InputError when it is unusable."""
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"There is no data file at {path}.") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        raise InputError(f"{path} is not a readable YAML file.") from None
+    if not isinstance(data, dict) or "names" not in data:
+        raise InputError(f"{path} is not a YOLOv5 data.yaml: it has no names.")
+    root = path.parent / str(data.get("path") or ".")
+    return DataYaml(_names(data, path), _split(data.get("train"), root), _split(data.get("val"), root))
+
+
+def _names(data: dict[str, Any], path: Path) -> tuple[str, ...]:
+    names = data["names"]
+    if isinstance(names, dict):
+        if sorted(names) != list(range(len(names))):
+            raise InputError(f"The class numbers in {path} are not 0, 1, 2, and so on.")
+        names = [names[i] for i in range(len(names))]
+    if not isinstance(names, list) or not names:
+        raise InputError(f"The names in {path} are not a list or a mapping.")
+    if "nc" in data and data["nc"] != len(names):
+        raise InputError(f"{path} says nc {data['nc']} but names {len(names)} classes.")
+    return tuple(map(str, names))
+
+
+def _split(entry: Any, root: Path) -> tuple[Path, ...]:
+    entries = entry if isinstance(entry, list) else [] if entry is None else [entry]
+    return tuple(p for e in entries for p in image_paths(root / str(e)))
+
+
+def calibration_images(source: Path) -> list[Path]:
+    """Images to calibrate on: of a folder, a text file, or a data.yaml (its train split, else val)."""
+    if source.suffix.lower() not in (".yaml", ".yml"):
+        return image_paths(source)
+    try:
+        data = read_data_yaml(source)
+    except InputError:
+        raise
+    found = data.train or data.val
+    if not found:
+        raise InputError(f"{source} names neither train nor val images.")
+    return list(found)
+
+
+def label_path(image: Path) -> Path:
+    """YOLOv5's rule: the last `images` folder of the path becomes `labels`, the suffix .txt."""
+    parts = list(image.parts)
+    for i in range(len(parts) - 2, -1, -1):
+        if parts[i] == "images":
+            parts[i] = "labels"
+            break
+    return Path(*parts).with_suffix(".txt")
+
+
+def read_labels(path: Path, nc: int) -> Labels:
+    """(n, 5): class, centre x, centre y, width, height in 0..1; polygons become their boxes; no file, no objects.
+
+    Raises InputError naming file and line where a row is malformed or its class is not 0..nc-1.
+    """
+    if not path.is_file():
+        return np.zeros((0, 5))
+    rows = []
+    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            values = [float(v) for v in line.split()]
+        except ValueError:
+            values = []
+        if len(values) > 6 and len(values) % 2 == 1:
+            points = np.array(values[1:]).reshape(-1, 2)
+            low, high = points.min(0), points.max(0)
+            values = [values[0], *((low + high) / 2), *(high - low)]
+        if len(values) != 5 or not np.isfinite(values).all():
+            raise InputError(f"{path}, line {number}: a label is a class and four numbers.")
+        if values[0] != int(values[0]) or not 0 <= values[0] < nc:
+            raise InputError(f"{path}, line {number}: class {values[0]:g} is not one of the model's {nc}.")
+        rows.append(values)
+    return np.array(rows).reshape(-1, 5)
+
+
+def read_image(path: Path) -> Image:
+    """RGB uint8 (h, w, 3). Raises InputError when it cannot be decoded."""
+    try:
+        data = np.fromfile(path, np.uint8)
+    except OSError:
+        raise InputError(f"{path} cannot be read.") from None
+    image = cv2.imdecode(data, cv2.IMREAD_COLOR) if data.size else None
+    if image is None:
+        raise InputError(f"{path} is not an image that can be decoded.")
+    return np.ascontiguousarray(image[..., ::-1]).astype(np.uint8, copy=False)
+
+
+def letterbox(image: Image, side: int) -> tuple[Image, Letterbox]:
+    """Scale to fit a square of `side` pixels keeping the aspect ratio (bilinear), pad the rest with grey, centred."""
+    h, w = image.shape[:2]
+    gain = min(side / h, side / w)
+    new_w, new_h = max(1, round(w * gain)), max(1, round(h * gain))
+    if (new_w, new_h) != (w, h):
+        image = cv2.resize(image, (new_w, new_h), interpolation=cv2.INTER_LINEAR).astype(np.uint8, copy=False)
+    pad_x, pad_y = (side - new_w) / 2, (side - new_h) / 2
+    left, top = round(pad_x - 0.1), round(pad_y - 0.1)
+    square = np.full((side, side, 3), PAD_VALUE, np.uint8)
+    square[top : top + new_h, left : left + new_w] = image
+    return square, Letterbox(gain, left, top)
+
+
+def to_tensor(images: Sequence[Image]) -> Tensor:
+    """Squares (side, side, 3) uint8 -> batch (n, 3, side, side) float32, 0..1."""
+    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous().float() / 255
+
+
+def spread(paths: Sequence[Path], count: int) -> list[Path]:
+    """At most `count` of the paths, evenly spaced over the whole list."""
+    if count >= len(paths):
+        return list(paths)
+    return [paths[i * len(paths) // count] for i in range(count)]
+
+
+def calibration_batches(paths: Sequence[Path], side: int, size: int) -> Iterator[tuple[Tensor, int]]:
+    """Letterboxed batches of up to `size` images and, with each, how many files had to be skipped as unreadable."""
+    squares: list[Image] = []
+    skipped = 0
+    for path in paths:
+        try:
+            squares.append(letterbox(read_image(path), side)[0])
+        except InputError:
+            skipped += 1
+        if len(squares) == size:
+            yield to_tensor(squares), skipped
+            squares, skipped = [], 0
+    if squares or skipped:
+        yield (to_tensor(squares) if squares else torch.empty(0, 3, side, side)), skipped
