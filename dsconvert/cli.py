@@ -51,9 +51,7 @@ def _threads(context: click.Context, parameter: click.Parameter, value: int | No
     return count
 
 
-threads = click.option(
-    "--threads", type=click.IntRange(1, 1024), callback=_threads, help="CPU threads (default: all)."
-)
+threads = click.option("--threads", type=click.IntRange(1, 1024), callback=_threads, help="CPU threads (default: all).")
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 80})
@@ -84,7 +82,13 @@ def cli() -> None:
 @force
 @as_json
 def quantize(
-    checkpoint: Path, calib: Path | None, threads: int, out: Path | None, force: bool, as_json: bool, **options: Any
+    checkpoint: Path,
+    calib: Path | None,
+    threads: int,
+    out: Path | None,
+    force: bool,
+    as_json: bool,
+    **options: Any,
 ) -> None:
     """Convert the C3 blocks of a YOLOv5 CHECKPOINT to DSConv.
 
@@ -102,7 +106,10 @@ def quantize(
         )
     with _progress() as progress:
         result = pipeline.quantize(
-            loaded, pipeline.QuantizeOptions(calib=calib, **options), shlex.join(["dsconvert", *sys.argv[1:]]), progress
+            loaded,
+            pipeline.QuantizeOptions(calib=calib, **options),
+            shlex.join(["dsconvert", *sys.argv[1:]]),
+            progress,
         )
     written = pipeline.save_quantized(result, folder, force)
     seconds = time.perf_counter() - began

@@ -1,6 +1,6 @@
 """The steps strung together: what the command line calls, and the Python API.
 
-    checkpoint -> network -> plan -> calibrate -> fit -> DSModel -> file -> ONNX
+checkpoint -> network -> plan -> calibrate -> fit -> DSModel -> file -> ONNX
 """
 
 from __future__ import annotations
@@ -145,7 +145,11 @@ def _synthetic(checkpoint: Checkpoint, options: QuantizeOptions, report: Progres
 
 
 def _fit_weights(
-    graph: Graph, params: Mapping[str, ConvParams], chosen: frozenset[str], options: QuantizeOptions, report: Progress
+    graph: Graph,
+    params: Mapping[str, ConvParams],
+    chosen: frozenset[str],
+    options: QuantizeOptions,
+    report: Progress,
 ) -> dict[str, DSTensor]:
     """DSConv for the chosen convolutions, plain int8 per channel for the others."""
     weights = {}
@@ -199,7 +203,10 @@ def _provenance(checkpoint: Checkpoint, options: QuantizeOptions, command: str) 
         "source_bytes": checkpoint.size_bytes,
         "dsconvert": dsconvert.__version__,
         "command": command,
-        "options": {**asdict(options), "calib": None if options.calib is None else str(options.calib.resolve())},
+        "options": {
+            **asdict(options),
+            "calib": None if options.calib is None else str(options.calib.resolve()),
+        },
     }
 
 
@@ -307,7 +314,11 @@ def evaluate(
         if c.names and len(c.names) != nc:
             raise InputError(f"{c.path} has {len(c.names)} classes, {data} has {nc}.")
     metrics = evaluate_predictors(
-        [c.predict for c in candidates], paths, sides.pop(), nc, lambda done, total: report("evaluate", done, total)
+        [c.predict for c in candidates],
+        paths,
+        sides.pop(),
+        nc,
+        lambda done, total: report("evaluate", done, total),
     )
     latencies = interleaved_latency([c.run_once for c in candidates])
     return [Evaluated(c, m, t) for c, m, t in zip(candidates, metrics, latencies, strict=True)]

@@ -12,9 +12,7 @@ def pack_bits(values: NDArray[np.int8] | NDArray[np.uint8], bits: int) -> NDArra
     return np.packbits(np.unpackbits(flat, axis=1, bitorder="little")[:, :bits].reshape(-1), bitorder="little")
 
 
-def unpack_bits(
-    packed: NDArray[np.uint8], bits: int, shape: tuple[int, ...], signed: bool = True
-) -> NDArray[np.int8]:
+def unpack_bits(packed: NDArray[np.uint8], bits: int, shape: tuple[int, ...], signed: bool = True) -> NDArray[np.int8]:
     """Inverse of `pack_bits`; `signed` extends the top bit. Raises ValueError when the length is wrong."""
     count = int(np.prod(shape))
     if packed.size != (count * bits + 7) // 8:

@@ -48,12 +48,17 @@ def coco_metrics(
     per_class = {int(i): float(precision[:, :, i].mean()) for i in np.nonzero(present)[0]}
     p, r = _best_f1(run.eval, present)
     return Metrics(
-        float(precision[:, :, present].mean()), float(precision[0][:, present].mean()), p, r, len(shapes), per_class
+        float(precision[:, :, present].mean()),
+        float(precision[0][:, present].mean()),
+        p,
+        r,
+        len(shapes),
+        per_class,
     )
 
 
 def _ground_truth(truths: Sequence[Array], shapes: Sequence[tuple[int, int]], nc: int) -> dict[str, Any]:
-    annotations = []
+    annotations: list[dict[str, Any]] = []
     for image, boxes in enumerate(truths):
         for kind, x1, y1, x2, y2 in boxes.tolist():
             annotations.append({
@@ -61,7 +66,11 @@ def _ground_truth(truths: Sequence[Array], shapes: Sequence[tuple[int, int]], nc
                 "bbox": [x1, y1, x2 - x1, y2 - y1], "area": (x2 - x1) * (y2 - y1),
             })  # fmt: skip
     images = [{"id": i, "height": h, "width": w} for i, (h, w) in enumerate(shapes)]
-    return {"images": images, "annotations": annotations, "categories": [{"id": i, "name": str(i)} for i in range(nc)]}
+    return {
+        "images": images,
+        "annotations": annotations,
+        "categories": [{"id": i, "name": str(i)} for i in range(nc)],
+    }
 
 
 def _results(detections: Sequence[Array]) -> list[dict[str, Any]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+from onnx import helper
 
 from dsconvert.export.builder import OnnxBuilder
 from dsconvert.yolo.network import Head
@@ -18,7 +19,8 @@ def add_decode(b: OnnxBuilder, raw: list[str], head: Head, imgsz: int, output: s
         split = b.node("Reshape", [value, b.shape(0, na, no, side, side)], f"{p}.split")
         last = b.node("Transpose", [split], f"{p}.last", perm=[0, 1, 3, 4, 2])
         s = b.node("Sigmoid", [last], f"{p}.sigmoid")
-        b.nodes.append(_split(b, s, [f"{p}.xy", f"{p}.wh", f"{p}.conf"], [2, 2, no - 4]))
+        parts = [f"{p}.xy", f"{p}.wh", f"{p}.conf"]
+        b.nodes.append(helper.make_node("Split", [s, b.shape(2, 2, no - 4)], parts, axis=4))
         # cell centres minus one half, in pixels: two small rows the engine spreads out once at load
         steps = (np.arange(side, dtype=np.float32) - np.float32(0.5)) * stride
         spread = b.shape(1, 1, side, side, 1)
@@ -33,12 +35,6 @@ def add_decode(b: OnnxBuilder, raw: list[str], head: Head, imgsz: int, output: s
         joined = b.node("Concat", [xy, wh, f"{p}.conf"], f"{p}.boxes", axis=4)
         levels.append(b.node("Reshape", [joined, b.shape(0, -1, no)], f"{p}.rows"))
     b.node("Concat", levels, output, axis=1)
-
-
-def _split(b: OnnxBuilder, value: str, names: list[str], sizes: list[int]) -> object:
-    from onnx import helper
-
-    return helper.make_node("Split", [value, b.shape(*sizes)], names, axis=4)
 
 
 def box_count(head: Head, imgsz: int) -> int:

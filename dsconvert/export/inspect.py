@@ -8,7 +8,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto
 
-BITS = {
+BITS: dict[int, int] = {
     TensorProto.FLOAT: 32, TensorProto.FLOAT16: 16, TensorProto.BFLOAT16: 16, TensorProto.INT8: 8,
     TensorProto.UINT8: 8, TensorProto.INT4: 4, TensorProto.UINT4: 4, TensorProto.INT32: 32,
 }  # fmt: skip
@@ -41,7 +41,13 @@ def conv_weights(model: onnx.ModelProto) -> list[OnnxWeight]:
         scale_bits = sum(_count(t) * 32 for t in parts if t is not largest and t.data_type == TensorProto.FLOAT)
         type_name = TensorProto.DataType.Name(largest.data_type).lower()
         found.append(
-            OnnxWeight(node.name or f"conv {index}", tuple(largest.dims), type_name, bits - scale_bits, _count(largest))
+            OnnxWeight(
+                node.name or f"conv {index}",
+                tuple(largest.dims),
+                type_name,
+                bits - scale_bits,
+                _count(largest),
+            )
         )
     return found
 

@@ -52,9 +52,7 @@ def export_float(
     return _finish(b, head, imgsz, dynamic_batch, {})
 
 
-def _finish(
-    b: OnnxBuilder, head: Head, imgsz: int, dynamic_batch: bool, extra: Mapping[str, str]
-) -> onnx.ModelProto:
+def _finish(b: OnnxBuilder, head: Head, imgsz: int, dynamic_batch: bool, extra: Mapping[str, str]) -> onnx.ModelProto:
     if imgsz % head.stride:
         raise InputError(f"The image size {imgsz} is not a multiple of the model's stride {head.stride}.")
     n: int | str = "batch" if dynamic_batch else 1

@@ -44,7 +44,12 @@ def fit_lockstep(
             if node.op == "conv":
                 source = grids[node.inputs[0]]
                 fitted[node.name] = fit_cds(
-                    node, weights[node.name], params[node.name], quants[node.inputs[0]], floats[node.name], source
+                    node,
+                    weights[node.name],
+                    params[node.name],
+                    quants[node.inputs[0]],
+                    floats[node.name],
+                    source,
                 )
             quants[node.name] = _each(
                 node,
@@ -59,9 +64,7 @@ def fit_lockstep(
     return fitted
 
 
-def _each(
-    node: Node, values: Mapping[str, list[Tensor]], step: Callable[[list[Tensor]], Tensor]
-) -> list[Tensor]:
+def _each(node: Node, values: Mapping[str, list[Tensor]], step: Callable[[list[Tensor]], Tensor]) -> list[Tensor]:
     return [step(list(xs)) for xs in zip(*(values[name] for name in node.inputs), strict=True)]
 
 
@@ -92,5 +95,3 @@ def fit_cds(
     usable = (var > 1e-12) & (cds > 0.5 * old) & (cds < 2 * old)
     cds = torch.where(usable, cds, old)
     return QConv(replace(weight, cds_w=cds.float()), ((st - cds * sa) / n).float())
-
-

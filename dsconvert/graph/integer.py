@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -87,7 +88,7 @@ def activation_table(kind: str, source: QParams, sigmoid: QParams | None, target
     return _quantize_np(product * ratio, target.zero_point)
 
 
-def _quantize_np(x: NDArray[np.float32], zero_point: int) -> NDArray[np.uint8]:
+def _quantize_np(x: NDArray[np.floating[Any]], zero_point: int) -> NDArray[np.uint8]:
     return np.clip(np.rint(x) + zero_point, 0, QMAX).astype(np.uint8)
 
 
@@ -116,9 +117,7 @@ def integer_add(inputs: list[Tensor], source: list[QParams], target: QParams) ->
     return torch.round((a.double() * float(ra) + total.double()).float()).clamp_(0, QMAX)
 
 
-def integer_step(
-    node: Node, inputs: list[Tensor], convs: Mapping[str, QConv], grids: Mapping[str, QParams]
-) -> Tensor:
+def integer_step(node: Node, inputs: list[Tensor], convs: Mapping[str, QConv], grids: Mapping[str, QParams]) -> Tensor:
     """One node in integer arithmetic."""
     source, target = [grids[name] for name in node.inputs], grids[node.name]
     if node.op == "conv":
@@ -129,9 +128,7 @@ def integer_step(
     if node.op == "add":
         return integer_add(inputs, source, target)
     if node.op == "concat":
-        inputs = [
-            q if g == target else target.quantize(g.dequantize(q)) for q, g in zip(inputs, source, strict=True)
-        ]
+        inputs = [q if g == target else target.quantize(g.dequantize(q)) for q, g in zip(inputs, source, strict=True)]
     return run.move(node, inputs)
 
 
@@ -146,6 +143,9 @@ def run_integer(
     grids = grid_of(graph, own)
     with torch.no_grad():
         out = run.execute(
-            graph, grids[INPUT].quantize(x), lambda node, inputs: integer_step(node, inputs, convs, grids), visit
+            graph,
+            grids[INPUT].quantize(x),
+            lambda node, inputs: integer_step(node, inputs, convs, grids),
+            visit,
         )
     return [grids[name].dequantize(q) for name, q in zip(graph.outputs, out, strict=True)]

@@ -289,7 +289,7 @@ def _named_classes() -> Iterator[dict[type[nn.Module], type]]:
 
 def _dressed(module: nn.Module, classes: Mapping[type[nn.Module], type], extra: Mapping[str, Any]) -> nn.Module:
     """A shallow copy of the module tree whose classes carry YOLOv5's names."""
-    kind = classes.get(type(module), type(module))
+    kind: Any = classes.get(type(module), type(module))
     if isinstance(module, nn.ModuleList) and extra.get("sequential"):
         kind = nn.Sequential
     copy = kind.__new__(kind)

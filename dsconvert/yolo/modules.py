@@ -42,7 +42,8 @@ class Conv(nn.Module):
         if not isinstance(self.bn, nn.BatchNorm2d):
             return
         bn, conv = self.bn, self.conv
-        assert bn.running_mean is not None and bn.running_var is not None
+        assert bn.running_mean is not None
+        assert bn.running_var is not None
         gain = bn.weight.detach().double() / torch.sqrt(bn.running_var.double() + bn.eps)
         fused = nn.Conv2d(
             conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding,  # type: ignore[arg-type]
@@ -73,7 +74,14 @@ class C3(nn.Module):
     """Cross-stage partial block: two 1x1 branches, one through n bottlenecks, joined by a third 1x1."""
 
     def __init__(
-        self, c1: int, c2: int, n: int = 1, shortcut: bool = True, g: int = 1, e: float = 0.5, act: str = "SiLU"
+        self,
+        c1: int,
+        c2: int,
+        n: int = 1,
+        shortcut: bool = True,
+        g: int = 1,
+        e: float = 0.5,
+        act: str = "SiLU",
     ) -> None:
         super().__init__()
         hidden = int(c2 * e)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dsconvert.errors import InputError
-from dsconvert.yolo.modules import C3, SPP, SPPF, ACTIVATIONS, Bottleneck, Concat, Conv, Detect, Focus
+from dsconvert.yolo.modules import ACTIVATIONS, C3, SPP, SPPF, Bottleneck, Concat, Conv, Detect, Focus
 
 MAX_LAYERS = 200  # the largest published YOLOv5 (P7) has fewer than 60 rows
 
@@ -148,7 +148,9 @@ def _layer(
             c2 = math.ceil(_positive(args[0], "channels") * width / 8) * 8
             rest = args[1:]
             if kind == "C3":
-                return C3(c1, c2, n, *rest, act=act), c2
+                shortcut = bool(rest[0]) if rest else True
+                groups = _positive(rest[1], "groups") if len(rest) > 1 else 1
+                return C3(c1, c2, n, shortcut, groups, act=act), c2
             make: Any = {"Conv": Conv, "SPP": SPP, "SPPF": SPPF, "Focus": Focus, "Bottleneck": Bottleneck}[kind]
             blocks = [make(c1 if i == 0 else c2, c2, *rest, act=act) for i in range(n)]
             return (blocks[0] if n == 1 else nn.Sequential(*blocks)), c2
