@@ -45,7 +45,13 @@ def assign(targets: Tensor, anchors: Tensor, rows: int, columns: int) -> Assigne
     fraction = centre % 1
     before = (fraction < 0.5) & (centre > 1)
     after = (fraction > 0.5) & (centre < size - 1)
-    steps = [(None, (0, 0)), (before[:, 0], (-1, 0)), (before[:, 1], (0, -1)), (after[:, 0], (1, 0)), (after[:, 1], (0, 1))]
+    steps = [
+        (None, (0, 0)),
+        (before[:, 0], (-1, 0)),
+        (before[:, 1], (0, -1)),
+        (after[:, 0], (1, 0)),
+        (after[:, 1], (0, 1)),
+    ]
     cells, picks = [], []
     for mask, step in steps:
         pick = torch.arange(len(box)) if mask is None else mask.nonzero()[:, 0]

@@ -38,9 +38,7 @@ def draw_scenes(count: int) -> tuple[Tensor, list[Tensor]]:
     return images, labels
 
 
-def batch_of(
-    images: Tensor, labels: list[Tensor], picks: Tensor, generator: torch.Generator
-) -> tuple[Tensor, Tensor]:
+def batch_of(images: Tensor, labels: list[Tensor], picks: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Float batch and targets (t, 6), each image mirrored and its channels rescaled at random."""
     batch = images[picks].float() / 255
     gains = 1 + 0.3 * (torch.rand(len(picks), 3, 1, 1, generator=generator) - 0.5)
@@ -79,7 +77,8 @@ def train(args: argparse.Namespace) -> None:
     network = new_network(config).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     average = copy.deepcopy(network)
     head = head_from_detect(network.detect, STRIDES, NAMES)
-    decay, plain = [], []
+    decay: list[nn.Parameter] = []
+    plain: list[nn.Parameter] = []
     for p in network.parameters():
         (decay if p.dim() > 1 else plain).append(p)
     optimiser = torch.optim.AdamW([{"params": decay, "weight_decay": 0.02}, {"params": plain, "weight_decay": 0.0}])
@@ -117,8 +116,8 @@ def train(args: argparse.Namespace) -> None:
 def main() -> None:
     """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--epochs", type=int, default=24)
-    parser.add_argument("--scenes", type=int, default=4000)
+    parser.add_argument("--epochs", type=int, default=12)
+    parser.add_argument("--scenes", type=int, default=6000)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--rate", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=0)

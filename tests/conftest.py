@@ -1,0 +1,71 @@
+"""Small networks and images every test file may use."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from dsconvert.yolo.network import Head, Network, head_from_detect
+
+ROOT = Path(__file__).resolve().parents[1]
+SHARED = ROOT.parent / "shared" / "data"
+DEMO = ROOT / "calib" / "demo"
+
+# Two C3 blocks (one with a residual), an SPPF, an upsampling and a concatenation, two detection levels.
+TINY = {
+    "nc": 2,
+    "depth_multiple": 0.33,
+    "width_multiple": 0.25,
+    "backbone": [
+        [-1, 1, "Conv", [32, 6, 2, 2]],
+        [-1, 1, "Conv", [64, 3, 2]],
+        [-1, 3, "C3", [64]],
+        [-1, 1, "Conv", [160, 3, 2]],
+        [-1, 1, "SPPF", [160, 5]],
+    ],
+    "head": [
+        [-1, 1, "nn.Upsample", ["None", 2, "nearest"]],
+        [[-1, 2], 1, "Concat", [1]],
+        [-1, 3, "C3", [96, False]],
+        [[7, 4], 1, "Detect", ["nc", "anchors"]],
+    ],
+}
+
+
+def randomise(network: Network, seed: int = 0) -> None:
+    """Weights, BatchNorm statistics and anchors as unlike their defaults as a trained network's."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, value in network.state_dict().items():
+        if not value.is_floating_point():
+            continue
+        noise = torch.rand(value.shape, generator=generator)
+        if name.endswith("running_var"):
+            value.copy_(0.5 + noise)
+        elif value.dim() == 1:
+            value.copy_((0.8 + 0.4 * noise) if "bn.weight" in name else noise - 0.5)
+        elif name.endswith("anchors"):
+            value.copy_(1 + 4 * noise)
+        else:
+            fan_in = value[0].numel()
+            value.copy_(torch.randn(value.shape, generator=generator) * (2 / fan_in) ** 0.5)
+
+
+@pytest.fixture
+def tiny() -> tuple[Network, Head]:
+    """A random two-level network of 12 convolutions and its head."""
+    network = Network(TINY, nc=2, na=3).eval()
+    randomise(network)
+    network.requires_grad_(False)
+    return network, head_from_detect(network.detect, [4, 8], ["cat", "dog"])
+
+
+@pytest.fixture
+def picture() -> torch.Tensor:
+    """One image (1, 3, 64, 64) on the 8-bit grid: smooth colour with some grain."""
+    generator = torch.Generator().manual_seed(1)
+    coarse = torch.rand(1, 3, 8, 8, generator=generator)
+    smooth = torch.nn.functional.interpolate(coarse, size=(64, 64), mode="bilinear")
+    grain = torch.rand(1, 3, 64, 64, generator=generator)
+    return ((0.8 * smooth + 0.2 * grain) * 255).round() / 255

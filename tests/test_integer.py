@@ -1,0 +1,89 @@
+"""The integer executor against plain numpy integers and float64."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from dsconvert.fit.least_squares import fit_weight
+from dsconvert.graph.integer import (
+    SIGMOID,
+    QConv,
+    QParams,
+    activation_table,
+    grid_of,
+    integer_add,
+    integer_conv,
+    integer_step,
+)
+from dsconvert.graph.ir import INPUT, Graph, Node
+
+RNG = np.random.default_rng(0)
+
+
+@pytest.mark.parametrize(("stride", "padding", "groups"), [(1, 1, 1), (2, 1, 2)])
+def test_conv_is_exact_integer_arithmetic(stride, padding, groups):
+    node = Node("conv", "c", ("x",), {"stride": stride, "padding": padding, "dilation": 1, "groups": groups})
+    weight = fit_weight(torch.randn(4, 4 // groups, 3, 3, generator=torch.Generator().manual_seed(0)), 4, 2)
+    source, target = QParams(0.02, 7), QParams(0.05, 120)
+    conv = QConv(weight, torch.tensor([0.1, -0.2, 0.3, 0.0]))
+    q = torch.from_numpy(RNG.integers(0, 256, (1, 4, 6, 6)).astype(np.float32))
+    out = integer_conv(node, q, conv, source, target).numpy()
+
+    x = np.pad(q.numpy().astype(np.int64) - 7, ((0, 0), (0, 0), (padding,) * 2, (padding,) * 2))
+    w = weight.merged().numpy().astype(np.int64)
+    bias = conv.bias_int(source.scale).numpy().astype(np.int64)
+    for o, r, c in np.ndindex(out.shape[1:]):
+        first = (o // (4 // groups)) * (4 // groups)
+        patch = x[0, first : first + 4 // groups, r * stride : r * stride + 3, c * stride : c * stride + 3]
+        acc = int((patch * w[o]).sum() + bias[o])
+        multiplier = np.float32(np.float32(source.scale) * weight.cds_w[o].numpy()) / np.float32(target.scale)
+        wanted = np.clip(np.rint(np.float32(acc) * multiplier) + 120, 0, 255)
+        assert out[0, o, r, c] == wanted
+
+
+def test_bias_is_in_accumulator_units():
+    weight = fit_weight(torch.ones(1, 1, 1, 1), 8, 1)
+    bias = QConv(weight, torch.tensor([1.0])).bias_int(0.5)
+    assert bias.dtype == torch.int32
+    assert bias.item() == round(1.0 / (0.5 * weight.cds_w.item()))
+
+
+@pytest.mark.parametrize("kind", ["SiLU", "ReLU", "LeakyReLU", "Hardswish"])
+def test_activation_table_is_within_a_step_of_the_real_function(kind):
+    source, target = QParams(0.05, 100), QParams(0.04, 20)
+    table = activation_table(kind, source, SIGMOID, target).astype(np.float64)
+    x = (np.arange(256) - 100) * 0.05
+    real = {
+        "SiLU": x / (1 + np.exp(-x)),
+        "ReLU": np.maximum(x, 0),
+        "LeakyReLU": np.where(x > 0, x, 0.1 * x),
+        "Hardswish": x * np.clip(x + 3, 0, 6) / 6,
+    }[kind]
+    wanted = np.clip(real / 0.04 + 20, 0, 255)
+    # half a step of rounding; SiLU's sigmoid is itself on a 1/255 grid: |x| / 510 more, at most 0.4 steps here
+    assert np.abs(table - wanted).max() < 0.5 + (0.4 if kind == "SiLU" else 0.001)
+
+
+def test_add_and_concat_requantize_to_the_target_grid():
+    a, b, out = QParams(0.1, 10), QParams(0.03, 0), QParams(0.12, 40)
+    qa = torch.from_numpy(RNG.integers(0, 256, 500).astype(np.float32))
+    qb = torch.from_numpy(RNG.integers(0, 256, 500).astype(np.float32))
+    exact = (qa.double() - 10) * 0.1 / 0.12 + qb.double() * 0.03 / 0.12 + 40
+    # float32 rounding can only tip values that are within 1e-4 of a tie
+    clear = ((exact % 1) - 0.5).abs() > 1e-4
+    got = integer_add([qa, qb], [a, b], out)
+    assert torch.equal(got[clear].double(), exact.round().clamp(0, 255)[clear])
+    node = Node("concat", "o", ("a", "b"))
+    x = qa.reshape(1, 1, 20, 25)
+    joined = integer_step(node, [x, x], {}, {"a": a, "b": out, "o": out})
+    assert torch.equal(joined[:, 1:], x)  # same grid: untouched
+    assert torch.equal(joined[:, :1], (((x - 10) * 0.1 / 0.12).round() + 40).clamp(0, 255))
+
+
+def test_moving_ops_share_their_input_grid():
+    pool = Node("maxpool", "p", (INPUT,), {"kernel": 3, "stride": 1, "padding": 1})
+    up = Node("upsample", "u", ("p",), {"scale": 2})
+    grid = QParams(1 / 255, 0)
+    assert grid_of(Graph((pool, up), ("u",)), {INPUT: grid}) == {INPUT: grid, "p": grid, "u": grid}

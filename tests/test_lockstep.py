@@ -1,0 +1,89 @@
+"""Shifts fitted from calibration values."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from dsconvert.fit.least_squares import fit_weight
+from dsconvert.fit.lockstep import fit_cds, fit_lockstep
+from dsconvert.fit.ranges import choose_grids, sample_values
+from dsconvert.graph.integer import QConv, QParams, run_integer
+from dsconvert.graph.ir import ConvParams, Node
+from dsconvert.graph.run import conv, run_float
+from dsconvert.yolo.lower import lower
+
+POINT = {"stride": 1, "padding": 0, "dilation": 1, "groups": 1}
+
+
+def test_cds_is_the_regression_of_float_outputs_on_the_accumulator():
+    generator = torch.Generator().manual_seed(0)
+    node = Node("conv", "c", ("x",), POINT)
+    weight = torch.randn(3, 8, 1, 1, generator=generator)
+    fitted = fit_weight(weight, 3, 4)
+    source = QParams(0.01, 5)
+    q = [torch.randint(0, 256, (2, 8, 9, 9), generator=generator).to(torch.uint8) for _ in range(2)]
+    real = [(x.float() - 5) * 0.01 for x in q]
+    wanted = [conv(node, x, weight, torch.tensor([1.0, 2.0, 3.0])) for x in real]
+    result = fit_cds(node, fitted, ConvParams(weight, torch.zeros(3)), q, wanted, source)
+    acc = torch.cat([conv(node, x, fitted.merged().float(), None) for x in real])
+    for o in range(3):
+        a = np.stack((acc[:, o].flatten().double().numpy(), np.ones(acc[:, o].numel())), 1)
+        y = torch.cat(wanted)[:, o].flatten().double().numpy()
+        cds, bias = np.linalg.lstsq(a, y, rcond=None)[0]
+        # the accumulators are float32; the sums float64
+        assert result.weight.cds_w[o].item() == pytest.approx(cds, rel=1e-4)
+        assert result.bias[o].item() == pytest.approx(bias, rel=1e-3)
+
+
+def test_constant_input_keeps_the_scale_and_corrects_the_bias():
+    node = Node("conv", "c", ("x",), POINT)
+    weight = torch.ones(1, 1, 1, 1)
+    fitted = fit_weight(weight, 4, 1)
+    q = [torch.full((1, 1, 4, 4), 100, dtype=torch.uint8)]
+    result = fit_cds(
+        node, fitted, ConvParams(weight, torch.zeros(1)), q, [torch.full((1, 1, 4, 4), 5.0)], QParams(0.1, 0)
+    )
+    assert torch.equal(result.weight.cds_w, fitted.cds_w)
+    # 100 * 0.1 * W' + b = 5 with W' = 1 up to float32
+    assert result.bias.item() == pytest.approx(-5.0, abs=1e-5)
+
+
+def network_parts(tiny, picture):
+    network, _ = tiny
+    graph, params = lower(network.fuse())
+    batches = [picture, picture.flip(3), picture.flip(2), 1 - picture]
+    own = choose_grids(graph, sample_values(graph, params, batches, 0), 0)
+    return graph, params, batches, own
+
+
+def test_fitted_shifts_beat_the_weights_own(tiny, picture):
+    graph, params, batches, own = network_parts(tiny, picture)
+    weights = {n.name: fit_weight(params[n.name].weight, 4, 32) for n in graph.convs()}
+    plain = {name: QConv(w, params[name].bias) for name, w in weights.items()}
+    fitted = fit_lockstep(graph, params, weights, own, batches)
+    unseen = picture.flip(1)
+
+    def error(convs):
+        got, wanted = run_integer(graph, convs, own, unseen), run_float(graph, params, unseen)
+        return sum(float((a - b).square().mean() / b.square().mean()) for a, b in zip(got, wanted, strict=True))
+
+    assert error(fitted) < error(plain)
+
+
+def test_eight_bits_are_close_to_float(tiny, picture):
+    graph, params, batches, own = network_parts(tiny, picture)
+    weights = {n.name: fit_weight(params[n.name].weight, 8, params[n.name].weight.shape[1]) for n in graph.convs()}
+    convs = fit_lockstep(graph, params, weights, own, batches)
+    for got, wanted in zip(run_integer(graph, convs, own, picture), run_float(graph, params, picture), strict=True):
+        noise = (got - wanted).square().mean() / wanted.square().mean()
+        assert noise < 0.01  # about 40 dB per quantizer, some thirty of them in a row: better than 20 dB
+
+
+def test_progress_counts_every_node(tiny, picture):
+    graph, params, batches, own = network_parts(tiny, picture)
+    weights = {n.name: fit_weight(params[n.name].weight, 4, 32) for n in graph.convs()}
+    seen: list[tuple[int, int]] = []
+    fit_lockstep(graph, params, weights, own, batches[:1], lambda done, total: seen.append((done, total)))
+    assert seen == [(i + 1, len(graph.nodes)) for i in range(len(graph.nodes))]

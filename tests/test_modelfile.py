@@ -1,0 +1,74 @@
+"""The model file: what goes in comes out, and damage is one sentence."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.numpy import save_file
+from test_export import converted  # noqa: F401 (a fixture)
+
+from dsconvert.errors import InputError
+from dsconvert.modelfile import load_model, model_bytes
+
+
+@pytest.fixture
+def model(converted):  # noqa: F811
+    provenance = {"source": "best.pt", "options": {"calib": None}}
+    return replace(converted, provenance=provenance)
+
+
+def test_round_trip_and_equal_bytes(model, tmp_path):
+    path = tmp_path / "m.safetensors"
+    path.write_bytes(model_bytes(model))
+    read = load_model(path)
+    assert (read.graph, read.head, read.imgsz, read.provenance) == (
+        model.graph, model.head, model.imgsz, model.provenance,
+    )  # fmt: skip
+    assert read.activations == model.activations
+    for name, conv in model.convs.items():
+        assert torch.equal(read.convs[name].weight.merged(), conv.weight.merged())
+        assert torch.equal(read.convs[name].weight.vqk, conv.weight.vqk)
+        assert torch.equal(read.convs[name].weight.cds_w, conv.weight.cds_w)
+        assert torch.equal(read.convs[name].bias, conv.bias)
+    assert model_bytes(read) == path.read_bytes() == model_bytes(model)
+
+
+def test_shift_z_is_kept(model, tmp_path):
+    name = next(n for n, c in model.convs.items() if c.weight.bits == 4)
+    conv = model.convs[name]
+    z = torch.full_like(conv.weight.m, 127 - int(conv.weight.merged().int().abs().max()))
+    shifted = replace(model, convs={**model.convs, name: replace(conv, weight=replace(conv.weight, z=z))})
+    path = tmp_path / "m.safetensors"
+    path.write_bytes(model_bytes(shifted))
+    assert torch.equal(load_model(path).convs[name].weight.merged(), shifted.convs[name].weight.merged())
+
+
+def test_storage_is_the_stated_bits(model):
+    tensors = sum(c.weight.weight_bits * c.weight.vqk.numel() / 8 for c in model.convs.values())
+    shifts = sum(8 * len(c.bias) for c in model.convs.values())
+    header = len(json.dumps(model.graph.to_json()))
+    # the rest of the header (layers, grids, tensor table) is a few hundred bytes a layer
+    assert tensors + shifts < len(model_bytes(model)) < tensors + shifts + header + 600 * len(model.convs)
+
+
+def test_damage_is_one_sentence(model, tmp_path):
+    data = model_bytes(model)
+    path = tmp_path / "m.safetensors"
+    for broken in (b"", data[:100], data[:-1000], b"x" * 5000):
+        path.write_bytes(broken)
+        with pytest.raises(InputError, match="not a readable safetensors"):
+            load_model(path)
+    with pytest.raises(InputError, match="no model file"):
+        load_model(tmp_path / "missing.safetensors")
+    save_file({"a": torch.zeros(1).numpy()}, path)
+    with pytest.raises(InputError, match="not one made by dsconvert"):
+        load_model(path)
+    path.write_bytes(data.replace(b'\\"bits\\":4', b'\\"bits\\":5'))
+    with pytest.raises(InputError, match="damaged"):
+        load_model(path)
+    path.write_bytes(data.replace(b'\\"version\\":1', b'\\"version\\":9'))
+    with pytest.raises(InputError, match="format version 9"):
+        load_model(path)

@@ -1,0 +1,68 @@
+"""Activation grids."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+
+from dsconvert.fit.ranges import GRID, best_range, choose_grids, sample_values
+from dsconvert.graph.integer import QParams, grid_of
+from dsconvert.graph.ir import INPUT
+from dsconvert.yolo.lower import lower
+
+
+def test_grid_of_a_range_holds_zero_exactly():
+    grid = QParams.of_range(-0.5, 2.0)
+    assert grid.scale == pytest.approx(2.5 / 255)
+    assert grid.zero_point == 51
+    assert grid.dequantize(torch.tensor(51.0)) == 0
+    assert QParams.of_range(1.0, 2.0).zero_point == 0  # widened down to zero
+    assert QParams.of_range(-2.0, -1.0).zero_point == 255
+
+
+def test_quantize_rounds_half_to_even_and_clamps():
+    grid = QParams(1.0, 10)
+    values = torch.tensor([-100.0, -0.5, 0.5, 1.5, 2.4, 1000.0])
+    assert grid.quantize(values).tolist() == [0, 10, 10, 12, 12, 255]
+
+
+def test_uniform_values_keep_their_whole_range():
+    values = torch.linspace(0, 10, 10001)
+    assert best_range(values, lambda x: x).scale == pytest.approx(10 / 255)
+
+
+def test_best_range_is_the_best_of_its_candidates():
+    generator = torch.Generator().manual_seed(0)
+    # 200 000 normal values and one at 6: a finer grid for the many outweighs clipping the one
+    values = torch.cat((torch.randn(200_000, generator=generator).abs(), torch.tensor([6.0])))
+    chosen = best_range(values, lambda x: x)
+
+    def error(high: float) -> float:
+        grid = QParams.of_range(0.0, high)
+        return float((grid.dequantize(grid.quantize(values)) - values).square().sum())
+
+    best = min((float(values.max()) * g for g in GRID), key=error)
+    assert chosen.scale == pytest.approx(best / 255)
+    assert best < float(values.max())
+
+
+def test_range_before_silu_ignores_what_silu_flattens():
+    values = torch.cat((torch.linspace(-60, -20, 1000), torch.linspace(-2, 4, 1000)))
+    assert best_range(values, F.silu).zero_point * best_range(values, F.silu).scale < 30  # low end well above -60
+    # 0.2 of the extreme is the lowest share tried, so -12 is the best it can do
+    assert best_range(values, F.silu).scale == pytest.approx((12 + 4) / 255, rel=0.02)  # the grid's own steps
+
+
+def test_every_value_gets_a_grid_and_the_image_is_exact(tiny, picture):
+    network, _ = tiny
+    graph, params = lower(network.fuse())
+    samples = sample_values(graph, params, [picture], seed=0)
+    own = choose_grids(graph, samples, seed=0)
+    assert set(grid_of(graph, own)) == {INPUT, *(n.name for n in graph.nodes)}
+    image = own[INPUT]
+    assert torch.equal(image.quantize(picture), (picture * 255).round())
+    assert np.isclose(image.scale, 1 / 255)
+    again = choose_grids(graph, sample_values(graph, params, [picture], seed=0), seed=0)
+    assert own == again

@@ -1,0 +1,51 @@
+"""Images from BatchNorm statistics."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from dsconvert.fit.synthesize import _distance, synthesize
+
+
+def network() -> nn.Sequential:
+    """One BatchNorm that remembers darker, flatter images than noise."""
+    net = nn.Sequential(nn.Conv2d(3, 3, 1, bias=False), nn.BatchNorm2d(3)).eval()
+    net[0].weight.data.copy_(torch.eye(3)[:, :, None, None])
+    net[1].running_mean.copy_(torch.tensor([0.2, 0.3, 0.4]))
+    net[1].running_var.copy_(torch.tensor([0.01, 0.01, 0.04]))
+    return net
+
+
+def test_pixels_take_on_the_remembered_statistics():
+    images = torch.cat(synthesize(network(), 8, 32, 200, seed=0))
+    # an optimiser's residue after 200 steps on a problem that can be solved exactly, and the 8-bit grid
+    assert torch.allclose(images.mean((0, 2, 3)), torch.tensor([0.2, 0.3, 0.4]), atol=0.02)
+    assert torch.allclose(images.var((0, 2, 3)), torch.tensor([0.01, 0.01, 0.04]), rtol=0.2)
+
+
+def test_distance_is_zero_at_the_statistics_and_known_elsewhere():
+    net = network()
+    images = torch.zeros(1, 3, 1, 2)
+    images[0, :, 0, 0] = 0.1
+    net[1].running_mean.copy_(torch.full((3,), 0.05))
+    net[1].running_var.copy_(torch.full((3,), 0.005))  # unbiased variance of (0.1, 0)
+    assert _distance(net, [net[1]], images).item() == pytest.approx(0, abs=1e-6)  # float32 square roots
+    net[1].running_mean.copy_(torch.full((3,), 0.05 + 0.005**0.5))  # one deviation off
+    assert _distance(net, [net[1]], images).item() == pytest.approx(1, rel=1e-4)
+
+
+def test_same_seed_same_images_on_the_8_bit_grid():
+    a, b, c = (torch.cat(synthesize(network(), 3, 32, 2, seed=s)) for s in (1, 1, 2))
+    assert torch.equal(a, b)
+    assert not torch.equal(a, c)
+    assert tuple(a.shape) == (8, 3, 32, 32)  # whole batches
+    assert torch.allclose(a * 255, (a * 255).round(), atol=1e-4)  # float32 of k / 255
+    assert a.min() >= 0
+    assert a.max() <= 1
+
+
+def test_without_batchnorm_there_is_nothing_to_start_from():
+    with pytest.raises(ValueError, match="BatchNorm"):
+        synthesize(nn.Conv2d(3, 3, 1), 1, 32, 1, 0)

@@ -1,0 +1,65 @@
+"""The DSConv value: shapes, limits, merging."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from dsconvert.dsconv.tensor import DSTensor, block_count, expand_blocks, max_multiplier, vqk_limits
+
+
+def make(vqk: list, m: list, cds: list, bits: int = 4, block: int = 2, z: list | None = None) -> DSTensor:
+    shift = None if z is None else torch.tensor(z, dtype=torch.int8)
+    return DSTensor(
+        torch.tensor(vqk, dtype=torch.int8), torch.tensor(m, dtype=torch.int8), shift, torch.tensor(cds), bits, block
+    )
+
+
+def test_limits_are_twos_complement_and_never_minus_128():
+    assert [vqk_limits(b) for b in (2, 3, 4, 8)] == [(-2, 1), (-4, 3), (-8, 7), (-127, 127)]
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_largest_product_stays_in_int8(bits):
+    low, _ = vqk_limits(bits)
+    m = max_multiplier(bits)
+    assert -m * low <= 127
+    assert m == 15 or -(m + 1) * low > 127  # and one more would leave it
+
+
+def test_ragged_last_block_is_the_short_one():
+    assert block_count(48, 32) == 2
+    kds = torch.tensor([1, 2]).reshape(1, 2, 1, 1)
+    assert expand_blocks(kds, 48, 32).flatten().tolist() == [1] * 32 + [2] * 16
+
+
+def test_weight_is_the_equation():
+    # 3 channels in blocks of 2: m = 3 for the first two, 5 for the last; shift 1 and -2; CDSw = 0.5
+    t = make([[[[1]], [[-2]], [[7]]]], [[[[3]], [[5]]]], [0.5], z=[[[[1]], [[-2]]]])
+    assert t.merged().flatten().tolist() == [4, -5, 33]
+    assert t.weight().flatten().tolist() == [2.0, -2.5, 16.5]
+
+
+def test_bits_count_the_shifts_of_dsconv_and_none_for_plain_int8():
+    vqk = torch.zeros(2, 32, 1, 1, dtype=torch.int8)
+    ones = torch.ones(2, 1, 1, 1, dtype=torch.int8)
+    assert DSTensor(vqk, ones, None, torch.ones(2), 4, 32).weight_bits == 4 + 4 / 32
+    plain = DSTensor(vqk, ones, None, torch.ones(2), 8, 32)
+    assert plain.is_plain_int8
+    assert plain.weight_bits == 8
+
+
+@pytest.mark.parametrize(
+    ("m", "vqk", "z"),
+    [([[[[0]]]], 1, None), ([[[[16]]]], 1, None), ([[[[1]]]], 8, None), ([[[[15]]]], -8, [[[[-8]]]])],
+)
+def test_values_outside_their_range_are_refused(m, vqk, z):
+    with pytest.raises(ValueError, match=r"m must|leaves"):
+        make([[[[vqk]]]], m, [1.0], z=z)
+
+
+def test_parts_of_the_wrong_shape_are_refused():
+    with pytest.raises(ValueError, match="KDS must have shape"):
+        make([[[[1]], [[1]], [[1]]]], [[[[1]]]], [1.0])
+    with pytest.raises(ValueError, match="CDSw must have shape"):
+        make([[[[1]]]], [[[[1]]]], [1.0, 2.0])
