@@ -305,10 +305,7 @@ def evaluate(
         raise InputError(f"{data} names neither val nor train images.")
     if samples is not None:
         paths = spread(paths, samples)
-    candidates = [load_candidate(path, imgsz, float_activations) for path in models]
-    sides = {c.side for c in candidates}
-    if len(sides) > 1:
-        raise InputError(f"The models were made for different image sizes {sorted(sides)}; give --imgsz.")
+    candidates = _candidates(models, imgsz, float_activations)
     nc = len(described.names)
     for c in candidates:
         if c.names and len(c.names) != nc:
@@ -316,9 +313,19 @@ def evaluate(
     metrics = evaluate_predictors(
         [c.predict for c in candidates],
         paths,
-        sides.pop(),
+        candidates[0].side,
         nc,
         lambda done, total: report("evaluate", done, total),
     )
     latencies = interleaved_latency([c.run_once for c in candidates])
     return [Evaluated(c, m, t) for c, m, t in zip(candidates, metrics, latencies, strict=True)]
+
+
+def _candidates(models: Sequence[Path], imgsz: int | None, float_activations: bool) -> list[Candidate]:
+    """All models at one image size: the one asked for, else the one the others were made for (a `.pt` fits any)."""
+    sized = {p: load_candidate(p, imgsz, float_activations) for p in models if p.suffix != ".pt"}
+    sides = {c.side for c in sized.values()}
+    if len(sides) > 1:
+        raise InputError(f"The models were made for different image sizes {sorted(sides)}; give --imgsz.")
+    side = sides.pop() if sides else imgsz
+    return [sized[p] if p in sized else load_candidate(p, side, float_activations) for p in models]

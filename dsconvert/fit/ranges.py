@@ -26,11 +26,10 @@ def sample_values(
 ) -> dict[str, Tensor]:
     """Value name -> calibration values: per image a random sample, its minimum and its maximum always in it."""
     generator = torch.Generator().manual_seed(seed)
-    wanted = {n.name for n in graph.nodes if not keeps_grid(n.op)}
-    kept: dict[str, list[Tensor]] = {name: [] for name in wanted}
+    kept: dict[str, list[Tensor]] = {n.name: [] for n in graph.nodes if not keeps_grid(n.op)}
 
     def visit(name: str, value: Tensor) -> None:
-        if name not in wanted:
+        if name not in kept:
             return
         for image in value:
             flat = image.reshape(-1)

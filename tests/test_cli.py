@@ -1,0 +1,162 @@
+"""Commands as a user types them: outputs, JSON, exit codes, one-sentence errors."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+
+from dsconvert.yolo.checkpoint import yolov5_bytes
+
+RNG = np.random.default_rng(0)
+
+
+def dsconvert(*args: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "dsconvert", *map(str, args)]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300)
+
+
+@pytest.fixture
+def work(tiny, tmp_path) -> Path:
+    """A folder with best.pt, four labelled pictures and data.yaml."""
+    network, head = tiny
+    (tmp_path / "best.pt").write_bytes(yolov5_bytes(network, head))
+    for kind in ("images", "labels"):
+        (tmp_path / kind / "val").mkdir(parents=True)
+    for i in range(4):
+        picture = cv2.resize(RNG.integers(0, 256, (8, 10, 3), dtype=np.uint8), (100, 80))
+        cv2.imwrite(str(tmp_path / "images" / "val" / f"{i}.jpg"), picture)
+        (tmp_path / "labels" / "val" / f"{i}.txt").write_text("0 0.5 0.5 0.4 0.4\n1 0.3 0.3 0.2 0.2\n")
+    (tmp_path / "data.yaml").write_text("path: .\nval: images/val\nnames: [cat, dog]\n")
+    return tmp_path
+
+
+def quantize(work: Path, *more: str) -> subprocess.CompletedProcess[str]:
+    return dsconvert("quantize", "best.pt", "--calib", "data.yaml", "--imgsz", "64", *more, cwd=work)
+
+
+def test_the_three_commands_one_after_the_other(work):
+    first = quantize(work)
+    assert first.returncode == 0, first.stderr
+    assert "Next: dsconvert export --onnx" in first.stdout
+    assert "\r" not in first.stderr  # no progress bars when stderr is no terminal
+    folder = work / "runs/dsconvert/best"
+    assert sorted(p.name for p in folder.iterdir()) == ["model.safetensors", "quantize.json"]
+    report = json.loads((folder / "quantize.json").read_text())
+    assert report["calibration_images"] == 4
+    assert {row["kind"] for row in report["layers"]} == {"DSConv", "int8"}
+
+    second = dsconvert("export", "--onnx", cwd=work)
+    assert second.returncode == 0, second.stderr
+    assert (folder / "model-packed.onnx").is_file()
+
+    third = dsconvert("eval", "--json", cwd=work)
+    assert third.returncode == 0, third.stderr
+    models = json.loads(third.stdout)["models"]
+    assert [m["format"] for m in models] == ["pt", "safetensors"]
+    for m in models:
+        assert {"path", "map50_95", "map50", "size_bytes", "latency_ms", "images"} <= set(m)
+        assert m["latency_ms"]["min"] <= m["latency_ms"]["median"]
+        assert m["images"] == 4
+        assert m["size_bytes"] == Path(m["path"]).stat().st_size if Path(m["path"]).is_absolute() else True
+
+    fourth = dsconvert("info", "--json", cwd=work)
+    layers = json.loads(fourth.stdout)["layers"]
+    assert sum(row["bytes"] for row in layers) * 4 < sum(row["float32_bytes"] for row in layers)
+
+
+def test_eval_takes_all_three_formats_in_a_table(work):
+    assert quantize(work, "--out", "q").returncode == 0
+    for args in (["q/model.safetensors"], ["q/model.safetensors", "--layout", "int8"], ["best.pt", "--imgsz", "64"]):
+        done = dsconvert("export", *args, "--onnx", cwd=work)
+        assert done.returncode == 0, done.stderr
+    names = ["best.pt", "best-float32.onnx", "q/model.safetensors", "q/model-packed.onnx", "q/model-int8.onnx"]
+    done = dsconvert("eval", *names, "--data", "data.yaml", "--imgsz", "64", cwd=work)
+    assert done.returncode == 0, done.stderr
+    for name in names:
+        assert name in done.stdout
+    for name in names:
+        assert dsconvert("info", name, cwd=work).returncode == 0
+
+
+def test_same_inputs_same_bytes_and_a_new_folder_each_time(work):
+    # the command line is part of the file, so it must be the same both times
+    assert quantize(work, "--threads", "1").returncode == 0
+    assert quantize(work, "--threads", "1").returncode == 0
+    first, second = (work / f"runs/dsconvert/{name}/model.safetensors" for name in ("best", "best2"))
+    assert first.read_bytes() == second.read_bytes()
+
+
+def test_json_is_alone_on_stdout(work):
+    done = dsconvert("quantize", "best.pt", "--imgsz", "64", "--samples", "8", "--json", cwd=work)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["weights"] > 0
+    assert "synthesised" in done.stderr  # data-free says so
+    assert "--calib" in done.stderr
+
+
+def test_nothing_is_overwritten_without_force(work):
+    assert quantize(work, "--out", "q").returncode == 0
+    before = (work / "q/model.safetensors").read_bytes()
+    again = quantize(work, "--out", "q", "--bits", "8")
+    assert again.returncode == 2
+    assert "--force" in again.stderr
+    assert (work / "q/model.safetensors").read_bytes() == before
+    assert quantize(work, "--out", "q", "--bits", "8", "--force").returncode == 0
+    assert (work / "q/model.safetensors").read_bytes() != before
+
+
+BAD = {
+    "missing checkpoint": (["quantize", "none.pt"], "no checkpoint file"),
+    "not a checkpoint": (["quantize", "data.yaml"], "not a PyTorch checkpoint"),
+    "missing images": (["quantize", "best.pt", "--calib", "nowhere"], "no file or folder"),
+    "wrong size": (["quantize", "best.pt", "--calib", "images", "--imgsz", "65"], "not a multiple"),
+    "wrong layer": (["quantize", "best.pt", "--calib", "images", "--imgsz", "64", "--blocks", "3"], "not a C3"),
+    "no GPU": (["quantize", "best.pt", "--calib", "images", "--imgsz", "64", "--device", "cuda"], "not available"),
+    "bits": (["quantize", "best.pt", "--bits", "9"], "--bits"),
+    "nothing to export": (["export", "--onnx"], "no converted model"),
+    "export to what": (["export", "best.pt"], "--onnx"),
+    "unknown file": (["eval", "data.yaml", "--data", "data.yaml"], "not a .pt"),
+    "no such command": (["convert"], "No such command"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_sentence_and_exit_2(work, case):
+    args, words = BAD[case]
+    if case == "no GPU" and os.path.exists("/dev/nvidia0"):
+        pytest.skip("this machine has a GPU")
+    done = dsconvert(*args, cwd=work)
+    assert done.returncode == 2
+    assert words in done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stdout == ""
+    assert not (work / "runs").exists()
+
+
+def test_wrong_classes_are_named(work):
+    (work / "other.yaml").write_text("path: .\nval: images/val\nnames: [cat, dog, cow]\n")
+    done = dsconvert("eval", "best.pt", "--data", "other.yaml", "--imgsz", "64", cwd=work)
+    assert done.returncode == 2
+    assert "2 classes" in done.stderr
+
+
+def test_unreadable_images_are_counted(work):
+    (work / "images/val/broken.jpg").write_bytes(b"not a jpeg")
+    done = quantize(work)
+    assert done.returncode == 0
+    assert "1 images could not be read" in done.stderr
+
+
+@pytest.mark.parametrize("command", [[], ["quantize"], ["export"], ["eval"], ["info"]])
+def test_help_fits_80_columns_and_shows_an_example(command, tmp_path):
+    done = dsconvert(*command, "--help", cwd=tmp_path)
+    assert done.returncode == 0
+    assert max(map(len, done.stdout.splitlines())) <= 80
+    assert "dsconvert" in done.stdout.split("\n", 2)[2]
