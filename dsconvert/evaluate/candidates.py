@@ -85,7 +85,8 @@ def _float(path: Path, side: int) -> Candidate:
         return decode(run_float(graph, params, torch.from_numpy(batch)), head).numpy()
 
     running = session(export_float(graph, params, head, side).SerializeToString())
-    return Candidate(path, "pt", head.names, side, 32.0, predict, _once(running, side))
+    bits = float(checkpoint.stored_bits)
+    return Candidate(path, "pt", head.names, side, bits, predict, _once(running, side))
 
 
 def _converted(path: Path, side: int | None, float_activations: bool) -> Candidate:

@@ -8,6 +8,7 @@ is then rebuilt from the file's model yaml and filled with its tensors by name.
 
 from __future__ import annotations
 
+import copy
 import io
 import pickletools
 import sys
@@ -93,12 +94,14 @@ _KNOWN_OTHERS = (
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A loaded checkpoint: float32 network in evaluation mode (BatchNorm not fused), its head, its size in bytes."""
+    """A loaded checkpoint: float32 network in evaluation mode (BatchNorm not fused), its head, the file's size in
+    bytes and the bits it stores a weight in (16 or 32)."""
 
     network: Network
     head: Head
     path: Path
     size_bytes: int
+    stored_bits: int
 
 
 def load_checkpoint(path: str | Path) -> Checkpoint:
@@ -133,6 +136,7 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
         head_from_detect(network.detect, _strides(record, detect, path), _names(record, nc)),
         path,
         path.stat().st_size,
+        8 * max(t.element_size() for t in tensors.values() if t.dim() == 4),
     )
 
 
@@ -165,10 +169,12 @@ def _read(path: Path) -> Any:
 def _refuse_unknown_globals(stream: bytes, path: Path) -> None:
     """Raise InputError naming the first class the file asks for that is not on the allow-list."""
     try:
-        names = [str(arg).replace(" ", ".") for op, arg, _ in pickletools.genops(io.BytesIO(stream))
-                 if op.name in ("GLOBAL", "INST")]  # fmt: skip
+        ops = [(op.name, arg) for op, arg, _ in pickletools.genops(io.BytesIO(stream))]
     except Exception:
         raise InputError(f"{path} is damaged: its pickle cannot be parsed.") from None
+    if any(op == "STACK_GLOBAL" for op, _ in ops):
+        raise InputError(f"{path} is pickled with a protocol that PyTorch checkpoints do not use.")
+    names = [str(arg).replace(" ", ".") for op, arg in ops if op in ("GLOBAL", "INST")]
     for prefix, what in _KNOWN_OTHERS:
         if any(n.startswith(prefix) for n in names):
             raise InputError(f"{path} is {what}; dsconvert converts YOLOv5 detection checkpoints.")
@@ -292,12 +298,12 @@ def _dressed(module: nn.Module, classes: Mapping[type[nn.Module], type], extra: 
     kind: Any = classes.get(type(module), type(module))
     if isinstance(module, nn.ModuleList) and extra.get("sequential"):
         kind = nn.Sequential
-    copy = kind.__new__(kind)
-    copy.__dict__.update(module.__dict__)
-    copy.__dict__["_modules"] = {
+    dressed = kind.__new__(kind)
+    dressed.__dict__.update(module.__dict__)
+    dressed.__dict__["_modules"] = {
         name: _dressed(child, classes, {}) if child is not None else None for name, child in module._modules.items()
     }
-    return copy
+    return dressed
 
 
 def yolov5_bytes(network: Network, head: Head, extra: Mapping[str, Any] | None = None) -> bytes:
@@ -305,9 +311,7 @@ def yolov5_bytes(network: Network, head: Head, extra: Mapping[str, Any] | None =
 
     `extra` holds plain values stored beside the model (epoch, date). The network's anchors buffer must be set.
     """
-    half = Network(network.config, head.nc, head.na, network_activation(network))
-    half.load_state_dict(network.state_dict())
-    half.half().eval()
+    half = copy.deepcopy(network).half().eval()
     stride = torch.tensor([float(s) for s in head.strides])
     with _named_classes() as classes:
         model = _dressed(half, classes, {})
@@ -342,11 +346,6 @@ def yolov5_bytes(network: Network, head: Head, extra: Mapping[str, Any] | None =
         buffer = io.BytesIO()
         torch.save({"epoch": -1, **(extra or {}), "model": model, "ema": None, "optimizer": None}, buffer)
     return buffer.getvalue()
-
-
-def network_activation(network: Network) -> str:
-    """Class name of the network's activation."""
-    return next(type(m.act).__name__ for m in network.modules() if isinstance(m, ours.Conv))
 
 
 def _yolov5_type(kind: str) -> str:
