@@ -75,6 +75,8 @@ def cli() -> None:
 @click.option("--scope", type=click.Choice(SCOPES), default="all", show_default=True, help="Which convolutions.")
 @click.option("--imgsz", default=640, show_default=True, help="Side of the square images, pixels.")
 @click.option("--samples", default=128, show_default=True, help="Most calibration images used.")
+@click.option("--activations", type=click.Choice(["int8", "float"]), default="int8", show_default=True,
+              help="float: only the weights are quantized.")  # fmt: skip
 @click.option("--seed", default=0, show_default=True, help="Seed of every random choice.")
 @threads
 @click.option("--device", default="cpu", show_default=True, help="cpu or cuda.")
@@ -162,11 +164,10 @@ def export(
 @click.option("--data", type=PATH, help="data.yaml with labels (default: the one calibrated on).")
 @click.option("--imgsz", type=int, help="Side of the images, pixels (default: as exported).")
 @click.option("--samples", type=click.IntRange(1), help="Most images used.")
-@click.option("--float-activations", is_flag=True, help="Converted weights with float activations.")
 @threads
 @as_json
 def evaluate(
-    models: tuple[Path, ...], data: Path | None, imgsz: int | None, samples: int | None, float_activations: bool,
+    models: tuple[Path, ...], data: Path | None, imgsz: int | None, samples: int | None,
     threads: int, as_json: bool,
 ) -> None:  # fmt: skip
     """Measure accuracy, size and latency of each MODEL on labelled images.
@@ -183,7 +184,7 @@ def evaluate(
         paths = paths or [Path(provenance["source"]), newest]
         data = data or _data_of(provenance)
     with _progress() as progress:
-        rows = pipeline.evaluate(paths, data, imgsz, samples, float_activations, progress)
+        rows = pipeline.evaluate(paths, data, imgsz, samples, progress)
     if as_json:
         _print_json({"models": [_row(r) for r in rows], "data": str(data)})
         return

@@ -14,8 +14,9 @@ from dsconvert.yolo.network import Head
 
 @dataclass(frozen=True)
 class DSModel:
-    """A quantized detector. `convs` by convolution name, `activations` by value name (`grid_of` completes them);
-    `imgsz` is the side calibrated at, in pixels; `provenance` says where it came from (plain JSON values)."""
+    """A quantized detector. `convs` by convolution name. `activations` by value name (`grid_of` completes them);
+    empty when activations stay float. `imgsz` is the side calibrated at, in pixels; `provenance` says where it came
+    from (plain JSON values)."""
 
     graph: Graph
     convs: Mapping[str, QConv]

@@ -28,7 +28,7 @@ from dsconvert.fit.least_squares import fit_weight
 from dsconvert.fit.lockstep import fit_lockstep
 from dsconvert.fit.ranges import choose_grids, sample_values
 from dsconvert.fit.synthesize import synthesize
-from dsconvert.graph.integer import QConv
+from dsconvert.graph.integer import QConv, QParams
 from dsconvert.graph.ir import ConvParams, Graph
 from dsconvert.graph.run import run_float
 from dsconvert.model import DSModel, display_name, is_dsconv
@@ -40,7 +40,7 @@ from dsconvert.yolo.plan import choose_convs
 
 MODEL_FILE, REPORT_FILE = "model.safetensors", "quantize.json"
 BATCH = 4
-LOCKSTEP_BYTES = 1 << 30  # values of both networks kept while fitting; more images than fit are left out there
+LOCKSTEP_BYTES = 3 << 29  # values of both networks kept while fitting; more images than fit are left out there
 SYNTHETIC_IMAGES, SYNTHETIC_SIDE, SYNTHETIC_STEPS = 16, 320, 80
 
 Progress = Callable[[str, int, int], None]
@@ -51,7 +51,7 @@ class QuantizeOptions:
     """Everything that decides the result of `quantize` besides the checkpoint and the machine.
 
     calib None means data-free; bits 2..8; blocks and scope as in `yolo.plan`; imgsz in pixels; samples the most
-    calibration images used."""
+    calibration images used; activations int8, or float for a model whose weights alone are quantized."""
 
     calib: Path | None = None
     block_size: int = 32
@@ -62,6 +62,7 @@ class QuantizeOptions:
     samples: int = 128
     seed: int = 0
     device: str = "cpu"
+    activations: str = "int8"
 
 
 @dataclass(frozen=True)
@@ -91,8 +92,10 @@ def quantize(
     chosen = choose_convs(network, graph, options.blocks, options.scope)
     weights = _fit_weights(graph, params, chosen, options, report)
     images = sum(len(b) for b in batches)
-    counted = _counted((b.to(device).float() / 255 for b in batches), "ranges", images, report)
-    own = choose_grids(graph, sample_values(graph, params, counted, options.seed), options.seed)
+    own: dict[str, QParams] = {}
+    if options.activations == "int8":
+        counted = _counted((b.to(device).float() / 255 for b in batches), "ranges", images, report)
+        own = choose_grids(graph, sample_values(graph, params, counted, options.seed), options.seed)
     kept = _bounded(graph, params, batches, device)
     convs = fit_lockstep(
         graph, params, weights, own, [b.to(device).float() / 255 for b in kept],
@@ -179,7 +182,7 @@ def _bounded(graph: Graph, params: Mapping[str, ConvParams], batches: list[Tenso
         alive += sizes[node.name]
         peak = max(peak, alive)
         alive -= sum(sizes[name] for name in set(node.inputs) if last[name] == index and name in sizes)
-    fitting = max(1, LOCKSTEP_BYTES // (5 * peak * len(batches[0])))  # float32 and uint8: five bytes a value
+    fitting = max(1, LOCKSTEP_BYTES // (8 * peak * len(batches[0])))  # at most two float32 a value
     count = min(fitting, len(batches))
     return [batches[i * len(batches) // count] for i in range(count)]
 
@@ -292,7 +295,6 @@ def evaluate(
     data: Path,
     imgsz: int | None = None,
     samples: int | None = None,
-    float_activations: bool = False,
     progress: Progress | None = None,
 ) -> list[Evaluated]:
     """Measure models on the val split of a data.yaml (its train split when there is no val).
@@ -305,7 +307,7 @@ def evaluate(
         raise InputError(f"{data} names neither val nor train images.")
     if samples is not None:
         paths = spread(paths, samples)
-    candidates = _candidates(models, imgsz, float_activations)
+    candidates = _candidates(models, imgsz)
     nc = len(described.names)
     for c in candidates:
         if c.names and len(c.names) != nc:
@@ -321,11 +323,11 @@ def evaluate(
     return [Evaluated(c, m, t) for c, m, t in zip(candidates, metrics, latencies, strict=True)]
 
 
-def _candidates(models: Sequence[Path], imgsz: int | None, float_activations: bool) -> list[Candidate]:
+def _candidates(models: Sequence[Path], imgsz: int | None) -> list[Candidate]:
     """All models at one image size: the one asked for, else the one the others were made for (a `.pt` fits any)."""
-    sized = {p: load_candidate(p, imgsz, float_activations) for p in models if p.suffix != ".pt"}
+    sized = {p: load_candidate(p, imgsz) for p in models if p.suffix != ".pt"}
     sides = {c.side for c in sized.values()}
     if len(sides) > 1:
         raise InputError(f"The models were made for different image sizes {sorted(sides)}; give --imgsz.")
     side = sides.pop() if sides else imgsz
-    return [sized[p] if p in sized else load_candidate(p, side, float_activations) for p in models]
+    return [sized[p] if p in sized else load_candidate(p, side) for p in models]

@@ -24,6 +24,8 @@ from dsconvert.fit.least_squares import fit_weight
 from dsconvert.fit.lockstep import fit_lockstep
 from dsconvert.fit.ranges import choose_grids, sample_values
 from dsconvert.graph.integer import run_integer
+from dsconvert.graph.ir import ConvParams
+from dsconvert.graph.run import run_float
 from dsconvert.model import DSModel
 from dsconvert.yolo.decode import decode
 from dsconvert.yolo.lower import lower
@@ -157,6 +159,16 @@ def test_float_export_is_the_float_network(tiny, picture):
     out = session(export_float(graph, params, head, SIDE)).run(None, {"images": picture.numpy()})[0]
     # float32 convolutions summed in another order; boxes up to 64 pixels
     np.testing.assert_allclose(out, decode(network(picture), head).detach().numpy(), rtol=1e-4, atol=1e-3)
+
+
+def test_weight_only_export_is_the_weight_only_network(converted, picture):
+    model = replace(converted, activations={})
+    params = {name: ConvParams(c.weight.weight(), c.bias) for name, c in model.convs.items()}
+    wanted = decode(run_float(model.graph, params, picture), model.head).numpy()
+    for layout in ("packed", "int8"):
+        out = session(export_quantized(model, layout, SIDE)).run(None, {"images": picture.numpy()})[0]
+        # float32 convolutions summed in another order; boxes up to 64 pixels
+        np.testing.assert_allclose(out, wanted, rtol=1e-4, atol=1e-3)
 
 
 def test_image_size_must_fit_the_stride(converted):

@@ -9,7 +9,7 @@ import torch
 from dsconvert.fit.least_squares import fit_weight
 from dsconvert.fit.lockstep import fit_cds, fit_lockstep
 from dsconvert.fit.ranges import choose_grids, sample_values
-from dsconvert.graph.integer import QConv, QParams, run_integer
+from dsconvert.graph.integer import QConv, run_integer
 from dsconvert.graph.ir import ConvParams, Node
 from dsconvert.graph.run import conv, run_float
 from dsconvert.yolo.lower import lower
@@ -22,11 +22,9 @@ def test_cds_is_the_regression_of_float_outputs_on_the_accumulator():
     node = Node("conv", "c", ("x",), POINT)
     weight = torch.randn(3, 8, 1, 1, generator=generator)
     fitted = fit_weight(weight, 3, 4)
-    source = QParams(0.01, 5)
-    q = [torch.randint(0, 256, (2, 8, 9, 9), generator=generator).to(torch.uint8) for _ in range(2)]
-    real = [(x.float() - 5) * 0.01 for x in q]
+    real = [torch.randint(-5, 251, (2, 8, 9, 9), generator=generator) * 0.01 for _ in range(2)]
     wanted = [conv(node, x, weight, torch.tensor([1.0, 2.0, 3.0])) for x in real]
-    result = fit_cds(node, fitted, ConvParams(weight, torch.zeros(3)), q, wanted, source)
+    result = fit_cds(node, fitted, zip(real, wanted, strict=True))
     acc = torch.cat([conv(node, x, fitted.merged().float(), None) for x in real])
     for o in range(3):
         a = np.stack((acc[:, o].flatten().double().numpy(), np.ones(acc[:, o].numel())), 1)
@@ -41,12 +39,10 @@ def test_constant_input_keeps_the_scale_and_corrects_the_bias():
     node = Node("conv", "c", ("x",), POINT)
     weight = torch.ones(1, 1, 1, 1)
     fitted = fit_weight(weight, 4, 1)
-    q = [torch.full((1, 1, 4, 4), 100, dtype=torch.uint8)]
-    result = fit_cds(
-        node, fitted, ConvParams(weight, torch.zeros(1)), q, [torch.full((1, 1, 4, 4), 5.0)], QParams(0.1, 0)
-    )
+    pairs = [(torch.full((1, 1, 4, 4), 10.0), torch.full((1, 1, 4, 4), 5.0))]
+    result = fit_cds(node, fitted, pairs)
     assert torch.equal(result.weight.cds_w, fitted.cds_w)
-    # 100 * 0.1 * W' + b = 5 with W' = 1 up to float32
+    # 10 W' + b = 5 with W' = 1 up to float32
     assert result.bias.item() == pytest.approx(-5.0, abs=1e-5)
 
 
@@ -70,6 +66,22 @@ def test_fitted_shifts_beat_the_weights_own(tiny, picture):
         return sum(float((a - b).square().mean() / b.square().mean()) for a, b in zip(got, wanted, strict=True))
 
     assert error(fitted) < error(plain)
+
+
+def test_float_activations_leave_only_the_weights_error(tiny, picture):
+    graph, params, batches, own = network_parts(tiny, picture)
+    weights = {n.name: fit_weight(params[n.name].weight, 4, 32) for n in graph.convs()}
+    plain = {name: QConv(w, params[name].bias) for name, w in weights.items()}
+    fitted = {acts: fit_lockstep(graph, params, weights, own if acts else {}, batches) for acts in (True, False)}
+
+    def error(convs):
+        mine = {name: ConvParams(c.weight.weight(), c.bias) for name, c in convs.items()}
+        unseen = picture.flip(1)
+        got, wanted = run_float(graph, mine, unseen), run_float(graph, params, unseen)
+        return sum(float((a - b).square().mean() / b.square().mean()) for a, b in zip(got, wanted, strict=True))
+
+    # shifts fitted for float activations are the better ones for float activations
+    assert error(fitted[False]) < min(error(fitted[True]), error(plain))
 
 
 def test_eight_bits_are_close_to_float(tiny, picture):

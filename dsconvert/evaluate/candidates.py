@@ -46,14 +46,12 @@ class Candidate:
         return self.path.stat().st_size
 
 
-def load_candidate(path: Path, side: int | None, float_activations: bool = False) -> Candidate:
-    """Load a model for evaluation at `side` pixels (None: what it was made for, else 640).
-
-    `float_activations` keeps a converted model's activations in float: its weights' error alone."""
+def load_candidate(path: Path, side: int | None) -> Candidate:
+    """Load a model for evaluation at `side` pixels (None: what it was made for, else 640)."""
     if path.suffix == ".pt":
         return _float(path, side or 640)
     if path.suffix == ".safetensors":
-        return _converted(path, side, float_activations)
+        return _converted(path, side)
     if path.suffix == ".onnx":
         return _onnx(path, side)
     raise InputError(f"{path} is not a .pt, .safetensors or .onnx file.")
@@ -89,17 +87,17 @@ def _float(path: Path, side: int) -> Candidate:
     return Candidate(path, "pt", head.names, side, bits, predict, _once(running, side))
 
 
-def _converted(path: Path, side: int | None, float_activations: bool) -> Candidate:
+def _converted(path: Path, side: int | None) -> Candidate:
     model = load_model(path)
     side = side or model.imgsz
     params = {name: ConvParams(c.weight.weight(), c.bias) for name, c in model.convs.items()}
 
     def predict(batch: NDArray[np.float32]) -> NDArray[np.float32]:
         x = torch.from_numpy(batch)
-        if float_activations:
-            raw = run_float(model.graph, params, x)
-        else:
+        if model.activations:
             raw = run_integer(model.graph, model.convs, model.activations, x)
+        else:
+            raw = run_float(model.graph, params, x)
         return decode(raw, model.head).numpy()
 
     running = session(export_quantized(model, "packed", side).SerializeToString())

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 import numpy as np
 import onnx
 
+from dsconvert.dsconv.tensor import DSTensor
 from dsconvert.errors import InputError
 from dsconvert.export.builder import OnnxBuilder
 from dsconvert.export.decode import add_decode, box_count
@@ -28,10 +29,16 @@ FLOAT_OPSET = 13
 def export_quantized(model: DSModel, layout: str, imgsz: int, dynamic_batch: bool = False) -> onnx.ModelProto:
     """The converted network with integer weights in the given layout (see `layouts`)."""
     b = OnnxBuilder(LAYOUT_OPSET[layout])
-    q = _Quantized(b, model, layout)
-    for node in model.graph.nodes:
-        q.add(node)
-    add_decode(b, [q.real(name) for name in model.graph.outputs], model.head, imgsz, OUTPUT)
+    if model.activations:
+        q = _Quantized(b, model, layout)
+        for node in model.graph.nodes:
+            q.add(node)
+        raw = [q.real(name) for name in model.graph.outputs]
+    else:
+        for node in model.graph.nodes:
+            _weight_only(b, node, model, layout)
+        raw = list(model.graph.outputs)
+    add_decode(b, raw, model.head, imgsz, OUTPUT)
     return _finish(b, model.head, imgsz, dynamic_batch, {"dsconvert.layout": layout})
 
 
@@ -45,7 +52,7 @@ def export_float(
             p, name = params[node.name], display_name(node)
             weight = b.tensor(f"{name}.weight", p.weight.numpy())
             bias = b.tensor(f"{name}.bias", p.bias.numpy())
-            _conv(b, node, [node.inputs[0], weight, bias], node.name)
+            _conv(b, node, [node.inputs[0], weight, bias], p.weight.shape[2])
         else:
             _float_op(b, node, list(node.inputs), node.name)
     add_decode(b, list(graph.outputs), head, imgsz, OUTPUT)
@@ -62,17 +69,30 @@ def _finish(b: OnnxBuilder, head: Head, imgsz: int, dynamic_batch: bool, extra: 
     return b.model({INPUT: (n, 3, imgsz, imgsz)}, {OUTPUT: shape}, metadata)
 
 
-def _conv(b: OnnxBuilder, node: Node, inputs: list[str], output: str) -> str:
+def _conv(b: OnnxBuilder, node: Node, inputs: list[str], kernel: int) -> str:
     a = node.attrs
-    kernel = _kernel(b, inputs[1])
     return b.node(
-        "Conv", inputs, output, kernel_shape=kernel, strides=[a["stride"]] * 2, pads=[a["padding"]] * 4,
+        "Conv", inputs, node.name, kernel_shape=[kernel] * 2, strides=[a["stride"]] * 2, pads=[a["padding"]] * 4,
         dilations=[a["dilation"]] * 2, group=a["groups"], name=display_name(node),
     )  # fmt: skip
 
 
-def _kernel(b: OnnxBuilder, weight: str) -> list[int]:
-    return list(b.initializers[weight].dims[2:])
+def _real_weight(b: OnnxBuilder, name: str, weight: DSTensor, layout: str) -> tuple[str, str]:
+    """The dequantized weight's name, and that of CDSw."""
+    cds = b.tensor(f"{name}.cds", weight.cds_w.numpy().astype(np.float32))
+    integers = add_int8_weight(b, name, weight, layout)
+    return b.node("DequantizeLinear", [integers, cds], f"{name}.w", axis=0), cds
+
+
+def _weight_only(b: OnnxBuilder, node: Node, model: DSModel, layout: str) -> None:
+    """Integer weights in a float graph."""
+    if node.op != "conv":
+        _float_op(b, node, list(node.inputs), node.name)
+        return
+    conv, name = model.convs[node.name], display_name(node)
+    weight, _ = _real_weight(b, name, conv.weight, layout)
+    bias = b.tensor(f"{name}.bias", conv.bias.numpy())
+    _conv(b, node, [node.inputs[0], weight, bias], conv.weight.vqk.shape[2])
 
 
 def _activation(b: OnnxBuilder, kind: str, x: str, output: str) -> str:
@@ -172,14 +192,8 @@ class _Quantized:
     def _conv(self, node: Node, x: str) -> str:
         b, name, conv = self.b, display_name(node), self.model.convs[node.name]
         source = self.grids[node.inputs[0]]
-        cds = b.tensor(f"{name}.cds", conv.weight.cds_w.numpy().astype(np.float32))
-        integers = add_int8_weight(b, name, conv.weight, self.layout)
-        weight = b.node("DequantizeLinear", [integers, cds], f"{name}.w", axis=0)
+        weight, cds = _real_weight(b, name, conv.weight, self.layout)
         unit = b.node("Mul", [cds, b.scalar(source.scale)], f"{name}.unit")
         bias_int = b.tensor(f"{name}.bias", conv.bias_int(source.scale).numpy())
         bias = b.node("DequantizeLinear", [bias_int, unit], f"{name}.b", axis=0)
-        a, kernel = node.attrs, list(conv.weight.vqk.shape[2:])
-        return b.node(
-            "Conv", [x, weight, bias], node.name, kernel_shape=kernel, strides=[a["stride"]] * 2,
-            pads=[a["padding"]] * 4, dilations=[a["dilation"]] * 2, group=a["groups"], name=name,
-        )  # fmt: skip
+        return _conv(b, node, [x, weight, bias], conv.weight.vqk.shape[2])

@@ -6,8 +6,8 @@ should have made; what is fitted there therefore also makes up for errors of the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -20,6 +20,27 @@ from dsconvert.graph.run import conv, float_step
 Progress = Callable[[int, int], None]
 
 
+@dataclass(frozen=True)
+class _Side:
+    """How the quantized side keeps values: as uint8 on their grids, or (no grids) as float."""
+
+    grids: Mapping[str, QParams]
+
+    def enter(self, x: Tensor) -> Tensor:
+        return self.grids[INPUT].quantize(x).to(torch.uint8) if self.grids else x
+
+    def real(self, name: str, value: Tensor) -> Tensor:
+        return self.grids[name].dequantize(value.float()) if self.grids else value
+
+    def step(self, node: Node, inputs: list[Tensor], convs: Mapping[str, QConv]) -> Tensor:
+        if self.grids:
+            return integer_step(node, [x.float() for x in inputs], convs, self.grids).to(torch.uint8)
+        if node.op == "conv":
+            c = convs[node.name]
+            return conv(node, inputs[0], c.weight.weight(), c.bias)
+        return float_step(node, inputs, {})
+
+
 def fit_lockstep(
     graph: Graph,
     params: Mapping[str, ConvParams],
@@ -30,32 +51,24 @@ def fit_lockstep(
 ) -> dict[str, QConv]:
     """Fit CDSw and CDSb of every convolution to the float network's outputs; VQK and KDS stay as given.
 
-    `batches` are image batches (n, 3, h, w). Values are kept for all batches at once, the quantized side as
-    uint8, and released after their last use.
+    `batches` are image batches (n, 3, h, w). `own` are the activation grids; without any, activations stay float
+    on both sides. Values are kept for all batches at once and released after their last use.
     """
-    grids = grid_of(graph, own)
+    side = _Side(grid_of(graph, own) if own else {})
     floats: dict[str, list[Tensor]] = {INPUT: list(batches)}
-    quants: dict[str, list[Tensor]] = {INPUT: [grids[INPUT].quantize(x).to(torch.uint8) for x in batches]}
+    quants: dict[str, list[Tensor]] = {INPUT: [side.enter(x) for x in batches]}
     last = graph.last_use()
     fitted: dict[str, QConv] = {}
     with torch.no_grad():
         for index, node in enumerate(graph.nodes):
-            floats[node.name] = _each(node, floats, lambda xs, n=node: float_step(n, xs, params))  # type: ignore[misc]
+            wanted = [float_step(node, xs, params) for xs in _inputs(node, floats)]
+            floats[node.name] = wanted
             if node.op == "conv":
-                source = grids[node.inputs[0]]
-                fitted[node.name] = fit_cds(
-                    node,
-                    weights[node.name],
-                    params[node.name],
-                    quants[node.inputs[0]],
-                    floats[node.name],
-                    source,
-                )
-            quants[node.name] = _each(
-                node,
-                quants,
-                lambda xs, n=node: integer_step(n, [x.float() for x in xs], fitted, grids).to(torch.uint8),  # type: ignore[misc]
-            )
+                source = node.inputs[0]
+                real = (side.real(source, x) for x in quants[source])
+                pairs = zip(real, wanted, strict=True)
+                fitted[node.name] = fit_cds(node, weights[node.name], pairs)
+            quants[node.name] = [side.step(node, xs, fitted) for xs in _inputs(node, quants)]
             for name in set(node.inputs):
                 if last[name] == index:
                     del floats[name], quants[name]
@@ -64,30 +77,26 @@ def fit_lockstep(
     return fitted
 
 
-def _each(node: Node, values: Mapping[str, list[Tensor]], step: Callable[[list[Tensor]], Tensor]) -> list[Tensor]:
-    return [step(list(xs)) for xs in zip(*(values[name] for name in node.inputs), strict=True)]
+def _inputs(node: Node, values: Mapping[str, list[Tensor]]) -> list[list[Tensor]]:
+    """The node's inputs, batch by batch."""
+    return [list(xs) for xs in zip(*(values[name] for name in node.inputs), strict=True)]
 
 
-def fit_cds(
-    node: Node,
-    weight: DSTensor,
-    params: ConvParams,
-    quant_inputs: Sequence[Tensor],
-    float_outputs: Sequence[Tensor],
-    source: QParams,
-) -> QConv:
-    """CDSw and CDSb as the regression of the float outputs on the integer accumulators, per output channel.
+def fit_cds(node: Node, weight: DSTensor, pairs: Iterable[tuple[Tensor, Tensor]]) -> QConv:
+    """CDSw and CDSb as the regression of float outputs y on accumulators a = conv(x, m VQK + z), per output channel.
 
-    argmin sum (CDSw * acc + CDSb - y)^2 gives CDSw = cov(acc, y) / var(acc), CDSb = mean(y) - CDSw * mean(acc).
-    The old CDSw stays where the accumulator is constant or the regression would turn the weight's sign.
+    `pairs` are the quantized side's inputs x, real-valued (n, chi, h, w), and the float side's outputs y
+    (n, cho, h', w'). argmin sum (CDSw a + CDSb - y)^2 gives CDSw = cov(a, y) / var(a),
+    CDSb = mean(y) - CDSw mean(a). The old CDSw stays where the accumulator is constant or the regression would
+    move it by more than a factor of two.
     """
     merged = weight.merged().float()
     sums = torch.zeros(5, weight.vqk.shape[0], dtype=torch.float64)
-    for q, y in zip(quant_inputs, float_outputs, strict=True):
-        acc = conv(node, (q.float() - source.zero_point) * source.scale, merged, None)
+    for x, y in pairs:
+        acc = conv(node, x, merged.to(x), None)
         a, t = acc.transpose(0, 1).flatten(1).double(), y.transpose(0, 1).flatten(1).double()
         count = torch.full_like(a[:, 0], a.shape[1])
-        sums += torch.stack((count, a.sum(1), t.sum(1), a.square().sum(1), (a * t).sum(1)))
+        sums += torch.stack((count, a.sum(1), t.sum(1), a.square().sum(1), (a * t).sum(1))).cpu()
     n, sa, st, saa, sat = sums
     var, cov = saa / n - (sa / n) ** 2, sat / n - (sa / n) * (st / n)
     old = weight.cds_w.double()

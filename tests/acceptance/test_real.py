@@ -95,8 +95,8 @@ def test_folded_packed_graph_is_all_qlinearconv_with_the_same_integers(yolov5n, 
 def test_head_bottlenecks_alone_lose_under_one_point(tmp_path):
     checkpoint = SHARED / "checkpoints" / "yolov5n.pt"
     dsconvert("quantize", checkpoint, "--blocks", "head", "--scope", "bottleneck", "--bits", "4", "--calib", COCO,
-              "--samples", "32", cwd=tmp_path)  # fmt: skip
-    rows = dsconvert("eval", "--data", COCO, "--float-activations", cwd=tmp_path)["models"]
+              "--activations", "float", cwd=tmp_path)  # fmt: skip
+    rows = dsconvert("eval", "--data", COCO, cwd=tmp_path)["models"]
     assert rows[1]["map50_95"] > rows[0]["map50_95"] - 0.01
 
 
