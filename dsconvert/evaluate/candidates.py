@@ -62,6 +62,8 @@ def session(model: bytes | Path) -> ort.InferenceSession:
     options = ort.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     options.log_severity_level = 3
+    # idle threads of one session would otherwise spin on into the next one's turn
+    options.add_session_config_entry("session.force_spinning_stop", "1")
     return ort.InferenceSession(
         str(model) if isinstance(model, Path) else model, options, providers=["CPUExecutionProvider"]
     )
