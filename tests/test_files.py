@@ -1,7 +1,8 @@
-"""A reader only ever sees the old file or the whole new one."""
+"""Atomic writing: the old file or the whole new one, and nothing left behind."""
 
 from __future__ import annotations
 
+import errno
 import os
 
 import pytest
@@ -10,59 +11,150 @@ from dsconvert.errors import InputError
 from dsconvert.files import free_folder, write_atomic
 
 
-def test_writes_makes_folders_and_refuses_to_overwrite(tmp_path):
-    path = tmp_path / "a" / "b.bin"
-    write_atomic(path, b"one", force=False)
-    with pytest.raises(InputError, match="--force"):
-        write_atomic(path, b"two", force=False)
-    assert path.read_bytes() == b"one"
-    write_atomic(path, b"two", force=True)
-    assert path.read_bytes() == b"two"
-    assert [p.name for p in path.parent.iterdir()] == ["b.bin"]
+def names(folder):
+    return sorted(p.name for p in folder.iterdir())
 
 
 @pytest.mark.parametrize("force", [False, True])
-def test_a_fault_while_writing_leaves_the_old_file_and_no_litter(tmp_path, monkeypatch, force):
-    path = tmp_path / "f"
+def test_a_new_file_is_written_whole_and_alone(tmp_path, force):
+    path = tmp_path / "new/folder/model.bin"
+    data = bytes(range(256)) * 1000
+    write_atomic(path, data, force)
+    assert path.read_bytes() == data
+    assert names(path.parent) == ["model.bin"]
+    assert path.stat().st_nlink == 1
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_the_file_has_the_permissions_of_any_new_file(tmp_path, force):
+    before = os.umask(0o027)
+    try:
+        write_atomic(tmp_path / "a", b"x", force)
+        assert os.umask(0o027) == 0o027  # left as it was
+    finally:
+        os.umask(before)
+    assert (tmp_path / "a").stat().st_mode & 0o777 == 0o640
+
+
+def test_an_existing_file_is_kept_unless_forced(tmp_path):
+    path = tmp_path / "model.bin"
+    path.write_bytes(b"old")
+    with pytest.raises(InputError, match=r"already exists; give --force"):
+        write_atomic(path, b"new", force=False)
+    assert path.read_bytes() == b"old"
+    write_atomic(path, b"new", force=True)
+    assert path.read_bytes() == b"new"
+    assert names(tmp_path) == ["model.bin"]
+
+
+def test_a_file_another_run_makes_meanwhile_is_kept(tmp_path, monkeypatch):
+    path = tmp_path / "model.bin"
+    link = os.link
+
+    def late(source, target):
+        path.write_bytes(b"theirs")
+        link(source, target)
+
+    monkeypatch.setattr(os, "link", late)
+    with pytest.raises(InputError, match="already exists"):
+        write_atomic(path, b"ours", force=False)
+    assert path.read_bytes() == b"theirs"
+    assert names(tmp_path) == ["model.bin"]
+
+
+def test_a_dangling_link_is_not_followed_nor_replaced_unless_forced(tmp_path):
+    path = tmp_path / "model.bin"
+    path.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(InputError, match="already exists"):
+        write_atomic(path, b"new", force=False)
+    assert names(tmp_path) == ["model.bin"]
+    assert path.is_symlink()
+
+
+@pytest.mark.parametrize(("call", "force"), [("replace", True), ("link", False), ("fsync", True), ("chmod", False)])
+def test_a_failing_step_leaves_the_old_file_and_no_other(tmp_path, monkeypatch, call, force):
+    path = tmp_path / "model.bin"
     if force:
         path.write_bytes(b"old")
+    reached = []
 
-    def full(fd):
-        raise OSError(28, "No space left on device")
+    def fail(*args, **kwargs):
+        reached.append(names(tmp_path))
+        raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(InputError, match="No space left"):
+    monkeypatch.setattr(os, call, fail)
+    with pytest.raises(InputError) as caught:
         write_atomic(path, b"new", force)
-    assert [p.name for p in tmp_path.iterdir()] == (["f"] if force else [])
+    monkeypatch.undo()
+    assert str(caught.value) == f"{path} cannot be written: No space left on device."
+    assert any(name.endswith(".part") for name in reached[0])  # there was something to leave behind
+    assert names(tmp_path) == (["model.bin"] if force else [])
     if force:
         assert path.read_bytes() == b"old"
 
 
-def test_a_file_that_appears_meanwhile_is_kept(tmp_path, monkeypatch):
-    path = tmp_path / "f"
-    real = os.fsync
+@pytest.mark.parametrize(("call", "force"), [("replace", True), ("link", False)])
+def test_an_interrupt_leaves_no_other_file_and_goes_on(tmp_path, monkeypatch, call, force):
+    def interrupt(*args, **kwargs):
+        raise KeyboardInterrupt
 
-    def other_run(fd):
-        if not path.exists():
-            path.write_bytes(b"theirs")
-        real(fd)
-
-    monkeypatch.setattr(os, "fsync", other_run)
-    with pytest.raises(InputError, match="already exists"):
-        write_atomic(path, b"ours", force=False)
-    assert path.read_bytes() == b"theirs"
-    assert [p.name for p in tmp_path.iterdir()] == ["f"]
+    monkeypatch.setattr(os, call, interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        write_atomic(tmp_path / "model.bin", b"new", force)
+    assert names(tmp_path) == []
 
 
-def test_unwritable_folder_is_said(tmp_path):
-    (tmp_path / "file").write_text("")
+def test_a_reader_never_sees_a_part_of_the_file(tmp_path, monkeypatch):
+    """Up to the rename the path holds the old content, whole; the rename is given all of the new one, synced."""
+    path = tmp_path / "model.bin"
+    path.write_bytes(b"old")
+    replace, fsync, seen = os.replace, os.fsync, []
+
+    def watched_sync(handle):
+        seen.append(("sync", path.read_bytes()))
+        fsync(handle)
+
+    def watched_replace(source, target):
+        with open(source, "rb") as stream:
+            seen.append(("replace", path.read_bytes(), stream.read()))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", watched_sync)
+    monkeypatch.setattr(os, "replace", watched_replace)
+    write_atomic(path, b"new" * 9999, force=True)
+    # the file is synced before the rename, its folder after
+    assert seen == [("sync", b"old"), ("replace", b"old", b"new" * 9999), ("sync", b"new" * 9999)]
+
+
+def test_a_place_that_cannot_be_written_is_one_sentence(tmp_path):
+    (tmp_path / "file").write_bytes(b"")
+    for path in (tmp_path / "file/model.bin", tmp_path / "file/deeper/model.bin"):
+        with pytest.raises(InputError, match=r"model\.bin cannot be written: .*\.$"):
+            write_atomic(path, b"x", force=False)
+    assert names(tmp_path) == ["file"]
+
+
+def test_forcing_onto_a_folder_fails_and_leaves_it(tmp_path):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model/inside").write_bytes(b"x")
     with pytest.raises(InputError, match="cannot be written"):
-        write_atomic(tmp_path / "file" / "x", b"", force=False)
+        write_atomic(tmp_path / "model", b"x", force=True)
+    assert names(tmp_path) == ["model"]
+    assert names(tmp_path / "model") == ["inside"]
 
 
-def test_free_folder_counts_up(tmp_path):
-    base = tmp_path / "best"
+def test_free_folder_counts_up_from_two(tmp_path):
+    base = tmp_path / "runs/best"
     assert free_folder(base) == base
-    base.mkdir()
-    (tmp_path / "best2").mkdir()
-    assert free_folder(base) == tmp_path / "best3"
+    assert not base.exists()  # only named
+    base.mkdir(parents=True)
+    assert free_folder(base) == tmp_path / "runs/best2"
+    (tmp_path / "runs/best3").mkdir()
+    assert free_folder(base) == tmp_path / "runs/best2"  # the first gap
+    (tmp_path / "runs/best2").write_text("a file takes the name too")
+    assert free_folder(base) == tmp_path / "runs/best4"
+
+
+def test_free_folder_keeps_dots_in_the_name(tmp_path):
+    (tmp_path / "best.v1").mkdir()
+    assert free_folder(tmp_path / "best.v1") == tmp_path / "best.v12"

@@ -1,4 +1,4 @@
-"""Image lists, data.yaml, labels and the letterbox."""
+"""Finding images and labels as YOLOv5 does, reading them, and the letterbox: known answers."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+import torch
 
 from dsconvert.errors import InputError
 from dsconvert.yolo.images import (
+    DataYaml,
     Letterbox,
     calibration_batches,
     calibration_images,
@@ -24,119 +26,270 @@ from dsconvert.yolo.images import (
 )
 
 
-@pytest.fixture
-def folder(tmp_path) -> Path:
-    for split in ("train", "val"):
-        (tmp_path / "images" / split).mkdir(parents=True)
-        for name in ("b.jpg", "a.PNG"):
-            cv2.imwrite(str(tmp_path / "images" / split / name), np.full((4, 6, 3), 50, np.uint8))
-    (tmp_path / "images" / "notes.txt").write_text("train/b.jpg\n\nval/a.PNG\n")
-    return tmp_path
+def picture(path: Path, colour=(10, 20, 30), size=(8, 6)) -> Path:
+    """A PNG of one RGB colour, size (width, height)."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image = np.empty((size[1], size[0], 3), np.uint8)
+    image[:] = colour[::-1]
+    path.write_bytes(cv2.imencode(".png", image)[1].tobytes())
+    return path
 
 
-def test_folders_lists_and_single_images(folder):
-    images = folder / "images"
-    assert [p.name for p in image_paths(images / "val")] == ["a.PNG", "b.jpg"]
-    assert len(image_paths(images)) == 4
-    assert image_paths(images / "notes.txt") == [images / "train/b.jpg", images / "val/a.PNG"]
-    assert image_paths(images / "val/b.jpg") == [images / "val/b.jpg"]
+def text(path: Path, content: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(content, encoding="utf-8")
+    return path
 
 
-def test_nothing_there_is_said(folder):
-    (folder / "empty").mkdir()
-    (folder / "bad.txt").write_text("gone.jpg\n")
-    for source, words in [("empty", "holds no images"), ("none", "no file or folder"), ("bad.txt", "not there")]:
-        with pytest.raises(InputError, match=words):
-            image_paths(folder / source)
+# --- finding images --------------------------------------------------------------------------------------------
 
 
-def test_data_yaml_in_its_variants(folder):
-    path = folder / "data.yaml"
-    path.write_text("train: images/train\nval: [images/val, images/train]\nnames: {0: cat, 1: dog}\nnc: 2\n")
+def test_a_folder_is_searched_to_the_bottom_sorted_and_for_images_only(tmp_path):
+    wanted = [picture(tmp_path / name) for name in ("b/c.PNG", "a.jpg", "b/deep/z.bmp", "0.webp")]
+    text(tmp_path / "a.txt", "0 0.5 0.5 1 1")
+    (tmp_path / "folder.jpg").mkdir()
+    assert image_paths(tmp_path) == sorted(wanted)
+
+
+def test_one_image_and_a_list_of_images(tmp_path):
+    a, b = picture(tmp_path / "a.png"), picture(tmp_path / "sub/b.png")
+    assert image_paths(a) == [a]
+    # relative paths start at the list's folder, absolute ones stay, blank lines and line ends do not count
+    listed = text(tmp_path / "list.txt", f"./sub/b.png\r\n\n  a.png  \n{b}\n")
+    assert image_paths(listed) == [tmp_path / "sub/b.png", a, b]
+
+
+def test_what_cannot_give_images_is_said_in_one_sentence(tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "binary.dat").write_bytes(b"\xff\xfe\x00\x80")
+    text(tmp_path / "blank.txt", "\n \n")
+    text(tmp_path / "gone.txt", "a.png\nb.png\n")
+    cases = {
+        "nowhere": "no file or folder",
+        "empty": "holds no images",
+        "binary.dat": "neither a folder",
+        "blank.txt": "lists no images",
+        "gone.txt": r"lists 2 files that are not there, the first .*a\.png",
+    }
+    for name, words in cases.items():
+        with pytest.raises(InputError, match=words) as caught:
+            image_paths(tmp_path / name)
+        assert str(tmp_path / name) in str(caught.value)
+
+
+# --- data.yaml -------------------------------------------------------------------------------------------------
+
+
+def test_data_yaml_starts_at_its_own_folder(tmp_path, monkeypatch):
+    train, val = picture(tmp_path / "set/images/train/a.png"), picture(tmp_path / "set/images/val/b.png")
+    more = picture(tmp_path / "set/more/c.png")
+    path = text(
+        tmp_path / "conf/data.yaml",
+        "path: ../set\ntrain: [images/train, more]\nval: images/val\nnc: 2\nnames: {1: dog, 0: cat}\n",
+    )
+    monkeypatch.chdir("/")
     data = read_data_yaml(path)
     assert data.names == ("cat", "dog")
-    assert (len(data.train), len(data.val)) == (2, 4)
-    assert calibration_images(path) == list(data.train)
-    path.write_text(f"path: {folder}/images\nval: val\nnames: [cat]\n")
-    assert calibration_images(path) == list(read_data_yaml(path).val)
+    assert [p.resolve() for p in data.train] == [train, more]
+    assert [p.resolve() for p in data.val] == [val]
+
+
+def test_data_yaml_with_names_only_and_with_an_absolute_path(tmp_path):
+    assert read_data_yaml(text(tmp_path / "n.yaml", "names: [a, 7]\n")) == DataYaml(("a", "7"), (), ())
+    image = picture(tmp_path / "elsewhere/x.png")
+    path = text(tmp_path / "a/data.yaml", f"path: {tmp_path / 'elsewhere'}\nval: .\nnames: [a]\n")
+    assert read_data_yaml(path).val == (image,)
 
 
 @pytest.mark.parametrize(
-    ("text", "words"),
+    ("content", "words"),
     [
-        ("names: [a]\nnc: 2", "nc 2"),
-        ("val: images", "no names"),
-        ("names: {0: a, 2: b}", "0, 1, 2"),
-        ("names: 3", "not a list"),
-        ("- a", "no names"),
-        ("a: [", "not a readable YAML"),
-        ("!!python/object/apply:os.system ['true']", "not a readable YAML"),
-        ("names: [a]", "neither train nor val"),
+        ("[1, 2]", "has no names"),
+        ("val: x\n", "has no names"),
+        ("names: {1: a, 2: b}\n", "not 0, 1, 2"),
+        ("names: 3\n", "not a list"),
+        ("names: []\n", "not a list"),
+        ("nc: 3\nnames: [a, b]\n", "says nc 3 but names 2"),
+        ("names: [a\n", "not a readable YAML"),
+        ("names: !!python/object/apply:os.getcwd []\n", "not a readable YAML"),
+        ("names: [a]\nval: nowhere\n", "no file or folder"),
     ],
 )
-def test_unusable_data_yaml(tmp_path, text, words):
-    (tmp_path / "d.yaml").write_text(text)
+def test_unusable_data_yamls(tmp_path, content, words):
     with pytest.raises(InputError, match=words):
-        calibration_images(tmp_path / "d.yaml")
+        read_data_yaml(text(tmp_path / "data.yaml", content))
 
 
-def test_label_path_replaces_the_last_images_folder():
-    assert label_path(Path("/images/x/images/val/a.b.jpg")) == Path("/images/x/labels/val/a.b.txt")
-    assert label_path(Path("pics/a.jpg")) == Path("pics/a.txt")
+def test_a_data_yaml_that_is_not_there_or_not_text(tmp_path):
+    with pytest.raises(InputError, match="no data file"):
+        read_data_yaml(tmp_path / "data.yaml")
+    (tmp_path / "data.yaml").write_bytes(b"names: [\xff\xfe]")
+    with pytest.raises(InputError, match="not a readable YAML"):
+        read_data_yaml(tmp_path / "data.yaml")
 
 
-def test_labels_boxes_and_polygons(tmp_path):
-    path = tmp_path / "a.txt"
-    path.write_text("1 0.5 0.5 0.2 0.4\n\n0 0.1 0.2 0.3 0.2 0.3 0.6 0.1 0.6\n")
-    np.testing.assert_allclose(read_labels(path, 2), [[1, 0.5, 0.5, 0.2, 0.4], [0, 0.2, 0.4, 0.2, 0.4]])
-    assert read_labels(tmp_path / "none.txt", 2).shape == (0, 5)
+def test_calibration_prefers_train_then_val_then_complains(tmp_path):
+    train, val = picture(tmp_path / "train/a.png"), picture(tmp_path / "val/b.png")
+    both = text(tmp_path / "both.yaml", "train: train\nval: val\nnames: [a]\n")
+    only = text(tmp_path / "only.yml", "val: val\nnames: [a]\n")
+    none = text(tmp_path / "none.yaml", "names: [a]\n")
+    assert calibration_images(both) == [train]
+    assert calibration_images(only) == [val]
+    assert calibration_images(tmp_path / "val") == [val]
+    with pytest.raises(InputError, match="neither train nor val"):
+        calibration_images(none)
+
+
+# --- labels ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    "row", ["0 1 2", "0 a b c d", "2 .5 .5 .1 .1", "-1 .5 .5 .1 .1", "0.5 .5 .5 .1 .1", "0 nan 0 0 0"]
+    ("image", "label"),
+    [
+        ("/d/images/val/a.jpg", "/d/labels/val/a.txt"),
+        ("images/a.b.png", "labels/a.b.txt"),
+        ("/images/x/images/a.jpg", "/images/x/labels/a.txt"),  # the last such folder only
+        ("/d/my_images/a.jpg", "/d/my_images/a.txt"),
+        ("/d/images.jpg", "/d/images.txt"),
+        ("/d/images/images", "/d/labels/images.txt"),  # the file's own name is not a folder
+    ],
 )
-def test_malformed_labels_name_the_line(tmp_path, row):
-    path = tmp_path / "a.txt"
-    path.write_text("0 .5 .5 .1 .1\n" + row)
-    with pytest.raises(InputError, match=r"a.txt, line 2"):
+def test_label_path(image, label):
+    assert label_path(Path(image)) == Path(label)
+
+
+def test_labels_are_rows_and_polygons_become_their_boxes(tmp_path):
+    path = text(tmp_path / "a.txt", "1 0.5 0.25 0.5 0.125\n\n0 0.25 0.5 0.75 0.25 0.5 1.0\n")
+    # the triangle spans 0.25..0.75 across and 0.25..1 down; all numbers are binary fractions: exact
+    wanted = [[1, 0.5, 0.25, 0.5, 0.125], [0, 0.5, 0.625, 0.5, 0.75]]
+    np.testing.assert_array_equal(read_labels(path, 2), wanted)
+
+
+def test_no_label_file_and_an_empty_one_mean_no_objects(tmp_path):
+    assert read_labels(tmp_path / "none.txt", 3).shape == (0, 5)
+    assert read_labels(text(tmp_path / "empty.txt", "\n \n"), 3).shape == (0, 5)
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("0 0.5 0.5 0.5", "a class and four numbers"),
+        ("0 0.5 0.5 0.5 0.5 0.9", "a class and four numbers"),
+        ("0 0.1 0.1 0.2 0.2 0.3 0.3 0.4", "a class and four numbers"),  # half a point
+        ("0 a b c d", "a class and four numbers"),
+        ("0 nan 0.5 0.5 0.5", "a class and four numbers"),
+        ("0 0.1 inf 0.2 0.2 0.3 0.3", "a class and four numbers"),
+        ("inf 0.5 0.5 0.5 0.5", "a class and four numbers"),
+        ("2 0.5 0.5 0.5 0.5", "class 2 is not one of the model's 2"),
+        ("-1 0.5 0.5 0.5 0.5", "class -1 is not one of the model's 2"),
+        ("0.5 0.5 0.5 0.5 0.5", "class 0.5 is not one of the model's 2"),
+    ],
+)
+def test_malformed_labels_are_named_by_file_and_line(tmp_path, line, words):
+    path = text(tmp_path / "a.txt", f"0 0.5 0.5 0.5 0.5\n\n{line}\n")
+    with pytest.raises(InputError, match=words) as caught:
         read_labels(path, 2)
+    assert str(caught.value).startswith(f"{path}, line 3:")
 
 
-def test_letterbox_of_a_wide_image():
-    image = np.full((20, 40, 3), 200, np.uint8)
-    square, box = letterbox(image, 64)
-    # gain 1.6: 64 x 32, 16 rows of padding above and below
-    assert box == Letterbox(1.6, 0, 16)
-    assert square.shape == (64, 64, 3)
-    assert (square[:16] == 114).all()
-    assert (square[16:48] == 200).all()
-    assert (square[48:] == 114).all()
+# --- pixels ----------------------------------------------------------------------------------------------------
 
 
-def test_letterbox_odd_padding_goes_below_and_right():
-    square, box = letterbox(np.zeros((3, 2, 3), np.uint8), 3)
-    assert box == Letterbox(1.0, 0, 0)
-    assert (square[:, 2] == 114).all()
+def test_images_are_read_as_rgb_whatever_their_name(tmp_path):
+    image = read_image(picture(tmp_path / "bläck 字.png", (1, 2, 3), (5, 4)))
+    assert image.dtype == np.uint8
+    assert image.flags.c_contiguous
+    np.testing.assert_array_equal(image, np.broadcast_to(np.array([1, 2, 3], np.uint8), (4, 5, 3)))
 
 
-def test_colours_are_rgb_and_scaled_to_one(tmp_path):
-    cv2.imwrite(str(tmp_path / "a.png"), np.array([[[255, 0, 51]]], np.uint8))  # blue, green, red
-    image = read_image(tmp_path / "a.png")
-    assert image[0, 0].tolist() == [51, 0, 255]
-    assert to_tensor([image]).flatten().tolist() == pytest.approx([0.2, 0, 1])
+def test_grey_and_transparent_images_become_three_channels(tmp_path):
+    grey = np.arange(12, dtype=np.uint8).reshape(3, 4)
+    cv2.imwrite(str(tmp_path / "g.png"), grey)
+    np.testing.assert_array_equal(read_image(tmp_path / "g.png"), np.stack([grey] * 3, -1))
+    cv2.imwrite(str(tmp_path / "t.png"), np.full((3, 4, 4), 9, np.uint8))
+    assert read_image(tmp_path / "t.png").shape == (3, 4, 3)
 
 
-def test_unreadable_images_are_skipped_and_counted(folder):
-    (folder / "images/val/zero.jpg").write_bytes(b"")
-    (folder / "images/val/text.jpg").write_text("no")
-    batches = list(calibration_batches(image_paths(folder / "images"), 32, 3))
-    assert sum(len(b) for b, _ in batches) == 4
-    assert sum(skipped for _, skipped in batches) == 2
-    with pytest.raises(InputError, match="not an image"):
-        read_image(folder / "images/val/zero.jpg")
+def test_what_is_no_image_is_an_input_error(tmp_path):
+    whole = picture(tmp_path / "whole.png", size=(64, 64)).read_bytes()
+    for content in (b"", b"not an image", whole[:20]):
+        (tmp_path / "bad.png").write_bytes(content)
+        with pytest.raises(InputError, match="not an image"):
+            read_image(tmp_path / "bad.png")
+    for unreadable in (tmp_path, tmp_path / "gone.png"):
+        with pytest.raises(InputError, match="cannot be read"):
+            read_image(unreadable)
 
 
-def test_spread_is_even():
+@pytest.mark.parametrize(
+    ("width", "height", "side", "placed", "rows", "columns"),
+    [
+        (100, 50, 64, Letterbox(0.64, 0, 16), (16, 48), (0, 64)),  # wide: grey above and below
+        (50, 100, 64, Letterbox(0.64, 16, 0), (0, 64), (16, 48)),  # tall: grey left and right
+        (16, 8, 64, Letterbox(4.0, 0, 16), (16, 48), (0, 64)),  # small: enlarged
+        (64, 64, 64, Letterbox(1.0, 0, 0), (0, 64), (0, 64)),
+        (64, 33, 64, Letterbox(1.0, 0, 15), (15, 48), (0, 64)),  # 15.5 grey rows: the odd one goes below
+        (1000, 1, 64, Letterbox(0.064, 0, 31), (31, 32), (0, 64)),  # never thinner than a pixel
+    ],
+)
+def test_letterbox_known_answers(width, height, side, placed, rows, columns):
+    image = np.full((height, width, 3), (200, 100, 50), np.uint8)
+    square, box = letterbox(image, side)
+    wanted = np.full((side, side, 3), 114, np.uint8)
+    wanted[rows[0] : rows[1], columns[0] : columns[1]] = (200, 100, 50)
+    np.testing.assert_array_equal(square, wanted)
+    assert box == placed
+
+
+def test_letterbox_scales_bilinearly_about_pixel_centres():
+    # pixels 0 and 100 doubled: samples at -0.25, 0.25, 0.75, 1.25 of the way, clamped
+    square, _ = letterbox(np.array([[[0] * 3, [100] * 3]], np.uint8), 4)
+    np.testing.assert_array_equal(square[..., 0], [[114] * 4, [0, 25, 75, 100], [0, 25, 75, 100], [114] * 4])
+
+
+def test_letterbox_leaves_pixels_of_a_fitting_image_alone():
+    image = np.random.default_rng(0).integers(0, 256, (20, 32, 3), dtype=np.uint8)
+    before = image.copy()
+    square, _ = letterbox(image, 32)
+    np.testing.assert_array_equal(square[6:26], before)
+    np.testing.assert_array_equal(image, before)
+
+
+def test_to_tensor_is_channels_first_and_zero_to_one():
+    image = np.zeros((2, 2, 3), np.uint8)
+    image[0, 1] = (255, 51, 0)  # row 0, column 1
+    batch = to_tensor([np.zeros_like(image), image])
+    assert batch.shape == (2, 3, 2, 2)
+    assert batch.dtype == torch.float32
+    assert batch.is_contiguous()
+    wanted = torch.zeros(2, 3, 2, 2)
+    wanted[1, 0, 0, 1], wanted[1, 1, 0, 1] = 1.0, 51 / 255  # both sides divide in float32: equal to the bit
+    assert torch.equal(batch, wanted)
+
+
+def test_spread_takes_evenly_spaced_paths():
     paths = [Path(str(i)) for i in range(10)]
-    assert [p.name for p in spread(paths, 5)] == ["0", "2", "4", "6", "8"]
-    assert spread(paths, 99) == paths
+    assert spread(paths, 4) == [paths[i] for i in (0, 2, 5, 7)]
+    assert spread(paths, 10) == spread(paths, 99) == paths
+    assert spread(paths, 1) == paths[:1]
+    assert spread(paths, 0) == []
+
+
+def test_calibration_batches_skip_and_count_what_cannot_be_read(tmp_path):
+    good = [picture(tmp_path / f"{i}.png", (i, i, i), (32, 32)) for i in range(5)]
+    bad = [text(tmp_path / f"bad{i}.png", "x") for i in range(3)]
+    paths = [bad[0], good[0], good[1], good[2], bad[1], good[3], good[4], bad[2]]
+    batches = list(calibration_batches(paths, 32, 2))
+    # each pixel is its image's number / 255, which float32 rounds within half a bit: rounding finds the number
+    found = [[round(float(image[0, 0, 0]) * 255) for image in batch] for batch, _ in batches]
+    assert found == [[0, 1], [2, 3], [4]]
+    assert [skipped for _, skipped in batches] == [1, 1, 1]
+    assert all(batch.shape[1:] == (3, 32, 32) for batch, _ in batches)
+
+
+def test_calibration_batches_of_nothing_readable(tmp_path):
+    bad = [text(tmp_path / f"bad{i}.png", "x") for i in range(3)]
+    ((batch, skipped),) = calibration_batches(bad, 32, 2)
+    assert batch.shape == (0, 3, 32, 32)
+    assert skipped == 3
+    assert list(calibration_batches([], 32, 2)) == []
