@@ -35,9 +35,8 @@ RUNS = Path("runs/dsconvert")
 STAGES = {
     "images": "reading images",
     "synthesize": "synthesising images",
-    "weights": "fitting weights",
     "ranges": "measuring activations",
-    "fit": "fitting shifts",
+    "fit": "fitting layers",
     "evaluate": "evaluating",
 }
 PATH = click.Path(path_type=Path)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +24,12 @@ from dsconvert.evaluate.coco import Metrics
 from dsconvert.evaluate.latency import Latency, interleaved_latency
 from dsconvert.export.onnx import export_float, export_quantized
 from dsconvert.files import write_atomic
-from dsconvert.fit.least_squares import fit_weight
-from dsconvert.fit.lockstep import fit_lockstep
+from dsconvert.fit.gptq import fit_layer
+from dsconvert.fit.lockstep import FitLayer, fit_lockstep
 from dsconvert.fit.ranges import choose_grids, sample_values
 from dsconvert.fit.synthesize import synthesize
-from dsconvert.graph.integer import QConv, QParams
-from dsconvert.graph.ir import ConvParams, Graph
+from dsconvert.graph.integer import QParams
+from dsconvert.graph.ir import ConvParams, Graph, Node
 from dsconvert.graph.run import run_float
 from dsconvert.model import DSModel, display_name, is_dsconv
 from dsconvert.modelfile import load_model, model_bytes
@@ -90,7 +90,6 @@ def quantize(
         batches, skipped = _decode(calib_paths, options.imgsz, report)
     graph, params = lower(network.fuse())
     chosen = choose_convs(network, graph, options.blocks, options.scope)
-    weights = _fit_weights(graph, params, chosen, options, report)
     images = sum(len(b) for b in batches)
     own: dict[str, QParams] = {}
     if options.activations == "int8":
@@ -98,11 +97,10 @@ def quantize(
         own = choose_grids(graph, sample_values(graph, params, counted, options.seed), options.seed)
     kept = _bounded(graph, params, batches, device)
     convs = fit_lockstep(
-        graph, params, weights, own, [b.to(device).float() / 255 for b in kept],
+        graph, params, _layer_fit(chosen, options), own, [b.to(device).float() / 255 for b in kept],
         lambda done, total: report("fit", done, total),
     )  # fmt: skip
-    convs = {name: _on_cpu(conv) for name, conv in convs.items()}
-    sqnr = {name: _sqnr_db(params[name].weight.cpu(), weights[name].weight().cpu()) for name in convs}
+    sqnr = {name: _sqnr_db(params[name].weight.cpu(), conv.weight.weight()) for name, conv in convs.items()}
     model = DSModel(graph, convs, own, checkpoint.head, options.imgsz, _provenance(checkpoint, options, command))
     return Quantized(model, images, skipped, sqnr)
 
@@ -147,21 +145,15 @@ def _synthetic(checkpoint: Checkpoint, options: QuantizeOptions, report: Progres
     return [(part * 255).round().to(torch.uint8).cpu() for b in batches for part in b.split(BATCH)]
 
 
-def _fit_weights(
-    graph: Graph,
-    params: Mapping[str, ConvParams],
-    chosen: frozenset[str],
-    options: QuantizeOptions,
-    report: Progress,
-) -> dict[str, DSTensor]:
+def _layer_fit(chosen: frozenset[str], options: QuantizeOptions) -> FitLayer:
     """DSConv for the chosen convolutions, plain int8 per channel for the others."""
-    weights = {}
-    for index, node in enumerate(graph.convs()):
-        weight = params[node.name].weight.cpu()
+
+    def fit(node: Node, weight: Tensor, pairs: Iterable[tuple[Tensor, Tensor]]) -> DSTensor:
         bits = options.bits if node.name in chosen else 8
-        weights[node.name] = fit_weight(weight, bits, options.block_size if bits < 8 else weight.shape[1])
-        report("weights", index + 1, len(graph.convs()))
-    return weights
+        block_size = options.block_size if bits < 8 else weight.shape[1]
+        return fit_layer(node, weight, bits, block_size, pairs, options.seed)
+
+    return fit
 
 
 def _counted(batches: Iterable[Tensor], stage: str, total: int, report: Progress) -> Iterable[Tensor]:
@@ -185,12 +177,6 @@ def _bounded(graph: Graph, params: Mapping[str, ConvParams], batches: list[Tenso
     fitting = max(1, LOCKSTEP_BYTES // (8 * peak * len(batches[0])))  # at most two float32 a value
     count = min(fitting, len(batches))
     return [batches[i * len(batches) // count] for i in range(count)]
-
-
-def _on_cpu(conv: QConv) -> QConv:
-    w = conv.weight
-    moved = replace(w, vqk=w.vqk.cpu(), m=w.m.cpu(), z=None if w.z is None else w.z.cpu(), cds_w=w.cds_w.cpu())
-    return QConv(moved, conv.bias.cpu())
 
 
 def _sqnr_db(weight: Tensor, fitted: Tensor) -> float:

@@ -54,7 +54,8 @@ def converted(tiny, picture) -> DSModel:
         name: fit_weight(p.weight, 8, p.weight.shape[1]) if name in plain else fit_weight(p.weight, 4, 16)
         for name, p in params.items()
     }
-    return DSModel(graph, fit_lockstep(graph, params, weights, own, batches), own, head, SIDE, {})
+    convs = fit_lockstep(graph, params, lambda node, weight, pairs: weights[node.name], own, batches)
+    return DSModel(graph, convs, own, head, SIDE, {})
 
 
 def test_torch_packed_and_int8_agree_to_the_last_integer(converted, picture):

@@ -46,6 +46,11 @@ def test_constant_input_keeps_the_scale_and_corrects_the_bias():
     assert result.bias.item() == pytest.approx(-5.0, abs=1e-5)
 
 
+def given(weights):
+    """Weights fitted beforehand: only the shifts remain to be fitted."""
+    return lambda node, weight, pairs: weights[node.name]
+
+
 def network_parts(tiny, picture):
     network, _ = tiny
     graph, params = lower(network.fuse())
@@ -58,7 +63,7 @@ def test_fitted_shifts_beat_the_weights_own(tiny, picture):
     graph, params, batches, own = network_parts(tiny, picture)
     weights = {n.name: fit_weight(params[n.name].weight, 4, 32) for n in graph.convs()}
     plain = {name: QConv(w, params[name].bias) for name, w in weights.items()}
-    fitted = fit_lockstep(graph, params, weights, own, batches)
+    fitted = fit_lockstep(graph, params, given(weights), own, batches)
     unseen = picture.flip(1)
 
     def error(convs):
@@ -72,7 +77,7 @@ def test_float_activations_leave_only_the_weights_error(tiny, picture):
     graph, params, batches, own = network_parts(tiny, picture)
     weights = {n.name: fit_weight(params[n.name].weight, 4, 32) for n in graph.convs()}
     plain = {name: QConv(w, params[name].bias) for name, w in weights.items()}
-    fitted = {acts: fit_lockstep(graph, params, weights, own if acts else {}, batches) for acts in (True, False)}
+    fitted = {acts: fit_lockstep(graph, params, given(weights), own if acts else {}, batches) for acts in (True, False)}
 
     def error(convs):
         mine = {name: ConvParams(c.weight.weight(), c.bias) for name, c in convs.items()}
@@ -87,7 +92,7 @@ def test_float_activations_leave_only_the_weights_error(tiny, picture):
 def test_eight_bits_are_close_to_float(tiny, picture):
     graph, params, batches, own = network_parts(tiny, picture)
     weights = {n.name: fit_weight(params[n.name].weight, 8, params[n.name].weight.shape[1]) for n in graph.convs()}
-    convs = fit_lockstep(graph, params, weights, own, batches)
+    convs = fit_lockstep(graph, params, given(weights), own, batches)
     for got, wanted in zip(run_integer(graph, convs, own, picture), run_float(graph, params, picture), strict=True):
         noise = (got - wanted).square().mean() / wanted.square().mean()
         assert noise < 0.01  # about 40 dB per quantizer, some thirty of them in a row: better than 20 dB
@@ -97,5 +102,5 @@ def test_progress_counts_every_node(tiny, picture):
     graph, params, batches, own = network_parts(tiny, picture)
     weights = {n.name: fit_weight(params[n.name].weight, 4, 32) for n in graph.convs()}
     seen: list[tuple[int, int]] = []
-    fit_lockstep(graph, params, weights, own, batches[:1], lambda done, total: seen.append((done, total)))
+    fit_lockstep(graph, params, given(weights), own, batches[:1], lambda done, total: seen.append((done, total)))
     assert seen == [(i + 1, len(graph.nodes)) for i in range(len(graph.nodes))]

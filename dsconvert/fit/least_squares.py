@@ -18,11 +18,11 @@ ROUNDS = 4
 
 
 def fit_weight(weight: Tensor, bits: int, block_size: int) -> DSTensor:
-    """Float weight (cho, chi, kh, kw) -> the DSTensor minimising ||W - W'||^2 per output channel (locally)."""
+    """Float weight (cho, chi, kh, kw) -> the DSTensor minimising ||W - W'||^2 per output channel (locally), on CPU."""
     cho, chi, kh, kw = weight.shape
     low, high = vqk_limits(bits)
     m_max = max_multiplier(bits)
-    blocks = to_blocks(weight.detach().double(), block_size)
+    blocks = to_blocks(weight.detach().cpu().double(), block_size)
     widest = (blocks.amax((1, 2, 3)) / high).maximum(blocks.amin((1, 2, 3)) / low).clamp_min(1e-12)
     best_error = torch.full((cho,), torch.inf, dtype=torch.float64)
     best_cds = torch.ones(cho, dtype=torch.float64)

@@ -18,6 +18,8 @@ from dsconvert.graph.ir import INPUT, ConvParams, Graph, Node
 from dsconvert.graph.run import conv, float_step
 
 Progress = Callable[[int, int], None]
+# (node, its weight, batches of (float input, quantized input), real-valued) -> the fitted weight
+FitLayer = Callable[[Node, Tensor, Iterable[tuple[Tensor, Tensor]]], DSTensor]
 
 
 @dataclass(frozen=True)
@@ -37,19 +39,19 @@ class _Side:
             return integer_step(node, [x.float() for x in inputs], convs, self.grids).to(torch.uint8)
         if node.op == "conv":
             c = convs[node.name]
-            return conv(node, inputs[0], c.weight.weight(), c.bias)
+            return conv(node, inputs[0], c.weight.weight().to(inputs[0]), c.bias.to(inputs[0]))
         return float_step(node, inputs, {})
 
 
 def fit_lockstep(
     graph: Graph,
     params: Mapping[str, ConvParams],
-    weights: Mapping[str, DSTensor],
+    fit_layer: FitLayer,
     own: Mapping[str, QParams],
     batches: Sequence[Tensor],
     progress: Progress | None = None,
 ) -> dict[str, QConv]:
-    """Fit CDSw and CDSb of every convolution to the float network's outputs; VQK and KDS stay as given.
+    """Fit every convolution: VQK and KDS by `fit_layer`, then CDSw and CDSb to the float network's outputs.
 
     `batches` are image batches (n, 3, h, w). `own` are the activation grids; without any, activations stay float
     on both sides. Values are kept for all batches at once and released after their last use.
@@ -65,9 +67,10 @@ def fit_lockstep(
             floats[node.name] = wanted
             if node.op == "conv":
                 source = node.inputs[0]
-                real = (side.real(source, x) for x in quants[source])
-                pairs = zip(real, wanted, strict=True)
-                fitted[node.name] = fit_cds(node, weights[node.name], pairs)
+                pairs = ((x, side.real(source, q)) for x, q in zip(floats[source], quants[source], strict=True))
+                weight = fit_layer(node, params[node.name].weight, pairs)
+                real = (side.real(source, q) for q in quants[source])
+                fitted[node.name] = fit_cds(node, weight, zip(real, wanted, strict=True))
             quants[node.name] = [side.step(node, xs, fitted) for xs in _inputs(node, quants)]
             for name in set(node.inputs):
                 if last[name] == index:

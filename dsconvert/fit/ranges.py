@@ -33,8 +33,8 @@ def sample_values(
             return
         for image in value:
             flat = image.reshape(-1)
-            picks = torch.randint(flat.numel(), (SAMPLES_PER_IMAGE,), generator=generator)
-            kept[name].append(torch.cat((flat[picks], flat.aminmax().min[None], flat.aminmax().max[None])))
+            picks = torch.randint(flat.numel(), (SAMPLES_PER_IMAGE,), generator=generator).to(flat.device)
+            kept[name].append(torch.cat((flat[picks], flat.aminmax().min[None], flat.aminmax().max[None])).cpu())
 
     for batch in batches:
         run_float(graph, params, batch, visit)

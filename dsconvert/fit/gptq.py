@@ -1,0 +1,170 @@
+"""Asymmetric GPTQ over DSConv blocks (GPTQ: arXiv 2210.17323; asymmetric targets: GPTAQ, arXiv 2504.02692).
+
+One layer, unfolded: W is (cho, K) with K = chi kh kw, x the float network's input column, q the quantized network's.
+We look for W' = CDSw (m VQK) minimising, per output channel,
+
+    J(W') = E || (W x - W' q) centred ||^2 = const - 2 W C W'^T + W' H W'^T,   H = E[q q^T],  C = E[x q^T]
+
+(means taken out: CDSb takes care of them). The real-valued optimum is W C H^-1; GPTQ rounds it one column at a time,
+each column's rounding error being made up for by the columns still to come. Columns go block by block (the channels
+of one block at one tap share an m), blocks and columns of most energy first; m is chosen when its block is reached.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from dsconvert.dsconv.tensor import DSTensor, block_count, expand_blocks, vqk_limits
+from dsconvert.fit.least_squares import fit_weight, nearest_integers
+from dsconvert.graph.ir import Node
+
+DAMPING = 0.01  # of the mean diagonal of H, as in GPTQ: keeps the inverse sane where inputs hardly vary
+STARTS = (1.0, 0.85)  # starting CDSw, as a share of the least-squares one
+POSITIONS = 512  # columns taken from each image; neighbouring ones say nearly the same
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Second moments of a layer's unfolded inputs, means taken out: hessian H = cov(q, q), cross C = cov(x, q),
+    each (K, K) float64, K in the weight's own order (channel, row, column)."""
+
+    hessian: Tensor
+    cross: Tensor
+
+
+def measure_moments(node: Node, weight_shape: torch.Size, pairs: Iterable[tuple[Tensor, Tensor]], seed: int) -> Moments:
+    """H and C from batches of (float input x, quantized input q), each real-valued (n, chi, h, w), groups 1.
+
+    Of each image, `POSITIONS` output positions are taken at random."""
+    generator = torch.Generator().manual_seed(seed)
+    _, channels, *kernel = weight_shape
+    size = channels * kernel[0] * kernel[1]
+    hessian, cross = torch.zeros(2, size, size, dtype=torch.float64)
+    sums, total = torch.zeros(2, size, dtype=torch.float64), 0
+    a = node.attrs
+    for pair in pairs:
+        x, q = (F.unfold(v, tuple(kernel), a["dilation"], a["padding"], a["stride"]) for v in pair)
+        picks = torch.randperm(x.shape[2], generator=generator)[:POSITIONS].to(x.device)
+        x, q = (u[:, :, picks].transpose(0, 1).flatten(1) for u in (x, q))
+        hessian += (q @ q.T).cpu()
+        cross += (x @ q.T).cpu()
+        sums += torch.stack((x.double().sum(1), q.double().sum(1))).cpu()
+        total += x.shape[1]
+    mean_x, mean_q = sums / total
+    return Moments(hessian / total - torch.outer(mean_q, mean_q), cross / total - torch.outer(mean_x, mean_q))
+
+
+def fit_weight_gptq(weight: Tensor, moments: Moments, bits: int, block_size: int) -> DSTensor:
+    """Float weight (cho, chi, kh, kw) and its input moments -> the DSTensor with the least J found.
+
+    Per output channel the best of least squares and of GPTQ from every start is kept, each with the CDSw that is
+    optimal for its integers: never worse than least squares on J.
+    """
+    plain = fit_weight(weight, bits, block_size)
+    flat = weight.detach().cpu().double().flatten(1)
+    ridge = DAMPING * moments.hessian.diagonal().mean().clamp_min(1e-12)
+    damped = moments.hessian + ridge * torch.eye(len(moments.hessian), dtype=torch.float64)
+    # W C H^-1, written as a step away from W so that damping pulls towards W and not towards zero
+    target = flat + torch.linalg.solve(damped, ((moments.cross - moments.hessian).T @ flat.T)).T
+    groups = _groups(weight, block_size, moments.hessian.diagonal())
+    order = torch.cat(groups)
+    inverse = torch.linalg.inv(damped[order][:, order])
+    upper = torch.linalg.cholesky((inverse + inverse.T) / 2, upper=True)
+    best = _Best(flat, moments, plain)
+    start = fit_weight(target.reshape(weight.shape), bits, block_size)
+    for share in STARTS:
+        cds = start.cds_w.double() * share
+        vqk, m = _round(target[:, order], upper, [len(g) for g in groups], cds, bits)
+        best.offer(vqk[:, torch.argsort(order)], _scatter(m, groups, weight, block_size))
+    return best.tensor(weight.shape, bits, block_size)
+
+
+def _groups(weight: Tensor, block_size: int, energy: Tensor) -> list[Tensor]:
+    """Column indices of every (block, tap), the columns and the groups by falling energy."""
+    _, chi, kh, kw = weight.shape
+    columns = torch.arange(chi * kh * kw).reshape(chi, kh * kw)
+    groups = [columns[b * block_size : (b + 1) * block_size, t]
+              for b in range(block_count(chi, block_size)) for t in range(kh * kw)]  # fmt: skip
+    groups = [g[torch.argsort(energy[g], descending=True, stable=True)] for g in groups]
+    return sorted(groups, key=lambda g: -float(energy[g].mean()))
+
+
+def _round(target: Tensor, upper: Tensor, lengths: list[int], cds: Tensor, bits: int) -> tuple[Tensor, list[Tensor]]:
+    """GPTQ's loop: VQK (cho, K) in the given column order, and m (cho,) of each group."""
+    low, high = vqk_limits(bits)
+    w = target.clone()
+    vqk = torch.zeros_like(w)
+    chosen = []
+    first = 0
+    for length in lengths:
+        last = first + length
+        m, _ = nearest_integers(w[:, None, first:last, None], cds, bits)
+        m = m.reshape(-1)
+        chosen.append(m)
+        step = cds * m
+        errors = torch.zeros_like(w[:, first:last])
+        for j in range(first, last):
+            vqk[:, j] = torch.round(w[:, j] / step).clamp_(low, high)
+            error = (w[:, j] - step * vqk[:, j]) / upper[j, j]
+            w[:, j:last] -= torch.outer(error, upper[j, j:last])
+            errors[:, j - first] = error
+        w[:, last:] -= errors @ upper[first:last, last:]
+        first = last
+    return vqk, chosen
+
+
+def _scatter(chosen: list[Tensor], groups: list[Tensor], weight: Tensor, block_size: int) -> Tensor:
+    """m of each group -> (cho, nblk, kh, kw)."""
+    cho, chi, kh, kw = weight.shape
+    m = torch.ones(cho, block_count(chi, block_size), kh * kw, dtype=torch.float64)
+    for values, group in zip(chosen, groups, strict=True):
+        channel, tap = divmod(int(group[0]), kh * kw)
+        m[:, channel // block_size, tap] = values
+    return m.reshape(cho, -1, kh, kw)
+
+
+class _Best:
+    """The best integers so far, per output channel, by J with its optimal CDSw."""
+
+    def __init__(self, flat: Tensor, moments: Moments, plain: DSTensor) -> None:
+        self.linear, self.hessian = flat @ moments.cross, moments.hessian
+        self.chi = plain.vqk.shape[1]
+        self.block_size = plain.block_size
+        self.vqk = plain.vqk.double().flatten(1)
+        self.m = plain.m.double()
+        self.cds, self.gain = self._judge(self.vqk, self.m, plain.cds_w.double())
+
+    def _judge(self, vqk: Tensor, m: Tensor, fallback: Tensor) -> tuple[Tensor, Tensor]:
+        """Optimal CDSw = (W C I^T) / (I H I^T) and how much of J it takes away, for I = m VQK."""
+        shape = (len(vqk), self.chi, *m.shape[2:])
+        integers = (expand_blocks(m, self.chi, self.block_size) * vqk.reshape(shape)).flatten(1)
+        cross = (self.linear * integers).sum(1)
+        power = ((integers @ self.hessian) * integers).sum(1)
+        cds = torch.where((cross > 0) & (power > 1e-12), cross / power.clamp_min(1e-12), fallback)
+        return cds, 2 * cds * cross - cds.square() * power
+
+    def offer(self, vqk: Tensor, m: Tensor) -> None:
+        cds, gain = self._judge(vqk, m, self.cds)
+        better = gain > self.gain
+        self.gain = torch.where(better, gain, self.gain)
+        self.cds = torch.where(better, cds, self.cds)
+        self.vqk = torch.where(better[:, None], vqk, self.vqk)
+        self.m = torch.where(better[:, None, None, None], m, self.m)
+
+    def tensor(self, shape: torch.Size, bits: int, block_size: int) -> DSTensor:
+        vqk = self.vqk.reshape(shape).to(torch.int8)
+        return DSTensor(vqk, self.m.to(torch.int8), None, self.cds.float(), bits, block_size)
+
+
+def fit_layer(
+    node: Node, weight: Tensor, bits: int, block_size: int, pairs: Iterable[tuple[Tensor, Tensor]], seed: int
+) -> DSTensor:
+    """Fit one layer from its (float input, quantized input) batches; grouped convolutions by least squares."""
+    if node.attrs["groups"] > 1:
+        return fit_weight(weight, bits, block_size)
+    return fit_weight_gptq(weight, measure_moments(node, weight.shape, pairs, seed), bits, block_size)

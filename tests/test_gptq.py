@@ -1,0 +1,103 @@
+"""Asymmetric GPTQ: its moments, and that it never does worse than least squares on the layer's own objective."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+
+from dsconvert.dsconv.tensor import DSTensor
+from dsconvert.fit.gptq import Moments, fit_layer, fit_weight_gptq, measure_moments
+from dsconvert.fit.least_squares import fit_weight
+from dsconvert.graph.ir import Node
+
+CONV = Node("conv", "c", ("x",), {"stride": 1, "padding": 1, "dilation": 1, "groups": 1})
+
+
+def inputs(seed: int, channels: int = 8, noise: float = 0.1) -> tuple[torch.Tensor, torch.Tensor]:
+    """Float inputs with strongly correlated channels, and the same as a quantized network would see them."""
+    g = torch.Generator().manual_seed(seed)
+    mix = torch.randn(channels, 3, generator=g)
+    x = F.silu(torch.einsum("ck,nkhw->nchw", mix, torch.randn(4, 3, 12, 12, generator=g)))
+    q = 0.9 * x + noise * torch.randn(x.shape, generator=g)
+    return x, q
+
+
+def objective(weight: torch.Tensor, fitted: DSTensor, x: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
+    """E ||W x - W' q||^2 per output channel with the best CDSw and CDSb for the integers, by regression in float64."""
+    y = F.conv2d(x.double(), weight.double(), padding=1).transpose(0, 1).flatten(1)
+    a = F.conv2d(q.double(), fitted.merged().double(), padding=1).transpose(0, 1).flatten(1)
+    y, a = y - y.mean(1, keepdim=True), a - a.mean(1, keepdim=True)
+    cds = (a * y).sum(1) / a.square().sum(1).clamp_min(1e-30)
+    return (y - cds[:, None] * a).square().mean(1)
+
+
+def test_moments_are_the_covariances_of_the_unfolded_inputs():
+    x, q = inputs(0, 3)
+    got = measure_moments(CONV, torch.Size((5, 3, 3, 3)), [(x[:2], q[:2]), (x[2:], q[2:])], seed=0)
+    columns = [F.unfold(v, 3, padding=1).transpose(0, 1).flatten(1).double().numpy() for v in (x, q)]
+    cx, cq = (c - c.mean(1, keepdims=True) for c in columns)
+    # sums of float32 products over 576 positions
+    np.testing.assert_allclose(got.hessian.numpy(), cq @ cq.T / cq.shape[1], atol=1e-5)
+    np.testing.assert_allclose(got.cross.numpy(), cx @ cq.T / cq.shape[1], atol=1e-5)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 6, 8])
+@pytest.mark.parametrize("block", [3, 8])
+def test_never_worse_than_least_squares_and_clearly_better_at_few_bits(bits, block):
+    x, q = inputs(bits)
+    weight = torch.randn(6, 8, 3, 3, generator=torch.Generator().manual_seed(bits))
+    moments = measure_moments(CONV, weight.shape, [(x, q)], seed=0)
+    ours, plain = (
+        objective(weight, f, x, q)
+        for f in (fit_weight_gptq(weight, moments, bits, block), fit_weight(weight, bits, block))
+    )
+    # channel by channel; the moments were summed from float32 products
+    assert (ours <= plain * (1 + 1e-4)).all()
+    if bits <= 4:
+        assert ours.sum() < 0.8 * plain.sum()
+
+
+def test_asymmetric_targets_beat_symmetric_ones():
+    x, q = inputs(7, noise=0.4)
+    weight = torch.randn(6, 8, 3, 3, generator=torch.Generator().manual_seed(7))
+    m = measure_moments(CONV, weight.shape, [(x, q)], seed=0)
+    asymmetric = objective(weight, fit_weight_gptq(weight, m, 4, 8), x, q)
+    symmetric = objective(weight, fit_weight_gptq(weight, Moments(m.hessian, m.hessian), 4, 8), x, q)
+    assert asymmetric.sum() < symmetric.sum()
+
+
+def test_independent_inputs_leave_nothing_to_compensate():
+    """With H = C = 1 every column is on its own: rounding at a given CDSw is already optimal."""
+    weight = torch.randn(4, 8, 1, 1, generator=torch.Generator().manual_seed(1))
+    eye = torch.eye(8, dtype=torch.float64)
+    ours = fit_weight_gptq(weight, Moments(eye, eye), 4, 8)
+    plain = fit_weight(weight, 4, 8)
+    error = (ours.weight() - weight).square().sum((1, 2, 3))
+    # J is then ||W - W'||^2 itself; float32 storage of CDSw
+    assert (error <= (plain.weight() - weight).square().sum((1, 2, 3)) * (1 + 1e-5)).all()
+
+
+def test_brute_force_on_two_weights():
+    """Two strongly correlated inputs, 2 bits, one block, against the best of all integers and scales."""
+    hessian = torch.tensor([[1.0, 0.8], [0.8, 1.0]], dtype=torch.float64)
+    generator = torch.Generator().manual_seed(2)
+    weight = torch.randn(40, 2, 1, 1, generator=generator)
+    flat = weight.double().flatten(1)
+    fitted = fit_weight_gptq(weight, Moments(hessian, hessian), 2, 2)
+    error = fitted.weight().double().flatten(1) - flat
+    got = ((error @ hessian) * error).sum(1)
+    candidates = torch.tensor([[a, b] for a in range(-2, 2) for b in range(-2, 2) if a or b], dtype=torch.float64)
+    cross, power = flat @ hessian @ candidates.T, ((candidates @ hessian) * candidates).sum(1)
+    gain = torch.where(cross > 0, cross.square() / power, 0)  # the scale CDSw is positive
+    best = ((flat @ hessian) * flat).sum(1) - gain.max(1).values
+    # a greedy rounding from two starting scales need not find the optimum of every channel
+    total = ((flat @ hessian) * flat).sum()
+    assert (got.sum() - best.sum()) / total < 0.02
+
+
+def test_grouped_convolutions_fall_back_to_least_squares():
+    node = Node("conv", "c", ("x",), {**CONV.attrs, "groups": 2})
+    weight = torch.randn(4, 2, 3, 3)
+    assert torch.equal(fit_layer(node, weight, 4, 2, [], 0).vqk, fit_weight(weight, 4, 2).vqk)
