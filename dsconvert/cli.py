@@ -160,7 +160,7 @@ def export(
 
 @cli.command("eval")
 @click.argument("models", type=PATH, nargs=-1, metavar="[MODEL]...")
-@click.option("--data", type=PATH, help="data.yaml with labels (default: the one calibrated on).")
+@click.option("--data", type=PATH, help="data.yaml with labels, or a folder of images without.")
 @click.option("--imgsz", type=int, help="Side of the images, pixels (default: as exported).")
 @click.option("--samples", type=click.IntRange(1), help="Most images used.")
 @threads
@@ -173,6 +173,8 @@ def evaluate(
 
     MODEL is a .pt, .safetensors or .onnx file; by default the newest quantize
     result and the checkpoint it came from. Latency is ONNX Runtime's for all.
+    --data defaults to what was calibrated on. Without labels (a folder), the
+    truth is what the first model finds: the others' rows are agreement.
 
     Example: dsconvert eval best.pt best.onnx --data data.yaml
     """
@@ -257,8 +259,8 @@ def _plain_row(name: str, shape: tuple[int, ...], kind: str, bits: int) -> dict[
 
 def _data_of(provenance: Any) -> Path:
     calib = provenance["options"]["calib"]
-    if not calib or Path(calib).suffix not in (".yaml", ".yml"):
-        raise InputError("Which labelled images? Give --data data.yaml.")
+    if not calib:
+        raise InputError("Which images? Give --data data.yaml, or a folder of images to measure agreement.")
     return Path(calib)
 
 

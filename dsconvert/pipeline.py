@@ -34,7 +34,7 @@ from dsconvert.graph.run import run_float
 from dsconvert.model import DSModel, display_name, is_dsconv
 from dsconvert.modelfile import load_model, model_bytes
 from dsconvert.yolo.checkpoint import Checkpoint, load_checkpoint
-from dsconvert.yolo.images import calibration_batches, calibration_images, read_data_yaml, spread
+from dsconvert.yolo.images import calibration_batches, calibration_images, image_paths, read_data_yaml, spread
 from dsconvert.yolo.lower import lower
 from dsconvert.yolo.plan import choose_convs
 
@@ -285,24 +285,30 @@ def evaluate(
 ) -> list[Evaluated]:
     """Measure models on the val split of a data.yaml (its train split when there is no val).
 
-    Raises InputError when a model's classes are not the data's."""
+    When `data` is a folder of images instead, the truth is what the first model finds with confidence.
+    Raises InputError when a model's classes are not the data's, or the first model's."""
     report = progress or (lambda stage, done, total: None)
-    described = read_data_yaml(data)
-    paths = list(described.val or described.train)
+    labelled = data.suffix.lower() in (".yaml", ".yml")
+    described = read_data_yaml(data) if labelled else None
+    paths = list(described.val or described.train) if described else image_paths(data)
     if not paths:
         raise InputError(f"{data} names neither val nor train images.")
     if samples is not None:
         paths = spread(paths, samples)
     candidates = _candidates(models, imgsz)
-    nc = len(described.names)
+    whose, nc = (str(data), len(described.names)) if described else (str(models[0]), len(candidates[0].names))
     for c in candidates:
         if c.names and len(c.names) != nc:
-            raise InputError(f"{c.path} has {len(c.names)} classes, {data} has {nc}.")
+            raise InputError(
+                f"{c.path} has {len(c.names)} classes, {whose} has {nc}; give --data a folder of images to measure "
+                "agreement with the first model without labels."
+            )
     metrics = evaluate_predictors(
         [c.predict for c in candidates],
         paths,
         candidates[0].side,
         nc,
+        labelled,
         lambda done, total: report("evaluate", done, total),
     )
     latencies = interleaved_latency([c.run_once for c in candidates])

@@ -8,11 +8,13 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from dsconvert.errors import InputError
 from dsconvert.evaluate.coco import Metrics, coco_metrics
 from dsconvert.yolo.boxes import non_max_suppression, to_image
 from dsconvert.yolo.images import label_path, letterbox, read_image, read_labels, to_tensor
 
 # A predictor takes a float batch (1, 3, side, side), 0..1, and returns (1, boxes, 5 + nc) as `decode` does.
+CONFIDENT, OVERLAP = 0.25, 0.45  # YOLOv5's detect.py
 Predictor = Callable[[NDArray[np.float32]], NDArray[np.float32]]
 
 
@@ -21,22 +23,34 @@ def evaluate_predictors(
     paths: Sequence[Path],
     side: int,
     nc: int,
+    labelled: bool = True,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Metrics]:
-    """Metrics of every predictor on the same images, each decoded once; labels lie beside the images."""
+    """Metrics of every predictor on the same images, each decoded once.
+
+    The truth is the labels beside the images, or (labelled=False) what the first predictor finds with confidence:
+    then the metrics say how far the others agree with it. Raises InputError when there is no object to find.
+    """
     found: list[list[NDArray[np.float32]]] = [[] for _ in predictors]
     truths, shapes = [], []
     for index, path in enumerate(paths):
         image = read_image(path)
         h, w = image.shape[:2]
-        truths.append(_pixels(read_labels(label_path(path), nc), h, w))
         shapes.append((h, w))
         square, box = letterbox(image, side)
         batch = to_tensor([square]).numpy()
-        for results, predict in zip(found, predictors, strict=True):
-            results.append(to_image(non_max_suppression(predict(batch)[0]), box, (h, w)))
+        predictions = [predict(batch)[0] for predict in predictors]
+        for results, raw in zip(found, predictions, strict=True):
+            results.append(to_image(non_max_suppression(raw), box, (h, w)))
+        if labelled:
+            truths.append(_pixels(read_labels(label_path(path), nc), h, w))
+        else:
+            sure = to_image(non_max_suppression(predictions[0], CONFIDENT, OVERLAP), box, (h, w))
+            truths.append(sure[:, [5, 0, 1, 2, 3]].astype(np.float64))
         if progress:
             progress(index + 1, len(paths))
+    if not labelled and not sum(map(len, truths)):
+        raise InputError("The first model finds nothing with confidence in these images, so there is no agreement.")
     return [coco_metrics(results, truths, shapes, nc) for results in found]
 
 

@@ -22,6 +22,6 @@ def test_demo_detects_and_loses_little(tmp_path):
     dsconvert("export", "--onnx", "--out", "packed.onnx", cwd=tmp_path)
     rows = dsconvert("eval", DEMO / "demo.pt", "packed.onnx", "--data", DEMO / "data.yaml", cwd=tmp_path)["models"]
     assert rows[0]["map50_95"] > 0.6
-    assert rows[1]["map50_95"] > rows[0]["map50_95"] - 0.05  # least squares, measured 2.2 points
+    assert rows[1]["map50_95"] > rows[0]["map50_95"] - 0.04  # measured 2.0 points
     assert rows[1]["images"] == 100
     assert rows[1]["size_bytes"] < 0.3 * rows[0]["size_bytes"]  # against the float16 checkpoint

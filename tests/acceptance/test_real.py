@@ -11,7 +11,6 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
-import torch
 from conftest import SHARED
 
 from dsconvert.graph.integer import run_integer
@@ -61,7 +60,7 @@ def test_float_row_and_size_and_loss(yolov5n):
     assert abs(torch_row["map50_95"] - onnx_row["map50_95"]) <= 0.003  # acceptance: 0.3 points
     assert torch_row["map50_95"] > 0.3  # a published 28.0 on all of val2017; these 64 images are easier
     assert packed["size_bytes"] <= 1_200_000
-    assert packed["map50_95"] > torch_row["map50_95"] - 0.08  # least squares, measured 5.5 points; GPTQ is to follow
+    assert packed["map50_95"] > torch_row["map50_95"] - 0.035  # measured 2.1 points
     assert (packed["images"], round(packed["weight_bits"], 1)) == (64, 4.4)
 
 
@@ -108,4 +107,6 @@ def test_custom_checkpoint_without_calibration_images(tmp_path):
     assert model.head.names == ("helmet", "vest")
     out = session(folder / "model-packed.onnx").run(None, {"images": np.zeros((1, 3, 640, 640), np.float32)})[0]
     assert out.shape == (1, 25200, 7)
-    assert torch.isfinite(torch.from_numpy(out)).all()
+    assert np.isfinite(out).all()
+    rows = dsconvert("eval", "--data", SHARED / "coco/images/val2017", cwd=tmp_path)["models"]
+    assert rows[1]["map50"] > 0.85  # agreement with the float model, measured 0.98 on all 192 images

@@ -1,0 +1,49 @@
+"""Measuring predictors on images: against labels, and against the first predictor."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+
+from dsconvert.errors import InputError
+from dsconvert.evaluate.accuracy import Predictor, evaluate_predictors
+
+# in a 64 x 64 letterbox of a 32 x 64 (h x w) image: 16 rows of padding above; x, y, w, h, objectness, two classes
+BOX = [20, 30, 10, 8, 0.9, 1.0, 0.0]
+
+
+@pytest.fixture
+def paths(tmp_path) -> list[Path]:
+    for kind in ("images", "labels"):
+        (tmp_path / kind).mkdir()
+    cv2.imwrite(str(tmp_path / "images/a.png"), np.zeros((32, 64, 3), np.uint8))
+    # the same box in the image's own fractions: y = 30 - 16 = 14 of 32
+    (tmp_path / "labels/a.txt").write_text(f"0 {20 / 64} {14 / 32} {10 / 64} {8 / 32}\n")
+    return [tmp_path / "images/a.png"]
+
+
+def always(*rows: list[float]) -> Predictor:
+    predictions = np.array(rows, np.float32).reshape(1, -1, 7)
+    return lambda batch: predictions
+
+
+def test_boxes_come_back_to_the_image_and_meet_the_labels(paths):
+    right, wrong, none = evaluate_predictors([always(BOX), always([*BOX[:5], 0.0, 1.0]), always()], paths, 64, 2)
+    assert (right.map50_95, right.recall) == (1, 1)
+    assert wrong.map50_95 == none.map50_95 == 0
+
+
+def test_without_labels_the_first_predictor_is_the_truth(paths):
+    (paths[0].parents[1] / "labels/a.txt").unlink()
+    shifted = [25, *BOX[1:]]  # IoU 5 / 15: below every threshold
+    first, same, other = evaluate_predictors([always(BOX), always(BOX), always(shifted)], paths, 64, 2, labelled=False)
+    assert first.map50_95 == same.map50_95 == 1
+    assert other.map50 == 0
+
+
+def test_an_unsure_first_predictor_is_no_truth(paths):
+    with pytest.raises(InputError, match="finds nothing"):
+        evaluate_predictors([always([*BOX[:4], 0.2, 1.0, 0.0])], paths, 64, 2, labelled=False)
