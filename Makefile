@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 DEMO := runs/demo
 
-.PHONY: demo test lint setup clean
+.PHONY: help demo test lint setup clean
 .DEFAULT_GOAL := help
 
 help:

@@ -29,6 +29,7 @@ from dsconvert.files import free_folder, write_atomic
 from dsconvert.model import DSModel
 from dsconvert.modelfile import load_model
 from dsconvert.yolo.checkpoint import load_checkpoint
+from dsconvert.yolo.lower import lower
 from dsconvert.yolo.plan import SCOPES
 
 RUNS = Path("runs/dsconvert")
@@ -223,7 +224,7 @@ def _facts(path: Path) -> dict[str, Any]:
     """Layer rows of any model file."""
     if path.suffix == ".pt":
         network = load_checkpoint(path).network.fuse()
-        graph, params = pipeline.lower(network)
+        graph, params = lower(network)
         convs = [(n.name.removesuffix(".conv"), tuple(params[n.name].weight.shape)) for n in graph.convs()]
         rows = [_plain_row(name, shape, "float32", 32) for name, shape in convs]
     elif path.suffix == ".safetensors":

@@ -103,10 +103,7 @@ def calibration_images(source: Path) -> list[Path]:
     """Images to calibrate on: of a folder, a text file, or a data.yaml (its train split, else val)."""
     if source.suffix.lower() not in (".yaml", ".yml"):
         return image_paths(source)
-    try:
-        data = read_data_yaml(source)
-    except InputError:
-        raise
+    data = read_data_yaml(source)
     found = data.train or data.val
     if not found:
         raise InputError(f"{source} names neither train nor val images.")

@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from dsconvert.graph.run import space_to_depth
+
 ACTIVATIONS: dict[str, type[nn.Module]] = {
     "SiLU": nn.SiLU,
     "ReLU": nn.ReLU,
@@ -134,12 +136,7 @@ class Focus(nn.Module):
         self.conv = Conv(c1 * 4, c2, k, s, act=act)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv(focus_slices(x))
-
-
-def focus_slices(x: Tensor) -> Tensor:
-    """(n, c, h, w) -> (n, 4c, h/2, w/2): the four pixel phases, row phase running fastest."""
-    return torch.cat((x[..., ::2, ::2], x[..., 1::2, ::2], x[..., ::2, 1::2], x[..., 1::2, 1::2]), 1)
+        return self.conv(space_to_depth(x))
 
 
 class Concat(nn.Module):
