@@ -7,6 +7,8 @@ import io
 import os
 import pickle
 import struct
+import sys
+import warnings
 import zipfile
 from pathlib import Path
 
@@ -16,7 +18,7 @@ from conftest import TINY, randomise
 
 from dsconvert.errors import InputError
 from dsconvert.yolo.checkpoint import load_checkpoint, yolov5_bytes
-from dsconvert.yolo.network import Head, Network
+from dsconvert.yolo.network import Head, Network, head_from_detect
 
 
 def write(path: Path, data: bytes) -> Path:
@@ -30,12 +32,13 @@ def test_round_trip_to_half_precision(tiny, tmp_path):
     wanted, got = network.state_dict(), loaded.network.state_dict()
     assert wanted.keys() == got.keys()
     for name, value in wanted.items():
-        assert torch.equal(got[name].half(), value.half() if value.is_floating_point() else value)
-    assert loaded.head.names == head.names
-    assert loaded.head.strides == head.strides
-    # anchors are halves in units of the stride: eleven bits
-    for a, b in zip(loaded.head.anchors, head.anchors, strict=True):
-        assert a == pytest.approx(b, rel=2**-10) if isinstance(a, float) else len(a) == len(b)
+        kept = value.half().float() if value.is_floating_point() else value
+        assert got[name].dtype == kept.dtype
+        assert torch.equal(got[name], kept), name
+    # anchors are kept as halves in units of the stride; their product with it is exact in float64
+    assert loaded.head == head_from_detect(copy.deepcopy(network).half().detect, head.strides, head.names)
+    assert (loaded.path, loaded.stored_bits) == (tmp_path / "best.pt", 16)
+    assert not loaded.network.training
     assert loaded.size_bytes == (tmp_path / "best.pt").stat().st_size
 
 
@@ -216,3 +219,196 @@ def test_class_names_lose_control_characters(tiny, tmp_path):
     evil = Head(("ok", "red\x1b[31m\n"), head.strides, head.anchors)
     loaded = load_checkpoint(write(tmp_path / "best.pt", yolov5_bytes(network, evil)))
     assert loaded.head.names == ("ok", "red?[31m?")
+
+
+def small_config() -> dict:
+    """The least that is a detector: one convolution before a single Detect level."""
+    return {
+        "nc": 1, "depth_multiple": 1.0, "width_multiple": 1.0,
+        "backbone": [[-1, 1, "Conv", [8, 3, 2]]], "head": [[[0], 1, "Detect", ["nc", "anchors"]]],
+    }  # fmt: skip
+
+
+def test_a_loaded_checkpoint_written_again_is_the_same_checkpoint(tiny, tmp_path):
+    """Halves are halves: the second round trip changes nothing at all."""
+    first = load_checkpoint(write(tmp_path / "a.pt", yolov5_bytes(*tiny)))
+    second = load_checkpoint(write(tmp_path / "b.pt", yolov5_bytes(first.network, first.head)))
+    wanted, got = first.network.state_dict(), second.network.state_dict()
+    assert wanted.keys() == got.keys()
+    assert all(torch.equal(got[name], value) for name, value in wanted.items())
+    assert second.head == first.head
+    assert second.network.config == first.network.config
+
+
+def test_a_one_layer_detector_keeps_its_numbers(tmp_path):
+    network = Network(small_config(), nc=1, na=2).eval()
+    randomise(network, seed=3)
+    network.detect.anchors.copy_(torch.tensor([[[1.5, 2.0], [4.25, 8.0]]]))  # binary fractions: exact halves
+    weight = network.model[0].conv.weight.detach().clone()
+    head = head_from_detect(network.detect, [2], ["thing"])
+    loaded = load_checkpoint(write(tmp_path / "a.pt", yolov5_bytes(network, head)))
+    assert loaded.head == Head(("thing",), (2,), (((3.0, 4.0), (8.5, 16.0)),))
+    assert torch.equal(loaded.network.model[0].conv.weight, weight.half().float())
+
+
+def test_a_fused_checkpoint_has_no_batchnorm_and_exactly_its_weights(tiny, tmp_path):
+    network, head = tiny
+    network.fuse()
+    loaded = load_checkpoint(write(tmp_path / "fused.pt", yolov5_bytes(network, head))).network
+    wanted, got = network.state_dict(), loaded.state_dict()
+    assert wanted.keys() == got.keys()
+    assert not any(".bn." in name for name in got)
+    for name, value in wanted.items():
+        assert torch.equal(got[name], value.half().float() if value.is_floating_point() else value), name
+
+
+def test_the_average_weights_are_preferred(tiny, tmp_path):
+    """Training checkpoints hold `model` and `ema`; YOLOv5 itself takes the second."""
+    network, head = tiny
+    empty, key = b"cmodels.yolo\nDetectionModel\n)\x81", b"X\x03\x00\x00\x00em"
+    # the model becomes `ema`, an empty record (which could not be loaded) `model`, the old empty `ema` something else
+    data = repacked(yolov5_bytes(network, head), key + b"a", key + b"b")
+    data = repacked(data, b"modelq\x02", b"modelq\x02" + empty + key + b"a")
+    loaded = load_checkpoint(write(tmp_path / "ema.pt", data))
+    assert torch.equal(loaded.network.model[0].conv.weight, network.model[0].conv.weight.half().float())
+    message = one_sentence(write(tmp_path / "model.pt", repacked(data, key + b"a", key + b"c")))
+    assert "no yaml or no weights" in message  # without `ema` the empty record is what is left
+
+
+def one_sentence(path: Path) -> str:
+    """Load, expect an InputError of exactly one printable sentence, return it."""
+    with pytest.raises(InputError) as caught:
+        load_checkpoint(path)
+    message = str(caught.value)
+    assert message.endswith(".")
+    assert message.isprintable()
+    assert ". " not in message
+    assert caught.value.__suppress_context__ or caught.value.__context__ is None  # no second traceback
+    return message
+
+
+def test_every_unusable_file_is_one_sentence(tiny, tmp_path):
+    network, head = tiny
+    whole = yolov5_bytes(network, head)
+    files = {
+        "empty": b"",
+        "text": b"These are not weights.\nNor is this.\n",
+        "pickle without torch": pickle.dumps({"model": 1}),
+        "nothing in a zip": b"PK\x05\x06" + bytes(18),
+        "no end": whole[:-1],
+        "middle gone": whole[: len(whole) // 3] + whole[len(whole) // 3 + 1000 :],
+        **{f"first {n} bytes": whole[:n] for n in (1, 4, 30, 1000, len(whole) // 2, len(whole) - 22)},
+    }
+    for name, data in files.items():
+        path = write(tmp_path / "x.pt", data)
+        assert str(path) in one_sentence(path), name
+    assert str(tmp_path / "gone.pt") in one_sentence(tmp_path / "gone.pt")
+    assert str(tmp_path) in one_sentence(tmp_path)  # a folder
+    load_checkpoint(write(tmp_path / "x.pt", whole))  # the file they were made of is usable
+
+
+def test_one_flipped_byte_is_refused_or_harmless(tiny, tmp_path):
+    """Wherever a byte is damaged, the file loads or is refused by an InputError: never another exception."""
+    whole = yolov5_bytes(*tiny)
+    refused = 0
+    for place in range(0, len(whole), len(whole) // 60):
+        data = bytearray(whole)
+        data[place] ^= 0xFF
+        try:
+            load_checkpoint(write(tmp_path / "x.pt", bytes(data)))
+        except InputError:
+            refused += 1
+    assert refused > 0
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf"), 1e6])
+@pytest.mark.parametrize("name", ["model.1.conv.weight", "model.1.bn.running_var", "model.8.anchors"])
+def test_no_tensor_may_hold_what_is_not_finite(tiny, tmp_path, name, value):
+    """1e6 is finite in float32 and infinite in the file's float16."""
+    network, head = tiny
+    network.state_dict()[name].view(-1)[-1] = value
+    message = one_sentence(write(tmp_path / "best.pt", yolov5_bytes(network, head)))
+    assert f"{name} holds NaN or infinite numbers" in message
+
+
+def test_a_weight_of_another_shape_is_named_with_both_shapes(tiny, tmp_path):
+    network, head = tiny
+    conv = network.model[1].conv
+    conv.weight = torch.nn.Parameter(conv.weight[:, :, :2].clone(), requires_grad=False)
+    message = one_sentence(write(tmp_path / "best.pt", yolov5_bytes(network, head)))
+    assert "model.1.conv.weight has shape (16, 8, 2, 3) where its yaml needs (16, 8, 3, 3)" in message
+
+
+def test_a_missing_and_an_unexpected_tensor_are_counted_and_named(tiny, tmp_path):
+    network, head = tiny
+    del network.model[1].bn._buffers["running_mean"]
+    network.model[1].bn._buffers["more"] = torch.zeros(1)
+    message = one_sentence(write(tmp_path / "best.pt", yolov5_bytes(network, head)))
+    assert "1 tensors missing (model.1.bn.running_mean), 1 unexpected (model.1.bn.more)" in message
+
+
+@pytest.mark.parametrize("module", [b"posix\nsystem", b"os\nsystem", b"nt\nsystem", b"subprocess\nPopen"])
+@pytest.mark.parametrize("opcode", ["GLOBAL", "INST"])
+def test_hand_written_calls_of_the_system_never_run(tmp_path, module, opcode):
+    """No pickler's own words: the two opcodes that name a function, spelled byte by byte."""
+    canary = tmp_path / "canary"
+    command = f"touch {canary}".encode()
+    text = b"X" + struct.pack("<I", len(command)) + command
+    call = b"(" + text + b"i" + module + b"\n" if opcode == "INST" else b"c" + module + b"\n" + text + b"\x85R"
+    path = tmp_path / "x.pt"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("x/data.pkl", b"\x80\x02" + call + b".")
+        archive.writestr("x/version", "3\n")
+        archive.writestr("x/byteorder", "little")
+    assert module.replace(b"\n", b".").decode() in one_sentence(path)
+    assert not canary.exists()
+    if module == b"posix\nsystem":
+        pickle.loads(b"\x80\x02" + call + b".")  # the payload is real: plain pickle does run it
+        assert canary.exists()
+
+
+def test_a_bare_pickle_never_runs(tmp_path):
+    """Before its zip format torch wrote plain pickles; those are not even opened."""
+    canary = tmp_path / "canary"
+    payload = {"model": Call(os.system, f"touch {canary}")}
+    path = tmp_path / "x.pt"
+    torch.save(payload, path, _use_new_zipfile_serialization=False)
+    one_sentence(path)
+    one_sentence(write(path, pickle.dumps(payload)))
+    assert not canary.exists()
+    pickle.loads(path.read_bytes())  # the payload is real
+    assert canary.exists()
+
+
+def test_a_second_pickle_hidden_in_the_archive_never_runs(tiny, tmp_path):
+    """A file of the same name twice: what was checked must be what is loaded."""
+    canary = tmp_path / "canary"
+    buffer = io.BytesIO()
+    torch.save({"model": Call(os.system, f"touch {canary}")}, buffer)
+    with zipfile.ZipFile(buffer) as archive:
+        evil = archive.read(next(n for n in archive.namelist() if n.endswith("data.pkl")))
+    for name in ("archive/data.pkl", "other/data.pkl", "archive/../archive/data.pkl"):
+        path = write(tmp_path / "x.pt", yolov5_bytes(*tiny))
+        with zipfile.ZipFile(path, "a") as archive, warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # zipfile warns of the duplicate we mean to write
+            archive.writestr(name, evil)
+        assert "not a PyTorch checkpoint" in one_sentence(path)
+        assert not canary.exists()
+
+
+def test_an_archive_that_looks_like_torchscript_is_named(tmp_path):
+    with zipfile.ZipFile(tmp_path / "x.pt", "w") as archive:
+        archive.writestr("x/data.pkl", b"\x80\x02}.")
+        archive.writestr("x/constants.pkl", b"\x80\x02).")
+        archive.writestr("x/code/__torch__.py", "")
+    assert "TorchScript" in one_sentence(tmp_path / "x.pt")
+
+
+def test_a_state_dict_of_the_right_network_is_still_no_checkpoint(tiny, tmp_path):
+    torch.save(tiny[0].state_dict(), tmp_path / "x.pt")
+    assert "a plain state dict" in one_sentence(tmp_path / "x.pt")
+
+
+def test_writing_leaves_no_modules_behind(tiny):
+    yolov5_bytes(*tiny)
+    assert not [name for name in sys.modules if name.split(".")[0] == "models"]

@@ -82,11 +82,12 @@ def test_a_second_detection_of_one_object_is_a_false_alarm():
     assert result.map50 == pytest.approx((51 + 50 * 2 / 3) / 101, **EXACT)
 
 
-def test_overlap_counts_at_every_threshold_up_to_it():
-    # 72 of 100 columns found: IoU 0.72, enough at 0.50, 0.55, 0.60, 0.65 and 0.70 of the ten thresholds
-    result = metrics([found(([0, 0, 72, 100], 0.9, 0))], [true(([0, 0, 100, 100], 0))])
-    assert result.map50 == pytest.approx(1, **EXACT)
-    assert result.map50_95 == pytest.approx(0.5, **EXACT)
+@pytest.mark.parametrize(("columns", "thresholds"), [(48, 0), (52, 1), (72, 5), (98, 10)])
+def test_overlap_counts_at_every_threshold_up_to_it(columns, thresholds):
+    # of 100 columns found: IoU 0.72, say, is enough at 0.50, 0.55, 0.60, 0.65 and 0.70 of the ten thresholds
+    result = metrics([found(([0, 0, columns, 100], 0.9, 0))], [true(([0, 0, 100, 100], 0))])
+    assert result.map50 == pytest.approx(min(thresholds, 1), **EXACT)
+    assert result.map50_95 == pytest.approx(thresholds / 10, **EXACT)
 
 
 def test_classes_count_alike_however_many_objects_they_have():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import tempfile
 
 import pytest
 
@@ -45,6 +46,13 @@ def test_an_existing_file_is_kept_unless_forced(tmp_path):
     write_atomic(path, b"new", force=True)
     assert path.read_bytes() == b"new"
     assert names(tmp_path) == ["model.bin"]
+
+
+def test_an_existing_file_is_refused_before_anything_is_written(tmp_path, monkeypatch):
+    (tmp_path / "model.bin").write_bytes(b"old")
+    monkeypatch.setattr(tempfile, "mkstemp", lambda **_: pytest.fail("a temporary file was asked for"))
+    with pytest.raises(InputError, match="already exists"):
+        write_atomic(tmp_path / "model.bin", b"new", force=False)
 
 
 def test_a_file_another_run_makes_meanwhile_is_kept(tmp_path, monkeypatch):

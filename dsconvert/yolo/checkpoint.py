@@ -14,6 +14,7 @@ import pickletools
 import sys
 import types
 import zipfile
+import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -153,7 +154,15 @@ def _read(path: Path) -> Any:
             if sum(i.file_size for i in infos) > 2 * path.stat().st_size + (1 << 20):
                 raise InputError(f"{path} is a compressed archive, which PyTorch never writes.")
             stream = archive.read(pickles[0])
-    except (zipfile.BadZipFile, OSError, NotImplementedError, RuntimeError, EOFError) as error:
+    except (
+        zipfile.BadZipFile,
+        zlib.error,
+        UnicodeDecodeError,
+        OSError,
+        NotImplementedError,
+        RuntimeError,
+        EOFError,
+    ) as error:
         if isinstance(error, PermissionError):
             raise InputError(f"{path} cannot be read: permission denied.") from None
         raise InputError(f"{path} is not a PyTorch checkpoint, or it is truncated.") from None
