@@ -11,6 +11,7 @@ import onnx
 import onnxruntime as ort
 import pytest
 import torch
+from conftest import grids_of
 from onnx import numpy_helper
 from onnx.reference import ReferenceEvaluator
 
@@ -22,13 +23,12 @@ from dsconvert.export.layouts import add_int8_weight
 from dsconvert.export.onnx import export_float, export_quantized
 from dsconvert.fit.least_squares import fit_weight
 from dsconvert.fit.lockstep import fit_lockstep
-from dsconvert.fit.ranges import choose_grids, sample_values
 from dsconvert.graph.integer import run_integer
 from dsconvert.graph.ir import ConvParams
 from dsconvert.graph.run import run_float
 from dsconvert.model import DSModel
 from dsconvert.yolo.decode import decode
-from dsconvert.yolo.lower import lower
+from dsconvert.yolo.lower import lower, split_detect
 
 SIDE = 64
 LEVELS = ort.GraphOptimizationLevel
@@ -46,9 +46,9 @@ def session(model: onnx.ModelProto, level=LEVELS.ORT_ENABLE_ALL, saved: str | No
 def converted(tiny, picture) -> DSModel:
     """The tiny network at 4 bits in blocks of 16, its stem and Detect at 8."""
     network, head = tiny
-    graph, params = lower(network.fuse())
+    graph, params = split_detect(*lower(network.fuse()), head)
     batches = [picture, picture.flip(3)]
-    own = choose_grids(graph, sample_values(graph, params, batches, 0), 0)
+    own = grids_of(graph, params, batches)
     plain = {graph.convs()[0].name, *graph.outputs}
     weights = {
         name: fit_weight(p.weight, 8, p.weight.shape[1]) if name in plain else fit_weight(p.weight, 4, 16)
@@ -210,3 +210,16 @@ def test_inspection_finds_the_stored_bits(converted):
         entry = found[name.removesuffix(".conv")]
         assert entry.count == conv.weight.vqk.numel()
         assert entry.bits == round(conv.weight.weight_bits * entry.count)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 5, 6, 7])
+def test_every_width_is_stored_in_its_own_bits(converted, bits):
+    """The file shrinks with the bits: pieces of 4, 2 and 1 bits, padded to whole bytes."""
+    name = next(n for n, c in converted.convs.items() if c.weight.bits == 4)
+    old = converted.convs[name]
+    weight = fit_weight(old.weight.weight(), bits, 16)
+    model = replace(converted, convs={**converted.convs, name: replace(old, weight=weight)})
+    entry = next(w for w in conv_weights(export_quantized(model, "packed", SIDE)) if w.name + ".conv" == name)
+    assert entry.shape == tuple(weight.vqk.shape)
+    # whole bytes, and the few shift constants
+    assert 0 <= entry.bits - round(weight.weight_bits * entry.count) < 64

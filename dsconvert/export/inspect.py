@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import onnx
-from onnx import TensorProto
+from onnx import TensorProto, numpy_helper
 
 BITS: dict[int, int] = {
     TensorProto.FLOAT: 32, TensorProto.FLOAT16: 16, TensorProto.BFLOAT16: 16, TensorProto.INT8: 8,
@@ -39,14 +39,15 @@ def conv_weights(model: onnx.ModelProto) -> list[OnnxWeight]:
         largest = max(parts, key=_count)
         bits = sum(_count(t) * BITS.get(t.data_type, 32) for t in parts if t.dims and t.data_type != TensorProto.INT64)
         scale_bits = sum(_count(t) * 32 for t in parts if t is not largest and t.data_type == TensorProto.FLOAT)
+        shape = _reshaped(node.input[3 if node.op_type == "QLinearConv" else 1], makers, tensors) or largest.dims
         type_name = TensorProto.DataType.Name(largest.data_type).lower()
         found.append(
             OnnxWeight(
                 node.name or f"conv {index}",
-                tuple(largest.dims),
+                tuple(shape),
                 type_name,
                 bits - scale_bits,
-                _count(largest),
+                int(np.prod(shape)),
             )
         )
     return found
@@ -60,6 +61,19 @@ def _sources(
         return [tensors[value]]
     node = makers.get(value)
     return [] if node is None else [t for name in node.input for t in _sources(name, makers, tensors)]
+
+
+def _reshaped(
+    value: str, makers: dict[str, onnx.NodeProto], tensors: dict[str, onnx.TensorProto]
+) -> tuple[int, ...] | None:
+    """The shape a packed weight is brought into on its way to the convolution, if it is."""
+    node = makers.get(value)
+    while node is not None and node.op_type in ("DequantizeLinear", "QuantizeLinear", "Cast"):
+        node = makers.get(node.input[0])
+    if node is None or node.op_type != "Reshape" or node.input[1] not in tensors:
+        return None
+    shape = tuple(int(n) for n in numpy_helper.to_array(tensors[node.input[1]]))
+    return shape if all(n > 0 for n in shape) else None
 
 
 def _count(tensor: onnx.TensorProto) -> int:
