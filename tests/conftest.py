@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from dsconvert.fit.importance import measure_importance
+from dsconvert.fit.ranges import choose_grids
 from dsconvert.yolo.network import Head, Network, head_from_detect
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -69,3 +71,10 @@ def picture() -> torch.Tensor:
     smooth = torch.nn.functional.interpolate(coarse, size=(64, 64), mode="bilinear")
     grain = torch.rand(1, 3, 64, 64, generator=generator)
     return ((0.8 * smooth + 0.2 * grain) * 255).round() / 255
+
+
+def grids_of(graph, params, batches) -> dict:
+    """Activation grids of a graph, every sigmoid of its outputs equally important."""
+    singles = [image for batch in batches for image in batch.split(1)]
+    found = measure_importance(graph, params, singles, lambda raw, _: [t.sigmoid() for t in raw], 0)
+    return choose_grids(graph, found.samples, 0)

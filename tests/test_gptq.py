@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from dsconvert.dsconv.tensor import DSTensor
 from dsconvert.fit.gptq import Moments, fit_layer, fit_weight_gptq, measure_moments
 from dsconvert.fit.least_squares import fit_weight
+from dsconvert.fit.seen import Seen
 from dsconvert.graph.ir import Node
 
 CONV = Node("conv", "c", ("x",), {"stride": 1, "padding": 1, "dilation": 1, "groups": 1})
@@ -24,6 +25,11 @@ def inputs(seed: int, channels: int = 8, noise: float = 0.1) -> tuple[torch.Tens
     return x, q
 
 
+def seen(x: torch.Tensor, q: torch.Tensor, weights: torch.Tensor | None = None) -> Seen:
+    """A batch as the layer sees it; moments do not look at its float outputs."""
+    return Seen(x, q, x, torch.ones(len(x), x.shape[2] * x.shape[3]) if weights is None else weights)
+
+
 def objective(weight: torch.Tensor, fitted: DSTensor, x: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
     """E ||W x - W' q||^2 per output channel with the best CDSw and CDSb for the integers, by regression in float64."""
     y = F.conv2d(x.double(), weight.double(), padding=1).transpose(0, 1).flatten(1)
@@ -35,7 +41,7 @@ def objective(weight: torch.Tensor, fitted: DSTensor, x: torch.Tensor, q: torch.
 
 def test_moments_are_the_covariances_of_the_unfolded_inputs():
     x, q = inputs(0, 3)
-    got = measure_moments(CONV, torch.Size((5, 3, 3, 3)), [(x[:2], q[:2]), (x[2:], q[2:])], seed=0)
+    got = measure_moments(CONV, torch.Size((5, 3, 3, 3)), [seen(x[:2], q[:2]), seen(x[2:], q[2:])], seed=0)
     columns = [F.unfold(v, 3, padding=1).transpose(0, 1).flatten(1).double().numpy() for v in (x, q)]
     cx, cq = (c - c.mean(1, keepdims=True) for c in columns)
     # sums of float32 products over 576 positions
@@ -43,12 +49,35 @@ def test_moments_are_the_covariances_of_the_unfolded_inputs():
     np.testing.assert_allclose(got.cross.numpy(), cx @ cq.T / cq.shape[1], atol=1e-5)
 
 
+def test_moments_weight_positions_by_importance():
+    """A weight of 2 counts as the position twice over, a weight of 0 as none."""
+    x, q = inputs(3, 4)
+    twice = torch.zeros(4, 144)
+    twice[0], twice[1, 5] = 1.0, 2.0
+    node = Node("conv", "c", ("x",), {**CONV.attrs, "padding": 0})
+    got = measure_moments(node, torch.Size((5, 4, 1, 1)), [seen(x, q, twice)], seed=0)
+    columns = [torch.cat((v[0].flatten(1), v[1].flatten(1)[:, [5, 5]]), 1).double().numpy() for v in (x, q)]
+    cx, cq = (c - c.mean(1, keepdims=True) for c in columns)
+    np.testing.assert_allclose(got.hessian.numpy(), cq @ cq.T / 146, atol=1e-5)
+    np.testing.assert_allclose(got.cross.numpy(), cx @ cq.T / 146, atol=1e-5)
+
+
+def test_many_positions_are_drawn_by_weight():
+    x = torch.zeros(1, 1, 64, 64)
+    x[..., 32:] = 1.0
+    weights = torch.where(x.flatten(1) > 0, 3.0, 1.0)  # three quarters of the weight lies on ones
+    node = Node("conv", "c", ("x",), {**CONV.attrs, "padding": 0})
+    got = measure_moments(node, torch.Size((1, 1, 1, 1)), [seen(x, x, weights)], seed=0)
+    # variance of a coin of chance 3/4 is 3/16; 1024 draws give it to 0.4/32 at one sigma of the chance, 5 sigma here
+    assert got.hessian.item() == pytest.approx(3 / 16, abs=5 * 0.0135 * 0.5)
+
+
 @pytest.mark.parametrize("bits", [2, 3, 4, 6, 8])
 @pytest.mark.parametrize("block", [3, 8])
 def test_never_worse_than_least_squares_and_clearly_better_at_few_bits(bits, block):
     x, q = inputs(bits)
     weight = torch.randn(6, 8, 3, 3, generator=torch.Generator().manual_seed(bits))
-    moments = measure_moments(CONV, weight.shape, [(x, q)], seed=0)
+    moments = measure_moments(CONV, weight.shape, [seen(x, q)], seed=0)
     ours, plain = (
         objective(weight, f, x, q)
         for f in (fit_weight_gptq(weight, moments, bits, block), fit_weight(weight, bits, block))
@@ -62,7 +91,7 @@ def test_never_worse_than_least_squares_and_clearly_better_at_few_bits(bits, blo
 def test_asymmetric_targets_beat_symmetric_ones():
     x, q = inputs(7, noise=0.4)
     weight = torch.randn(6, 8, 3, 3, generator=torch.Generator().manual_seed(7))
-    m = measure_moments(CONV, weight.shape, [(x, q)], seed=0)
+    m = measure_moments(CONV, weight.shape, [seen(x, q)], seed=0)
     asymmetric = objective(weight, fit_weight_gptq(weight, m, 4, 8), x, q)
     symmetric = objective(weight, fit_weight_gptq(weight, Moments(m.hessian, m.hessian), 4, 8), x, q)
     assert asymmetric.sum() < symmetric.sum()

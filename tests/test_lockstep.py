@@ -5,10 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from conftest import grids_of
 
 from dsconvert.fit.least_squares import fit_weight
 from dsconvert.fit.lockstep import fit_cds, fit_lockstep
-from dsconvert.fit.ranges import choose_grids, sample_values
+from dsconvert.fit.seen import Seen
 from dsconvert.graph.integer import QConv, run_integer
 from dsconvert.graph.ir import ConvParams, Node
 from dsconvert.graph.run import conv, run_float
@@ -24,7 +25,7 @@ def test_cds_is_the_regression_of_float_outputs_on_the_accumulator():
     fitted = fit_weight(weight, 3, 4)
     real = [torch.randint(-5, 251, (2, 8, 9, 9), generator=generator) * 0.01 for _ in range(2)]
     wanted = [conv(node, x, weight, torch.tensor([1.0, 2.0, 3.0])) for x in real]
-    result = fit_cds(node, fitted, zip(real, wanted, strict=True))
+    result = fit_cds(node, fitted, [Seen(x, x, y, torch.ones(2, 81)) for x, y in zip(real, wanted, strict=True)])
     acc = torch.cat([conv(node, x, fitted.merged().float(), None) for x in real])
     for o in range(3):
         a = np.stack((acc[:, o].flatten().double().numpy(), np.ones(acc[:, o].numel())), 1)
@@ -39,11 +40,25 @@ def test_constant_input_keeps_the_scale_and_corrects_the_bias():
     node = Node("conv", "c", ("x",), POINT)
     weight = torch.ones(1, 1, 1, 1)
     fitted = fit_weight(weight, 4, 1)
-    pairs = [(torch.full((1, 1, 4, 4), 10.0), torch.full((1, 1, 4, 4), 5.0))]
-    result = fit_cds(node, fitted, pairs)
+    tens = torch.full((1, 1, 4, 4), 10.0)
+    result = fit_cds(node, fitted, [Seen(tens, tens, tens / 2, torch.ones(1, 16))])
     assert torch.equal(result.weight.cds_w, fitted.cds_w)
     # 10 W' + b = 5 with W' = 1 up to float32
     assert result.bias.item() == pytest.approx(-5.0, abs=1e-5)
+
+
+def test_shifts_follow_the_positions_that_count():
+    """Two lines in one cloud of points: the weights say which one is fitted."""
+    node = Node("conv", "c", ("x",), POINT)
+    fitted = fit_weight(torch.ones(1, 1, 1, 1), 4, 1)
+    x = torch.linspace(-1, 1, 16).reshape(1, 1, 4, 4)
+    y = torch.where(torch.arange(16).reshape(1, 1, 4, 4) % 2 == 0, 0.8 * x + 1, 1.25 * x - 1)
+    for kept, slope, offset in ((0, 0.8, 1.0), (1, 1.25, -1.0)):
+        weights = (torch.arange(16) % 2 == kept).float()[None]
+        result = fit_cds(node, fitted, [Seen(x, x, y, weights)])
+        # float32 points on an exact line
+        assert float(result.weight.weight()) == pytest.approx(slope, rel=1e-4)
+        assert float(result.bias) == pytest.approx(offset, rel=1e-4)
 
 
 def given(weights):
@@ -55,7 +70,7 @@ def network_parts(tiny, picture):
     network, _ = tiny
     graph, params = lower(network.fuse())
     batches = [picture, picture.flip(3), picture.flip(2), 1 - picture]
-    own = choose_grids(graph, sample_values(graph, params, batches, 0), 0)
+    own = grids_of(graph, params, batches)
     return graph, params, batches, own
 
 

@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from dsconvert.fit.ranges import GRID, best_range, choose_grids, sample_values
+from dsconvert.fit.importance import measure_importance
+from dsconvert.fit.ranges import GRID, best_range, choose_grids
 from dsconvert.graph.integer import QParams, grid_of
 from dsconvert.graph.ir import INPUT
 from dsconvert.yolo.lower import lower
@@ -30,14 +31,14 @@ def test_quantize_rounds_half_to_even_and_clamps():
 
 def test_uniform_values_keep_their_whole_range():
     values = torch.linspace(0, 10, 10001)
-    assert best_range(values, lambda x: x).scale == pytest.approx(10 / 255)
+    assert best_range(values, torch.ones_like(values), lambda x: x).scale == pytest.approx(10 / 255)
 
 
 def test_best_range_is_the_best_of_its_candidates():
     generator = torch.Generator().manual_seed(0)
     # 200 000 normal values and one at 6: a finer grid for the many outweighs clipping the one
     values = torch.cat((torch.randn(200_000, generator=generator).abs(), torch.tensor([6.0])))
-    chosen = best_range(values, lambda x: x)
+    chosen = best_range(values, torch.ones_like(values), lambda x: x)
 
     def error(high: float) -> float:
         grid = QParams.of_range(0.0, high)
@@ -50,19 +51,33 @@ def test_best_range_is_the_best_of_its_candidates():
 
 def test_range_before_silu_ignores_what_silu_flattens():
     values = torch.cat((torch.linspace(-60, -20, 1000), torch.linspace(-2, 4, 1000)))
-    assert best_range(values, F.silu).zero_point * best_range(values, F.silu).scale < 30  # low end well above -60
-    # 0.2 of the extreme is the lowest share tried, so -12 is the best it can do
-    assert best_range(values, F.silu).scale == pytest.approx((12 + 4) / 255, rel=0.02)  # the grid's own steps
+    assert (
+        best_range(values, torch.ones_like(values), F.silu).zero_point
+        * best_range(values, torch.ones_like(values), F.silu).scale
+        < 30
+    )  # low end well above -60
+    # beyond -8 SiLU is within 0.003 of zero, a fifth of a step
+    assert best_range(values, torch.ones_like(values), F.silu).scale < (8 + 4) / 255
 
 
 def test_every_value_gets_a_grid_and_the_image_is_exact(tiny, picture):
     network, _ = tiny
     graph, params = lower(network.fuse())
-    samples = sample_values(graph, params, [picture], seed=0)
-    own = choose_grids(graph, samples, seed=0)
+
+    def grids():
+        found = measure_importance(graph, params, [picture], lambda raw, _: raw, seed=0)
+        return choose_grids(graph, found.samples, seed=0)
+
+    own = grids()
     assert set(grid_of(graph, own)) == {INPUT, *(n.name for n in graph.nodes)}
     image = own[INPUT]
     assert torch.equal(image.quantize(picture), (picture * 255).round())
     assert np.isclose(image.scale, 1 / 255)
-    again = choose_grids(graph, sample_values(graph, params, [picture], seed=0), seed=0)
-    assert own == again
+    assert own == grids()
+
+
+def test_what_matters_decides_the_range():
+    """Many small values and a few large ones: the range follows the weights."""
+    values = torch.cat((torch.linspace(0, 1, 1000), torch.linspace(0, 100, 100)))
+    small, large = (torch.cat((torch.full((1000,), a), torch.full((100,), b))) for a, b in ((1.0, 0.0), (0.0, 1.0)))
+    assert best_range(values, small, lambda x: x).scale < 0.1 * best_range(values, large, lambda x: x).scale

@@ -10,17 +10,23 @@ from dsconvert.yolo.network import Head
 
 
 def add_decode(b: OnnxBuilder, raw: list[str], head: Head, imgsz: int, output: str) -> None:
-    """Raw maps (n, na * no, ny, nx) -> `output` (n, boxes, no): xywh in pixels, objectness, class scores."""
+    """Raw maps -> `output` (n, boxes, no): xywh in pixels, objectness, class scores.
+
+    `raw` is one map a level (n, na * no, ny, nx), or a box map and a score map a level (see `lower.split_detect`)."""
     na, no = head.na, head.nc + 5
     levels = []
-    for i, (value, stride, anchors) in enumerate(zip(raw, head.strides, head.anchors, strict=True)):
+    apart = len(raw) > len(head.strides)
+    for i, (stride, anchors) in enumerate(zip(head.strides, head.anchors, strict=True)):
         side = imgsz // stride
-        p = f"detect.{i}"
-        split = b.node("Reshape", [value, b.shape(0, na, no, side, side)], f"{p}.split")
-        last = b.node("Transpose", [split], f"{p}.last", perm=[0, 1, 3, 4, 2])
-        s = b.node("Sigmoid", [last], f"{p}.sigmoid")
-        parts = [f"{p}.xy", f"{p}.wh", f"{p}.conf"]
-        b.nodes.append(helper.make_node("Split", [s, b.shape(2, 2, no - 4)], parts, axis=4))
+        p, conf = f"detect.{i}", f"detect.{i}.conf"
+        if apart:
+            box = _rows(b, raw[2 * i], f"{p}.box", na, side)
+            b.nodes.append(helper.make_node("Split", [box, b.shape(2, 2)], [f"{p}.xy", f"{p}.wh"], axis=4))
+            conf = _rows(b, raw[2 * i + 1], f"{p}.score", na, side)
+        else:
+            both = _rows(b, raw[i], p, na, side)
+            parts = [f"{p}.xy", f"{p}.wh", conf]
+            b.nodes.append(helper.make_node("Split", [both, b.shape(2, 2, no - 4)], parts, axis=4))
         # cell centres minus one half, in pixels: two small rows the engine spreads out once at load
         steps = (np.arange(side, dtype=np.float32) - np.float32(0.5)) * stride
         spread = b.shape(1, 1, side, side, 1)
@@ -32,9 +38,16 @@ def add_decode(b: OnnxBuilder, raw: list[str], head: Head, imgsz: int, output: s
         square = b.node("Mul", [f"{p}.wh", f"{p}.wh"], f"{p}.wh2")
         sizes = np.array(anchors, np.float32).reshape(1, na, 1, 1, 2) * 4
         wh = b.node("Mul", [square, b.constant(sizes)], f"{p}.whpx")
-        joined = b.node("Concat", [xy, wh, f"{p}.conf"], f"{p}.boxes", axis=4)
+        joined = b.node("Concat", [xy, wh, conf], f"{p}.boxes", axis=4)
         levels.append(b.node("Reshape", [joined, b.shape(0, -1, no)], f"{p}.rows"))
     b.node("Concat", levels, output, axis=1)
+
+
+def _rows(b: OnnxBuilder, value: str, name: str, na: int, side: int) -> str:
+    """A raw map (n, na * c, ny, nx) -> its sigmoid (n, na, ny, nx, c)."""
+    split = b.node("Reshape", [value, b.shape(0, na, -1, side, side)], f"{name}.split")
+    last = b.node("Transpose", [split], f"{name}.last", perm=[0, 1, 3, 4, 2])
+    return b.node("Sigmoid", [last], f"{name}.sigmoid")
 
 
 def box_count(head: Head, imgsz: int) -> int:

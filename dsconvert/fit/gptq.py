@@ -5,9 +5,10 @@ We look for W' = CDSw (m VQK) minimising, per output channel,
 
     J(W') = E || (W x - W' q) centred ||^2 = const - 2 W C W'^T + W' H W'^T,   H = E[q q^T],  C = E[x q^T]
 
-(means taken out: CDSb takes care of them). The real-valued optimum is W C H^-1; GPTQ rounds it one column at a time,
-each column's rounding error being made up for by the columns still to come. Columns go block by block (the channels
-of one block at one tap share an m), blocks and columns of most energy first; m is chosen when its block is reached.
+(means taken out: CDSb takes care of them; E weights every position by its importance to the network's result). The
+real-valued optimum is W C H^-1; GPTQ rounds it one column at a time, each column's rounding error being made up for by
+the columns still to come. Columns go block by block (the channels of one block at one tap share an m), blocks and
+columns of most energy first; m is chosen when its block is reached.
 """
 
 from __future__ import annotations
@@ -21,11 +22,12 @@ from torch.nn import functional as F
 
 from dsconvert.dsconv.tensor import DSTensor, block_count, expand_blocks, vqk_limits
 from dsconvert.fit.least_squares import fit_weight, nearest_integers
+from dsconvert.fit.seen import Seen
 from dsconvert.graph.ir import Node
 
 DAMPING = 0.01  # of the mean diagonal of H, as in GPTQ: keeps the inverse sane where inputs hardly vary
 STARTS = (1.0, 0.85)  # starting CDSw, as a share of the least-squares one
-POSITIONS = 512  # columns taken from each image; neighbouring ones say nearly the same
+POSITIONS = 1024  # columns taken from each image, the important ones more often
 
 
 @dataclass(frozen=True)
@@ -37,26 +39,38 @@ class Moments:
     cross: Tensor
 
 
-def measure_moments(node: Node, weight_shape: torch.Size, pairs: Iterable[tuple[Tensor, Tensor]], seed: int) -> Moments:
-    """H and C from batches of (float input x, quantized input q), each real-valued (n, chi, h, w), groups 1.
+def measure_moments(node: Node, weight_shape: torch.Size, batches: Iterable[Seen], seed: int) -> Moments:
+    """H and C from batches of what the layer sees, groups 1.
 
-    Of each image, `POSITIONS` output positions are taken at random."""
+    Of each image at most `POSITIONS` output positions are taken, at random in proportion to their weight."""
     generator = torch.Generator().manual_seed(seed)
     _, channels, *kernel = weight_shape
     size = channels * kernel[0] * kernel[1]
     hessian, cross = torch.zeros(2, size, size, dtype=torch.float64)
-    sums, total = torch.zeros(2, size, dtype=torch.float64), 0
+    sums, total = torch.zeros(2, size, dtype=torch.float64), 0.0
     a = node.attrs
-    for pair in pairs:
-        x, q = (F.unfold(v, tuple(kernel), a["dilation"], a["padding"], a["stride"]) for v in pair)
-        picks = torch.randperm(x.shape[2], generator=generator)[:POSITIONS].to(x.device)
-        x, q = (u[:, :, picks].transpose(0, 1).flatten(1) for u in (x, q))
-        hessian += (q @ q.T).cpu()
-        cross += (x @ q.T).cpu()
-        sums += torch.stack((x.double().sum(1), q.double().sum(1))).cpu()
-        total += x.shape[1]
+    for seen in batches:
+        for x, q, weights in zip(seen.float_input, seen.input, seen.weights, strict=True):
+            x, q = (F.unfold(v, tuple(kernel), a["dilation"], a["padding"], a["stride"]) for v in (x, q))
+            picks, w = _pick(weights.double(), generator)
+            x, q = x[:, picks.to(x.device)], q[:, picks.to(x.device)]
+            weighted = q * w.to(q)
+            hessian += (weighted @ q.T).cpu()
+            cross += (x @ weighted.T).cpu()
+            sums += torch.stack(((x * w.to(x)).double().sum(1), weighted.double().sum(1))).cpu()
+            total += float(w.sum())
     mean_x, mean_q = sums / total
     return Moments(hessian / total - torch.outer(mean_q, mean_q), cross / total - torch.outer(mean_x, mean_q))
+
+
+def _pick(weights: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Positions and the weights to give them: all when they are few, else a draw with chances by weight."""
+    count = len(weights)
+    if count <= POSITIONS:
+        return torch.arange(count), weights
+    at = torch.rand(POSITIONS, generator=generator, dtype=torch.float64) * weights.sum()
+    picks = torch.searchsorted(weights.cumsum(0), at).clamp_max(count - 1)
+    return picks, weights.sum().expand(POSITIONS) / POSITIONS
 
 
 def fit_weight_gptq(weight: Tensor, moments: Moments, bits: int, block_size: int) -> DSTensor:
@@ -161,10 +175,8 @@ class _Best:
         return DSTensor(vqk, self.m.to(torch.int8), None, self.cds.float(), bits, block_size)
 
 
-def fit_layer(
-    node: Node, weight: Tensor, bits: int, block_size: int, pairs: Iterable[tuple[Tensor, Tensor]], seed: int
-) -> DSTensor:
-    """Fit one layer from its (float input, quantized input) batches; grouped convolutions by least squares."""
+def fit_layer(node: Node, weight: Tensor, bits: int, block_size: int, batches: Iterable[Seen], seed: int) -> DSTensor:
+    """Fit one layer from what it sees; grouped convolutions by least squares."""
     if node.attrs["groups"] > 1:
         return fit_weight(weight, bits, block_size)
-    return fit_weight_gptq(weight, measure_moments(node, weight.shape, pairs, seed), bits, block_size)
+    return fit_weight_gptq(weight, measure_moments(node, weight.shape, batches, seed), bits, block_size)

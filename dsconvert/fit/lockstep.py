@@ -6,20 +6,21 @@ should have made; what is fitted there therefore also makes up for errors of the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from dsconvert.dsconv.tensor import DSTensor
+from dsconvert.fit.seen import Seen
 from dsconvert.graph.integer import QConv, QParams, grid_of, integer_step
 from dsconvert.graph.ir import INPUT, ConvParams, Graph, Node
 from dsconvert.graph.run import conv, float_step
 
 Progress = Callable[[int, int], None]
-# (node, its weight, batches of (float input, quantized input), real-valued) -> the fitted weight
-FitLayer = Callable[[Node, Tensor, Iterable[tuple[Tensor, Tensor]]], DSTensor]
+# (node, its weight, what it sees) -> the fitted weight
+FitLayer = Callable[[Node, Tensor, Iterable[Seen]], DSTensor]
 
 
 @dataclass(frozen=True)
@@ -50,11 +51,13 @@ def fit_lockstep(
     own: Mapping[str, QParams],
     batches: Sequence[Tensor],
     progress: Progress | None = None,
+    positions: Mapping[str, Tensor] | None = None,
 ) -> dict[str, QConv]:
     """Fit every convolution: VQK and KDS by `fit_layer`, then CDSw and CDSb to the float network's outputs.
 
     `batches` are image batches (n, 3, h, w). `own` are the activation grids; without any, activations stay float
-    on both sides. Values are kept for all batches at once and released after their last use.
+    on both sides. `positions` weights every convolution's output positions, (images, h' w'); by default all
+    count the same. Values are kept for all batches at once and released after their last use.
     """
     side = _Side(grid_of(graph, own) if own else {})
     floats: dict[str, list[Tensor]] = {INPUT: list(batches)}
@@ -66,11 +69,9 @@ def fit_lockstep(
             wanted = [float_step(node, xs, params) for xs in _inputs(node, floats)]
             floats[node.name] = wanted
             if node.op == "conv":
-                source = node.inputs[0]
-                pairs = ((x, side.real(source, q)) for x, q in zip(floats[source], quants[source], strict=True))
-                weight = fit_layer(node, params[node.name].weight, pairs)
-                real = (side.real(source, q) for q in quants[source])
-                fitted[node.name] = fit_cds(node, weight, zip(real, wanted, strict=True))
+                seen = _seen(node, floats, quants, side, (positions or {}).get(node.name))
+                weight = fit_layer(node, params[node.name].weight, seen())
+                fitted[node.name] = fit_cds(node, weight, seen())
             quants[node.name] = [side.step(node, xs, fitted) for xs in _inputs(node, quants)]
             for name in set(node.inputs):
                 if last[name] == index:
@@ -80,26 +81,42 @@ def fit_lockstep(
     return fitted
 
 
+def _seen(
+    node: Node, floats: Mapping[str, list[Tensor]], quants: Mapping[str, list[Tensor]], side: _Side, w: Tensor | None
+) -> Callable[[], Iterator[Seen]]:
+    """Batches made on the fly, as often as they are asked for."""
+    source = node.inputs[0]
+
+    def batches() -> Iterator[Seen]:
+        first = 0
+        for x, q, y in zip(floats[source], quants[source], floats[node.name], strict=True):
+            last = first + len(x)
+            weights = y.new_ones(len(y), y.shape[2] * y.shape[3]) if w is None else w[first:last]
+            yield Seen(x, side.real(source, q), y, weights)
+            first = last
+
+    return batches
+
+
 def _inputs(node: Node, values: Mapping[str, list[Tensor]]) -> list[list[Tensor]]:
     """The node's inputs, batch by batch."""
     return [list(xs) for xs in zip(*(values[name] for name in node.inputs), strict=True)]
 
 
-def fit_cds(node: Node, weight: DSTensor, pairs: Iterable[tuple[Tensor, Tensor]]) -> QConv:
-    """CDSw and CDSb as the regression of float outputs y on accumulators a = conv(x, m VQK + z), per output channel.
+def fit_cds(node: Node, weight: DSTensor, batches: Iterable[Seen]) -> QConv:
+    """CDSw and CDSb as the weighted regression of float outputs y on accumulators a = conv(x, m VQK + z), per channel.
 
-    `pairs` are the quantized side's inputs x, real-valued (n, chi, h, w), and the float side's outputs y
-    (n, cho, h', w'). argmin sum (CDSw a + CDSb - y)^2 gives CDSw = cov(a, y) / var(a),
-    CDSb = mean(y) - CDSw mean(a). The old CDSw stays where the accumulator is constant or the regression would
-    move it by more than a factor of two.
+    argmin sum w (CDSw a + CDSb - y)^2 gives CDSw = cov(a, y) / var(a), CDSb = mean(y) - CDSw mean(a). The old CDSw
+    stays where the accumulator is constant or the regression would move it by more than a factor of two.
     """
     merged = weight.merged().float()
     sums = torch.zeros(5, weight.vqk.shape[0], dtype=torch.float64)
-    for x, y in pairs:
-        acc = conv(node, x, merged.to(x), None)
-        a, t = acc.transpose(0, 1).flatten(1).double(), y.transpose(0, 1).flatten(1).double()
-        count = torch.full_like(a[:, 0], a.shape[1])
-        sums += torch.stack((count, a.sum(1), t.sum(1), a.square().sum(1), (a * t).sum(1))).cpu()
+    for seen in batches:
+        acc = conv(node, seen.input, merged.to(seen.input), None)
+        a, t = (v.transpose(0, 1).flatten(1).double() for v in (acc, seen.float_output))
+        w = seen.weights.flatten().to(a)
+        total = w.sum().expand(len(a))
+        sums += torch.stack((total, a @ w, t @ w, a.square() @ w, (a * t) @ w)).cpu()
     n, sa, st, saa, sat = sums
     var, cov = saa / n - (sa / n) ** 2, sat / n - (sa / n) * (st / n)
     old = weight.cds_w.double()

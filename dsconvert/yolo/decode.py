@@ -1,4 +1,4 @@
-"""From Detect's raw maps to boxes in pixels (YOLOv5's published box equations)."""
+"""From Detect's raw maps to boxes in pixels (YOLOv5's published box equations), and how far two results differ."""
 
 from __future__ import annotations
 
@@ -8,6 +8,17 @@ from torch import Tensor
 from dsconvert.yolo.network import Head
 
 
+def sigmoids(raw: list[Tensor], head: Head) -> list[tuple[Tensor, Tensor]]:
+    """Per level the sigmoids of boxes (n, na, 4, ny, nx) and scores (n, na, 1 + nc, ny, nx).
+
+    `raw` is one map a level, or a box map and a score map a level (see `lower.split_detect`)."""
+    if len(raw) == len(head.strides):
+        whole = [t.unflatten(1, (head.na, head.nc + 5)).sigmoid() for t in raw]
+        return [(p[:, :, :4], p[:, :, 4:]) for p in whole]
+    maps = [t.unflatten(1, (head.na, -1)).sigmoid() for t in raw]
+    return list(zip(maps[::2], maps[1::2], strict=True))
+
+
 def decode(raw: list[Tensor], head: Head) -> Tensor:
     """Raw maps -> (n, boxes, 5 + nc): x, y, w, h in input pixels, objectness, class scores (0..1).
 
@@ -15,13 +26,30 @@ def decode(raw: list[Tensor], head: Head) -> Tensor:
     anchors, then rows, then columns: the order of YOLOv5's own output.
     """
     levels = []
-    for t, stride, anchors in zip(raw, head.strides, head.anchors, strict=True):
-        n, _, ny, nx = t.shape
-        p = t.view(n, head.na, head.nc + 5, ny, nx).permute(0, 1, 3, 4, 2).sigmoid()
+    for (boxes, scores), stride, anchors in zip(sigmoids(raw, head), head.strides, head.anchors, strict=True):
+        n, _, _, ny, nx = boxes.shape
+        box, score = boxes.permute(0, 1, 3, 4, 2), scores.permute(0, 1, 3, 4, 2)
         gy, gx = torch.meshgrid(torch.arange(ny), torch.arange(nx), indexing="ij")
-        cell = torch.stack((gx, gy), -1).to(p) - 0.5
-        sizes = torch.tensor(anchors, dtype=p.dtype, device=p.device)[:, None, None]
-        xy = (p[..., :2] * 2 + cell) * stride
-        wh = (p[..., 2:4] * 2) ** 2 * sizes
-        levels.append(torch.cat((xy, wh, p[..., 4:]), -1).reshape(n, -1, head.nc + 5))
+        cell = torch.stack((gx, gy), -1).to(box) - 0.5
+        sizes = torch.tensor(anchors, dtype=box.dtype, device=box.device)[:, None, None]
+        xy = (box[..., :2] * 2 + cell) * stride
+        wh = (box[..., 2:] * 2) ** 2 * sizes
+        levels.append(torch.cat((xy, wh, score), -1).reshape(n, -1, head.nc + 5))
     return torch.cat(levels, 1)
+
+
+def detection_measure(raw: list[Tensor], reference: list[Tensor], head: Head) -> list[Tensor]:
+    """Numbers whose squared change is the damage to the detections: every anchor's class scores (objectness times
+    class), and its box's centre and size relative to the box, weighted by the root of its best score.
+
+    The weights, and the box sizes that centres are relative to, come from the `reference` maps."""
+    parts: list[Tensor] = []
+    given = zip(sigmoids(raw, head), sigmoids(reference, head), head.strides, head.anchors, strict=True)
+    for (box, score), (box0, score0), stride, anchors in given:
+        weight = (score0[:, :, :1] * score0[:, :, 1:]).amax(2, keepdim=True).sqrt()
+        sizes = torch.tensor(anchors, dtype=box.dtype, device=box.device)[None, :, :, None, None]
+        pixels = ((box0[:, :, 2:] * 2) ** 2 * sizes).clamp_min(4.0)  # no box is as small as that
+        centre = box[:, :, :2] * (2 * stride) / pixels
+        size = 2 * box[:, :, 2:].clamp_min(1e-4).log()
+        parts += [score[:, :, :1] * score[:, :, 1:], weight * centre, weight * size]
+    return parts

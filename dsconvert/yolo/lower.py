@@ -8,7 +8,7 @@ from torch import nn
 
 from dsconvert.graph.ir import INPUT, ConvParams, Graph, Node
 from dsconvert.yolo.modules import C3, SPP, SPPF, Bottleneck, Concat, Conv, Detect, Focus
-from dsconvert.yolo.network import Network
+from dsconvert.yolo.network import Head, Network
 
 
 class _Builder:
@@ -89,3 +89,26 @@ def lower(network: Network) -> tuple[Graph, dict[str, ConvParams]]:
         else:
             made.append(builder.layer(layer, f"model.{index}", xs))
     return Graph(tuple(builder.nodes), tuple(outputs)), builder.params
+
+
+def split_detect(graph: Graph, params: dict[str, ConvParams], head: Head) -> tuple[Graph, dict[str, ConvParams]]:
+    """Each of Detect's convolutions as two, `.box` (na * 4 channels) and `.score` (na * (1 + nc)).
+
+    The numbers are the same; quantized, box and score then no longer share one activation scale. `decode` reads
+    both forms."""
+    nodes: list[Node] = []
+    parts: dict[str, ConvParams] = {}
+    outputs: list[str] = []
+    for node in graph.nodes:
+        if node.name not in graph.outputs:
+            nodes.append(node)
+            continue
+        p = params[node.name]
+        weight, bias = (v.unflatten(0, (head.na, head.nc + 5)) for v in (p.weight, p.bias))
+        for part, rows in (("box", slice(0, 4)), ("score", slice(4, None))):
+            name = f"{node.name}.{part}"
+            nodes.append(Node("conv", name, node.inputs, node.attrs))
+            parts[name] = ConvParams(weight[:, rows].flatten(0, 1), bias[:, rows].flatten())
+            outputs.append(name)
+    kept = {name: p for name, p in params.items() if name not in graph.outputs}
+    return Graph(tuple(nodes), tuple(outputs)), {**kept, **parts}

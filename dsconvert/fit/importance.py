@@ -1,0 +1,107 @@
+"""What matters: how much the network's result changes when a value inside it changes.
+
+`measure` turns the raw output maps into numbers whose squared change is the damage done. With v of them and random
+signs s, the gradient g of sum(s v) has E[g^2] = sum over v of (dv / dvalue)^2: the diagonal of the Gauss-Newton
+(Fisher) matrix, from one backward pass (Hutchinson's estimator, as in BRECQ's Fisher weights, arXiv 2102.05426).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dsconvert.graph.integer import keeps_grid
+from dsconvert.graph.ir import ConvParams, Graph, Node
+from dsconvert.graph.run import execute, float_step
+
+SAMPLES_PER_IMAGE = 4096
+SEARCHED = 65536  # values of a map that samples are drawn from
+# (raw maps, the float network's raw maps, which give the constants) -> numbers whose squared change is the damage
+Measure = Callable[[list[Tensor], list[Tensor]], list[Tensor]]
+
+
+@dataclass(frozen=True)
+class Importance:
+    """samples: value name -> (calibration values, their weights), both (k,). positions: convolution name ->
+    (images, h' w') weights of its output positions: the root of the squared gradients summed over channels."""
+
+    samples: Mapping[str, tuple[Tensor, Tensor]]
+    positions: Mapping[str, Tensor]
+
+
+def gradients(
+    graph: Graph, params: Mapping[str, ConvParams], x: Tensor, measure: Measure, generator: torch.Generator
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """Every value of the float network on batch x (n, 3, h, w), and the gradient g of the module's docstring."""
+    values: dict[str, Tensor] = {}
+
+    def step(node: Node, inputs: list[Tensor]) -> Tensor:
+        values[node.name] = float_step(node, inputs, params)
+        values[node.name].retain_grad()
+        return values[node.name]
+
+    with torch.enable_grad():
+        raw = execute(graph, x.clone().requires_grad_(True), step)
+        measured = measure(raw, [t.detach() for t in raw])
+        total = torch.zeros((), device=x.device)
+        for v in measured:
+            signs = torch.randint(0, 2, v.shape, generator=generator).to(v) * 2 - 1
+            total = total + (v * signs).sum()
+        total.backward()
+    return {
+        name: (v.detach(), torch.zeros_like(v) if v.grad is None else v.grad.detach()) for name, v in values.items()
+    }
+
+
+def measure_importance(
+    graph: Graph, params: Mapping[str, ConvParams], images: Iterable[Tensor], measure: Measure, seed: int
+) -> Importance:
+    """Importance over images (1, 3, h, w) each.
+
+    Values are weighted where they count: before an activation by the gradient behind it (see `judged`)."""
+    generator = torch.Generator().manual_seed(seed)
+    behind = judged(graph)
+    samples: dict[str, list[tuple[Tensor, Tensor]]] = {n.name: [] for n in graph.nodes if not keeps_grid(n.op)}
+    positions: dict[str, list[Tensor]] = {n.name: [] for n in graph.convs()}
+    for image in images:
+        found = gradients(graph, params, image, measure, generator)
+        for name, kept in samples.items():
+            kept.append(_sample(found[name][0], found[behind.get(name, name)][1].square(), generator))
+        for name, weights in positions.items():
+            weights.append(found[name][1].square().sum(1).flatten(1).sqrt().cpu())
+    return Importance(
+        {name: (torch.cat([v for v, _ in s]), torch.cat([w for _, w in s])) for name, s in samples.items()},
+        {name: torch.cat(w) for name, w in positions.items()},
+    )
+
+
+def judged(graph: Graph) -> dict[str, str]:
+    """Convolution name -> its activation's name, where that is all that reads it."""
+    readers = graph.consumers()
+    return {
+        n.name: readers[n.name][0].name
+        for n in graph.convs()
+        if [r.op for r in readers.get(n.name, [])] == ["act"]
+    }  # fmt: skip
+
+
+def _sample(values: Tensor, weights: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Values drawn half evenly and half by weight, with weights that keep sum(weight * f(value)) unbiased; the two
+    extremes besides, each with its own weight."""
+    v, w = values.reshape(-1), weights.reshape(-1)
+    ends = torch.stack((v.argmin(), v.argmax()))
+    extremes, at_ends = v[ends], w[ends]
+    if v.numel() > SEARCHED:  # a large map is thinned out first, or the sums below would be all the work
+        thin = torch.randint(v.numel(), (SEARCHED,), generator=generator).to(v.device)
+        scale = v.numel() / SEARCHED
+        v, w = v[thin], w[thin] * scale
+    n, half, sums = v.numel(), SAMPLES_PER_IMAGE // 2, w.double().cumsum(0)
+    even = torch.randint(n, (half,), generator=generator).to(v.device)
+    at = torch.rand(half, generator=generator, dtype=torch.float64).to(v.device) * sums[-1]
+    picks = torch.cat((even, torch.searchsorted(sums, at).clamp_max(n - 1)))
+    chance = 0.5 / n + 0.5 * w[picks] / sums[-1].clamp_min(1e-300)
+    weight = torch.cat((w[picks] / (2 * half * chance), at_ends))
+    return torch.cat((v[picks], extremes)).cpu(), weight.float().cpu()

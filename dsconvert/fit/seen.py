@@ -1,0 +1,19 @@
+"""What a layer sees during calibration, batch by batch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Seen:
+    """One batch of n images at one convolution, all real-valued: what it gets in the float network and in the
+    quantized one (n, chi, h, w), what it makes in the float network (n, cho, h', w'), and how much each of its output
+    positions matters (n, h' w')."""
+
+    float_input: Tensor
+    input: Tensor
+    float_output: Tensor
+    weights: Tensor

@@ -1,0 +1,95 @@
+"""Importance: gradients with a known answer, and samples that keep weighted sums."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from dsconvert.fit import importance
+from dsconvert.fit.importance import gradients, judged, measure_importance
+from dsconvert.graph.ir import INPUT, ConvParams, Graph, Node
+from dsconvert.yolo.decode import decode, detection_measure
+from dsconvert.yolo.lower import lower, split_detect
+
+POINT = {"stride": 1, "padding": 0, "dilation": 1, "groups": 1}
+CHAIN = Graph((Node("conv", "a", (INPUT,), POINT), Node("act", "b", ("a",), {"kind": "ReLU"}),
+               Node("conv", "c", ("b",), POINT)), ("c",))  # fmt: skip
+PARAMS = {
+    "a": ConvParams(torch.tensor([1.0, -1.0]).reshape(2, 1, 1, 1), torch.zeros(2)),
+    "c": ConvParams(torch.tensor([3.0, 5.0]).reshape(1, 2, 1, 1), torch.zeros(1)),
+}
+
+
+def test_gradients_are_the_chain_rule_up_to_sign():
+    x = torch.tensor([[[[1.0, -2.0]]]])
+    found = gradients(CHAIN, PARAMS, x, lambda raw, _: [2 * raw[0]], torch.Generator().manual_seed(0))
+    assert found["c"][1].abs().flatten().tolist() == [2, 2]
+    assert found["b"][1].abs()[0, :, 0].tolist() == [[6, 6], [10, 10]]
+    # ReLU lets through channel 0 at the first pixel and channel 1 at the second
+    assert found["a"][1].abs()[0, :, 0].tolist() == [[6, 0], [0, 10]]
+
+
+def test_mean_squared_gradient_is_the_gauss_newton_diagonal():
+    """Two results that pull on one value: the cross term averages out over random signs."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.ones(1, 1, 1, 1)
+    squares = [
+        gradients(CHAIN, PARAMS, x, lambda raw, _: [2 * raw[0], 7 * raw[0]], generator)["c"][1].square().item()
+        for _ in range(400)
+    ]
+    # values are 25 or 81, each half the time: 4 + 49 in the mean, with a deviation of 28 / 20 over 400 draws
+    assert sum(squares) / 400 == pytest.approx(53, abs=5 * 28 / 20)
+
+
+def test_positions_are_the_root_of_the_squared_gradients_over_channels():
+    x = torch.tensor([[[[1.0, -2.0]]]])
+    found = measure_importance(CHAIN, PARAMS, [x, x], lambda raw, _: [2 * raw[0]], seed=0)
+    assert found.positions["a"].tolist() == [[6, 10], [6, 10]]
+    assert judged(CHAIN) == {"a": "b"}
+
+
+@pytest.mark.parametrize("searched", [1 << 16, 5000])
+def test_samples_are_unbiased_and_hold_the_extremes(monkeypatch, searched):
+    monkeypatch.setattr(importance, "SAMPLES_PER_IMAGE", 2000)
+    monkeypatch.setattr(importance, "SEARCHED", searched)  # 5000: the 10 000 values are thinned out first
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(1, 1, 100, 100, generator=generator)
+    found = measure_importance(CHAIN, PARAMS, [x], lambda raw, _: [raw[0].square()], seed=0)
+    values, weights = found.samples["c"]
+    y = gradients(CHAIN, PARAMS, x, lambda raw, _: [raw[0].square()], generator)["c"][0]
+    assert values.min() == y.min()
+    assert values.max() == y.max()
+    for f in (torch.ones_like, lambda v: (v > 1).float()):
+        # the weights are 4 y^2; the draw of 2000 is good to a few per cent
+        wanted = (4 * y.square() * f(y)).sum().item()
+        assert (weights[:-2] * f(values[:-2])).sum().item() == pytest.approx(wanted, rel=0.1)
+
+
+def test_split_detect_changes_no_number(tiny, picture):
+    from dsconvert.graph.run import run_float
+
+    network, head = tiny
+    graph, params = lower(network.fuse())
+    apart, parts = split_detect(graph, params, head)
+    assert len(apart.outputs) == 2 * len(graph.outputs)
+    whole, split = (run_float(g, p, picture) for g, p in ((graph, params), (apart, parts)))
+    # the same products, summed by another kernel choice
+    torch.testing.assert_close(decode(split, head), decode(whole, head), rtol=1e-5, atol=1e-4)
+    for a, b in zip(detection_measure(split, split, head), detection_measure(whole, whole, head), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_the_measure_weighs_boxes_by_their_score(tiny, picture):
+    _, head = tiny
+    raw = [torch.zeros(1, 21, 2, 2), torch.zeros(1, 21, 1, 1)]
+    scored = [t.clone() for t in raw]
+    scored[0].unflatten(1, (3, 7))[0, 0, 4:6] = 3.0  # one anchor is sure of class 0
+    moved = [t.clone() for t in scored]
+    moved[0].unflatten(1, (3, 7))[:, :, 0] += 0.1
+    before, after = (detection_measure(t, scored, head)[1] for t in (scored, moved))
+    shift = (after - before)[0, :, 0]
+    # the weight is the root of objectness * class
+    sure, unsure = (torch.tensor(3.0).sigmoid() ** 2).sqrt(), 0.5
+    ratio = float(shift[0, 0, 0] / shift[1, 0, 0])
+    sizes = [head.anchors[0][a][0] for a in (0, 1)]
+    assert ratio == pytest.approx(float(sure / unsure) * max(sizes[1], 4) / max(sizes[0], 4), rel=1e-3)
