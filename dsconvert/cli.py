@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import sys
 import time
@@ -36,11 +37,26 @@ RUNS = Path("runs/dsconvert")
 STAGES = {
     "images": "reading images",
     "synthesize": "synthesising images",
-    "ranges": "measuring activations",
+    "importance": "measuring importance",
+    "sensitivity": "measuring sensitivity",
     "fit": "fitting layers",
     "evaluate": "evaluating",
 }
 PATH = click.Path(path_type=Path)
+
+
+class ByteSize(click.ParamType):
+    """A number of bytes as people write it: 900000, 900kB, 0.9MB (powers of ten)."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([km]?)b?", str(value).strip().lower())
+        if found is None:
+            self.fail(f"{value!r} is not a size such as 0.9MB, 900kB or 900000.", param, ctx)
+        return round(float(found[1]) * {"": 1, "k": 1e3, "m": 1e6}[found[2]])
+
+
 as_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON document to stdout.")
 force = click.option("--force", is_flag=True, help="Replace files that are there.")
 
@@ -70,7 +86,9 @@ def cli() -> None:
 @click.argument("checkpoint", type=PATH)
 @click.option("--calib", type=PATH, help="Folder of images, data.yaml, or text file of paths.")
 @click.option("--block-size", default=32, show_default=True, help="Input channels a shift covers.")
-@click.option("--bits", type=click.IntRange(2, 8), default=4, show_default=True, help="Bits of a weight (VQK).")
+@click.option("--bits", type=click.IntRange(2, 8), help="Bits of every weight (default: mixed, 4 on average).")
+@click.option("--target-size", "target_bytes", type=ByteSize(), metavar="SIZE",
+              help="Largest packed ONNX file, such as 0.9MB; layers share it.")  # fmt: skip
 @click.option("--blocks", default="all", show_default=True, help="all, head, backbone or C3 layers: 13,17,20,23.")
 @click.option("--scope", type=click.Choice(SCOPES), default="all", show_default=True, help="Which convolutions.")
 @click.option("--imgsz", default=640, show_default=True, help="Side of the square images, pixels.")

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 import dsconvert
+from dsconvert.budget import WIDTHS, Damage, bits_for_file, bits_like_uniform, packed_size
 from dsconvert.dsconv.tensor import DSTensor
 from dsconvert.errors import InputError
 from dsconvert.evaluate.accuracy import evaluate_predictors
@@ -25,8 +26,11 @@ from dsconvert.evaluate.latency import Latency, interleaved_latency
 from dsconvert.export.onnx import export_float, export_quantized
 from dsconvert.files import write_atomic
 from dsconvert.fit.gptq import fit_layer
+from dsconvert.fit.importance import measure_importance
 from dsconvert.fit.lockstep import FitLayer, fit_lockstep
-from dsconvert.fit.ranges import choose_grids, sample_values
+from dsconvert.fit.ranges import choose_grids
+from dsconvert.fit.seen import Seen
+from dsconvert.fit.sensitivity import measure_damage
 from dsconvert.fit.synthesize import synthesize
 from dsconvert.graph.integer import QParams
 from dsconvert.graph.ir import ConvParams, Graph, Node
@@ -34,13 +38,16 @@ from dsconvert.graph.run import run_float
 from dsconvert.model import DSModel, display_name, is_dsconv
 from dsconvert.modelfile import load_model, model_bytes
 from dsconvert.yolo.checkpoint import Checkpoint, load_checkpoint
+from dsconvert.yolo.decode import detection_measure
 from dsconvert.yolo.images import calibration_batches, calibration_images, image_paths, read_data_yaml, spread
-from dsconvert.yolo.lower import lower
+from dsconvert.yolo.lower import lower, split_detect
+from dsconvert.yolo.network import Head
 from dsconvert.yolo.plan import choose_convs
 
 MODEL_FILE, REPORT_FILE = "model.safetensors", "quantize.json"
 BATCH = 4
 LOCKSTEP_BYTES = 3 << 29  # values of both networks kept while fitting; more images than fit are left out there
+SENSITIVITY_BATCHES = 2  # of BATCH images each
 SYNTHETIC_IMAGES, SYNTHETIC_SIDE, SYNTHETIC_STEPS = 16, 320, 80
 
 Progress = Callable[[str, int, int], None]
@@ -50,12 +57,15 @@ Progress = Callable[[str, int, int], None]
 class QuantizeOptions:
     """Everything that decides the result of `quantize` besides the checkpoint and the machine.
 
-    calib None means data-free; bits 2..8; blocks and scope as in `yolo.plan`; imgsz in pixels; samples the most
-    calibration images used; activations int8, or float for a model whose weights alone are quantized."""
+    calib None means data-free. bits 2..8 for every DSConv layer, or None for widths by measured damage, within the
+    bytes of 4 bits everywhere or within a packed ONNX file of target_bytes. blocks and scope as in `yolo.plan`; imgsz
+    in pixels; samples the most calibration images used; activations int8, or float for a model whose weights alone
+    are quantized."""
 
     calib: Path | None = None
     block_size: int = 32
-    bits: int = 4
+    bits: int | None = None
+    target_bytes: int | None = None
     blocks: str = "all"
     scope: str = "all"
     imgsz: int = 640
@@ -67,12 +77,14 @@ class QuantizeOptions:
 
 @dataclass(frozen=True)
 class Quantized:
-    """A fitted model, the images it was calibrated on, how many files were unreadable, and each layer's error."""
+    """A fitted model, the images it was calibrated on, how many files were unreadable, and each layer's error,
+    and what its widths were expected to cost (empty when `bits` were given)."""
 
     model: DSModel
     images: int
     skipped: int
     sqnr_db: Mapping[str, float]
+    damage: Mapping[str, Mapping[int, float]]
 
 
 def quantize(
@@ -88,28 +100,45 @@ def quantize(
         batches, skipped = _synthetic(checkpoint, options, report), 0
     else:
         batches, skipped = _decode(calib_paths, options.imgsz, report)
-    graph, params = lower(network.fuse())
+    head = checkpoint.head
+    graph, params = split_detect(*lower(network.fuse()), head)
     chosen = choose_convs(network, graph, options.blocks, options.scope)
-    images = sum(len(b) for b in batches)
+    kept = [b.to(device).float() / 255 for b in _bounded(graph, params, batches, device)]
+    images = sum(len(b) for b in kept)
+
+    def measure(raw: list[Tensor], reference: list[Tensor]) -> list[Tensor]:
+        return detection_measure(raw, reference, head)
+
+    singles = _counted((image for b in kept for image in b.split(1)), "importance", images, report)
+    importance = measure_importance(graph, params, singles, measure, options.seed)
     own: dict[str, QParams] = {}
     if options.activations == "int8":
-        counted = _counted((b.to(device).float() / 255 for b in batches), "ranges", images, report)
-        own = choose_grids(graph, sample_values(graph, params, counted, options.seed), options.seed)
-    kept = _bounded(graph, params, batches, device)
+        own = choose_grids(graph, importance.samples, options.seed)
+    damage: dict[str, dict[int, float]] = {}
+    bits = dict.fromkeys(sorted(chosen), options.bits or 0)
+    if options.bits is None:
+        few = [kept[i * len(kept) // SENSITIVITY_BATCHES] for i in range(min(SENSITIVITY_BATCHES, len(kept)))]
+        damage = measure_damage(
+            graph, params, sorted(chosen), few, measure, options.block_size, WIDTHS,
+            lambda done, total: report("sensitivity", done, total),
+        )  # fmt: skip
+        bits = _mixed(graph, params, own, head, damage, options)
     convs = fit_lockstep(
-        graph, params, _layer_fit(chosen, options), own, [b.to(device).float() / 255 for b in kept],
-        lambda done, total: report("fit", done, total),
+        graph, params, _layer_fit(bits, options), own, kept, lambda done, total: report("fit", done, total),
+        importance.positions,
     )  # fmt: skip
     sqnr = {name: _sqnr_db(params[name].weight.cpu(), conv.weight.weight()) for name, conv in convs.items()}
     model = DSModel(graph, convs, own, checkpoint.head, options.imgsz, _provenance(checkpoint, options, command))
-    return Quantized(model, images, skipped, sqnr)
+    return Quantized(model, images, skipped, sqnr, damage)
 
 
 def _check(options: QuantizeOptions, checkpoint: Checkpoint) -> None:
     stride = checkpoint.head.stride
     if options.imgsz % stride or not stride <= options.imgsz <= 4096:
         raise InputError(f"--imgsz {options.imgsz} is not a multiple of the model's stride {stride} up to 4096.")
-    if not 2 <= options.bits <= 8:
+    if options.bits is not None and options.target_bytes is not None:
+        raise InputError("--bits fixes every layer's width and --target-size chooses it; give one of them.")
+    if options.bits is not None and not 2 <= options.bits <= 8:
         raise InputError(f"--bits {options.bits} is not a number from 2 to 8.")
     if options.block_size < 1 or options.samples < 1:
         raise InputError("--block-size and --samples must be at least 1.")
@@ -145,13 +174,31 @@ def _synthetic(checkpoint: Checkpoint, options: QuantizeOptions, report: Progres
     return [(part * 255).round().to(torch.uint8).cpu() for b in batches for part in b.split(BATCH)]
 
 
-def _layer_fit(chosen: frozenset[str], options: QuantizeOptions) -> FitLayer:
-    """DSConv for the chosen convolutions, plain int8 per channel for the others."""
+def _mixed(
+    graph: Graph,
+    params: Mapping[str, ConvParams],
+    own: Mapping[str, QParams],
+    head: Head,
+    damage: Damage,
+    options: QuantizeOptions,
+) -> dict[str, int]:
+    """Bits by name within the options' budget."""
+    if options.target_bytes is None:
+        return bits_like_uniform(params, damage, options.block_size)
 
-    def fit(node: Node, weight: Tensor, pairs: Iterable[tuple[Tensor, Tensor]]) -> DSTensor:
-        bits = options.bits if node.name in chosen else 8
-        block_size = options.block_size if bits < 8 else weight.shape[1]
-        return fit_layer(node, weight, bits, block_size, pairs, options.seed)
+    def file_size(bits: Mapping[str, int]) -> int:
+        return packed_size(graph, params, own, head, options.imgsz, bits, options.block_size)
+
+    return bits_for_file(params, damage, options.block_size, options.target_bytes, file_size)
+
+
+def _layer_fit(bits: Mapping[str, int], options: QuantizeOptions) -> FitLayer:
+    """DSConv with its bits for the chosen convolutions, plain int8 per channel for the others."""
+
+    def fit(node: Node, weight: Tensor, batches: Iterable[Seen]) -> DSTensor:
+        width = bits.get(node.name, 8)
+        block_size = options.block_size if width < 8 else weight.shape[1]
+        return fit_layer(node, weight, width, block_size, batches, options.seed)
 
     return fit
 
@@ -210,10 +257,14 @@ def quantize_report(result: Quantized) -> dict[str, Any]:
         "weights": model.weight_count,
         "weight_bits": round(model.weight_bits, 4),
         "layers": [
-            {**layer, "sqnr_db": result.sqnr_db[node.name]}
+            {**layer, "sqnr_db": result.sqnr_db[node.name], "damage": _rounded(result.damage.get(node.name, {}))}
             for layer, node in zip(layer_table(model), model.graph.convs(), strict=True)
         ],
     }
+
+
+def _rounded(damage: Mapping[int, float]) -> dict[str, float]:
+    return {str(bits): float(f"{value:.4g}") for bits, value in damage.items()}
 
 
 def layer_table(model: DSModel) -> list[dict[str, Any]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,25 @@ CONFIDENT, OVERLAP = 0.25, 0.45  # YOLOv5's detect.py
 Predictor = Callable[[NDArray[np.float32]], NDArray[np.float32]]
 
 
+@dataclass(frozen=True)
+class Detections:
+    """What several predictors found in the same images, and the truth: all in pixels of the original images.
+
+    found[predictor][image] is (n, 6) x1, y1, x2, y2, score, class; truths[image] (m, 5) class, x1, y1, x2, y2;
+    shapes[image] height and width; nc the number of classes."""
+
+    found: list[list[NDArray[np.float32]]]
+    truths: list[NDArray[np.float64]]
+    shapes: list[tuple[int, int]]
+    nc: int
+
+    def metrics(self, images: Sequence[int] | None = None) -> list[Metrics]:
+        """Metrics of every predictor on the images given by index (default all; repeated ones count again)."""
+        chosen = range(len(self.truths)) if images is None else images
+        truths, shapes = [self.truths[i] for i in chosen], [self.shapes[i] for i in chosen]
+        return [coco_metrics([results[i] for i in chosen], truths, shapes, self.nc) for results in self.found]
+
+
 def evaluate_predictors(
     predictors: Sequence[Predictor],
     paths: Sequence[Path],
@@ -26,10 +46,22 @@ def evaluate_predictors(
     labelled: bool = True,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Metrics]:
-    """Metrics of every predictor on the same images, each decoded once.
+    """Metrics of every predictor on the same images, see `detect_all`."""
+    return detect_all(predictors, paths, side, nc, labelled, progress).metrics()
+
+
+def detect_all(
+    predictors: Sequence[Predictor],
+    paths: Sequence[Path],
+    side: int,
+    nc: int,
+    labelled: bool = True,
+    progress: Callable[[int, int], None] | None = None,
+) -> Detections:
+    """Run every predictor on the same images, each decoded once.
 
     The truth is the labels beside the images, or (labelled=False) what the first predictor finds with confidence:
-    then the metrics say how far the others agree with it. Raises InputError when there is no object to find.
+    then metrics say how far the others agree with it. Raises InputError when there is no object to find.
     """
     found: list[list[NDArray[np.float32]]] = [[] for _ in predictors]
     truths, shapes = [], []
@@ -51,7 +83,7 @@ def evaluate_predictors(
             progress(index + 1, len(paths))
     if not labelled and not sum(map(len, truths)):
         raise InputError("The first model finds nothing with confidence in these images, so there is no agreement.")
-    return [coco_metrics(results, truths, shapes, nc) for results in found]
+    return Detections(found, truths, shapes, nc)
 
 
 def _pixels(labels: NDArray[np.float64], h: int, w: int) -> NDArray[np.float64]:

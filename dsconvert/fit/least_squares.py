@@ -7,6 +7,8 @@ projection. The two steps alternate from several starting scales; no step can in
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -17,7 +19,9 @@ STARTS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5)  # starting CDSw, as a share of the one 
 ROUNDS = 4
 
 
-def fit_weight(weight: Tensor, bits: int, block_size: int) -> DSTensor:
+def fit_weight(
+    weight: Tensor, bits: int, block_size: int, starts: Sequence[float] = STARTS, rounds: int = ROUNDS
+) -> DSTensor:
     """Float weight (cho, chi, kh, kw) -> the DSTensor minimising ||W - W'||^2 per output channel (locally), on CPU."""
     cho, chi, kh, kw = weight.shape
     low, high = vqk_limits(bits)
@@ -28,9 +32,9 @@ def fit_weight(weight: Tensor, bits: int, block_size: int) -> DSTensor:
     best_cds = torch.ones(cho, dtype=torch.float64)
     best_m = torch.ones(cho, blocks.shape[1], 1, kh * kw, dtype=torch.float64)
     best_vqk = torch.zeros_like(blocks)
-    for start in STARTS:
+    for start in starts:
         cds = widest * start / m_max
-        for _ in range(ROUNDS):
+        for _ in range(rounds):
             m, vqk = nearest_integers(blocks, cds, bits)
             cds = project_cds(blocks, m * vqk, cds)
             error = (blocks - cds[:, None, None, None] * m * vqk).square().sum((1, 2, 3))

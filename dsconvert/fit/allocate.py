@@ -1,0 +1,46 @@
+"""Which layer gets how many bits: the least total damage within a budget of bytes, by dynamic programming."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+STATES = 1 << 19  # budgets distinguished; below that many bytes the result is exact to the byte
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One way to store a layer: bits a weight, bytes in the file, damage expected."""
+
+    bits: int
+    size: int
+    damage: float
+
+
+def allocate(options: Mapping[str, Sequence[Choice]], budget: int) -> dict[str, Choice]:
+    """One choice a layer, sizes together at most `budget` bytes, with the least sum of damages.
+
+    The multiple-choice knapsack solved exactly, sizes counted in units of ceil(budget / STATES) bytes and rounded up.
+    Raises ValueError when even the smallest choices do not fit."""
+    unit = max(1, -(-budget // STATES))
+    room = budget // unit
+    best = np.zeros(room + 1)  # least damage with at most that much room, over the layers so far
+    picks: list[np.ndarray] = []
+    for choices in options.values():
+        totals = np.full((len(choices), room + 1), np.inf)
+        for i, c in enumerate(choices):
+            size = -(-c.size // unit)
+            if size <= room:
+                totals[i, size:] = best[: room + 1 - size] + c.damage
+        picks.append(totals.argmin(0).astype(np.uint8))
+        best = totals.min(0)
+    if not np.isfinite(best[room]):
+        smallest = sum(min(c.size for c in choices) for choices in options.values())
+        raise ValueError(f"the layers need at least {smallest} bytes, {budget} are allowed")
+    chosen: dict[str, Choice] = {}
+    for (name, choices), pick in zip(reversed(list(options.items())), reversed(picks), strict=True):
+        chosen[name] = choices[int(pick[room])]
+        room -= -(-chosen[name].size // unit)
+    return {name: chosen[name] for name in options}

@@ -1,0 +1,86 @@
+"""The allocator against brute force, and the budgets it serves."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+
+from dsconvert import budget
+from dsconvert.dsconv.tensor import DSTensor
+from dsconvert.errors import InputError
+from dsconvert.fit import allocate as module
+from dsconvert.fit.allocate import Choice, allocate
+from dsconvert.fit.least_squares import fit_weight
+from dsconvert.graph.ir import ConvParams
+
+
+def random_options(seed: int, layers: int = 5) -> dict[str, list[Choice]]:
+    rng = np.random.default_rng(seed)
+    return {
+        f"l{i}": [Choice(b, int(rng.integers(1, 60)) * b, float(rng.random() * 4.0 ** (8 - b))) for b in (2, 3, 4, 8)]
+        for i in range(layers)
+    }
+
+
+def brute_force(options: dict[str, list[Choice]], room: int) -> float:
+    return min(
+        (
+            sum(c.damage for c in picks)
+            for picks in itertools.product(*options.values())
+            if sum(c.size for c in picks) <= room
+        ),
+        default=np.inf,
+    )
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_allocation_is_the_best_of_all(seed):
+    options = random_options(seed)
+    smallest = sum(min(c.size for c in cs) for cs in options.values())
+    for room in (smallest, smallest + 50, smallest + 300, 10_000):
+        chosen = allocate(options, room)
+        assert sum(c.size for c in chosen.values()) <= room
+        assert sum(c.damage for c in chosen.values()) == pytest.approx(brute_force(options, room), rel=1e-12)
+    with pytest.raises(ValueError, match="need at least"):
+        allocate(options, smallest - 1)
+
+
+def test_coarse_units_never_exceed_the_budget(monkeypatch):
+    monkeypatch.setattr(module, "STATES", 64)
+    options = random_options(1)
+    for room in (1000, 1500, 3000):
+        chosen = allocate(options, room)
+        assert sum(c.size for c in chosen.values()) <= room
+
+
+def test_stored_bytes_are_those_of_the_weight():
+    for bits in (2, 3, 4, 5, 6, 8):
+        weight = torch.randn(6, 48, 3, 3, generator=torch.Generator().manual_seed(bits))
+        fitted: DSTensor = fit_weight(weight, bits, 32 if bits < 8 else 48)
+        assert budget.stored_bytes(weight.shape, bits, 32) == round(fitted.weight_bits * weight.numel() / 8)
+
+
+def test_a_sensitive_layer_gets_more_bits_at_the_same_size():
+    params = {name: ConvParams(torch.zeros(8, 32, 1, 1), torch.zeros(8)) for name in ("calm", "touchy")}
+    damage = {n: {b: scale * 4.0 ** (4 - b) for b in budget.WIDTHS} for n, scale in (("calm", 1.0), ("touchy", 1000.0))}
+    bits = budget.bits_like_uniform(params, damage, 32)
+    assert bits["touchy"] > budget.UNIFORM_BITS > bits["calm"]
+    sizes = {name: budget.stored_bytes(torch.Size((8, 32, 1, 1)), b, 32) for name, b in bits.items()}
+    assert sum(sizes.values()) <= 2 * budget.stored_bytes(torch.Size((8, 32, 1, 1)), 4, 32)
+
+
+def test_a_file_size_is_kept_whatever_the_widths_add_to_it():
+    params = {f"l{i}": ConvParams(torch.zeros(32, 32, 1, 1), torch.zeros(32)) for i in range(4)}
+    damage = {name: {b: 4.0**-b for b in budget.WIDTHS} for name in params}
+
+    def file_size(bits):
+        extra = sum({2: 90, 3: 200, 4: 0, 5: 150, 6: 150, 8: 0}[b] for b in bits.values())
+        return 500 + extra + sum(budget.stored_bytes(torch.Size((32, 32, 1, 1)), b, 32) for b in bits.values())
+
+    for target in (2400, 2800, 3500, 5000):
+        assert file_size(budget.bits_for_file(params, damage, 32, target, file_size)) <= target
+    with pytest.raises(InputError, match="out of reach"):
+        budget.bits_for_file(params, damage, 32, 1000, file_size)
