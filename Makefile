@@ -26,7 +26,7 @@ demo: setup
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy dsconvert calib/demo
+	$(BIN)/mypy dsconvert calib/demo benchmarks
 
 test: lint
 	$(BIN)/pytest

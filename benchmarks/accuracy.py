@@ -1,0 +1,239 @@
+"""Accuracy of dsconvert and of int8 peers on the same images; writes docs/accuracy.md.
+
+    python benchmarks/accuracy.py --checkpoint yolov5n.pt --data coco.yaml
+
+Needs the `bench` extra. Models are calibrated on the train split and measured on the val split, which nothing else
+sees. Finished models are kept in --work and not made again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import shlex
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from peers import nncf_int8, openvino_predictor, ort_static
+
+from dsconvert.dsconv.tensor import DSTensor
+from dsconvert.evaluate.accuracy import Detections, Predictor, detect_all
+from dsconvert.evaluate.candidates import load_candidate
+from dsconvert.fit.gptq import Moments, fit_weight_gptq, measure_moments
+from dsconvert.fit.least_squares import fit_weight
+from dsconvert.modelfile import load_model
+from dsconvert.pipeline import QuantizeOptions, onnx_bytes, quantize, save_quantized
+from dsconvert.yolo.checkpoint import load_checkpoint
+from dsconvert.yolo.images import calibration_batches, read_data_yaml
+
+SIDE = 640
+
+
+@dataclass(frozen=True)
+class Row:
+    """A model of the table: what it is, its file, how its output is computed, stored bits a weight if known."""
+
+    name: str
+    group: str
+    path: Path
+    predict: Predictor
+    weight_bits: float | None
+    seconds: float | None
+
+
+def made(path: Path, make: Callable[[], object]) -> float | None:
+    """Make a file unless it is there; seconds taken (None when it was)."""
+    if path.exists():
+        return None
+    began = time.perf_counter()
+    make()
+    return time.perf_counter() - began
+
+
+def dsconvert_row(name: str, group: str, checkpoint: Path, work: Path, options: QuantizeOptions) -> Row:
+    """Quantize, export packed; the ONNX file is what is measured."""
+    folder = work / name.replace(" ", "-").replace(",", "")
+    target = folder / "packed.onnx"
+
+    def make() -> None:
+        save_quantized(quantize(load_checkpoint(checkpoint), options, name), folder, force=True)
+        target.write_bytes(onnx_bytes(folder / "model.safetensors", "packed", SIDE))
+
+    seconds = made(target, make)
+    bits = load_model(folder / "model.safetensors").weight_bits
+    return Row(name, group, target, load_candidate(target, SIDE).predict, bits, seconds)
+
+
+def with_fit(fit: Callable[..., DSTensor], run: Callable[[], None]) -> None:
+    """Make a row whose layers are fitted by another function than `fit.gptq.fit_layer`."""
+    import dsconvert.pipeline as pipeline
+
+    original = pipeline.fit_layer
+    pipeline.fit_layer = fit
+    try:
+        run()
+    finally:
+        pipeline.fit_layer = original
+
+
+def plain_fit(node, weight, bits, block_size, batches, seed):  # type: ignore[no-untyped-def]
+    """Least squares on the weights alone."""
+    return fit_weight(weight, bits, block_size)
+
+
+def symmetric_fit(node, weight, bits, block_size, batches, seed):  # type: ignore[no-untyped-def]
+    """GPTQ towards the float weight on the quantized network's inputs."""
+    hessian = measure_moments(node, weight.shape, batches, seed).hessian
+    return fit_weight_gptq(weight, Moments(hessian, hessian), bits, block_size)
+
+
+def unweighted_fit(node, weight, bits, block_size, batches, seed):  # type: ignore[no-untyped-def]
+    """Asymmetric GPTQ, every position counting the same."""
+    even = (replace(seen, weights=torch.ones_like(seen.weights)) for seen in batches)
+    return fit_weight_gptq(weight, measure_moments(node, weight.shape, even, seed), bits, block_size)
+
+
+def all_rows(checkpoint: Path, data: Path, work: Path, groups: Sequence[str]) -> list[Row]:
+    """Every model of the groups wanted, the float one first; `main` always."""
+    options = QuantizeOptions(calib=data, imgsz=SIDE)
+    float_file = work / "float32.onnx"
+    made(float_file, lambda: float_file.write_bytes(onnx_bytes(checkpoint, "packed", SIDE)))
+    rows = [Row("float32", "main", float_file, load_candidate(float_file, SIDE).predict, 32.0, None)]
+    images = [b.numpy() for b, _ in calibration_batches(read_data_yaml(data).train, SIDE, 1)]
+    for name, convs_only in (("ONNX Runtime int8, convolutions only", True), ("ONNX Runtime int8", False)):
+        path = work / f"ort-{'convs' if convs_only else 'all'}.onnx"
+        seconds = made(path, lambda p=path, c=convs_only: ort_static(float_file, p, images, c))  # type: ignore[misc]
+        rows.append(Row(name, "main", path, load_candidate(path, SIDE).predict, None, seconds))
+    path = work / "nncf.xml"
+    seconds = made(path, lambda: nncf_int8(float_file, path, images))
+    rows.append(Row("OpenVINO NNCF int8", "main", path.with_suffix(".bin"), openvino_predictor(path), None, seconds))
+
+    def add(name: str, group: str, options: QuantizeOptions) -> None:
+        if group in ("main", *groups):
+            rows.append(dsconvert_row(name, group, checkpoint, work, options))
+            print(rows[-1].name, f"{rows[-1].seconds or 0:.0f} s", flush=True)
+
+    add("dsconvert 8 bit", "main", replace(options, bits=8))
+    add("dsconvert default (mixed, 4 bit size)", "main", options)
+    add("dsconvert 4 bit everywhere", "main", replace(options, bits=4))
+    add("dsconvert 3 bit everywhere", "main", replace(options, bits=3))
+    three = rows[-1]
+    add("dsconvert mixed, 3 bit size", "main", replace(options, target_bytes=three.path.stat().st_size))
+    add("dsconvert default, data-free", "main", replace(options, calib=None))
+    for size in (650_000, 800_000, 1_400_000):
+        add(f"dsconvert mixed, {size / 1e6:.2f} MB", "frontier", replace(options, target_bytes=size))
+    four = replace(options, bits=4)
+    for name, fit in (("least squares", plain_fit), ("GPTQ, symmetric", symmetric_fit),
+                      ("GPTQ, asymmetric, positions unweighted", unweighted_fit)):  # fmt: skip
+        with_fit(fit, lambda n=name: add(n, "ablation", four))  # type: ignore[misc]
+    for block in (16, 64, 128):
+        add(f"4 bit, block size {block}", "block", replace(four, block_size=block))
+    add("4 bit, activations float", "ablation", replace(four, activations="float"))
+    return rows
+
+
+def bootstrap(found: Detections, rounds: int, seed: int = 0) -> np.ndarray:
+    """(rounds, models) mAP50-95 over images drawn with repetition, the same draw for every model."""
+    rng = np.random.default_rng(seed)
+    count = len(found.truths)
+    draws = [rng.integers(0, count, count).tolist() for _ in range(rounds)]
+    return np.array([[m.map50_95 for m in found.metrics(draw)] for draw in draws])
+
+
+def write(rows: list[Row], found: Detections, samples: np.ndarray, images: int, target: Path, command: str) -> None:
+    """The page."""
+    scores = found.metrics()
+    drops = 100 * (samples[:, :1] - samples)
+    low, high = np.percentile(drops, (2.5, 97.5), axis=0)
+
+    def table(names: list[int]) -> list[str]:
+        lines = ["| model | mAP50-95 | mAP50 | drop, points | 95 % interval | file MB | bits a weight |",
+                 "|---|---|---|---|---|---|---|"]  # fmt: skip
+        for i in names:
+            row, m = rows[i], scores[i]
+            drop = 100 * (scores[0].map50_95 - m.map50_95)
+            bits = f"{row.weight_bits:.2f}" if row.weight_bits else ""
+            lines.append(
+                f"| {row.name} | {m.map50_95:.4f} | {m.map50:.4f} | {drop:.2f} | {low[i]:.2f} to {high[i]:.2f} | "
+                f"{row.path.stat().st_size / 1e6:.2f} | {bits} |"
+            )
+        return lines
+
+    def group(*names: str) -> list[int]:
+        return [i for i, r in enumerate(rows) if r.group in names]
+
+    def section(title: str, names: list[int]) -> list[str]:
+        return [f"## {title}", "", *table(names), ""] if names else []
+
+    four = next(i for i, r in enumerate(rows) if r.name == "dsconvert 4 bit everywhere")
+    cpu = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
+                if line.startswith("model name")), platform.processor())  # fmt: skip
+    text = [
+        "# Accuracy", "",
+        f"Made by `{command}` on {torch.get_num_threads()} threads of {cpu}. {len(found.truths)} validation images "
+        "that nothing was tuned on; calibration without labels on the train split. Every row is its file, run: ONNX in "
+        f"ONNX Runtime, NNCF in OpenVINO. Intervals: paired bootstrap over images, {images} draws; they are wide "
+        "because the images are few.", "",
+        *table(group("main")), "",
+        "The stem and Detect are int8 in every dsconvert row; activations are uint8. *Default* spends the bytes of "
+        "4 bits everywhere where they save most (`dsconvert quantize` without `--bits`).", "",
+        *section("What each step is worth (4 bits everywhere; the last row is the product)",
+                 [*group("ablation"), four] if group("ablation") else []),
+        *section("Block size", sorted([*group("block"), four]) if group("block") else []),
+        "## Size against accuracy", "", "![size against accuracy](accuracy.svg)", "",
+        *(table(group("frontier")) if group("frontier") else []), "",
+    ]  # fmt: skip
+    target.write_text("\n".join(text))
+    plot(rows, [m.map50_95 for m in scores], target.with_suffix(".svg"))
+
+
+def plot(rows: list[Row], scores: list[float], target: Path) -> None:
+    """File size against mAP for the main and frontier rows."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    matplotlib.rcParams["svg.hashsalt"] = "dsconvert"
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 4.5))
+    mixed = sorted((r.path.stat().st_size / 1e6, s) for r, s in zip(rows, scores, strict=True)
+                   if "mixed" in r.name and "dsconvert" in r.name)  # fmt: skip
+    axes.plot(*zip(*mixed, strict=True), "o-", label="dsconvert, mixed widths")
+    for label, marker, chosen in (
+        ("dsconvert, one width", "s", lambda n: "everywhere" in n or n.endswith("8 bit")),
+        ("int8 peers", "^", lambda n: "int8" in n),
+    ):
+        points = [(r.path.stat().st_size / 1e6, s) for r, s in zip(rows, scores, strict=True) if chosen(r.name)]
+        axes.plot(*zip(*points, strict=True), marker, label=label)
+    axes.axhline(scores[0], linestyle=":", label=f"float32 ({rows[0].path.stat().st_size / 1e6:.1f} MB)")
+    axes.set(xlabel="file, MB", ylabel="mAP50-95")
+    axes.legend(loc="lower right")
+    figure.savefig(target, metadata={"Date": None})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoint", type=Path, required=True)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--work", type=Path, default=Path("runs/accuracy"))
+    parser.add_argument("--out", type=Path, default=Path("docs/accuracy.md"))
+    parser.add_argument("--groups", nargs="*", default=["frontier", "ablation", "block"], help="besides main")
+    parser.add_argument("--rounds", type=int, default=300)
+    args = parser.parse_args()
+    args.work.mkdir(parents=True, exist_ok=True)
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    described = read_data_yaml(args.data)
+    rows = all_rows(args.checkpoint, args.data, args.work, args.groups)
+    found = detect_all([r.predict for r in rows], described.val, SIDE, len(described.names))
+    command = shlex.join(["python", *sys.argv])
+    write(rows, found, bootstrap(found, args.rounds), args.rounds, args.out, command)
+
+
+if __name__ == "__main__":
+    main()
