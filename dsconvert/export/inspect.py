@@ -60,7 +60,11 @@ def _sources(
     if value in tensors:
         return [tensors[value]]
     node = makers.get(value)
-    return [] if node is None else [t for name in node.input for t in _sources(name, makers, tensors)]
+    if node is None:
+        return []
+    # the second input of these says how bytes are taken apart, and is shared by all layers: no part of the weight
+    inputs = node.input[:1] if node.op_type in ("BitShift", "BitwiseAnd") else node.input
+    return [t for name in inputs for t in _sources(name, makers, tensors)]
 
 
 def _reshaped(
