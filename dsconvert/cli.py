@@ -224,18 +224,29 @@ def info(model: Path | None, as_json: bool) -> None:
     if as_json:
         _print_json({"path": str(path), **facts})
         return
-    table = Table("layer", "shape", "kind", "bits", "block", "bytes")
+    harm = _harm(facts["layers"])
+    table = Table("layer", "shape", "kind", "bits", "block", "bytes", *(("harm at 4 bits", "harm") if harm else ()))
     for row in facts["layers"]:
         shape = "x".join(map(str, row["shape"]))
         block = str(row.get("block_size") or "")
-        table.add_row(row["name"], shape, row["kind"], str(row["bits"]), block, f"{row['bytes']:,}")
+        cells = (row["name"], shape, row["kind"], str(row["bits"]), block, f"{row['bytes']:,}")
+        table.add_row(*cells, *harm.get(row["name"], ()))
     _out().print(table)
+    if harm:
+        click.echo("harm: expected share of the damage that 4 bits in every layer would do to the detections.")
     stored = sum(row["bytes"] for row in facts["layers"])
     full = sum(row["float32_bytes"] for row in facts["layers"])
     click.echo(
         f"{path}: file {facts['size_bytes'] / 1e6:.2f} MB; weights {stored / 1e6:.2f} MB, "
         f"float32 {full / 1e6:.2f} MB, {full / max(stored, 1):.2f} times smaller."
     )
+
+
+def _harm(layers: list[dict[str, Any]]) -> dict[str, tuple[str, str]]:
+    """By layer, the damage expected at 4 bits and at the bits it got, in per cent of that of 4 bits everywhere."""
+    known = {row["name"]: (row["damage"], str(row["bits"])) for row in layers if row.get("damage")}
+    total = sum(damage["4"] for damage, _ in known.values()) or 1.0
+    return {name: (f"{100 * d['4'] / total:.2f} %", f"{100 * d[b] / total:.2f} %") for name, (d, b) in known.items()}
 
 
 def _facts(path: Path) -> dict[str, Any]:

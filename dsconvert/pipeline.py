@@ -77,14 +77,12 @@ class QuantizeOptions:
 
 @dataclass(frozen=True)
 class Quantized:
-    """A fitted model, the images it was calibrated on, how many files were unreadable, and each layer's error,
-    and what its widths were expected to cost (empty when `bits` were given)."""
+    """A fitted model, the images it was calibrated on, how many files were unreadable, and each layer's error."""
 
     model: DSModel
     images: int
     skipped: int
     sqnr_db: Mapping[str, float]
-    damage: Mapping[str, Mapping[int, float]]
 
 
 def quantize(
@@ -128,8 +126,10 @@ def quantize(
         importance.positions,
     )  # fmt: skip
     sqnr = {name: _sqnr_db(params[name].weight.cpu(), conv.weight.weight()) for name, conv in convs.items()}
-    model = DSModel(graph, convs, own, checkpoint.head, options.imgsz, _provenance(checkpoint, options, command))
-    return Quantized(model, images, skipped, sqnr, damage)
+    model = DSModel(
+        graph, convs, own, checkpoint.head, options.imgsz, _provenance(checkpoint, options, command, damage)
+    )
+    return Quantized(model, images, skipped, sqnr)
 
 
 def _check(options: QuantizeOptions, checkpoint: Checkpoint) -> None:
@@ -232,7 +232,7 @@ def _sqnr_db(weight: Tensor, fitted: Tensor) -> float:
     return round(float(10 * torch.log10(weight.double().square().sum().clamp_min(1e-30) / noise)), 2)
 
 
-def _provenance(checkpoint: Checkpoint, options: QuantizeOptions, command: str) -> dict[str, Any]:
+def _provenance(checkpoint: Checkpoint, options: QuantizeOptions, command: str, damage: Damage) -> dict[str, Any]:
     return {
         "source": str(checkpoint.path.resolve()),
         "source_sha256": hashlib.sha256(checkpoint.path.read_bytes()).hexdigest(),
@@ -243,6 +243,8 @@ def _provenance(checkpoint: Checkpoint, options: QuantizeOptions, command: str) 
             **asdict(options),
             "calib": None if options.calib is None else str(options.calib.resolve()),
         },
+        # what each width of each layer was expected to cost: why the layers have the bits they have
+        "damage": {name: {str(b): float(f"{d:.4g}") for b, d in by_bits.items()} for name, by_bits in damage.items()},
     }
 
 
@@ -257,19 +259,17 @@ def quantize_report(result: Quantized) -> dict[str, Any]:
         "weights": model.weight_count,
         "weight_bits": round(model.weight_bits, 4),
         "layers": [
-            {**layer, "sqnr_db": result.sqnr_db[node.name], "damage": _rounded(result.damage.get(node.name, {}))}
+            {**layer, "sqnr_db": result.sqnr_db[node.name]}
             for layer, node in zip(layer_table(model), model.graph.convs(), strict=True)
         ],
     }
 
 
-def _rounded(damage: Mapping[int, float]) -> dict[str, float]:
-    return {str(bits): float(f"{value:.4g}") for bits, value in damage.items()}
-
-
 def layer_table(model: DSModel) -> list[dict[str, Any]]:
-    """One row a convolution: name, shape, kind, bits, block size, stored weight bytes, float32 bytes."""
+    """One row a convolution: name, shape, kind, bits, block size, stored weight bytes, float32 bytes,
+    and the damage expected of each width (None where widths were not allocated)."""
     rows = []
+    damage = model.provenance.get("damage") or {}
     for node in model.graph.convs():
         w = model.convs[node.name].weight
         rows.append(
@@ -281,6 +281,7 @@ def layer_table(model: DSModel) -> list[dict[str, Any]]:
                 "block_size": w.block_size if is_dsconv(w) else None,
                 "bytes": round(w.weight_bits * w.vqk.numel() / 8),
                 "float32_bytes": w.vqk.numel() * 4,
+                "damage": damage.get(node.name),
             }
         )
     return rows

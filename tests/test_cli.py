@@ -112,6 +112,26 @@ def test_nothing_is_overwritten_without_force(work):
     assert (work / "q/model.safetensors").read_bytes() != before
 
 
+def test_a_target_size_is_kept_and_info_says_why(work):
+    sizes = {}
+    for name, target in (("small", 68_000), ("large", 75_000)):
+        assert quantize(work, "--out", name, "--target-size", f"{target / 1e3}kB").returncode == 0
+        assert dsconvert("export", f"{name}/model.safetensors", "--onnx", cwd=work).returncode == 0
+        sizes[name] = (work / name / "model-packed.onnx").stat().st_size
+        assert sizes[name] <= target
+    assert sizes["small"] < sizes["large"]
+    table = dsconvert("info", "small/model.safetensors", cwd=work).stdout
+    assert "harm at 4 bits" in table
+    rows = json.loads(dsconvert("info", "small/model.safetensors", "--json", cwd=work).stdout)["layers"]
+    mixed = [r for r in rows if r["damage"]]
+    assert mixed
+    assert all(r["damage"]["2"] >= r["damage"]["8"] >= 0 for r in mixed)
+    assert quantize(work, "--out", "uniform", "--bits", "3").returncode == 0
+    uniform = json.loads((work / "uniform/quantize.json").read_text())["layers"]
+    assert {r["bits"] for r in uniform if r["kind"] == "DSConv"} == {3}
+    assert "harm" not in dsconvert("info", "uniform/model.safetensors", cwd=work).stdout
+
+
 BAD = {
     "missing checkpoint": (["quantize", "none.pt"], "no checkpoint file"),
     "not a checkpoint": (["quantize", "data.yaml"], "not a PyTorch checkpoint"),
@@ -120,6 +140,12 @@ BAD = {
     "wrong layer": (["quantize", "best.pt", "--calib", "images", "--imgsz", "64", "--blocks", "3"], "not a C3"),
     "no GPU": (["quantize", "best.pt", "--calib", "images", "--imgsz", "64", "--device", "cuda"], "not available"),
     "bits": (["quantize", "best.pt", "--bits", "9"], "--bits"),
+    "size": (["quantize", "best.pt", "--target-size", "small"], "not a size"),
+    "size out of reach": (
+        ["quantize", "best.pt", "--calib", "images", "--imgsz", "64", "--target-size", "9kB"],
+        "out of reach",
+    ),
+    "bits and size": (["quantize", "best.pt", "--bits", "4", "--target-size", "1MB"], "give one of them"),
     "nothing to export": (["export", "--onnx"], "no converted model"),
     "export to what": (["export", "best.pt"], "--onnx"),
     "unknown file": (["eval", "data.yaml", "--data", "data.yaml"], "not a .pt"),
