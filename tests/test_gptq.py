@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from dsconvert.dsconv.tensor import DSTensor
+from dsconvert.dsconv.tensor import DSTensor, largest_pair
 from dsconvert.fit.gptq import Moments, fit_layer, fit_weight_gptq, measure_moments
 from dsconvert.fit.least_squares import fit_weight
 from dsconvert.fit.seen import Seen
@@ -86,6 +86,14 @@ def test_never_worse_than_least_squares_and_clearly_better_at_few_bits(bits, blo
     assert (ours <= plain * (1 + 1e-4)).all()
     if bits <= 4:
         assert ours.sum() < 0.8 * plain.sum()
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_no_fitted_pair_can_saturate_sixteen_bits(bits):
+    x, q = inputs(11, noise=0.4)
+    weight = torch.randn(6, 8, 3, 3, generator=torch.Generator().manual_seed(11)) ** 3
+    moments = measure_moments(CONV, weight.shape, [seen(x, q)], seed=0)
+    assert 255 * largest_pair(fit_weight_gptq(weight, moments, bits, 8).merged()) <= 32767
 
 
 def test_asymmetric_targets_beat_symmetric_ones():

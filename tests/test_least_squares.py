@@ -7,8 +7,8 @@ import itertools
 import pytest
 import torch
 
-from dsconvert.dsconv.tensor import max_multiplier, vqk_limits
-from dsconvert.fit.least_squares import fit_weight, from_blocks, nearest_integers, project_cds, to_blocks
+from dsconvert.dsconv.tensor import largest_pair, max_multiplier, vqk_limits
+from dsconvert.fit.least_squares import fit_weight, from_blocks, nearest_integers, project_cds, relieve_pairs, to_blocks
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
@@ -43,8 +43,8 @@ def test_exactly_representable_weights_are_recovered():
     generator = torch.Generator().manual_seed(1)
     vqk = torch.randint(-7, 8, (4, 64, 3, 3), generator=generator)
     vqk[:, ::32] = 7  # every block reaches its end, so that its scale can be told from its values
-    m = torch.randint(1, 16, (4, 2, 3, 3), generator=generator)
-    m[:, 0, 0, 0] = 15
+    m = torch.randint(1, 9, (4, 2, 3, 3), generator=generator)
+    m[:, 0, 0, 0] = 8
     weight = 0.01 * m.repeat_interleave(32, 1) * vqk
     fitted = fit_weight(weight.float(), 4, 32)
     # alternation may settle in a nearby optimum for some channel; it must come within 0.1 % of the energy overall
@@ -89,3 +89,20 @@ def test_all_zero_channel_stays_zero():
     fitted = fit_weight(weight, 4, 4)
     assert fitted.weight()[0].abs().sum() == 0
     assert torch.allclose(fitted.weight()[1], torch.ones(8, 1, 1), rtol=1e-6)  # one float32 rounding
+
+
+def test_relieved_pairs_are_cut_at_their_larger_half():
+    vqk = torch.tensor([100.0, 60, -127, -127, 127, -127, 1, 127])[None, None, :, None]
+    assert relieve_pairs(vqk, 8).flatten().tolist() == [68, 60, -1, -127, 127, -127, 1, 127]
+    assert relieve_pairs(vqk[:, :, :3], 8).flatten().tolist() == [64, 60, -64]  # no pairs: everyone stays at half
+    assert torch.equal(relieve_pairs(vqk, 7), vqk)
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+@pytest.mark.parametrize("chi", [3, 5, 16, 48])
+def test_no_fitted_pair_can_saturate_sixteen_bits(bits, chi):
+    """255 * (w1 + w2) <= 32767, for weights of one sign and heavy tails too."""
+    weight = torch.randn(6, chi, 3, 3, generator=torch.Generator().manual_seed(chi))
+    for w in (weight, weight.abs(), weight**3):
+        fitted = fit_weight(w, bits, chi if bits == 8 else 16)
+        assert 255 * largest_pair(fitted.merged()) <= 32767

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dsconvert.dsconv.tensor import DSTensor, block_count, expand_blocks, max_multiplier, vqk_limits
+from dsconvert.dsconv.tensor import DSTensor, block_count, expand_blocks, largest_pair, max_multiplier, vqk_limits
 
 
 def make(vqk: list, m: list, cds: list, bits: int = 4, block: int = 2, z: list | None = None) -> DSTensor:
@@ -20,11 +20,20 @@ def test_limits_are_twos_complement_and_never_minus_128():
 
 
 @pytest.mark.parametrize("bits", range(2, 9))
-def test_largest_product_stays_in_int8(bits):
+def test_largest_product_stays_in_int8_and_two_of_them_in_sixteen_bits(bits):
     low, _ = vqk_limits(bits)
     m = max_multiplier(bits)
     assert -m * low <= 127
-    assert m == 15 or -(m + 1) * low > 127  # and one more would leave it
+    if bits < 8:  # plain int8 weights are kept in check pair by pair
+        assert 255 * 2 * -m * low <= 32767
+    assert m == 15 or 255 * 2 * -(m + 1) * low > 32767  # and one more would leave it
+
+
+def test_largest_pair_is_of_neighbouring_channels():
+    even = torch.tensor([[3, -4, 100, 5], [7, 7, -1, -8]], dtype=torch.int8)[:, :, None, None]
+    assert largest_pair(even) == 105
+    assert largest_pair(torch.tensor([[100, -100]], dtype=torch.int8)[:, :, None, None]) == 100
+    assert largest_pair(torch.tensor([[3, -4, 1]], dtype=torch.int8)[:, :, None, None]) == 8  # whose neighbour?
 
 
 def test_ragged_last_block_is_the_short_one():

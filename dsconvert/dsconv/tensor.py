@@ -22,6 +22,9 @@ from torch import Tensor
 
 M_MAX = 15  # the integer multiplier fits four bits
 INT8_MAX = 127  # symmetric: -128 is never used, so that negation is safe on every engine
+# x86 CPUs without VNNI add the uint8 * int8 products of two neighbouring channels in saturating 16 bits:
+# 255 (w1 + w2) <= 32767 holds for every input only while |w1 + w2| <= 128
+PAIR_MAX = 128
 
 
 def vqk_limits(bits: int) -> tuple[int, int]:
@@ -32,8 +35,8 @@ def vqk_limits(bits: int) -> tuple[int, int]:
 
 
 def max_multiplier(bits: int) -> int:
-    """Largest m for which m * VQK stays within int8 for every VQK of that width."""
-    return max(1, min(M_MAX, INT8_MAX // -vqk_limits(bits)[0]))
+    """Largest m for which no two m * VQK of that width can exceed PAIR_MAX together."""
+    return max(1, min(M_MAX, PAIR_MAX // 2 // -vqk_limits(bits)[0]))
 
 
 def block_count(chi: int, block_size: int) -> int:
@@ -91,6 +94,16 @@ class DSTensor:
     def weight(self) -> Tensor:
         """W', float32 (cho, chi, kh, kw)."""
         return self.cds_w[:, None, None, None] * _merge(self).float()
+
+
+def largest_pair(merged: Tensor) -> int:
+    """Largest |w1 + w2| over neighbouring channels of the int8 weight (cho, chi, kh, kw), at least the largest |w|.
+
+    With an odd chi engines differ in who is whose neighbour, and any two weights of an output channel count."""
+    w = merged.int()
+    if w.shape[1] % 2 == 0:
+        return max(int((w[:, 0::2] + w[:, 1::2]).abs().max()), int(w.abs().max()))
+    return 2 * int(w.abs().max())
 
 
 def _merge(t: DSTensor) -> Tensor:

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dsconvert.dsconv.tensor import DSTensor, block_count, expand_blocks, vqk_limits
-from dsconvert.fit.least_squares import fit_weight, nearest_integers
+from dsconvert.fit.least_squares import fit_weight, from_blocks, nearest_integers, relieve_pairs, to_blocks
 from dsconvert.fit.seen import Seen
 from dsconvert.graph.ir import Node
 
@@ -94,7 +94,9 @@ def fit_weight_gptq(weight: Tensor, moments: Moments, bits: int, block_size: int
     for share in STARTS:
         cds = start.cds_w.double() * share
         vqk, m = _round(target[:, order], upper, [len(g) for g in groups], cds, bits)
-        best.offer(vqk[:, torch.argsort(order)], _scatter(m, groups, weight, block_size))
+        vqk = vqk[:, torch.argsort(order)].reshape(weight.shape)
+        vqk = from_blocks(relieve_pairs(to_blocks(vqk, block_size), bits), *weight.shape[1:]).flatten(1)
+        best.offer(vqk, _scatter(m, groups, weight, block_size))
     return best.tensor(weight.shape, bits, block_size)
 
 

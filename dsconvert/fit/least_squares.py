@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dsconvert.dsconv.tensor import DSTensor, block_count, max_multiplier, vqk_limits
+from dsconvert.dsconv.tensor import PAIR_MAX, DSTensor, block_count, max_multiplier, vqk_limits
 
 STARTS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5)  # starting CDSw, as a share of the one that just avoids clipping
 ROUNDS = 4
@@ -24,10 +24,9 @@ def fit_weight(
 ) -> DSTensor:
     """Float weight (cho, chi, kh, kw) -> the DSTensor minimising ||W - W'||^2 per output channel (locally), on CPU."""
     cho, chi, kh, kw = weight.shape
-    low, high = vqk_limits(bits)
     m_max = max_multiplier(bits)
     blocks = to_blocks(weight.detach().cpu().double(), block_size)
-    widest = (blocks.amax((1, 2, 3)) / high).maximum(blocks.amin((1, 2, 3)) / low).clamp_min(1e-12)
+    widest = _unclipped_scale(blocks, bits)
     best_error = torch.full((cho,), torch.inf, dtype=torch.float64)
     best_cds = torch.ones(cho, dtype=torch.float64)
     best_m = torch.ones(cho, blocks.shape[1], 1, kh * kw, dtype=torch.float64)
@@ -36,6 +35,7 @@ def fit_weight(
         cds = widest * start / m_max
         for _ in range(rounds):
             m, vqk = nearest_integers(blocks, cds, bits)
+            vqk = relieve_pairs(vqk, bits)
             cds = project_cds(blocks, m * vqk, cds)
             error = (blocks - cds[:, None, None, None] * m * vqk).square().sum((1, 2, 3))
             better = error < best_error
@@ -70,6 +70,31 @@ def nearest_integers(blocks: Tensor, cds: Tensor, bits: int) -> tuple[Tensor, Te
         best_m = torch.where(better, float(m), best_m)
         best_vqk = torch.where(better, vqk, best_vqk)
     return best_m, best_vqk
+
+
+def _unclipped_scale(blocks: Tensor, bits: int) -> Tensor:
+    """The least CDSw * m (cho,) at which no VQK is clipped, to its own limits or as half of a pair."""
+    low, high = vqk_limits(bits)
+    scale = (blocks.amax((1, 2, 3)) / high).maximum(blocks.amin((1, 2, 3)) / low)
+    if bits == 8:
+        together = 2 * blocks if blocks.shape[2] % 2 else blocks[:, :, 0::2] + blocks[:, :, 1::2]
+        scale = scale.maximum(together.abs().amax((1, 2, 3)) / (PAIR_MAX - 1))  # each of the two may round up
+    return scale.clamp_min(1e-12)
+
+
+def relieve_pairs(vqk: Tensor, bits: int) -> Tensor:
+    """VQK (cho, nblk, B, taps) with the larger of two neighbours cut so that they stay within PAIR_MAX together.
+
+    Only 8 bits need it: below, `max_multiplier` keeps m VQK within half of PAIR_MAX."""
+    if bits < 8:
+        return vqk
+    if vqk.shape[2] % 2:
+        return vqk.clamp(-PAIR_MAX // 2, PAIR_MAX // 2)
+    a, b = vqk[:, :, 0::2], vqk[:, :, 1::2]
+    excess = (a + b).sign() * ((a + b).abs() - PAIR_MAX).clamp_min(0)
+    first = a.abs() >= b.abs()
+    pairs = torch.stack((a - excess * first, b - excess * ~first), 3)
+    return pairs.flatten(2, 3)
 
 
 def project_cds(blocks: Tensor, integers: Tensor, fallback: Tensor) -> Tensor:
