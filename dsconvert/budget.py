@@ -8,6 +8,8 @@ import torch
 
 from dsconvert.dsconv.tensor import DSTensor, block_count
 from dsconvert.errors import InputError
+from dsconvert.export.builder import OnnxBuilder
+from dsconvert.export.layouts import LAYOUT_OPSET, add_int8_weight
 from dsconvert.export.onnx import export_quantized
 from dsconvert.fit.allocate import Choice, allocate
 from dsconvert.graph.integer import QConv, QParams
@@ -17,15 +19,23 @@ from dsconvert.yolo.network import Head
 
 WIDTHS = (2, 3, 4, 5, 6, 8)
 UNIFORM_BITS = 4  # what is allocated by default: as many bytes as this many bits everywhere would take
-KDS_BITS = 4
 Damage = Mapping[str, Mapping[int, float]]
 
 
 def stored_bytes(shape: torch.Size, bits: int, block_size: int) -> int:
-    """Bytes of a weight (cho, chi, kh, kw) in the packed file: VQK, and below 8 bits its KDS."""
+    """Bytes that a weight (cho, chi, kh, kw) adds to the packed file: VQK, KDS and the nodes that unpack them."""
+    b = OnnxBuilder(LAYOUT_OPSET["packed"])
+    add_int8_weight(b, "model.00.m.0.cv0", empty_weight(shape, bits, block_size), "packed")
+    own = [t for name, t in b.initializers.items() if name.startswith("model")]  # constants are shared by all layers
+    return sum(n.ByteSize() for n in b.nodes) + sum(t.ByteSize() for t in own)
+
+
+def empty_weight(shape: torch.Size, bits: int, block_size: int) -> DSTensor:
+    """A weight of zeros of the given kind; at 8 bits plain int8, one block wide."""
     cho, chi, kh, kw = shape
-    kds = 0 if bits == 8 else cho * block_count(chi, block_size) * kh * kw * KDS_BITS
-    return -(-(cho * chi * kh * kw * bits + kds) // 8)
+    block = block_size if bits < 8 else chi
+    m = torch.ones(cho, block_count(chi, block), kh, kw, dtype=torch.int8)
+    return DSTensor(torch.zeros(shape, dtype=torch.int8), m, None, torch.ones(cho), bits, block)
 
 
 def choices(params: Mapping[str, ConvParams], damage: Damage, block_size: int) -> dict[str, list[Choice]]:
@@ -49,7 +59,7 @@ def bits_for_file(
 
     Raises InputError, saying how small it gets, when the target is out of reach."""
     options = choices(params, damage, block_size)
-    smallest = {name: min(c.bits for c in by_bits) for name, by_bits in options.items()}
+    smallest = {name: min(by_bits, key=lambda c: c.size).bits for name, by_bits in options.items()}
     floor = file_size(smallest)
     if floor > target:
         raise InputError(
@@ -58,7 +68,7 @@ def bits_for_file(
     budget = target - floor + sum(min(c.size for c in by_bits) for by_bits in options.values())
     while True:
         bits = {name: c.bits for name, c in allocate(options, budget).items()}
-        excess = file_size(bits) - target  # other widths need other unpacking nodes, so a few hundred bytes either way
+        excess = file_size(bits) - target  # lengths within lengths: a few bytes either way
         if excess <= 0 or bits == smallest:
             return bits
         budget = max(budget - excess, sum(min(c.size for c in by_bits) for by_bits in options.values()))
@@ -74,12 +84,8 @@ def packed_size(
     block_size: int,
 ) -> int:
     """Bytes of the packed ONNX file of a model with these bits (other layers int8), before it is fitted."""
-    convs = {}
-    for name, p in params.items():
-        width = bits.get(name, 8)
-        cho, chi, kh, kw = p.weight.shape
-        block = block_size if width < 8 else chi
-        vqk = torch.zeros(p.weight.shape, dtype=torch.int8)
-        m = torch.ones(cho, block_count(chi, block), kh, kw, dtype=torch.int8)
-        convs[name] = QConv(DSTensor(vqk, m, None, torch.ones(cho), width, block), p.bias.detach().cpu())
+    convs = {
+        name: QConv(empty_weight(p.weight.shape, bits.get(name, 8), block_size), p.bias.detach().cpu())
+        for name, p in params.items()
+    }
     return export_quantized(DSModel(graph, convs, own, head, imgsz, {}), "packed", imgsz).ByteSize()

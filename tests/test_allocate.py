@@ -56,31 +56,36 @@ def test_coarse_units_never_exceed_the_budget(monkeypatch):
         assert sum(c.size for c in chosen.values()) <= room
 
 
-def test_stored_bytes_are_those_of_the_weight():
+def test_stored_bytes_are_those_of_the_weight_and_its_nodes():
+    """Twice the output channels are twice the weight, and not one node more."""
     for bits in (2, 3, 4, 5, 6, 8):
         weight = torch.randn(6, 48, 3, 3, generator=torch.Generator().manual_seed(bits))
         fitted: DSTensor = fit_weight(weight, bits, 32 if bits < 8 else 48)
-        assert budget.stored_bytes(weight.shape, bits, 32) == round(fitted.weight_bits * weight.numel() / 8)
+        once, twice = (budget.stored_bytes(torch.Size((c, 48, 3, 3)), bits, 32) for c in (6, 12))
+        own = round(fitted.weight_bits * weight.numel() / 8)
+        # a piece's last byte may be half empty, and longer lengths are written in more bytes
+        assert abs(twice - once - own) <= 8
+        assert 0 < once - own < 1500
 
 
 def test_a_sensitive_layer_gets_more_bits_at_the_same_size():
-    params = {name: ConvParams(torch.zeros(8, 32, 1, 1), torch.zeros(8)) for name in ("calm", "touchy")}
+    params = {name: ConvParams(torch.zeros(256, 256, 1, 1), torch.zeros(8)) for name in ("calm", "touchy")}
     damage = {n: {b: scale * 4.0 ** (4 - b) for b in budget.WIDTHS} for n, scale in (("calm", 1.0), ("touchy", 1000.0))}
     bits = budget.bits_like_uniform(params, damage, 32)
     assert bits["touchy"] > budget.UNIFORM_BITS > bits["calm"]
-    sizes = {name: budget.stored_bytes(torch.Size((8, 32, 1, 1)), b, 32) for name, b in bits.items()}
-    assert sum(sizes.values()) <= 2 * budget.stored_bytes(torch.Size((8, 32, 1, 1)), 4, 32)
+    sizes = {name: budget.stored_bytes(torch.Size((256, 256, 1, 1)), b, 32) for name, b in bits.items()}
+    assert sum(sizes.values()) <= 2 * budget.stored_bytes(torch.Size((256, 256, 1, 1)), 4, 32)
 
 
 def test_a_file_size_is_kept_whatever_the_widths_add_to_it():
-    params = {f"l{i}": ConvParams(torch.zeros(32, 32, 1, 1), torch.zeros(32)) for i in range(4)}
+    params = {f"l{i}": ConvParams(torch.zeros(128, 128, 1, 1), torch.zeros(32)) for i in range(4)}
     damage = {name: {b: 4.0**-b for b in budget.WIDTHS} for name in params}
 
     def file_size(bits):
         extra = sum({2: 90, 3: 200, 4: 0, 5: 150, 6: 150, 8: 0}[b] for b in bits.values())
-        return 500 + extra + sum(budget.stored_bytes(torch.Size((32, 32, 1, 1)), b, 32) for b in bits.values())
+        return 500 + extra + sum(budget.stored_bytes(torch.Size((128, 128, 1, 1)), b, 32) for b in bits.values())
 
-    for target in (2400, 2800, 3500, 5000):
+    for target in (27_000, 32_000, 45_000, 70_000):
         assert file_size(budget.bits_for_file(params, damage, 32, target, file_size)) <= target
     with pytest.raises(InputError, match="out of reach"):
-        budget.bits_for_file(params, damage, 32, 1000, file_size)
+        budget.bits_for_file(params, damage, 32, 10_000, file_size)
