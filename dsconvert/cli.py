@@ -38,7 +38,6 @@ STAGES = {
     "images": "reading images",
     "synthesize": "synthesising images",
     "importance": "measuring importance",
-    "sensitivity": "measuring sensitivity",
     "fit": "fitting layers",
     "evaluate": "evaluating",
 }

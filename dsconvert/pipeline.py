@@ -30,7 +30,7 @@ from dsconvert.fit.importance import measure_importance
 from dsconvert.fit.lockstep import FitLayer, fit_lockstep
 from dsconvert.fit.ranges import choose_grids
 from dsconvert.fit.seen import Seen
-from dsconvert.fit.sensitivity import measure_damage
+from dsconvert.fit.sensitivity import weight_errors
 from dsconvert.fit.synthesize import synthesize
 from dsconvert.graph.integer import QParams
 from dsconvert.graph.ir import ConvParams, Graph, Node
@@ -46,8 +46,8 @@ from dsconvert.yolo.plan import choose_convs
 
 MODEL_FILE, REPORT_FILE = "model.safetensors", "quantize.json"
 BATCH = 4
+VALUE_BYTES = 6  # half and float32 (uint8 when activations are quantized)
 LOCKSTEP_BYTES = 3 << 29  # values of both networks kept while fitting; more images than fit are left out there
-SENSITIVITY_BATCHES = 2  # of BATCH images each
 SYNTHETIC_IMAGES, SYNTHETIC_SIDE, SYNTHETIC_STEPS = 16, 320, 80
 
 Progress = Callable[[str, int, int], None]
@@ -108,18 +108,14 @@ def quantize(
         return detection_measure(raw, reference, head)
 
     singles = _counted((image for b in kept for image in b.split(1)), "importance", images, report)
-    importance = measure_importance(graph, params, singles, measure, options.seed)
+    errors = weight_errors(params, sorted(chosen) if options.bits is None else [], options.block_size, WIDTHS)
+    importance = measure_importance(graph, params, singles, measure, options.seed, errors)
     own: dict[str, QParams] = {}
     if options.activations == "int8":
         own = choose_grids(graph, importance.samples, options.seed)
-    damage: dict[str, dict[int, float]] = {}
+    damage = importance.damage
     bits = dict.fromkeys(sorted(chosen), options.bits or 0)
     if options.bits is None:
-        few = [kept[i * len(kept) // SENSITIVITY_BATCHES] for i in range(min(SENSITIVITY_BATCHES, len(kept)))]
-        damage = measure_damage(
-            graph, params, sorted(chosen), few, measure, options.block_size, WIDTHS,
-            lambda done, total: report("sensitivity", done, total),
-        )  # fmt: skip
         bits = _mixed(graph, params, own, head, damage, options)
     convs = fit_lockstep(
         graph, params, _layer_fit(bits, options), own, kept, lambda done, total: report("fit", done, total),
@@ -221,7 +217,7 @@ def _bounded(graph: Graph, params: Mapping[str, ConvParams], batches: list[Tenso
         alive += sizes[node.name]
         peak = max(peak, alive)
         alive -= sum(sizes[name] for name in set(node.inputs) if last[name] == index and name in sizes)
-    fitting = max(1, LOCKSTEP_BYTES // (8 * peak * len(batches[0])))  # at most two float32 a value
+    fitting = max(1, LOCKSTEP_BYTES // (VALUE_BYTES * peak * len(batches[0])))
     count = min(fitting, len(batches))
     return [batches[i * len(batches) // count] for i in range(count)]
 

@@ -27,7 +27,7 @@ from dsconvert.graph.ir import Node
 
 DAMPING = 0.01  # of the mean diagonal of H, as in GPTQ: keeps the inverse sane where inputs hardly vary
 STARTS = (1.0, 0.85)  # starting CDSw, as a share of the least-squares one
-POSITIONS = 1024  # columns taken from each image, the important ones more often
+POSITIONS = 512  # columns taken from each image, the important ones more often
 
 
 @dataclass(frozen=True)
@@ -48,19 +48,32 @@ def measure_moments(node: Node, weight_shape: torch.Size, batches: Iterable[Seen
     size = channels * kernel[0] * kernel[1]
     hessian, cross = torch.zeros(2, size, size, dtype=torch.float64)
     sums, total = torch.zeros(2, size, dtype=torch.float64), 0.0
-    a = node.attrs
     for seen in batches:
+        columns = []
         for x, q, weights in zip(seen.float_input, seen.input, seen.weights, strict=True):
-            x, q = (F.unfold(v, tuple(kernel), a["dilation"], a["padding"], a["stride"]) for v in (x, q))
             picks, w = _pick(weights.double(), generator)
-            x, q = x[:, picks.to(x.device)], q[:, picks.to(x.device)]
-            weighted = q * w.to(q)
-            hessian += (weighted @ q.T).cpu()
-            cross += (x @ weighted.T).cpu()
-            sums += torch.stack(((x * w.to(x)).double().sum(1), weighted.double().sum(1))).cpu()
-            total += float(w.sum())
+            picks, w = picks.to(x.device), w.to(x)
+            columns.append((*(_columns(v, tuple(kernel), node, picks) for v in (x, q)), w))
+        x, q, w = (torch.cat(parts, -1) for parts in zip(*columns, strict=True))
+        weighted = q * w
+        hessian += (weighted @ q.T).cpu()
+        cross += (x @ weighted.T).cpu()
+        sums += torch.stack(((x @ w).double(), (q @ w).double())).cpu()
+        total += float(w.double().sum())
     mean_x, mean_q = sums / total
     return Moments(hessian / total - torch.outer(mean_q, mean_q), cross / total - torch.outer(mean_x, mean_q))
+
+
+def _columns(x: Tensor, kernel: tuple[int, ...], node: Node, picks: Tensor) -> Tensor:
+    """Columns `picks` (p,) of the unfolded x (c, h, w): (c * kh * kw, p), without unfolding the others."""
+    a = node.attrs
+    (kh, kw), stride, dilation, pad = kernel, a["stride"], a["dilation"], a["padding"]
+    padded = F.pad(x, (pad, pad, pad, pad))
+    width = (padded.shape[2] - dilation * (kw - 1) - 1) // stride + 1
+    rows, columns = picks // width * stride, picks % width * stride
+    taps_y, taps_x = (torch.arange(k, device=x.device) * dilation for k in (kh, kw))
+    at = (rows + taps_y[:, None])[:, None] * padded.shape[2] + (columns + taps_x[:, None])[None]
+    return padded.flatten(1)[:, at.flatten()].reshape(-1, len(picks))
 
 
 def _pick(weights: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:

@@ -13,12 +13,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dsconvert.fit.sensitivity import WeightErrors, squared_effects
 from dsconvert.graph.integer import keeps_grid
-from dsconvert.graph.ir import ConvParams, Graph, Node
+from dsconvert.graph.ir import INPUT, ConvParams, Graph, Node
 from dsconvert.graph.run import execute, float_step
 
-SAMPLES_PER_IMAGE = 4096
-SEARCHED = 65536  # values of a map that samples are drawn from
+SAMPLES_PER_IMAGE = 1024
+SEARCHED = 16384  # values of a map that samples are drawn from
 # (raw maps, the float network's raw maps, which give the constants) -> numbers whose squared change is the damage
 Measure = Callable[[list[Tensor], list[Tensor]], list[Tensor]]
 
@@ -26,10 +27,12 @@ Measure = Callable[[list[Tensor], list[Tensor]], list[Tensor]]
 @dataclass(frozen=True)
 class Importance:
     """samples: value name -> (calibration values, their weights), both (k,). positions: convolution name ->
-    (images, h' w') weights of its output positions: the root of the squared gradients summed over channels."""
+    (images, h' w') weights of its output positions: the root of the squared gradients summed over channels.
+    damage: convolution name -> bits -> squared change of the measured numbers, over all images."""
 
     samples: Mapping[str, tuple[Tensor, Tensor]]
     positions: Mapping[str, Tensor]
+    damage: Mapping[str, Mapping[int, float]]
 
 
 def gradients(
@@ -57,24 +60,36 @@ def gradients(
 
 
 def measure_importance(
-    graph: Graph, params: Mapping[str, ConvParams], images: Iterable[Tensor], measure: Measure, seed: int
+    graph: Graph,
+    params: Mapping[str, ConvParams],
+    images: Iterable[Tensor],
+    measure: Measure,
+    seed: int,
+    errors: WeightErrors | None = None,
 ) -> Importance:
-    """Importance over images (1, 3, h, w) each.
+    """Importance over images (1, 3, h, w) each; `damage` is that of the weight `errors`.
 
     Values are weighted where they count: before an activation by the gradient behind it (see `judged`)."""
     generator = torch.Generator().manual_seed(seed)
     behind = judged(graph)
     samples: dict[str, list[tuple[Tensor, Tensor]]] = {n.name: [] for n in graph.nodes if not keeps_grid(n.op)}
     positions: dict[str, list[Tensor]] = {n.name: [] for n in graph.convs()}
+    damage = {name: dict.fromkeys(by_bits, 0.0) for name, by_bits in (errors or {}).items()}
     for image in images:
         found = gradients(graph, params, image, measure, generator)
         for name, kept in samples.items():
             kept.append(_sample(found[name][0], found[behind.get(name, name)][1].square(), generator))
         for name, weights in positions.items():
             weights.append(found[name][1].square().sum(1).flatten(1).sqrt().cpu())
+        for node in graph.convs():
+            if node.name in damage and errors:
+                x = image if node.inputs[0] == INPUT else found[node.inputs[0]][0]
+                for bits, effect in squared_effects(node, x, found[node.name][1], errors[node.name]).items():
+                    damage[node.name][bits] += effect
     return Importance(
         {name: (torch.cat([v for v, _ in s]), torch.cat([w for _, w in s])) for name, s in samples.items()},
         {name: torch.cat(w) for name, w in positions.items()},
+        damage,
     )
 
 
@@ -90,10 +105,9 @@ def judged(graph: Graph) -> dict[str, str]:
 
 def _sample(values: Tensor, weights: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Values drawn half evenly and half by weight, with weights that keep sum(weight * f(value)) unbiased; the two
-    extremes besides, each with its own weight."""
+    extremes besides, weighing nothing."""
     v, w = values.reshape(-1), weights.reshape(-1)
-    ends = torch.stack((v.argmin(), v.argmax()))
-    extremes, at_ends = v[ends], w[ends]
+    extremes = torch.stack(torch.aminmax(v))
     if v.numel() > SEARCHED:  # a large map is thinned out first, or the sums below would be all the work
         thin = torch.randint(v.numel(), (SEARCHED,), generator=generator).to(v.device)
         scale = v.numel() / SEARCHED
@@ -103,5 +117,5 @@ def _sample(values: Tensor, weights: Tensor, generator: torch.Generator) -> tupl
     at = torch.rand(half, generator=generator, dtype=torch.float64).to(v.device) * sums[-1]
     picks = torch.cat((even, torch.searchsorted(sums, at).clamp_max(n - 1)))
     chance = 0.5 / n + 0.5 * w[picks] / sums[-1].clamp_min(1e-300)
-    weight = torch.cat((w[picks] / (2 * half * chance), at_ends))
+    weight = torch.cat((w[picks] / (2 * half * chance), torch.zeros_like(extremes)))
     return torch.cat((v[picks], extremes)).cpu(), weight.float().cpu()

@@ -18,6 +18,7 @@ from dsconvert.graph.integer import QConv, QParams, grid_of, integer_step
 from dsconvert.graph.ir import INPUT, ConvParams, Graph, Node
 from dsconvert.graph.run import conv, float_step
 
+HALF_MAX = torch.finfo(torch.half).max
 Progress = Callable[[int, int], None]
 # (node, its weight, what it sees) -> the fitted weight
 FitLayer = Callable[[Node, Tensor, Iterable[Seen]], DSTensor]
@@ -57,17 +58,18 @@ def fit_lockstep(
 
     `batches` are image batches (n, 3, h, w). `own` are the activation grids; without any, activations stay float
     on both sides. `positions` weights every convolution's output positions, (images, h' w'); by default all
-    count the same. Values are kept for all batches at once and released after their last use.
+    count the same. Values are kept for all batches at once, the float side's in half precision (a hundredth of an
+    activation step), and released after their last use.
     """
     side = _Side(grid_of(graph, own) if own else {})
-    floats: dict[str, list[Tensor]] = {INPUT: list(batches)}
+    floats: dict[str, list[Tensor]] = {INPUT: [x.half() for x in batches]}
     quants: dict[str, list[Tensor]] = {INPUT: [side.enter(x) for x in batches]}
     last = graph.last_use()
     fitted: dict[str, QConv] = {}
     with torch.no_grad():
         for index, node in enumerate(graph.nodes):
-            wanted = [float_step(node, xs, params) for xs in _inputs(node, floats)]
-            floats[node.name] = wanted
+            made = (float_step(node, [x.float() for x in xs], params) for xs in _inputs(node, floats))
+            floats[node.name] = [y.clamp(-HALF_MAX, HALF_MAX).half() for y in made]
             if node.op == "conv":
                 seen = _seen(node, floats, quants, side, (positions or {}).get(node.name))
                 weight = fit_layer(node, params[node.name].weight, seen())
@@ -91,8 +93,8 @@ def _seen(
         first = 0
         for x, q, y in zip(floats[source], quants[source], floats[node.name], strict=True):
             last = first + len(x)
-            weights = y.new_ones(len(y), y.shape[2] * y.shape[3]) if w is None else w[first:last]
-            yield Seen(x, side.real(source, q), y, weights)
+            weights = torch.ones(len(y), y.shape[2] * y.shape[3], device=y.device) if w is None else w[first:last]
+            yield Seen(x.float(), side.real(source, q), y.float(), weights)
             first = last
 
     return batches

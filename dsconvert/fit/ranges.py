@@ -17,7 +17,7 @@ from dsconvert.graph.integer import QParams
 from dsconvert.graph.ir import INPUT, Graph
 from dsconvert.graph.run import ACTIVATIONS
 
-SEARCH_SAMPLES = 65536
+SEARCH_SAMPLES = 16384
 GRID = torch.logspace(-1.3, 0, 40).tolist()  # shares of the observed extreme that are tried: 0.05 to 1
 ROUNDS = 3
 IMAGE_GRID = QParams.of_range(0.0, 1.0)  # exact for 8-bit images: scale 1/255, zero point 0
