@@ -26,6 +26,7 @@ from dsconvert import pipeline
 from dsconvert.errors import InputError
 from dsconvert.evaluate.candidates import Candidate
 from dsconvert.export.inspect import conv_weights
+from dsconvert.export.layouts import LAYOUT_OPSET
 from dsconvert.files import free_folder, write_atomic
 from dsconvert.model import DSModel
 from dsconvert.modelfile import load_model
@@ -144,8 +145,8 @@ def quantize(
 @cli.command()
 @click.argument("model", type=PATH, required=False)
 @click.option("--onnx", "to_onnx", is_flag=True, help="Write ONNX (the one format so far).")
-@click.option("--layout", type=click.Choice(["packed", "int8"]), default="packed", show_default=True,
-              help="packed: smallest file. int8: runs on old engines.")  # fmt: skip
+@click.option("--layout", type=click.Choice(list(LAYOUT_OPSET)), default="packed", show_default=True,
+              help="packed: smallest file. blocked: ONNX block scales, for OpenVINO. int8: runs on old engines.")  # fmt: skip
 @click.option("--imgsz", type=int, help="Side of the input, pixels (default: as calibrated).")
 @click.option("--dynamic-batch", is_flag=True, help="Leave the batch size open.")
 @click.option("--out", type=PATH, help="File to write (default: beside the model).")

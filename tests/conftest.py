@@ -8,12 +8,17 @@ import pytest
 import torch
 
 from dsconvert.fit.importance import measure_importance
+from dsconvert.fit.least_squares import fit_weight
+from dsconvert.fit.lockstep import fit_lockstep
 from dsconvert.fit.ranges import choose_grids
+from dsconvert.model import DSModel
+from dsconvert.yolo.lower import lower, split_detect
 from dsconvert.yolo.network import Head, Network, head_from_detect
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared" / "data"
 DEMO = ROOT / "calib" / "demo"
+SIDE = 64  # pixels, of `picture` and `converted`
 
 # Two C3 blocks (one with a residual), an SPPF, an upsampling and a concatenation, two detection levels.
 TINY = {
@@ -78,3 +83,19 @@ def grids_of(graph, params, batches) -> dict:
     singles = [image for batch in batches for image in batch.split(1)]
     found = measure_importance(graph, params, singles, lambda raw, _: [t.sigmoid() for t in raw], 0)
     return choose_grids(graph, found.samples, 0)
+
+
+@pytest.fixture
+def converted(tiny, picture) -> DSModel:
+    """The tiny network at 4 bits in blocks of 16, its stem and Detect at 8."""
+    network, head = tiny
+    graph, params = split_detect(*lower(network.fuse()), head)
+    batches = [picture, picture.flip(3)]
+    own = grids_of(graph, params, batches)
+    plain = {graph.convs()[0].name, *graph.outputs}
+    weights = {
+        name: fit_weight(p.weight, 8, p.weight.shape[1]) if name in plain else fit_weight(p.weight, 4, 16)
+        for name, p in params.items()
+    }
+    convs = fit_lockstep(graph, params, lambda node, weight, pairs: weights[node.name], own, batches)
+    return DSModel(graph, convs, own, head, SIDE, {})

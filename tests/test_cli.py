@@ -73,10 +73,22 @@ def test_the_three_commands_one_after_the_other(work):
 
 def test_eval_takes_all_three_formats_in_a_table(work):
     assert quantize(work, "--out", "q").returncode == 0
-    for args in (["q/model.safetensors"], ["q/model.safetensors", "--layout", "int8"], ["best.pt", "--imgsz", "64"]):
+    for args in (
+        ["q/model.safetensors"],
+        ["q/model.safetensors", "--layout", "int8"],
+        ["q/model.safetensors", "--layout", "blocked"],
+        ["best.pt", "--imgsz", "64"],
+    ):
         done = dsconvert("export", *args, "--onnx", cwd=work)
         assert done.returncode == 0, done.stderr
-    names = ["best.pt", "best-float32.onnx", "q/model.safetensors", "q/model-packed.onnx", "q/model-int8.onnx"]
+    names = [
+        "best.pt",
+        "best-float32.onnx",
+        "q/model.safetensors",
+        "q/model-packed.onnx",
+        "q/model-int8.onnx",
+        "q/model-blocked.onnx",
+    ]
     done = dsconvert("eval", *names, "--data", "data.yaml", "--imgsz", "64", cwd=work)
     assert done.returncode == 0, done.stderr
     for name in names:

@@ -11,7 +11,7 @@ import onnx
 import onnxruntime as ort
 import pytest
 import torch
-from conftest import grids_of
+from conftest import SIDE
 from onnx import numpy_helper
 from onnx.reference import ReferenceEvaluator
 
@@ -22,15 +22,13 @@ from dsconvert.export.inspect import conv_weights
 from dsconvert.export.layouts import add_int8_weight
 from dsconvert.export.onnx import export_float, export_quantized
 from dsconvert.fit.least_squares import fit_weight
-from dsconvert.fit.lockstep import fit_lockstep
 from dsconvert.graph.integer import run_integer
 from dsconvert.graph.ir import ConvParams
 from dsconvert.graph.run import run_float
-from dsconvert.model import DSModel
 from dsconvert.yolo.decode import decode
-from dsconvert.yolo.lower import lower, split_detect
+from dsconvert.yolo.lower import lower
 
-SIDE = 64
+LAYOUTS = ("packed", "blocked", "int8")
 LEVELS = ort.GraphOptimizationLevel
 
 
@@ -42,28 +40,13 @@ def session(model: onnx.ModelProto, level=LEVELS.ORT_ENABLE_ALL, saved: str | No
     return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
 
 
-@pytest.fixture
-def converted(tiny, picture) -> DSModel:
-    """The tiny network at 4 bits in blocks of 16, its stem and Detect at 8."""
-    network, head = tiny
-    graph, params = split_detect(*lower(network.fuse()), head)
-    batches = [picture, picture.flip(3)]
-    own = grids_of(graph, params, batches)
-    plain = {graph.convs()[0].name, *graph.outputs}
-    weights = {
-        name: fit_weight(p.weight, 8, p.weight.shape[1]) if name in plain else fit_weight(p.weight, 4, 16)
-        for name, p in params.items()
-    }
-    convs = fit_lockstep(graph, params, lambda node, weight, pairs: weights[node.name], own, batches)
-    return DSModel(graph, convs, own, head, SIDE, {})
-
-
-def test_torch_packed_and_int8_agree_to_the_last_integer(converted, picture):
+def test_torch_and_all_layouts_agree_to_the_last_integer(converted, picture):
     outputs = {
         layout: session(export_quantized(converted, layout, SIDE)).run(None, {"images": picture.numpy()})[0]
-        for layout in ("packed", "int8")
+        for layout in LAYOUTS
     }
     assert np.array_equal(outputs["packed"], outputs["int8"])
+    assert np.array_equal(outputs["blocked"], outputs["int8"])
     raw = run_integer(converted.graph, converted.convs, converted.activations, picture)
     ours = decode(raw, converted.head).numpy()
     # the integers are equal, so what remains is the float32 sigmoid and box arithmetic of two libraries: a few
@@ -71,7 +54,7 @@ def test_torch_packed_and_int8_agree_to_the_last_integer(converted, picture):
     np.testing.assert_allclose(outputs["packed"], ours, rtol=1e-5, atol=2e-5)
 
 
-@pytest.mark.parametrize("layout", ["packed", "int8"])
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_internal_integer_is_torchs(converted, picture, layout):
     model = export_quantized(converted, layout, SIDE)
     names = [o for n in model.graph.node for o in n.output if o.endswith(".q")]
@@ -95,7 +78,7 @@ def test_without_optimisation_the_maps_are_the_same_but_for_rounding(converted, 
     other way and is passed on. Weights zeroed or changed by an optimisation (onnxruntime #28491) would show."""
     feed = {"images": picture.numpy()}
     results = {}
-    for layout in ("packed", "int8"):
+    for layout in LAYOUTS:
         model = export_quantized(converted, layout, SIDE)
         raw = [n.input[0] for n in model.graph.node if n.output[0].endswith(".split")]
         for name in raw:
@@ -103,8 +86,9 @@ def test_without_optimisation_the_maps_are_the_same_but_for_rounding(converted, 
         for level in (LEVELS.ORT_ENABLE_ALL, LEVELS.ORT_DISABLE_ALL):
             results[layout, level] = session(model, level).run(None, feed)[1:]
     for level in (LEVELS.ORT_ENABLE_ALL, LEVELS.ORT_DISABLE_ALL):
-        for a, b in zip(results["packed", level], results["int8", level], strict=True):
+        for a, b, c in zip(*(results[layout, level] for layout in LAYOUTS), strict=True):
             assert np.array_equal(a, b)
+            assert np.array_equal(b, c)
     on, off = results["packed", LEVELS.ORT_ENABLE_ALL], results["packed", LEVELS.ORT_DISABLE_ALL]
     for a, b, name in zip(on, off, converted.graph.outputs, strict=True):
         # on average less than one activation step apart; a zeroed weight moves the maps by tens of steps
@@ -166,7 +150,7 @@ def test_weight_only_export_is_the_weight_only_network(converted, picture):
     model = replace(converted, activations={})
     params = {name: ConvParams(c.weight.weight(), c.bias) for name, c in model.convs.items()}
     wanted = decode(run_float(model.graph, params, picture), model.head).numpy()
-    for layout in ("packed", "int8"):
+    for layout in LAYOUTS:
         out = session(export_quantized(model, layout, SIDE)).run(None, {"images": picture.numpy()})[0]
         # float32 convolutions summed in another order; boxes up to 64 pixels
         np.testing.assert_allclose(out, wanted, rtol=1e-4, atol=1e-3)
@@ -186,13 +170,14 @@ def random_tensor(cho: int, chi: int, k: int, bits: int, block: int, shifted: bo
     return replace(fitted, z=torch.full_like(fitted.m, int(room)))
 
 
+@pytest.mark.parametrize("layout", ["packed", "blocked"])
 @pytest.mark.parametrize("bits", range(2, 9))
 @pytest.mark.parametrize(("chi", "block"), [(32, 32), (64, 32), (48, 32), (5, 2), (3, 32), (6, 1)])
 @pytest.mark.parametrize("shifted", [False, True])
-def test_packed_weights_decode_to_the_merged_int8(bits, chi, block, shifted):
+def test_stored_weights_decode_to_the_merged_int8(layout, bits, chi, block, shifted):
     weight = random_tensor(4, chi, 3, bits, block, shifted)
     b = OnnxBuilder(21)
-    name = add_int8_weight(b, "w", weight, "packed")
+    name = add_int8_weight(b, "w", weight, layout)
     if name in b.initializers:  # plain int8
         assert np.array_equal(numpy_helper.to_array(b.initializers[name]), weight.merged().numpy())
         return
@@ -203,23 +188,30 @@ def test_packed_weights_decode_to_the_merged_int8(bits, chi, block, shifted):
     assert np.array_equal(ReferenceEvaluator(model).run(None, {})[0], wanted)  # and by ONNX's own definition
 
 
-def test_inspection_finds_the_stored_bits(converted):
-    found = {w.name: w for w in conv_weights(export_quantized(converted, "packed", SIDE))}
+@pytest.mark.parametrize("layout", ["packed", "blocked"])
+@pytest.mark.parametrize("shifted", [False, True])
+def test_inspection_finds_the_stored_bits(converted, layout, shifted):
+    if shifted:  # one layer in ragged blocks (40 channels by 16), with z
+        name = next(n for n, c in converted.convs.items() if c.weight.vqk.shape[1] == 40)
+        weight = converted.convs[name].weight
+        weight = replace(weight, z=torch.full_like(weight.m, 127 - int(weight.merged().int().abs().amax())))
+        converted = replace(converted, convs={**converted.convs, name: replace(converted.convs[name], weight=weight)})
+    found = {w.name: w for w in conv_weights(export_quantized(converted, layout, SIDE))}
     assert len(found) == len(converted.convs)
     for name, conv in converted.convs.items():
         entry = found[name.removesuffix(".conv")]
-        assert entry.count == conv.weight.vqk.numel()
+        assert entry.shape == tuple(conv.weight.vqk.shape)
         assert entry.bits == round(conv.weight.weight_bits * entry.count)
 
 
 @pytest.mark.parametrize("bits", [2, 3, 5, 6, 7])
 def test_every_width_is_stored_in_its_own_bits(converted, bits):
-    """The file shrinks with the bits: pieces of 4, 2 and 1 bits, padded to whole bytes."""
+    """The file shrinks with the bits: pieces of 4, 2 and 1 bits, padded to multiples of 4."""
     name = next(n for n, c in converted.convs.items() if c.weight.bits == 4)
     old = converted.convs[name]
     weight = fit_weight(old.weight.weight(), bits, 16)
     model = replace(converted, convs={**converted.convs, name: replace(old, weight=weight)})
     entry = next(w for w in conv_weights(export_quantized(model, "packed", SIDE)) if w.name + ".conv" == name)
     assert entry.shape == tuple(weight.vqk.shape)
-    # at most two pieces share bytes, each padded by at most 7 bits
-    assert 0 <= entry.bits - round(weight.weight_bits * entry.count) <= 14
+    # at most two pieces share UINT4s, each padded by at most 3 bits
+    assert 0 <= entry.bits - round(weight.weight_bits * entry.count) <= 6

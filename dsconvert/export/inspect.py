@@ -39,7 +39,7 @@ def conv_weights(model: onnx.ModelProto) -> list[OnnxWeight]:
         largest = max(parts, key=_count)
         bits = sum(_count(t) * BITS.get(t.data_type, 32) for t in parts if t.dims and t.data_type != TensorProto.INT64)
         scale_bits = sum(_count(t) * 32 for t in parts if t is not largest and t.data_type == TensorProto.FLOAT)
-        shape = _reshaped(node.input[3 if node.op_type == "QLinearConv" else 1], makers, tensors) or largest.dims
+        shape = _shape(node.input[3 if node.op_type == "QLinearConv" else 1], makers, tensors) or largest.dims
         type_name = TensorProto.DataType.Name(largest.data_type).lower()
         found.append(
             OnnxWeight(
@@ -62,19 +62,27 @@ def _sources(
     node = makers.get(value)
     if node is None:
         return []
-    # the second input of these says how bytes are taken apart, and is shared by all layers: no part of the weight
-    inputs = node.input[:1] if node.op_type in ("BitShift", "BitwiseAnd") else node.input
+    # the second input of these says how pieces are taken apart, and is shared by all layers: no part of the weight
+    inputs = node.input[:1] if node.op_type in ("BitShift", "BitwiseAnd", "Div", "Mod") else node.input
     return [t for name in inputs for t in _sources(name, makers, tensors)]
 
 
-def _reshaped(
+def _shape(
     value: str, makers: dict[str, onnx.NodeProto], tensors: dict[str, onnx.TensorProto]
 ) -> tuple[int, ...] | None:
-    """The shape a packed weight is brought into on its way to the convolution, if it is."""
+    """The shape a value is brought into on its way to the convolution; None where that cannot be told."""
+    if value in tensors:
+        return tuple(tensors[value].dims)
     node = makers.get(value)
-    while node is not None and node.op_type in ("DequantizeLinear", "QuantizeLinear", "Cast"):
-        node = makers.get(node.input[0])
-    if node is None or node.op_type != "Reshape" or node.input[1] not in tensors:
+    if node is None:
+        return None
+    if node.op_type in ("DequantizeLinear", "QuantizeLinear", "Cast", "Add"):
+        return _shape(node.input[0], makers, tensors)
+    if node.op_type == "Concat":  # along the input channels
+        parts = [_shape(name, makers, tensors) for name in node.input]
+        known = [p for p in parts if p is not None and len(p) > 1]
+        return (known[0][0], sum(p[1] for p in known), *known[0][2:]) if len(known) == len(parts) else None
+    if node.op_type != "Reshape" or node.input[1] not in tensors:
         return None
     shape = tuple(int(n) for n in numpy_helper.to_array(tensors[node.input[1]]))
     return shape if all(n > 0 for n in shape) else None
