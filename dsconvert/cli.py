@@ -2,47 +2,32 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shlex
 import sys
 import time
 import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import click
 import onnx
-import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 import dsconvert
 from dsconvert import pipeline
+from dsconvert.commands.export import export
+from dsconvert.commands.shared import PATH, RUNS, as_json, force, bars, console, print_json, say, short, threads
 from dsconvert.errors import InputError
 from dsconvert.evaluate.candidates import Candidate
 from dsconvert.export.inspect import conv_weights
-from dsconvert.export.layouts import LAYOUT_OPSET
-from dsconvert.files import free_folder, write_atomic
+from dsconvert.files import free_folder
 from dsconvert.model import DSModel
 from dsconvert.modelfile import load_model
 from dsconvert.yolo.checkpoint import load_checkpoint
 from dsconvert.yolo.lower import lower
 from dsconvert.yolo.plan import SCOPES
-
-RUNS = Path("runs/dsconvert")
-STAGES = {
-    "images": "reading images",
-    "synthesize": "synthesising images",
-    "importance": "measuring importance",
-    "fit": "fitting layers",
-    "evaluate": "evaluating",
-}
-PATH = click.Path(path_type=Path)
 
 
 class ByteSize(click.ParamType):
@@ -55,19 +40,6 @@ class ByteSize(click.ParamType):
         if found is None:
             self.fail(f"{value!r} is not a size such as 0.9MB, 900kB or 900000.", param, ctx)
         return round(float(found[1]) * {"": 1, "k": 1e3, "m": 1e6}[found[2]])
-
-
-as_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON document to stdout.")
-force = click.option("--force", is_flag=True, help="Replace files that are there.")
-
-
-def _threads(context: click.Context, parameter: click.Parameter, value: int | None) -> int:
-    count = value or len(os.sched_getaffinity(0))
-    torch.set_num_threads(count)
-    return count
-
-
-threads = click.option("--threads", type=click.IntRange(1, 1024), callback=_threads, help="CPU threads (default: all).")
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 80})
@@ -120,11 +92,11 @@ def quantize(
     if out is not None and not force and (out / pipeline.MODEL_FILE).exists():
         raise InputError(f"{out / pipeline.MODEL_FILE} already exists; give --force to replace it.")
     if calib is None:
-        _say(
+        say(
             "No --calib: calibrating on images synthesised from the checkpoint's BatchNorm statistics.\n"
             "About 100 of your own images (no labels needed) with --calib FOLDER would lose less accuracy."
         )
-    with _progress() as progress:
+    with bars() as progress:
         result = pipeline.quantize(
             loaded,
             pipeline.QuantizeOptions(calib=calib, **options),
@@ -135,46 +107,11 @@ def quantize(
     seconds = time.perf_counter() - began
     if as_json:
         report = pipeline.quantize_report(result)
-        _print_json({**report, "path": str(written), "seconds": round(seconds, 2)})
+        print_json({**report, "path": str(written), "seconds": round(seconds, 2)})
         return
     if result.skipped:
-        _say(f"{result.skipped} images could not be read and were left out.")
+        say(f"{result.skipped} images could not be read and were left out.")
     _print_quantized(result, loaded.size_bytes, written, seconds)
-
-
-@cli.command()
-@click.argument("model", type=PATH, required=False)
-@click.option("--onnx", "to_onnx", is_flag=True, help="Write ONNX (the one format so far).")
-@click.option("--layout", type=click.Choice(list(LAYOUT_OPSET)), default="packed", show_default=True,
-              help="packed: smallest file. blocked: ONNX block scales, for OpenVINO. int8: runs on old engines.")  # fmt: skip
-@click.option("--imgsz", type=int, help="Side of the input, pixels (default: as calibrated).")
-@click.option("--dynamic-batch", is_flag=True, help="Leave the batch size open.")
-@click.option("--out", type=PATH, help="File to write (default: beside the model).")
-@force
-@as_json
-def export(
-    model: Path | None, to_onnx: bool, layout: str, imgsz: int | None, dynamic_batch: bool, out: Path | None,
-    force: bool, as_json: bool,
-) -> None:  # fmt: skip
-    """Write MODEL (default: the newest quantize result) as ONNX.
-
-    A .pt gives the float32 network, for comparison.
-
-    Example: dsconvert export --onnx --layout packed
-    """
-    if not to_onnx:
-        raise InputError("Say what to export to: dsconvert export --onnx.")
-    path = model or pipeline.newest_result(RUNS)
-    float_source = path.suffix == ".pt"
-    suffix = "float32" if float_source else layout
-    target = out or path.with_name(f"{path.stem}-{suffix}.onnx")
-    data = pipeline.onnx_bytes(path, layout, imgsz, dynamic_batch)
-    write_atomic(target, data, force)
-    if as_json:
-        _print_json({"path": str(target), "layout": suffix, "size_bytes": len(data)})
-        return
-    click.echo(f"Wrote {target} ({len(data) / 1e6:.2f} MB, {suffix}).")
-    click.echo(f"Next: dsconvert eval {shlex.quote(str(target))} --data data.yaml")
 
 
 @cli.command("eval")
@@ -203,10 +140,10 @@ def evaluate(
         provenance = load_model(newest).provenance
         paths = paths or [Path(provenance["source"]), newest]
         data = data or _data_of(provenance)
-    with _progress() as progress:
+    with bars() as progress:
         rows = pipeline.evaluate(paths, data, imgsz, samples, progress)
     if as_json:
-        _print_json({"models": [_row(r) for r in rows], "data": str(data)})
+        print_json({"models": [_row(r) for r in rows], "data": str(data)})
         return
     _print_evaluation(rows)
 
@@ -222,7 +159,7 @@ def info(model: Path | None, as_json: bool) -> None:
     path = model or pipeline.newest_result(RUNS)
     facts = _facts(path)
     if as_json:
-        _print_json({"path": str(path), **facts})
+        print_json({"path": str(path), **facts})
         return
     harm = _harm(facts["layers"])
     table = Table("layer", "shape", "kind", "bits", "block", "bytes", *(("harm at 4 bits", "harm") if harm else ()))
@@ -231,7 +168,7 @@ def info(model: Path | None, as_json: bool) -> None:
         block = str(row.get("block_size") or "")
         cells = (row["name"], shape, row["kind"], str(row["bits"]), block, f"{row['bytes']:,}")
         table.add_row(*cells, *harm.get(row["name"], ()))
-    _out().print(table)
+    console().print(table)
     if harm:
         click.echo("harm: expected share of the damage that 4 bits in every layer would do to the detections.")
     stored = sum(row["bytes"] for row in facts["layers"])
@@ -303,20 +240,15 @@ def _row(r: pipeline.Evaluated) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _short(path: Path) -> str:
-    """The last parts of a path, enough to tell models apart."""
-    return "/".join(path.parts[-2:])
-
-
 def _print_evaluation(rows: list[pipeline.Evaluated]) -> None:
     table = Table("model", "mAP50-95", "mAP50", "P", "R", "MB", "bits", "ms", "±")
     for r in rows:
         m, t, c = r.metrics, r.latency, r.candidate
         table.add_row(
-            _short(c.path), f"{m.map50_95:.4f}", f"{m.map50:.4f}", f"{m.precision:.3f}", f"{m.recall:.3f}",
+            short(c.path), f"{m.map50_95:.4f}", f"{m.map50:.4f}", f"{m.precision:.3f}", f"{m.recall:.3f}",
             f"{c.size_bytes / 1e6:.2f}", _bits(c), f"{t.median_ms:.1f}", f"{t.spread_ms:.1f}",
         )  # fmt: skip
-    _out().print(table)
+    console().print(table)
     m = rows[0].metrics
     click.echo(
         f"{m.images} images. bits: stored bits a weight. ms: median of {rows[0].latency.runs} interleaved ONNX "
@@ -344,35 +276,7 @@ def _print_quantized(result: pipeline.Quantized, source_bytes: int, written: Pat
     click.echo("Next: dsconvert export --onnx")
 
 
-def _print_json(document: dict[str, Any]) -> None:
-    click.echo(json.dumps(document, indent=1))
-
-
-def _say(text: str) -> None:
-    click.echo(text, err=True)
-
-
-def _out() -> Console:
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=120)
-    return console
-
-
-@contextmanager
-def _progress() -> Iterator[pipeline.Progress]:
-    """A bar per stage on stderr; silent when stderr is no terminal."""
-    console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bars:
-        tasks: dict[str, Any] = {}
-
-        def report(stage: str, done: int, total: int) -> None:
-            if stage not in tasks:
-                tasks[stage] = bars.add_task(STAGES[stage], total=total)
-            bars.update(tasks[stage], completed=done, total=total)
-
-        yield report
+cli.add_command(export)
 
 
 def main() -> None:
