@@ -18,7 +18,7 @@ from rich.table import Table
 import dsconvert
 from dsconvert import pipeline
 from dsconvert.commands.export import export
-from dsconvert.commands.shared import PATH, RUNS, as_json, force, bars, console, print_json, say, short, threads
+from dsconvert.commands.shared import PATH, RUNS, as_json, bars, console, force, print_json, say, short, threads
 from dsconvert.errors import InputError
 from dsconvert.evaluate.candidates import Candidate
 from dsconvert.export.inspect import conv_weights

@@ -23,7 +23,7 @@ from dsconvert.evaluate.accuracy import evaluate_predictors
 from dsconvert.evaluate.candidates import Candidate, load_candidate
 from dsconvert.evaluate.coco import Metrics
 from dsconvert.evaluate.latency import Latency, interleaved_latency
-from dsconvert.export.onnx import export_float, export_quantized
+from dsconvert.export.onnx import PLAIN, Ends, export_float, export_quantized
 from dsconvert.files import write_atomic
 from dsconvert.fit.gptq import fit_layer
 from dsconvert.fit.importance import measure_importance
@@ -294,16 +294,15 @@ def save_quantized(result: Quantized, folder: Path, force: bool) -> Path:
     return folder / MODEL_FILE
 
 
-def onnx_bytes(path: Path, layout: str, imgsz: int | None, dynamic_batch: bool = False) -> bytes:
+def onnx_bytes(path: Path, layout: str, imgsz: int | None, ends: Ends = PLAIN) -> bytes:
     """ONNX of a converted model in a layout, or the float32 network of a `.pt`."""
     if path.suffix == ".pt":
         checkpoint = load_checkpoint(path)
         graph, params = lower(checkpoint.network.fuse())
-        return export_float(graph, params, checkpoint.head, imgsz or 640, dynamic_batch).SerializeToString(
-            deterministic=True
-        )
-    model = load_model(path)
-    made = export_quantized(model, layout, imgsz or model.imgsz, dynamic_batch)
+        made = export_float(graph, params, checkpoint.head, imgsz or 640, ends)
+    else:
+        model = load_model(path)
+        made = export_quantized(model, layout, imgsz or model.imgsz, ends)
     return made.SerializeToString(deterministic=True)
 
 

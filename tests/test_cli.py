@@ -97,6 +97,23 @@ def test_eval_takes_all_three_formats_in_a_table(work):
         assert dsconvert("info", name, cwd=work).returncode == 0
 
 
+def test_exports_with_other_ends_have_names_of_their_own_and_are_evaluated(work):
+    assert quantize(work, "--out", "q").returncode == 0
+    wanted = {
+        "q/model-packed.onnx": [],
+        "q/model-packed-uint8.onnx": ["--uint8-input"],
+        "q/model-packed-float16-nms.onnx": ["--half-input", "--nms", "--conf-thres", "0.01", "--max-det", "9"],
+    }
+    for name, options in wanted.items():
+        done = dsconvert("export", "q/model.safetensors", "--onnx", "--json", *options, cwd=work)
+        assert done.returncode == 0, done.stderr
+        assert json.loads(done.stdout)["path"] == name
+    done = dsconvert("eval", *wanted, "--data", "data.yaml", "--json", cwd=work)
+    assert done.returncode == 0, done.stderr
+    plain, from_bytes, _ = json.loads(done.stdout)["models"]
+    assert plain["map50_95"] == from_bytes["map50_95"]
+
+
 def test_same_inputs_same_bytes_and_a_new_folder_each_time(work):
     # the command line is part of the file, so it must be the same both times
     assert quantize(work, "--threads", "1").returncode == 0
@@ -160,6 +177,9 @@ BAD = {
     "bits and size": (["quantize", "best.pt", "--bits", "4", "--target-size", "1MB"], "give one of them"),
     "nothing to export": (["export", "--onnx"], "no converted model"),
     "export to what": (["export", "best.pt"], "--onnx"),
+    "two inputs": (["export", "best.pt", "--onnx", "--uint8-input", "--half-input"], "one of them"),
+    "limits without nms": (["export", "best.pt", "--onnx", "--max-det", "5"], "belong to --nms"),
+    "limits": (["export", "best.pt", "--onnx", "--nms", "--iou-thres", "2"], "must lie in 0..1"),
     "unknown file": (["eval", "data.yaml", "--data", "data.yaml"], "not a .pt"),
     "no such command": (["convert"], "No such command"),
 }

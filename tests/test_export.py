@@ -20,7 +20,7 @@ from dsconvert.errors import InputError
 from dsconvert.export.builder import OnnxBuilder
 from dsconvert.export.inspect import conv_weights
 from dsconvert.export.layouts import add_int8_weight
-from dsconvert.export.onnx import export_float, export_quantized
+from dsconvert.export.onnx import Ends, export_float, export_quantized
 from dsconvert.fit.least_squares import fit_weight
 from dsconvert.graph.integer import run_integer
 from dsconvert.graph.ir import ConvParams
@@ -130,7 +130,7 @@ def test_names_metadata_opset_and_shapes(converted):
 
 
 def test_dynamic_batch_gives_each_image_its_own_result(converted, picture):
-    running = session(export_quantized(converted, "packed", SIDE, dynamic_batch=True))
+    running = session(export_quantized(converted, "packed", SIDE, Ends(dynamic_batch=True)))
     both = torch.cat((picture, picture.flip(3))).numpy()
     together = running.run(None, {"images": both})[0]
     assert together.shape[0] == 2

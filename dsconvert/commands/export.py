@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -11,6 +12,8 @@ from dsconvert import pipeline
 from dsconvert.commands.shared import PATH, RUNS, as_json, force, print_json
 from dsconvert.errors import InputError
 from dsconvert.export.layouts import LAYOUT_OPSET
+from dsconvert.export.nms import Nms
+from dsconvert.export.onnx import Ends
 from dsconvert.files import write_atomic
 
 
@@ -21,29 +24,66 @@ from dsconvert.files import write_atomic
               help="packed: smallest file. blocked: ONNX block scales. int8: runs on old engines.")  # fmt: skip
 @click.option("--imgsz", type=int, help="Side of the input, pixels (default: as calibrated).")
 @click.option("--dynamic-batch", is_flag=True, help="Leave the batch size open.")
+@click.option("--uint8-input", is_flag=True, help="Input is the image's bytes, 0..255; dividing by 255 is not needed.")
+@click.option("--half-input", is_flag=True, help="Input is float16, 0..1 (YOLOv5: detect.py --half).")
+@click.option(
+    "--nms",
+    "with_nms",
+    is_flag=True,
+    help="End with non-maximum suppression: detections (k, 7) = image, x1, y1, x2, y2, score, class.",
+)
+@click.option("--conf-thres", type=float, help=f"With --nms: least score (default: {Nms.confidence}).")
+@click.option("--iou-thres", type=float, help=f"With --nms: most overlap of two boxes (default: {Nms.iou}).")
+@click.option("--max-det", type=int, help=f"With --nms: most boxes an image (default: {Nms.most}).")
 @click.option("--out", type=PATH, help="File to write (default: beside the model).")
 @force
 @as_json
 def export(
-    model: Path | None, to_onnx: bool, layout: str, imgsz: int | None, dynamic_batch: bool, out: Path | None,
-    force: bool, as_json: bool,
+    model: Path | None, to_onnx: bool, layout: str, imgsz: int | None, dynamic_batch: bool, uint8_input: bool,
+    half_input: bool, with_nms: bool, conf_thres: float | None, iou_thres: float | None, max_det: int | None,
+    out: Path | None, force: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Write MODEL (default: the newest quantize result) as ONNX.
 
     A .pt gives the float32 network, for comparison.
 
-    Example: dsconvert export --onnx --layout packed
+    \b
+    Examples: dsconvert export --onnx --layout packed
+              dsconvert export --onnx --uint8-input --nms --conf-thres 0.3
     """
     if not to_onnx:
         raise InputError("Say what to export to: dsconvert export --onnx.")
+    if uint8_input and half_input:
+        raise InputError("The input is either --uint8-input or --half-input; give one of them.")
+    ends = Ends(
+        dynamic_batch,
+        "uint8" if uint8_input else "float16" if half_input else "float32",
+        _nms(with_nms, {"confidence": conf_thres, "iou": iou_thres, "most": max_det}),
+    )
     path = model or pipeline.newest_result(RUNS)
     float_source = path.suffix == ".pt"
     suffix = "float32" if float_source else layout
-    target = out or path.with_name(f"{path.stem}-{suffix}.onnx")
-    data = pipeline.onnx_bytes(path, layout, imgsz, dynamic_batch)
+    target = out or path.with_name(f"{path.stem}-{suffix}{_mark(ends)}.onnx")
+    data = pipeline.onnx_bytes(path, layout, imgsz, ends)
     write_atomic(target, data, force)
     if as_json:
-        print_json({"path": str(target), "layout": suffix, "size_bytes": len(data)})
+        print_json(
+            {"path": str(target), "layout": suffix, "input": ends.input_type, "nms": with_nms, "size_bytes": len(data)}
+        )
         return
     click.echo(f"Wrote {target} ({len(data) / 1e6:.2f} MB, {suffix}).")
     click.echo(f"Next: dsconvert eval {shlex.quote(str(target))} --data data.yaml")
+
+
+def _nms(wanted: bool, given: dict[str, float | None]) -> Nms | None:
+    """The suppression asked for; what is None stays at its default."""
+    chosen: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    if chosen and not wanted:
+        raise InputError("--conf-thres, --iou-thres and --max-det belong to --nms; give it too.")
+    return Nms(**chosen) if wanted else None
+
+
+def _mark(ends: Ends) -> str:
+    """What tells a file's name that its ends are unusual."""
+    kind = "" if ends.input_type == "float32" else f"-{ends.input_type}"
+    return kind + ("-nms" if ends.nms else "")

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from dsconvert.errors import InputError
 from dsconvert.evaluate.accuracy import Predictor
+from dsconvert.evaluate.engines import as_input, input_kind, session
 from dsconvert.export.inspect import conv_weights
 from dsconvert.export.onnx import export_float, export_quantized
 from dsconvert.graph.integer import run_integer
@@ -57,22 +58,9 @@ def load_candidate(path: Path, side: int | None) -> Candidate:
     raise InputError(f"{path} is not a .pt, .safetensors or .onnx file.")
 
 
-def session(model: bytes | Path) -> ort.InferenceSession:
-    """An ONNX Runtime CPU session with torch's number of threads."""
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    options.log_severity_level = 3
-    # idle threads of one session would otherwise spin on into the next one's turn
-    options.add_session_config_entry("session.force_spinning_stop", "1")
-    return ort.InferenceSession(
-        str(model) if isinstance(model, Path) else model, options, providers=["CPUExecutionProvider"]
-    )
-
-
 def _once(running: ort.InferenceSession, side: int) -> Callable[[], object]:
     entry = running.get_inputs()[0]
-    kind = np.float16 if "float16" in entry.type else np.float32
-    image = np.random.default_rng(0).random((1, 3, side, side)).astype(kind)
+    image = as_input(np.random.default_rng(0).random((1, 3, side, side), np.float32), input_kind(entry.type))
     return lambda: running.run(None, {entry.name: image})
 
 
@@ -84,7 +72,7 @@ def _float(path: Path, side: int) -> Candidate:
     def predict(batch: NDArray[np.float32]) -> NDArray[np.float32]:
         return decode(run_float(graph, params, torch.from_numpy(batch)), head).numpy()
 
-    running = session(export_float(graph, params, head, side).SerializeToString())
+    running = session(export_float(graph, params, head, side).SerializeToString(), torch.get_num_threads())
     bits = float(checkpoint.stored_bits)
     return Candidate(path, "pt", head.names, side, bits, predict, _once(running, side))
 
@@ -102,7 +90,7 @@ def _converted(path: Path, side: int | None) -> Candidate:
             raw = run_float(model.graph, params, x)
         return decode(raw, model.head).numpy()
 
-    running = session(export_quantized(model, "packed", side).SerializeToString())
+    running = session(export_quantized(model, "packed", side).SerializeToString(), torch.get_num_threads())
     bits = model.weight_bits
     return Candidate(path, "safetensors", model.head.names, side, bits, predict, _once(running, side))
 
@@ -112,7 +100,7 @@ def _onnx(path: Path, side: int | None) -> Candidate:
         raise InputError(f"There is no ONNX file at {path}.")
     try:
         proto = onnx.load(path, load_external_data=False)
-        running = session(path)
+        running = session(path, torch.get_num_threads())
     except Exception:  # onnx and onnxruntime raise many kinds on malformed files
         raise InputError(f"{path} is not an ONNX file ONNX Runtime can run.") from None
     entry = running.get_inputs()[0]
@@ -120,19 +108,33 @@ def _onnx(path: Path, side: int | None) -> Candidate:
     if isinstance(given, int) and side is not None and given != side:
         raise InputError(f"{path} was exported for {given} pixels; --imgsz {side} does not fit it.")
     side = given if isinstance(given, int) else side or 640
-    kind = np.float16 if "float16" in entry.type else np.float32
+    kind = input_kind(entry.type)
     meta = running.get_modelmeta().custom_metadata_map
+    names = _names(meta.get("names", ""), path)
     weights = conv_weights(proto)
     count = sum(w.count for w in weights)
 
     def predict(batch: NDArray[np.float32]) -> NDArray[np.float32]:
-        out = running.run(None, {entry.name: batch.astype(kind)})[0]
+        out = running.run(None, {entry.name: as_input(batch, kind)})[0]
+        if out.ndim == 2 and out.shape[1] == 7 and "dsconvert.nms" in meta:
+            out = _as_predictions(out, len(names))
         if out.ndim != 3:
             raise InputError(f"{path} does not have YOLOv5's output (1, boxes, 5 + classes).")
         return out.astype(np.float32)
 
     bits = sum(w.bits for w in weights) / count if count else 32.0
-    return Candidate(path, "onnx", _names(meta.get("names", ""), path), side, bits, predict, _once(running, side))
+    return Candidate(path, "onnx", names, side, bits, predict, _once(running, side))
+
+
+def _as_predictions(found: NDArray[np.float32], nc: int) -> NDArray[np.float32]:
+    """Detections (k, 7) of one image, from a file that ends with NMS -> (1, k, 5 + nc), each with its one class.
+
+    The suppression that follows in evaluation drops more of them only if it allows less overlap than the file's."""
+    out = np.zeros((1, len(found), 5 + nc), np.float32)
+    low, high = found[:, 1:3], found[:, 3:5]
+    out[0, :, :2], out[0, :, 2:4], out[0, :, 4] = (low + high) / 2, high - low, 1
+    out[0, np.arange(len(found)), 5 + found[:, 6].astype(int)] = found[:, 5]
+    return out
 
 
 def _names(text: str, path: Path) -> tuple[str, ...]:

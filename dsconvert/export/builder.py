@@ -55,14 +55,19 @@ class OnnxBuilder:
         inputs: Mapping[str, tuple[int | str, ...]],
         outputs: Mapping[str, tuple[int | str, ...]],
         metadata: Mapping[str, str],
+        input_type: int = onnx.TensorProto.FLOAT,
     ) -> onnx.ModelProto:
-        """The finished model, checked by onnx. Inputs and outputs are float32."""
+        """The finished model, checked by onnx. Inputs are of the given type, outputs float32."""
 
-        def values(named: Mapping[str, tuple[int | str, ...]]) -> list[onnx.ValueInfoProto]:
-            return [helper.make_tensor_value_info(n, onnx.TensorProto.FLOAT, s) for n, s in named.items()]
+        def values(named: Mapping[str, tuple[int | str, ...]], kind: int) -> list[onnx.ValueInfoProto]:
+            return [helper.make_tensor_value_info(n, kind, s) for n, s in named.items()]
 
         graph = helper.make_graph(
-            self.nodes, "dsconvert", values(inputs), values(outputs), list(self.initializers.values())
+            self.nodes,
+            "dsconvert",
+            values(inputs, input_type),
+            values(outputs, onnx.TensorProto.FLOAT),
+            list(self.initializers.values()),
         )
         model = helper.make_model(
             graph,

@@ -1,5 +1,7 @@
 """The ONNX file: input `images` (n, 3, s, s) float 0..1, output `output0` (n, boxes, 5 + nc), as YOLOv5 exports it.
 
+On request the input is float16 or the raw bytes (see `inputs`), and the output `detections` (k, 7), see `nms`.
+
 The quantized file is in QDQ form: every convolution reads DequantizeLinear values and is followed by
 QuantizeLinear, from which engines build their int8 kernels. Max-pool, upsampling and same-grid concatenation
 work on the uint8 values directly. Decoding stays in float.
@@ -8,6 +10,7 @@ work on the uint8 values directly. Decoding stays in float.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 import onnx
@@ -16,38 +19,53 @@ from dsconvert.dsconv.tensor import DSTensor
 from dsconvert.errors import InputError
 from dsconvert.export.builder import OnnxBuilder
 from dsconvert.export.decode import add_decode, box_count
+from dsconvert.export.inputs import BYTES, INPUT_TYPES, add_real_image
 from dsconvert.export.layouts import LAYOUT_OPSET, add_int8_weight
+from dsconvert.export.nms import Nms, add_nms
 from dsconvert.graph.integer import SIGMOID, QParams, grid_of, keeps_grid
 from dsconvert.graph.ir import INPUT, ConvParams, Graph, Node
 from dsconvert.model import DSModel, display_name
 from dsconvert.yolo.network import Head
 
-OUTPUT = "output0"
+OUTPUT, DETECTIONS = "output0", "detections"
 FLOAT_OPSET = 13
 
 
-def export_quantized(model: DSModel, layout: str, imgsz: int, dynamic_batch: bool = False) -> onnx.ModelProto:
+@dataclass(frozen=True)
+class Ends:
+    """How a file begins and ends: batch size open or 1, one of INPUT_TYPES, with or without NMS."""
+
+    dynamic_batch: bool = False
+    input_type: str = "float32"
+    nms: Nms | None = None
+
+
+PLAIN = Ends()
+
+
+def export_quantized(model: DSModel, layout: str, imgsz: int, ends: Ends = PLAIN) -> onnx.ModelProto:
     """The converted network with integer weights in the given layout (see `layouts`)."""
     b = OnnxBuilder(LAYOUT_OPSET[layout])
     if model.activations:
-        q = _Quantized(b, model, layout)
+        q = _Quantized(b, model, layout, ends.input_type)
         for node in model.graph.nodes:
             q.add(node)
         raw = [q.real(name) for name in model.graph.outputs]
     else:
+        image = add_real_image(b, ends.input_type)
         for node in model.graph.nodes:
-            _weight_only(b, node, model, layout)
+            _weight_only(b, _reading(node, image), model, layout)
         raw = list(model.graph.outputs)
-    add_decode(b, raw, model.head, imgsz, OUTPUT)
-    return _finish(b, model.head, imgsz, dynamic_batch, {"dsconvert.layout": layout})
+    return _finish(b, raw, model.head, imgsz, ends, {"dsconvert.layout": layout})
 
 
 def export_float(
-    graph: Graph, params: Mapping[str, ConvParams], head: Head, imgsz: int, dynamic_batch: bool = False
+    graph: Graph, params: Mapping[str, ConvParams], head: Head, imgsz: int, ends: Ends = PLAIN
 ) -> onnx.ModelProto:
     """The float32 network, for comparison."""
     b = OnnxBuilder(FLOAT_OPSET)
-    for node in graph.nodes:
+    image = add_real_image(b, ends.input_type)
+    for node in (_reading(n, image) for n in graph.nodes):
         if node.op == "conv":
             p, name = params[node.name], display_name(node)
             weight = b.tensor(f"{name}.weight", p.weight.numpy())
@@ -55,18 +73,30 @@ def export_float(
             _conv(b, node, [node.inputs[0], weight, bias], p.weight.shape[2])
         else:
             _float_op(b, node, list(node.inputs), node.name)
-    add_decode(b, list(graph.outputs), head, imgsz, OUTPUT)
-    return _finish(b, head, imgsz, dynamic_batch, {})
+    return _finish(b, list(graph.outputs), head, imgsz, ends, {})
 
 
-def _finish(b: OnnxBuilder, head: Head, imgsz: int, dynamic_batch: bool, extra: Mapping[str, str]) -> onnx.ModelProto:
+def _reading(node: Node, image: str) -> Node:
+    """The node with the image under another name."""
+    return replace(node, inputs=tuple(image if name == INPUT else name for name in node.inputs))
+
+
+def _finish(
+    b: OnnxBuilder, raw: list[str], head: Head, imgsz: int, ends: Ends, extra: Mapping[str, str]
+) -> onnx.ModelProto:
+    """Raw maps -> the model: decoding, NMS if wanted, metadata."""
     if imgsz % head.stride:
         raise InputError(f"The image size {imgsz} is not a multiple of the model's stride {head.stride}.")
-    n: int | str = "batch" if dynamic_batch else 1
+    n: int | str = "batch" if ends.dynamic_batch else 1
     # YOLOv5 reads exactly these two keys: int(stride) and the names as a Python dictionary
     metadata = {"stride": str(head.stride), "names": str(dict(enumerate(head.names))), **extra}
-    shape = (n, box_count(head, imgsz), head.nc + 5)
-    return b.model({INPUT: (n, 3, imgsz, imgsz)}, {OUTPUT: shape}, metadata)
+    outputs: dict[str, tuple[int | str, ...]] = {OUTPUT: (n, box_count(head, imgsz), head.nc + 5)}
+    add_decode(b, raw, head, imgsz, OUTPUT)
+    if ends.nms:
+        add_nms(b, OUTPUT, head.nc, ends.nms, DETECTIONS)
+        outputs = {DETECTIONS: ("detections", 7)}
+        metadata["dsconvert.nms"] = str(asdict(ends.nms))
+    return b.model({INPUT: (n, 3, imgsz, imgsz)}, outputs, metadata, INPUT_TYPES[ends.input_type])
 
 
 def _conv(b: OnnxBuilder, node: Node, inputs: list[str], kernel: int) -> str:
@@ -146,12 +176,15 @@ def _space_to_depth(b: OnnxBuilder, x: str, output: str) -> str:
 class _Quantized:
     """Walks the graph keeping, for every value, its uint8 name and (made when first asked for) its float name."""
 
-    def __init__(self, b: OnnxBuilder, model: DSModel, layout: str) -> None:
+    def __init__(self, b: OnnxBuilder, model: DSModel, layout: str, input_type: str) -> None:
         self.b, self.model, self.layout = b, model, layout
         self.grids = grid_of(model.graph, model.activations)
         self.uint8: dict[str, str] = {}
         self.floats: dict[str, str] = {}
-        self._quantize(INPUT, INPUT)
+        if input_type == "uint8" and self.grids[INPUT] == BYTES:
+            self.uint8[INPUT] = INPUT  # the bytes are the quantized image
+        else:
+            self._quantize(INPUT, add_real_image(b, input_type))
 
     def add(self, node: Node) -> None:
         """Emit one node."""
