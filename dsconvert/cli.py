@@ -17,6 +17,7 @@ from rich.table import Table
 
 import dsconvert
 from dsconvert import pipeline
+from dsconvert.commands.bench import bench
 from dsconvert.commands.export import export
 from dsconvert.commands.shared import PATH, RUNS, as_json, bars, console, force, print_json, say, short, threads
 from dsconvert.errors import InputError
@@ -51,6 +52,7 @@ def cli() -> None:
     dsconvert quantize best.pt --calib images/   fit 4-bit DSConv weights
     dsconvert export --onnx                      integer weights in ONNX
     dsconvert eval --data data.yaml              accuracy, size, latency
+    dsconvert bench a.onnx b.onnx                speed and memory, side by side
     """
 
 
@@ -277,6 +279,7 @@ def _print_quantized(result: pipeline.Quantized, source_bytes: int, written: Pat
 
 
 cli.add_command(export)
+cli.add_command(bench)
 
 
 def main() -> None:

@@ -161,6 +161,24 @@ def test_a_target_size_is_kept_and_info_says_why(work):
     assert "harm" not in dsconvert("info", "uniform/model.safetensors", cwd=work).stdout
 
 
+def test_bench_in_a_table_and_in_json(work):
+    for name in ("a.onnx", "b.onnx"):
+        assert dsconvert("export", "best.pt", "--onnx", "--imgsz", "64", "--out", name, cwd=work).returncode == 0
+    args = ["bench", "a.onnx", "b.onnx", "--runs", "3", "--threads", "1"]
+    table = dsconvert(*args, cwd=work)
+    assert table.returncode == 0, table.stderr
+    assert "b.onnx" in table.stdout
+    assert "1 threads" in table.stdout
+    done = dsconvert(*args, "--json", cwd=work)
+    assert done.returncode == 0, done.stderr
+    document = json.loads(done.stdout)
+    assert document["threads"] == 1
+    first, second = document["models"]
+    assert first["ratio"] == {"value": 1, "low": 1, "high": 1}
+    assert second["ratio"]["low"] <= second["ratio"]["value"] <= second["ratio"]["high"]
+    assert second["peak_bytes"] > second["base_bytes"] > 0
+
+
 BAD = {
     "missing checkpoint": (["quantize", "none.pt"], "no checkpoint file"),
     "not a checkpoint": (["quantize", "data.yaml"], "not a PyTorch checkpoint"),
@@ -180,6 +198,9 @@ BAD = {
     "two inputs": (["export", "best.pt", "--onnx", "--uint8-input", "--half-input"], "one of them"),
     "limits without nms": (["export", "best.pt", "--onnx", "--max-det", "5"], "belong to --nms"),
     "limits": (["export", "best.pt", "--onnx", "--nms", "--iou-thres", "2"], "must lie in 0..1"),
+    "bench nothing": (["bench"], "Missing argument"),
+    "bench a checkpoint": (["bench", "best.pt"], "not an ONNX file"),
+    "more threads than CPUs": (["bench", "best.pt", "--threads", "1024"], "CPUs this process may use"),
     "unknown file": (["eval", "data.yaml", "--data", "data.yaml"], "not a .pt"),
     "no such command": (["convert"], "No such command"),
 }
@@ -212,7 +233,7 @@ def test_unreadable_images_are_counted(work):
     assert "1 images could not be read" in done.stderr
 
 
-@pytest.mark.parametrize("command", [[], ["quantize"], ["export"], ["eval"], ["info"]])
+@pytest.mark.parametrize("command", [[], ["quantize"], ["export"], ["eval"], ["bench"], ["info"]])
 def test_help_fits_80_columns_and_shows_an_example(command, tmp_path):
     done = dsconvert(*command, "--help", cwd=tmp_path)
     assert done.returncode == 0

@@ -23,6 +23,8 @@ STAGES = {
     "importance": "measuring importance",
     "fit": "fitting layers",
     "evaluate": "evaluating",
+    "load": "loading",
+    "bench": "timing",
 }
 PATH = click.Path(path_type=Path)
 

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from dsconvert.errors import InputError
 from dsconvert.evaluate.accuracy import Predictor
-from dsconvert.evaluate.engines import as_input, input_kind, session
+from dsconvert.evaluate.engines import TYPES, as_input, session
 from dsconvert.export.inspect import conv_weights
 from dsconvert.export.onnx import export_float, export_quantized
 from dsconvert.graph.integer import run_integer
@@ -60,7 +60,7 @@ def load_candidate(path: Path, side: int | None) -> Candidate:
 
 def _once(running: ort.InferenceSession, side: int) -> Callable[[], object]:
     entry = running.get_inputs()[0]
-    image = as_input(np.random.default_rng(0).random((1, 3, side, side), np.float32), input_kind(entry.type))
+    image = as_input(np.random.default_rng(0).random((1, 3, side, side), np.float32), TYPES.get(entry.type, np.float32))
     return lambda: running.run(None, {entry.name: image})
 
 
@@ -108,7 +108,7 @@ def _onnx(path: Path, side: int | None) -> Candidate:
     if isinstance(given, int) and side is not None and given != side:
         raise InputError(f"{path} was exported for {given} pixels; --imgsz {side} does not fit it.")
     side = given if isinstance(given, int) else side or 640
-    kind = input_kind(entry.type)
+    kind = TYPES.get(entry.type, np.float32)
     meta = running.get_modelmeta().custom_metadata_map
     names = _names(meta.get("names", ""), path)
     weights = conv_weights(proto)

@@ -1,8 +1,9 @@
 """An ONNX file in an engine: loaded with a number of threads, fed, run. No torch here: peak memory is measured
-in processes that import this module and nothing heavier."""
+in processes that import this module and nothing heavier (see `footprint`)."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,15 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
+from dsconvert.errors import InputError
+
 ENGINES = ("onnxruntime", "openvino")
 SIDE = 640  # of an input that leaves its side open
+TYPES: dict[str, type[Any]] = {
+    "tensor(float)": np.float32,
+    "tensor(float16)": np.float16,
+    "tensor(uint8)": np.uint8,
+}
 
 
 def session(model: bytes | Path, threads: int) -> ort.InferenceSession:
@@ -31,6 +39,59 @@ def as_input(batch: NDArray[np.float32], kind: type[Any]) -> NDArray[Any]:
     return np.rint(batch * 255).astype(np.uint8) if kind is np.uint8 else batch.astype(kind)
 
 
-def input_kind(type_name: str) -> type[Any]:
-    """`tensor(uint8)` -> np.uint8; float16 likewise; everything else counts as float32."""
-    return {"tensor(uint8)": np.uint8, "tensor(float16)": np.float16}.get(type_name, np.float32)
+def open_model(path: Path, engine: str, threads: int, side: int | None) -> Callable[[], object]:
+    """Load the file and return one inference on a fixed random image; `side` is for inputs that leave theirs open.
+
+    Raises InputError when the engine cannot load it or it takes anything but one image."""
+    if not path.is_file():
+        raise InputError(f"There is no ONNX file at {path}.")
+    return (_openvino if engine == "openvino" else _onnxruntime)(path, threads, side)
+
+
+def engine_version(engine: str) -> str:
+    """The installed version. Raises InputError when the engine is not installed."""
+    if engine == "onnxruntime":
+        return str(ort.__version__)
+    try:
+        import openvino
+    except ImportError:
+        raise InputError("OpenVINO is not installed; pip install openvino, or leave out --engine openvino.") from None
+    return str(openvino.__version__)
+
+
+def _onnxruntime(path: Path, threads: int, side: int | None) -> Callable[[], object]:
+    try:
+        running = session(path, threads)
+    except Exception:  # onnxruntime raises many kinds on malformed files
+        raise InputError(f"{path} is not an ONNX file ONNX Runtime can run.") from None
+    entries = running.get_inputs()
+    image = _image(path, [e.shape for e in entries], [e.type for e in entries], side)
+    feed = {entries[0].name: image}
+    return lambda: running.run(None, feed)
+
+
+def _openvino(path: Path, threads: int, side: int | None) -> Callable[[], object]:
+    engine_version("openvino")
+    import openvino
+
+    core = openvino.Core()
+    settings = {"INFERENCE_NUM_THREADS": threads, "NUM_STREAMS": 1, "PERFORMANCE_HINT": "LATENCY"}
+    try:
+        compiled = core.compile_model(core.read_model(path), "CPU", settings)
+    except Exception:  # openvino raises many kinds on malformed files
+        raise InputError(f"{path} is not an ONNX file OpenVINO can run.") from None
+    names = {"u8": "tensor(uint8)", "f16": "tensor(float16)", "f32": "tensor(float)"}
+    shapes = [[d.get_length() if d.is_static else None for d in entry.get_partial_shape()] for entry in compiled.inputs]
+    kinds = [names.get(entry.get_element_type().get_type_name(), "other") for entry in compiled.inputs]
+    image = _image(path, shapes, kinds, side)
+    request = compiled.create_infer_request()
+    return lambda: request.infer([image])
+
+
+def _image(path: Path, shapes: Sequence[Sequence[object]], types: Sequence[str], side: int | None) -> NDArray[Any]:
+    """A random image for the one input; its open dimensions are one image, three channels, `side` pixels."""
+    if len(shapes) != 1 or len(shapes[0]) != 4 or types[0] not in TYPES:
+        raise InputError(f"{path} does not take one image (n, 3, height, width) of float or bytes.")
+    usual = (1, 3, side or SIDE, side or SIDE)
+    shape = [given if isinstance(given, int) else other for given, other in zip(shapes[0], usual, strict=True)]
+    return as_input(np.random.default_rng(0).random(shape, np.float32), TYPES[types[0]])

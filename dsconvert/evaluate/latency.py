@@ -7,6 +7,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
+
+Times = NDArray[np.float64]  # milliseconds, one a round
 
 
 @dataclass(frozen=True)
@@ -19,10 +22,32 @@ class Latency:
     runs: int
 
 
+@dataclass(frozen=True)
+class Ratio:
+    """One call's median time as a share of another's, and its 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+
+
 def interleaved_latency(
     calls: Sequence[Callable[[], object]], runs: int = 30, warmup: int = 3, most_seconds: float = 60.0
 ) -> list[Latency]:
-    """Time each call `runs` times, all in turn, the order rotating; fewer rounds when `most_seconds` run out."""
+    """Summaries of `interleaved_times`."""
+    return [summary(t) for t in interleaved_times(calls, runs, warmup, most_seconds)]
+
+
+def interleaved_times(
+    calls: Sequence[Callable[[], object]],
+    runs: int = 30,
+    warmup: int = 3,
+    most_seconds: float = 60.0,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[Times]:
+    """Time each call `runs` times, all in turn, the order rotating; fewer rounds when `most_seconds` run out.
+
+    Element i of every result is from round i."""
     for call in calls:
         for _ in range(warmup):
             call()
@@ -34,11 +59,23 @@ def interleaved_latency(
             start = time.perf_counter()
             calls[index]()
             times[index].append((time.perf_counter() - start) * 1e3)
+        if progress:
+            progress(turn + 1, runs)
         if time.perf_counter() - began > most_seconds:
             break
-    return [_summary(np.array(t)) for t in times]
+    return [np.array(t) for t in times]
 
 
-def _summary(t: np.ndarray) -> Latency:
+def ratio(times: Times, base: Times, resamples: int = 2000, seed: int = 0) -> Ratio:
+    """median(times) / median(base), with a bootstrap interval that draws whole rounds: what slowed a round down
+    slowed both. Lengths must be equal."""
+    rounds = np.random.default_rng(seed).integers(0, len(times), (resamples, len(times)))
+    drawn = np.median(times[rounds], 1) / np.median(base[rounds], 1)
+    low, high = np.percentile(drawn, (2.5, 97.5))
+    return Ratio(float(np.median(times) / np.median(base)), float(low), float(high))
+
+
+def summary(t: Times) -> Latency:
+    """Median, minimum and interquartile range."""
     low, middle, high = np.percentile(t, (25, 50, 75))
     return Latency(float(middle), float(t.min()), float(high - low), len(t))

@@ -1,0 +1,79 @@
+"""dsconvert bench."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.table import Table
+
+from dsconvert.commands.shared import PATH, as_json, bars, console, print_json, short, threads
+from dsconvert.errors import InputError
+from dsconvert.evaluate.bench import Benchmarked
+from dsconvert.evaluate.bench import bench as measure
+from dsconvert.evaluate.engines import ENGINES
+
+
+@click.command()
+@click.argument("models", type=PATH, nargs=-1, required=True, metavar="MODEL...")
+@click.option(
+    "--engine",
+    "engines",
+    type=click.Choice(ENGINES),
+    multiple=True,
+    default=("onnxruntime",),
+    show_default=True,
+    help="Engine to run in; give it again for another.",
+)
+@click.option("--runs", type=click.IntRange(2), default=50, show_default=True, help="Timed rounds (60 s at most).")
+@click.option("--imgsz", type=int, help="Side of inputs that leave it open, pixels (default: 640).")
+@threads
+@as_json
+def bench(
+    models: tuple[Path, ...], engines: tuple[str, ...], runs: int, imgsz: int | None, threads: int, as_json: bool,
+) -> None:  # fmt: skip
+    """Measure the speed and memory of each ONNX MODEL.
+
+    All run in turn in one process, so that a drift of the machine meets all of
+    them; ratios are against the first. Load time and peak memory are those of
+    a fresh process for each.
+
+    Example: dsconvert bench float32.onnx packed.onnx --engine onnxruntime
+    """
+    if imgsz is not None and imgsz < 1:
+        raise InputError("--imgsz must be at least 1.")
+    with bars() as progress:
+        rows = measure(models, tuple(dict.fromkeys(engines)), threads, runs, imgsz, progress)
+    if as_json:
+        print_json({"threads": threads, "models": [_row(r) for r in rows]})
+        return
+    _print(rows, threads)
+
+
+def _row(r: Benchmarked) -> dict[str, Any]:
+    return {
+        "path": str(r.path), "engine": r.engine, "engine_version": r.engine_version, "size_bytes": r.size_bytes,
+        "latency_ms": {"median": r.latency.median_ms, "min": r.latency.min_ms, "spread": r.latency.spread_ms,
+                       "runs": r.latency.runs},
+        "ratio": asdict(r.ratio), **asdict(r.footprint),
+    }  # fmt: skip
+
+
+def _print(rows: list[Benchmarked], threads: int) -> None:
+    table = Table("model", "engine", "ms", "min", "±", "ratio", "95 %", "load ms", "peak MB", "file MB")
+    for r in rows:
+        t, f = r.latency, r.footprint
+        table.add_row(
+            short(r.path), r.engine, f"{t.median_ms:.1f}", f"{t.min_ms:.1f}", f"{t.spread_ms:.1f}",
+            f"{r.ratio.value:.3f}", f"{r.ratio.low:.3f}..{r.ratio.high:.3f}", f"{f.load_ms:.0f}",
+            f"{f.peak_bytes / 1e6:.0f}", f"{r.size_bytes / 1e6:.2f}",
+        )  # fmt: skip
+    console().print(table)
+    base = ", ".join(f"{b:.0f} MB for {e}" for e, b in {r.engine: r.footprint.base_bytes / 1e6 for r in rows}.items())
+    click.echo(
+        f"{threads} threads on as many CPUs. ms: median of {rows[0].latency.runs} interleaved runs; ±: interquartile "
+        f"range; ratio: of medians, against the first row. load, peak: medians over fresh processes; before loading "
+        f"they hold {base}."
+    )

@@ -1,0 +1,87 @@
+"""Any ONNX files side by side in any of the engines: latency, load time, peak memory."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+
+from dsconvert.errors import InputError
+from dsconvert.evaluate.engines import engine_version, open_model
+from dsconvert.evaluate.footprint import Footprint, measure_footprint
+from dsconvert.evaluate.latency import Latency, Ratio, interleaved_times, ratio, summary
+
+LOADS = 3  # fresh processes a model is loaded in
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Benchmarked:
+    """One file in one engine. `ratio` is latency against the first one's; `footprint` has the median load time and
+    the medians of the memory readings."""
+
+    path: Path
+    engine: str
+    engine_version: str
+    size_bytes: int
+    latency: Latency
+    ratio: Ratio
+    footprint: Footprint
+
+
+def bench(
+    paths: Sequence[Path],
+    engines: Sequence[str],
+    threads: int,
+    runs: int = 50,
+    side: int | None = None,
+    progress: Progress | None = None,
+) -> list[Benchmarked]:
+    """Every file in every engine, on the first `threads` CPUs this process may use. Raises InputError for fewer
+    CPUs than threads, an engine that is not installed, or a file an engine cannot run."""
+    report = progress or (lambda stage, done, total: None)
+    versions = {engine: engine_version(engine) for engine in engines}
+    entries = [(path, engine) for engine in engines for path in paths]
+    with only_cpus(threads):
+        calls = [open_model(path, engine, threads, side) for path, engine in entries]
+        feet = _footprints(entries, threads, side, report)
+        times = interleaved_times(calls, runs, progress=lambda done, total: report("bench", done, total))
+    return [
+        Benchmarked(path, engine, versions[engine], path.stat().st_size, summary(t), ratio(t, times[0]), foot)
+        for (path, engine), t, foot in zip(entries, times, feet, strict=True)
+    ]
+
+
+@contextmanager
+def only_cpus(count: int) -> Iterator[None]:
+    """Keep this thread, and every thread and process it starts, on the first `count` of the CPUs it may use."""
+    before = os.sched_getaffinity(0)
+    if count > len(before):
+        raise InputError(f"--threads {count} is more than the {len(before)} CPUs this process may use.")
+    os.sched_setaffinity(0, sorted(before)[:count])
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
+
+
+def _footprints(
+    entries: Sequence[tuple[Path, str]], threads: int, side: int | None, report: Progress
+) -> list[Footprint]:
+    """The median of LOADS measurements of each, taken in turn."""
+    found: list[list[Footprint]] = [[] for _ in entries]
+    for turn in range(LOADS):
+        for index, (path, engine) in enumerate(entries):
+            found[index].append(measure_footprint(path, engine, threads, side))
+            report("load", turn * len(entries) + index + 1, LOADS * len(entries))
+    return [
+        Footprint(
+            median(f.load_ms for f in all_of),
+            int(median(f.peak_bytes for f in all_of)),
+            int(median(f.base_bytes for f in all_of)),
+        )
+        for all_of in found
+    ]

@@ -1,0 +1,67 @@
+"""What loading and running a model costs a fresh process: time to load, and memory at its peak.
+
+Every measurement is a process of its own, `python -m dsconvert.evaluate.footprint`, because peak memory never falls
+and a second model would hide behind the first. VmHWM is read, not getrusage's maximum, which a child inherits."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from dsconvert.errors import InputError
+
+RUNS = 3  # inferences before the peak is read: buffers are allocated by the first
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Milliseconds to load; bytes resident at the peak, and before loading (Python and the engine)."""
+
+    load_ms: float
+    peak_bytes: int
+    base_bytes: int
+
+
+def measure_footprint(path: Path, engine: str, threads: int, side: int | None) -> Footprint:
+    """Load and run the model in a fresh process. Raises InputError when that process cannot use it."""
+    command = [sys.executable, "-m", "dsconvert.evaluate.footprint", str(path), engine, str(threads), str(side or 0)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or [f"it ended with {done.returncode}"])[-1]
+        raise InputError(f"{path} could not be measured in {engine}: {last.removesuffix('.')}.")
+    return Footprint(**json.loads(done.stdout.splitlines()[-1]))
+
+
+def _here(path: Path, engine: str, threads: int, side: int | None) -> Footprint:
+    """The measurement, in this process."""
+    from dsconvert.evaluate.engines import engine_version, open_model
+
+    engine_version(engine)  # imports it
+    base = _peak_bytes()
+    began = time.perf_counter()
+    run = open_model(path, engine, threads, side)
+    load_ms = (time.perf_counter() - began) * 1e3
+    for _ in range(RUNS):
+        run()
+    return Footprint(load_ms, _peak_bytes(), base)
+
+
+def _peak_bytes() -> int:
+    found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    if found is None:
+        raise InputError("This system does not report peak memory (VmHWM).")
+    return int(found[1]) * 1024
+
+
+if __name__ == "__main__":
+    path, engine, threads, side = sys.argv[1:]
+    try:
+        result = _here(Path(path), engine, int(threads), int(side) or None)
+    except InputError as error:
+        sys.exit(str(error))
+    sys.stdout.write(json.dumps(vars(result)) + "\n")
