@@ -14,6 +14,7 @@ from onnx.reference import ReferenceEvaluator
 from dsconvert.errors import InputError
 from dsconvert.evaluate.candidates import load_candidate
 from dsconvert.export.builder import OnnxBuilder
+from dsconvert.export.decode import Decoded
 from dsconvert.export.nms import Nms, add_nms
 from dsconvert.export.onnx import Ends, export_float, export_quantized
 from dsconvert.graph.integer import QParams
@@ -93,7 +94,9 @@ def test_evaluation_feeds_each_file_what_it_takes(converted, picture, tmp_path, 
 def nms_model(n: int | str, boxes: int, nc: int, nms: Nms) -> onnx.ModelProto:
     """The suppression alone, on predictions as input."""
     b = OnnxBuilder(13)
-    add_nms(b, "predictions", nc, nms, "detections")
+    parts = ["box", "conf"]
+    b.nodes.append(onnx.helper.make_node("Split", ["predictions", b.shape(4, 1 + nc)], parts, axis=2))
+    add_nms(b, Decoded(*parts), nc, nms, "detections")
     return b.model({"predictions": (n, boxes, nc + 5)}, {"detections": ("k", 7)}, {})
 
 

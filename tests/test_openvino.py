@@ -23,10 +23,10 @@ def compiled(model: onnx.ModelProto):
     return core.compile_model(core.read_model(model.SerializeToString()), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
 
 
-def with_maps(model: onnx.ModelProto) -> onnx.ModelProto:
+def with_maps(model: onnx.ModelProto, names: tuple[str, ...]) -> onnx.ModelProto:
     """The file with the raw detection maps as further outputs."""
-    for name in [n.input[0] for n in model.graph.node if n.output[0].endswith(".split")]:
-        model.graph.output.append(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None))
+    for name in names:
+        model.graph.output.append(onnx.helper.make_tensor_value_info(f"{name}.q", onnx.TensorProto.UINT8, None))
     return model
 
 
@@ -47,7 +47,7 @@ def test_every_convolution_is_int8_and_the_maps_are_onnx_runtimes(converted, pic
     convs = {name: widened(conv, i) for i, (name, conv) in enumerate(converted.convs.items())}
     model = replace(converted, convs=convs)
     assert {c.weight.bits for c in convs.values()} == set(range(2, 9))
-    file = with_maps(export_quantized(model, layout, SIDE))
+    file = with_maps(export_quantized(model, layout, SIDE), model.graph.outputs)
     engine = compiled(file)
     kinds = [
         node.rt_info["runtimePrecision"].value
@@ -58,7 +58,8 @@ def test_every_convolution_is_int8_and_the_maps_are_onnx_runtimes(converted, pic
     feed = {"images": picture.numpy()}
     wanted = ort.InferenceSession(file.SerializeToString(), providers=["CPUExecutionProvider"]).run(None, feed)[1:]
     found = list(engine(feed).values())[1:]
-    for a, b, name in zip(wanted, found, model.graph.outputs, strict=True):
+    for a, b in zip(wanted, found, strict=True):
         # OpenVINO computes SiLU and additions in float between the quantizers: on average less than one activation
         # step apart, as in ONNX Runtime without optimisation; a wrong weight moves the maps by tens of steps
-        assert np.abs(a - b).mean() < converted.activations[name].scale
+        assert np.abs(a.astype(int) - b).mean() < 1
+        assert a.std() > 10  # and there is something to compare

@@ -9,6 +9,7 @@ from onnx import TensorProto, helper
 
 from dsconvert.errors import InputError
 from dsconvert.export.builder import OnnxBuilder
+from dsconvert.export.decode import Decoded
 
 
 @dataclass(frozen=True)
@@ -27,16 +28,17 @@ class Nms:
             raise InputError("--conf-thres must lie in 0..1, --iou-thres in 0..1, and --max-det must be at least 1.")
 
 
-def add_nms(b: OnnxBuilder, predictions: str, nc: int, nms: Nms, output: str) -> None:
-    """`predictions` (n, boxes, 5 + nc) as decoded -> `output` (k, 7): image index, x1, y1, x2, y2 in input pixels,
+def add_nms(b: OnnxBuilder, decoded: Decoded, nc: int, nms: Nms, output: str) -> None:
+    """Decoded boxes -> `output` (k, 7): image index, x1, y1, x2, y2 in input pixels,
     score, class. Images in order, best first within each; a box takes part once for every class."""
-    parts = [f"nms.{p}" for p in ("xywh", "objectness", "classes")]
-    b.nodes.append(helper.make_node("Split", [predictions, b.shape(4, 1, nc)], parts, axis=2))
-    xywh, objectness, classes = parts
-    every = b.node("Mul", [classes, objectness], "nms.every")
+    parts = ["nms.objectness", "nms.classes"]
+    b.nodes.append(helper.make_node("Split", [decoded.conf, b.shape(1, nc)], parts, axis=2))
+    every = b.node("Mul", parts, "nms.every")
     scores = b.node("Transpose", [every], "nms.scores", perm=[0, 2, 1])
     limits = [b.constant(np.array([nms.most], np.int64)), *(_one(b, v) for v in (nms.iou, nms.confidence))]
-    kept = b.node("NonMaxSuppression", [xywh, scores, *limits], "nms.kept", center_point_box=1)  # image, class, box
+    kept = b.node(
+        "NonMaxSuppression", [decoded.box, scores, *limits], "nms.kept", center_point_box=1
+    )  # image, class, box
     count = b.node("Shape", [kept], "nms.shape")
     count = b.node("Gather", [count, b.shape(0)], "nms.count")
     score = b.node("GatherND", [scores, kept], "nms.score")
@@ -46,7 +48,7 @@ def add_nms(b: OnnxBuilder, predictions: str, nc: int, nms: Nms, output: str) ->
     kept = b.node("Gather", [kept, _order(b, image, count, "nms.grouped", largest=0)], "nms.sorted")
     kept = b.node("Compress", [kept, _first_of_each(b, scores, kept, count, nms.most)], "nms.final", axis=0)
     image, kind = (b.node("Gather", [kept, b.shape(i)], f"nms.column{i}", axis=1) for i in (0, 1))
-    box = b.node("GatherND", [xywh, b.node("Gather", [kept, b.shape(0, 2)], "nms.at", axis=1)], "nms.box")
+    box = b.node("GatherND", [decoded.box, b.node("Gather", [kept, b.shape(0, 2)], "nms.at", axis=1)], "nms.box")
     b.nodes.append(helper.make_node("Split", [box, b.shape(2, 2)], ["nms.xy", "nms.wh"], axis=1))
     half = b.node("Mul", ["nms.wh", b.scalar(0.5)], "nms.half")
     score = b.node("Unsqueeze", [b.node("GatherND", [scores, kept], "nms.value"), b.shape(1)], "nms.values")

@@ -4,7 +4,7 @@ On request the input is float16 or the raw bytes (see `inputs`), and the output 
 
 The quantized file is in QDQ form: every convolution reads DequantizeLinear values and is followed by
 QuantizeLinear, from which engines build their int8 kernels. Max-pool, upsampling and same-grid concatenation
-work on the uint8 values directly. Decoding stays in float.
+work on the uint8 values directly. Decoding is float.
 """
 
 from __future__ import annotations
@@ -50,13 +50,13 @@ def export_quantized(model: DSModel, layout: str, imgsz: int, ends: Ends = PLAIN
         q = _Quantized(b, model, layout, ends.input_type)
         for node in model.graph.nodes:
             q.add(node)
-        raw = [q.real(name) for name in model.graph.outputs]
+        raw, grids = [q.uint8[name] for name in model.graph.outputs], [q.grids[name] for name in model.graph.outputs]
     else:
         image = add_real_image(b, ends.input_type)
         for node in model.graph.nodes:
             _weight_only(b, _reading(node, image), model, layout)
-        raw = list(model.graph.outputs)
-    return _finish(b, raw, model.head, imgsz, ends, {"dsconvert.layout": layout})
+        raw, grids = list(model.graph.outputs), None
+    return _finish(b, raw, grids, model.head, imgsz, ends, {"dsconvert.layout": layout})
 
 
 def export_float(
@@ -73,7 +73,7 @@ def export_float(
             _conv(b, node, [node.inputs[0], weight, bias], p.weight.shape[2])
         else:
             _float_op(b, node, list(node.inputs), node.name)
-    return _finish(b, list(graph.outputs), head, imgsz, ends, {})
+    return _finish(b, list(graph.outputs), None, head, imgsz, ends, {})
 
 
 def _reading(node: Node, image: str) -> Node:
@@ -82,21 +82,30 @@ def _reading(node: Node, image: str) -> Node:
 
 
 def _finish(
-    b: OnnxBuilder, raw: list[str], head: Head, imgsz: int, ends: Ends, extra: Mapping[str, str]
+    b: OnnxBuilder,
+    raw: list[str],
+    grids: list[QParams] | None,
+    head: Head,
+    imgsz: int,
+    ends: Ends,
+    extra: Mapping[str, str],
 ) -> onnx.ModelProto:
-    """Raw maps -> the model: decoding, NMS if wanted, metadata."""
+    """Raw maps (uint8 on grids, or float) -> the model: decoding, NMS if wanted, metadata."""
     if imgsz % head.stride:
         raise InputError(f"The image size {imgsz} is not a multiple of the model's stride {head.stride}.")
     n: int | str = "batch" if ends.dynamic_batch else 1
     # YOLOv5 reads exactly these two keys: int(stride) and the names as a Python dictionary
     metadata = {"stride": str(head.stride), "names": str(dict(enumerate(head.names))), **extra}
-    outputs: dict[str, tuple[int | str, ...]] = {OUTPUT: (n, box_count(head, imgsz), head.nc + 5)}
-    add_decode(b, raw, head, imgsz, OUTPUT)
+    decoded = add_decode(b, raw, head, imgsz, grids)
+    output: dict[str, tuple[int | str, ...]]
     if ends.nms:
-        add_nms(b, OUTPUT, head.nc, ends.nms, DETECTIONS)
-        outputs = {DETECTIONS: ("detections", 7)}
+        add_nms(b, decoded, head.nc, ends.nms, DETECTIONS)
+        output = {DETECTIONS: ("detections", 7)}
         metadata["dsconvert.nms"] = str(asdict(ends.nms))
-    return b.model({INPUT: (n, 3, imgsz, imgsz)}, outputs, metadata, INPUT_TYPES[ends.input_type])
+    else:
+        b.node("Concat", [decoded.box, decoded.conf], OUTPUT, axis=2)
+        output = {OUTPUT: (n, box_count(head, imgsz), head.nc + 5)}
+    return b.model({INPUT: (n, 3, imgsz, imgsz)}, output, metadata, INPUT_TYPES[ends.input_type])
 
 
 def _conv(b: OnnxBuilder, node: Node, inputs: list[str], kernel: int) -> str:
