@@ -60,6 +60,18 @@ def ort_static(float_model: Path, target: Path, images: Images, convs_only: bool
     prepared.unlink()
 
 
+def ort_predictor(path: Path, exact: bool) -> Callable[[NDArray[np.float32]], NDArray[np.float32]]:
+    """ONNX Runtime on two terms: as it runs by default, or with the option that keeps CPUs without VNNI from
+    saturating int8 products (slower there, no difference elsewhere)."""
+    import onnxruntime as ort
+
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    options.add_session_config_entry("session.x64quantprecision", "1" if exact else "0")
+    running = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    return lambda batch: running.run(None, {"images": batch})[0]
+
+
 def nncf_int8(float_model: Path, target: Path, images: Images) -> None:
     """OpenVINO NNCF's post-training int8, mixed preset as for YOLO, the decoding left out; writes OpenVINO IR."""
     import nncf

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -46,8 +46,9 @@ from dsconvert.yolo.plan import choose_convs
 
 MODEL_FILE, REPORT_FILE = "model.safetensors", "quantize.json"
 BATCH = 4
-VALUE_BYTES = 6  # half and float32 (uint8 when activations are quantized)
-LOCKSTEP_BYTES = 3 << 29  # values of both networks kept while fitting; more images than fit are left out there
+# What lockstep fitting may keep of both networks' values: 3 bytes each (half, uint8), or 6 with float activations
+# (half, float32). More images than fit in are left out.
+LOCKSTEP_BYTES = 5 << 28
 SYNTHETIC_IMAGES, SYNTHETIC_SIDE, SYNTHETIC_STEPS = 16, 320, 80
 
 Progress = Callable[[str, int, int], None]
@@ -101,13 +102,14 @@ def quantize(
     head = checkpoint.head
     graph, params = split_detect(*lower(network.fuse()), head)
     chosen = choose_convs(network, graph, options.blocks, options.scope)
-    kept = [b.to(device).float() / 255 for b in _bounded(graph, params, batches, device)]
+    value_bytes = 3 if options.activations == "int8" else 6
+    kept = _bounded(graph, params, batches, device, LOCKSTEP_BYTES // value_bytes)
     images = sum(len(b) for b in kept)
 
     def measure(raw: list[Tensor], reference: list[Tensor]) -> list[Tensor]:
         return detection_measure(raw, reference, head)
 
-    singles = _counted((image for b in kept for image in b.split(1)), "importance", images, report)
+    singles = _counted((image for b in _real(kept, device) for image in b.split(1)), "importance", images, report)
     errors = weight_errors(params, sorted(chosen) if options.bits is None else [], options.block_size, WIDTHS)
     importance = measure_importance(graph, params, singles, measure, options.seed, errors)
     own: dict[str, QParams] = {}
@@ -118,8 +120,8 @@ def quantize(
     if options.bits is None:
         bits = _mixed(graph, params, own, head, damage, options)
     convs = fit_lockstep(
-        graph, params, _layer_fit(bits, options), own, kept, lambda done, total: report("fit", done, total),
-        importance.positions,
+        graph, params, _layer_fit(bits, options), own, _real(kept, device),
+        lambda done, total: report("fit", done, total), importance.positions,
     )  # fmt: skip
     sqnr = {name: _sqnr_db(params[name].weight.cpu(), conv.weight.weight()) for name, conv in convs.items()}
     model = DSModel(
@@ -207,8 +209,15 @@ def _counted(batches: Iterable[Tensor], stage: str, total: int, report: Progress
         report(stage, done, total)
 
 
-def _bounded(graph: Graph, params: Mapping[str, ConvParams], batches: list[Tensor], device: str) -> list[Tensor]:
-    """As many of the batches, evenly spread, as lockstep fitting can hold within LOCKSTEP_BYTES."""
+def _real(batches: Iterable[Tensor], device: str) -> Iterator[Tensor]:
+    """uint8 batches as the network reads them, 0..1, made one at a time."""
+    return (b.to(device).float() / 255 for b in batches)
+
+
+def _bounded(
+    graph: Graph, params: Mapping[str, ConvParams], batches: list[Tensor], device: str, most: int
+) -> list[Tensor]:
+    """As many of the batches, evenly spread, as give at most `most` values to keep at any time."""
     sizes: dict[str, int] = {}
     one = batches[0][:1].to(device).float() / 255
     run_float(graph, params, one, lambda name, value: sizes.__setitem__(name, value.numel()))
@@ -217,7 +226,7 @@ def _bounded(graph: Graph, params: Mapping[str, ConvParams], batches: list[Tenso
         alive += sizes[node.name]
         peak = max(peak, alive)
         alive -= sum(sizes[name] for name in set(node.inputs) if last[name] == index and name in sizes)
-    fitting = max(1, LOCKSTEP_BYTES // (VALUE_BYTES * peak * len(batches[0])))
+    fitting = max(1, most // (peak * len(batches[0])))
     count = min(fitting, len(batches))
     return [batches[i * len(batches) // count] for i in range(count)]
 

@@ -6,7 +6,7 @@ should have made; what is fitted there therefore also makes up for errors of the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -50,20 +50,23 @@ def fit_lockstep(
     params: Mapping[str, ConvParams],
     fit_layer: FitLayer,
     own: Mapping[str, QParams],
-    batches: Sequence[Tensor],
+    batches: Iterable[Tensor],
     progress: Progress | None = None,
     positions: Mapping[str, Tensor] | None = None,
 ) -> dict[str, QConv]:
     """Fit every convolution: VQK and KDS by `fit_layer`, then CDSw and CDSb to the float network's outputs.
 
-    `batches` are image batches (n, 3, h, w). `own` are the activation grids; without any, activations stay float
-    on both sides. `positions` weights every convolution's output positions, (images, h' w'); by default all
+    `batches` are image batches (n, 3, h, w), read once. `own` are the activation grids; without any, activations
+    stay float on both sides. `positions` weights every convolution's output positions, (images, h' w'); by default all
     count the same. Values are kept for all batches at once, the float side's in half precision (a hundredth of an
     activation step), and released after their last use.
     """
     side = _Side(grid_of(graph, own) if own else {})
-    floats: dict[str, list[Tensor]] = {INPUT: [x.half() for x in batches]}
-    quants: dict[str, list[Tensor]] = {INPUT: [side.enter(x) for x in batches]}
+    floats: dict[str, list[Tensor]] = {INPUT: []}
+    quants: dict[str, list[Tensor]] = {INPUT: []}
+    for x in batches:
+        floats[INPUT].append(x.half())
+        quants[INPUT].append(side.enter(x))
     last = graph.last_use()
     fitted: dict[str, QConv] = {}
     with torch.no_grad():
