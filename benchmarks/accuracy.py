@@ -27,7 +27,6 @@ from dsconvert.evaluate.accuracy import Detections, Predictor, detect_all
 from dsconvert.evaluate.candidates import load_candidate
 from dsconvert.fit.gptq import Moments, fit_weight_gptq, measure_moments
 from dsconvert.fit.least_squares import fit_weight
-from dsconvert.model import DSModel
 from dsconvert.modelfile import load_model
 from dsconvert.pipeline import QuantizeOptions, onnx_bytes, quantize, save_quantized
 from dsconvert.yolo.checkpoint import load_checkpoint
@@ -128,12 +127,7 @@ def all_rows(checkpoint: Path, data: Path, work: Path, groups: Sequence[str]) ->
     add("dsconvert 3 bit everywhere", "main", replace(options, bits=3))
     three = rows[-1]
     add("dsconvert mixed, 3 bit size", "main", replace(options, target_bytes=three.path.stat().st_size))
-    add(
-        "dsconvert mixed, weights 14 times smaller",
-        "main",
-        replace(options, target_bytes=fourteenth(three.path, load_model(three.path.parent / "model.safetensors"))),
-    )
-    add("dsconvert default, data-free", "main", replace(options, calib=None))
+    add("dsconvert default, data-free", "data-free", replace(options, calib=None))
     for size in (650_000, 800_000, 1_400_000):
         add(f"dsconvert mixed, {size / 1e6:.2f} MB", "frontier", replace(options, target_bytes=size))
     four = replace(options, bits=4)
@@ -149,12 +143,6 @@ def all_rows(checkpoint: Path, data: Path, work: Path, groups: Sequence[str]) ->
 def has_vnni() -> bool:
     """Whether this CPU adds int8 products in 32 bits."""
     return "vnni" in Path("/proc/cpuinfo").read_text()
-
-
-def fourteenth(file: Path, model: DSModel) -> int:
-    """Size of a file whose weights take 1/14 of float32's, everything else as in the packed file of `model`."""
-    weights = model.weight_count * model.weight_bits / 8
-    return round(model.weight_count * 4 / 14 + file.stat().st_size - weights)
 
 
 def bootstrap(found: Detections, rounds: int, seed: int = 0) -> np.ndarray:
@@ -199,7 +187,7 @@ def write(rows: list[Row], found: Detections, samples: np.ndarray, images: int, 
         "that nothing was tuned on; calibration without labels on the train split. Every row is its file, run: ONNX in "
         f"ONNX Runtime, NNCF in OpenVINO. Intervals: paired bootstrap over images, {images} draws; they are wide "
         "because the images are few.", "",
-        *table(group("main")), "",
+        *table(group("main", "data-free")), "",
         "The stem and Detect are int8 in every dsconvert row; activations are uint8. *Default* spends the bytes of "
         "4 bits everywhere where they save most (`dsconvert quantize` without `--bits`). *Exact products*: with ONNX "
         "Runtime's `session.x64quantprecision`; by default a CPU without VNNI saturates ordinary int8 weights' "
@@ -244,7 +232,9 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--work", type=Path, default=Path("runs/accuracy"))
     parser.add_argument("--out", type=Path, default=Path("docs/accuracy.md"))
-    parser.add_argument("--groups", nargs="*", default=["frontier", "ablation", "block"], help="besides main")
+    parser.add_argument(
+        "--groups", nargs="*", default=["frontier", "ablation", "block", "data-free"], help="besides main"
+    )
     parser.add_argument("--rounds", type=int, default=300)
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
