@@ -8,7 +8,6 @@ from dataclasses import replace
 import pytest
 import torch
 from safetensors.numpy import save_file
-from test_export import converted  # noqa: F401 (a fixture)
 
 from dsconvert.errors import InputError
 from dsconvert.modelfile import load_model, model_bytes

@@ -60,8 +60,9 @@ def test_float_row_and_size_and_loss(yolov5n):
     assert abs(torch_row["map50_95"] - onnx_row["map50_95"]) <= 0.003  # acceptance: 0.3 points
     assert torch_row["map50_95"] > 0.3  # a published 28.0 on all of val2017; these 64 images are easier
     assert packed["size_bytes"] <= 1_200_000
-    assert packed["map50_95"] > torch_row["map50_95"] - 0.035  # measured 2.1 points
-    assert (packed["images"], round(packed["weight_bits"], 1)) == (64, 4.4)
+    assert packed["map50_95"] > torch_row["map50_95"] - 0.02  # measured 0.8 points
+    assert packed["images"] == 64
+    assert 4 < packed["weight_bits"] <= 4.37  # no more than 4 bits everywhere take
 
 
 def test_torch_packed_and_int8_agree(yolov5n):
