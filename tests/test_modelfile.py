@@ -14,7 +14,7 @@ from dsconvert.modelfile import load_model, model_bytes
 
 
 @pytest.fixture
-def model(converted):  # noqa: F811
+def model(converted):
     provenance = {"source": "best.pt", "options": {"calib": None}}
     return replace(converted, provenance=provenance)
 
