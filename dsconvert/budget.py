@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 
 import torch
 
-from dsconvert.dsconv.tensor import DSTensor, block_count
+from dsconvert.dsconv.tensor import DSTensor, block_count, used_block_size
 from dsconvert.errors import InputError
 from dsconvert.export.builder import OnnxBuilder
 from dsconvert.export.layouts import LAYOUT_OPSET, add_int8_weight
@@ -33,7 +33,7 @@ def stored_bytes(shape: torch.Size, bits: int, block_size: int) -> int:
 def empty_weight(shape: torch.Size, bits: int, block_size: int) -> DSTensor:
     """A weight of zeros of the given kind; at 8 bits plain int8, one block wide."""
     cho, chi, kh, kw = shape
-    block = block_size if bits < 8 else chi
+    block = used_block_size(bits, chi, block_size)
     m = torch.ones(cho, block_count(chi, block), kh, kw, dtype=torch.int8)
     return DSTensor(torch.zeros(shape, dtype=torch.int8), m, None, torch.ones(cho), bits, block)
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 import dsconvert
 from dsconvert.budget import WIDTHS, Damage, bits_for_file, bits_like_uniform, packed_size
-from dsconvert.dsconv.tensor import DSTensor
+from dsconvert.dsconv.tensor import DSTensor, used_block_size
 from dsconvert.errors import InputError
 from dsconvert.evaluate.accuracy import evaluate_predictors
 from dsconvert.evaluate.candidates import Candidate, load_candidate
@@ -195,7 +195,7 @@ def _layer_fit(bits: Mapping[str, int], options: QuantizeOptions) -> FitLayer:
 
     def fit(node: Node, weight: Tensor, batches: Iterable[Seen]) -> DSTensor:
         width = bits.get(node.name, 8)
-        block_size = options.block_size if width < 8 else weight.shape[1]
+        block_size = used_block_size(width, weight.shape[1], options.block_size)
         return fit_layer(node, weight, width, block_size, batches, options.seed)
 
     return fit

@@ -44,6 +44,11 @@ def block_count(chi: int, block_size: int) -> int:
     return math.ceil(chi / block_size)
 
 
+def used_block_size(bits: int, chi: int, block_size: int) -> int:
+    """The block size a layer is fitted with: at 8 bits a block is all of chi, which makes it plain int8."""
+    return block_size if bits < 8 else chi
+
+
 def expand_blocks(kds: Tensor, chi: int, block_size: int) -> Tensor:
     """(cho, nblk, kh, kw) -> (cho, chi, kh, kw): every channel gets its block's value."""
     return kds.repeat_interleave(block_size, 1)[:, :chi]

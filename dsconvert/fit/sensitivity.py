@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor
 from torch.nn.grad import conv2d_weight
 
+from dsconvert.dsconv.tensor import used_block_size
 from dsconvert.fit.least_squares import fit_weight
 from dsconvert.graph.ir import ConvParams, Node
 
@@ -25,7 +26,7 @@ def weight_errors(
     made: dict[str, dict[int, Tensor]] = {}
     for name in names:
         weight = params[name].weight
-        blocks = {b: block_size if b < 8 else weight.shape[1] for b in widths}
+        blocks = {b: used_block_size(b, weight.shape[1], block_size) for b in widths}
         made[name] = {
             b: fit_weight(weight, b, blocks[b], starts=(0.8,), rounds=1).weight().to(weight) - weight for b in widths
         }
