@@ -114,7 +114,7 @@ def quantize(
     importance = measure_importance(graph, params, singles, measure, options.seed, errors)
     own: dict[str, QParams] = {}
     if options.activations == "int8":
-        own = choose_grids(graph, importance.samples, options.seed)
+        own = choose_grids(graph, importance.samples, importance.clipping, options.seed)
     damage = importance.damage
     bits = dict.fromkeys(sorted(chosen), options.bits or 0)
     if options.bits is None:

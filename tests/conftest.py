@@ -82,7 +82,7 @@ def grids_of(graph, params, batches) -> dict:
     """Activation grids of a graph, every sigmoid of its outputs equally important."""
     singles = [image for batch in batches for image in batch.split(1)]
     found = measure_importance(graph, params, singles, lambda raw, _: [t.sigmoid() for t in raw], 0)
-    return choose_grids(graph, found.samples, 0)
+    return choose_grids(graph, found.samples, found.clipping, 0)
 
 
 @pytest.fixture

@@ -38,8 +38,8 @@ def coco_metrics(
     if not sum(len(t) for t in truths):
         raise InputError("The images have no labels: there is nothing to measure accuracy against.")
     with contextlib.redirect_stdout(io.StringIO()):  # the library reports its progress on stdout
-        coco = COCO(_ground_truth(truths, shapes, nc))
-        found = coco.loadRes(_results(detections))
+        coco = COCO(ground_truth(truths, shapes, nc))
+        found = coco.loadRes(results(detections))
         run = COCOeval_faster(coco, found, "bbox", print_function=lambda *_: None)
         run.evaluate()
         run.accumulate()
@@ -57,7 +57,8 @@ def coco_metrics(
     )
 
 
-def _ground_truth(truths: Sequence[Array], shapes: Sequence[tuple[int, int]], nc: int) -> dict[str, Any]:
+def ground_truth(truths: Sequence[Array], shapes: Sequence[tuple[int, int]], nc: int) -> dict[str, Any]:
+    """Truths as `coco_metrics` takes them -> a COCO annotation document."""
     annotations: list[dict[str, Any]] = []
     for image, boxes in enumerate(truths):
         for kind, x1, y1, x2, y2 in boxes.tolist():
@@ -73,7 +74,8 @@ def _ground_truth(truths: Sequence[Array], shapes: Sequence[tuple[int, int]], nc
     }
 
 
-def _results(detections: Sequence[Array]) -> list[dict[str, Any]]:
+def results(detections: Sequence[Array]) -> list[dict[str, Any]]:
+    """Detections as `coco_metrics` takes them -> COCO's list of results."""
     return [
         {"image_id": image, "category_id": int(kind), "bbox": [x1, y1, x2 - x1, y2 - y1], "score": score}
         for image, boxes in enumerate(detections)

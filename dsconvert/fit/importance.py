@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dsconvert.fit.clipping import LEVELS, clip_effects
 from dsconvert.fit.sensitivity import WeightErrors, squared_effects
 from dsconvert.graph.integer import keeps_grid
 from dsconvert.graph.ir import INPUT, ConvParams, Graph, Node
@@ -28,11 +29,13 @@ Measure = Callable[[list[Tensor], list[Tensor]], list[Tensor]]
 class Importance:
     """samples: value name -> (calibration values, their weights), both (k,). positions: convolution name ->
     (images, h' w') weights of its output positions: the root of the squared gradients summed over channels.
-    damage: convolution name -> bits -> squared change of the measured numbers, over all images."""
+    damage: convolution name -> bits -> squared change of the measured numbers, over all images. clipping: value name ->
+    the same for cutting the value at each of `clipping.LEVELS`, for values that `samples` judges where they are."""
 
     samples: Mapping[str, tuple[Tensor, Tensor]]
     positions: Mapping[str, Tensor]
     damage: Mapping[str, Mapping[int, float]]
+    clipping: Mapping[str, Tensor]
 
 
 def gradients(
@@ -75,10 +78,13 @@ def measure_importance(
     samples: dict[str, list[tuple[Tensor, Tensor]]] = {n.name: [] for n in graph.nodes if not keeps_grid(n.op)}
     positions: dict[str, list[Tensor]] = {n.name: [] for n in graph.convs()}
     damage = {name: dict.fromkeys(by_bits, 0.0) for name, by_bits in (errors or {}).items()}
+    clipping = {name: torch.zeros_like(LEVELS) for name in samples if name not in behind}
     for image in images:
         found = gradients(graph, params, image, measure, generator)
         for name, kept in samples.items():
             kept.append(_sample(found[name][0], found[behind.get(name, name)][1].square(), generator))
+        for name, effects in clipping.items():
+            effects += clip_effects(*found[name])
         for name, weights in positions.items():
             weights.append(found[name][1].square().sum(1).flatten(1).sqrt().cpu())
         for node in graph.convs():
@@ -90,6 +96,7 @@ def measure_importance(
         {name: (torch.cat([v for v, _ in s]), torch.cat([w for _, w in s])) for name, s in samples.items()},
         {name: torch.cat(w) for name, w in positions.items()},
         damage,
+        clipping,
     )
 
 
