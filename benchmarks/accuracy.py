@@ -20,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from bootstrap import bootstrap
 from peers import nncf_int8, openvino_predictor, ort_predictor, ort_static
 
 from dsconvert.dsconv.tensor import DSTensor
@@ -145,14 +146,6 @@ def has_vnni() -> bool:
     return "vnni" in Path("/proc/cpuinfo").read_text()
 
 
-def bootstrap(found: Detections, rounds: int, seed: int = 0) -> np.ndarray:
-    """(rounds, models) mAP50-95 over images drawn with repetition, the same draw for every model."""
-    rng = np.random.default_rng(seed)
-    count = len(found.truths)
-    draws = [rng.integers(0, count, count).tolist() for _ in range(rounds)]
-    return np.array([[m.map50_95 for m in found.metrics(draw)] for draw in draws])
-
-
 def write(rows: list[Row], found: Detections, samples: np.ndarray, images: int, target: Path, command: str) -> None:
     """The page."""
     scores = found.metrics()
@@ -235,7 +228,7 @@ def main() -> None:
     parser.add_argument(
         "--groups", nargs="*", default=["frontier", "ablation", "block", "data-free"], help="besides main"
     )
-    parser.add_argument("--rounds", type=int, default=300)
+    parser.add_argument("--rounds", type=int, default=1000)
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(len(os.sched_getaffinity(0)))
