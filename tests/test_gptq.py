@@ -8,7 +8,7 @@ import torch
 from torch.nn import functional as F
 
 from dsconvert.dsconv.tensor import DSTensor, largest_pair
-from dsconvert.fit.gptq import Moments, fit_layer, fit_weight_gptq, measure_moments
+from dsconvert.fit.gptq import DAMPING, Moments, fit_layer, fit_weight_gptq, measure_moments
 from dsconvert.fit.least_squares import fit_weight
 from dsconvert.fit.seen import Seen
 from dsconvert.graph.ir import Node
@@ -30,13 +30,18 @@ def seen(x: torch.Tensor, q: torch.Tensor, weights: torch.Tensor | None = None) 
     return Seen(x, q, x, torch.ones(len(x), x.shape[2] * x.shape[3]) if weights is None else weights)
 
 
-def objective(weight: torch.Tensor, fitted: DSTensor, x: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
-    """E ||W x - W' q||^2 per output channel with the best CDSw and CDSb for the integers, by regression in float64."""
+def objective(
+    weight: torch.Tensor, fitted: DSTensor, x: torch.Tensor, q: torch.Tensor, ridge: float = 0.0
+) -> torch.Tensor:
+    """E ||W x - W' q||^2 + ridge ||W - W'||^2 per output channel with the best CDSw and CDSb for the integers, by
+    regression in float64."""
     y = F.conv2d(x.double(), weight.double(), padding=1).transpose(0, 1).flatten(1)
     a = F.conv2d(q.double(), fitted.merged().double(), padding=1).transpose(0, 1).flatten(1)
     y, a = y - y.mean(1, keepdim=True), a - a.mean(1, keepdim=True)
+    pull = (ridge * y.shape[1]) ** 0.5
+    y, a = (torch.cat((v, pull * w.double().flatten(1)), 1) for v, w in ((y, weight), (a, fitted.merged())))
     cds = (a * y).sum(1) / a.square().sum(1).clamp_min(1e-30)
-    return (y - cds[:, None] * a).square().mean(1)
+    return (y - cds[:, None] * a).square().sum(1) / (y.shape[1] - weight[0].numel())
 
 
 def test_moments_are_the_covariances_of_the_unfolded_inputs():
@@ -78,8 +83,9 @@ def test_never_worse_than_least_squares_and_clearly_better_at_few_bits(bits, blo
     x, q = inputs(bits)
     weight = torch.randn(6, 8, 3, 3, generator=torch.Generator().manual_seed(bits))
     moments = measure_moments(CONV, weight.shape, [seen(x, q)], seed=0)
+    ridge = DAMPING * float(moments.hessian.diagonal().mean())
     ours, plain = (
-        objective(weight, f, x, q)
+        objective(weight, f, x, q, ridge)
         for f in (fit_weight_gptq(weight, moments, bits, block), fit_weight(weight, bits, block))
     )
     # channel by channel; the moments were summed from float32 products

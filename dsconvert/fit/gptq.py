@@ -5,10 +5,11 @@ We look for W' = CDSw (m VQK) minimising, per output channel,
 
     J(W') = E || (W x - W' q) centred ||^2 = const - 2 W C W'^T + W' H W'^T,   H = E[q q^T],  C = E[x q^T]
 
-(means taken out: CDSb takes care of them; E weights every position by its importance to the network's result). The
-real-valued optimum is W C H^-1; GPTQ rounds it one column at a time, each column's rounding error being made up for by
-the columns still to come. Columns go block by block (the channels of one block at one tap share an m), blocks and
-columns of most energy first; m is chosen when its block is reached.
+(means taken out: CDSb takes care of them; E weights every position by its importance to the network's result). A
+hundred images overfit, so r ||W' - W||^2 is added to it: H and C both get r on their diagonals, which is GPTQ's
+damping. The real-valued optimum is then W C H^-1; GPTQ rounds it one column at a time, each column's rounding error
+being made up for by the columns still to come. Columns go block by block (the channels of one block at one tap share
+an m), blocks and columns of most energy first; m is chosen when its block is reached.
 """
 
 from __future__ import annotations
@@ -37,6 +38,12 @@ class Moments:
 
     hessian: Tensor
     cross: Tensor
+
+    def damped(self) -> Moments:
+        """The moments of J with DAMPING's share of the mean diagonal of H as r."""
+        ridge = DAMPING * self.hessian.diagonal().mean().clamp_min(1e-12)
+        eye = ridge * torch.eye(len(self.hessian), dtype=torch.float64)
+        return Moments(self.hessian + eye, self.cross + eye)
 
 
 def measure_moments(node: Node, weight_shape: torch.Size, batches: Iterable[Seen], seed: int) -> Moments:
@@ -87,22 +94,20 @@ def _pick(weights: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
 
 
 def fit_weight_gptq(weight: Tensor, moments: Moments, bits: int, block_size: int) -> DSTensor:
-    """Float weight (cho, chi, kh, kw) and its input moments -> the DSTensor with the least J found.
+    """Float weight (cho, chi, kh, kw) and its input moments -> the DSTensor with the least damped J found.
 
     Per output channel the best of least squares and of GPTQ from every start is kept, each with the CDSw that is
     optimal for its integers: never worse than least squares on J.
     """
     plain = fit_weight(weight, bits, block_size)
     flat = weight.detach().cpu().double().flatten(1)
-    ridge = DAMPING * moments.hessian.diagonal().mean().clamp_min(1e-12)
-    damped = moments.hessian + ridge * torch.eye(len(moments.hessian), dtype=torch.float64)
-    # W C H^-1, written as a step away from W so that damping pulls towards W and not towards zero
-    target = flat + torch.linalg.solve(damped, ((moments.cross - moments.hessian).T @ flat.T)).T
-    groups = _groups(weight, block_size, moments.hessian.diagonal())
+    damped = moments.damped()
+    target = torch.linalg.solve(damped.hessian, (flat @ damped.cross).T).T  # W C H^-1, H being symmetric
+    groups = _groups(weight, block_size, damped.hessian.diagonal())
     order = torch.cat(groups)
-    inverse = torch.linalg.inv(damped[order][:, order])
+    inverse = torch.linalg.inv(damped.hessian[order][:, order])
     upper = torch.linalg.cholesky((inverse + inverse.T) / 2, upper=True)
-    best = _Best(flat, moments, plain)
+    best = _Best(flat, damped, plain)
     start = fit_weight(target.reshape(weight.shape), bits, block_size)
     for share in STARTS:
         cds = start.cds_w.double() * share
