@@ -1,4 +1,5 @@
-"""From a size to bits: which width every DSConv layer gets, so that the whole fits and the least is lost."""
+"""From a size to widths: the bits and the block size of every DSConv layer, so that the whole fits and the least is
+lost."""
 
 from __future__ import annotations
 
@@ -6,7 +7,7 @@ from collections.abc import Callable, Mapping
 
 import torch
 
-from dsconvert.dsconv.tensor import DSTensor, block_count, used_block_size
+from dsconvert.dsconv.tensor import DSTensor, Width, block_count, used_width
 from dsconvert.errors import InputError
 from dsconvert.export.builder import OnnxBuilder
 from dsconvert.export.layouts import LAYOUT_OPSET, add_int8_weight
@@ -17,61 +18,64 @@ from dsconvert.graph.ir import ConvParams, Graph
 from dsconvert.model import DSModel
 from dsconvert.yolo.network import Head
 
-WIDTHS = (2, 3, 4, 5, 6, 8)
-UNIFORM_BITS = 4  # what is allocated by default: as many bytes as this many bits everywhere would take
-Damage = Mapping[str, Mapping[int, float]]
+BITS = (2, 3, 4, 5, 6, 8)
+BLOCK_SIZES = (16, 32)  # tried where the user names none
+UNIFORM = Width(4, 32)  # what is allocated by default: as many bytes as this width everywhere would take
+Damage = Mapping[str, Mapping[Width, float]]
+Widths = Mapping[str, Width]
 
 
-def stored_bytes(shape: torch.Size, bits: int, block_size: int) -> int:
+def stored_bytes(shape: torch.Size, width: Width) -> int:
     """Bytes that a weight (cho, chi, kh, kw) adds to the packed file: VQK, KDS and the nodes that unpack them."""
     b = OnnxBuilder(LAYOUT_OPSET["packed"])
-    add_int8_weight(b, "model.00.m.0.cv0", empty_weight(shape, bits, block_size), "packed")
+    add_int8_weight(b, "model.00.m.0.cv0", empty_weight(shape, width), "packed")
     own = [t for name, t in b.initializers.items() if name.startswith("model")]  # constants are shared by all layers
     return sum(n.ByteSize() for n in b.nodes) + sum(t.ByteSize() for t in own)
 
 
-def empty_weight(shape: torch.Size, bits: int, block_size: int) -> DSTensor:
-    """A weight of zeros of the given kind; at 8 bits plain int8, one block wide."""
+def empty_weight(shape: torch.Size, width: Width) -> DSTensor:
+    """A weight of zeros of the given kind."""
     cho, chi, kh, kw = shape
-    block = used_block_size(bits, chi, block_size)
-    m = torch.ones(cho, block_count(chi, block), kh, kw, dtype=torch.int8)
-    return DSTensor(torch.zeros(shape, dtype=torch.int8), m, None, torch.ones(cho), bits, block)
+    m = torch.ones(cho, block_count(chi, width.block_size), kh, kw, dtype=torch.int8)
+    return DSTensor(torch.zeros(shape, dtype=torch.int8), m, None, torch.ones(cho), *width)
 
 
-def choices(params: Mapping[str, ConvParams], damage: Damage, block_size: int) -> dict[str, list[Choice]]:
+def choices(params: Mapping[str, ConvParams], damage: Damage) -> dict[str, list[Choice]]:
     """What the allocator may pick from, by convolution name."""
     return {
-        name: [Choice(b, stored_bytes(params[name].weight.shape, b, block_size), d) for b, d in by_bits.items()]
-        for name, by_bits in damage.items()
+        name: [Choice(w, stored_bytes(params[name].weight.shape, w), d) for w, d in by_width.items()]
+        for name, by_width in damage.items()
     }
 
 
-def bits_like_uniform(params: Mapping[str, ConvParams], damage: Damage, block_size: int) -> dict[str, int]:
-    """Bits by name within the bytes that `UNIFORM_BITS` in every layer would take."""
-    budget = sum(stored_bytes(params[name].weight.shape, UNIFORM_BITS, block_size) for name in damage)
-    return {name: c.bits for name, c in allocate(choices(params, damage, block_size), budget).items()}
+def widths_like_uniform(params: Mapping[str, ConvParams], damage: Damage) -> dict[str, Width]:
+    """Widths by name within the bytes that `UNIFORM` in every layer would take."""
+    budget = sum(stored_bytes(params[name].weight.shape, UNIFORM) for name in damage)
+    return {name: c.width for name, c in allocate(choices(params, damage), budget).items()}
 
 
-def bits_for_file(
-    params: Mapping[str, ConvParams], damage: Damage, block_size: int, target: int, file_size: Callable[..., int]
-) -> dict[str, int]:
-    """Bits by name so that `file_size(bits)` is at most `target` bytes.
+def widths_for_file(
+    params: Mapping[str, ConvParams], damage: Damage, target: int, file_size: Callable[[Widths], int]
+) -> dict[str, Width]:
+    """Widths by name so that `file_size(widths)` is at most `target` bytes.
 
     Raises InputError, saying how small it gets, when the target is out of reach."""
-    options = choices(params, damage, block_size)
-    smallest = {name: min(by_bits, key=lambda c: c.size).bits for name, by_bits in options.items()}
+    options = choices(params, damage)
+    least = {name: min(by_width, key=lambda c: c.size) for name, by_width in options.items()}
+    smallest = {name: c.width for name, c in least.items()}
     floor = file_size(smallest)
     if floor > target:
         raise InputError(
             f"--target-size {target / 1e6:.2f}MB is out of reach: the smallest file is {floor / 1e6:.2f} MB."
         )
-    budget = target - floor + sum(min(c.size for c in by_bits) for by_bits in options.values())
+    least_bytes = sum(c.size for c in least.values())
+    budget = target - floor + least_bytes
     while True:
-        bits = {name: c.bits for name, c in allocate(options, budget).items()}
-        excess = file_size(bits) - target  # lengths within lengths: a few bytes either way
-        if excess <= 0 or bits == smallest:
-            return bits
-        budget = max(budget - excess, sum(min(c.size for c in by_bits) for by_bits in options.values()))
+        widths = {name: c.width for name, c in allocate(options, budget).items()}
+        excess = file_size(widths) - target  # lengths within lengths: a few bytes either way
+        if excess <= 0 or widths == smallest:
+            return widths
+        budget = max(budget - excess, least_bytes)
 
 
 def packed_size(
@@ -80,12 +84,13 @@ def packed_size(
     own: Mapping[str, QParams],
     head: Head,
     imgsz: int,
-    bits: Mapping[str, int],
-    block_size: int,
+    widths: Widths,
 ) -> int:
-    """Bytes of the packed ONNX file of a model with these bits (other layers int8), before it is fitted."""
+    """Bytes of the packed ONNX file of a model with these widths (other layers int8), before it is fitted."""
     convs = {
-        name: QConv(empty_weight(p.weight.shape, bits.get(name, 8), block_size), p.bias.detach().cpu())
+        name: QConv(
+            empty_weight(p.weight.shape, widths.get(name, used_width(8, p.weight.shape[1], 0))), p.bias.detach().cpu()
+        )
         for name, p in params.items()
     }
     return export_quantized(DSModel(graph, convs, own, head, imgsz, {}), "packed", imgsz).ByteSize()

@@ -59,7 +59,7 @@ def cli() -> None:
 @cli.command()
 @click.argument("checkpoint", type=PATH)
 @click.option("--calib", type=PATH, help="Folder of images, data.yaml, or text file of paths.")
-@click.option("--block-size", default=32, show_default=True, help="Input channels a shift covers.")
+@click.option("--block-size", type=click.IntRange(1), help="Input channels a shift covers (default: by layer).")
 @click.option("--bits", type=click.IntRange(2, 8), help="Bits of every weight (default: mixed, 4 on average).")
 @click.option("--target-size", "target_bytes", type=ByteSize(), metavar="SIZE",
               help="Largest packed ONNX file, such as 0.9MB; layers share it.")  # fmt: skip

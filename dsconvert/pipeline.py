@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 import dsconvert
-from dsconvert.budget import WIDTHS, Damage, bits_for_file, bits_like_uniform, packed_size
-from dsconvert.dsconv.tensor import DSTensor, used_block_size
+from dsconvert.budget import BITS, BLOCK_SIZES, Damage, Widths, packed_size, widths_for_file, widths_like_uniform
+from dsconvert.dsconv.tensor import DSTensor, Width, used_width
 from dsconvert.errors import InputError
 from dsconvert.evaluate.accuracy import evaluate_predictors
 from dsconvert.evaluate.candidates import Candidate, load_candidate
@@ -59,12 +59,13 @@ class QuantizeOptions:
     """Everything that decides the result of `quantize` besides the checkpoint and the machine.
 
     calib None means data-free. bits 2..8 for every DSConv layer, or None for widths by measured damage, within the
-    bytes of 4 bits everywhere or within a packed ONNX file of target_bytes. blocks and scope as in `yolo.plan`; imgsz
+    bytes of 4 bits everywhere or within a packed ONNX file of target_bytes. block_size None means one by measured
+    damage too, or (bits given) 16. blocks and scope as in `yolo.plan`; imgsz
     in pixels; samples the most calibration images used; activations int8, or float for a model whose weights alone
     are quantized."""
 
     calib: Path | None = None
-    block_size: int = 32
+    block_size: int | None = None
     bits: int | None = None
     target_bytes: int | None = None
     blocks: str = "all"
@@ -110,17 +111,20 @@ def quantize(
         return detection_measure(raw, reference, head)
 
     singles = _counted((image for b in _real(kept, device) for image in b.split(1)), "importance", images, report)
-    errors = weight_errors(params, sorted(chosen) if options.bits is None else [], options.block_size, WIDTHS)
+    sizes = [options.block_size] if options.block_size else BLOCK_SIZES
+    errors = weight_errors(params, sorted(chosen) if options.bits is None else [], BITS, sizes)
     importance = measure_importance(graph, params, singles, measure, options.seed, errors)
     own: dict[str, QParams] = {}
     if options.activations == "int8":
         own = choose_grids(graph, importance.samples, importance.clipping, options.seed)
     damage = importance.damage
-    bits = dict.fromkeys(sorted(chosen), options.bits or 0)
     if options.bits is None:
-        bits = _mixed(graph, params, own, head, damage, options)
+        widths = _mixed(graph, params, own, head, damage, options)
+    else:
+        block = options.block_size or min(BLOCK_SIZES)
+        widths = {name: used_width(options.bits, params[name].weight.shape[1], block) for name in sorted(chosen)}
     convs = fit_lockstep(
-        graph, params, _layer_fit(bits, options), own, _real(kept, device),
+        graph, params, _layer_fit(widths, options), own, _real(kept, device),
         lambda done, total: report("fit", done, total), importance.positions,
     )  # fmt: skip
     sqnr = {name: _sqnr_db(params[name].weight.cpu(), conv.weight.weight()) for name, conv in convs.items()}
@@ -138,7 +142,7 @@ def _check(options: QuantizeOptions, checkpoint: Checkpoint) -> None:
         raise InputError("--bits fixes every layer's width and --target-size chooses it; give one of them.")
     if options.bits is not None and not 2 <= options.bits <= 8:
         raise InputError(f"--bits {options.bits} is not a number from 2 to 8.")
-    if options.block_size < 1 or options.samples < 1:
+    if (options.block_size or 1) < 1 or options.samples < 1:
         raise InputError("--block-size and --samples must be at least 1.")
     if options.device != "cpu" and not torch.cuda.is_available():
         raise InputError(f"--device {options.device} is not available on this machine; use --device cpu.")
@@ -179,24 +183,23 @@ def _mixed(
     head: Head,
     damage: Damage,
     options: QuantizeOptions,
-) -> dict[str, int]:
-    """Bits by name within the options' budget."""
+) -> dict[str, Width]:
+    """Widths by name within the options' budget."""
     if options.target_bytes is None:
-        return bits_like_uniform(params, damage, options.block_size)
+        return widths_like_uniform(params, damage)
 
-    def file_size(bits: Mapping[str, int]) -> int:
-        return packed_size(graph, params, own, head, options.imgsz, bits, options.block_size)
+    def file_size(widths: Widths) -> int:
+        return packed_size(graph, params, own, head, options.imgsz, widths)
 
-    return bits_for_file(params, damage, options.block_size, options.target_bytes, file_size)
+    return widths_for_file(params, damage, options.target_bytes, file_size)
 
 
-def _layer_fit(bits: Mapping[str, int], options: QuantizeOptions) -> FitLayer:
-    """DSConv with its bits for the chosen convolutions, plain int8 per channel for the others."""
+def _layer_fit(widths: Widths, options: QuantizeOptions) -> FitLayer:
+    """DSConv with its width for the chosen convolutions, plain int8 per channel for the others."""
 
     def fit(node: Node, weight: Tensor, batches: Iterable[Seen]) -> DSTensor:
-        width = bits.get(node.name, 8)
-        block_size = used_block_size(width, weight.shape[1], options.block_size)
-        return fit_layer(node, weight, width, block_size, batches, options.seed)
+        width = widths.get(node.name, used_width(8, weight.shape[1], 0))
+        return fit_layer(node, weight, *width, batches, options.seed)
 
     return fit
 
@@ -249,7 +252,10 @@ def _provenance(checkpoint: Checkpoint, options: QuantizeOptions, command: str, 
             "calib": None if options.calib is None else str(options.calib.resolve()),
         },
         # what each width of each layer was expected to cost: why the layers have the bits they have
-        "damage": {name: {str(b): float(f"{d:.4g}") for b, d in by_bits.items()} for name, by_bits in damage.items()},
+        "damage": {
+            name: {f"{w.bits}/{w.block_size}": float(f"{d:.4g}") for w, d in by_width.items()}
+            for name, by_width in damage.items()
+        },
     }
 
 
@@ -272,7 +278,7 @@ def quantize_report(result: Quantized) -> dict[str, Any]:
 
 def layer_table(model: DSModel) -> list[dict[str, Any]]:
     """One row a convolution: name, shape, kind, bits, block size, stored weight bytes, float32 bytes,
-    and the damage expected of each width (None where widths were not allocated)."""
+    and the damage expected of each number of bits at that block size (None where widths were not allocated)."""
     rows = []
     damage = model.provenance.get("damage") or {}
     for node in model.graph.convs():
@@ -286,10 +292,20 @@ def layer_table(model: DSModel) -> list[dict[str, Any]]:
                 "block_size": w.block_size if is_dsconv(w) else None,
                 "bytes": round(w.weight_bits * w.vqk.numel() / 8),
                 "float32_bytes": w.vqk.numel() * 4,
-                "damage": damage.get(node.name),
+                "damage": _damage_by_bits(damage.get(node.name), w),
             }
         )
     return rows
+
+
+def _damage_by_bits(damage: Mapping[str, float] | None, weight: DSTensor) -> dict[str, float] | None:
+    """From "bits/block size" -> damage to bits -> damage at the weight's block size (UNIFORM's for plain int8)."""
+    if damage is None:
+        return None
+    pairs = [(*map(int, key.split("/")), value) for key, value in damage.items()]
+    sizes = {size for bits, size, _ in pairs if bits < 8}
+    block = weight.block_size if is_dsconv(weight) else max(sizes, default=0)
+    return {str(bits): value for bits, size, value in pairs if bits == 8 or size == block}
 
 
 def save_quantized(result: Quantized, folder: Path, force: bool) -> Path:

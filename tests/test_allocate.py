@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from dsconvert import budget
-from dsconvert.dsconv.tensor import DSTensor
+from dsconvert.dsconv.tensor import DSTensor, Width, used_width
 from dsconvert.errors import InputError
 from dsconvert.fit import allocate as module
 from dsconvert.fit.allocate import Choice, allocate
@@ -20,7 +20,10 @@ from dsconvert.graph.ir import ConvParams
 def random_options(seed: int, layers: int = 5) -> dict[str, list[Choice]]:
     rng = np.random.default_rng(seed)
     return {
-        f"l{i}": [Choice(b, int(rng.integers(1, 60)) * b, float(rng.random() * 4.0 ** (8 - b))) for b in (2, 3, 4, 8)]
+        f"l{i}": [
+            Choice(Width(b, 32), int(rng.integers(1, 60)) * b, float(rng.random() * 4.0 ** (8 - b)))
+            for b in (2, 3, 4, 8)
+        ]
         for i in range(layers)
     }
 
@@ -61,7 +64,7 @@ def test_stored_bytes_are_those_of_the_weight_and_its_nodes():
     for bits in (2, 3, 4, 5, 6, 8):
         weight = torch.randn(6, 48, 3, 3, generator=torch.Generator().manual_seed(bits))
         fitted: DSTensor = fit_weight(weight, bits, 32 if bits < 8 else 48)
-        once, twice = (budget.stored_bytes(torch.Size((c, 48, 3, 3)), bits, 32) for c in (6, 12))
+        once, twice = (budget.stored_bytes(torch.Size((c, 48, 3, 3)), used_width(bits, 48, 32)) for c in (6, 12))
         own = round(fitted.weight_bits * weight.numel() / 8)
         # a piece's last byte may be half empty, and longer lengths are written in more bytes
         assert abs(twice - once - own) <= 8
@@ -70,22 +73,33 @@ def test_stored_bytes_are_those_of_the_weight_and_its_nodes():
 
 def test_a_sensitive_layer_gets_more_bits_at_the_same_size():
     params = {name: ConvParams(torch.zeros(256, 256, 1, 1), torch.zeros(8)) for name in ("calm", "touchy")}
-    damage = {n: {b: scale * 4.0 ** (4 - b) for b in budget.WIDTHS} for n, scale in (("calm", 1.0), ("touchy", 1000.0))}
-    bits = budget.bits_like_uniform(params, damage, 32)
-    assert bits["touchy"] > budget.UNIFORM_BITS > bits["calm"]
-    sizes = {name: budget.stored_bytes(torch.Size((256, 256, 1, 1)), b, 32) for name, b in bits.items()}
-    assert sum(sizes.values()) <= 2 * budget.stored_bytes(torch.Size((256, 256, 1, 1)), 4, 32)
+    damage = {
+        n: {used_width(b, 256, 32): scale * 4.0 ** (4 - b) for b in budget.BITS}
+        for n, scale in (("calm", 1.0), ("touchy", 1000.0))
+    }
+    widths = budget.widths_like_uniform(params, damage)
+    assert widths["touchy"].bits > budget.UNIFORM.bits > widths["calm"].bits
+    sizes = {name: budget.stored_bytes(torch.Size((256, 256, 1, 1)), w) for name, w in widths.items()}
+    assert sum(sizes.values()) <= 2 * budget.stored_bytes(torch.Size((256, 256, 1, 1)), budget.UNIFORM)
+
+
+def test_room_that_is_left_goes_into_smaller_blocks():
+    """At 4 bits in blocks of 32 everywhere the budget is spent, unless one layer can do with less."""
+    params = {name: ConvParams(torch.zeros(256, 256, 1, 1), torch.zeros(8)) for name in ("calm", "touchy")}
+    wide, fine, poor = Width(4, 32), Width(4, 16), Width(3, 32)
+    damage = {"calm": {poor: 1.01, wide: 1.0}, "touchy": {wide: 10.0, fine: 8.0}}
+    assert budget.widths_like_uniform(params, damage) == {"calm": poor, "touchy": fine}
 
 
 def test_a_file_size_is_kept_whatever_the_widths_add_to_it():
     params = {f"l{i}": ConvParams(torch.zeros(128, 128, 1, 1), torch.zeros(32)) for i in range(4)}
-    damage = {name: {b: 4.0**-b for b in budget.WIDTHS} for name in params}
+    damage = {name: {used_width(b, 128, 32): 4.0**-b for b in budget.BITS} for name in params}
 
-    def file_size(bits):
-        extra = sum({2: 90, 3: 200, 4: 0, 5: 150, 6: 150, 8: 0}[b] for b in bits.values())
-        return 500 + extra + sum(budget.stored_bytes(torch.Size((128, 128, 1, 1)), b, 32) for b in bits.values())
+    def file_size(widths):
+        extra = sum({2: 90, 3: 200, 4: 0, 5: 150, 6: 150, 8: 0}[w.bits] for w in widths.values())
+        return 500 + extra + sum(budget.stored_bytes(torch.Size((128, 128, 1, 1)), w) for w in widths.values())
 
     for target in (27_000, 32_000, 45_000, 70_000):
-        assert file_size(budget.bits_for_file(params, damage, 32, target, file_size)) <= target
+        assert file_size(budget.widths_for_file(params, damage, target, file_size)) <= target
     with pytest.raises(InputError, match="out of reach"):
-        budget.bits_for_file(params, damage, 32, 10_000, file_size)
+        budget.widths_for_file(params, damage, 10_000, file_size)

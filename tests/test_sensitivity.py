@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from dsconvert.dsconv.tensor import Width
 from dsconvert.fit.importance import measure_importance
 from dsconvert.fit.sensitivity import squared_effects, weight_errors
 from dsconvert.graph.ir import INPUT, ConvParams, Graph, Node
@@ -22,7 +23,9 @@ def test_effect_is_the_gradient_along_the_centred_error():
     gradient = torch.randn(1, 4, 5, 5, generator=generator)
     moved = torch.nn.functional.conv2d(x, error, stride=2, padding=1)
     wanted = ((moved - moved.mean((2, 3), keepdim=True)) * gradient).sum().square().item()
-    assert squared_effects(node, x, gradient, {4: error})[4] == pytest.approx(wanted, rel=1e-4)  # float32 sums
+    assert squared_effects(node, x, gradient, {Width(4, 3): error})[4, 3] == pytest.approx(
+        wanted, rel=1e-4
+    )  # float32 sums
 
 
 def test_expected_damage_of_a_linear_layer_is_its_squared_output_error(picture):
@@ -30,13 +33,14 @@ def test_expected_damage_of_a_linear_layer_is_its_squared_output_error(picture):
     generator = torch.Generator().manual_seed(0)
     graph = Graph((Node("conv", "c", (INPUT,), POINT),), ("c",))
     params = {"c": ConvParams(torch.randn(4, 3, 1, 1, generator=generator), torch.zeros(4))}
-    errors = weight_errors(params, ["c"], 32, (2, 4, 8))
+    errors = weight_errors(params, ["c"], (2, 4, 8), (2, 3))
     found = measure_importance(graph, params, [picture] * 200, lambda raw, _: raw, 0, errors).damage["c"]
-    for bits, error in errors["c"].items():
+    assert set(errors["c"]) == {(2, 2), (2, 3), (4, 2), (4, 3), (8, 3)}
+    for width, error in errors["c"].items():
         moved = run_float(graph, {"c": ConvParams(error, torch.zeros(4))}, picture)[0]
         wanted = (moved - moved.mean((2, 3), keepdim=True)).square().sum().item()
-        assert found[bits] / 200 == pytest.approx(wanted, rel=4 * (2 / 200) ** 0.5)  # four sigma
-    assert found[2] > found[4] > found[8] > 0
+        assert found[width] / 200 == pytest.approx(wanted, rel=4 * (2 / 200) ** 0.5)  # four sigma
+    assert found[2, 3] > found[4, 3] > found[8, 3] > 0
 
 
 def test_damage_foretells_what_replacing_the_weight_does(tiny, picture):
@@ -48,7 +52,7 @@ def test_damage_foretells_what_replacing_the_weight_does(tiny, picture):
     def measure(raw, reference):
         return [t.sigmoid() for t in raw]
 
-    errors = weight_errors(params, names, 16, (8,))
+    errors = weight_errors(params, names, (8,), (16,))
     found = measure_importance(graph, params, [picture] * 30, measure, 0, errors).damage
     before = measure(run_float(graph, params, picture), None)
     values: dict[str, torch.Tensor] = {}
@@ -57,7 +61,9 @@ def test_damage_foretells_what_replacing_the_weight_does(tiny, picture):
     for node in graph.convs():
         moved = {
             **params,
-            node.name: ConvParams(params[node.name].weight + errors[node.name][8], params[node.name].bias),
+            node.name: ConvParams(
+                params[node.name].weight + next(iter(errors[node.name].values())), params[node.name].bias
+            ),
         }
         changed: dict[str, torch.Tensor] = {}
         run_float(graph, moved, picture, changed.__setitem__)
@@ -66,4 +72,4 @@ def test_damage_foretells_what_replacing_the_weight_does(tiny, picture):
         after = measure(run_float(graph, moved, picture), None)
         total += sum((a - b).double().square().sum().item() for a, b in zip(after, before, strict=True))
     # 12 layers x 30 passes: a deviation of about sqrt(2 / 30) for the layers that dominate, three sigma
-    assert sum(d[8] for d in found.values()) / 30 == pytest.approx(total, rel=0.8)
+    assert sum(sum(d.values()) for d in found.values()) / 30 == pytest.approx(total, rel=0.8)

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -44,9 +45,16 @@ def block_count(chi: int, block_size: int) -> int:
     return math.ceil(chi / block_size)
 
 
-def used_block_size(bits: int, chi: int, block_size: int) -> int:
-    """The block size a layer is fitted with: at 8 bits a block is all of chi, which makes it plain int8."""
-    return block_size if bits < 8 else chi
+class Width(NamedTuple):
+    """How finely a weight is stored: bits of VQK, and how many input channels share a KDS."""
+
+    bits: int
+    block_size: int
+
+
+def used_width(bits: int, chi: int, block_size: int) -> Width:
+    """The width a layer of chi input channels is fitted with: at 8 bits one block, which makes it plain int8."""
+    return Width(bits, block_size if bits < 8 else chi)
 
 
 def expand_blocks(kds: Tensor, chi: int, block_size: int) -> Tensor:

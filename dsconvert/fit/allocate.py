@@ -7,14 +7,16 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from dsconvert.dsconv.tensor import Width
+
 STATES = 1 << 19  # budgets distinguished; below that many bytes the result is exact to the byte
 
 
 @dataclass(frozen=True)
 class Choice:
-    """One way to store a layer: bits a weight, bytes in the file, damage expected."""
+    """One way to store a layer: its width, bytes in the file, damage expected."""
 
-    bits: int
+    width: Width
     size: int
     damage: float
 

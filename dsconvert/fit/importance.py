@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dsconvert.dsconv.tensor import Width
 from dsconvert.fit.clipping import LEVELS, clip_effects
 from dsconvert.fit.sensitivity import WeightErrors, squared_effects
 from dsconvert.graph.integer import keeps_grid
@@ -29,12 +30,12 @@ Measure = Callable[[list[Tensor], list[Tensor]], list[Tensor]]
 class Importance:
     """samples: value name -> (calibration values, their weights), both (k,). positions: convolution name ->
     (images, h' w') weights of its output positions: the root of the squared gradients summed over channels.
-    damage: convolution name -> bits -> squared change of the measured numbers, over all images. clipping: value name ->
-    the same for cutting the value at each of `clipping.LEVELS`, for values that `samples` judges where they are."""
+    damage: convolution name -> width -> squared change of the measured numbers, over all images. clipping: the same
+    for cutting a value at each of `clipping.LEVELS`, by value name, for values that `samples` judges where they are."""
 
     samples: Mapping[str, tuple[Tensor, Tensor]]
     positions: Mapping[str, Tensor]
-    damage: Mapping[str, Mapping[int, float]]
+    damage: Mapping[str, Mapping[Width, float]]
     clipping: Mapping[str, Tensor]
 
 
@@ -77,7 +78,7 @@ def measure_importance(
     behind = judged(graph)
     samples: dict[str, list[tuple[Tensor, Tensor]]] = {n.name: [] for n in graph.nodes if not keeps_grid(n.op)}
     positions: dict[str, list[Tensor]] = {n.name: [] for n in graph.convs()}
-    damage = {name: dict.fromkeys(by_bits, 0.0) for name, by_bits in (errors or {}).items()}
+    damage = {name: dict.fromkeys(by_width, 0.0) for name, by_width in (errors or {}).items()}
     clipping = {name: torch.zeros_like(LEVELS) for name in samples if name not in behind}
     for image in images:
         found = gradients(graph, params, image, measure, generator)
@@ -90,8 +91,8 @@ def measure_importance(
         for node in graph.convs():
             if node.name in damage and errors:
                 x = image if node.inputs[0] == INPUT else found[node.inputs[0]][0]
-                for bits, effect in squared_effects(node, x, found[node.name][1], errors[node.name]).items():
-                    damage[node.name][bits] += effect
+                for width, effect in squared_effects(node, x, found[node.name][1], errors[node.name]).items():
+                    damage[node.name][width] += effect
     return Importance(
         {name: (torch.cat([v for v, _ in s]), torch.cat([w for _, w in s])) for name, s in samples.items()},
         {name: torch.cat(w) for name, w in positions.items()},

@@ -11,29 +11,28 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor
 from torch.nn.grad import conv2d_weight
 
-from dsconvert.dsconv.tensor import used_block_size
+from dsconvert.dsconv.tensor import Width, used_width
 from dsconvert.fit.least_squares import fit_weight
 from dsconvert.graph.ir import ConvParams, Node
 
-# convolution name -> bits -> W' - W (cho, chi, kh, kw)
-WeightErrors = Mapping[str, Mapping[int, Tensor]]
+# convolution name -> width -> W' - W (cho, chi, kh, kw)
+WeightErrors = Mapping[str, Mapping[Width, Tensor]]
 
 
 def weight_errors(
-    params: Mapping[str, ConvParams], names: Sequence[str], block_size: int, widths: Sequence[int]
-) -> dict[str, dict[int, Tensor]]:
+    params: Mapping[str, ConvParams], names: Sequence[str], bits: Sequence[int], block_sizes: Sequence[int]
+) -> dict[str, dict[Width, Tensor]]:
     """Least-squares errors from one starting scale; at 8 bits of plain per-channel int8."""
-    made: dict[str, dict[int, Tensor]] = {}
+    made: dict[str, dict[Width, Tensor]] = {}
     for name in names:
         weight = params[name].weight
-        blocks = {b: used_block_size(b, weight.shape[1], block_size) for b in widths}
-        made[name] = {
-            b: fit_weight(weight, b, blocks[b], starts=(0.8,), rounds=1).weight().to(weight) - weight for b in widths
-        }
+        # a dict, as all block sizes are the same width at 8 bits
+        widths = dict.fromkeys(used_width(b, weight.shape[1], size) for b in bits for size in block_sizes)
+        made[name] = {w: fit_weight(weight, *w, starts=(0.8,), rounds=1).weight().to(weight) - weight for w in widths}
     return made
 
 
-def squared_effects(node: Node, x: Tensor, gradient: Tensor, errors: Mapping[int, Tensor]) -> dict[int, float]:
+def squared_effects(node: Node, x: Tensor, gradient: Tensor, errors: Mapping[Width, Tensor]) -> dict[Width, float]:
     """<g, D>^2 by width, for one image: x (1, chi, h, w) the layer's input, gradient (1, cho, h', w') of its output.
 
     The error's mean over an output channel is left out (the gradient is centred), as CDSb will correct it."""
@@ -41,4 +40,4 @@ def squared_effects(node: Node, x: Tensor, gradient: Tensor, errors: Mapping[int
     a = node.attrs
     shape = next(iter(errors.values())).shape
     g = conv2d_weight(x, shape, centred, a["stride"], a["padding"], a["dilation"], a["groups"])
-    return {bits: float(g.flatten() @ error.flatten()) ** 2 for bits, error in errors.items()}
+    return {width: float(g.flatten() @ error.flatten()) ** 2 for width, error in errors.items()}
