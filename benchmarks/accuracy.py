@@ -60,14 +60,12 @@ def made(path: Path, make: Callable[[], object]) -> float | None:
 def dsconvert_row(name: str, group: str, checkpoint: Path, work: Path, options: QuantizeOptions) -> Row:
     """Quantize, export packed; the ONNX file is what is measured."""
     folder = work / name.replace(" ", "-").replace(",", "")
-    target = folder / "packed.onnx"
-
-    def make() -> None:
-        save_quantized(quantize(load_checkpoint(checkpoint), options, name), folder, force=True)
-        target.write_bytes(onnx_bytes(folder / "model.safetensors", "packed", SIDE))
-
-    seconds = made(target, make)
-    bits = load_model(folder / "model.safetensors").weight_bits
+    model, target = folder / "model.safetensors", folder / "packed.onnx"
+    seconds = made(
+        model, lambda: save_quantized(quantize(load_checkpoint(checkpoint), options, name), folder, force=True)
+    )
+    made(target, lambda: target.write_bytes(onnx_bytes(model, "packed", SIDE)))
+    bits = load_model(model).weight_bits
     return Row(name, group, target, load_candidate(target, SIDE).predict, bits, seconds)
 
 
@@ -129,13 +127,13 @@ def all_rows(checkpoint: Path, data: Path, work: Path, groups: Sequence[str]) ->
     three = rows[-1]
     add("dsconvert mixed, 3 bit size", "main", replace(options, target_bytes=three.path.stat().st_size))
     add("dsconvert default, data-free", "data-free", replace(options, calib=None))
-    for size in (650_000, 800_000, 1_400_000):
+    for size in (800_000, 1_400_000):
         add(f"dsconvert mixed, {size / 1e6:.2f} MB", "frontier", replace(options, target_bytes=size))
     four = replace(options, bits=4)
     for name, fit in (("least squares", plain_fit), ("GPTQ, symmetric", symmetric_fit),
                       ("GPTQ, asymmetric, positions unweighted", unweighted_fit)):  # fmt: skip
         with_fit(fit, lambda n=name: add(n, "ablation", four))  # type: ignore[misc]
-    for block in (16, 64, 128):
+    for block in (32, 128):
         add(f"4 bit, block size {block}", "block", replace(four, block_size=block))
     add("4 bit, activations float", "ablation", replace(four, activations="float"))
     return rows

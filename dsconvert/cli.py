@@ -60,9 +60,13 @@ def cli() -> None:
 @click.argument("checkpoint", type=PATH)
 @click.option("--calib", type=PATH, help="Folder of images, data.yaml, or text file of paths.")
 @click.option("--block-size", type=click.IntRange(1), help="Input channels a shift covers (default: by layer).")
-@click.option("--bits", type=click.IntRange(2, 8), help="Bits of every weight (default: mixed, 4 on average).")
+@click.option(
+    "--bits", type=click.IntRange(2, 8), help="Bits of every weight (default: by layer, the bytes of 4 bits)."
+)
 @click.option("--target-size", "target_bytes", type=ByteSize(), metavar="SIZE",
               help="Largest packed ONNX file, such as 0.9MB; layers share it.")  # fmt: skip
+@click.option("--target-map-drop", "target_drop", type=float, metavar="POINTS",
+              help="Smallest file that loses at most this much mAP50-95 on images held back.")  # fmt: skip
 @click.option("--blocks", default="all", show_default=True, help="all, head, backbone or C3 layers: 13,17,20,23.")
 @click.option("--scope", type=click.Choice(SCOPES), default="all", show_default=True, help="Which convolutions.")
 @click.option("--imgsz", default=640, show_default=True, help="Side of the square images, pixels.")
@@ -274,6 +278,8 @@ def _print_quantized(result: pipeline.Quantized, source_bytes: int, written: Pat
         f"Weights: {model.weight_bits:.2f} bits each, {32 / model.weight_bits:.2f} times smaller than float32. "
         f"File: {size / 1e6:.2f} MB (checkpoint {source_bytes / 1e6:.2f} MB)."
     )
+    if result.map_drop is not None:
+        click.echo(f"Lost on the images held back: {result.map_drop:.2f} points of mAP50-95.")
     click.echo(f"Wrote {written}")
     click.echo("Next: dsconvert export --onnx")
 

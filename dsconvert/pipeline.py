@@ -22,6 +22,7 @@ from dsconvert.errors import InputError
 from dsconvert.evaluate.accuracy import evaluate_predictors
 from dsconvert.evaluate.candidates import Candidate, load_candidate
 from dsconvert.evaluate.coco import Metrics
+from dsconvert.evaluate.drop import map_drop
 from dsconvert.evaluate.latency import Latency, interleaved_latency
 from dsconvert.export.onnx import PLAIN, Ends, export_float, export_quantized
 from dsconvert.files import write_atomic
@@ -37,6 +38,7 @@ from dsconvert.graph.ir import ConvParams, Graph, Node
 from dsconvert.graph.run import run_float
 from dsconvert.model import DSModel, display_name, is_dsconv
 from dsconvert.modelfile import load_model, model_bytes
+from dsconvert.target import smallest_within
 from dsconvert.yolo.checkpoint import Checkpoint, load_checkpoint
 from dsconvert.yolo.decode import detection_measure
 from dsconvert.yolo.images import calibration_batches, calibration_images, image_paths, read_data_yaml, spread
@@ -49,6 +51,7 @@ BATCH = 4
 # What lockstep fitting may keep of both networks' values: 3 bytes each (half, uint8), or 6 with float activations
 # (half, float32). More images than fit in are left out.
 LOCKSTEP_BYTES = 5 << 28
+HELD_BACK = 4  # with a target for the loss, every fourth calibration image measures it and calibrates nothing
 SYNTHETIC_IMAGES, SYNTHETIC_SIDE, SYNTHETIC_STEPS = 16, 320, 80
 
 Progress = Callable[[str, int, int], None]
@@ -58,16 +61,18 @@ Progress = Callable[[str, int, int], None]
 class QuantizeOptions:
     """Everything that decides the result of `quantize` besides the checkpoint and the machine.
 
-    calib None means data-free. bits 2..8 for every DSConv layer, or None for widths by measured damage, within the
-    bytes of 4 bits everywhere or within a packed ONNX file of target_bytes. block_size None means one by measured
-    damage too, or (bits given) 16. blocks and scope as in `yolo.plan`; imgsz
-    in pixels; samples the most calibration images used; activations int8, or float for a model whose weights alone
-    are quantized."""
+    calib None means data-free. bits 2..8 for every DSConv layer, or None for widths by measured damage: within the
+    bytes of 4 bits everywhere, within a packed ONNX file of target_bytes, or the smallest that lose at most
+    target_drop points of mAP50-95 on calibration images held back (against labels where they have any, else against
+    what the float network finds). block_size None means one by measured damage too, or (bits given) 16. blocks and
+    scope as in `yolo.plan`; imgsz in pixels; samples the most calibration images used; activations int8, or float for
+    a model whose weights alone are quantized."""
 
     calib: Path | None = None
     block_size: int | None = None
     bits: int | None = None
     target_bytes: int | None = None
+    target_drop: float | None = None
     blocks: str = "all"
     scope: str = "all"
     imgsz: int = 640
@@ -79,12 +84,14 @@ class QuantizeOptions:
 
 @dataclass(frozen=True)
 class Quantized:
-    """A fitted model, the images it was calibrated on, how many files were unreadable, and each layer's error."""
+    """A fitted model, the images it was calibrated on, how many files were unreadable, each layer's error, and the
+    points of mAP50-95 lost on held-back images where a target was set."""
 
     model: DSModel
     images: int
     skipped: int
     sqnr_db: Mapping[str, float]
+    map_drop: float | None = None
 
 
 def quantize(
@@ -94,15 +101,18 @@ def quantize(
     _check(options, checkpoint)
     torch.manual_seed(options.seed)
     report = progress or (lambda stage, done, total: None)
-    network, device = checkpoint.network.to(options.device), options.device
-    calib_paths = None if options.calib is None else spread(calibration_images(options.calib), options.samples)
-    if calib_paths is None:
+    network, device, head = checkpoint.network.to(options.device), options.device, checkpoint.head
+    paths = None if options.calib is None else spread(calibration_images(options.calib), options.samples)
+    held_back: list[Path] = []
+    if options.target_drop is not None and paths is not None:
+        held_back = paths[HELD_BACK - 1 :: HELD_BACK]
+        paths = [p for p in paths if p not in set(held_back)]
+    if paths is None:
         batches, skipped = _synthetic(checkpoint, options, report), 0
     else:
-        batches, skipped = _decode(calib_paths, options.imgsz, report)
-    head = checkpoint.head
+        batches, skipped = _decode(paths, options.imgsz, report)
     graph, params = split_detect(*lower(network.fuse()), head)
-    chosen = choose_convs(network, graph, options.blocks, options.scope)
+    chosen = sorted(choose_convs(network, graph, options.blocks, options.scope))
     value_bytes = 3 if options.activations == "int8" else 6
     kept = _bounded(graph, params, batches, device, LOCKSTEP_BYTES // value_bytes)
     images = sum(len(b) for b in kept)
@@ -112,34 +122,45 @@ def quantize(
 
     singles = _counted((image for b in _real(kept, device) for image in b.split(1)), "importance", images, report)
     sizes = [options.block_size] if options.block_size else BLOCK_SIZES
-    errors = weight_errors(params, sorted(chosen) if options.bits is None else [], BITS, sizes)
+    errors = weight_errors(params, chosen if options.bits is None else [], BITS, sizes)
     importance = measure_importance(graph, params, singles, measure, options.seed, errors)
     own: dict[str, QParams] = {}
     if options.activations == "int8":
         own = choose_grids(graph, importance.samples, importance.clipping, options.seed)
     damage = importance.damage
-    if options.bits is None:
-        widths = _mixed(graph, params, own, head, damage, options)
+
+    def fitted(widths: Widths) -> DSModel:
+        convs = fit_lockstep(
+            graph, params, _layer_fit(widths, options), own, _real(kept, device),
+            lambda done, total: report("fit", done, total), importance.positions,
+        )  # fmt: skip
+        return DSModel(graph, convs, own, head, options.imgsz, _provenance(checkpoint, options, command, damage))
+
+    def attempt(widths: Widths) -> tuple[DSModel, float]:
+        model = fitted(widths)
+        return model, map_drop(model, params, held_back, lambda done, total: report("evaluate", done, total))
+
+    drop = None
+    if options.target_drop is not None:
+        found = smallest_within(params, damage, options.target_drop, attempt)
+        model, drop = found.model, found.loss
+    elif options.bits is None:
+        model = fitted(_mixed(graph, params, own, head, damage, options))
     else:
         block = options.block_size or min(BLOCK_SIZES)
-        widths = {name: used_width(options.bits, params[name].weight.shape[1], block) for name in sorted(chosen)}
-    convs = fit_lockstep(
-        graph, params, _layer_fit(widths, options), own, _real(kept, device),
-        lambda done, total: report("fit", done, total), importance.positions,
-    )  # fmt: skip
-    sqnr = {name: _sqnr_db(params[name].weight.cpu(), conv.weight.weight()) for name, conv in convs.items()}
-    model = DSModel(
-        graph, convs, own, checkpoint.head, options.imgsz, _provenance(checkpoint, options, command, damage)
-    )
-    return Quantized(model, images, skipped, sqnr)
+        model = fitted({name: used_width(options.bits, params[name].weight.shape[1], block) for name in chosen})
+    sqnr = {name: _sqnr_db(params[name].weight.cpu(), conv.weight.weight()) for name, conv in model.convs.items()}
+    return Quantized(model, images, skipped, sqnr, drop)
 
 
 def _check(options: QuantizeOptions, checkpoint: Checkpoint) -> None:
     stride = checkpoint.head.stride
     if options.imgsz % stride or not stride <= options.imgsz <= 4096:
         raise InputError(f"--imgsz {options.imgsz} is not a multiple of the model's stride {stride} up to 4096.")
-    if options.bits is not None and options.target_bytes is not None:
-        raise InputError("--bits fixes every layer's width and --target-size chooses it; give one of them.")
+    if sum(o is not None for o in (options.bits, options.target_bytes, options.target_drop)) > 1:
+        raise InputError("--bits, --target-size and --target-map-drop each decide the widths; give one of them.")
+    if options.target_drop is not None and (options.calib is None or options.target_drop <= 0):
+        raise InputError("--target-map-drop needs a number above 0, and --calib images to measure the drop on.")
     if options.bits is not None and not 2 <= options.bits <= 8:
         raise InputError(f"--bits {options.bits} is not a number from 2 to 8.")
     if (options.block_size or 1) < 1 or options.samples < 1:
@@ -267,6 +288,7 @@ def quantize_report(result: Quantized) -> dict[str, Any]:
         "provenance": model.provenance,
         "calibration_images": result.images,
         "unreadable_images": result.skipped,
+        "held_back_map_drop": result.map_drop,
         "weights": model.weight_count,
         "weight_bits": round(model.weight_bits, 4),
         "layers": [
