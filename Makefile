@@ -7,7 +7,7 @@ DEMO := runs/demo
 .DEFAULT_GOAL := help
 
 help:
-	@echo "make demo   quantize, export and evaluate the embedded demo model"
+	@echo "make demo   quantize, export, evaluate and report on the embedded demo model"
 	@echo "make test   lint and run all tests"
 
 .venv/.ready: pyproject.toml
@@ -22,6 +22,7 @@ demo: setup
 	$(BIN)/dsconvert export $(DEMO)/model.safetensors --onnx --force
 	$(BIN)/dsconvert export calib/demo/demo.pt --onnx --imgsz 320 --out $(DEMO)/float32.onnx --force
 	$(BIN)/dsconvert eval calib/demo/demo.pt $(DEMO)/float32.onnx $(DEMO)/model.safetensors $(DEMO)/model-packed.onnx --data calib/demo/data.yaml --imgsz 320
+	$(BIN)/dsconvert report $(DEMO)/model.safetensors --data calib/demo/data.yaml --force
 
 lint: setup
 	$(BIN)/ruff check .

@@ -19,6 +19,7 @@ import dsconvert
 from dsconvert import pipeline
 from dsconvert.commands.bench import bench
 from dsconvert.commands.export import export
+from dsconvert.commands.report import report
 from dsconvert.commands.shared import PATH, RUNS, as_json, bars, console, force, print_json, say, short, threads
 from dsconvert.errors import InputError
 from dsconvert.evaluate.candidates import Candidate
@@ -53,6 +54,7 @@ def cli() -> None:
     dsconvert export --onnx                      integer weights in ONNX
     dsconvert eval --data data.yaml              accuracy, size, latency
     dsconvert bench a.onnx b.onnx                speed and memory, side by side
+    dsconvert report                             all of it on one page
     """
 
 
@@ -286,6 +288,7 @@ def _print_quantized(result: pipeline.Quantized, source_bytes: int, written: Pat
 
 cli.add_command(export)
 cli.add_command(bench)
+cli.add_command(report)
 
 
 def main() -> None:

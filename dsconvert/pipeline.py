@@ -370,18 +370,20 @@ class Evaluated:
     latency: Latency
 
 
-def evaluate(
-    models: Sequence[Path],
-    data: Path,
-    imgsz: int | None = None,
-    samples: int | None = None,
-    progress: Progress | None = None,
-) -> list[Evaluated]:
-    """Measure models on the val split of a data.yaml (its train split when there is no val).
+@dataclass(frozen=True)
+class Entrants:
+    """Models at one image size and the images they are judged on. The truth has nc classes: it is the labels beside
+    the images, or (labelled False) what the first model finds with confidence."""
 
-    When `data` is a folder of images instead, the truth is what the first model finds with confidence.
-    Raises InputError when a model's classes are not the data's, or the first model's."""
-    report = progress or (lambda stage, done, total: None)
+    candidates: Sequence[Candidate]
+    paths: Sequence[Path]
+    nc: int
+    labelled: bool
+
+
+def entrants(models: Sequence[Path], data: Path, imgsz: int | None = None, samples: int | None = None) -> Entrants:
+    """Load models, and find the images of the val split of a data.yaml (its train split when there is no val) or of a
+    folder. Raises InputError when a model's classes are not the data's, or the first model's."""
     labelled = data.suffix.lower() in (".yaml", ".yml")
     described = read_data_yaml(data) if labelled else None
     paths = list(described.val or described.train) if described else image_paths(data)
@@ -397,16 +399,29 @@ def evaluate(
                 f"{c.path} has {len(c.names)} classes, {whose} has {nc}; give --data a folder of images to measure "
                 "agreement with the first model without labels."
             )
+    return Entrants(candidates, paths, nc, labelled)
+
+
+def evaluate(
+    models: Sequence[Path],
+    data: Path,
+    imgsz: int | None = None,
+    samples: int | None = None,
+    progress: Progress | None = None,
+) -> list[Evaluated]:
+    """Measure models on the images of `data`, see `entrants`."""
+    report = progress or (lambda stage, done, total: None)
+    given = entrants(models, data, imgsz, samples)
     metrics = evaluate_predictors(
-        [c.predict for c in candidates],
-        paths,
-        candidates[0].side,
-        nc,
-        labelled,
+        [c.predict for c in given.candidates],
+        given.paths,
+        given.candidates[0].side,
+        given.nc,
+        given.labelled,
         lambda done, total: report("evaluate", done, total),
     )
-    latencies = interleaved_latency([c.run_once for c in candidates])
-    return [Evaluated(c, m, t) for c, m, t in zip(candidates, metrics, latencies, strict=True)]
+    latencies = interleaved_latency([c.run_once for c in given.candidates])
+    return [Evaluated(c, m, t) for c, m, t in zip(given.candidates, metrics, latencies, strict=True)]
 
 
 def _candidates(models: Sequence[Path], imgsz: int | None) -> list[Candidate]:

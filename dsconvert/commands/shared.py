@@ -25,6 +25,7 @@ STAGES = {
     "evaluate": "evaluating",
     "load": "loading",
     "bench": "timing",
+    "activations": "watching activations",
 }
 PATH = click.Path(path_type=Path)
 

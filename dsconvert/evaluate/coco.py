@@ -35,6 +35,14 @@ def coco_metrics(
 ) -> Metrics:
     """Per image: detections (n, 6) x1, y1, x2, y2, score, class; truths (m, 5) class, x1, y1, x2, y2, all in
     pixels of an image of shape (height, width). Raises InputError when there is no object to find."""
+    return metrics_of(coco_tables(detections, truths, shapes, nc), len(shapes))
+
+
+def coco_tables(
+    detections: Sequence[Array], truths: Sequence[Array], shapes: Sequence[tuple[int, int]], nc: int
+) -> dict[str, Any]:
+    """The library's result: among others `precision` and `scores`, (IoU, recall level, class, area, limit), -1 for a
+    class that has no object. Arguments and error as `coco_metrics`."""
     if not sum(len(t) for t in truths):
         raise InputError("The images have no labels: there is nothing to measure accuracy against.")
     with contextlib.redirect_stdout(io.StringIO()):  # the library reports its progress on stdout
@@ -43,16 +51,26 @@ def coco_metrics(
         run = COCOeval_faster(coco, found, "bbox", print_function=lambda *_: None)
         run.evaluate()
         run.accumulate()
-    precision = run.eval["precision"][:, :, :, 0, -1]  # IoU, recall, class; all areas, 100 detections
+    return dict(run.eval)
+
+
+def all_areas(tables: dict[str, Any]) -> NDArray[np.float64]:
+    """Precision (IoU, recall level, class) over objects of every size, 100 detections an image."""
+    return np.asarray(tables["precision"])[:, :, :, 0, -1]
+
+
+def metrics_of(tables: dict[str, Any], images: int) -> Metrics:
+    """Metrics from `coco_tables`."""
+    precision = all_areas(tables)
     present = precision[0, 0] > -1
     per_class = {int(i): float(precision[:, :, i].mean()) for i in np.nonzero(present)[0]}
-    p, r = _best_f1(run.eval, present)
+    p, r = _best_f1(tables, present)
     return Metrics(
         float(precision[:, :, present].mean()),
         float(precision[0][:, present].mean()),
         p,
         r,
-        len(shapes),
+        images,
         per_class,
     )
 

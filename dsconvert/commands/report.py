@@ -1,0 +1,55 @@
+"""dsconvert report."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+
+import click
+
+from dsconvert import pipeline
+from dsconvert.commands.shared import PATH, RUNS, bars, force, threads
+from dsconvert.errors import InputError
+from dsconvert.files import write_atomic
+
+
+@click.command()
+@click.argument("model", type=PATH, required=False)
+@click.option("--data", type=PATH, help="data.yaml with labels, or a folder of images without.")
+@click.option("--against", type=PATH, multiple=True, metavar="FILE", help="ONNX file to compare with; repeatable.")
+@click.option(
+    "--float", "float_model", type=PATH, metavar="FILE", help="Float checkpoint (default: the one converted)."
+)
+@click.option("--images", type=click.IntRange(0, 100), default=6, show_default=True, help="Most photos shown.")
+@click.option("--imgsz", type=int, help="Side of the images, pixels (default: as calibrated).")
+@click.option("--samples", type=click.IntRange(1), help="Most images evaluated.")
+@click.option("--no-latency", is_flag=True, help="Leave time out: same inputs, same bytes.")
+@threads
+@click.option("--out", type=PATH, help="File to write (default: report.html beside MODEL).")
+@force
+def report(
+    model: Path | None, data: Path | None, against: tuple[Path, ...], float_model: Path | None, images: int,
+    imgsz: int | None, samples: int | None, no_latency: bool, threads: int, out: Path | None, force: bool,
+) -> None:  # fmt: skip
+    """Write one HTML page about MODEL (default: the newest quantize result).
+
+    Size, accuracy and latency against the float checkpoint and other files;
+    photos with both models' boxes; every class and layer; weights and
+    activations on their grids. The page loads nothing from the network.
+
+    Example: dsconvert report --data data.yaml --against int8.onnx
+    """
+    if missing := [name for name in ("jinja2", "matplotlib") if find_spec(name) is None]:
+        raise InputError(f"The report needs {' and '.join(missing)}; pip install 'dsconvert[report]'.")
+    from dsconvert.report.gather import ReportOptions, gather
+    from dsconvert.report.page import page_bytes
+
+    path = model or pipeline.newest_result(RUNS)
+    target = out or path.with_name("report.html")
+    if target.exists() and not force:  # before minutes are spent on what could not be written
+        raise InputError(f"{target} already exists; give --force to replace it, or another --out.")
+    options = ReportOptions(path, data, against, float_model, images, imgsz, samples, not no_latency)
+    with bars() as progress:
+        page = page_bytes(gather(options, progress))
+    write_atomic(target, page, force)
+    click.echo(f"Wrote {target} ({len(page) / 1e6:.2f} MB). Open it in a browser.")

@@ -1,0 +1,51 @@
+"""Precision against recall, class by class."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from dsconvert.evaluate.coco import Array, all_areas
+
+RECALLS = 101  # COCO's recall levels: 0, 0.01, .., 1
+
+
+@dataclass(frozen=True)
+class ClassCurve:
+    """One class: average precision over IoU 0.50..0.95 and at 0.50, and the precision at 0.50 of each recall level."""
+
+    ap50_95: float
+    ap50: float
+    precision: tuple[float, ...]
+
+
+def class_curves(tables: dict[str, Any]) -> dict[int, ClassCurve]:
+    """Curves by number of every class that has objects, from `coco.coco_tables`."""
+    precision = all_areas(tables)
+    present = np.nonzero(precision[0, 0] > -1)[0]
+    return {
+        int(i): ClassCurve(
+            float(precision[:, :, i].mean()), float(precision[0, :, i].mean()), tuple(precision[0, :, i].tolist())
+        )
+        for i in present
+    }
+
+
+def mean_curve(curves: dict[int, ClassCurve]) -> ClassCurve:
+    """The mean over classes. Raises ValueError when there is none."""
+    if not curves:
+        raise ValueError("there is no class")
+    every = list(curves.values())
+    mean = np.mean([c.precision for c in every], 0)
+    return ClassCurve(
+        float(np.mean([c.ap50_95 for c in every])), float(np.mean([c.ap50 for c in every])), tuple(mean.tolist())
+    )
+
+
+def object_counts(truths: Sequence[Array]) -> dict[int, int]:
+    """Number of objects by class number, of truths (m, 5) whose first column is the class."""
+    kinds = np.concatenate([t[:, 0] for t in truths]).astype(int) if truths else np.zeros(0, int)
+    return {int(k): int(n) for k, n in zip(*np.unique(kinds, return_counts=True), strict=True)}

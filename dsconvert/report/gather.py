@@ -1,0 +1,239 @@
+"""Everything the page says, measured: the converted model beside its float checkpoint and any int8 peers."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from numpy.typing import NDArray
+
+from dsconvert.errors import InputError
+from dsconvert.evaluate.accuracy import CONFIDENT, OVERLAP, Detections, Predictor, detect_all
+from dsconvert.evaluate.candidates import Candidate
+from dsconvert.evaluate.coco import Metrics, coco_tables, metrics_of
+from dsconvert.evaluate.curves import ClassCurve, class_curves, object_counts
+from dsconvert.evaluate.latency import Latency, interleaved_latency
+from dsconvert.graph.ir import ConvParams
+from dsconvert.model import DSModel
+from dsconvert.modelfile import load_model
+from dsconvert.pipeline import REPORT_FILE, Entrants, Progress, entrants
+from dsconvert.report.activations import activation_view, watch
+from dsconvert.report.layers import (
+    ActivationView,
+    Layer,
+    WeightView,
+    check_same_network,
+    layer_rows,
+    weight_view,
+    worst_first,
+)
+from dsconvert.report.photos import Photo, differing, load_photo
+from dsconvert.report.text import labels_of
+from dsconvert.yolo.boxes import non_max_suppression
+from dsconvert.yolo.checkpoint import load_checkpoint
+from dsconvert.yolo.images import letterbox, read_image, spread, to_tensor
+from dsconvert.yolo.lower import lower, split_detect
+
+WATCHED_IMAGES = 8  # that activations are looked at on
+SHOWN_LAYERS = 6  # histograms of weights, and of activations
+
+
+@dataclass(frozen=True)
+class ReportOptions:
+    """What to report on: the converted model; data as `pipeline.entrants` (None: what was calibrated on); int8 peers
+    as ONNX files; the float checkpoint (None: the one converted); how many photos are shown; image side and most
+    images evaluated as `pipeline.entrants`; whether latency is measured (the one thing that is never twice the
+    same)."""
+
+    model: Path
+    data: Path | None = None
+    against: tuple[Path, ...] = ()
+    float_model: Path | None = None
+    images: int = 6
+    imgsz: int | None = None
+    samples: int | None = None
+    latency: bool = True
+
+
+@dataclass(frozen=True)
+class Row:
+    """One model. `role` is float, converted or peer."""
+
+    label: str
+    role: str
+    size_bytes: int
+    weight_bits: float
+    metrics: Metrics
+    curves: Mapping[int, ClassCurve]
+    latency: Latency | None
+
+
+@dataclass(frozen=True)
+class Record:
+    """What quantize.json noted beside the model: weight errors in dB by layer name, and the fine-tuning steps."""
+
+    sqnr_db: Mapping[str, float]
+    finetune: tuple[tuple[float, float], ...]
+
+
+@dataclass(frozen=True)
+class Report:
+    """All figures. rows[0] is the float model, rows[1] the converted one, peers follow. `differing[i]` counts the
+    boxes of image i without a partner. Views are empty where there is nothing to see (float activations)."""
+
+    rows: Sequence[Row]
+    labelled: bool
+    data: str
+    side: int
+    names: Sequence[str]
+    objects: Mapping[int, int]
+    differing: Sequence[int]
+    photos: Sequence[Photo]
+    layers: Sequence[Layer]
+    weights: Sequence[WeightView]
+    activations: Sequence[ActivationView]
+    watched_images: int
+    finetune: Sequence[tuple[float, float]]
+    provenance: Mapping[str, Any]
+    same_source: bool
+    threads: int
+
+
+def gather(options: ReportOptions, progress: Progress | None = None) -> Report:
+    """Measure everything. Raises InputError for files that are missing, unreadable or do not fit each other."""
+    say = progress or (lambda stage, done, total: None)
+    if options.model.suffix != ".safetensors":
+        raise InputError(
+            f"{options.model} is not a converted model (.safetensors); name ONNX files with --against, beside one."
+        )
+    model = load_model(options.model)
+    source = float_source(options, model.provenance)
+    checkpoint = load_checkpoint(source)
+    _, params = split_detect(*lower(checkpoint.network.fuse()), checkpoint.head)
+    check_same_network(params, model, source)
+    record = read_record(options.model.parent / REPORT_FILE, model.provenance)
+    data = options.data or calibration_data(model.provenance)
+    paths = (source, options.model, *options.against)
+    given = entrants(paths, data, options.imgsz, options.samples)
+    found, sure = _detect(given, say)
+    rows = _rows(given, found, options, say)
+    counts = differing(*sure)
+    side = given.candidates[0].side
+    shown = sorted(range(len(counts)), key=lambda i: (-counts[i], i))[: options.images]
+    layers, weights, activations, watched = _inside(model, params, record, given, say)
+    return Report(
+        rows, given.labelled, data.name, side, model.head.names, object_counts(found.truths), counts,
+        [load_photo(given.paths[i], side, sure[0][i], sure[1][i]) for i in shown],
+        layers, weights, activations, watched, record.finetune, model.provenance,
+        hashlib.sha256(source.read_bytes()).hexdigest() == model.provenance.get("source_sha256"),
+        torch.get_num_threads(),
+    )  # fmt: skip
+
+
+def float_source(options: ReportOptions, provenance: Mapping[str, Any]) -> Path:
+    """The float checkpoint: the one given, else the one the model was made from."""
+    if options.float_model is not None:
+        return options.float_model
+    known = provenance.get("source")
+    if not isinstance(known, str) or not Path(known).is_file():
+        missing = "is not known" if not isinstance(known, str) else f"is not at {known} any more"
+        raise InputError(f"The checkpoint that {options.model} was converted from {missing}; give it with --float.")
+    return Path(known)
+
+
+def calibration_data(provenance: Mapping[str, Any]) -> Path:
+    """What the model was calibrated on, for want of --data."""
+    options = provenance.get("options")
+    calib = options.get("calib") if isinstance(options, Mapping) else None
+    if not isinstance(calib, str):
+        raise InputError("Which images? Give --data data.yaml, or a folder of images to measure agreement.")
+    return Path(calib)
+
+
+def read_record(path: Path, provenance: Mapping[str, Any]) -> Record:
+    """quantize.json, as far as it is there and about the model with this provenance. Raises InputError when it is
+    there but cannot be read."""
+    if not path.is_file():
+        return Record({}, ())
+    try:
+        noted = json.loads(path.read_bytes())
+        if noted["provenance"] != dict(provenance):
+            return Record({}, ())
+        errors = {str(row["name"]): float(row["sqnr_db"]) for row in noted["layers"]}
+        steps = tuple((float(s["step"]), float(s["loss"])) for s in noted.get("finetune") or ())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise InputError(f"{path} is not a readable record of dsconvert quantize; remove it or make it anew.") from None
+    return Record(
+        {name: db for name, db in errors.items() if math.isfinite(db)},
+        tuple(s for s in steps if all(map(math.isfinite, s))),
+    )
+
+
+def _detect(given: Entrants, say: Progress) -> tuple[Detections, list[list[NDArray[Any]]]]:
+    """What every model finds; and of the first two, the boxes a user of detect.py would see, per image, in pixels of
+    the letterboxed square."""
+    sure: list[list[NDArray[Any]]] = [[], []]
+    predictors = [_noting(c, s) for c, s in zip(given.candidates, sure, strict=False)]
+    predictors += [c.predict for c in given.candidates[2:]]
+    found = detect_all(
+        predictors, given.paths, given.candidates[0].side, given.nc, given.labelled,
+        lambda done, total: say("evaluate", done, total),
+    )  # fmt: skip
+    return found, sure
+
+
+def _noting(candidate: Candidate, seen: list[NDArray[Any]]) -> Predictor:
+    def predict(batch: NDArray[Any]) -> NDArray[Any]:
+        raw = candidate.predict(batch)
+        seen.append(non_max_suppression(raw[0], CONFIDENT, OVERLAP))
+        return raw
+
+    return predict
+
+
+def _rows(given: Entrants, found: Detections, options: ReportOptions, say: Progress) -> list[Row]:
+    tables = [coco_tables(boxes, found.truths, found.shapes, found.nc) for boxes in found.found]
+    timed: list[Latency | None] = [None] * len(tables)
+    if options.latency:
+        say("bench", 0, 1)
+        timed = list(interleaved_latency([c.run_once for c in given.candidates]))
+        say("bench", 1, 1)
+    roles = ["float", "converted", *["peer"] * len(options.against)]
+    labels = labels_of([c.path for c in given.candidates])
+    return [
+        Row(label, role, c.size_bytes, c.weight_bits, metrics_of(t, len(given.paths)), class_curves(t), latency)
+        for label, role, c, t, latency in zip(labels, roles, given.candidates, tables, timed, strict=True)
+    ]
+
+
+def _inside(
+    model: DSModel,
+    params: Mapping[str, ConvParams],
+    record: Record,
+    given: Entrants,
+    say: Progress,
+) -> tuple[list[Layer], list[WeightView], list[ActivationView], int]:
+    """Layers, and the histograms of the worst of them."""
+    chosen = spread(given.paths, WATCHED_IMAGES) if model.activations else []
+    side = given.candidates[0].side
+    squares = (to_tensor([letterbox(read_image(p), side)[0]]) for p in chosen)
+    watched = {}
+    if chosen:
+        watched = watch(
+            model.graph, params, model.activations, squares, progress=lambda done: say("activations", done, len(chosen))
+        )
+    layers = layer_rows(model, params, record.sqnr_db, {name: w.db for name, w in watched.items()})
+    nodes = {row.name: node.name for row, node in zip(layers, model.graph.convs(), strict=True)}
+    weights = [
+        weight_view(row.name, params[nodes[row.name]].weight, model.convs[nodes[row.name]].weight)
+        for row in worst_first(layers)[:SHOWN_LAYERS]
+    ]
+    noisiest = sorted((r for r in layers if r.activation_db is not None), key=lambda r: r.activation_db or 0.0)
+    activations = [activation_view(row.name, watched[nodes[row.name]]) for row in noisiest[:SHOWN_LAYERS]]
+    return layers, weights, activations, len(chosen)

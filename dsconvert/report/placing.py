@@ -1,0 +1,59 @@
+"""Where the labels of boxes go, so that they can be read."""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+NARROW, WIDE = 0.62, 1.05  # width of a bold character as a share of the font size: Latin, East Asian
+
+
+@dataclass(frozen=True)
+class Spot:
+    """A label's rectangle in pixels of the photo."""
+
+    x: float
+    y: float
+    width: float
+    height: float
+
+    def covered(self, by: NDArray[np.float64]) -> float:
+        """Area of the overlaps with other spots (n, 4), square pixels."""
+        x, y, width, height = by.T
+        w = np.minimum(self.x + self.width, x + width) - np.maximum(self.x, x)
+        h = np.minimum(self.y + self.height, y + height) - np.maximum(self.y, y)
+        return float((w.clip(0) * h.clip(0)).sum())
+
+
+def text_width(text: str, size: float) -> float:
+    """About how wide a bold text of that font size is, pixels."""
+    return size * sum(WIDE if unicodedata.east_asian_width(c) in "WF" else NARROW for c in text)
+
+
+def place(boxes: Sequence[Spot], texts: Sequence[str], size: float, width: float, height: float) -> list[Spot]:
+    """A spot within the photo for every box's label, font `size`; those that come first get the better ones.
+
+    Tried in turn: above, below and inside the box, at its left and right edges; the least covered spot wins."""
+    line = 1.25 * size
+    taken: list[Spot] = []
+    corners = np.zeros((len(boxes), 4))
+    for box, text in zip(boxes, texts, strict=True):
+        long = min(text_width(text, size) + 0.3 * size, width)
+        lefts = (box.x, box.x + box.width - long)
+        tops = (box.y - line, box.y + box.height, box.y, box.y + box.height - line)
+        spots = [
+            Spot(min(max(left, 0.0), width - long), top, long, line)
+            for top in tops
+            for left in lefts
+            if 0 <= top <= height - line
+        ]
+        spots = spots or [Spot(min(max(box.x, 0.0), width - long), min(max(box.y, 0.0), height - line), long, line)]
+        covers = corners[: len(taken)]
+        best = min(spots, key=lambda s: s.covered(covers))
+        corners[len(taken)] = best.x, best.y, best.width, best.height
+        taken.append(best)
+    return taken

@@ -1,0 +1,55 @@
+"""`dsconvert report` as a user types it."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from click.testing import CliRunner
+from report_case import make_case
+
+from dsconvert import pipeline
+from dsconvert.cli import cli
+from dsconvert.errors import InputError
+from dsconvert.report.gather import ReportOptions, gather
+from dsconvert.report.page import page_bytes
+
+
+def dsconvert(*args: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "dsconvert", *map(str, args)]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300)
+
+
+def test_report_from_the_command_line(tmp_path):
+    model = make_case(tmp_path)
+    peer = tmp_path / "peer.onnx"
+    peer.write_bytes(pipeline.onnx_bytes(model, "int8", None))
+    args = ["report", model, "--data", tmp_path / "data.yaml", "--against", peer]
+    done = dsconvert(*args, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    page = tmp_path / "q/report.html"
+    assert "q/report.html" in done.stdout
+    html = page.read_text()
+    assert html.count("Latency") >= 2
+    assert "peer.onnx" in html
+
+    refused = CliRunner().invoke(cli, list(map(str, args)))
+    assert isinstance(refused.exception, InputError)
+    assert "--force" in str(refused.exception)
+    assert page.read_text() == html
+
+    # another process, the same bytes
+    done = dsconvert(*args, "--no-latency", "--threads", torch.get_num_threads(), "--out", "b.html", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    here = page_bytes(gather(ReportOptions(model, tmp_path / "data.yaml", (peer,), latency=False)))
+    assert (tmp_path / "b.html").read_bytes() == here
+    assert not re.search(r"\bms\b", re.sub(r"<style>.*?</style>", "", here.decode(), flags=re.S))
+
+
+def test_help_fits_80_columns_and_shows_an_example(tmp_path):
+    shown = CliRunner().invoke(cli, ["report", "--help"]).output
+    assert max(map(len, shown.splitlines())) <= 80
+    assert "Example: dsconvert report" in shown
