@@ -9,6 +9,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,12 +34,13 @@ from dsconvert.fit.ranges import choose_grids
 from dsconvert.fit.seen import Seen
 from dsconvert.fit.sensitivity import weight_errors
 from dsconvert.fit.synthesize import synthesize
-from dsconvert.graph.integer import QParams
+from dsconvert.graph.integer import QConv, QParams
 from dsconvert.graph.ir import ConvParams, Graph, Node
 from dsconvert.graph.run import run_float
 from dsconvert.model import DSModel, display_name, is_dsconv
 from dsconvert.modelfile import load_model, model_bytes
 from dsconvert.target import smallest_within
+from dsconvert.unfinished import read_unfinished, run_key, usable, write_unfinished
 from dsconvert.yolo.checkpoint import Checkpoint, load_checkpoint
 from dsconvert.yolo.decode import detection_measure
 from dsconvert.yolo.images import calibration_batches, calibration_images, image_paths, read_data_yaml, spread
@@ -95,9 +97,17 @@ class Quantized:
 
 
 def quantize(
-    checkpoint: Checkpoint, options: QuantizeOptions, command: str = "", progress: Progress | None = None
+    checkpoint: Checkpoint,
+    options: QuantizeOptions,
+    command: str = "",
+    progress: Progress | None = None,
+    unfinished: Path | None = None,
+    resume: bool = False,
 ) -> Quantized:
-    """Convert a checkpoint. Raises InputError for options that do not fit it."""
+    """Convert a checkpoint. Raises InputError for options that do not fit it.
+
+    Fitted layers are kept in the file `unfinished`, if one is named, until the whole is done; `resume` goes on from
+    what an equal run left there."""
     _check(options, checkpoint)
     torch.manual_seed(options.seed)
     report = progress or (lambda stage, done, total: None)
@@ -129,10 +139,18 @@ def quantize(
         own = choose_grids(graph, importance.samples, importance.clipping, options.seed)
     damage = importance.damage
 
+    left: Mapping[str, QConv] = {}
+    keep = None
+    if unfinished is not None:
+        key = run_key({**asdict(options), "calib": None}, sha256_of(checkpoint.path), *kept)
+        left = read_unfinished(unfinished, key) if resume else {}
+        keep = partial(write_unfinished, unfinished, key)
+
     def fitted(widths: Widths) -> DSModel:
+        wanted = [(n.name, _width(widths, n.name, params[n.name].weight)) for n in graph.convs()]
         convs = fit_lockstep(
             graph, params, _layer_fit(widths, options), own, _real(kept, device),
-            lambda done, total: report("fit", done, total), importance.positions,
+            lambda done, total: report("fit", done, total), importance.positions, usable(left, wanted), keep,
         )  # fmt: skip
         return DSModel(graph, convs, own, head, options.imgsz, _provenance(checkpoint, options, command, damage))
 
@@ -215,12 +233,15 @@ def _mixed(
     return widths_for_file(params, damage, options.target_bytes, file_size)
 
 
+def _width(widths: Widths, name: str, weight: Tensor) -> Width:
+    return widths.get(name, used_width(8, weight.shape[1], 0))
+
+
 def _layer_fit(widths: Widths, options: QuantizeOptions) -> FitLayer:
     """DSConv with its width for the chosen convolutions, plain int8 per channel for the others."""
 
     def fit(node: Node, weight: Tensor, batches: Iterable[Seen]) -> DSTensor:
-        width = widths.get(node.name, used_width(8, weight.shape[1], 0))
-        return fit_layer(node, weight, *width, batches, options.seed)
+        return fit_layer(node, weight, *_width(widths, node.name, weight), batches, options.seed)
 
     return fit
 
@@ -264,7 +285,7 @@ def _sqnr_db(weight: Tensor, fitted: Tensor) -> float:
 def _provenance(checkpoint: Checkpoint, options: QuantizeOptions, command: str, damage: Damage) -> dict[str, Any]:
     return {
         "source": str(checkpoint.path.resolve()),
-        "source_sha256": hashlib.sha256(checkpoint.path.read_bytes()).hexdigest(),
+        "source_sha256": sha256_of(checkpoint.path),
         "source_bytes": checkpoint.size_bytes,
         "dsconvert": dsconvert.__version__,
         "command": command,
@@ -278,6 +299,12 @@ def _provenance(checkpoint: Checkpoint, options: QuantizeOptions, command: str, 
             for name, by_width in damage.items()
         },
     }
+
+
+def sha256_of(path: Path) -> str:
+    """Checksum of a file."""
+    with open(path, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def quantize_report(result: Quantized) -> dict[str, Any]:
