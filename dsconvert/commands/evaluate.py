@@ -1,0 +1,85 @@
+"""dsconvert eval."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.table import Table
+
+from dsconvert import pipeline
+from dsconvert.commands.shared import PATH, RUNS, as_json, bars, console, print_json, short, threads
+from dsconvert.errors import InputError
+from dsconvert.evaluate.candidates import Candidate
+from dsconvert.modelfile import load_model
+
+
+@click.command("eval")
+@click.argument("models", type=PATH, nargs=-1, metavar="[MODEL]...")
+@click.option("--data", type=PATH, help="data.yaml with labels, or a folder of images without.")
+@click.option("--imgsz", type=int, help="Side of the images, pixels (default: as exported).")
+@click.option("--samples", type=click.IntRange(1), help="Most images used.")
+@threads
+@as_json
+def evaluate(
+    models: tuple[Path, ...], data: Path | None, imgsz: int | None, samples: int | None,
+    threads: int, as_json: bool,
+) -> None:  # fmt: skip
+    """Measure accuracy, size and latency of each MODEL on labelled images.
+
+    MODEL is a .pt, .safetensors or .onnx file; by default the newest quantize
+    result and the checkpoint it came from. Latency is ONNX Runtime's for all.
+    --data defaults to what was calibrated on. Without labels (a folder), the
+    truth is what the first model finds: the others' rows are agreement.
+
+    Example: dsconvert eval best.pt best.onnx --data data.yaml
+    """
+    paths = list(models)
+    if not paths or data is None:
+        newest = pipeline.newest_result(RUNS)
+        provenance = load_model(newest).provenance
+        paths = paths or [Path(provenance["source"]), newest]
+        data = data or _data_of(provenance)
+    with bars() as progress:
+        rows = pipeline.evaluate(paths, data, imgsz, samples, progress)
+    if as_json:
+        print_json({"models": [_row(r) for r in rows], "data": str(data)})
+        return
+    _print_evaluation(rows)
+
+
+def _data_of(provenance: Any) -> Path:
+    calib = provenance["options"]["calib"]
+    if not calib:
+        raise InputError("Which images? Give --data data.yaml, or a folder of images to measure agreement.")
+    return Path(calib)
+
+
+def _row(r: pipeline.Evaluated) -> dict[str, Any]:
+    c, m, t = r.candidate, r.metrics, r.latency
+    return {
+        "path": str(c.path), "format": c.format, "map50_95": m.map50_95, "map50": m.map50, "precision": m.precision,
+        "recall": m.recall, "size_bytes": c.size_bytes, "weight_bits": c.weight_bits,
+        "latency_ms": {"median": t.median_ms, "min": t.min_ms, "spread": t.spread_ms}, "images": m.images,
+    }  # fmt: skip
+
+
+def _print_evaluation(rows: list[pipeline.Evaluated]) -> None:
+    table = Table("model", "mAP50-95", "mAP50", "P", "R", "MB", "bits", "ms", "±")
+    for r in rows:
+        m, t, c = r.metrics, r.latency, r.candidate
+        table.add_row(
+            short(c.path), f"{m.map50_95:.4f}", f"{m.map50:.4f}", f"{m.precision:.3f}", f"{m.recall:.3f}",
+            f"{c.size_bytes / 1e6:.2f}", _bits(c), f"{t.median_ms:.1f}", f"{t.spread_ms:.1f}",
+        )  # fmt: skip
+    console().print(table)
+    m = rows[0].metrics
+    click.echo(
+        f"{m.images} images. bits: stored bits a weight. ms: median of {rows[0].latency.runs} interleaved ONNX "
+        "Runtime runs; ±: interquartile range."
+    )
+
+
+def _bits(c: Candidate) -> str:
+    return f"{c.weight_bits:.2f}"
