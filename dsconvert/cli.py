@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 import traceback
+from collections.abc import Sequence
 
 import click
 
 import dsconvert
 from dsconvert.commands.bench import bench
+from dsconvert.commands.detect import detect
 from dsconvert.commands.evaluate import evaluate
 from dsconvert.commands.export import export
 from dsconvert.commands.info import info
 from dsconvert.commands.quantize import quantize
+from dsconvert.commands.shared import say
 from dsconvert.errors import InputError
 
 
@@ -26,6 +30,7 @@ def cli() -> None:
     dsconvert quantize best.pt --calib images/   fit 4-bit DSConv weights
     dsconvert export --onnx                      integer weights in ONNX
     dsconvert eval --data data.yaml              accuracy, size, latency
+    dsconvert detect best.onnx photos/           draw what it finds
     dsconvert bench a.onnx b.onnx                speed and memory, side by side
     """
 
@@ -33,20 +38,27 @@ def cli() -> None:
 cli.add_command(quantize)
 cli.add_command(export)
 cli.add_command(evaluate)
+cli.add_command(detect)
 cli.add_command(bench)
 cli.add_command(info)
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point: bad input is one sentence and exit code 2; only a fault of ours shows a traceback."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # better an escape than no output
     try:
-        cli.main(standalone_mode=False)
+        cli.main(arguments, prog_name="dsconvert", standalone_mode=False)
     except InputError as error:
         _fail(str(error), 2)
     except click.exceptions.Abort:
         _fail("Interrupted.", 130)
     except click.ClickException as error:
-        error.show()
+        shown = io.StringIO()
+        error.show(shown)
+        for line in shown.getvalue().splitlines():
+            say(line)
         sys.exit(error.exit_code)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -57,5 +69,5 @@ def main() -> None:
 
 
 def _fail(message: str, code: int) -> None:
-    click.echo(f"Error: {message}", err=True)
+    say(f"Error: {message}")
     sys.exit(code)

@@ -6,10 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import click
-from rich.table import Table
 
 from dsconvert import pipeline
-from dsconvert.commands.shared import PATH, RUNS, as_json, bars, console, print_json, short, threads
+from dsconvert.commands.shared import PATH, RUNS, as_json, bars, cell, console, print_json, short, table, tell, threads
 from dsconvert.errors import InputError
 from dsconvert.evaluate.candidates import Candidate
 from dsconvert.modelfile import load_model
@@ -66,16 +65,16 @@ def _row(r: pipeline.Evaluated) -> dict[str, Any]:
 
 
 def _print_evaluation(rows: list[pipeline.Evaluated]) -> None:
-    table = Table("model", "mAP50-95", "mAP50", "P", "R", "MB", "bits", "ms", "±")
+    shown = table("model", "mAP50-95", "mAP50", "P", "R", "MB", "bits", "ms", "±")
     for r in rows:
         m, t, c = r.metrics, r.latency, r.candidate
-        table.add_row(
-            short(c.path), f"{m.map50_95:.4f}", f"{m.map50:.4f}", f"{m.precision:.3f}", f"{m.recall:.3f}",
+        shown.add_row(
+            cell(short(c.path)), f"{m.map50_95:.4f}", f"{m.map50:.4f}", f"{m.precision:.3f}", f"{m.recall:.3f}",
             f"{c.size_bytes / 1e6:.2f}", _bits(c), f"{t.median_ms:.1f}", f"{t.spread_ms:.1f}",
         )  # fmt: skip
-    console().print(table)
+    console().print(shown)
     m = rows[0].metrics
-    click.echo(
+    tell(
         f"{m.images} images. bits: stored bits a weight. ms: median of {rows[0].latency.runs} interleaved ONNX "
         "Runtime runs; ±: interquartile range."
     )

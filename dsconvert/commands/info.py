@@ -7,10 +7,9 @@ from typing import Any
 
 import click
 import onnx
-from rich.table import Table
 
 from dsconvert import pipeline
-from dsconvert.commands.shared import PATH, RUNS, as_json, console, print_json
+from dsconvert.commands.shared import PATH, RUNS, as_json, cell, console, print_json, table, tell
 from dsconvert.errors import InputError
 from dsconvert.export.inspect import conv_weights
 from dsconvert.model import DSModel
@@ -33,18 +32,18 @@ def info(model: Path | None, as_json: bool) -> None:
         print_json({"path": str(path), **facts})
         return
     harm = _harm(facts["layers"])
-    table = Table("layer", "shape", "kind", "bits", "block", "bytes", *(("harm at 4 bits", "harm") if harm else ()))
+    shown = table("layer", "shape", "kind", "bits", "block", "bytes", *(("harm at 4 bits", "harm") if harm else ()))
     for row in facts["layers"]:
         shape = "x".join(map(str, row["shape"]))
         block = str(row.get("block_size") or "")
-        cells = (row["name"], shape, row["kind"], str(row["bits"]), block, f"{row['bytes']:,}")
-        table.add_row(*cells, *harm.get(row["name"], ()))
-    console().print(table)
+        cells = (cell(row["name"]), shape, cell(row["kind"]), str(row["bits"]), block, f"{row['bytes']:,}")
+        shown.add_row(*cells, *harm.get(row["name"], ()))
+    console().print(shown)
     if harm:
-        click.echo("harm: expected share of the damage that 4 bits in every layer would do to the detections.")
+        tell("harm: expected share of the damage that 4 bits in every layer would do to the detections.")
     stored = sum(row["bytes"] for row in facts["layers"])
     full = sum(row["float32_bytes"] for row in facts["layers"])
-    click.echo(
+    tell(
         f"{path}: file {facts['size_bytes'] / 1e6:.2f} MB; weights {stored / 1e6:.2f} MB, "
         f"float32 {full / 1e6:.2f} MB, {full / max(stored, 1):.2f} times smaller."
     )

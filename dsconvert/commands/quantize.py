@@ -12,7 +12,7 @@ from typing import Any
 import click
 
 from dsconvert import pipeline
-from dsconvert.commands.shared import PATH, RUNS, as_json, bars, force, print_json, say, threads
+from dsconvert.commands.shared import PATH, RUNS, as_json, bars, force, print_json, say, tell, threads
 from dsconvert.errors import InputError
 from dsconvert.files import free_folder
 from dsconvert.yolo.checkpoint import load_checkpoint
@@ -95,13 +95,13 @@ def _print_quantized(result: pipeline.Quantized, source_bytes: int, written: Pat
     model = result.model
     kinds = [row["kind"] for row in pipeline.layer_table(model)]
     size = written.stat().st_size
-    click.echo(
+    tell(
         f"Converted {kinds.count('DSConv')} of {len(kinds)} convolutions to DSConv, the others to int8, "
         f"on {result.images} images in {seconds:.0f} s."
     )
-    click.echo(
+    tell(
         f"Weights: {model.weight_bits:.2f} bits each, {32 / model.weight_bits:.2f} times smaller than float32. "
         f"File: {size / 1e6:.2f} MB (checkpoint {source_bytes / 1e6:.2f} MB)."
     )
-    click.echo(f"Wrote {written}")
-    click.echo("Next: dsconvert export --onnx")
+    tell(f"Wrote {written}")
+    tell("Next: dsconvert export --onnx")

@@ -153,7 +153,10 @@ def read_image(path: Path) -> Image:
         data = np.fromfile(path, np.uint8)
     except OSError:
         raise InputError(f"{path} cannot be read.") from None
-    image = cv2.imdecode(data, cv2.IMREAD_COLOR) if data.size else None
+    try:
+        image = cv2.imdecode(data, cv2.IMREAD_COLOR) if data.size else None
+    except cv2.error:  # more pixels than OpenCV decodes
+        image = None
     if image is None:
         raise InputError(f"{path} is not an image that can be decoded.")
     return np.ascontiguousarray(image[..., ::-1]).astype(np.uint8, copy=False)
