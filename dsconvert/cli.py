@@ -1,4 +1,4 @@
-"""The command line: parse, call the pipeline, print. Exit codes: 0 done, 1 a fault of dsconvert, 2 bad input."""
+"""The command line: parse, call the pipeline, print. Exit codes: see the help of the group."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ import click
 
 import dsconvert
 from dsconvert.commands.bench import bench
+from dsconvert.commands.compare import compare
 from dsconvert.commands.detect import detect
 from dsconvert.commands.evaluate import evaluate
 from dsconvert.commands.export import export
 from dsconvert.commands.info import info
 from dsconvert.commands.quantize import quantize
 from dsconvert.commands.shared import say
-from dsconvert.errors import InputError
+from dsconvert.errors import InputError, LimitMissed
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 80})
@@ -31,7 +32,12 @@ def cli() -> None:
     dsconvert export --onnx                      integer weights in ONNX
     dsconvert eval --data data.yaml              accuracy, size, latency
     dsconvert detect best.onnx photos/           draw what it finds
+    dsconvert compare best.pt best.onnx photos/  agreement without labels
     dsconvert bench a.onnx b.onnx                speed and memory, side by side
+
+    \b
+    Exit codes: 0 done, 1 a fault of dsconvert, 2 bad input, 3 a limit missed
+    (compare --min-agreement, eval --max-map-drop).
     """
 
 
@@ -39,6 +45,7 @@ cli.add_command(quantize)
 cli.add_command(export)
 cli.add_command(evaluate)
 cli.add_command(detect)
+cli.add_command(compare)
 cli.add_command(bench)
 cli.add_command(info)
 
@@ -52,6 +59,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         cli.main(arguments, prog_name="dsconvert", standalone_mode=False)
     except InputError as error:
         _fail(str(error), 2)
+    except LimitMissed as missed:
+        say(f"Failed: {missed}")
+        sys.exit(3)
     except click.exceptions.Abort:
         _fail("Interrupted.", 130)
     except click.ClickException as error:

@@ -47,6 +47,12 @@ def test_boxes_are_in_pixels_of_the_image():
     np.testing.assert_array_equal(found, [[15, 10, 25, 18, 0.5, 0]])
 
 
+def test_what_lies_in_the_margin_is_no_object():
+    inside, outside, touching = [20, 30, 10, 8, 1, 0.5, 0], [20, 8, 10, 8, 1, 0.75, 0], [50, 14, 10, 8, 1, 0.375, 0]
+    found = find(always(inside, outside, touching), WIDE, 64, DetectOptions())
+    np.testing.assert_array_equal(found[:, :5], [[15, 10, 25, 18, 0.5], [45, 0, 55, 2, 0.375]])
+
+
 def test_a_box_has_only_its_best_class_and_that_decides_what_classes_keeps():
     both = always([20, 30, 10, 8, 1.0, 0.5, 0.75])
     assert find(both, WIDE, 64, DetectOptions())[:, 4:].tolist() == [[0.75, 1]]

@@ -9,7 +9,7 @@ import click
 
 from dsconvert import pipeline
 from dsconvert.commands.shared import PATH, RUNS, as_json, bars, cell, console, print_json, short, table, tell, threads
-from dsconvert.errors import InputError
+from dsconvert.errors import InputError, LimitMissed
 from dsconvert.evaluate.candidates import Candidate
 from dsconvert.modelfile import load_model
 
@@ -19,10 +19,12 @@ from dsconvert.modelfile import load_model
 @click.option("--data", type=PATH, help="data.yaml with labels, or a folder of images without.")
 @click.option("--imgsz", type=int, help="Side of the images, pixels (default: as exported).")
 @click.option("--samples", type=click.IntRange(1), help="Most images used.")
+@click.option("--max-map-drop", type=click.FloatRange(0, 100), metavar="POINTS",
+              help="Exit with 3 if a model loses more mAP50-95 against the first.")  # fmt: skip
 @threads
 @as_json
 def evaluate(
-    models: tuple[Path, ...], data: Path | None, imgsz: int | None, samples: int | None,
+    models: tuple[Path, ...], data: Path | None, imgsz: int | None, samples: int | None, max_map_drop: float | None,
     threads: int, as_json: bool,
 ) -> None:  # fmt: skip
     """Measure accuracy, size and latency of each MODEL on labelled images.
@@ -32,7 +34,9 @@ def evaluate(
     --data defaults to what was calibrated on. Without labels (a folder), the
     truth is what the first model finds: the others' rows are agreement.
 
-    Example: dsconvert eval best.pt best.onnx --data data.yaml
+    \b
+    Examples: dsconvert eval best.pt best.onnx --data data.yaml
+              dsconvert eval best.pt best.onnx --data data.yaml --max-map-drop 0.5
     """
     paths = list(models)
     if not paths or data is None:
@@ -40,12 +44,27 @@ def evaluate(
         provenance = load_model(newest).provenance
         paths = paths or [Path(provenance["source"]), newest]
         data = data or _data_of(provenance)
+    if max_map_drop is not None and len(paths) < 2:
+        raise InputError("--max-map-drop measures the drop against the first model; name another one too.")
     with bars() as progress:
         rows = pipeline.evaluate(paths, data, imgsz, samples, progress)
     if as_json:
         print_json({"models": [_row(r) for r in rows], "data": str(data)})
-        return
-    _print_evaluation(rows)
+    else:
+        _print_evaluation(rows)
+    if max_map_drop is not None:
+        _hold(rows, max_map_drop)
+
+
+def _hold(rows: list[pipeline.Evaluated], most: float) -> None:
+    """Raise LimitMissed naming every model that loses more than `most` points against the first."""
+    first = rows[0].metrics.map50_95
+    drops = [(r.candidate.path, 100 * (first - r.metrics.map50_95)) for r in rows[1:]]
+    # a tenth of a millionth of a point is what binary fractions are off by
+    missed = [f"{path} loses {drop:.2f} points" for path, drop in drops if not drop <= most + 1e-7]
+    if missed:
+        against = f"of mAP50-95 against {rows[0].candidate.path}"
+        raise LimitMissed(f"{' and '.join(missed)} {against}, more than --max-map-drop {most:g}.")
 
 
 def _data_of(provenance: Any) -> Path:

@@ -30,6 +30,7 @@ STAGES = {
     "load": "loading",
     "bench": "timing",
     "detect": "detecting",
+    "compare": "comparing",
 }
 PATH = click.Path(path_type=Path)
 

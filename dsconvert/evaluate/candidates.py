@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -61,6 +61,16 @@ def load_candidate(path: Path, side: int | None) -> Candidate:
     if path.suffix == ".onnx":
         return _onnx(path, side)
     raise InputError(f"{path} is not a .pt, .safetensors or .onnx file.")
+
+
+def load_candidates(paths: Sequence[Path], side: int | None) -> list[Candidate]:
+    """All models at one image size: the one asked for, else the one the others were made for (a `.pt` fits any)."""
+    sized = {p: load_candidate(p, side) for p in paths if p.suffix != ".pt"}
+    sides = {c.side for c in sized.values()}
+    if len(sides) > 1:
+        raise InputError(f"The models were made for different image sizes {sorted(sides)}; give --imgsz.")
+    side = sides.pop() if sides else side
+    return [sized[p] if p in sized else load_candidate(p, side) for p in paths]
 
 
 def _once(make: Callable[[], ort.InferenceSession], side: int) -> Callable[[], object]:

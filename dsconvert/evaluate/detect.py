@@ -18,7 +18,7 @@ from dsconvert.evaluate.accuracy import CONFIDENT, OVERLAP, Predictor
 from dsconvert.export.nms import Nms
 from dsconvert.text import printable
 from dsconvert.yolo.boxes import non_max_suppression, to_image
-from dsconvert.yolo.images import SUFFIXES, Image, letterbox, to_tensor
+from dsconvert.yolo.images import SUFFIXES, Image, Letterbox, letterbox, to_tensor
 
 Found = NDArray[np.float32]  # (n, 6): x1, y1, x2, y2 in pixels of the image, score, class; best first
 NAME_LENGTH = 40  # characters of a class name that are drawn or printed
@@ -55,14 +55,20 @@ class DetectOptions:
 
 
 def find(predict: Predictor, image: Image, side: int, options: DetectOptions) -> Found:
-    """The objects in an RGB image (h, w, 3), letterboxed to `side` pixels for the model. A box has one class, its
-    best, as in YOLOv5's detect.py."""
+    """The objects in an RGB image (h, w, 3), letterboxed to `side` pixels for the model."""
     square, box = letterbox(image, side)
-    boxes = non_max_suppression(
-        predict(to_tensor([square]).numpy())[0], options.confidence, options.iou, options.most,
+    return sort_out(predict(to_tensor([square]).numpy())[0], box, image.shape[:2], options)
+
+
+def sort_out(predictions: Found, box: Letterbox, shape: tuple[int, int], options: DetectOptions) -> Found:
+    """(boxes, 5 + nc) as decoded -> the objects in the image of (height, width). A box has one class, its best, as
+    in YOLOv5's detect.py; what lies wholly in the letterbox's margin is none."""
+    sure = non_max_suppression(
+        predictions, options.confidence, options.iou, options.most,
         best_class_only=True, classes_kept=options.classes, agnostic=options.agnostic,
     )  # fmt: skip
-    return to_image(boxes, box, image.shape[:2])
+    placed = to_image(sure, box, shape)
+    return placed[(placed[:, 2:4] > placed[:, :2]).all(1)]
 
 
 def class_numbers(given: Sequence[str], names: Sequence[str]) -> frozenset[int] | None:
