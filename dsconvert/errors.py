@@ -1,5 +1,9 @@
-"""The one exception a user's mistake raises; the command line turns it into one sentence and exit code 2."""
+"""The exceptions that tell a user something; the command line turns each into one sentence and an exit code."""
 
 
 class InputError(ValueError):
-    """Something given to dsconvert cannot be used; the message is one complete sentence for the user."""
+    """Something given to dsconvert cannot be used (exit code 2); the message is one complete sentence for the user."""
+
+
+class LimitMissed(Exception):
+    """A measured value misses the limit that the user set for it (exit code 3); one complete sentence."""

@@ -21,7 +21,7 @@ from dsconvert.budget import BITS, BLOCK_SIZES, Damage, Widths, packed_size, wid
 from dsconvert.dsconv.tensor import DSTensor, Width, used_width
 from dsconvert.errors import InputError
 from dsconvert.evaluate.accuracy import evaluate_predictors
-from dsconvert.evaluate.candidates import Candidate, load_candidate
+from dsconvert.evaluate.candidates import Candidate, load_candidates
 from dsconvert.evaluate.coco import Metrics
 from dsconvert.evaluate.drop import map_drop
 from dsconvert.evaluate.latency import Latency, interleaved_latency
@@ -418,7 +418,7 @@ def entrants(models: Sequence[Path], data: Path, imgsz: int | None = None, sampl
         raise InputError(f"{data} names neither val nor train images.")
     if samples is not None:
         paths = spread(paths, samples)
-    candidates = _candidates(models, imgsz)
+    candidates = load_candidates(models, imgsz)
     whose, nc = (str(data), len(described.names)) if described else (str(models[0]), len(candidates[0].names))
     for c in candidates:
         if c.names and len(c.names) != nc:
@@ -449,13 +449,3 @@ def evaluate(
     )
     latencies = interleaved_latency([c.run_once for c in given.candidates])
     return [Evaluated(c, m, t) for c, m, t in zip(given.candidates, metrics, latencies, strict=True)]
-
-
-def _candidates(models: Sequence[Path], imgsz: int | None) -> list[Candidate]:
-    """All models at one image size: the one asked for, else the one the others were made for (a `.pt` fits any)."""
-    sized = {p: load_candidate(p, imgsz) for p in models if p.suffix != ".pt"}
-    sides = {c.side for c in sized.values()}
-    if len(sides) > 1:
-        raise InputError(f"The models were made for different image sizes {sorted(sides)}; give --imgsz.")
-    side = sides.pop() if sides else imgsz
-    return [sized[p] if p in sized else load_candidate(p, side) for p in models]

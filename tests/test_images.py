@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import struct
+import zlib
 from pathlib import Path
 
 import cv2
@@ -293,3 +295,13 @@ def test_calibration_batches_of_nothing_readable(tmp_path):
     assert batch.shape == (0, 3, 32, 32)
     assert skipped == 3
     assert list(calibration_batches([], 32, 2)) == []
+
+
+def test_more_pixels_than_can_be_decoded_is_an_unreadable_image(tmp_path):
+    """A PNG header that promises 10^12 pixels: OpenCV raises instead of returning nothing."""
+    size = struct.pack(">II", 1_000_000, 1_000_000)
+    body = b"IHDR" + size + bytes([8, 2, 0, 0, 0])
+    header = b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + body + struct.pack(">I", zlib.crc32(body))
+    (tmp_path / "bomb.png").write_bytes(header)
+    with pytest.raises(InputError, match="not an image that can be decoded"):
+        read_image(tmp_path / "bomb.png")

@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from dsconvert import pipeline
-from dsconvert.commands.shared import PATH, RUNS, as_json, force, print_json
+from dsconvert.commands.shared import PATH, RUNS, as_json, force, print_json, tell
 from dsconvert.errors import InputError
 from dsconvert.export.layouts import LAYOUT_OPSET
 from dsconvert.export.nms import Nms
@@ -71,8 +71,8 @@ def export(
             {"path": str(target), "layout": suffix, "input": ends.input_type, "nms": with_nms, "size_bytes": len(data)}
         )
         return
-    click.echo(f"Wrote {target} ({len(data) / 1e6:.2f} MB, {suffix}).")
-    click.echo(f"Next: dsconvert eval {shlex.quote(str(target))} --data data.yaml")
+    tell(f"Wrote {target} ({len(data) / 1e6:.2f} MB, {suffix}).")
+    tell(f"Next: dsconvert eval {shlex.quote(str(target))} --data data.yaml")
 
 
 def _nms(wanted: bool, given: dict[str, float | None]) -> Nms | None:

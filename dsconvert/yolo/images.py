@@ -101,12 +101,21 @@ def _split(entry: Any, root: Path) -> tuple[Path, ...]:
 
 def calibration_images(source: Path) -> list[Path]:
     """Images to calibrate on: of a folder, a text file, or a data.yaml (its train split, else val)."""
+    return _images(source, ("train", "val"))
+
+
+def evaluation_images(source: Path) -> list[Path]:
+    """Images to measure on: of a folder, a text file, or a data.yaml (its val split, else train)."""
+    return _images(source, ("val", "train"))
+
+
+def _images(source: Path, splits: tuple[str, str]) -> list[Path]:
     if source.suffix.lower() not in (".yaml", ".yml"):
         return image_paths(source)
     data = read_data_yaml(source)
-    found = data.train or data.val
+    found: tuple[Path, ...] = getattr(data, splits[0]) or getattr(data, splits[1])
     if not found:
-        raise InputError(f"{source} names neither train nor val images.")
+        raise InputError(f"{source} names neither {splits[0]} nor {splits[1]} images.")
     return list(found)
 
 
@@ -153,7 +162,10 @@ def read_image(path: Path) -> Image:
         data = np.fromfile(path, np.uint8)
     except OSError:
         raise InputError(f"{path} cannot be read.") from None
-    image = cv2.imdecode(data, cv2.IMREAD_COLOR) if data.size else None
+    try:
+        image = cv2.imdecode(data, cv2.IMREAD_COLOR) if data.size else None
+    except cv2.error:  # more pixels than OpenCV decodes
+        image = None
     if image is None:
         raise InputError(f"{path} is not an image that can be decoded.")
     return np.ascontiguousarray(image[..., ::-1]).astype(np.uint8, copy=False)
