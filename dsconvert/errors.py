@@ -1,5 +1,34 @@
-"""The one exception a user's mistake raises; the command line turns it into one sentence and exit code 2."""
+"""The exceptions a user may cause; the command line turns each into one sentence and an exit code."""
+
+from __future__ import annotations
+
+
+def printable(text: str, most: int = 2000) -> str:
+    """The text with every character a terminal would act on (escapes, line ends, half surrogates) made a `?`,
+    cut at `most` characters: what strangers' files say may be shown, and do nothing."""
+    shown = "".join(c if c.isprintable() else "?" for c in text[:most])
+    return shown if len(text) <= most else shown[:-3] + "..."
+
+
+def shown(value: object) -> str:
+    """A value of a stranger's file in a message: numbers and short text as they are, of anything else only its kind,
+    as the text of a few nested lists can be without end."""
+    if isinstance(value, str) and len(value) <= 200:
+        return repr(value)
+    if value is None or isinstance(value, (bool, float)) or (isinstance(value, int) and abs(value) < 1 << 64):
+        return str(value)
+    return f"a {'long text' if isinstance(value, str) else type(value).__name__}"
 
 
 class InputError(ValueError):
-    """Something given to dsconvert cannot be used; the message is one complete sentence for the user."""
+    """Something given to dsconvert cannot be used; the message is one complete sentence for the user. Exit code 2."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(printable(message))
+
+
+class CheckError(RuntimeError):
+    """A file dsconvert made does not compute what it should, and so was not written; one sentence. Exit code 1."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(printable(message))

@@ -5,7 +5,6 @@ checkpoint -> network -> plan -> calibrate -> fit -> DSModel -> file -> ONNX
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -240,7 +239,7 @@ def _sqnr_db(weight: Tensor, fitted: Tensor) -> float:
 def _provenance(checkpoint: Checkpoint, options: QuantizeOptions, command: str, damage: Damage) -> dict[str, Any]:
     return {
         "source": str(checkpoint.path.resolve()),
-        "source_sha256": hashlib.sha256(checkpoint.path.read_bytes()).hexdigest(),
+        "source_sha256": checkpoint.sha256,
         "source_bytes": checkpoint.size_bytes,
         "dsconvert": dsconvert.__version__,
         "command": command,
