@@ -1,4 +1,6 @@
-"""The command line: parse, call the pipeline, print. Exit codes: 0 done, 1 a fault of dsconvert, 2 bad input."""
+"""The command line: parse, call the pipeline, print.
+
+Exit codes: 0 done, 1 a fault of dsconvert, 2 bad input or a machine that refuses (memory, disk), 130 interrupted."""
 
 from __future__ import annotations
 
@@ -20,10 +22,10 @@ from dsconvert import pipeline
 from dsconvert.commands.bench import bench
 from dsconvert.commands.export import export
 from dsconvert.commands.shared import PATH, RUNS, as_json, bars, console, force, print_json, say, short, threads
-from dsconvert.errors import InputError
+from dsconvert.errors import CheckError, InputError, system_fault
 from dsconvert.evaluate.candidates import Candidate
 from dsconvert.export.inspect import conv_weights
-from dsconvert.files import free_folder
+from dsconvert.files import check_writable, claim_folder
 from dsconvert.model import DSModel
 from dsconvert.modelfile import load_model
 from dsconvert.yolo.checkpoint import load_checkpoint
@@ -90,7 +92,7 @@ def quantize(
     """
     began = time.perf_counter()
     loaded = load_checkpoint(checkpoint)
-    folder = out or free_folder(RUNS / checkpoint.stem)
+    check_writable(out or RUNS)
     if out is not None and not force and (out / pipeline.MODEL_FILE).exists():
         raise InputError(f"{out / pipeline.MODEL_FILE} already exists; give --force to replace it.")
     if calib is None:
@@ -105,6 +107,7 @@ def quantize(
             shlex.join(["dsconvert", *sys.argv[1:]]),
             progress,
         )
+    folder = out or claim_folder(RUNS / checkpoint.stem)  # now, not before: another run may have taken the name
     written = pipeline.save_quantized(result, folder, force)
     seconds = time.perf_counter() - began
     if as_json:
@@ -112,7 +115,7 @@ def quantize(
         print_json({**report, "path": str(written), "seconds": round(seconds, 2)})
         return
     if result.skipped:
-        say(f"{result.skipped} images could not be read and were left out.")
+        say(f"{result.skipped} images could not be read and were left out; the first: {result.skipped_reason}")
     _print_quantized(result, loaded.size_bytes, written, seconds)
 
 
@@ -239,6 +242,7 @@ def _row(r: pipeline.Evaluated) -> dict[str, Any]:
         "path": str(c.path), "format": c.format, "map50_95": m.map50_95, "map50": m.map50, "precision": m.precision,
         "recall": m.recall, "size_bytes": c.size_bytes, "weight_bits": c.weight_bits,
         "latency_ms": {"median": t.median_ms, "min": t.min_ms, "spread": t.spread_ms}, "images": m.images,
+        "skipped": len(m.skipped),
     }  # fmt: skip
 
 
@@ -252,6 +256,8 @@ def _print_evaluation(rows: list[pipeline.Evaluated]) -> None:
         )  # fmt: skip
     console().print(table)
     m = rows[0].metrics
+    if m.skipped:
+        say(f"{len(m.skipped)} images could not be read and were left out; the first: {m.skipped[0]}")
     click.echo(
         f"{m.images} images. bits: stored bits a weight. ms: median of {rows[0].latency.runs} interleaved ONNX "
         "Runtime runs; ±: interquartile range."
@@ -296,7 +302,11 @@ def main() -> None:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
-    except Exception:
+    except CheckError as error:
+        _fail(str(error), 1)
+    except Exception as error:
+        if said := system_fault(error):
+            _fail(said, 2)
         traceback.print_exc()
         _fail("This is a fault of dsconvert; please report it with the lines above.", 1)
 

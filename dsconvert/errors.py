@@ -20,6 +20,21 @@ def shown(value: object) -> str:
     return f"a {'long text' if isinstance(value, str) else type(value).__name__}"
 
 
+def system_fault(error: BaseException) -> str | None:
+    """One sentence when the machine, and neither the input nor dsconvert, is at fault: memory, disk, permissions."""
+    text = str(error)
+    if isinstance(error, MemoryError) or any(words in text for words in _OUT_OF_MEMORY):
+        return "There is not enough memory; fewer --samples or a smaller --imgsz need less."
+    if isinstance(error, OSError) and error.strerror:
+        return printable(f"{error.filename or 'A file'} cannot be used: {error.strerror}.")
+    return None
+
+
+# how torch, ONNX Runtime, OpenCV and C++ say it
+_OUT_OF_MEMORY = ("can't allocate memory", "out of memory", "Failed to allocate memory", "bad_alloc", "bad allocation",
+                  "Insufficient memory")  # fmt: skip
+
+
 class InputError(ValueError):
     """Something given to dsconvert cannot be used; the message is one complete sentence for the user. Exit code 2."""
 

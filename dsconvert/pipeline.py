@@ -77,12 +77,14 @@ class QuantizeOptions:
 
 @dataclass(frozen=True)
 class Quantized:
-    """A fitted model, the images it was calibrated on, how many files were unreadable, and each layer's error."""
+    """A fitted model, the images it was calibrated on, how many files were unreadable, each layer's error, and why the
+    first of those files could not be read."""
 
     model: DSModel
     images: int
     skipped: int
     sqnr_db: Mapping[str, float]
+    skipped_reason: str = ""
 
 
 def quantize(
@@ -94,8 +96,9 @@ def quantize(
     report = progress or (lambda stage, done, total: None)
     network, device = checkpoint.network.to(options.device), options.device
     calib_paths = None if options.calib is None else spread(calibration_images(options.calib), options.samples)
+    skipped: list[str] = []
     if calib_paths is None:
-        batches, skipped = _synthetic(checkpoint, options, report), 0
+        batches = _synthetic(checkpoint, options, report)
     else:
         batches, skipped = _decode(calib_paths, options.imgsz, report)
     head = checkpoint.head
@@ -126,7 +129,7 @@ def quantize(
     model = DSModel(
         graph, convs, own, checkpoint.head, options.imgsz, _provenance(checkpoint, options, command, damage)
     )
-    return Quantized(model, images, skipped, sqnr)
+    return Quantized(model, images, len(skipped), sqnr, skipped[0] if skipped else "")
 
 
 def _check(options: QuantizeOptions, checkpoint: Checkpoint) -> None:
@@ -143,16 +146,16 @@ def _check(options: QuantizeOptions, checkpoint: Checkpoint) -> None:
         raise InputError(f"--device {options.device} is not available on this machine; use --device cpu.")
 
 
-def _decode(paths: Sequence[Path], side: int, report: Progress) -> tuple[list[Tensor], int]:
-    """Letterboxed uint8 batches; images are decoded once."""
-    batches, skipped = [], 0
+def _decode(paths: Sequence[Path], side: int, report: Progress) -> tuple[list[Tensor], list[str]]:
+    """Letterboxed uint8 batches, and why the others could not be read; images are decoded once."""
+    batches, skipped = [], []
     for batch, bad in calibration_batches(paths, side, BATCH):
         skipped += bad
         if len(batch):
             batches.append((batch * 255).round().to(torch.uint8))
         report("images", min(len(batches) * BATCH, len(paths)), len(paths))
     if not batches:
-        raise InputError(f"None of the {skipped} calibration images could be read.")
+        raise InputError(f"None of the {len(skipped)} calibration images could be read; the first: {skipped[0]}")
     return batches, skipped
 
 

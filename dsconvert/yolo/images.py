@@ -240,17 +240,18 @@ def spread(paths: Sequence[Path], count: int) -> list[Path]:
     return [paths[i * len(paths) // count] for i in range(count)]
 
 
-def calibration_batches(paths: Sequence[Path], side: int, size: int) -> Iterator[tuple[Tensor, int]]:
-    """Letterboxed batches of up to `size` images and, with each, how many files had to be skipped as unreadable."""
+def calibration_batches(paths: Sequence[Path], side: int, size: int) -> Iterator[tuple[Tensor, list[str]]]:
+    """Letterboxed batches of up to `size` images and, with each, why files before it had to be skipped, one sentence
+    each."""
     squares: list[Image] = []
-    skipped = 0
+    skipped: list[str] = []
     for path in paths:
         try:
             squares.append(letterbox(read_image(path), side)[0])
-        except InputError:
-            skipped += 1
+        except InputError as error:
+            skipped.append(str(error))
         if len(squares) == size:
             yield to_tensor(squares), skipped
-            squares, skipped = [], 0
+            squares, skipped = [], []
     if squares or skipped:
         yield (to_tensor(squares) if squares else torch.empty(0, 3, side, side)), skipped
