@@ -264,7 +264,9 @@ def _refuse_unknown(stream: bytes, path: Path) -> None:
                 names.append(str(arg).replace(" ", "."))
             # the memo is an array as long as its largest index
             far = op.name.endswith("BINPUT") and isinstance(arg, int) and arg > count
-            foreign = foreign or far or op.name not in _OPCODES or tuples.after(op.name, arg) > MAX_TUPLES
+            foreign = far or op.name not in _OPCODES or tuples.after(op.name, arg) > MAX_TUPLES
+            if foreign:
+                break
     except Exception:
         raise InputError(f"{path} is damaged: its pickle cannot be parsed.") from None
     for prefix, what in _KNOWN_OTHERS:

@@ -1,4 +1,5 @@
-"""Load bad files in a process of its own, watched: `python child.py READER FILE...` prints one JSON line a file.
+"""Load bad files in a process of its own, watched: `python child.py` reads a JSON list of [reader, file] from stdin
+and prints one JSON line a file.
 
 An audit hook records everything that would let a file act (running, importing, writing, connecting), and the memory
 of the process is read after every file. It cannot be taken off again, which is why this is a process."""
@@ -28,6 +29,8 @@ HARMLESS = {"os.listdir", "os.scandir", "os.fwalk", "os.walk", "code.__new__"}
 def watch(event: str, args: tuple[Any, ...]) -> None:
     if not event.startswith(WATCHED) or event in HARMLESS:
         return
+    if event == "compile" and args[1] == "<unknown>":
+        return  # ast.literal_eval parsing a text, which makes no code
     if event == "open":
         _, mode, flags = args
         writes = flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT) or (isinstance(mode, str) and set(mode) & set("wax+"))
@@ -72,19 +75,19 @@ def readers() -> dict[str, Callable[[Path], Any]]:
     }  # fmt: skip
 
 
-def main(reader: str, files: list[str]) -> None:
-    read = readers()[reader]
-    warm, *files = files
-    with contextlib.suppress(ValueError):
-        read(Path(warm))  # imports and caches of the libraries, none of which a bad file may cause
+def main(warm: list[tuple[str, str]], files: list[tuple[str, str]]) -> None:
+    known = readers()
+    for reader, file in warm:
+        with contextlib.suppress(ValueError):
+            known[reader](Path(file))  # imports and caches of the libraries, none of which a bad file may cause
     codecs.lookup("cp437")  # zipfile's, for names without the UTF-8 flag
     sys.addaudithook(watch)
-    for file in files:
+    for reader, file in files:
         SEEN.clear()
         began = time.perf_counter()
         try:
             found: str | None = None
-            value = read(Path(file))
+            value = known[reader](Path(file))
             text = list(value) if isinstance(value, tuple) else str(value)[:200]
         except Exception as error:
             found, text = type(error).__name__, str(error)
@@ -99,4 +102,4 @@ def main(reader: str, files: list[str]) -> None:
 if __name__ == "__main__":
     limit = 24 << 30
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))  # a last net under the machine; the tests demand far less
-    main(sys.argv[1], sys.argv[2:])
+    main(*json.load(sys.stdin))
