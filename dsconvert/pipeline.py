@@ -22,6 +22,7 @@ from dsconvert.evaluate.accuracy import evaluate_predictors
 from dsconvert.evaluate.candidates import Candidate, load_candidate
 from dsconvert.evaluate.coco import Metrics
 from dsconvert.evaluate.latency import Latency, interleaved_latency
+from dsconvert.export.check import check_accumulators, check_export, check_images, float_reference, reference_of
 from dsconvert.export.onnx import PLAIN, Ends, export_float, export_quantized
 from dsconvert.files import write_atomic
 from dsconvert.fit.gptq import fit_layer
@@ -38,7 +39,16 @@ from dsconvert.model import DSModel, display_name, is_dsconv
 from dsconvert.modelfile import load_model, model_bytes
 from dsconvert.yolo.checkpoint import Checkpoint, load_checkpoint
 from dsconvert.yolo.decode import detection_measure
-from dsconvert.yolo.images import calibration_batches, calibration_images, image_paths, read_data_yaml, spread
+from dsconvert.yolo.images import (
+    Image,
+    calibration_batches,
+    calibration_images,
+    image_paths,
+    letterbox,
+    read_data_yaml,
+    read_image,
+    spread,
+)
 from dsconvert.yolo.lower import lower, split_detect
 from dsconvert.yolo.network import Head
 from dsconvert.yolo.plan import choose_convs
@@ -305,16 +315,37 @@ def save_quantized(result: Quantized, folder: Path, force: bool) -> Path:
     return folder / MODEL_FILE
 
 
-def onnx_bytes(path: Path, layout: str, imgsz: int | None, ends: Ends = PLAIN) -> bytes:
-    """ONNX of a converted model in a layout, or the float32 network of a `.pt`."""
+def onnx_bytes(path: Path, layout: str, imgsz: int | None, ends: Ends = PLAIN, check: bool = True) -> bytes:
+    """ONNX of a converted model in a layout, or the float32 network of a `.pt`.
+
+    Raises CheckError when `check` finds that it does not compute what it should, see `export.check`."""
+    photographs: list[Image] = []
     if path.suffix == ".pt":
         checkpoint = load_checkpoint(path)
         graph, params = lower(checkpoint.network.fuse())
-        made = export_float(graph, params, checkpoint.head, imgsz or 640, ends)
+        side, reference = imgsz or 640, float_reference(graph, params, checkpoint.head)
+        made = export_float(graph, params, checkpoint.head, side, ends)
     else:
         model = load_model(path)
-        made = export_quantized(model, layout, imgsz or model.imgsz, ends)
-    return made.SerializeToString(deterministic=True)
+        side, reference = imgsz or model.imgsz, reference_of(model)
+        made = export_quantized(model, layout, side, ends)
+        if check:
+            check_accumulators(model)
+            photographs = _first_calibration_image(model, side)
+    data = made.SerializeToString(deterministic=True)
+    if check:
+        check_export(data, reference, ends, check_images(side, photographs))
+    return data
+
+
+def _first_calibration_image(model: DSModel, side: int) -> list[Image]:
+    """One of the images a model was calibrated on, (3, side, side); none when they are gone."""
+    calib = model.provenance.get("options", {}).get("calib")
+    try:
+        path = calibration_images(Path(calib))[0] if calib else None
+        return [] if path is None else [letterbox(read_image(path), side)[0].transpose(2, 0, 1)]
+    except InputError:
+        return []
 
 
 def newest_result(root: Path) -> Path:

@@ -59,8 +59,7 @@ def randomise(network: Network, seed: int = 0) -> None:
             value.copy_(torch.randn(value.shape, generator=generator) * (2 / fan_in) ** 0.5)
 
 
-@pytest.fixture
-def tiny() -> tuple[Network, Head]:
+def tiny_network() -> tuple[Network, Head]:
     """A random two-level network of 12 convolutions and its head."""
     network = Network(TINY, nc=2, na=3).eval()
     randomise(network)
@@ -69,13 +68,24 @@ def tiny() -> tuple[Network, Head]:
 
 
 @pytest.fixture
-def picture() -> torch.Tensor:
+def tiny() -> tuple[Network, Head]:
+    """The network of `tiny_network`."""
+    return tiny_network()
+
+
+def smooth_picture() -> torch.Tensor:
     """One image (1, 3, 64, 64) on the 8-bit grid: smooth colour with some grain."""
     generator = torch.Generator().manual_seed(1)
     coarse = torch.rand(1, 3, 8, 8, generator=generator)
     smooth = torch.nn.functional.interpolate(coarse, size=(64, 64), mode="bilinear")
     grain = torch.rand(1, 3, 64, 64, generator=generator)
     return ((0.8 * smooth + 0.2 * grain) * 255).round() / 255
+
+
+@pytest.fixture
+def picture() -> torch.Tensor:
+    """The image of `smooth_picture`."""
+    return smooth_picture()
 
 
 def grids_of(graph, params, batches) -> dict:
@@ -87,8 +97,12 @@ def grids_of(graph, params, batches) -> dict:
 
 @pytest.fixture
 def converted(tiny, picture) -> DSModel:
-    """The tiny network at 4 bits in blocks of 16, its stem and Detect at 8."""
-    network, head = tiny
+    """The tiny network as `convert` makes it."""
+    return convert(*tiny, picture)
+
+
+def convert(network: Network, head: Head, picture: torch.Tensor) -> DSModel:
+    """A network at 4 bits in blocks of 16, its stem and Detect at 8."""
     graph, params = split_detect(*lower(network.fuse()), head)
     batches = [picture, picture.flip(3)]
     own = grids_of(graph, params, batches)

@@ -10,7 +10,7 @@ from pathlib import Path
 import onnx
 import pytest
 from case import Case
-from conftest import SIDE
+from conftest import SIDE, convert, smooth_picture, tiny_network
 from graphs import onnx_files
 from modelfiles import model_files
 from texts import labels, yamls
@@ -24,8 +24,9 @@ from dsconvert.modelfile import model_bytes
 from dsconvert.yolo.images import image_paths, read_labels
 
 
-@pytest.fixture
-def model(converted) -> DSModel:
+@pytest.fixture(scope="module")
+def model() -> DSModel:
+    converted = convert(*tiny_network(), smooth_picture())
     return replace(converted, provenance={"source": "best.pt", "options": {"calib": None}})
 
 
