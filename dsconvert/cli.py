@@ -20,7 +20,7 @@ from dsconvert.commands.info import info
 from dsconvert.commands.quantize import quantize
 from dsconvert.commands.report import report
 from dsconvert.commands.shared import say
-from dsconvert.errors import InputError, LimitMissed
+from dsconvert.errors import CheckError, InputError, LimitMissed, system_fault
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 80})
@@ -76,7 +76,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
-    except Exception:
+    except CheckError as error:
+        _fail(str(error), 1)
+    except Exception as error:
+        if said := system_fault(error):
+            _fail(said, 2)
         traceback.print_exc()
         _fail("This is a fault of dsconvert; please report it with the lines above.", 1)
 

@@ -5,7 +5,6 @@ checkpoint -> network -> plan -> calibrate -> fit -> DSModel -> file -> ONNX
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -25,6 +24,7 @@ from dsconvert.evaluate.candidates import Candidate, load_candidates
 from dsconvert.evaluate.coco import Metrics
 from dsconvert.evaluate.drop import map_drop
 from dsconvert.evaluate.latency import Latency, interleaved_latency
+from dsconvert.export.check import check_accumulators, check_export, check_images, float_reference, reference_of
 from dsconvert.export.onnx import PLAIN, Ends, export_float, export_quantized
 from dsconvert.files import write_atomic
 from dsconvert.fit.gptq import fit_layer
@@ -43,7 +43,16 @@ from dsconvert.target import smallest_within
 from dsconvert.unfinished import read_unfinished, run_key, usable, write_unfinished
 from dsconvert.yolo.checkpoint import Checkpoint, load_checkpoint
 from dsconvert.yolo.decode import detection_measure
-from dsconvert.yolo.images import calibration_batches, calibration_images, image_paths, read_data_yaml, spread
+from dsconvert.yolo.images import (
+    Image,
+    calibration_batches,
+    calibration_images,
+    image_paths,
+    letterbox,
+    read_data_yaml,
+    read_image,
+    spread,
+)
 from dsconvert.yolo.lower import lower, split_detect
 from dsconvert.yolo.network import Head
 from dsconvert.yolo.plan import choose_convs
@@ -86,14 +95,15 @@ class QuantizeOptions:
 
 @dataclass(frozen=True)
 class Quantized:
-    """A fitted model, the images it was calibrated on, how many files were unreadable, each layer's error, and the
-    points of mAP50-95 lost on held-back images where a target was set."""
+    """A fitted model, the images it was calibrated on, how many files were unreadable, each layer's error, the points
+    of mAP50-95 lost on held-back images where a target was set, and why the first unreadable file was so."""
 
     model: DSModel
     images: int
     skipped: int
     sqnr_db: Mapping[str, float]
     map_drop: float | None = None
+    skipped_reason: str = ""
 
 
 def quantize(
@@ -117,8 +127,9 @@ def quantize(
     if options.target_drop is not None and paths is not None:
         held_back = paths[HELD_BACK - 1 :: HELD_BACK]
         paths = [p for p in paths if p not in set(held_back)]
+    skipped: list[str] = []
     if paths is None:
-        batches, skipped = _synthetic(checkpoint, options, report), 0
+        batches = _synthetic(checkpoint, options, report)
     else:
         batches, skipped = _decode(paths, options.imgsz, report)
     graph, params = split_detect(*lower(network.fuse()), head)
@@ -142,7 +153,7 @@ def quantize(
     left: Mapping[str, QConv] = {}
     keep = None
     if unfinished is not None:
-        key = run_key({**asdict(options), "calib": None}, sha256_of(checkpoint.path), *kept)
+        key = run_key({**asdict(options), "calib": None}, checkpoint.sha256, *kept)
         left = read_unfinished(unfinished, key) if resume else {}
         keep = partial(write_unfinished, unfinished, key)
 
@@ -168,7 +179,7 @@ def quantize(
         block = options.block_size or min(BLOCK_SIZES)
         model = fitted({name: used_width(options.bits, params[name].weight.shape[1], block) for name in chosen})
     sqnr = {name: _sqnr_db(params[name].weight.cpu(), conv.weight.weight()) for name, conv in model.convs.items()}
-    return Quantized(model, images, skipped, sqnr, drop)
+    return Quantized(model, images, len(skipped), sqnr, drop, skipped[0] if skipped else "")
 
 
 def _check(options: QuantizeOptions, checkpoint: Checkpoint) -> None:
@@ -187,16 +198,16 @@ def _check(options: QuantizeOptions, checkpoint: Checkpoint) -> None:
         raise InputError(f"--device {options.device} is not available on this machine; use --device cpu.")
 
 
-def _decode(paths: Sequence[Path], side: int, report: Progress) -> tuple[list[Tensor], int]:
-    """Letterboxed uint8 batches; images are decoded once."""
-    batches, skipped = [], 0
+def _decode(paths: Sequence[Path], side: int, report: Progress) -> tuple[list[Tensor], list[str]]:
+    """Letterboxed uint8 batches, and why the others could not be read; images are decoded once."""
+    batches, skipped = [], []
     for batch, bad in calibration_batches(paths, side, BATCH):
         skipped += bad
         if len(batch):
             batches.append((batch * 255).round().to(torch.uint8))
         report("images", min(len(batches) * BATCH, len(paths)), len(paths))
     if not batches:
-        raise InputError(f"None of the {skipped} calibration images could be read.")
+        raise InputError(f"None of the {len(skipped)} calibration images could be read; the first: {skipped[0]}")
     return batches, skipped
 
 
@@ -285,7 +296,7 @@ def _sqnr_db(weight: Tensor, fitted: Tensor) -> float:
 def _provenance(checkpoint: Checkpoint, options: QuantizeOptions, command: str, damage: Damage) -> dict[str, Any]:
     return {
         "source": str(checkpoint.path.resolve()),
-        "source_sha256": sha256_of(checkpoint.path),
+        "source_sha256": checkpoint.sha256,
         "source_bytes": checkpoint.size_bytes,
         "dsconvert": dsconvert.__version__,
         "command": command,
@@ -299,12 +310,6 @@ def _provenance(checkpoint: Checkpoint, options: QuantizeOptions, command: str, 
             for name, by_width in damage.items()
         },
     }
-
-
-def sha256_of(path: Path) -> str:
-    """Checksum of a file."""
-    with open(path, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def quantize_report(result: Quantized) -> dict[str, Any]:
@@ -368,16 +373,37 @@ def save_quantized(result: Quantized, folder: Path, force: bool) -> Path:
     return folder / MODEL_FILE
 
 
-def onnx_bytes(path: Path, layout: str, imgsz: int | None, ends: Ends = PLAIN) -> bytes:
-    """ONNX of a converted model in a layout, or the float32 network of a `.pt`."""
+def onnx_bytes(path: Path, layout: str, imgsz: int | None, ends: Ends = PLAIN, check: bool = True) -> bytes:
+    """ONNX of a converted model in a layout, or the float32 network of a `.pt`.
+
+    Raises CheckError when `check` finds that it does not compute what it should, see `export.check`."""
+    photographs: list[Image] = []
     if path.suffix == ".pt":
         checkpoint = load_checkpoint(path)
         graph, params = lower(checkpoint.network.fuse())
-        made = export_float(graph, params, checkpoint.head, imgsz or 640, ends)
+        side, reference = imgsz or 640, float_reference(graph, params, checkpoint.head)
+        made = export_float(graph, params, checkpoint.head, side, ends)
     else:
         model = load_model(path)
-        made = export_quantized(model, layout, imgsz or model.imgsz, ends)
-    return made.SerializeToString(deterministic=True)
+        side, reference = imgsz or model.imgsz, reference_of(model)
+        made = export_quantized(model, layout, side, ends)
+        if check:
+            check_accumulators(model)
+            photographs = _first_calibration_image(model, side)
+    data = made.SerializeToString(deterministic=True)
+    if check:
+        check_export(data, reference, ends, check_images(side, photographs))
+    return data
+
+
+def _first_calibration_image(model: DSModel, side: int) -> list[Image]:
+    """One of the images a model was calibrated on, (3, side, side); none when they are gone."""
+    calib = model.provenance.get("options", {}).get("calib")
+    try:
+        path = calibration_images(Path(calib))[0] if calib else None
+        return [] if path is None else [letterbox(read_image(path), side)[0].transpose(2, 0, 1)]
+    except InputError:
+        return []
 
 
 def newest_result(root: Path) -> Path:

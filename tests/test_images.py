@@ -285,7 +285,8 @@ def test_calibration_batches_skip_and_count_what_cannot_be_read(tmp_path):
     # each pixel is its image's number / 255, which float32 rounds within half a bit: rounding finds the number
     found = [[round(float(image[0, 0, 0]) * 255) for image in batch] for batch, _ in batches]
     assert found == [[0, 1], [2, 3], [4]]
-    assert [skipped for _, skipped in batches] == [1, 1, 1]
+    assert [len(skipped) for _, skipped in batches] == [1, 1, 1]
+    assert batches[0][1] == [f"{bad[0]} is not an image that can be decoded."]
     assert all(batch.shape[1:] == (3, 32, 32) for batch, _ in batches)
 
 
@@ -293,7 +294,7 @@ def test_calibration_batches_of_nothing_readable(tmp_path):
     bad = [text(tmp_path / f"bad{i}.png", "x") for i in range(3)]
     ((batch, skipped),) = calibration_batches(bad, 32, 2)
     assert batch.shape == (0, 3, 32, 32)
-    assert skipped == 3
+    assert len(skipped) == 3
     assert list(calibration_batches([], 32, 2)) == []
 
 

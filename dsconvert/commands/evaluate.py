@@ -8,7 +8,20 @@ from typing import Any
 import click
 
 from dsconvert import pipeline
-from dsconvert.commands.shared import PATH, RUNS, as_json, bars, cell, console, print_json, short, table, tell, threads
+from dsconvert.commands.shared import (
+    PATH,
+    RUNS,
+    as_json,
+    bars,
+    cell,
+    console,
+    print_json,
+    say,
+    short,
+    table,
+    tell,
+    threads,
+)
 from dsconvert.errors import InputError, LimitMissed
 from dsconvert.evaluate.candidates import Candidate
 from dsconvert.modelfile import load_model
@@ -80,6 +93,7 @@ def _row(r: pipeline.Evaluated) -> dict[str, Any]:
         "path": str(c.path), "format": c.format, "map50_95": m.map50_95, "map50": m.map50, "precision": m.precision,
         "recall": m.recall, "size_bytes": c.size_bytes, "weight_bits": c.weight_bits,
         "latency_ms": {"median": t.median_ms, "min": t.min_ms, "spread": t.spread_ms}, "images": m.images,
+        "skipped": len(m.skipped),
     }  # fmt: skip
 
 
@@ -97,6 +111,8 @@ def _print_evaluation(rows: list[pipeline.Evaluated]) -> None:
         f"{m.images} images. bits: stored bits a weight. ms: median of {rows[0].latency.runs} interleaved ONNX "
         "Runtime runs; ±: interquartile range."
     )
+    if m.skipped:
+        say(f"{len(m.skipped)} images could not be read and were left out; the first: {m.skipped[0]}")
 
 
 def _bits(c: Candidate) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import re
 import shlex
@@ -15,7 +16,7 @@ import click
 from dsconvert import pipeline
 from dsconvert.commands.shared import PATH, RUNS, as_json, bars, force, print_json, say, tell, threads
 from dsconvert.errors import InputError
-from dsconvert.files import free_folder
+from dsconvert.files import check_writable, claim_folder
 from dsconvert.text import printable
 from dsconvert.unfinished import NAME as UNFINISHED
 from dsconvert.yolo.checkpoint import load_checkpoint
@@ -73,7 +74,7 @@ def quantize(
     """
     began = time.perf_counter()
     loaded = load_checkpoint(checkpoint)
-    folder = out or (_stopped(checkpoint.stem) if resume else free_folder(RUNS / checkpoint.stem))
+    check_writable(out or RUNS)
     if out is not None and not force and (out / pipeline.MODEL_FILE).exists():
         raise InputError(f"{out / pipeline.MODEL_FILE} already exists; give --force to replace it.")
     if calib is None:
@@ -81,15 +82,22 @@ def quantize(
             "No --calib: calibrating on images synthesised from the checkpoint's BatchNorm statistics.\n"
             "About 100 of your own images (no labels needed) with --calib FOLDER would lose less accuracy."
         )
-    with bars() as progress:
-        result = pipeline.quantize(
-            loaded,
-            pipeline.QuantizeOptions(calib=calib, **options),
-            shlex.join(["dsconvert", *(word for word in sys.argv[1:] if word != "--resume")]),
-            progress,
-            folder / UNFINISHED,
-            resume,
-        )
+    folder = out or (_stopped(checkpoint.stem) if resume else claim_folder(RUNS / checkpoint.stem))
+    try:
+        with bars() as progress:
+            result = pipeline.quantize(
+                loaded,
+                pipeline.QuantizeOptions(calib=calib, **options),
+                shlex.join(["dsconvert", *(word for word in sys.argv[1:] if word != "--resume")]),
+                progress,
+                folder / UNFINISHED,
+                resume,
+            )
+    except BaseException:
+        if out is None:
+            with contextlib.suppress(OSError):
+                folder.rmdir()  # only when nothing was fitted yet
+        raise
     written = pipeline.save_quantized(result, folder, force)
     (folder / UNFINISHED).unlink(missing_ok=True)
     seconds = time.perf_counter() - began
@@ -98,7 +106,7 @@ def quantize(
         print_json({**report, "path": str(written), "seconds": round(seconds, 2)})
         return
     if result.skipped:
-        say(f"{result.skipped} images could not be read and were left out.")
+        say(f"{result.skipped} images could not be read and were left out; the first: {result.skipped_reason}")
     _print_quantized(result, loaded.size_bytes, written, seconds)
 
 

@@ -7,6 +7,7 @@ import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -14,9 +15,10 @@ import onnxruntime as ort
 import torch
 from numpy.typing import NDArray
 
-from dsconvert.errors import InputError
+from dsconvert.errors import InputError, printable
 from dsconvert.evaluate.accuracy import Predictor
-from dsconvert.evaluate.engines import TYPES, as_input, session
+from dsconvert.evaluate.engines import TYPES, as_input, check_image_input, session
+from dsconvert.export.external import check_external_data
 from dsconvert.export.inspect import conv_weights
 from dsconvert.export.nms import Nms
 from dsconvert.export.onnx import export_float, export_quantized
@@ -29,6 +31,7 @@ from dsconvert.yolo.decode import decode
 from dsconvert.yolo.lower import lower
 
 NMS_KEY = "dsconvert.nms"
+MAX_METADATA = 1 << 20  # characters; ten thousand class names
 
 
 @dataclass(frozen=True)
@@ -132,12 +135,15 @@ def _converted(path: Path, side: int | None) -> Candidate:
 def _onnx(path: Path, side: int | None) -> Candidate:
     if not path.is_file():
         raise InputError(f"There is no ONNX file at {path}.")
+    check_external_data(path)
     try:
-        proto = onnx.load(path, load_external_data=False)
+        weights = conv_weights(onnx.load(path, load_external_data=False))
         running = session(path, torch.get_num_threads())
     except Exception:  # onnx and onnxruntime raise many kinds on malformed files
         raise InputError(f"{path} is not an ONNX file ONNX Runtime can run.") from None
-    entry = running.get_inputs()[0]
+    entries = running.get_inputs()
+    check_image_input(path, [e.shape for e in entries], [e.type for e in entries])
+    entry = entries[0]
     given = entry.shape[-1]
     if isinstance(given, int) and side is not None and given != side:
         raise InputError(f"{path} was exported for {given} pixels; --imgsz {side} does not fit it.")
@@ -145,26 +151,37 @@ def _onnx(path: Path, side: int | None) -> Candidate:
     kind = TYPES.get(entry.type, np.float32)
     meta = running.get_modelmeta().custom_metadata_map
     names = _names(meta.get("names", ""), path)
-    weights = conv_weights(proto)
     count = sum(w.count for w in weights)
 
     def predict(batch: NDArray[np.float32]) -> NDArray[np.float32]:
-        out = running.run(None, {entry.name: as_input(batch, kind)})[0]
+        out = _first_output(path, running, {entry.name: as_input(batch, kind)})
         if out.ndim == 2 and out.shape[1] == 7 and NMS_KEY in meta:
-            out = _as_predictions(out, len(names))
-        if out.ndim != 3:
+            out = _as_predictions(out, len(names), path)
+        if out.ndim != 3 or (names and out.shape[2] != 5 + len(names)):
             raise InputError(f"{path} does not have YOLOv5's output (1, boxes, 5 + classes).")
-        return out.astype(np.float32)
+        return out
 
     bits = sum(w.bits for w in weights) / count if count else 32.0
     limits = _limits(meta.get(NMS_KEY, ""), path)
     return Candidate(path, "onnx", names, side, bits, predict, _once(lambda: running, side), limits)
 
 
-def _as_predictions(found: NDArray[np.float32], nc: int) -> NDArray[np.float32]:
+def _first_output(path: Path, running: ort.InferenceSession, feed: dict[str, NDArray[Any]]) -> NDArray[np.float32]:
+    try:
+        out = running.run(None, feed)[0]
+    except Exception:  # onnxruntime raises many kinds
+        raise InputError(f"{path} fails in ONNX Runtime on an image of {feed.popitem()[1].shape[-1]} pixels.") from None
+    if not isinstance(out, np.ndarray) or out.dtype.kind != "f":
+        raise InputError(f"{path} does not have YOLOv5's output (1, boxes, 5 + classes).")
+    return out.astype(np.float32, copy=False)
+
+
+def _as_predictions(found: NDArray[np.float32], nc: int, path: Path) -> NDArray[np.float32]:
     """Detections (k, 7) of one image, from a file that ends with NMS -> (1, k, 5 + nc), each with its one class.
 
     The suppression that follows in evaluation drops more of them only if it allows less overlap than the file's."""
+    if not bool(((found[:, 6] >= 0) & (found[:, 6] < nc)).all()):
+        raise InputError(f"{path} finds classes it does not name.")
     out = np.zeros((1, len(found), 5 + nc), np.float32)
     low, high = found[:, 1:3], found[:, 3:5]
     out[0, :, :2], out[0, :, 2:4], out[0, :, 4] = (low + high) / 2, high - low, 1
@@ -183,8 +200,8 @@ def _limits(text: str, path: Path) -> Nms | None:
 def _names(text: str, path: Path) -> tuple[str, ...]:
     """Class names from YOLOv5's metadata, a Python dictionary or list in text; empty when there are none."""
     try:
-        names = ast.literal_eval(text) if text else {}
+        names = ast.literal_eval(text[:MAX_METADATA]) if text else {}
     except (ValueError, SyntaxError, MemoryError, RecursionError):
         raise InputError(f"The metadata of {path} names no readable classes.") from None
     values = names.values() if isinstance(names, dict) else names
-    return tuple(map(str, values)) if isinstance(names, (dict, list, tuple)) else ()
+    return tuple(printable(str(n), 200) for n in values) if isinstance(names, (dict, list, tuple)) else ()
