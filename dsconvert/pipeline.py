@@ -119,6 +119,7 @@ def quantize(
     bits = dict.fromkeys(sorted(chosen), options.bits or 0)
     if options.bits is None:
         bits = _mixed(graph, params, own, head, damage, options)
+    report("widths", 1, 1)
     convs = fit_lockstep(
         graph, params, _layer_fit(bits, options), own, _real(kept, device),
         lambda done, total: report("fit", done, total), importance.positions,
