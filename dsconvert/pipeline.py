@@ -169,6 +169,7 @@ def quantize(
         model = fitted(widths)
         return model, map_drop(model, params, held_back, lambda done, total: report("evaluate", done, total))
 
+    report("widths", 1, 1)
     drop = None
     if options.target_drop is not None:
         found = smallest_within(params, damage, options.target_drop, attempt)

@@ -23,7 +23,7 @@ def quantize(work: Path, *more: str) -> subprocess.CompletedProcess[str]:
 def test_the_three_commands_one_after_the_other(work):
     first = quantize(work)
     assert first.returncode == 0, first.stderr
-    assert "Next: dsconvert export --onnx" in first.stdout
+    assert "Next: dsconvert export runs/dsconvert/best/model.safetensors --onnx" in first.stdout
     assert "\r" not in first.stderr  # no progress bars when stderr is no terminal
     folder = work / "runs/dsconvert/best"
     assert sorted(p.name for p in folder.iterdir()) == ["model.safetensors", "quantize.json"]
@@ -186,15 +186,15 @@ BAD = {
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_bad_input_is_one_sentence_and_exit_2(work, case):
+def test_bad_input_is_one_sentence_and_exit_2(work, call, case):
     args, words = BAD[case]
     if case == "no GPU" and os.path.exists("/dev/nvidia0"):
         pytest.skip("this machine has a GPU")
-    done = dsconvert(*args, cwd=work)
-    assert done.returncode == 2
-    assert words in done.stderr
-    assert "Traceback" not in done.stderr
-    assert done.stdout == ""
+    done = call(*args, cwd=work)
+    assert done.code == 2
+    assert words in done.err
+    assert "Traceback" not in done.err
+    assert done.out == ""
     assert not (work / "runs").exists()
 
 
@@ -210,11 +210,3 @@ def test_unreadable_images_are_counted(work):
     done = quantize(work)
     assert done.returncode == 0
     assert "1 images could not be read" in done.stderr
-
-
-@pytest.mark.parametrize("command", [[], ["quantize"], ["export"], ["eval"], ["bench"], ["info"]])
-def test_help_fits_80_columns_and_shows_an_example(command, tmp_path):
-    done = dsconvert(*command, "--help", cwd=tmp_path)
-    assert done.returncode == 0
-    assert max(map(len, done.stdout.splitlines())) <= 80
-    assert "dsconvert" in done.stdout.split("\n", 2)[2]

@@ -69,7 +69,7 @@ def test_a_drop_of_just_the_limit_is_allowed(monkeypatch, pair, call):
         ]
 
     monkeypatch.setattr("dsconvert.pipeline.evaluate", measured)
-    monkeypatch.setattr("dsconvert.commands.evaluate._print_evaluation", lambda rows: None)
+    monkeypatch.setattr("dsconvert.commands.evaluate._print_evaluation", lambda rows, quiet: None)
     args = ["eval", *values, "--data", "data.yaml", "--max-map-drop"]
     assert call(*args, "0.5", cwd=pair).code == 0
     done = call(*args, "0.49", cwd=pair)

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from dsconvert.commands.shared import PATH, as_json, bars, cell, console, print_json, short, table, tell, threads
+from dsconvert.commands.shared import PATH, as_json, bars, cell, console, print_json, quiet, short, table, tell, threads
 from dsconvert.errors import InputError
 from dsconvert.evaluate.bench import Benchmarked
 from dsconvert.evaluate.bench import bench as measure
@@ -29,9 +29,11 @@ from dsconvert.evaluate.engines import ENGINES
 @click.option("--runs", type=click.IntRange(2), default=50, show_default=True, help="Timed rounds (60 s at most).")
 @click.option("--imgsz", type=int, help="Side of inputs that leave it open, pixels (default: 640).")
 @threads
+@quiet
 @as_json
 def bench(
-    models: tuple[Path, ...], engines: tuple[str, ...], runs: int, imgsz: int | None, threads: int, as_json: bool,
+    models: tuple[Path, ...], engines: tuple[str, ...], runs: int, imgsz: int | None, threads: int, quiet: bool,
+    as_json: bool,
 ) -> None:  # fmt: skip
     """Measure the speed and memory of each ONNX MODEL.
 
@@ -43,12 +45,12 @@ def bench(
     """
     if imgsz is not None and imgsz < 1:
         raise InputError("--imgsz must be at least 1.")
-    with bars() as progress:
+    with bars(quiet) as progress:
         rows = measure(models, tuple(dict.fromkeys(engines)), threads, runs, imgsz, progress)
     if as_json:
         print_json({"threads": threads, "models": [_row(r) for r in rows]})
         return
-    _print(rows, threads)
+    _print(rows, threads, quiet)
 
 
 def _row(r: Benchmarked) -> dict[str, Any]:
@@ -60,7 +62,7 @@ def _row(r: Benchmarked) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _print(rows: list[Benchmarked], threads: int) -> None:
+def _print(rows: list[Benchmarked], threads: int, quiet: bool) -> None:
     shown = table("model", "engine", "ms", "min", "±", "ratio", "95 %", "load ms", "peak MB", "file MB")
     for r in rows:
         t, f = r.latency, r.footprint
@@ -70,6 +72,8 @@ def _print(rows: list[Benchmarked], threads: int) -> None:
             f"{f.peak_bytes / 1e6:.0f}", f"{r.size_bytes / 1e6:.2f}",
         )  # fmt: skip
     console().print(shown)
+    if quiet:
+        return
     base = ", ".join(f"{b:.0f} MB for {e}" for e, b in {r.engine: r.footprint.base_bytes / 1e6 for r in rows}.items())
     tell(
         f"{threads} threads on as many CPUs. ms: median of {rows[0].latency.runs} interleaved runs; ±: interquartile "

@@ -9,7 +9,19 @@ from typing import Any
 
 import click
 
-from dsconvert.commands.shared import PATH, as_json, bars, console, print_json, say, table, tell, threads
+from dsconvert.commands.shared import (
+    PATH,
+    as_json,
+    bars,
+    console,
+    print_json,
+    quiet,
+    table,
+    tell,
+    threads,
+    verbose,
+    warn,
+)
 from dsconvert.errors import InputError, LimitMissed
 from dsconvert.evaluate.candidates import Candidate, load_candidates
 from dsconvert.evaluate.compare import MATCHING, Agreement
@@ -31,10 +43,13 @@ from dsconvert.yolo.images import Image, evaluation_images, read_image, spread
 @click.option("--min-agreement", type=click.FloatRange(0, 1), metavar="SHARE",
               help="Exit with 3 if a smaller share of the objects matches.")  # fmt: skip
 @threads
+@quiet
+@verbose("list what is found in each image")
 @as_json
 def compare(
     first: Path, second: Path, source: Path | None, data: Path | None, conf_thres: float, iou_thres: float,
-    imgsz: int | None, samples: int | None, min_agreement: float | None, threads: int, as_json: bool,
+    imgsz: int | None, samples: int | None, min_agreement: float | None, threads: int,
+    quiet: bool, verbose: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Measure how far model B finds the objects that model A finds.
 
@@ -55,15 +70,20 @@ def compare(
     _check_classes(a, b)
     read: list[Path] = []
     skipped: list[str] = []
-    with bars() as progress:
+    with bars(quiet) as progress:
         images = _readable(paths, read, skipped, progress)
         result = measure(a.predict, b.predict, images, a.side, options)
     if skipped:
-        say(f"Warning: {len(skipped)} images were left out; the first: {skipped[0]}")
+        warn(f"{len(skipped)} images were left out; the first: {skipped[0]}")
     if as_json:
         print_json(_document(a, b, result, read, len(skipped)))
     else:
-        _print(result, read, conf_thres)
+        if verbose:
+            for path, i in zip(read, result.images, strict=True):
+                tell(f"{path}: {i.matched} by both, {i.only_first} only by A, {i.only_second} only by B")
+        _print(result)
+        if not quiet:
+            _explain(result, read, conf_thres)
     if min_agreement is not None and not result.share >= min_agreement:  # so that nan fails
         raise LimitMissed(
             f"{first} and {second} agree on {100 * result.share:.1f} % of the objects, "
@@ -76,7 +96,7 @@ def _check_classes(a: Candidate, b: Candidate) -> None:
     if a.names and b.names and len(a.names) != len(b.names):
         raise InputError(f"{a.path} has {len(a.names)} classes, {b.path} has {len(b.names)}; they cannot be compared.")
     if a.names and b.names and a.names != b.names:
-        say("Warning: the models name their classes differently; class numbers are compared.")
+        warn("the models name their classes differently; class numbers are compared.")
 
 
 def _readable(paths: Sequence[Path], read: list[Path], skipped: list[str], progress: Progress) -> Iterator[Image]:
@@ -104,7 +124,7 @@ def _document(a: Candidate, b: Candidate, result: Agreement, read: Sequence[Path
     }  # fmt: skip
 
 
-def _print(result: Agreement, read: Sequence[Path], confidence: float) -> None:
+def _print(result: Agreement) -> None:
     rows = {
         "found by both": f"{result.matched} ({100 * result.share:.1f} %)",
         "only by A": str(result.only_first),
@@ -118,6 +138,9 @@ def _print(result: Agreement, read: Sequence[Path], confidence: float) -> None:
     for name, value in rows.items():
         shown.add_row(name, value)
     console().print(shown)
+
+
+def _explain(result: Agreement, read: Sequence[Path], confidence: float) -> None:
     tell(
         f"{len(read)} images; objects above confidence {confidence:g}. Found by both: same class, IoU at least "
         f"{MATCHING:g}. Shift: B's confidence less A's."

@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-from dsconvert.commands.shared import PATH, as_json, bars, force, print_json, say, tell, threads
+from dsconvert.commands.shared import PATH, as_json, bars, force, print_json, quiet, tell, threads, verbose, warn
 from dsconvert.errors import InputError
 from dsconvert.evaluate.candidates import Candidate, load_candidate
 from dsconvert.evaluate.detect import (
@@ -56,12 +56,14 @@ DOCUMENT = "detections.json"
 @click.option("--out", type=PATH, help=f"Folder to write (default: {FOLDER}, exp2, ...).")
 @force
 @threads
+@quiet
+@verbose("list what is found in each image")
 @as_json
 def detect(
     model: Path, sources: tuple[Path, ...], conf_thres: float, iou_thres: float, max_det: int,
     classes: tuple[str, ...], agnostic_nms: bool, imgsz: int | None, save_txt: bool, save_conf: bool, save_json: bool,
     nosave: bool, line_thickness: int, hide_labels: bool, hide_conf: bool, out: Path | None, force: bool,
-    threads: int, as_json: bool,
+    threads: int, quiet: bool, verbose: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Find objects in images and draw them.
 
@@ -80,7 +82,7 @@ def detect(
     candidate = load_candidate(model, imgsz)
     options = DetectOptions(conf_thres, iou_thres, max_det, class_numbers(classes, candidate.names), agnostic_nms)
     if candidate.limits and (kept := options.beyond(candidate.limits)):
-        say(f"Warning: {model} suppresses boxes itself, and keeps only those within {kept}; "
+        warn(f"{model} suppresses boxes itself, and keeps only those within {kept}; "
             "to find more, export it again without --nms.")  # fmt: skip
     folder = out or free_folder(FOLDER)
     names = names_below(paths)
@@ -96,7 +98,7 @@ def detect(
         if job.label:
             write_atomic(job.label, yolo_lines(found, image.shape[:2], save_conf).encode(), force)
 
-    with bars() as progress:
+    with bars(quiet) as progress:
         finished, skipped = _run(candidate, options, jobs, save, progress)
     if not finished:
         raise InputError(f"None of the {len(skipped)} images could be read; the first: {skipped[0][1]}")
@@ -105,17 +107,23 @@ def detect(
         content = coco_document([f.job.name for f in finished], shapes, founds, candidate.names)
         write_atomic(document, (json.dumps(content, indent=1) + "\n").encode(), force)
     if skipped:
-        say(f"Warning: {len(skipped)} images were left out; the first: {skipped[0][1]}")
+        warn(f"{len(skipped)} images were left out; the first: {skipped[0][1]}")
     if as_json:
         print_json(_summary(candidate, folder, finished, skipped, document))
         return
-    _print_found(candidate, finished)
+    if verbose:
+        for f in finished:
+            tell(f"{f.job.source}: {_kinds([f], candidate.names) or 'nothing'}")
+    if not quiet or nosave:
+        kinds = _kinds(finished, candidate.names)
+        total = sum(len(f.found) for f in finished)
+        tell(f"Found {total} objects in {len(finished)} images" + (f": {kinds}." if kinds else "."))
     for what, there in (
         (f"{len(finished)} images", not nosave and folder), ("labels", save_txt and folder / "labels"),
         ("all of it as COCO", document),
     ):  # fmt: skip
         if there:
-            tell(f"Wrote {what}: {there}")
+            tell(str(there) if quiet else f"Wrote {what}: {there}")
 
 
 @dataclass(frozen=True)
@@ -190,8 +198,8 @@ def _summary(
     }  # fmt: skip
 
 
-def _print_found(candidate: Candidate, finished: Sequence[_Finished]) -> None:
+def _kinds(finished: Sequence[_Finished], names: Sequence[str]) -> str:
+    """Such as `7 person, 2 dog`; the ten most frequent."""
     by_class = counts([f.found for f in finished])
-    kinds = [f"{n} {class_name(c, candidate.names)}" for c, n in by_class.items()]
-    shown = ", ".join(kinds[:10]) + (f" and {len(kinds) - 10} other classes" if len(kinds) > 10 else "")
-    tell(f"Found {sum(by_class.values())} objects in {len(finished)} images" + (f": {shown}." if kinds else "."))
+    kinds = [f"{n} {class_name(c, names)}" for c, n in by_class.items()]
+    return ", ".join(kinds[:10]) + (f" and {len(kinds) - 10} other classes" if len(kinds) > 10 else "")

@@ -16,14 +16,17 @@ from dsconvert.commands.shared import (
     cell,
     console,
     print_json,
+    quiet,
     say,
     short,
     table,
     tell,
     threads,
+    verbose,
 )
 from dsconvert.errors import InputError, LimitMissed
 from dsconvert.evaluate.candidates import Candidate
+from dsconvert.evaluate.detect import class_name
 from dsconvert.modelfile import load_model
 
 
@@ -35,10 +38,12 @@ from dsconvert.modelfile import load_model
 @click.option("--max-map-drop", type=click.FloatRange(0, 100), metavar="POINTS",
               help="Exit with 3 if a model loses more mAP50-95 against the first.")  # fmt: skip
 @threads
+@quiet
+@verbose("show the average precision of each class")
 @as_json
 def evaluate(
     models: tuple[Path, ...], data: Path | None, imgsz: int | None, samples: int | None, max_map_drop: float | None,
-    threads: int, as_json: bool,
+    threads: int, quiet: bool, verbose: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Measure accuracy, size and latency of each MODEL on labelled images.
 
@@ -59,12 +64,14 @@ def evaluate(
         data = data or _data_of(provenance)
     if max_map_drop is not None and len(paths) < 2:
         raise InputError("--max-map-drop measures the drop against the first model; name another one too.")
-    with bars() as progress:
+    with bars(quiet) as progress:
         rows = pipeline.evaluate(paths, data, imgsz, samples, progress)
     if as_json:
         print_json({"models": [_row(r) for r in rows], "data": str(data)})
     else:
-        _print_evaluation(rows)
+        if verbose:
+            _print_classes(rows)
+        _print_evaluation(rows, quiet)
     if max_map_drop is not None:
         _hold(rows, max_map_drop)
 
@@ -97,7 +104,16 @@ def _row(r: pipeline.Evaluated) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _print_evaluation(rows: list[pipeline.Evaluated]) -> None:
+def _print_classes(rows: list[pipeline.Evaluated]) -> None:
+    """AP50-95 of each class that the images hold, by model."""
+    shown = table("AP50-95", *(short(r.candidate.path) for r in rows))
+    names = next((r.candidate.names for r in rows if r.candidate.names), ())
+    for number in sorted(rows[0].metrics.per_class):
+        shown.add_row(cell(class_name(number, names)), *(f"{r.metrics.per_class[number]:.4f}" for r in rows))
+    console().print(shown)
+
+
+def _print_evaluation(rows: list[pipeline.Evaluated], quiet: bool) -> None:
     shown = table("model", "mAP50-95", "mAP50", "P", "R", "MB", "bits", "ms", "±")
     for r in rows:
         m, t, c = r.metrics, r.latency, r.candidate
@@ -106,6 +122,8 @@ def _print_evaluation(rows: list[pipeline.Evaluated]) -> None:
             f"{c.size_bytes / 1e6:.2f}", _bits(c), f"{t.median_ms:.1f}", f"{t.spread_ms:.1f}",
         )  # fmt: skip
     console().print(shown)
+    if quiet:
+        return
     m = rows[0].metrics
     tell(
         f"{m.images} images. bits: stored bits a weight. ms: median of {rows[0].latency.runs} interleaved ONNX "

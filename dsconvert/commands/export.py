@@ -15,6 +15,7 @@ from dsconvert.export.layouts import LAYOUT_OPSET
 from dsconvert.export.nms import Nms
 from dsconvert.export.onnx import Ends
 from dsconvert.files import write_atomic
+from dsconvert.modelfile import load_model
 
 
 @click.command()
@@ -74,7 +75,16 @@ def export(
         )
         return
     tell(f"Wrote {target} ({len(data) / 1e6:.2f} MB, {suffix}).")
-    tell(f"Next: dsconvert eval {shlex.quote(str(target))} --data data.yaml")
+    tell(f"Next: {_next_command(path, target)}")
+
+
+def _next_command(model: Path, target: Path) -> str:
+    """How to measure what was written, against the checkpoint and on the images that the model remembers."""
+    provenance = load_model(model).provenance if model.suffix == ".safetensors" else {}
+    source, options = provenance.get("source"), provenance.get("options")
+    calib = options.get("calib") if isinstance(options, dict) else None
+    against = [source] if isinstance(source, str) and Path(source).is_file() else []
+    return shlex.join(["dsconvert", "eval", *against, str(target), "--data", str(calib or "data.yaml")])
 
 
 def _nms(wanted: bool, given: dict[str, float | None]) -> Nms | None:

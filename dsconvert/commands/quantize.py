@@ -8,18 +8,38 @@ import re
 import shlex
 import sys
 import time
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from dsconvert import pipeline
-from dsconvert.commands.shared import PATH, RUNS, as_json, bars, force, print_json, say, tell, threads
+from dsconvert.advice import advice, bits_of_layers
+from dsconvert.commands.shared import (
+    PATH,
+    RUNS,
+    as_json,
+    bars,
+    cell,
+    console,
+    force,
+    print_json,
+    quiet,
+    table,
+    tell,
+    threads,
+    verbose,
+    warn,
+)
+from dsconvert.config import read_config, recipe_names
 from dsconvert.errors import InputError
 from dsconvert.files import check_writable, claim_folder
 from dsconvert.text import printable
 from dsconvert.unfinished import NAME as UNFINISHED
-from dsconvert.yolo.checkpoint import load_checkpoint
+from dsconvert.yolo.checkpoint import Checkpoint, load_checkpoint
+from dsconvert.yolo.images import calibration_images
 from dsconvert.yolo.plan import SCOPES
 
 
@@ -35,9 +55,23 @@ class ByteSize(click.ParamType):
         return round(float(found[1]) * {"": 1, "k": 1e3, "m": 1e6}[found[2]])
 
 
+# What a configuration file may set, and the parameter that each option fills.
+CONFIGURABLE = {f.name.replace("_", "-"): f.name for f in fields(pipeline.QuantizeOptions)}
+CONFIGURABLE["target-size"] = CONFIGURABLE.pop("target-bytes")
+
+
+def _configure(context: click.Context, parameter: click.Parameter, value: str | None) -> None:
+    """Values of a configuration file become defaults: the command line wins."""
+    if value is not None:
+        read = read_config(value, CONFIGURABLE)
+        context.default_map = {CONFIGURABLE[option]: text for option, text in read.items()}
+
+
 @click.command()
 @click.argument("checkpoint", type=PATH)
 @click.option("--calib", type=PATH, help="Folder of images, data.yaml, or text file of paths.")
+@click.option("--config", is_eager=True, expose_value=False, callback=_configure, metavar="RECIPE",
+              help=f"{', '.join(recipe_names())}, or a YAML file of these options.")  # fmt: skip
 @click.option("--block-size", type=click.IntRange(1), help="Input channels a shift covers (default: by layer).")
 @click.option("--bits", type=click.IntRange(2, 8),
               help="Bits of every weight (default: by layer, the bytes of 4 bits).")  # fmt: skip
@@ -57,6 +91,8 @@ class ByteSize(click.ParamType):
 @click.option("--out", type=PATH, help="Folder to write (default: runs/dsconvert/NAME).")
 @click.option("--resume", is_flag=True, help="Go on where a stopped run with the same options left off.")
 @force
+@quiet
+@verbose("show every layer's bits and error")
 @as_json
 def quantize(
     checkpoint: Path,
@@ -65,12 +101,16 @@ def quantize(
     out: Path | None,
     resume: bool,
     force: bool,
+    quiet: bool,
+    verbose: bool,
     as_json: bool,
     **options: Any,
 ) -> None:
     """Convert the C3 blocks of a YOLOv5 CHECKPOINT to DSConv.
 
-    Example: dsconvert quantize best.pt --calib data.yaml --block-size 32
+    \b
+    Examples: dsconvert quantize best.pt --calib data.yaml --block-size 32
+              dsconvert quantize best.pt --calib photos/ --config smallest
     """
     began = time.perf_counter()
     loaded = load_checkpoint(checkpoint)
@@ -78,21 +118,16 @@ def quantize(
     if out is not None and not force and (out / pipeline.MODEL_FILE).exists():
         raise InputError(f"{out / pipeline.MODEL_FILE} already exists; give --force to replace it.")
     if calib is None:
-        say(
-            "No --calib: calibrating on images synthesised from the checkpoint's BatchNorm statistics.\n"
-            "About 100 of your own images (no labels needed) with --calib FOLDER would lose less accuracy."
+        warn(
+            "Without --calib, images are synthesised from the checkpoint's BatchNorm statistics; about 100 of your own "
+            "(no labels needed) with --calib FOLDER would lose less accuracy."
         )
+    chosen = pipeline.QuantizeOptions(calib=calib, **_typed_wins(options))
+    command = shlex.join(["dsconvert", *(word for word in sys.argv[1:] if word != "--resume")])
     folder = out or (_stopped(checkpoint.stem) if resume else claim_folder(RUNS / checkpoint.stem))
     try:
-        with bars() as progress:
-            result = pipeline.quantize(
-                loaded,
-                pipeline.QuantizeOptions(calib=calib, **options),
-                shlex.join(["dsconvert", *(word for word in sys.argv[1:] if word != "--resume")]),
-                progress,
-                folder / UNFINISHED,
-                resume,
-            )
+        with bars(quiet, lines=True) as progress:
+            result = pipeline.quantize(loaded, chosen, command, progress, folder / UNFINISHED, resume)
     except BaseException:
         if out is None:
             with contextlib.suppress(OSError):
@@ -101,13 +136,20 @@ def quantize(
     written = pipeline.save_quantized(result, folder, force)
     (folder / UNFINISHED).unlink(missing_ok=True)
     seconds = time.perf_counter() - began
+    if result.skipped:
+        warn(f"{result.skipped} images could not be read and were left out; the first: {result.skipped_reason}")
+    warnings = advice(result, 0 if calib is None else len(calibration_images(calib)))
+    for sentence in warnings:
+        warn(sentence)
     if as_json:
         report = pipeline.quantize_report(result)
-        print_json({**report, "path": str(written), "seconds": round(seconds, 2)})
-        return
-    if result.skipped:
-        say(f"{result.skipped} images could not be read and were left out; the first: {result.skipped_reason}")
-    _print_quantized(result, loaded.size_bytes, written, seconds)
+        print_json({**report, "path": str(written), "seconds": round(seconds, 2), "warnings": warnings})
+    elif quiet:
+        tell(str(written))
+    else:
+        if verbose:
+            _print_layers(result)
+        _print_quantized(result, loaded, written, seconds)
 
 
 def _stopped(stem: str) -> Path:
@@ -118,19 +160,35 @@ def _stopped(stem: str) -> Path:
     return left[-1].parent
 
 
-def _print_quantized(result: pipeline.Quantized, source_bytes: int, written: Path, seconds: float) -> None:
+def _typed_wins(options: dict[str, Any]) -> dict[str, Any]:
+    """--bits, --target-size and --target-map-drop exclude each other, so one that was typed also takes the place of a
+    configured one."""
+    context = click.get_current_context()
+    several = ("bits", "target_bytes", "target_drop")
+    typed = [name for name in several if context.get_parameter_source(name) == ParameterSource.COMMANDLINE]
+    return {**options, **{name: None for name in several if name not in typed}} if len(typed) == 1 else options
+
+
+def _print_layers(result: pipeline.Quantized) -> None:
+    shown = table("layer", "kind", "bits", "SQNR dB")
+    for row in pipeline.quantize_report(result)["layers"]:
+        shown.add_row(cell(row["name"]), row["kind"], str(row["bits"]), f"{row['sqnr_db']:.1f}")
+    console().print(shown)
+
+
+def _print_quantized(result: pipeline.Quantized, source: Checkpoint, written: Path, seconds: float) -> None:
     model = result.model
     kinds = [row["kind"] for row in pipeline.layer_table(model)]
-    size = written.stat().st_size
     tell(
-        f"Converted {kinds.count('DSConv')} of {len(kinds)} convolutions to DSConv, the others to int8, "
-        f"on {result.images} images in {seconds:.0f} s."
-    )
-    tell(
-        f"Weights: {model.weight_bits:.2f} bits each, {32 / model.weight_bits:.2f} times smaller than float32. "
-        f"File: {size / 1e6:.2f} MB (checkpoint {source_bytes / 1e6:.2f} MB)."
+        f"Converted {kinds.count('DSConv')} of {len(kinds)} convolutions to DSConv ({bits_of_layers(model)}), "
+        f"the others to int8, on {result.images} images in {seconds:.0f} s."
     )
     if result.map_drop is not None:
         tell(f"Lost on the images held back: {result.map_drop:.2f} points of mAP50-95.")
+    shown = table("", "weights", "bits each", "MB")
+    count = f"{model.weight_count:,}"
+    shown.add_row("float", count, str(source.stored_bits), f"{source.size_bytes / 1e6:.2f}")
+    shown.add_row("DSConv", count, f"{model.weight_bits:.2f}", f"{written.stat().st_size / 1e6:.2f}")
+    console().print(shown)
     tell(f"Wrote {written}")
-    tell("Next: dsconvert export --onnx")
+    tell(f"Next: dsconvert export {shlex.quote(str(written))} --onnx")

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
@@ -14,8 +15,17 @@ import click
 import torch
 from rich.box import ASCII2, HEAVY_HEAD
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
+from rich.text import Text
 
 from dsconvert import pipeline
 from dsconvert.text import printable
@@ -25,6 +35,7 @@ STAGES = {
     "images": "reading images",
     "synthesize": "synthesising images",
     "importance": "measuring importance",
+    "widths": "choosing ranges and widths",
     "fit": "fitting layers",
     "evaluate": "evaluating",
     "load": "loading",
@@ -37,6 +48,14 @@ PATH = click.Path(path_type=Path)
 
 as_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON document to stdout.")
 force = click.option("--force", is_flag=True, help="Replace files that are there.")
+
+
+quiet = click.option("--quiet", "-q", is_flag=True, help="Only the result, warnings and errors.")
+
+
+def verbose(what: str) -> Callable[[Any], Any]:
+    """An option --verbose that adds `what`."""
+    return click.option("--verbose", "-v", is_flag=True, help=f"Also {what}.")
 
 
 def _threads(context: click.Context, parameter: click.Parameter, value: int | None) -> int:
@@ -61,6 +80,11 @@ def tell(text: str) -> None:
 def say(text: str) -> None:
     """A remark on stderr, one line, likewise."""
     click.echo(_shown(text, plain(sys.stderr)), err=True)
+
+
+def warn(text: str) -> None:
+    """A remark that --quiet does not hide: it says what to do."""
+    say(f"Warning: {text}")
 
 
 def plain(stream: TextIO | None = None) -> bool:
@@ -93,19 +117,49 @@ def _shown(text: object, ascii_only: bool) -> str:
 
 
 @contextmanager
-def bars() -> Iterator[pipeline.Progress]:
-    """A bar per stage on stderr; silent when stderr is no terminal."""
+def bars(quiet: bool = False, lines: bool = False) -> Iterator[pipeline.Progress]:
+    """A bar per stage on stderr, with rate and time left, where stderr is a terminal.
+
+    With `lines`, a line for each stage that is over takes its bar's place, and is written to files and pipes too.
+    `quiet`: nothing at all."""
     stderr = console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=stderr, disable=not stderr.is_terminal) as shown:
+    columns = (
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _Rate(), TimeRemainingColumn(),
+    )  # fmt: skip
+    with Progress(*columns, console=stderr, disable=quiet or not stderr.is_terminal) as shown:
         tasks: dict[str, Any] = {}
+        open_stage: list[tuple[str, int]] = []  # at most one: its name and how far it is
+        began = time.perf_counter()
+
+        def close(stage: str, done: int) -> None:
+            nonlocal began
+            open_stage.clear()
+            seconds, began = time.perf_counter() - began, time.perf_counter()
+            if lines and not quiet:
+                shown.update(tasks[stage], visible=False, refresh=True)
+                rate = f": {done} in {seconds:.1f} s, {done / max(seconds, 1e-9):.3g}/s" if done > 1 else ""
+                stderr.print(f"{STAGES.get(stage, stage)}{rate or f': {seconds:.1f} s'}", soft_wrap=True)
 
         def report(stage: str, done: int, total: int) -> None:
+            if open_stage and open_stage[0][0] != stage:
+                close(*open_stage[0])  # it ended short of its total
             if stage not in tasks:
-                tasks[stage] = shown.add_task(STAGES[stage], total=total)
+                tasks[stage] = shown.add_task(STAGES.get(stage, stage), total=total)
             shown.update(tasks[stage], completed=done, total=total)
+            open_stage[:] = [(stage, done)]
+            if done >= total:
+                close(stage, done)
 
         yield report
+
+
+class _Rate(ProgressColumn):
+    """Steps a second."""
+
+    def render(self, task: Task) -> Text:
+        """Empty until it is known."""
+        speed = task.finished_speed or task.speed
+        return Text("" if speed is None else f"{speed:.3g}/s")
 
 
 def short(path: Path) -> str:
