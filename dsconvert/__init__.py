@@ -11,10 +11,20 @@ from typing import TYPE_CHECKING, Any
 from dsconvert.errors import InputError
 
 if TYPE_CHECKING:
-    from dsconvert.api import Evaluation, FloatModel, QuantizedModel, evaluate, load, quantize
+    from dsconvert.api import Evaluation, EvaluationRow, FloatModel, QuantizedModel, evaluate, load, quantize
 
 __version__ = "0.1.0"
-__all__ = ["Evaluation", "FloatModel", "InputError", "QuantizedModel", "__version__", "evaluate", "load", "quantize"]
+__all__ = [
+    "Evaluation",
+    "EvaluationRow",
+    "FloatModel",
+    "InputError",
+    "QuantizedModel",
+    "__version__",
+    "evaluate",
+    "load",
+    "quantize",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -36,7 +36,7 @@ from dsconvert.yolo.checkpoint import Checkpoint, load_checkpoint
 File = str | Path
 ACTIVATIONS = ("int8", "float")
 # Where a keyword is not the option's name without its dashes, in the sentences that the steps below raise.
-_KEYWORDS = {"calib": "images", "force": "force=True", "out": "place"}
+_KEYWORDS = {"calib": "images", "force": "force=True", "out": "name"}
 
 
 @contextmanager
@@ -138,7 +138,7 @@ class QuantizedModel:
 
 
 @dataclass(frozen=True)
-class Row:
+class EvaluationRow:
     """One model's line of an evaluation, its fields as `dsconvert eval` explains them: mAP, precision and recall in
     0..1, ap50_95 by class number, stored bits a weight, milliseconds of ONNX Runtime (median, interquartile range)."""
 
@@ -155,7 +155,7 @@ class Row:
     ap50_95: dict[int, float] = field(repr=False)
 
 
-class Evaluation(tuple[Row, ...]):
+class Evaluation(tuple[EvaluationRow, ...]):
     """Rows in the order of the models given; shows itself as a table. `pandas.DataFrame(evaluation)` works too."""
 
     __slots__ = ()
@@ -249,10 +249,10 @@ def evaluate(
         return Evaluation(_row(m, e) for m, e in zip(given, found, strict=True))
 
 
-def _row(model: FloatModel | QuantizedModel | File, found: pipeline.Evaluated) -> Row:
+def _row(model: FloatModel | QuantizedModel | File, found: pipeline.Evaluated) -> EvaluationRow:
     m, t, c = found.metrics, found.latency, found.candidate
     name = f"{_source(model.model)} (converted)" if isinstance(model, QuantizedModel) else str(c.path)
-    return Row(
+    return EvaluationRow(
         name, m.map50_95, m.map50, m.precision, m.recall, c.size_bytes, c.weight_bits, t.median_ms, t.spread_ms,
         m.images, dict(m.per_class),
     )  # fmt: skip
