@@ -68,20 +68,20 @@ def _api() -> Iterator[str]:
         if inspect.ismodule(thing):
             thing = dsconvert.api.evaluate
         if inspect.isfunction(thing):
-            yield from _described(f"dsconvert.{name}", thing)
+            yield from _described("###", f"dsconvert.{name}", thing)
         elif inspect.isclass(thing) and thing.__module__ == "dsconvert.api":
             yield from (f"### dsconvert.{name}", "", inspect.getdoc(thing) or "", "")
             for member, value in vars(thing).items():
                 if isinstance(value, property):
                     yield f"- `.{member}`: {' '.join((inspect.getdoc(value) or '').split())}"
                 elif inspect.isfunction(value) and not member.startswith("_"):
-                    yield from ("", *_described(f"{name}.{member}", value))
+                    yield from ("", *_described("####", f"{name}.{member}", value))
             yield ""
 
 
-def _described(name: str, function: Any) -> Iterator[str]:
+def _described(level: str, name: str, function: Any) -> Iterator[str]:
     signature = re.sub(r"(: |-> )'([^']+)'", r"\1\2", str(inspect.signature(function)).replace("self, ", ""))
-    yield from (f"#### {name}", "", "```python", _broken(f"{name}{signature}"), "```", "")
+    yield from (f"{level} {name}", "", "```python", _broken(f"{name}{signature}"), "```", "")
     yield from (inspect.getdoc(function) or "", "")
 
 
