@@ -1,5 +1,20 @@
-"""`python -m dsconvert`."""
+"""`python -m dsconvert`, and the `dsconvert` command."""
 
-from dsconvert.cli import main
+from __future__ import annotations
 
-main()
+import sys
+
+
+def run() -> None:
+    """Start the command line; an interrupt during the seconds that torch takes to load is one line, too."""
+    try:
+        from dsconvert.cli import main
+
+        main()
+    except KeyboardInterrupt:
+        sys.stderr.write("Error: Interrupted.\n")
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    run()

@@ -1,5 +1,50 @@
-"""The one exception a user's mistake raises; the command line turns it into one sentence and exit code 2."""
+"""The exceptions a user may cause; the command line turns each into one sentence and an exit code."""
+
+from __future__ import annotations
+
+from dsconvert.text import printable
+
+MOST = 2000  # characters of a message
+
+
+def shown(value: object) -> str:
+    """A value of a stranger's file in a message: numbers and short text as they are, of anything else only its kind,
+    as the text of a few nested lists can be without end."""
+    if isinstance(value, str) and len(value) <= 200:
+        return repr(value)
+    if value is None or isinstance(value, (bool, float)) or (isinstance(value, int) and abs(value) < 1 << 64):
+        return str(value)
+    return f"a {'long text' if isinstance(value, str) else type(value).__name__}"
+
+
+def system_fault(error: BaseException) -> str | None:
+    """One sentence when the machine, and neither the input nor dsconvert, is at fault: memory, disk, permissions."""
+    text = str(error)
+    if isinstance(error, MemoryError) or any(words in text for words in _OUT_OF_MEMORY):
+        return "There is not enough memory; fewer --samples or a smaller --imgsz need less."
+    if isinstance(error, OSError) and error.strerror:
+        return printable(f"{error.filename or 'A file'} cannot be used: {error.strerror}.")
+    return None
+
+
+# how torch, ONNX Runtime, OpenCV and C++ say it
+_OUT_OF_MEMORY = ("can't allocate memory", "out of memory", "Failed to allocate memory", "bad_alloc", "bad allocation",
+                  "Insufficient memory")  # fmt: skip
 
 
 class InputError(ValueError):
-    """Something given to dsconvert cannot be used; the message is one complete sentence for the user."""
+    """Something given to dsconvert cannot be used; the message is one complete sentence for the user. Exit code 2."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(printable(message, MOST))
+
+
+class CheckError(RuntimeError):
+    """A file dsconvert made does not compute what it should, and so was not written; one sentence. Exit code 1."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(printable(message, MOST))
+
+
+class LimitMissed(Exception):
+    """A measured value misses the limit that the user set for it (exit code 3); one complete sentence."""

@@ -55,6 +55,35 @@ def free_folder(base: Path) -> Path:
     return folder
 
 
+def claim_folder(base: Path) -> Path:
+    """Make the first of `base`, `base2`, `base3`, ... that does not exist; of two runs each gets its own.
+
+    Raises InputError when it cannot be made."""
+    while True:
+        folder = free_folder(base)
+        try:
+            folder.mkdir(parents=True)
+        except FileExistsError:  # another run was faster
+            if not folder.exists():
+                raise InputError(f"{folder} cannot be written: it is a link to nowhere.") from None
+        except OSError as error:
+            raise InputError(f"{folder} cannot be written: {error.strerror}.") from None
+        else:
+            return folder
+
+
+def check_writable(folder: Path) -> None:
+    """Raises InputError when files in the folder, which need not exist yet, could not be written: better before
+    minutes of work than after."""
+    place = folder
+    while not place.exists() and place != place.parent:
+        place = place.parent
+    if not place.is_dir():
+        raise InputError(f"{folder} cannot be written: {place} is not a folder.")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise InputError(f"{folder} cannot be written: {place} is read-only.")
+
+
 def _exists(path: Path) -> InputError:
     return InputError(f"{path} already exists; give --force to replace it, or another --out.")
 

@@ -19,14 +19,16 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from dsconvert.dsconv.packing import pack_bits, unpack_bits
-from dsconvert.dsconv.tensor import DSTensor, block_count
-from dsconvert.errors import InputError
+from dsconvert.dsconv.tensor import DSTensor, block_count, vqk_limits
+from dsconvert.errors import InputError, printable, shown
 from dsconvert.graph.integer import QConv, QParams
 from dsconvert.graph.ir import Graph
 from dsconvert.model import DSModel
+from dsconvert.modelcheck import check_model
 from dsconvert.yolo.network import Head
 
 KEY, VERSION, KDS_BITS = "dsconvert", 1, 4
+MAX_HEADER, MAX_BLOCK = 16 << 20, 1 << 16  # characters of JSON (a yolov5n has 40 kB); channels
 
 
 def model_bytes(model: DSModel) -> bytes:
@@ -62,20 +64,27 @@ def load_model(path: Path) -> DSModel:
             text = (stored.metadata() or {}).get(KEY)
             if text is None:
                 raise InputError(f"{path} is a safetensors file, but not one made by dsconvert.")
+            if len(text) > MAX_HEADER:
+                raise InputError(f"{path} has a larger header than any model file.")
             tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 (not a dict)
     except FileNotFoundError:
         raise InputError(f"There is no model file at {path}.") from None
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, TypeError, ValueError, AttributeError) as error:
+        if isinstance(error, InputError):
+            raise
         raise InputError(f"{path} is not a readable safetensors file ({type(error).__name__}).") from None
     try:
         header = json.loads(text)
         if header["version"] != VERSION:
-            raise InputError(f"{path} has format version {header['version']}; this dsconvert reads {VERSION}.")
-        return _model(header, tensors)
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+            raise InputError(f"{path} has format version {shown(header['version'])}; this dsconvert reads {VERSION}.")
+        model = _model(header, tensors)
+        check_model(model)
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, ArithmeticError, RecursionError) as error:
         if isinstance(error, InputError):
             raise
-        raise InputError(f"{path} is damaged: its header and tensors do not fit ({error}).") from None
+        why = printable(str(error), 100)
+        raise InputError(f"{path} is damaged: its header and tensors do not fit ({why}).") from None
+    return model
 
 
 def _model(header: Mapping[str, Any], tensors: Mapping[str, NDArray[Any]]) -> DSModel:
@@ -83,7 +92,9 @@ def _model(header: Mapping[str, Any], tensors: Mapping[str, NDArray[Any]]) -> DS
     convs = {node.name: _conv(node.name, header["layers"][node.name], tensors) for node in graph.convs()}
     h = header["head"]
     anchors = tuple(tuple((float(w), float(v)) for w, v in level) for level in h["anchors"])
-    head = Head(tuple(str(n) for n in h["names"]), tuple(int(s) for s in h["strides"]), anchors)
+    if not all(isinstance(n, str) for n in h["names"]):
+        raise ValueError("class names")
+    head = Head(tuple(h["names"]), tuple(int(s) for s in h["strides"]), anchors)
     activations = {name: QParams(float(s), int(z)) for name, (s, z) in header["activations"].items()}
     return DSModel(graph, convs, activations, head, int(header["imgsz"]), dict(header["provenance"]))
 
@@ -91,6 +102,9 @@ def _model(header: Mapping[str, Any], tensors: Mapping[str, NDArray[Any]]) -> DS
 def _conv(name: str, layer: Mapping[str, Any], tensors: Mapping[str, NDArray[Any]]) -> QConv:
     cho, chi, kh, kw = (int(n) for n in layer["shape"])
     bits, block_size = int(layer["bits"]), int(layer["block_size"])
+    vqk_limits(bits)
+    if min(cho, chi, kh, kw) < 1 or not 1 <= block_size <= MAX_BLOCK:
+        raise ValueError(f"shape or block size of {name}")
     blocks = (cho, block_count(chi, block_size), kh, kw)
     vqk = unpack_bits(tensors[f"{name}.vqk"], bits, (cho, chi, kh, kw))
     kds = tensors.get(f"{name}.kds")

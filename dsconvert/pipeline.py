@@ -5,10 +5,10 @@ checkpoint -> network -> plan -> calibrate -> fit -> DSModel -> file -> ONNX
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +20,11 @@ from dsconvert.budget import BITS, BLOCK_SIZES, Damage, Widths, packed_size, wid
 from dsconvert.dsconv.tensor import DSTensor, Width, used_width
 from dsconvert.errors import InputError
 from dsconvert.evaluate.accuracy import evaluate_predictors
-from dsconvert.evaluate.candidates import Candidate, load_candidate
+from dsconvert.evaluate.candidates import Candidate, load_candidates
 from dsconvert.evaluate.coco import Metrics
 from dsconvert.evaluate.drop import map_drop
 from dsconvert.evaluate.latency import Latency, interleaved_latency
+from dsconvert.export.check import check_accumulators, check_export, check_images, float_reference, reference_of
 from dsconvert.export.onnx import PLAIN, Ends, export_float, export_quantized
 from dsconvert.files import write_atomic
 from dsconvert.fit.gptq import fit_layer
@@ -33,15 +34,25 @@ from dsconvert.fit.ranges import choose_grids
 from dsconvert.fit.seen import Seen
 from dsconvert.fit.sensitivity import weight_errors
 from dsconvert.fit.synthesize import synthesize
-from dsconvert.graph.integer import QParams
+from dsconvert.graph.integer import QConv, QParams
 from dsconvert.graph.ir import ConvParams, Graph, Node
 from dsconvert.graph.run import run_float
 from dsconvert.model import DSModel, display_name, is_dsconv
 from dsconvert.modelfile import load_model, model_bytes
 from dsconvert.target import smallest_within
+from dsconvert.unfinished import read_unfinished, run_key, usable, write_unfinished
 from dsconvert.yolo.checkpoint import Checkpoint, load_checkpoint
 from dsconvert.yolo.decode import detection_measure
-from dsconvert.yolo.images import calibration_batches, calibration_images, image_paths, read_data_yaml, spread
+from dsconvert.yolo.images import (
+    Image,
+    calibration_batches,
+    calibration_images,
+    image_paths,
+    letterbox,
+    read_data_yaml,
+    read_image,
+    spread,
+)
 from dsconvert.yolo.lower import lower, split_detect
 from dsconvert.yolo.network import Head
 from dsconvert.yolo.plan import choose_convs
@@ -84,20 +95,29 @@ class QuantizeOptions:
 
 @dataclass(frozen=True)
 class Quantized:
-    """A fitted model, the images it was calibrated on, how many files were unreadable, each layer's error, and the
-    points of mAP50-95 lost on held-back images where a target was set."""
+    """A fitted model, the images it was calibrated on, how many files were unreadable, each layer's error, the points
+    of mAP50-95 lost on held-back images where a target was set, and why the first unreadable file was so."""
 
     model: DSModel
     images: int
     skipped: int
     sqnr_db: Mapping[str, float]
     map_drop: float | None = None
+    skipped_reason: str = ""
 
 
 def quantize(
-    checkpoint: Checkpoint, options: QuantizeOptions, command: str = "", progress: Progress | None = None
+    checkpoint: Checkpoint,
+    options: QuantizeOptions,
+    command: str = "",
+    progress: Progress | None = None,
+    unfinished: Path | None = None,
+    resume: bool = False,
 ) -> Quantized:
-    """Convert a checkpoint. Raises InputError for options that do not fit it."""
+    """Convert a checkpoint. Raises InputError for options that do not fit it.
+
+    Fitted layers are kept in the file `unfinished`, if one is named, until the whole is done; `resume` goes on from
+    what an equal run left there."""
     _check(options, checkpoint)
     torch.manual_seed(options.seed)
     report = progress or (lambda stage, done, total: None)
@@ -107,8 +127,9 @@ def quantize(
     if options.target_drop is not None and paths is not None:
         held_back = paths[HELD_BACK - 1 :: HELD_BACK]
         paths = [p for p in paths if p not in set(held_back)]
+    skipped: list[str] = []
     if paths is None:
-        batches, skipped = _synthetic(checkpoint, options, report), 0
+        batches = _synthetic(checkpoint, options, report)
     else:
         batches, skipped = _decode(paths, options.imgsz, report)
     graph, params = split_detect(*lower(network.fuse()), head)
@@ -129,10 +150,18 @@ def quantize(
         own = choose_grids(graph, importance.samples, importance.clipping, options.seed)
     damage = importance.damage
 
+    left: Mapping[str, QConv] = {}
+    keep = None
+    if unfinished is not None:
+        key = run_key({**asdict(options), "calib": None}, checkpoint.sha256, *kept)
+        left = read_unfinished(unfinished, key) if resume else {}
+        keep = partial(write_unfinished, unfinished, key)
+
     def fitted(widths: Widths) -> DSModel:
+        wanted = [(n.name, _width(widths, n.name, params[n.name].weight)) for n in graph.convs()]
         convs = fit_lockstep(
             graph, params, _layer_fit(widths, options), own, _real(kept, device),
-            lambda done, total: report("fit", done, total), importance.positions,
+            lambda done, total: report("fit", done, total), importance.positions, usable(left, wanted), keep,
         )  # fmt: skip
         return DSModel(graph, convs, own, head, options.imgsz, _provenance(checkpoint, options, command, damage))
 
@@ -150,7 +179,7 @@ def quantize(
         block = options.block_size or min(BLOCK_SIZES)
         model = fitted({name: used_width(options.bits, params[name].weight.shape[1], block) for name in chosen})
     sqnr = {name: _sqnr_db(params[name].weight.cpu(), conv.weight.weight()) for name, conv in model.convs.items()}
-    return Quantized(model, images, skipped, sqnr, drop)
+    return Quantized(model, images, len(skipped), sqnr, drop, skipped[0] if skipped else "")
 
 
 def _check(options: QuantizeOptions, checkpoint: Checkpoint) -> None:
@@ -169,16 +198,16 @@ def _check(options: QuantizeOptions, checkpoint: Checkpoint) -> None:
         raise InputError(f"--device {options.device} is not available on this machine; use --device cpu.")
 
 
-def _decode(paths: Sequence[Path], side: int, report: Progress) -> tuple[list[Tensor], int]:
-    """Letterboxed uint8 batches; images are decoded once."""
-    batches, skipped = [], 0
+def _decode(paths: Sequence[Path], side: int, report: Progress) -> tuple[list[Tensor], list[str]]:
+    """Letterboxed uint8 batches, and why the others could not be read; images are decoded once."""
+    batches, skipped = [], []
     for batch, bad in calibration_batches(paths, side, BATCH):
         skipped += bad
         if len(batch):
             batches.append((batch * 255).round().to(torch.uint8))
         report("images", min(len(batches) * BATCH, len(paths)), len(paths))
     if not batches:
-        raise InputError(f"None of the {skipped} calibration images could be read.")
+        raise InputError(f"None of the {len(skipped)} calibration images could be read; the first: {skipped[0]}")
     return batches, skipped
 
 
@@ -215,12 +244,15 @@ def _mixed(
     return widths_for_file(params, damage, options.target_bytes, file_size)
 
 
+def _width(widths: Widths, name: str, weight: Tensor) -> Width:
+    return widths.get(name, used_width(8, weight.shape[1], 0))
+
+
 def _layer_fit(widths: Widths, options: QuantizeOptions) -> FitLayer:
     """DSConv with its width for the chosen convolutions, plain int8 per channel for the others."""
 
     def fit(node: Node, weight: Tensor, batches: Iterable[Seen]) -> DSTensor:
-        width = widths.get(node.name, used_width(8, weight.shape[1], 0))
-        return fit_layer(node, weight, *width, batches, options.seed)
+        return fit_layer(node, weight, *_width(widths, node.name, weight), batches, options.seed)
 
     return fit
 
@@ -264,7 +296,7 @@ def _sqnr_db(weight: Tensor, fitted: Tensor) -> float:
 def _provenance(checkpoint: Checkpoint, options: QuantizeOptions, command: str, damage: Damage) -> dict[str, Any]:
     return {
         "source": str(checkpoint.path.resolve()),
-        "source_sha256": hashlib.sha256(checkpoint.path.read_bytes()).hexdigest(),
+        "source_sha256": checkpoint.sha256,
         "source_bytes": checkpoint.size_bytes,
         "dsconvert": dsconvert.__version__,
         "command": command,
@@ -341,16 +373,37 @@ def save_quantized(result: Quantized, folder: Path, force: bool) -> Path:
     return folder / MODEL_FILE
 
 
-def onnx_bytes(path: Path, layout: str, imgsz: int | None, ends: Ends = PLAIN) -> bytes:
-    """ONNX of a converted model in a layout, or the float32 network of a `.pt`."""
+def onnx_bytes(path: Path, layout: str, imgsz: int | None, ends: Ends = PLAIN, check: bool = True) -> bytes:
+    """ONNX of a converted model in a layout, or the float32 network of a `.pt`.
+
+    Raises CheckError when `check` finds that it does not compute what it should, see `export.check`."""
+    photographs: list[Image] = []
     if path.suffix == ".pt":
         checkpoint = load_checkpoint(path)
         graph, params = lower(checkpoint.network.fuse())
-        made = export_float(graph, params, checkpoint.head, imgsz or 640, ends)
+        side, reference = imgsz or 640, float_reference(graph, params, checkpoint.head)
+        made = export_float(graph, params, checkpoint.head, side, ends)
     else:
         model = load_model(path)
-        made = export_quantized(model, layout, imgsz or model.imgsz, ends)
-    return made.SerializeToString(deterministic=True)
+        side, reference = imgsz or model.imgsz, reference_of(model)
+        made = export_quantized(model, layout, side, ends)
+        if check:
+            check_accumulators(model)
+            photographs = _first_calibration_image(model, side)
+    data = made.SerializeToString(deterministic=True)
+    if check:
+        check_export(data, reference, ends, check_images(side, photographs))
+    return data
+
+
+def _first_calibration_image(model: DSModel, side: int) -> list[Image]:
+    """One of the images a model was calibrated on, (3, side, side); none when they are gone."""
+    calib = model.provenance.get("options", {}).get("calib")
+    try:
+        path = calibration_images(Path(calib))[0] if calib else None
+        return [] if path is None else [letterbox(read_image(path), side)[0].transpose(2, 0, 1)]
+    except InputError:
+        return []
 
 
 def newest_result(root: Path) -> Path:
@@ -391,7 +444,7 @@ def entrants(models: Sequence[Path], data: Path, imgsz: int | None = None, sampl
         raise InputError(f"{data} names neither val nor train images.")
     if samples is not None:
         paths = spread(paths, samples)
-    candidates = _candidates(models, imgsz)
+    candidates = load_candidates(models, imgsz)
     whose, nc = (str(data), len(described.names)) if described else (str(models[0]), len(candidates[0].names))
     for c in candidates:
         if c.names and len(c.names) != nc:
@@ -422,13 +475,3 @@ def evaluate(
     )
     latencies = interleaved_latency([c.run_once for c in given.candidates])
     return [Evaluated(c, m, t) for c, m, t in zip(given.candidates, metrics, latencies, strict=True)]
-
-
-def _candidates(models: Sequence[Path], imgsz: int | None) -> list[Candidate]:
-    """All models at one image size: the one asked for, else the one the others were made for (a `.pt` fits any)."""
-    sized = {p: load_candidate(p, imgsz) for p in models if p.suffix != ".pt"}
-    sides = {c.side for c in sized.values()}
-    if len(sides) > 1:
-        raise InputError(f"The models were made for different image sizes {sorted(sides)}; give --imgsz.")
-    side = sides.pop() if sides else imgsz
-    return [sized[p] if p in sized else load_candidate(p, side) for p in models]

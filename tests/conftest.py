@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
+import cv2
+import numpy as np
 import pytest
 import torch
 
+from dsconvert.cli import main
 from dsconvert.fit.importance import measure_importance
 from dsconvert.fit.least_squares import fit_weight
 from dsconvert.fit.lockstep import fit_lockstep
 from dsconvert.fit.ranges import choose_grids
 from dsconvert.model import DSModel
+from dsconvert.yolo.checkpoint import yolov5_bytes
 from dsconvert.yolo.lower import lower, split_detect
 from dsconvert.yolo.network import Head, Network, head_from_detect
 
@@ -113,3 +119,46 @@ def convert(network: Network, head: Head, picture: torch.Tensor) -> DSModel:
     }
     convs = fit_lockstep(graph, params, lambda node, weight, pairs: weights[node.name], own, batches)
     return DSModel(graph, convs, own, head, SIDE, {})
+
+
+@pytest.fixture
+def work(tiny, tmp_path) -> Path:
+    """A folder with best.pt, four labelled pictures and data.yaml."""
+    network, head = tiny
+    (tmp_path / "best.pt").write_bytes(yolov5_bytes(network, head))
+    for kind in ("images", "labels"):
+        (tmp_path / kind / "val").mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    for i in range(4):
+        picture = cv2.resize(rng.integers(0, 256, (8, 10, 3), dtype=np.uint8), (100, 80))
+        cv2.imwrite(str(tmp_path / "images" / "val" / f"{i}.jpg"), picture)
+        (tmp_path / "labels" / "val" / f"{i}.txt").write_text("0 0.5 0.5 0.4 0.4\n1 0.3 0.3 0.2 0.2\n")
+    (tmp_path / "data.yaml").write_text("path: .\nval: images/val\nnames: [cat, dog]\n")
+    return tmp_path
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a command left behind."""
+
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def call(capsys, monkeypatch) -> Callable[..., Answer]:
+    """Run a command as `dsconvert ARGS` in a folder would, but in this process: seconds faster."""
+
+    def run(*args: str | Path, cwd: Path) -> Answer:
+        monkeypatch.chdir(cwd)
+        code: object = 0
+        try:
+            main([str(a) for a in args])
+        except SystemExit as end:
+            code = end.code
+        shown = capsys.readouterr()
+        assert isinstance(code, int)
+        return Answer(code, shown.out, shown.err)
+
+    return run

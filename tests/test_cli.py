@@ -8,33 +8,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-import cv2
-import numpy as np
 import pytest
-
-from dsconvert.yolo.checkpoint import yolov5_bytes
-
-RNG = np.random.default_rng(0)
 
 
 def dsconvert(*args: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "dsconvert", *map(str, args)]
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300)
-
-
-@pytest.fixture
-def work(tiny, tmp_path) -> Path:
-    """A folder with best.pt, four labelled pictures and data.yaml."""
-    network, head = tiny
-    (tmp_path / "best.pt").write_bytes(yolov5_bytes(network, head))
-    for kind in ("images", "labels"):
-        (tmp_path / kind / "val").mkdir(parents=True)
-    for i in range(4):
-        picture = cv2.resize(RNG.integers(0, 256, (8, 10, 3), dtype=np.uint8), (100, 80))
-        cv2.imwrite(str(tmp_path / "images" / "val" / f"{i}.jpg"), picture)
-        (tmp_path / "labels" / "val" / f"{i}.txt").write_text("0 0.5 0.5 0.4 0.4\n1 0.3 0.3 0.2 0.2\n")
-    (tmp_path / "data.yaml").write_text("path: .\nval: images/val\nnames: [cat, dog]\n")
-    return tmp_path
 
 
 def quantize(work: Path, *more: str) -> subprocess.CompletedProcess[str]:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import errno
 import os
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 
 from dsconvert.errors import InputError
-from dsconvert.files import free_folder, write_atomic
+from dsconvert.files import check_writable, claim_folder, free_folder, write_atomic
 
 
 def names(folder):
@@ -166,3 +168,35 @@ def test_free_folder_counts_up_from_two(tmp_path):
 def test_free_folder_keeps_dots_in_the_name(tmp_path):
     (tmp_path / "best.v1").mkdir()
     assert free_folder(tmp_path / "best.v1") == tmp_path / "best.v12"
+
+
+def test_a_claimed_folder_is_the_first_free_one(tmp_path):
+    base = tmp_path / "runs/best.v1"
+    assert claim_folder(base) == base
+    assert base.is_dir()
+    (tmp_path / "runs/best.v13").mkdir()
+    (tmp_path / "runs/best.v12").write_text("a file takes the name too")
+    assert claim_folder(base) == tmp_path / "runs/best.v14"
+    assert claim_folder(base) == tmp_path / "runs/best.v15"
+
+
+def test_two_runs_never_claim_one_folder(tmp_path):
+    with ThreadPoolExecutor(8) as pool:
+        claimed = list(pool.map(claim_folder, [tmp_path / "best"] * 64))
+    assert len(set(claimed)) == 64
+
+
+def test_where_nothing_can_be_written_is_known_beforehand(tmp_path):
+    (tmp_path / "file").write_text("x")
+    check_writable(tmp_path)
+    check_writable(tmp_path / "not/there/yet")
+    with pytest.raises(InputError, match="is not a folder"):
+        check_writable(tmp_path / "file/below")
+    with pytest.raises(InputError, match="is read-only"):
+        check_writable(Path("/proc/1/new"))  # where even root cannot write
+    for place in (tmp_path / "file/below", Path("/proc/new")):
+        with pytest.raises(InputError, match="cannot be written"):
+            claim_folder(place)
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(InputError, match="a link to nowhere"):
+        claim_folder(tmp_path / "link")

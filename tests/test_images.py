@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import struct
+import zlib
 from pathlib import Path
 
 import cv2
@@ -283,7 +285,8 @@ def test_calibration_batches_skip_and_count_what_cannot_be_read(tmp_path):
     # each pixel is its image's number / 255, which float32 rounds within half a bit: rounding finds the number
     found = [[round(float(image[0, 0, 0]) * 255) for image in batch] for batch, _ in batches]
     assert found == [[0, 1], [2, 3], [4]]
-    assert [skipped for _, skipped in batches] == [1, 1, 1]
+    assert [len(skipped) for _, skipped in batches] == [1, 1, 1]
+    assert batches[0][1] == [f"{bad[0]} is not an image that can be decoded."]
     assert all(batch.shape[1:] == (3, 32, 32) for batch, _ in batches)
 
 
@@ -291,5 +294,15 @@ def test_calibration_batches_of_nothing_readable(tmp_path):
     bad = [text(tmp_path / f"bad{i}.png", "x") for i in range(3)]
     ((batch, skipped),) = calibration_batches(bad, 32, 2)
     assert batch.shape == (0, 3, 32, 32)
-    assert skipped == 3
+    assert len(skipped) == 3
     assert list(calibration_batches([], 32, 2)) == []
+
+
+def test_more_pixels_than_can_be_decoded_is_an_unreadable_image(tmp_path):
+    """A PNG header that promises 10^12 pixels: OpenCV raises instead of returning nothing."""
+    size = struct.pack(">II", 1_000_000, 1_000_000)
+    body = b"IHDR" + size + bytes([8, 2, 0, 0, 0])
+    header = b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + body + struct.pack(">I", zlib.crc32(body))
+    (tmp_path / "bomb.png").write_bytes(header)
+    with pytest.raises(InputError, match="not an image that can be decoded"):
+        read_image(tmp_path / "bomb.png")

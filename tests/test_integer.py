@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from dsconvert.dsconv.tensor import DSTensor
 from dsconvert.fit.least_squares import fit_weight
 from dsconvert.graph.integer import (
     SIGMOID,
@@ -87,3 +88,22 @@ def test_moving_ops_share_their_input_grid():
     up = Node("upsample", "u", ("p",), {"scale": 2})
     grid = QParams(1 / 255, 0)
     assert grid_of(Graph((pool, up), ("u",)), {INPUT: grid}) == {INPUT: grid, "p": grid, "u": grid}
+
+
+def test_sums_beyond_the_exact_integers_of_float32_are_exact():
+    """3000 products of up to 255 * 127 reach 9e7, where float32 counts in steps of eight."""
+    node = Node("conv", "c", ("x",), {"stride": 1, "padding": 0, "dilation": 1, "groups": 1})
+    generator = torch.Generator().manual_seed(0)
+    vqk = torch.randint(1, 128, (4, 3000, 1, 1), generator=generator, dtype=torch.int8)
+    weight = DSTensor(vqk, torch.ones(4, 1, 1, 1, dtype=torch.int8), None, torch.full((4,), 1e-3), 8, 3000)
+    # output steps of one accumulator unit around the sums: the last bit of every sum shows
+    source = QParams(1.0, 3)
+    q = torch.from_numpy(RNG.integers(0, 256, (1, 3000, 1, 1)).astype(np.float32))
+    sums = ((q.long() - 3) * vqk.long().squeeze()[:, :, None, None]).sum(1).flatten()
+    assert int(sums.min()) > 1 << 24
+    shift = torch.tensor([float(100 - s) for s in sums], dtype=torch.float64) * 1e-3
+    conv = QConv(weight, shift)
+    bias = conv.bias_int(1.0).long()
+    assert int((sums + bias).abs().max()) < 256  # small again after the bias: what was lost before cannot hide
+    out = integer_conv(node, q, conv, source, QParams(1e-3, 0)).flatten()
+    assert out.tolist() == (sums + bias).clamp(0, 255).tolist()

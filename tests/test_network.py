@@ -110,7 +110,7 @@ def bad(**changes) -> dict:
         (bad(head=[]), "not Detect"),
         (bad(backbone=[[-1, 1, "C3TR", [64]]]), "C3TR is not supported"),
         (bad(backbone=[[5, 1, "Conv", [64]]]), "not before it"),
-        (bad(backbone=[[-1, 1, "Conv", [-64, 3]]]), "not a number from 1"),
+        (bad(backbone=[[-1, 1, "Conv", [-64, 3]]]), "gives -64, which is not a number"),
         (bad(backbone=[[-1, 1, "Conv", ["__import__('os')", 3]]]), "does not know"),
         (bad(backbone=["Conv"]), "not \\[from"),
         (bad(backbone=[[-1, 1, "nn.Upsample", [None, 2, "bilinear"]]]), "does not know"),

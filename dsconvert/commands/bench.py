@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import click
-from rich.table import Table
 
-from dsconvert.commands.shared import PATH, as_json, bars, console, print_json, short, threads
+from dsconvert.commands.shared import PATH, as_json, bars, cell, console, print_json, short, table, tell, threads
 from dsconvert.errors import InputError
 from dsconvert.evaluate.bench import Benchmarked
 from dsconvert.evaluate.bench import bench as measure
@@ -62,17 +61,17 @@ def _row(r: Benchmarked) -> dict[str, Any]:
 
 
 def _print(rows: list[Benchmarked], threads: int) -> None:
-    table = Table("model", "engine", "ms", "min", "±", "ratio", "95 %", "load ms", "peak MB", "file MB")
+    shown = table("model", "engine", "ms", "min", "±", "ratio", "95 %", "load ms", "peak MB", "file MB")
     for r in rows:
         t, f = r.latency, r.footprint
-        table.add_row(
-            short(r.path), r.engine, f"{t.median_ms:.1f}", f"{t.min_ms:.1f}", f"{t.spread_ms:.1f}",
+        shown.add_row(
+            cell(short(r.path)), r.engine, f"{t.median_ms:.1f}", f"{t.min_ms:.1f}", f"{t.spread_ms:.1f}",
             f"{r.ratio.value:.3f}", f"{r.ratio.low:.3f}..{r.ratio.high:.3f}", f"{f.load_ms:.0f}",
             f"{f.peak_bytes / 1e6:.0f}", f"{r.size_bytes / 1e6:.2f}",
         )  # fmt: skip
-    console().print(table)
+    console().print(shown)
     base = ", ".join(f"{b:.0f} MB for {e}" for e, b in {r.engine: r.footprint.base_bytes / 1e6 for r in rows}.items())
-    click.echo(
+    tell(
         f"{threads} threads on as many CPUs. ms: median of {rows[0].latency.runs} interleaved runs; ±: interquartile "
         f"range; ratio: of medians, against the first row. load, peak: medians over fresh processes; before loading "
         f"they hold {base}."

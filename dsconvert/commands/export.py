@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from dsconvert import pipeline
-from dsconvert.commands.shared import PATH, RUNS, as_json, force, print_json
+from dsconvert.commands.shared import PATH, RUNS, as_json, force, print_json, tell
 from dsconvert.errors import InputError
 from dsconvert.export.layouts import LAYOUT_OPSET
 from dsconvert.export.nms import Nms
@@ -35,17 +35,19 @@ from dsconvert.files import write_atomic
 @click.option("--conf-thres", type=float, help=f"With --nms: least score (default: {Nms.confidence}).")
 @click.option("--iou-thres", type=float, help=f"With --nms: most overlap of two boxes (default: {Nms.iou}).")
 @click.option("--max-det", type=int, help=f"With --nms: most boxes an image (default: {Nms.most}).")
+@click.option("--no-check", is_flag=True, help="Do not run the file against torch before writing it.")
 @click.option("--out", type=PATH, help="File to write (default: beside the model).")
 @force
 @as_json
 def export(
     model: Path | None, to_onnx: bool, layout: str, imgsz: int | None, dynamic_batch: bool, uint8_input: bool,
     half_input: bool, with_nms: bool, conf_thres: float | None, iou_thres: float | None, max_det: int | None,
-    out: Path | None, force: bool, as_json: bool,
+    no_check: bool, out: Path | None, force: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Write MODEL (default: the newest quantize result) as ONNX.
 
-    A .pt gives the float32 network, for comparison.
+    A .pt gives the float32 network, for comparison. Before it is written, the
+    file is run in ONNX Runtime on two images and must give torch's numbers.
 
     \b
     Examples: dsconvert export --onnx --layout packed
@@ -64,15 +66,15 @@ def export(
     float_source = path.suffix == ".pt"
     suffix = "float32" if float_source else layout
     target = out or path.with_name(f"{path.stem}-{suffix}{_mark(ends)}.onnx")
-    data = pipeline.onnx_bytes(path, layout, imgsz, ends)
+    data = pipeline.onnx_bytes(path, layout, imgsz, ends, not no_check)
     write_atomic(target, data, force)
     if as_json:
         print_json(
             {"path": str(target), "layout": suffix, "input": ends.input_type, "nms": with_nms, "size_bytes": len(data)}
         )
         return
-    click.echo(f"Wrote {target} ({len(data) / 1e6:.2f} MB, {suffix}).")
-    click.echo(f"Next: dsconvert eval {shlex.quote(str(target))} --data data.yaml")
+    tell(f"Wrote {target} ({len(data) / 1e6:.2f} MB, {suffix}).")
+    tell(f"Next: dsconvert eval {shlex.quote(str(target))} --data data.yaml")
 
 
 def _nms(wanted: bool, given: dict[str, float | None]) -> Nms | None:

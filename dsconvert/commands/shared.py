@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import click
 import torch
+from rich.box import ASCII2, HEAVY_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
 
 from dsconvert import pipeline
+from dsconvert.text import printable
 
 RUNS = Path("runs/dsconvert")
 STAGES = {
@@ -26,6 +30,8 @@ STAGES = {
     "load": "loading",
     "bench": "timing",
     "activations": "watching activations",
+    "detect": "detecting",
+    "compare": "comparing",
 }
 PATH = click.Path(path_type=Path)
 
@@ -47,23 +53,49 @@ def print_json(document: dict[str, Any]) -> None:
     click.echo(json.dumps(document, indent=1))
 
 
+def tell(text: str) -> None:
+    """A line of the result, on stdout. What it quotes (names, paths) cannot command the terminal."""
+    click.echo(_shown(text, plain()))
+
+
 def say(text: str) -> None:
-    """A remark on stderr."""
-    click.echo(text, err=True)
+    """A remark on stderr, one line, likewise."""
+    click.echo(_shown(text, plain(sys.stderr)), err=True)
 
 
-def console() -> Console:
-    """Where tables go: stdout, wide when it is no terminal."""
-    made = Console()
-    if not made.is_terminal:
-        made = Console(width=120)
-    return made
+def plain(stream: TextIO | None = None) -> bool:
+    """True where only ASCII is wanted: NO_COLOR is set (no-color.org), or the stream's encoding is not Unicode."""
+    encoding = (stream or sys.stdout).encoding or "ascii"
+    return bool(os.environ.get("NO_COLOR")) or not encoding.lower().startswith("utf")
+
+
+def console(stderr: bool = False) -> Console:
+    """Where tables go: wide when it is no terminal. Text is shown as it is: rich would read [tags] in class names."""
+    as_is: dict[str, Any] = {"markup": False, "emoji": False, "highlight": False, "stderr": stderr}
+    if plain(sys.stderr if stderr else None):
+        as_is["color_system"] = None
+    made = Console(**as_is)
+    return made if made.is_terminal else Console(width=120, **as_is)
+
+
+def table(*columns: str) -> Table:
+    """An empty table, of ASCII where nothing else is wanted."""
+    return Table(*(cell(c) for c in columns), box=ASCII2 if plain() else HEAVY_HEAD)
+
+
+def cell(text: object) -> str:
+    """Text for a table: a class's, a layer's or a file's name, safe to show."""
+    return _shown(text, plain())
+
+
+def _shown(text: object, ascii_only: bool) -> str:
+    return printable(str(text).replace("±", "+-") if ascii_only else text, ascii_only=ascii_only)
 
 
 @contextmanager
 def bars() -> Iterator[pipeline.Progress]:
     """A bar per stage on stderr; silent when stderr is no terminal."""
-    stderr = Console(stderr=True)
+    stderr = console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=stderr, disable=not stderr.is_terminal) as shown:
         tasks: dict[str, Any] = {}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -14,7 +16,7 @@ def pack_bits(values: NDArray[np.int8] | NDArray[np.uint8], bits: int) -> NDArra
 
 def unpack_bits(packed: NDArray[np.uint8], bits: int, shape: tuple[int, ...], signed: bool = True) -> NDArray[np.int8]:
     """Inverse of `pack_bits`; `signed` extends the top bit. Raises ValueError when the length is wrong."""
-    count = int(np.prod(shape))
+    count = math.prod(shape)
     if packed.size != (count * bits + 7) // 8:
         raise ValueError(f"{packed.size} bytes cannot hold {count} values of {bits} bits")
     planes = np.unpackbits(packed, count=count * bits, bitorder="little").reshape(count, bits)

@@ -59,7 +59,7 @@ def used_width(bits: int, chi: int, block_size: int) -> Width:
 
 def expand_blocks(kds: Tensor, chi: int, block_size: int) -> Tensor:
     """(cho, nblk, kh, kw) -> (cho, chi, kh, kw): every channel gets its block's value."""
-    return kds.repeat_interleave(block_size, 1)[:, :chi]
+    return kds.repeat_interleave(min(block_size, chi), 1)[:, :chi]
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -24,18 +24,20 @@ class Detections:
     """What several predictors found in the same images, and the truth: all in pixels of the original images.
 
     found[predictor][image] is (n, 6) x1, y1, x2, y2, score, class; truths[image] (m, 5) class, x1, y1, x2, y2;
-    shapes[image] height and width; nc the number of classes."""
+    shapes[image] height and width; nc the number of classes; skipped why other files could not be read."""
 
     found: list[list[NDArray[np.float32]]]
     truths: list[NDArray[np.float64]]
     shapes: list[tuple[int, int]]
     nc: int
+    skipped: tuple[str, ...] = ()
 
     def metrics(self, images: Sequence[int] | None = None) -> list[Metrics]:
         """Metrics of every predictor on the images given by index (default all; repeated ones count again)."""
         chosen = range(len(self.truths)) if images is None else images
         truths, shapes = [self.truths[i] for i in chosen], [self.shapes[i] for i in chosen]
-        return [coco_metrics([results[i] for i in chosen], truths, shapes, self.nc) for results in self.found]
+        found = [coco_metrics([results[i] for i in chosen], truths, shapes, self.nc) for results in self.found]
+        return [replace(m, skipped=self.skipped) for m in found]
 
 
 def evaluate_predictors(
@@ -61,17 +63,25 @@ def detect_all(
     """Run every predictor on the same images, each decoded once.
 
     The truth is the labels beside the images, or (labelled=False) what the first predictor finds with confidence:
-    then metrics say how far the others agree with it. Raises InputError when there is no object to find.
+    then metrics say how far the others agree with it. Files that cannot be read are left out and counted. Raises
+    InputError when none can, or there is no object to find.
     """
     found: list[list[NDArray[np.float32]]] = [[] for _ in predictors]
     truths, shapes = [], []
+    skipped: list[str] = []
     for index, path in enumerate(paths):
-        image = read_image(path)
+        try:
+            image = read_image(path)
+        except InputError as error:
+            skipped.append(str(error))
+            continue
         h, w = image.shape[:2]
         shapes.append((h, w))
         square, box = letterbox(image, side)
         batch = to_tensor([square]).numpy()
         predictions = [predict(batch)[0] for predict in predictors]
+        if any(p.shape[1] != nc + 5 for p in predictions):
+            raise InputError(f"A model finds other classes than the {nc} it is measured on.")
         for results, raw in zip(found, predictions, strict=True):
             results.append(to_image(non_max_suppression(raw), box, (h, w)))
         if labelled:
@@ -81,9 +91,11 @@ def detect_all(
             truths.append(sure[:, [5, 0, 1, 2, 3]].astype(np.float64))
         if progress:
             progress(index + 1, len(paths))
+    if not shapes:
+        raise InputError(f"None of the {len(skipped)} images could be read; the first: {skipped[0]}")
     if not labelled and not sum(map(len, truths)):
         raise InputError("The first model finds nothing with confidence in these images, so there is no agreement.")
-    return Detections(found, truths, shapes, nc)
+    return Detections(found, truths, shapes, nc, tuple(skipped))
 
 
 def _pixels(labels: NDArray[np.float64], h: int, w: int) -> NDArray[np.float64]:

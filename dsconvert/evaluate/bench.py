@@ -13,6 +13,7 @@ from dsconvert.errors import InputError
 from dsconvert.evaluate.engines import engine_version, open_model
 from dsconvert.evaluate.footprint import Footprint, measure_footprint
 from dsconvert.evaluate.latency import Latency, Ratio, interleaved_times, ratio, summary
+from dsconvert.export.external import check_external_data
 
 LOADS = 3  # fresh processes a model is loaded in
 Progress = Callable[[str, int, int], None]
@@ -45,6 +46,9 @@ def bench(
     report = progress or (lambda stage, done, total: None)
     versions = {engine: engine_version(engine) for engine in engines}
     entries = [(path, engine) for engine in engines for path in paths]
+    for path in paths:
+        if path.is_file():  # `open_model` says when it is not
+            check_external_data(path)
     with only_cpus(threads):
         calls = [open_model(path, engine, threads, side) for path, engine in entries]
         feet = _footprints(entries, threads, side, report)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -13,10 +15,12 @@ import onnxruntime as ort
 import torch
 from numpy.typing import NDArray
 
-from dsconvert.errors import InputError
+from dsconvert.errors import InputError, printable
 from dsconvert.evaluate.accuracy import Predictor
-from dsconvert.evaluate.engines import TYPES, as_input, session
+from dsconvert.evaluate.engines import TYPES, as_input, check_image_input, session
+from dsconvert.export.external import check_external_data
 from dsconvert.export.inspect import conv_weights
+from dsconvert.export.nms import Nms
 from dsconvert.export.onnx import export_float, export_quantized
 from dsconvert.graph.integer import run_integer
 from dsconvert.graph.ir import ConvParams
@@ -25,6 +29,9 @@ from dsconvert.modelfile import load_model
 from dsconvert.yolo.checkpoint import load_checkpoint
 from dsconvert.yolo.decode import decode
 from dsconvert.yolo.lower import lower
+
+NMS_KEY = "dsconvert.nms"
+MAX_METADATA = 1 << 20  # characters; ten thousand class names
 
 
 @dataclass(frozen=True)
@@ -40,6 +47,7 @@ class Candidate:
     weight_bits: float
     predict: Predictor
     run_once: Callable[[], object]
+    limits: Nms | None = None  # of a file that ends with non-maximum suppression
 
     @property
     def size_bytes(self) -> int:
@@ -58,21 +66,47 @@ def load_candidate(path: Path, side: int | None) -> Candidate:
     raise InputError(f"{path} is not a .pt, .safetensors or .onnx file.")
 
 
-def _once(running: ort.InferenceSession, side: int) -> Callable[[], object]:
-    entry = running.get_inputs()[0]
-    image = as_input(np.random.default_rng(0).random((1, 3, side, side), np.float32), TYPES.get(entry.type, np.float32))
-    return lambda: running.run(None, {entry.name: image})
+def load_candidates(paths: Sequence[Path], side: int | None) -> list[Candidate]:
+    """All models at one image size: the one asked for, else the one the others were made for (a `.pt` fits any)."""
+    sized = {p: load_candidate(p, side) for p in paths if p.suffix != ".pt"}
+    sides = {c.side for c in sized.values()}
+    if len(sides) > 1:
+        raise InputError(f"The models were made for different image sizes {sorted(sides)}; give --imgsz.")
+    side = sides.pop() if sides else side
+    return [sized[p] if p in sized else load_candidate(p, side) for p in paths]
+
+
+def _once(make: Callable[[], ort.InferenceSession], side: int) -> Callable[[], object]:
+    """One inference on a fixed random image; the session is made on the first call, as not everyone measures speed."""
+
+    @functools.cache
+    def prepared() -> Callable[[], object]:
+        running = make()
+        entry = running.get_inputs()[0]
+        kind = TYPES.get(entry.type, np.float32)
+        image = as_input(np.random.default_rng(0).random((1, 3, side, side), np.float32), kind)
+        return lambda: running.run(None, {entry.name: image})
+
+    return lambda: prepared()()
+
+
+def _check_side(path: Path, side: int, stride: int) -> None:
+    if side < stride or side % stride:
+        raise InputError(f"--imgsz {side} is not a multiple of the stride {stride} of {path}.")
 
 
 def _float(path: Path, side: int) -> Candidate:
     checkpoint = load_checkpoint(path)
-    graph, params = lower(checkpoint.network.fuse())
     head = checkpoint.head
+    _check_side(path, side, head.stride)
+    graph, params = lower(checkpoint.network.fuse())
 
     def predict(batch: NDArray[np.float32]) -> NDArray[np.float32]:
         return decode(run_float(graph, params, torch.from_numpy(batch)), head).numpy()
 
-    running = session(export_float(graph, params, head, side).SerializeToString(), torch.get_num_threads())
+    def running() -> ort.InferenceSession:
+        return session(export_float(graph, params, head, side).SerializeToString(), torch.get_num_threads())
+
     bits = float(checkpoint.stored_bits)
     return Candidate(path, "pt", head.names, side, bits, predict, _once(running, side))
 
@@ -80,6 +114,7 @@ def _float(path: Path, side: int) -> Candidate:
 def _converted(path: Path, side: int | None) -> Candidate:
     model = load_model(path)
     side = side or model.imgsz
+    _check_side(path, side, model.head.stride)
     params = {name: ConvParams(c.weight.weight(), c.bias) for name, c in model.convs.items()}
 
     def predict(batch: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -90,7 +125,9 @@ def _converted(path: Path, side: int | None) -> Candidate:
             raw = run_float(model.graph, params, x)
         return decode(raw, model.head).numpy()
 
-    running = session(export_quantized(model, "packed", side).SerializeToString(), torch.get_num_threads())
+    def running() -> ort.InferenceSession:
+        return session(export_quantized(model, "packed", side).SerializeToString(), torch.get_num_threads())
+
     bits = model.weight_bits
     return Candidate(path, "safetensors", model.head.names, side, bits, predict, _once(running, side))
 
@@ -98,12 +135,15 @@ def _converted(path: Path, side: int | None) -> Candidate:
 def _onnx(path: Path, side: int | None) -> Candidate:
     if not path.is_file():
         raise InputError(f"There is no ONNX file at {path}.")
+    check_external_data(path)
     try:
-        proto = onnx.load(path, load_external_data=False)
+        weights = conv_weights(onnx.load(path, load_external_data=False))
         running = session(path, torch.get_num_threads())
     except Exception:  # onnx and onnxruntime raise many kinds on malformed files
         raise InputError(f"{path} is not an ONNX file ONNX Runtime can run.") from None
-    entry = running.get_inputs()[0]
+    entries = running.get_inputs()
+    check_image_input(path, [e.shape for e in entries], [e.type for e in entries])
+    entry = entries[0]
     given = entry.shape[-1]
     if isinstance(given, int) and side is not None and given != side:
         raise InputError(f"{path} was exported for {given} pixels; --imgsz {side} does not fit it.")
@@ -111,25 +151,37 @@ def _onnx(path: Path, side: int | None) -> Candidate:
     kind = TYPES.get(entry.type, np.float32)
     meta = running.get_modelmeta().custom_metadata_map
     names = _names(meta.get("names", ""), path)
-    weights = conv_weights(proto)
     count = sum(w.count for w in weights)
 
     def predict(batch: NDArray[np.float32]) -> NDArray[np.float32]:
-        out = running.run(None, {entry.name: as_input(batch, kind)})[0]
-        if out.ndim == 2 and out.shape[1] == 7 and "dsconvert.nms" in meta:
-            out = _as_predictions(out, len(names))
-        if out.ndim != 3:
+        out = _first_output(path, running, {entry.name: as_input(batch, kind)})
+        if out.ndim == 2 and out.shape[1] == 7 and NMS_KEY in meta:
+            out = _as_predictions(out, len(names), path)
+        if out.ndim != 3 or (names and out.shape[2] != 5 + len(names)):
             raise InputError(f"{path} does not have YOLOv5's output (1, boxes, 5 + classes).")
-        return out.astype(np.float32)
+        return out
 
     bits = sum(w.bits for w in weights) / count if count else 32.0
-    return Candidate(path, "onnx", names, side, bits, predict, _once(running, side))
+    limits = _limits(meta.get(NMS_KEY, ""), path)
+    return Candidate(path, "onnx", names, side, bits, predict, _once(lambda: running, side), limits)
 
 
-def _as_predictions(found: NDArray[np.float32], nc: int) -> NDArray[np.float32]:
+def _first_output(path: Path, running: ort.InferenceSession, feed: dict[str, NDArray[Any]]) -> NDArray[np.float32]:
+    try:
+        out = running.run(None, feed)[0]
+    except Exception:  # onnxruntime raises many kinds
+        raise InputError(f"{path} fails in ONNX Runtime on an image of {feed.popitem()[1].shape[-1]} pixels.") from None
+    if not isinstance(out, np.ndarray) or out.dtype.kind != "f":
+        raise InputError(f"{path} does not have YOLOv5's output (1, boxes, 5 + classes).")
+    return out.astype(np.float32, copy=False)
+
+
+def _as_predictions(found: NDArray[np.float32], nc: int, path: Path) -> NDArray[np.float32]:
     """Detections (k, 7) of one image, from a file that ends with NMS -> (1, k, 5 + nc), each with its one class.
 
     The suppression that follows in evaluation drops more of them only if it allows less overlap than the file's."""
+    if not bool(((found[:, 6] >= 0) & (found[:, 6] < nc)).all()):
+        raise InputError(f"{path} finds classes it does not name.")
     out = np.zeros((1, len(found), 5 + nc), np.float32)
     low, high = found[:, 1:3], found[:, 3:5]
     out[0, :, :2], out[0, :, 2:4], out[0, :, 4] = (low + high) / 2, high - low, 1
@@ -137,11 +189,19 @@ def _as_predictions(found: NDArray[np.float32], nc: int) -> NDArray[np.float32]:
     return out
 
 
+def _limits(text: str, path: Path) -> Nms | None:
+    """What a file that ends with non-maximum suppression keeps, from its metadata."""
+    try:
+        return Nms(**ast.literal_eval(text)) if text else None
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+        raise InputError(f"The metadata of {path} says nothing readable of its non-maximum suppression.") from None
+
+
 def _names(text: str, path: Path) -> tuple[str, ...]:
     """Class names from YOLOv5's metadata, a Python dictionary or list in text; empty when there are none."""
     try:
-        names = ast.literal_eval(text) if text else {}
+        names = ast.literal_eval(text[:MAX_METADATA]) if text else {}
     except (ValueError, SyntaxError, MemoryError, RecursionError):
         raise InputError(f"The metadata of {path} names no readable classes.") from None
     values = names.values() if isinstance(names, dict) else names
-    return tuple(map(str, values)) if isinstance(names, (dict, list, tuple)) else ()
+    return tuple(printable(str(n), 200) for n in values) if isinstance(names, (dict, list, tuple)) else ()

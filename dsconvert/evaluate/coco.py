@@ -20,7 +20,8 @@ Array = NDArray[np.floating[Any]]
 @dataclass(frozen=True)
 class Metrics:
     """mAP over IoU 0.50..0.95 and at 0.50 (COCO's definitions, 100 detections an image); precision and recall at
-    IoU 0.50 and the confidence where mean F1 over classes is best (YOLOv5's definition); AP50-95 by class number."""
+    IoU 0.50 and the confidence where mean F1 over classes is best (YOLOv5's definition); AP50-95 by class number; and
+    why files could not be read, which are not among the images."""
 
     map50_95: float
     map50: float
@@ -28,6 +29,7 @@ class Metrics:
     recall: float
     images: int
     per_class: dict[int, float]
+    skipped: tuple[str, ...] = ()
 
 
 def coco_metrics(

@@ -9,14 +9,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from dsconvert.errors import InputError
 from dsconvert.evaluate.accuracy import evaluate_predictors
 from dsconvert.graph.integer import run_integer
 from dsconvert.graph.ir import ConvParams
 from dsconvert.graph.run import run_float
 from dsconvert.model import DSModel
 from dsconvert.yolo.decode import decode
-from dsconvert.yolo.images import label_path, read_image
+from dsconvert.yolo.images import label_path
 
 Array = NDArray[np.float32]
 
@@ -28,8 +27,7 @@ def map_drop(
     images: against their labels where there are any, else against what the float network finds with confidence.
 
     Raises InputError when there is nothing to find in them."""
-    usable = [p for p in paths if _readable(p)]
-    labelled = any(label_path(p).is_file() for p in usable)
+    labelled = any(label_path(p).is_file() for p in paths)
     true = {name: ConvParams(p.weight.cpu(), p.bias.cpu()) for name, p in params.items()}
     fitted = {name: ConvParams(c.weight.weight(), c.bias) for name, c in model.convs.items()}
 
@@ -44,13 +42,5 @@ def map_drop(
             raw = run_float(model.graph, fitted, x)
         return decode(raw, model.head).numpy()
 
-    before, after = evaluate_predictors([reference, converted], usable, model.imgsz, model.head.nc, labelled, progress)
+    before, after = evaluate_predictors([reference, converted], paths, model.imgsz, model.head.nc, labelled, progress)
     return 100 * (before.map50_95 - after.map50_95)
-
-
-def _readable(path: Path) -> bool:
-    try:
-        read_image(path)
-    except InputError:
-        return False
-    return True

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from dsconvert.errors import InputError
 
 ENGINES = ("onnxruntime", "openvino")
+MAX_SIDE = 8192
 SIDE = 640  # of an input that leaves its side open
 TYPES: dict[str, type[Any]] = {
     "tensor(float)": np.float32,
@@ -88,10 +89,18 @@ def _openvino(path: Path, threads: int, side: int | None) -> Callable[[], object
     return lambda: request.infer([image])
 
 
-def _image(path: Path, shapes: Sequence[Sequence[object]], types: Sequence[str], side: int | None) -> NDArray[Any]:
-    """A random image for the one input; its open dimensions are one image, three channels, `side` pixels."""
+def check_image_input(path: Path, shapes: Sequence[Sequence[object]], types: Sequence[str]) -> None:
+    """Raises InputError unless the inputs are one image (n, 3, height, width) of up to MAX_SIDE pixels."""
     if len(shapes) != 1 or len(shapes[0]) != 4 or types[0] not in TYPES:
         raise InputError(f"{path} does not take one image (n, 3, height, width) of float or bytes.")
+    most = (64, 3, MAX_SIDE, MAX_SIDE)
+    if any(isinstance(n, int) and not 1 <= n <= m for n, m in zip(shapes[0], most, strict=True)):
+        raise InputError(f"{path} takes images of another size than any detector's: {list(shapes[0])}.")
+
+
+def _image(path: Path, shapes: Sequence[Sequence[object]], types: Sequence[str], side: int | None) -> NDArray[Any]:
+    """A random image for the one input; its open dimensions are one image, three channels, `side` pixels."""
+    check_image_input(path, shapes, types)
     usual = (1, 3, side or SIDE, side or SIDE)
     shape = [given if isinstance(given, int) else other for given, other in zip(shapes[0], usual, strict=True)]
     return as_input(np.random.default_rng(0).random(shape, np.float32), TYPES[types[0]])

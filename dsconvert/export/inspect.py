@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
-import numpy as np
 import onnx
 from onnx import TensorProto, numpy_helper
 
@@ -26,37 +26,48 @@ class OnnxWeight:
 
 
 def conv_weights(model: onnx.ModelProto) -> list[OnnxWeight]:
-    """One entry for every Conv, ConvInteger or QLinearConv, in graph order. Shapes and zero points are not counted."""
+    """One entry for every Conv, ConvInteger or QLinearConv, in graph order. Shapes and zero points are not counted.
+
+    Each weight is taken once where several nodes of its chain read it. Raises RecursionError, IndexError or ValueError
+    for graphs that are none."""
     tensors = {t.name: t for t in model.graph.initializer}
     makers = {out: node for node in model.graph.node for out in node.output}
     found = []
     for index, node in enumerate(model.graph.node):
         if node.op_type not in ("Conv", "ConvInteger", "QLinearConv"):
             continue
-        parts = _sources(node.input[3 if node.op_type == "QLinearConv" else 1], makers, tensors)
+        place = 3 if node.op_type == "QLinearConv" else 1
+        if len(node.input) <= place:
+            continue
+        parts = _sources(node.input[place], makers, tensors, set())
         if not parts:
             continue
         largest = max(parts, key=_count)
         bits = sum(_count(t) * BITS.get(t.data_type, 32) for t in parts if t.dims and t.data_type != TensorProto.INT64)
         scale_bits = sum(_count(t) * 32 for t in parts if t is not largest and t.data_type == TensorProto.FLOAT)
-        shape = _shape(node.input[3 if node.op_type == "QLinearConv" else 1], makers, tensors) or largest.dims
-        type_name = TensorProto.DataType.Name(largest.data_type).lower()
+        shape = _shape(node.input[place], makers, tensors, set()) or largest.dims
+        known = largest.data_type in TensorProto.DataType.values()
+        type_name = TensorProto.DataType.Name(largest.data_type).lower() if known else "unknown"
         found.append(
             OnnxWeight(
                 node.name or f"conv {index}",
                 tuple(shape),
                 type_name,
                 bits - scale_bits,
-                int(np.prod(shape)),
+                math.prod(shape),
             )
         )
     return found
 
 
 def _sources(
-    value: str, makers: dict[str, onnx.NodeProto], tensors: dict[str, onnx.TensorProto]
+    value: str, makers: dict[str, onnx.NodeProto], tensors: dict[str, onnx.TensorProto], seen: set[str]
 ) -> list[onnx.TensorProto]:
-    """Initializers the value is computed from."""
+    """Initializers the value is computed from. `seen` ends the search in files whose nodes go in circles, or double
+    their paths at every step."""
+    if value in seen:
+        return []
+    seen.add(value)
     if value in tensors:
         return [tensors[value]]
     node = makers.get(value)
@@ -64,22 +75,25 @@ def _sources(
         return []
     # the second input of these says how pieces are taken apart, and is shared by all layers: no part of the weight
     inputs = node.input[:1] if node.op_type in ("BitShift", "BitwiseAnd", "Div", "Mod") else node.input
-    return [t for name in inputs for t in _sources(name, makers, tensors)]
+    return [t for name in inputs for t in _sources(name, makers, tensors, seen)]
 
 
 def _shape(
-    value: str, makers: dict[str, onnx.NodeProto], tensors: dict[str, onnx.TensorProto]
+    value: str, makers: dict[str, onnx.NodeProto], tensors: dict[str, onnx.TensorProto], seen: set[str]
 ) -> tuple[int, ...] | None:
     """The shape a value is brought into on its way to the convolution; None where that cannot be told."""
+    if value in seen:
+        return None
+    seen.add(value)
     if value in tensors:
         return tuple(tensors[value].dims)
     node = makers.get(value)
     if node is None:
         return None
     if node.op_type in ("DequantizeLinear", "QuantizeLinear", "Cast", "Add"):
-        return _shape(node.input[0], makers, tensors)
+        return _shape(node.input[0], makers, tensors, seen)
     if node.op_type == "Concat":  # along the input channels
-        parts = [_shape(name, makers, tensors) for name in node.input]
+        parts = [_shape(name, makers, tensors, seen) for name in node.input]
         known = [p for p in parts if p is not None and len(p) > 1]
         return (known[0][0], sum(p[1] for p in known), *known[0][2:]) if len(known) == len(parts) else None
     if node.op_type != "Reshape" or node.input[1] not in tensors:
@@ -89,4 +103,4 @@ def _shape(
 
 
 def _count(tensor: onnx.TensorProto) -> int:
-    return int(np.prod(tensor.dims)) if tensor.dims else 1
+    return math.prod(max(n, 0) for n in tensor.dims)

@@ -53,13 +53,16 @@ def fit_lockstep(
     batches: Iterable[Tensor],
     progress: Progress | None = None,
     positions: Mapping[str, Tensor] | None = None,
+    known: Mapping[str, QConv] | None = None,
+    finished: Callable[[Mapping[str, QConv]], None] | None = None,
 ) -> dict[str, QConv]:
     """Fit every convolution: VQK and KDS by `fit_layer`, then CDSw and CDSb to the float network's outputs.
 
     `batches` are image batches (n, 3, h, w), read once. `own` are the activation grids; without any, activations
     stay float on both sides. `positions` weights every convolution's output positions, (images, h' w'); by default all
-    count the same. Values are kept for all batches at once, the float side's in half precision (a hundredth of an
-    activation step), and released after their last use.
+    count the same. What is `known` is taken as it is; `finished` sees all that is fitted so far, after every
+    convolution that is fitted. Values are kept for all batches at once, the float side's in half precision (a hundredth
+    of an activation step), and released after their last use.
     """
     side = _Side(grid_of(graph, own) if own else {})
     floats: dict[str, list[Tensor]] = {INPUT: []}
@@ -73,10 +76,14 @@ def fit_lockstep(
         for index, node in enumerate(graph.nodes):
             made = (float_step(node, [x.float() for x in xs], params) for xs in _inputs(node, floats))
             floats[node.name] = [y.clamp(-HALF_MAX, HALF_MAX).half() for y in made]
-            if node.op == "conv":
+            if node.op == "conv" and known and node.name in known:
+                fitted[node.name] = known[node.name]
+            elif node.op == "conv":
                 seen = _seen(node, floats, quants, side, (positions or {}).get(node.name))
                 weight = fit_layer(node, params[node.name].weight, seen())
                 fitted[node.name] = fit_cds(node, weight, seen())
+                if finished:
+                    finished(fitted)
             quants[node.name] = [side.step(node, xs, fitted) for xs in _inputs(node, quants)]
             for name in set(node.inputs):
                 if last[name] == index:

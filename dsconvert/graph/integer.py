@@ -3,7 +3,7 @@
 Activations are uint8 with one scale and zero point a tensor, real = scale * (q - zero_point). Weights are int8
 with one scale per output channel (CDSw), biases int32 in units of input scale * weight scale. Every rounding is
 half to even in float32, in the order ONNX Runtime's kernels use, so that both give the same numbers. Integers
-are carried in float32 tensors, exact up to 2^24.
+are carried in float32 tensors, and sums beyond 2^24, where those stop being exact, in float64.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from dsconvert.graph import run
 from dsconvert.graph.ir import INPUT, Graph, Node
 
 QMAX = 255
+FLOAT_EXACT = 1 << 24  # every integer up to this is a float32
 SIGMOID_SCALE = np.float32(1 / 255)  # the sigmoid inside SiLU spans 0..1
 
 
@@ -60,6 +61,14 @@ class QConv:
         unit = torch.tensor(input_scale, dtype=torch.float32) * self.weight.cds_w.float()
         return torch.round(self.bias.double() / unit.double()).clamp(-(2**31), 2**31 - 1).to(torch.int32)
 
+    def largest_sum(self, input_scale: float) -> Tensor:
+        """Largest |accumulator| any input can cause, per output channel, int64 (cho,).
+
+        Inputs are |q - zero_point| <= 255. Engines that add q * w first and take zero_point * sum(w) off later may
+        wrap on the way; two's complement arithmetic brings them back to the same number."""
+        weights = self.weight.merged().long().abs().sum((1, 2, 3))
+        return QMAX * weights + self.bias_int(input_scale).long().abs()
+
 
 def keeps_grid(op: str) -> bool:
     """True for ops whose output is on the same grid as their input: no quantization parameters of their own."""
@@ -96,9 +105,14 @@ SIGMOID = QParams(float(SIGMOID_SCALE), 0)
 
 
 def integer_conv(node: Node, q: Tensor, conv: QConv, source: QParams, target: QParams) -> Tensor:
-    """Integers in, integers out: int32 accumulation, one float32 multiplier per output channel."""
-    acc = run.conv(node, q - source.zero_point, conv.weight.merged().to(q), None)
-    acc = acc + conv.bias_int(source.scale).to(acc)[:, None, None]
+    """Integers in, integers out: int32 accumulation, one float32 multiplier per output channel.
+
+    Sums that can leave the exact integers of float32 are made in float64, and rounded to float32 once, as an engine
+    converts its int32."""
+    exact = int(conv.largest_sum(source.scale).max()) <= FLOAT_EXACT
+    kind = torch.float32 if exact else torch.float64
+    acc = run.conv(node, (q - source.zero_point).to(kind), conv.weight.merged().to(q.device, kind), None)
+    acc = (acc + conv.bias_int(source.scale).to(acc)[:, None, None]).float()
     multiplier = torch.tensor(source.scale, dtype=torch.float32) * conv.weight.cds_w.float() / target.scale
     out = torch.round(acc * multiplier.to(acc)[:, None, None]) + target.zero_point
     return out.clamp_(0, QMAX)

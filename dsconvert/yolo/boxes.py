@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import cv2
 import numpy as np
 from numpy.typing import NDArray
@@ -12,16 +14,30 @@ Array = NDArray[np.float32]
 
 
 def non_max_suppression(
-    predictions: Array, confidence: float = 0.001, iou: float = 0.6, most: int = 300, candidates: int = 30000
+    predictions: Array,
+    confidence: float = 0.001,
+    iou: float = 0.6,
+    most: int = 300,
+    candidates: int = 30000,
+    *,
+    best_class_only: bool = False,
+    classes_kept: Collection[int] | None = None,
+    agnostic: bool = False,
 ) -> Array:
     """(boxes, 5 + nc) as decoded -> (n, 6): x1, y1, x2, y2, score, class; best first, at most `most`.
 
-    A box takes part once for every class whose score (objectness * class) exceeds `confidence`; within a class,
+    A box takes part once for every class (or only for its best one) whose score (objectness * class) exceeds
+    `confidence` and which is among `classes_kept` (None: all); within a class (`agnostic`: whatever the class),
     boxes overlapping a better one by more than `iou` are dropped (OpenCV's batched NMS).
     """
     likely = predictions[predictions[:, 4] > confidence]
     scores = likely[:, 5:] * likely[:, 4:5]
-    rows, classes = np.nonzero(scores > confidence)
+    sure = scores > confidence
+    if best_class_only and scores.size:
+        sure &= np.arange(scores.shape[1]) == scores.argmax(1)[:, None]
+    if classes_kept is not None:
+        sure &= np.isin(np.arange(scores.shape[1]), list(classes_kept))
+    rows, classes = np.nonzero(sure)
     values = scores[rows, classes]
     if values.size > candidates:
         best = np.argsort(-values, kind="stable")[:candidates]
@@ -30,8 +46,9 @@ def non_max_suppression(
         return np.zeros((0, 6), np.float32)
     xywh = likely[rows, :4].astype(np.float64)
     corner = np.concatenate((xywh[:, :2] - xywh[:, 2:] / 2, xywh[:, 2:]), 1)
+    groups = np.zeros_like(classes) if agnostic else classes
     kept = cv2.dnn.NMSBoxesBatched(
-        corner.tolist(), values.astype(float).tolist(), classes.tolist(), float(confidence), float(iou)
+        corner.tolist(), values.astype(float).tolist(), groups.tolist(), float(confidence), float(iou)
     )
     order = np.asarray(kept, dtype=np.int64).reshape(-1)[:most]
     boxes = np.concatenate((corner[order, :2], corner[order, :2] + corner[order, 2:]), 1)

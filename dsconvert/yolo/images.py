@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,10 +15,15 @@ import yaml
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dsconvert.errors import InputError
+from dsconvert.errors import InputError, printable, shown
 
 SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
 PAD_VALUE = 114  # YOLOv5's grey
+# The largest text files read: a list of a million images, a data.yaml of ten thousand classes, labels of one image.
+MAX_LIST_BYTES, MAX_YAML_BYTES, MAX_LABEL_BYTES = 256 << 20, 1 << 20, 16 << 20
+MAX_IMAGE_BYTES = 1 << 30
+MAX_NAME = 200
+OUTSIDE = 0.01  # how far, as a share of the image, a label may reach beyond it by rounding
 
 Image = NDArray[np.uint8]
 Labels = NDArray[np.float64]
@@ -53,11 +59,11 @@ def image_paths(source: Path) -> list[Path]:
         return found
     if not source.exists():
         raise InputError(f"There is no file or folder at {source}.")
-    if source.suffix.lower() in SUFFIXES:
+    if source.suffix.lower() in SUFFIXES and source.is_file():
         return [source]
     try:
-        lines = [line.strip() for line in source.read_text(encoding="utf-8").splitlines()]
-    except (OSError, UnicodeDecodeError):
+        lines = [line.strip() for line in _read_text(source, MAX_LIST_BYTES).splitlines()]
+    except (OSError, ValueError):
         raise InputError(f"{source} is neither a folder, an image, a data.yaml nor a text file of paths.") from None
     found = [source.parent / line for line in lines if line]
     if not found:
@@ -67,46 +73,84 @@ def image_paths(source: Path) -> list[Path]:
     return found
 
 
+def _read_text(path: Path, most: int) -> str:
+    """A whole UTF-8 file. Raises OSError, or ValueError when it is too large, no text, or no ordinary file."""
+    if path.exists() and not path.is_file():  # a device or a pipe may never end
+        raise ValueError("not a file")
+    with path.open("rb") as stream:
+        data = stream.read(most + 1)
+    if len(data) > most:
+        raise ValueError("too large")
+    return data.decode("utf-8")
+
+
+class _Loader(yaml.SafeLoader):
+    """PyYAML's safe loader without merge keys (<<), which are copied out at once: 30 lines of them fill any memory."""
+
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        """Leave `<<` where it is; the constructor then refuses it."""
+
+
 def read_data_yaml(path: Path) -> DataYaml:
     """Read a YOLOv5 data.yaml; `path` inside it is relative to the file. Raises InputError when it is unusable."""
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+        data = yaml.load(_read_text(path, MAX_YAML_BYTES), Loader=_Loader)
     except FileNotFoundError:
         raise InputError(f"There is no data file at {path}.") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+    except Exception:  # impossible dates, endless nesting, wrong values under a tag: the loader raises many kinds
         raise InputError(f"{path} is not a readable YAML file.") from None
     if not isinstance(data, dict) or "names" not in data:
         raise InputError(f"{path} is not a YOLOv5 data.yaml: it has no names.")
-    root = path.parent / str(data.get("path") or ".")
-    return DataYaml(_names(data, path), _split(data.get("train"), root), _split(data.get("val"), root))
+    root = path.parent / _text(data.get("path") or ".", path)
+    return DataYaml(_names(data, path), _split(data.get("train"), root, path), _split(data.get("val"), root, path))
 
 
 def _names(data: dict[str, Any], path: Path) -> tuple[str, ...]:
     names = data["names"]
     if isinstance(names, dict):
-        if sorted(names) != list(range(len(names))):
+        if not all(i in names for i in range(len(names))):
             raise InputError(f"The class numbers in {path} are not 0, 1, 2, and so on.")
         names = [names[i] for i in range(len(names))]
     if not isinstance(names, list) or not names:
         raise InputError(f"The names in {path} are not a list or a mapping.")
     if "nc" in data and data["nc"] != len(names):
-        raise InputError(f"{path} says nc {data['nc']} but names {len(names)} classes.")
-    return tuple(map(str, names))
+        raise InputError(f"{path} says nc {shown(data['nc'])} but names {len(names)} classes.")
+    return tuple(printable(_text(name, path), MAX_NAME) for name in names)
 
 
-def _split(entry: Any, root: Path) -> tuple[Path, ...]:
+def _text(value: Any, path: Path) -> str:
+    """A name or a path. A list is none: by aliases a few lines can stand for a text without end."""
+    if isinstance(value, str):
+        return value
+    if value is None or isinstance(value, (bool, float, datetime.date)):
+        return str(value)
+    if isinstance(value, int) and abs(value) < 1 << 64:
+        return str(value)
+    raise InputError(f"{path} has {shown(value)} where a name or a path belongs.")
+
+
+def _split(entry: Any, root: Path, path: Path) -> tuple[Path, ...]:
     entries = entry if isinstance(entry, list) else [] if entry is None else [entry]
-    return tuple(p for e in entries for p in image_paths(root / str(e)))
+    return tuple(p for e in entries for p in image_paths(root / _text(e, path)))
 
 
 def calibration_images(source: Path) -> list[Path]:
     """Images to calibrate on: of a folder, a text file, or a data.yaml (its train split, else val)."""
+    return _images(source, ("train", "val"))
+
+
+def evaluation_images(source: Path) -> list[Path]:
+    """Images to measure on: of a folder, a text file, or a data.yaml (its val split, else train)."""
+    return _images(source, ("val", "train"))
+
+
+def _images(source: Path, splits: tuple[str, str]) -> list[Path]:
     if source.suffix.lower() not in (".yaml", ".yml"):
         return image_paths(source)
     data = read_data_yaml(source)
-    found = data.train or data.val
+    found: tuple[Path, ...] = getattr(data, splits[0]) or getattr(data, splits[1])
     if not found:
-        raise InputError(f"{source} names neither train nor val images.")
+        raise InputError(f"{source} names neither {splits[0]} nor {splits[1]} images.")
     return list(found)
 
 
@@ -127,8 +171,12 @@ def read_labels(path: Path, nc: int) -> Labels:
     """
     if not path.is_file():
         return np.zeros((0, 5))
+    try:
+        lines = _read_text(path, MAX_LABEL_BYTES).splitlines()
+    except (OSError, ValueError):
+        raise InputError(f"{path} is not a readable label file.") from None
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
+    for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:
@@ -143,20 +191,36 @@ def read_labels(path: Path, nc: int) -> Labels:
             raise InputError(f"{path}, line {number}: a label is a class and four numbers.")
         if values[0] != int(values[0]) or not 0 <= values[0] < nc:
             raise InputError(f"{path}, line {number}: class {values[0]:g} is not one of the model's {nc}.")
+        if min(values[1:]) < -OUTSIDE or max(values[1:]) > 1 + OUTSIDE:
+            raise InputError(f"{path}, line {number}: a label's numbers are shares of the image, from 0 to 1.")
         rows.append(values)
     return np.array(rows).reshape(-1, 5)
 
 
 def read_image(path: Path) -> Image:
-    """RGB uint8 (h, w, 3). Raises InputError when it cannot be decoded."""
+    """RGB uint8 (h, w, 3), turned as its EXIF data say; the first picture of an animation. Raises InputError when it
+    cannot be decoded, is cut short, or says it is larger than OpenCV is allowed to read (see `dsconvert.__init__`)."""
     try:
+        if path.stat().st_size > MAX_IMAGE_BYTES:
+            raise InputError(f"{path} is larger than any image dsconvert reads.")
         data = np.fromfile(path, np.uint8)
     except OSError:
         raise InputError(f"{path} cannot be read.") from None
-    image = cv2.imdecode(data, cv2.IMREAD_COLOR) if data.size else None
+    if _cut_short(data.tobytes()):
+        raise InputError(f"{path} is a JPEG file that ends too early.")
+    try:
+        image = cv2.imdecode(data, cv2.IMREAD_COLOR) if data.size else None
+    except (cv2.error, MemoryError):
+        raise InputError(f"{path} is not an image that can be decoded, or too large.") from None
     if image is None:
         raise InputError(f"{path} is not an image that can be decoded.")
-    return np.ascontiguousarray(image[..., ::-1]).astype(np.uint8, copy=False)
+    return cv2.cvtColor(image, cv2.COLOR_BGR2RGB, image).astype(np.uint8, copy=False)
+
+
+def _cut_short(data: bytes) -> bool:
+    """True for a JPEG without an end after its last scan: OpenCV would make up the rest. Neither marker can occur in a
+    scan, and a thumbnail lies before it."""
+    return data.startswith(b"\xff\xd8") and data.rfind(b"\xff\xd9") < data.rfind(b"\xff\xda")
 
 
 def letterbox(image: Image, side: int) -> tuple[Image, Letterbox]:
@@ -185,17 +249,18 @@ def spread(paths: Sequence[Path], count: int) -> list[Path]:
     return [paths[i * len(paths) // count] for i in range(count)]
 
 
-def calibration_batches(paths: Sequence[Path], side: int, size: int) -> Iterator[tuple[Tensor, int]]:
-    """Letterboxed batches of up to `size` images and, with each, how many files had to be skipped as unreadable."""
+def calibration_batches(paths: Sequence[Path], side: int, size: int) -> Iterator[tuple[Tensor, list[str]]]:
+    """Letterboxed batches of up to `size` images and, with each, why files before it had to be skipped, one sentence
+    each."""
     squares: list[Image] = []
-    skipped = 0
+    skipped: list[str] = []
     for path in paths:
         try:
             squares.append(letterbox(read_image(path), side)[0])
-        except InputError:
-            skipped += 1
+        except InputError as error:
+            skipped.append(str(error))
         if len(squares) == size:
             yield to_tensor(squares), skipped
-            squares, skipped = [], 0
+            squares, skipped = [], []
     if squares or skipped:
         yield (to_tensor(squares) if squares else torch.empty(0, 3, side, side)), skipped

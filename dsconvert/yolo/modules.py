@@ -43,18 +43,33 @@ class Conv(nn.Module):
         """Fold BatchNorm: W' = W * gamma / sigma, b' = beta - mean * gamma / sigma (computed in float64)."""
         if not isinstance(self.bn, nn.BatchNorm2d):
             return
-        bn, conv = self.bn, self.conv
-        assert bn.running_mean is not None
-        assert bn.running_var is not None
-        gain = bn.weight.detach().double() / torch.sqrt(bn.running_var.double() + bn.eps)
+        conv = self.conv
+        gain, bias = self._folded()
         fused = nn.Conv2d(
             conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding,  # type: ignore[arg-type]
             conv.dilation, conv.groups, bias=True,  # type: ignore[arg-type]
         ).to(conv.weight.device)  # fmt: skip
         assert fused.bias is not None
         fused.weight.data = (conv.weight.detach().double() * gain[:, None, None, None]).to(conv.weight.dtype)
-        fused.bias.data = (bn.bias.detach().double() - bn.running_mean.double() * gain).to(conv.weight.dtype)
+        fused.bias.data = bias.to(conv.weight.dtype)
         self.conv, self.bn = fused, nn.Identity()
+
+    def _folded(self) -> tuple[Tensor, Tensor]:
+        """gamma / sigma and beta - mean * gamma / sigma, float64 (c2,)."""
+        bn = self.bn
+        assert isinstance(bn, nn.BatchNorm2d)
+        assert bn.running_mean is not None
+        assert bn.running_var is not None
+        gain = bn.weight.detach().double() / torch.sqrt(bn.running_var.double() + bn.eps)
+        return gain, bn.bias.detach().double() - bn.running_mean.double() * gain
+
+    def fused_bounds(self) -> Tensor:
+        """Largest |weight| of every output channel and its bias, (2, c2), as `fuse` would make them."""
+        largest = self.conv.weight.detach().abs().amax((1, 2, 3))
+        if not isinstance(self.bn, nn.BatchNorm2d):
+            return torch.stack((largest, largest))
+        gain, bias = self._folded()
+        return torch.stack((largest * gain, bias)).to(largest.dtype)
 
 
 class Bottleneck(nn.Module):

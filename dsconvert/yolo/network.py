@@ -10,10 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dsconvert.errors import InputError
+from dsconvert.errors import InputError, shown
 from dsconvert.yolo.modules import ACTIVATIONS, C3, SPP, SPPF, Bottleneck, Concat, Conv, Detect, Focus
 
 MAX_LAYERS = 200  # the largest published YOLOv5 (P7) has fewer than 60 rows
+MAX_BLOCKS = 1000  # and, at depth 1.33, about 120 repeated blocks
+MAX_ARGUMENT = 1 << 16  # of any number in a row's args
+MAX_POOL = 99  # YOLOv5 pools over 13 at most
+MAX_STRIDE, MAX_ANCHOR = 1024, 1e5  # pixels
 
 
 @dataclass(frozen=True)
@@ -82,20 +86,35 @@ class Network(nn.Module):
                 module.fuse()
         return self.eval()
 
+    def overflowing(self) -> str | None:
+        """Name of a convolution that `fuse` would give infinite numbers, None when there is none."""
+        for name, module in self.named_modules():
+            if isinstance(module, Conv) and not bool(torch.isfinite(module.fused_bounds()).all()):
+                return name
+        return None
+
 
 def _literal(arg: Any, nc: int) -> Any:
     """YOLOv5 evaluates strings found in the args; only these few are ever meant."""
     words = {"nc": nc, "None": None, "True": True, "False": False, "nearest": "nearest", "anchors": None}
-    if isinstance(arg, str):
-        if arg not in words:
-            raise InputError(f"The model yaml holds the argument {arg!r}, which dsconvert does not know.")
+    if isinstance(arg, str) and arg in words:
         return words[arg]
+    numbers = arg if isinstance(arg, (list, tuple)) else [] if arg is None else [arg]
+    if len(numbers) > 16 or not all(isinstance(n, (int, float)) for n in numbers):
+        raise InputError(f"The model yaml holds the argument {shown(arg)}, which dsconvert does not know.")
+    if not all(0 <= n <= MAX_ARGUMENT for n in numbers):  # channels, kernels, strides, paddings, groups, factors
+        raise InputError(f"The model yaml gives {shown(arg)}, which is not a number from 0 to {MAX_ARGUMENT}.")
     return arg
 
 
-def _positive(value: Any, what: str, most: int = 1 << 16) -> int:
+def _as_list(args: list[Any]) -> list[Any]:
+    """Numbers of the one argument, itself a number or several."""
+    return [n for arg in args for n in (arg if isinstance(arg, (list, tuple)) else [arg])]
+
+
+def _positive(value: Any, what: str, most: int = MAX_ARGUMENT) -> int:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 1 <= value <= most:
-        raise InputError(f"The model yaml gives {value!r} as {what}, which is not a number from 1 to {most}.")
+        raise InputError(f"The model yaml gives {shown(value)} as {what}, which is not a number from 1 to {most}.")
     return int(value)
 
 
@@ -107,28 +126,37 @@ def _build(
     try:
         rows: Sequence[Any] = [*config["backbone"], *config["head"]]
         depth, width = float(config["depth_multiple"]), float(config["width_multiple"])
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise InputError(f"The model yaml has no usable {error}.") from None
     if not 0 < len(rows) <= MAX_LAYERS or not 0 < depth <= 16 or not 0 < width <= 16:
         raise InputError("The model yaml has an impossible number of layers, depth or width.")
+    blocks = 0
     layers: list[nn.Module] = []
     channels: list[int] = []
     all_sources: list[tuple[int, ...]] = []
     kinds: list[str] = []
     first = _positive(config.get("ch", 3), "input channels")
+    if first != 3:
+        raise InputError(f"The model reads images of {first} channels; dsconvert converts models for colour images.")
     for index, row in enumerate(rows):
         try:
             source, repeat, kind, args = row
             sources = tuple(index + int(s) if int(s) < 0 else int(s) for s in
                             (source if isinstance(source, (list, tuple)) else [source]))  # fmt: skip
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             raise InputError(f"Layer {index} of the model yaml is not [from, number, module, args].") from None
-        if not sources or any(not -1 <= s < index or (s == -1 and index > 0) for s in sources):
+        if not 0 < len(sources) <= MAX_LAYERS or any(not -1 <= s < index or (s == -1 and index > 0) for s in sources):
             raise InputError(f"Layer {index} of the model yaml reads a layer that is not before it.")
         inputs = [channels[s] if s >= 0 else first for s in sources]
         number = _positive(repeat, "a repeat count", 100)
         number = max(round(number * depth), 1) if number > 1 else number
-        layer, out = _layer(str(kind), inputs, [_literal(a, nc) for a in args], number, width, nc, na, act)
+        blocks += number
+        if blocks > MAX_BLOCKS:
+            raise InputError(f"The model yaml has more than {MAX_BLOCKS} blocks.")
+        if not isinstance(kind, str) or not isinstance(args, (list, tuple)) or len(args) > 8:
+            raise InputError(f"Layer {index} of the model yaml is not [from, number, module, args].")
+        literals = [] if kind == "Detect" else [_literal(a, nc) for a in args]
+        layer, out = _layer(kind, inputs, literals, number, width, nc, na, act)
         layers.append(layer)
         channels.append(out)
         all_sources.append(sources)
@@ -151,18 +179,20 @@ def _layer(
                 shortcut = bool(rest[0]) if rest else True
                 groups = _positive(rest[1], "groups") if len(rest) > 1 else 1
                 return C3(c1, c2, n, shortcut, groups, act=act), c2
+            if kind in ("SPP", "SPPF") and any(k > MAX_POOL for k in _as_list(rest[:1])):
+                raise InputError(f"The model yaml's {kind} pools over squares larger than {MAX_POOL}.")
             make: Any = {"Conv": Conv, "SPP": SPP, "SPPF": SPPF, "Focus": Focus, "Bottleneck": Bottleneck}[kind]
             blocks = [make(c1 if i == 0 else c2, c2, *rest, act=act) for i in range(n)]
             return (blocks[0] if n == 1 else nn.Sequential(*blocks)), c2
         if kind == "nn.Upsample":
-            if args[0] is not None or float(args[1]) != int(args[1]) or args[2] != "nearest":
-                raise InputError("Only nearest-neighbour upsampling by a whole number is supported.")
+            if args[0] is not None or args[2] != "nearest" or args[1] not in range(1, 17):
+                raise InputError("Only nearest-neighbour upsampling by a whole number up to 16 is supported.")
             return nn.Upsample(None, int(args[1]), "nearest"), c1
         if kind == "Concat":
             return Concat(), sum(inputs)
         if kind == "Detect":
             return Detect(nc, inputs, na), 0
-    except (IndexError, TypeError, ValueError) as error:
+    except (IndexError, TypeError, ValueError, ArithmeticError, RuntimeError) as error:
         if isinstance(error, InputError):
             raise
         raise InputError(f"The model yaml's arguments for a {kind} layer cannot be used: {args}.") from None
@@ -172,11 +202,30 @@ def _layer(
     )
 
 
+def whole_strides(strides: Sequence[float], levels: int) -> tuple[int, ...]:
+    """Strides in pixels as the integers they are. Raises InputError when they are not usable."""
+    if len(strides) != levels or not all(1 <= s <= MAX_STRIDE for s in strides):
+        raise InputError(f"The checkpoint's strides {list(strides)} do not fit its Detect layer.")
+    return tuple(round(float(s)) for s in strides)
+
+
+def check_maps(network: Network, strides: Sequence[int]) -> None:
+    """Run a network without memory (on the meta device). Raises InputError when its layers do not fit each other, or
+    its maps are not those of the strides."""
+    side = 2 * max(strides)
+    try:
+        maps = network.eval()(torch.empty(1, 3, side, side, device="meta"))
+    except (RuntimeError, TypeError, ValueError, IndexError, ArithmeticError):
+        raise InputError("The layers of the model yaml do not fit each other.") from None
+    if any(side % s for s in strides) or [tuple(m.shape[2:]) for m in maps] != [(side // s,) * 2 for s in strides]:
+        raise InputError(f"The checkpoint's strides {list(strides)} are not those of its layers.")
+
+
 def head_from_detect(detect: Detect, strides: Sequence[float], names: Sequence[str]) -> Head:
     """Head with anchors in pixels; the buffer holds them in units of each level's stride."""
-    whole = tuple(round(float(s)) for s in strides)
-    if len(whole) != detect.anchors.shape[0] or any(s < 1 or s > 1024 for s in whole):
-        raise InputError(f"The checkpoint's strides {list(strides)} do not fit its Detect layer.")
+    whole = whole_strides(strides, detect.anchors.shape[0])
     pixels = detect.anchors.double() * torch.tensor(whole, dtype=torch.float64)[:, None, None]
+    if not bool(((pixels > 0) & (pixels <= MAX_ANCHOR)).all()):
+        raise InputError(f"The checkpoint's anchors are not sizes from 0 to {MAX_ANCHOR:.0f} pixels.")
     anchors = tuple(tuple((float(w), float(h)) for w, h in level) for level in pixels)
     return Head(tuple(names), whole, anchors)

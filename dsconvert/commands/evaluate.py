@@ -1,0 +1,119 @@
+"""dsconvert eval."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from dsconvert import pipeline
+from dsconvert.commands.shared import (
+    PATH,
+    RUNS,
+    as_json,
+    bars,
+    cell,
+    console,
+    print_json,
+    say,
+    short,
+    table,
+    tell,
+    threads,
+)
+from dsconvert.errors import InputError, LimitMissed
+from dsconvert.evaluate.candidates import Candidate
+from dsconvert.modelfile import load_model
+
+
+@click.command("eval")
+@click.argument("models", type=PATH, nargs=-1, metavar="[MODEL]...")
+@click.option("--data", type=PATH, help="data.yaml with labels, or a folder of images without.")
+@click.option("--imgsz", type=int, help="Side of the images, pixels (default: as exported).")
+@click.option("--samples", type=click.IntRange(1), help="Most images used.")
+@click.option("--max-map-drop", type=click.FloatRange(0, 100), metavar="POINTS",
+              help="Exit with 3 if a model loses more mAP50-95 against the first.")  # fmt: skip
+@threads
+@as_json
+def evaluate(
+    models: tuple[Path, ...], data: Path | None, imgsz: int | None, samples: int | None, max_map_drop: float | None,
+    threads: int, as_json: bool,
+) -> None:  # fmt: skip
+    """Measure accuracy, size and latency of each MODEL on labelled images.
+
+    MODEL is a .pt, .safetensors or .onnx file; by default the newest quantize
+    result and the checkpoint it came from. Latency is ONNX Runtime's for all.
+    --data defaults to what was calibrated on. Without labels (a folder), the
+    truth is what the first model finds: the others' rows are agreement.
+
+    \b
+    Examples: dsconvert eval best.pt best.onnx --data data.yaml
+              dsconvert eval best.pt best.onnx --data data.yaml --max-map-drop 0.5
+    """
+    paths = list(models)
+    if not paths or data is None:
+        newest = pipeline.newest_result(RUNS)
+        provenance = load_model(newest).provenance
+        paths = paths or [Path(provenance["source"]), newest]
+        data = data or _data_of(provenance)
+    if max_map_drop is not None and len(paths) < 2:
+        raise InputError("--max-map-drop measures the drop against the first model; name another one too.")
+    with bars() as progress:
+        rows = pipeline.evaluate(paths, data, imgsz, samples, progress)
+    if as_json:
+        print_json({"models": [_row(r) for r in rows], "data": str(data)})
+    else:
+        _print_evaluation(rows)
+    if max_map_drop is not None:
+        _hold(rows, max_map_drop)
+
+
+def _hold(rows: list[pipeline.Evaluated], most: float) -> None:
+    """Raise LimitMissed naming every model that loses more than `most` points against the first."""
+    first = rows[0].metrics.map50_95
+    drops = [(r.candidate.path, 100 * (first - r.metrics.map50_95)) for r in rows[1:]]
+    # a tenth of a millionth of a point is what binary fractions are off by
+    missed = [f"{path} loses {drop:.2f} points" for path, drop in drops if not drop <= most + 1e-7]
+    if missed:
+        against = f"of mAP50-95 against {rows[0].candidate.path}"
+        raise LimitMissed(f"{' and '.join(missed)} {against}, more than --max-map-drop {most:g}.")
+
+
+def _data_of(provenance: Any) -> Path:
+    calib = provenance["options"]["calib"]
+    if not calib:
+        raise InputError("Which images? Give --data data.yaml, or a folder of images to measure agreement.")
+    return Path(calib)
+
+
+def _row(r: pipeline.Evaluated) -> dict[str, Any]:
+    c, m, t = r.candidate, r.metrics, r.latency
+    return {
+        "path": str(c.path), "format": c.format, "map50_95": m.map50_95, "map50": m.map50, "precision": m.precision,
+        "recall": m.recall, "size_bytes": c.size_bytes, "weight_bits": c.weight_bits,
+        "latency_ms": {"median": t.median_ms, "min": t.min_ms, "spread": t.spread_ms}, "images": m.images,
+        "skipped": len(m.skipped),
+    }  # fmt: skip
+
+
+def _print_evaluation(rows: list[pipeline.Evaluated]) -> None:
+    shown = table("model", "mAP50-95", "mAP50", "P", "R", "MB", "bits", "ms", "±")
+    for r in rows:
+        m, t, c = r.metrics, r.latency, r.candidate
+        shown.add_row(
+            cell(short(c.path)), f"{m.map50_95:.4f}", f"{m.map50:.4f}", f"{m.precision:.3f}", f"{m.recall:.3f}",
+            f"{c.size_bytes / 1e6:.2f}", _bits(c), f"{t.median_ms:.1f}", f"{t.spread_ms:.1f}",
+        )  # fmt: skip
+    console().print(shown)
+    m = rows[0].metrics
+    tell(
+        f"{m.images} images. bits: stored bits a weight. ms: median of {rows[0].latency.runs} interleaved ONNX "
+        "Runtime runs; ±: interquartile range."
+    )
+    if m.skipped:
+        say(f"{len(m.skipped)} images could not be read and were left out; the first: {m.skipped[0]}")
+
+
+def _bits(c: Candidate) -> str:
+    return f"{c.weight_bits:.2f}"

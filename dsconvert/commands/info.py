@@ -1,0 +1,94 @@
+"""dsconvert info."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+import onnx
+
+from dsconvert import pipeline
+from dsconvert.commands.shared import PATH, RUNS, as_json, cell, console, print_json, table, tell
+from dsconvert.errors import InputError
+from dsconvert.export.inspect import conv_weights
+from dsconvert.model import DSModel
+from dsconvert.modelfile import load_model
+from dsconvert.yolo.checkpoint import load_checkpoint
+from dsconvert.yolo.lower import lower
+
+
+@click.command()
+@click.argument("model", type=PATH, required=False)
+@as_json
+def info(model: Path | None, as_json: bool) -> None:
+    """Show the layers of MODEL: shapes, kinds, bits, bytes.
+
+    Example: dsconvert info runs/dsconvert/best/model.safetensors
+    """
+    path = model or pipeline.newest_result(RUNS)
+    facts = _facts(path)
+    if as_json:
+        print_json({"path": str(path), **facts})
+        return
+    harm = _harm(facts["layers"])
+    shown = table("layer", "shape", "kind", "bits", "block", "bytes", *(("harm at 4 bits", "harm") if harm else ()))
+    for row in facts["layers"]:
+        shape = "x".join(map(str, row["shape"]))
+        block = str(row.get("block_size") or "")
+        cells = (cell(row["name"]), shape, cell(row["kind"]), str(row["bits"]), block, f"{row['bytes']:,}")
+        shown.add_row(*cells, *harm.get(row["name"], ()))
+    console().print(shown)
+    if harm:
+        tell("harm: expected share of the damage that 4 bits in every layer would do to the detections.")
+    stored = sum(row["bytes"] for row in facts["layers"])
+    full = sum(row["float32_bytes"] for row in facts["layers"])
+    tell(
+        f"{path}: file {facts['size_bytes'] / 1e6:.2f} MB; weights {stored / 1e6:.2f} MB, "
+        f"float32 {full / 1e6:.2f} MB, {full / max(stored, 1):.2f} times smaller."
+    )
+
+
+def _harm(layers: list[dict[str, Any]]) -> dict[str, tuple[str, str]]:
+    """By layer, the damage expected at 4 bits and at the bits it got, in per cent of that of 4 bits everywhere."""
+    known = {row["name"]: (row["damage"], str(row["bits"])) for row in layers if row.get("damage")}
+    total = sum(damage["4"] for damage, _ in known.values()) or 1.0
+    return {name: (f"{100 * d['4'] / total:.2f} %", f"{100 * d[b] / total:.2f} %") for name, (d, b) in known.items()}
+
+
+def _facts(path: Path) -> dict[str, Any]:
+    """Layer rows of any model file."""
+    if path.suffix == ".pt":
+        network = load_checkpoint(path).network.fuse()
+        graph, params = lower(network)
+        convs = [(n.name.removesuffix(".conv"), tuple(params[n.name].weight.shape)) for n in graph.convs()]
+        rows = [_plain_row(name, shape, "float32", 32) for name, shape in convs]
+    elif path.suffix == ".safetensors":
+        model = load_model(path)
+        return {"format": "safetensors", "size_bytes": path.stat().st_size, **_model_facts(model)}
+    elif path.suffix == ".onnx" and path.is_file():
+        try:
+            weights = conv_weights(onnx.load(path, load_external_data=False))
+        except Exception:  # onnx raises many kinds on malformed files
+            raise InputError(f"{path} is not a readable ONNX file.") from None
+        rows = [{**_plain_row(w.name, w.shape, w.type, 0), "bits": round(w.bits / max(w.count, 1), 3),
+                 "bytes": w.bits // 8} for w in weights]  # fmt: skip
+    else:
+        raise InputError(f"{path} is not a .pt, .safetensors or .onnx file that is there.")
+    return {"format": path.suffix[1:], "size_bytes": path.stat().st_size, "layers": rows}
+
+
+def _model_facts(model: DSModel) -> dict[str, Any]:
+    return {
+        "layers": pipeline.layer_table(model),
+        "weight_bits": round(model.weight_bits, 4),
+        "provenance": model.provenance,
+    }
+
+
+def _plain_row(name: str, shape: tuple[int, ...], kind: str, bits: int) -> dict[str, Any]:
+    count = 1
+    for n in shape:
+        count *= n
+    return {"name": name, "shape": list(shape), "kind": kind, "bits": bits, "block_size": None,
+            "bytes": count * bits // 8, "float32_bytes": count * 4}  # fmt: skip

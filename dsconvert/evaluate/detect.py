@@ -1,0 +1,201 @@
+"""Objects in images, and the three ways of handing them over: drawn, as YOLO label lines, as a COCO document."""
+
+from __future__ import annotations
+
+import colorsys
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePath
+from typing import Any
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from dsconvert.errors import InputError
+from dsconvert.evaluate.accuracy import CONFIDENT, OVERLAP, Predictor
+from dsconvert.export.nms import Nms
+from dsconvert.text import printable
+from dsconvert.yolo.boxes import non_max_suppression, to_image
+from dsconvert.yolo.images import SUFFIXES, Image, Letterbox, letterbox, to_tensor
+
+Found = NDArray[np.float32]  # (n, 6): x1, y1, x2, y2 in pixels of the image, score, class; best first
+NAME_LENGTH = 40  # characters of a class name that are drawn or printed
+GOLDEN = 0.618034  # a turn of the colour circle that keeps any number of hues apart
+
+
+@dataclass(frozen=True)
+class DetectOptions:
+    """What counts as found; the defaults are those of YOLOv5's detect.py.
+
+    Scores above `confidence`; a box overlapping a better one of its class (`agnostic`: of any class) by more than
+    `iou` is dropped; at most `most` boxes an image; only `classes`, by number (None: all). Raises InputError for
+    values that mean nothing."""
+
+    confidence: float = CONFIDENT
+    iou: float = OVERLAP
+    most: int = 1000
+    classes: frozenset[int] | None = None
+    agnostic: bool = False
+
+    def __post_init__(self) -> None:
+        Nms(self.confidence, self.iou, self.most)  # the same limits, the same sentence when they mean nothing
+
+    def beyond(self, limits: Nms) -> str | None:
+        """Why a file that already suppresses boxes within `limits` cannot give all that is asked for here."""
+        asked = []
+        if self.confidence < limits.confidence:
+            asked.append(f"--conf-thres {limits.confidence:g}")
+        if self.iou > limits.iou:
+            asked.append(f"--iou-thres {limits.iou:g}")
+        if self.most > limits.most:
+            asked.append(f"--max-det {limits.most}")
+        return ", ".join(asked) or None
+
+
+def find(predict: Predictor, image: Image, side: int, options: DetectOptions) -> Found:
+    """The objects in an RGB image (h, w, 3), letterboxed to `side` pixels for the model."""
+    square, box = letterbox(image, side)
+    return sort_out(predict(to_tensor([square]).numpy())[0], box, image.shape[:2], options)
+
+
+def sort_out(predictions: Found, box: Letterbox, shape: tuple[int, int], options: DetectOptions) -> Found:
+    """(boxes, 5 + nc) as decoded -> the objects in the image of (height, width). A box has one class, its best, as
+    in YOLOv5's detect.py; what lies wholly in the letterbox's margin is none."""
+    sure = non_max_suppression(
+        predictions, options.confidence, options.iou, options.most,
+        best_class_only=True, classes_kept=options.classes, agnostic=options.agnostic,
+    )  # fmt: skip
+    placed = to_image(sure, box, shape)
+    return placed[(placed[:, 2:4] > placed[:, :2]).all(1)]
+
+
+def class_numbers(given: Sequence[str], names: Sequence[str]) -> frozenset[int] | None:
+    """Class numbers from what the user wrote: numbers or names, also several between commas; None for nothing.
+
+    Raises InputError for a number or a name that the model does not have (`names` empty: it does not say)."""
+    parts = [part.strip() for text in given for part in ([text] if text in names else text.split(","))]
+    chosen = set()
+    for part in parts:
+        if part.isdecimal() and len(part) < 6 and (not names or int(part) < len(names)):
+            chosen.add(int(part))
+        elif part in names:
+            chosen.add(list(names).index(part))
+        else:
+            known = ", ".join(printable(n, NAME_LENGTH) for n in names[:10]) + (", ..." if len(names) > 10 else "")
+            raise InputError(f"--classes: the model has no class {part}; its {len(names)} are {known or 'unnamed'}.")
+    return frozenset(chosen) or None
+
+
+def class_name(number: int, names: Sequence[str], ascii_only: bool = False) -> str:
+    """A class's name, safe to show; `class 3` where the model has none for it."""
+    shown = printable(names[number], NAME_LENGTH, ascii_only) if number < len(names) else ""
+    return shown or f"class {number}"
+
+
+def counts(found: Sequence[Found]) -> dict[int, int]:
+    """Objects by class number, over all images; the most frequent class first."""
+    numbers, how_many = np.unique(np.concatenate([f[:, 5] for f in found]), return_counts=True)
+    order = np.argsort(-how_many, kind="stable")
+    return {int(numbers[i]): int(how_many[i]) for i in order}
+
+
+def yolo_lines(found: Found, shape: tuple[int, int], with_score: bool) -> str:
+    """One line an object: class, then centre x, centre y, width, height as shares of the image (h, w), then
+    perhaps the score; as YOLOv5 writes them, six digits each."""
+    h, w = shape
+    lines = []
+    for x1, y1, x2, y2, score, kind in found.tolist():
+        values = [(x1 + x2) / 2 / w, (y1 + y2) / 2 / h, (x2 - x1) / w, (y2 - y1) / h, *([score] if with_score else [])]
+        lines.append(" ".join([str(int(kind)), *(f"{v:.6g}" for v in values)]) + "\n")
+    return "".join(lines)
+
+
+def coco_document(
+    files: Sequence[str], shapes: Sequence[tuple[int, int]], found: Sequence[Found], names: Sequence[str]
+) -> dict[str, Any]:
+    """One COCO document: images with their file names, categories, and annotations with a score each. Class numbers
+    are the model's (from 0), boxes x, y, width, height in pixels."""
+    annotations: list[dict[str, Any]] = []
+    for image, boxes in enumerate(found):
+        for x1, y1, x2, y2, score, kind in boxes.tolist():
+            w, h = x2 - x1, y2 - y1
+            annotations.append({
+                "id": len(annotations) + 1, "image_id": image, "category_id": int(kind),
+                "bbox": [round(v, 3) for v in (x1, y1, w, h)], "area": round(w * h, 3), "iscrowd": 0,
+                "score": round(score, 5),
+            })  # fmt: skip
+    unnamed = {a["category_id"] for a in annotations} - set(range(len(names)))
+    categories = [*enumerate(names), *((i, f"class {i}") for i in sorted(unnamed))]
+    return {
+        "images": [
+            {"id": i, "file_name": name, "width": w, "height": h}
+            for i, (name, (h, w)) in enumerate(zip(files, shapes, strict=True))
+        ],
+        "categories": [{"id": i, "name": name} for i, name in categories],
+        "annotations": annotations,
+    }
+
+
+def draw(
+    image: Image, found: Found, names: Sequence[str], thickness: int = 3, labels: bool = True, scores: bool = True
+) -> Image:
+    """A copy of the RGB image with a box around every object and, in its class's colour, name and score above it."""
+    drawn = image.copy()
+    for x1, y1, x2, y2, score, kind in found[::-1].tolist():  # the best last, on top
+        number = int(kind)
+        colour = tuple(round(255 * v) for v in colorsys.hsv_to_rgb((number * GOLDEN) % 1, 0.85, 1.0))
+        low, high = (round(x1), round(y1)), (round(x2), round(y2))
+        cv2.rectangle(drawn, low, high, colour, thickness, cv2.LINE_AA)
+        if labels:
+            text = class_name(number, names) + (f" {score:.2f}" if scores else "")
+            _label(drawn, text, low, colour, thickness)
+    return drawn
+
+
+def _label(drawn: Image, text: str, corner: tuple[int, int], colour: tuple[int, ...], thickness: int) -> None:
+    """Text on a filled ground, above the corner, or below it at the image's upper edge."""
+    scale, pen = max(thickness, 1) / 6 + 0.2, max(thickness - 2, 1)
+    (w, h), base = cv2.getTextSize(text, cv2.FONT_HERSHEY_SIMPLEX, scale, pen)
+    left = max(0, min(corner[0], drawn.shape[1] - w))
+    top = corner[1] - h - base if corner[1] >= h + base else corner[1]
+    cv2.rectangle(drawn, (left, top), (left + w, top + h + base), colour, cv2.FILLED)
+    bright = 0.299 * colour[0] + 0.587 * colour[1] + 0.114 * colour[2] > 140
+    ink = (0, 0, 0) if bright else (255, 255, 255)
+    cv2.putText(drawn, text, (left, top + h), cv2.FONT_HERSHEY_SIMPLEX, scale, ink, pen, cv2.LINE_AA)
+
+
+def encoded(image: Image, suffix: str) -> bytes:
+    """The RGB image as a file of that kind (`.jpg`). Raises InputError when OpenCV cannot write it."""
+    try:
+        done, data = cv2.imencode(suffix.lower(), np.ascontiguousarray(image[..., ::-1]))
+    except cv2.error:
+        done = False
+    if not done:
+        raise InputError(f"An image of {image.shape[1]}x{image.shape[0]} pixels cannot be written as {suffix}.")
+    return data.tobytes()
+
+
+def names_below(paths: Sequence[Path]) -> list[PurePath]:
+    """Each path from the folder that all of them share: different for different files, and never leading out."""
+    absolute = [os.path.abspath(p) for p in paths]
+    root = os.path.commonpath([os.path.dirname(p) for p in absolute])
+    return [PurePath(os.path.relpath(p, root)) for p in absolute]
+
+
+def picture_name(name: PurePath) -> PurePath:
+    """The name of the drawn image: the same, or with `.jpg` behind a suffix that is not that of an image."""
+    return name if name.suffix.lower() in SUFFIXES else name.with_name(f"{name.name}.jpg")
+
+
+def label_names(images: Sequence[PurePath]) -> list[PurePath]:
+    """`a/b.jpg` -> `a/b.txt`; a later image whose label would have the same name keeps its suffix: `a/b.png.txt`."""
+    taken: dict[PurePath, None] = {}
+    for image in images:
+        name, number = image.with_suffix(".txt"), 0
+        while name in taken:
+            number += 1
+            name = image.with_name(f"{image.name}{number if number > 1 else ''}.txt")
+        taken[name] = None
+    return list(taken)

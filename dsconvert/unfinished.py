@@ -1,0 +1,90 @@
+"""What a quantize that was stopped leaves behind: the layers it had fitted, and what they were fitted for.
+
+The key stands for everything that decides the layers' bytes but their widths. A run goes on from the file only when its
+own key is the same, and takes layers from it only up to the first of another width: so it ends in the same bytes as a
+run that was never stopped.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+import dsconvert
+from dsconvert.dsconv.tensor import DSTensor, Width
+from dsconvert.errors import InputError
+from dsconvert.files import write_atomic
+from dsconvert.graph.integer import QConv
+
+NAME = "unfinished.safetensors"
+META = "dsconvert.unfinished"
+
+
+def write_unfinished(path: Path, key: str, convs: Mapping[str, QConv]) -> None:
+    """Keep what is fitted so far, replacing what was kept before."""
+    tensors: dict[str, Tensor] = {}
+    for name, conv in convs.items():
+        w = conv.weight
+        tensors |= {f"{name}.vqk": w.vqk, f"{name}.m": w.m, f"{name}.cdsw": w.cds_w, f"{name}.cdsb": conv.bias}
+    widths = {name: [c.weight.bits, c.weight.block_size] for name, c in convs.items()}
+    data = save({k: v.contiguous() for k, v in tensors.items()}, {META: json.dumps({"key": key, "layers": widths})})
+    write_atomic(path, data, force=True)
+
+
+def read_unfinished(path: Path, key: str) -> dict[str, QConv]:
+    """The layers kept, by convolution name. Raises InputError when there are none, or of another run than `key`."""
+    try:
+        with safe_open(path, framework="pt") as stored:
+            about = json.loads((stored.metadata() or {})[META])
+            if about["key"] != key:
+                raise InputError(
+                    f"{path} was left by a run with other options, images, checkpoint, threads or version; "
+                    "it cannot be resumed with these."
+                )
+            return {
+                name: QConv(
+                    DSTensor(
+                        stored.get_tensor(f"{name}.vqk"), stored.get_tensor(f"{name}.m"), None,
+                        stored.get_tensor(f"{name}.cdsw"), int(bits), int(block),
+                    ),
+                    stored.get_tensor(f"{name}.cdsb"),
+                )
+                for name, (bits, block) in about["layers"].items()
+            }  # fmt: skip
+    except FileNotFoundError:
+        raise InputError(f"There is nothing to resume: {path} does not exist.") from None
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError, AttributeError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{path} is damaged; start again without --resume.") from None
+
+
+def run_key(*parts: Any) -> str:
+    """A key from plain JSON values and uint8 image batches."""
+    digest = hashlib.sha256()
+    for part in parts:
+        is_images = isinstance(part, Tensor)
+        digest.update(part.numpy().tobytes() if is_images else json.dumps(part, sort_keys=True, default=str).encode())
+    # sums run in another order on another number of threads
+    digest.update(f"{torch.get_num_threads()} {dsconvert.__version__}".encode())
+    return digest.hexdigest()
+
+
+def usable(kept: Mapping[str, QConv], wanted: Sequence[tuple[str, Width]]) -> dict[str, QConv]:
+    """Of the layers kept, those before the first that is missing or has another width than wanted: each layer is
+    fitted on what the ones before it do."""
+    taken: dict[str, QConv] = {}
+    for name, width in wanted:
+        conv = kept.get(name)
+        if conv is None or Width(conv.weight.bits, conv.weight.block_size) != width:
+            break
+        taken[name] = conv
+    return taken

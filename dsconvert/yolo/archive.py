@@ -1,0 +1,325 @@
+"""Open PyTorch's `.pt` archive (a zip of one pickle and its numbers) without running anything found in it.
+
+This is the only module of dsconvert that reads a pickle. Three walls, each enough to stop code from running:
+the pickle's opcodes are read through first and anything PyTorch never writes is refused; every name a pickle asks for
+must be on an allow-list; and every allowed name stands for `Record`, an inert bag of what it was given, torch's own
+classes and functions included. Tensors are then made here, from numbers whose place and size were checked, and only
+those that are asked for: a file cannot make us allocate more than it holds.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import os
+import pickle
+import pickletools
+import struct
+import zipfile
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor
+
+from dsconvert.errors import InputError
+
+MAX_PICKLE_BYTES = 2 << 20  # structure without tensors: 0.1 MB in a yolov5n, under 1 MB in a yolov5x6 with optimizer
+MAX_DIRECTORY_BYTES = 8 << 20  # the zip's table of contents: 60 kB in a yolov5n
+MAX_DIMS = 8
+MAX_TUPLES = 100  # within each other; 4 in a checkpoint
+
+
+class Record:
+    """Stands for any allowed class or function: keeps the arguments and attributes it is given, does nothing.
+
+    `kind` is the name in the file, `args` what it was called with."""
+
+    kind = ""
+    args: tuple[Any, ...] = ()
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Record:
+        made = object.__new__(cls)
+        made.__dict__["args"] = args
+        return made
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        """Arguments were kept by `__new__`."""
+
+    def __setstate__(self, state: Any) -> None:
+        if isinstance(state, dict):
+            self.__dict__.update((k, v) for k, v in state.items() if isinstance(k, str) and k not in ("kind", "args"))
+
+
+class _OrderedDict(Record, dict[Any, Any]):
+    """The only allowed class whose contents count as such."""
+
+    kind = "collections.OrderedDict"
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> _OrderedDict:
+        return dict.__new__(cls)
+
+
+@dataclass(frozen=True)
+class Storage:
+    """A run of `numel` numbers stored under `key`; read when a tensor needs it."""
+
+    key: str
+    dtype: torch.dtype
+    numel: int
+
+
+LAYERS = ("Conv", "DWConv", "Bottleneck", "C3", "SPP", "SPPF", "Focus", "Concat")
+_TORCH = {
+    "activation": ("SiLU", "ReLU", "LeakyReLU", "Hardswish"),
+    "batchnorm": ("BatchNorm2d",),
+    "container": ("ModuleList", "Sequential"),
+    "conv": ("Conv2d",),
+    "linear": ("Identity",),
+    "loss": ("BCEWithLogitsLoss",),
+    "pooling": ("MaxPool2d",),
+    "upsampling": ("Upsample",),
+}
+_STORAGES = {
+    "torch.FloatStorage": torch.float32, "torch.HalfStorage": torch.float16, "torch.DoubleStorage": torch.float64,
+    "torch.BFloat16Storage": torch.bfloat16, "torch.LongStorage": torch.int64, "torch.IntStorage": torch.int32,
+    "torch.ByteStorage": torch.uint8, "torch.BoolStorage": torch.bool,
+}  # fmt: skip
+TENSOR, PARAMETER = "torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_parameter"
+_BESIDE = (  # what training scripts leave beside the model: dates, options, numpy scalars
+    "numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar", "numpy.dtype",
+    "numpy.core.multiarray._reconstruct", "numpy._core.multiarray._reconstruct", "numpy.ndarray",
+    "datetime.datetime", "argparse.Namespace", "pathlib.PosixPath", "pathlib.WindowsPath",
+    "pathlib._local.PosixPath", "pathlib._local.WindowsPath",
+    "torch.Size", "torch.device", "builtins.set", "__builtin__.set", "_codecs.encode",
+)  # fmt: skip
+
+
+def _allowed() -> dict[str, type[Record]]:
+    names = [f"models.common.{n}" for n in LAYERS]
+    names += [f"models.yolo.{n}" for n in ("Model", "DetectionModel", "Detect")]
+    names += [f"torch.nn.modules.{module}.{n}" for module, ns in _TORCH.items() for n in ns]
+    names += [TENSOR, PARAMETER, *_STORAGES, *_BESIDE]
+    return {n: type("Record", (Record,), {"kind": n}) for n in names} | {_OrderedDict.kind: _OrderedDict}
+
+
+ALLOWED = _allowed()
+
+# The opcodes of pickle protocol 2 as torch.save uses it. No INST, OBJ, EXT, STACK_GLOBAL, BYTES, FRAME, LONG4.
+_OPCODES = frozenset((
+    "PROTO", "STOP", "MARK", "NONE", "NEWTRUE", "NEWFALSE", "BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT",
+    "BINUNICODE", "SHORT_BINSTRING", "BINPUT", "LONG_BINPUT", "BINGET", "LONG_BINGET", "EMPTY_TUPLE", "TUPLE", "TUPLE1",
+    "TUPLE2", "TUPLE3", "EMPTY_LIST", "APPEND", "APPENDS", "EMPTY_DICT", "SETITEM", "SETITEMS", "GLOBAL", "REDUCE",
+    "NEWOBJ", "BUILD", "BINPERSID",
+))  # fmt: skip
+
+_KNOWN_OTHERS = (
+    ("models.yolo.SegmentationModel", "a YOLOv5 segmentation checkpoint"),
+    ("models.yolo.Segment", "a YOLOv5 segmentation checkpoint"),
+    ("models.yolo.ClassificationModel", "a YOLOv5 classification checkpoint"),
+    ("models.common.Classify", "a YOLOv5 classification checkpoint"),
+    ("ultralytics.", "a checkpoint of the ultralytics package (YOLOv8 or later)"),
+    ("models.yolo.IDetect", "a YOLOv7 checkpoint"),
+    ("models.experimental.Ensemble", "an ensemble of models"),
+    ("__torch__.", "a TorchScript export"),
+)
+
+
+class _Unpickler(pickle.Unpickler):
+    """Finds nothing but the inert classes of the allow-list, and makes storages mere descriptions."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        full = f"{module}.{name}"
+        if full not in ALLOWED:
+            raise pickle.UnpicklingError("not allowed")
+        return ALLOWED[full]
+
+    def persistent_load(self, pid: Any) -> Storage:
+        word, kind, key, _, numel = pid
+        if word != "storage" or type(key) is not str or type(numel) is not int or numel < 0:
+            raise pickle.UnpicklingError("not a storage")
+        return Storage(key, _STORAGES[kind.kind], numel)
+
+
+@dataclass
+class Archive:
+    """An open checkpoint file: `top` is what its pickle holds, in dictionaries, lists, plain values and Records."""
+
+    path: Path
+    top: Any
+    _zip: zipfile.ZipFile
+    _entries: dict[str, zipfile.ZipInfo]
+    _left: int = field(repr=False)
+
+    def tensor(self, record: Any) -> Tensor:
+        """The numbers of a stored tensor or parameter. Raises InputError when they are not what it says."""
+        while isinstance(record, Record) and record.kind == PARAMETER and record.args:
+            record = record.args[0]
+        if not isinstance(record, Record) or record.kind != TENSOR or len(record.args) < 4:
+            raise InputError(f"{self.path} is damaged: a weight is stored as something else.")
+        storage, offset, size, stride = record.args[:4]
+        if not (isinstance(storage, Storage) and _whole(offset) and _shape(size) and _shape(stride)):
+            raise InputError(f"{self.path} is damaged: a weight's shape or place is not one.")
+        last = offset + sum((n - 1) * s for n, s in zip(size, stride, strict=False))
+        numel = math.prod(size)
+        if len(size) != len(stride) or numel > storage.numel or (numel and last >= storage.numel):
+            raise InputError(f"{self.path} declares larger weights than it holds.")
+        data = self._numbers(storage)
+        if not numel:
+            return torch.empty(size, dtype=storage.dtype)
+        flat = torch.frombuffer(bytearray(data), dtype=storage.dtype)
+        return flat.as_strided(size, stride, offset).clone(memory_format=torch.contiguous_format)
+
+    def _numbers(self, storage: Storage) -> bytes:
+        entry = self._entries.get(f"data/{storage.key}")
+        if entry is None or entry.file_size != storage.numel * storage.dtype.itemsize:
+            raise InputError(f"{self.path} is damaged: the numbers of a weight are missing or too few.")
+        self._left -= entry.file_size
+        if self._left < 0:  # every weight is stored once, so honest files never get here
+            raise InputError(f"{self.path} declares more weights than it holds.")
+        try:
+            return self._zip.read(entry)
+        except (zipfile.BadZipFile, zlib.error, OSError, NotImplementedError, RuntimeError, EOFError):
+            raise InputError(f"{self.path} is damaged: the checksum of a weight is wrong.") from None
+
+
+@contextmanager
+def open_archive(path: Path) -> Iterator[Archive]:
+    """Open a `.pt`; its tensors can be read inside the `with`. Raises InputError, one sentence, for anything else."""
+    try:
+        stream = path.open("rb")
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}.") from None
+    with stream:
+        archive, entries = _entries(stream, path)
+        content = _pickle(archive, entries, path)
+        _refuse_unknown(content, path)
+        try:
+            top = _Unpickler(io.BytesIO(content)).load()
+        except Exception:  # the unpickler raises many kinds on malformed input; all mean the same to the user
+            raise InputError(f"{path} is damaged or not a YOLOv5 checkpoint: its contents cannot be read.") from None
+        yield Archive(path, top, archive, entries, os.fstat(stream.fileno()).st_size)
+
+
+def _entries(stream: BinaryIO, path: Path) -> tuple[zipfile.ZipFile, dict[str, zipfile.ZipInfo]]:
+    """The zip and its entries, by name without the leading folder (which is the pickle's)."""
+    not_one = InputError(f"{path} is not a PyTorch checkpoint, or it is truncated.")
+    try:
+        if _directory_bytes(stream) > MAX_DIRECTORY_BYTES:
+            raise InputError(f"{path} is a zip archive but not a PyTorch checkpoint.")
+        archive = zipfile.ZipFile(stream)
+    except (zipfile.BadZipFile, struct.error, OSError, ValueError, OverflowError, NotImplementedError) as error:
+        raise error if isinstance(error, InputError) else not_one from None
+    infos = archive.infolist()
+    pickles = [i.filename for i in infos if i.filename.endswith("data.pkl")]
+    if any(i.filename.endswith("constants.pkl") for i in infos):
+        raise InputError(f"{path} is a TorchScript export; dsconvert needs the training checkpoint (.pt).")
+    if len(pickles) != 1 or len({i.filename for i in infos}) != len(infos):
+        raise InputError(f"{path} is a zip archive but not a PyTorch checkpoint.")
+    if any(i.compress_type != zipfile.ZIP_STORED or i.compress_size != i.file_size for i in infos):
+        raise InputError(f"{path} is a compressed archive, which PyTorch never writes.")
+    root = pickles[0].removesuffix("data.pkl")
+    return archive, {i.filename.removeprefix(root): i for i in infos if i.filename.startswith(root)}
+
+
+def _directory_bytes(stream: BinaryIO) -> int:
+    """Size of the zip's table of contents, which Python's zipfile would read whole. Raises ValueError without one."""
+    size = stream.seek(0, os.SEEK_END)
+    stream.seek(max(0, size - 42))
+    tail = stream.read()
+    if len(tail) < 22 or tail[-22:-18] != b"PK\x05\x06":  # PyTorch writes no comment behind it
+        raise ValueError("no end of central directory")
+    found = int(struct.unpack("<L", tail[-10:-6])[0])
+    if len(tail) == 42 and tail[:4] == b"PK\x06\x07":
+        stream.seek(struct.unpack("<Q", tail[8:16])[0])
+        found = int(struct.unpack("<Q", stream.read(56)[40:48])[0])
+    return found
+
+
+def _pickle(archive: zipfile.ZipFile, entries: dict[str, zipfile.ZipInfo], path: Path) -> bytes:
+    if entries["data.pkl"].file_size > MAX_PICKLE_BYTES:
+        raise InputError(f"{path} has a larger table of contents than any YOLOv5 checkpoint.")
+    try:
+        order = archive.read(entries["byteorder"]) if "byteorder" in entries else b"little"
+        content = archive.read(entries["data.pkl"])
+    except (zipfile.BadZipFile, zlib.error, OSError, NotImplementedError, RuntimeError, EOFError):
+        raise InputError(f"{path} is damaged: its table of contents cannot be read.") from None
+    if order.strip() != b"little":
+        raise InputError(f"{path} was written on a big-endian machine; save it again on an ordinary one.")
+    return content
+
+
+def _refuse_unknown(stream: bytes, path: Path) -> None:
+    """Raise InputError for opcodes PyTorch never writes, and naming the first class that is not allowed."""
+    names: list[str] = []
+    foreign, count, tuples = False, 0, _Tuples()
+    try:
+        for op, arg, _ in pickletools.genops(io.BytesIO(stream)):
+            count += 1
+            if op.name in ("GLOBAL", "INST"):
+                names.append(str(arg).replace(" ", "."))
+            # the memo is an array as long as its largest index
+            far = op.name.endswith("BINPUT") and isinstance(arg, int) and arg > count
+            foreign = far or op.name not in _OPCODES or tuples.after(op.name, arg) > MAX_TUPLES
+            if foreign:
+                break
+    except Exception:
+        raise InputError(f"{path} is damaged: its pickle cannot be parsed.") from None
+    for prefix, what in _KNOWN_OTHERS:
+        if any(n.startswith(prefix) for n in names):
+            raise InputError(f"{path} is {what}; dsconvert converts YOLOv5 detection checkpoints.")
+    for name in names:
+        if name not in ALLOWED:
+            raise InputError(f"{path} asks for {name[:80]}, which dsconvert does not allow, so nothing was loaded.")
+    if foreign:
+        raise InputError(f"{path} is pickled with a protocol that PyTorch checkpoints do not use.")
+
+
+class _Tuples:
+    """Follows a pickle's stack to know how deep tuples lie in each other: hashing a tuple descends into it without
+    any guard, so that a dictionary key of a hundred thousand nested tuples ends the process."""
+
+    def __init__(self) -> None:
+        self.stack: list[int] = []  # the depth of every item
+        self.marks: list[int] = []
+        self.memo: dict[int, int] = {}
+
+    def after(self, op: str, arg: Any) -> int:
+        """Depth of the item on top after one opcode. Raises IndexError or ValueError where items are missing."""
+        stack = self.stack
+        if op == "MARK":
+            self.marks.append(len(stack))
+        elif op.endswith("PUT"):
+            self.memo[arg] = stack[-1]
+        elif op.endswith("GET"):
+            stack.append(self.memo.get(arg, 0))
+        elif op in ("TUPLE", "APPENDS", "SETITEMS"):
+            start = self.marks.pop()
+            items = stack[start:]
+            del stack[start:]
+            if op == "TUPLE":
+                stack.append(1 + max(items, default=0))
+        elif op in _TAKES:
+            items = stack[-_TAKES[op] :]
+            del stack[-_TAKES[op] :]
+            if op not in ("APPEND", "SETITEM", "BUILD"):
+                stack.append(1 + max(items) if op.startswith("TUPLE") else 0)
+        elif op not in ("PROTO", "STOP"):
+            stack.append(0)
+        return stack[-1] if stack else 0
+
+
+_TAKES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3, "APPEND": 1, "SETITEM": 2, "BUILD": 1, "REDUCE": 2, "NEWOBJ": 2,
+          "BINPERSID": 1}  # fmt: skip
+
+
+def _whole(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 1 << 62
+
+
+def _shape(value: Any) -> bool:
+    return isinstance(value, tuple) and len(value) <= MAX_DIMS and all(map(_whole, value))

@@ -1,0 +1,109 @@
+"""Model files, data.yaml, labels and ONNX files from strangers: nothing runs, small memory, one sentence."""
+
+from __future__ import annotations
+
+import os
+import random
+from dataclasses import replace
+from pathlib import Path
+
+import onnx
+import pytest
+from case import Case
+from conftest import SIDE, convert, smooth_picture, tiny_network
+from graphs import onnx_files
+from modelfiles import model_files
+from texts import labels, yamls
+from watched import dsconvert, problems, run_child, unharmed, write_cases
+
+from dsconvert.errors import InputError, printable
+from dsconvert.evaluate.bench import bench
+from dsconvert.export.onnx import export_quantized
+from dsconvert.model import DSModel
+from dsconvert.modelfile import model_bytes
+from dsconvert.yolo.images import image_paths, read_labels
+
+
+@pytest.fixture(scope="module")
+def model() -> DSModel:
+    converted = convert(*tiny_network(), smooth_picture())
+    return replace(converted, provenance={"source": "best.pt", "options": {"calib": None}})
+
+
+def test_every_kind_of_bad_file(model, tmp_path):
+    good = {"model": model_bytes(model), "yaml": b"names: [a, 2001-01-01]\n", "labels": b"0 0.5 0.5 0.1 0.1\n"}
+    graph = export_quantized(model, "packed", SIDE)
+    good["onnx"] = graph.SerializeToString()
+    (tmp_path / "onnx").mkdir()
+    corpora = {
+        "model": (model_files(good["model"]), ".safetensors"), "yaml": (yamls(), ".yaml"), "labels": (labels(), ".txt"),
+        "onnx": (onnx_files(graph, tmp_path / "onnx"), ".onnx"),
+    }  # fmt: skip
+    cases: dict[Path, Case] = {}
+    files, warm = [], []
+    for reader, (made, suffix) in corpora.items():
+        written = write_cases(made, tmp_path / reader, suffix)
+        cases |= written
+        files += [(reader, path) for path in written]
+        warm.append((reader, tmp_path / f"good{suffix}"))
+        warm[-1][1].write_bytes(good[reader])
+    assert len(cases) > 200
+    flips = flipped_headers(good["model"], tmp_path / "flips")
+    beside = tmp_path / "beside/m.onnx"  # weights beside an ONNX file are its own
+    beside.parent.mkdir()
+    onnx.save(graph, beside, save_as_external_data=True, location="m.bin", size_threshold=1024)
+    assert (beside.parent / "m.bin").stat().st_size > 1000
+    *results, last = run_child(warm, [*files, *(("model", p) for p in flips), ("onnx", beside)])
+    found = problems(cases, results)
+    assert not found, found
+    for result in results[len(cases) :]:
+        assert not unharmed(result, "" if result["error"] else None), result
+    assert not unharmed(last, None)
+
+
+def flipped_headers(good: bytes, folder: Path) -> list[Path]:
+    """Copies of a model file with one bit of the header flipped: they load or are refused."""
+    folder.mkdir()
+    rng, files = random.Random(0), []
+    header = int.from_bytes(good[:8], "little")
+    for index in range(150):
+        data = bytearray(good)
+        data[rng.randrange(header)] ^= 1 << rng.randrange(8)
+        files.append(folder / f"{index}.safetensors")
+        files[-1].write_bytes(bytes(data))
+    return files
+
+
+def test_bench_follows_no_data_out_of_the_folder(model, tmp_path):
+    good = export_quantized(model, "packed", SIDE)
+    case = next(c for c in onnx_files(good, tmp_path) if c.name == "external data: up")
+    (tmp_path / "x.onnx").write_bytes(case.data)
+    with pytest.raises(InputError, match="outside of its own folder"):
+        bench([tmp_path / "x.onnx"], ["onnxruntime"], 1, 2)
+
+
+def test_pipes_and_devices_are_not_read(tmp_path):
+    """Reading either would never end."""
+    os.mkfifo(tmp_path / "list.txt")
+    os.mkfifo(tmp_path / "image.jpg")
+    for source in (Path("/dev/zero"), tmp_path / "list.txt", tmp_path / "image.jpg"):
+        with pytest.raises(InputError, match="neither a folder, an image"):
+            image_paths(source)
+    assert read_labels(tmp_path / "list.txt", 1).shape == (0, 5)
+
+
+@pytest.mark.parametrize("name", ["[bold].onnx", "\x1b[31m.onnx", "\x1b[31m.safetensors", "new\nline.pt", "data.yaml"])
+def test_a_files_own_name_does_nothing(tmp_path, name):
+    (tmp_path / name).write_bytes(b"nothing")
+    command = ["eval", name, "--data", "."] if name != "data.yaml" else ["quantize", name]
+    code, _, err = dsconvert(tmp_path, *command)
+    assert code == 2
+    assert "Traceback" not in err
+    assert err.removesuffix("\n").isprintable()
+
+
+def test_printable_keeps_text_and_only_text():
+    assert printable("Füße 字 <script>") == "Füße 字 <script>"
+    assert printable("a\x1b[31m\r\n\t\u202e\ud800\x00b") == "a?[31m??????b"
+    assert printable("x" * 10, 5) == "xx..."
+    assert str(InputError("red\x1b[31m")) == "red?[31m"

@@ -1,0 +1,101 @@
+"""Agreement of two models: known answers, a plain loop, and what swapping or equating the models must do."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dsconvert.errors import InputError
+from dsconvert.evaluate.accuracy import Predictor
+from dsconvert.evaluate.compare import agreement, compare, match
+from dsconvert.evaluate.detect import DetectOptions
+
+SQUARE = np.zeros((64, 64, 3), np.uint8)
+
+
+def always(*rows: list[float]) -> Predictor:
+    """x, y, w, h, objectness, then the classes."""
+    predictions = np.array(rows, np.float32).reshape(1, -1, 7)
+    return lambda batch: predictions
+
+
+def boxes(*rows: list[float]) -> np.ndarray:
+    """x1, y1, x2, y2, score, class."""
+    return np.array(rows, np.float32).reshape(-1, 6)
+
+
+def iou(a, b) -> float:
+    w, h = min(a[2], b[2]) - max(a[0], b[0]), min(a[3], b[3]) - max(a[1], b[1])
+    shared = max(w, 0) * max(h, 0)
+    return shared / ((a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - shared)
+
+
+@st.composite
+def crowds(draw):
+    corner, size = st.integers(0, 12), st.integers(4, 12)
+    rows = draw(st.lists(st.tuples(corner, corner, size, size, st.integers(1, 9), st.integers(0, 1)), max_size=8))
+    return boxes(*([x, y, x + w, y + h, s / 10, c] for x, y, w, h, s, c in rows))
+
+
+@given(crowds(), crowds())
+def test_pairs_are_those_of_a_plain_loop(a, b):
+    free = {(i, j) for i in range(len(a)) for j in range(len(b)) if a[i][5] == b[j][5] and iou(a[i], b[j]) >= 0.5}
+    pairs = []
+    while free:
+        best = max(free, key=lambda p: (iou(a[p[0]], b[p[1]]), -p[0], -p[1]))
+        pairs.append(best)
+        free = {p for p in free if p[0] != best[0] and p[1] != best[1]}
+    found = match(a, b)
+    assert list(zip(found.first, found.second, strict=True)) == pairs
+    np.testing.assert_allclose(found.iou, [iou(a[i], b[j]) for i, j in pairs])
+
+
+@given(st.lists(st.tuples(crowds(), crowds()), min_size=1, max_size=3))
+def test_swapping_the_models_swaps_the_answer(pairs):
+    there, back = agreement(pairs, None), agreement([(b, a) for a, b in pairs], None)
+    assert there.matched <= min(sum(len(a) for a, _ in pairs), sum(len(b) for _, b in pairs))
+    assert there.matched + there.only_first == sum(len(a) for a, _ in pairs) == back.matched + back.only_second
+    if all(len({*match(a, b).iou}) == len(match(a, b).iou) for a, b in pairs):  # ties may be broken the other way
+        assert (there.matched, there.only_first) == (back.matched, back.only_second)
+
+
+def test_shifts_overlaps_and_shares_by_hand():
+    first = boxes([0, 0, 10, 10, 0.5, 0], [20, 20, 30, 30, 0.5, 1], [40, 40, 50, 50, 0.5, 0], [0, 40, 9, 49, 0.5, 1])
+    # moved by half its width less a bit, surer; the same, less sure; of another class
+    second = boxes([0, 0, 10, 5, 0.75, 0], [20, 20, 30, 30, 0.125, 1], [40, 40, 50, 50, 0.5, 1])
+    found = agreement([(first, second), (boxes(), boxes())], 0.25)
+    assert (found.matched, found.only_first, found.only_second) == (2, 2, 1)
+    assert found.share == 2 / 5
+    assert found.mean_iou == 0.75  # of 1/2 and 1
+    assert (found.mean_shift, found.largest_shift) == (-0.0625, -0.375)
+    assert found.map50_95 == 0.25
+    assert [(i.matched, i.only_first, i.only_second) for i in found.images] == [(2, 2, 1), (0, 0, 0)]
+
+
+def test_an_overlap_of_just_a_half_matches():
+    assert match(boxes([0, 0, 10, 10, 0.5, 0]), boxes([0, 0, 10, 5, 0.5, 0])).iou == [0.5]
+    assert match(boxes([0, 0, 10, 10, 0.5, 0]), boxes([0, 0, 10, 4.9, 0.5, 0])).iou == []
+
+
+def test_a_model_agrees_with_itself():
+    model = always([20, 30, 10, 8, 1, 0.5, 0], [40, 30, 10, 8, 1, 0, 0.75])
+    found = compare(model, model, [SQUARE, SQUARE], 64, DetectOptions())
+    assert (found.share, found.matched, found.mean_iou, found.mean_shift) == (1, 4, 1, 0)
+    assert found.map50_95 == 1
+    assert len(found.images) == 2
+
+
+def test_the_first_models_sure_objects_are_the_truth_of_the_average_precision():
+    sure, unsure = [20, 30, 10, 8, 1, 0.5, 0], [40, 30, 10, 8, 1, 0.125, 0]
+    assert compare(always(sure, unsure), always(sure), [SQUARE], 64, DetectOptions()).map50_95 == 1
+    lost = compare(always(sure), always(), [SQUARE], 64, DetectOptions())
+    assert (lost.map50_95, lost.share, lost.mean_iou, lost.largest_shift) == (0, 0, None, None)
+    new = compare(always(), always(sure), [SQUARE], 64, DetectOptions())
+    assert (new.map50_95, new.only_second) == (None, 1)
+
+
+def test_nothing_found_is_no_agreement():
+    with pytest.raises(InputError, match="Neither"):
+        compare(always([20, 30, 10, 8, 1, 0.125, 0]), always(), [SQUARE], 64, DetectOptions())

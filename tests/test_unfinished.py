@@ -1,0 +1,95 @@
+"""A quantize that is stopped and goes on: the same bytes as one that was never stopped."""
+
+from __future__ import annotations
+
+import cv2
+import numpy as np
+import pytest
+import torch
+
+from dsconvert.dsconv.tensor import Width
+from dsconvert.errors import InputError
+from dsconvert.fit import lockstep
+from dsconvert.modelfile import model_bytes
+from dsconvert.pipeline import QuantizeOptions, quantize
+from dsconvert.unfinished import read_unfinished, run_key, usable, write_unfinished
+from dsconvert.yolo.checkpoint import load_checkpoint, yolov5_bytes
+
+
+class Killed(BaseException):
+    """Stands for the end of the process: nothing catches it."""
+
+
+@pytest.fixture
+def folder(tiny, tmp_path):
+    """best.pt and three pictures."""
+    (tmp_path / "best.pt").write_bytes(yolov5_bytes(*tiny))
+    (tmp_path / "images").mkdir()
+    rng = np.random.default_rng(0)
+    for i in range(3):
+        cv2.imwrite(str(tmp_path / f"images/{i}.png"), rng.integers(0, 256, (64, 64, 3), dtype=np.uint8))
+    return tmp_path
+
+
+def run(folder, stop_after=None, resume=False, **options):
+    """The model's bytes; with `stop_after`, the run is ended when so many nodes were done."""
+
+    def progress(stage, done, total):
+        if stage == "fit" and done == stop_after:
+            raise Killed
+
+    wanted = QuantizeOptions(calib=folder / "images", imgsz=64, **options)
+    kept = folder / "unfinished.safetensors"
+    return model_bytes(quantize(load_checkpoint(folder / "best.pt"), wanted, "", progress, kept, resume).model)
+
+
+@pytest.mark.parametrize("stop_after", [2, 9, 20])
+def test_the_same_bytes_wherever_it_stopped(folder, stop_after, monkeypatch):
+    whole = run(folder)
+    with pytest.raises(Killed):
+        run(folder, stop_after)
+    fits = []
+    original = lockstep.fit_cds
+    monkeypatch.setattr(lockstep, "fit_cds", lambda node, *rest: fits.append(node.name) or original(node, *rest))
+    assert run(folder, resume=True) == whole
+    assert fits
+    assert "model.0.conv" not in fits  # what was fitted is not fitted again
+
+
+def test_a_run_with_other_options_or_images_is_refused(folder):
+    with pytest.raises(Killed):
+        run(folder, 9)
+    for other in ({"bits": 4}, {"seed": 1}):
+        with pytest.raises(InputError, match="cannot be resumed"):
+            run(folder, resume=True, **other)
+    (folder / "images" / "0.png").unlink()
+    with pytest.raises(InputError, match="cannot be resumed"):
+        run(folder, resume=True)
+    (folder / "unfinished.safetensors").write_bytes(b"12345678")
+    with pytest.raises(InputError, match="damaged"):
+        run(folder, resume=True)
+    (folder / "unfinished.safetensors").unlink()
+    with pytest.raises(InputError, match="nothing to resume"):
+        run(folder, resume=True)
+
+
+def test_layers_come_back_as_they_were_and_only_up_to_another_width(converted, tmp_path):
+    path = tmp_path / "kept.safetensors"
+    write_unfinished(path, "key", converted.convs)
+    back = read_unfinished(path, "key")
+    for name, conv in converted.convs.items():
+        got = back[name]
+        assert torch.equal(got.weight.merged(), conv.weight.merged())
+        assert torch.equal(got.weight.cds_w, conv.weight.cds_w)
+        assert torch.equal(got.bias, conv.bias)
+    wanted = [(n, Width(c.weight.bits, c.weight.block_size)) for n, c in converted.convs.items()]
+    assert list(usable(back, wanted)) == [n for n, _ in wanted]
+    changed = [*wanted[:3], (wanted[3][0], Width(2, 8)), *wanted[4:]]
+    assert list(usable(back, changed)) == [n for n, _ in wanted[:3]]
+
+
+def test_the_key_tells_runs_apart():
+    images = torch.zeros(2, 3, 4, 4, dtype=torch.uint8)
+    first = run_key({"bits": 4}, "sha", images)
+    assert first == run_key({"bits": 4}, "sha", images.clone())
+    assert len({first, run_key({"bits": 5}, "sha", images), run_key({"bits": 4}, "sha", images + 1)}) == 3
