@@ -69,9 +69,10 @@ class FloatModel:
         return f"FloatModel({str(self.path)!r}, {len(self.names)} classes, {self.checkpoint.size_bytes / 1e6:.2f} MB)"
 
     @_keywords()
-    def export(self, file: File, *, imgsz: int = 640, force: bool = False, **ends: Any) -> Path:
-        """Write the float32 network as ONNX, to compare with; returns the file. `ends` as in QuantizedModel.export."""
-        return _write(file, pipeline.onnx_bytes(self.path, "packed", imgsz, _ends(**ends)), force)
+    def export(self, file: File, *, imgsz: int = 640, check: bool = True, force: bool = False, **ends: Any) -> Path:
+        """Write the float32 network as ONNX, to compare with; returns the file. `check` and `ends` as in
+        QuantizedModel.export."""
+        return _write(file, pipeline.onnx_bytes(self.path, "packed", imgsz, _ends(**ends), check), force)
 
 
 @dataclass(frozen=True, repr=False)
@@ -121,9 +122,17 @@ class QuantizedModel:
 
     @_keywords()
     def export(
-        self, file: File, layout: str = "packed", *, imgsz: int | None = None, force: bool = False, **ends: Any
+        self,
+        file: File,
+        layout: str = "packed",
+        *,
+        imgsz: int | None = None,
+        check: bool = True,
+        force: bool = False,
+        **ends: Any,
     ) -> Path:
-        """Write ONNX with integer weights; returns the file.
+        """Write ONNX with integer weights; returns the file. Before that it is run in ONNX Runtime and must give
+        torch's numbers, else CheckError is raised; check=False leaves this out.
 
         layout: packed (smallest), blocked (ONNX block scales) or int8 (runs on old engines). imgsz: side of the input,
         pixels (None: as calibrated). dynamic_batch=True leaves the batch size open. input_type: float32 or float16
@@ -133,7 +142,7 @@ class QuantizedModel:
             raise InputError(f"{layout!r} is not a layout; there are {', '.join(LAYOUT_OPSET)}.")
         asked = _ends(**ends)
         with tempfile.TemporaryDirectory() as folder:
-            made = pipeline.onnx_bytes(_as_file(self, Path(folder)), layout, imgsz, asked)
+            made = pipeline.onnx_bytes(_as_file(self, Path(folder)), layout, imgsz, asked, check)
         return _write(file, made, force)
 
 

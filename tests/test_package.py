@@ -58,7 +58,7 @@ def test_metadata(built):
     with zipfile.ZipFile(wheel) as archive:
         info = f"dsconvert-{dsconvert.__version__}.dist-info"
         meta = message_from_string(archive.read(f"{info}/METADATA").decode())
-        assert "dsconvert = dsconvert.cli:main" in archive.read(f"{info}/entry_points.txt").decode()
+        assert "dsconvert = dsconvert.__main__:run" in archive.read(f"{info}/entry_points.txt").decode()
         assert "dsconvert authors" in archive.read(f"{info}/licenses/LICENSE").decode()
     assert meta["Version"] == dsconvert.__version__
     assert meta["License-Expression"] == "MIT"
@@ -72,7 +72,7 @@ def test_metadata(built):
 def test_the_wheel_runs_by_itself(built, tmp_path):
     (wheel,) = built.glob("*.whl")
     zipfile.ZipFile(wheel).extractall(tmp_path / "site")
-    code = "import dsconvert; print(dsconvert.__file__); from dsconvert.cli import main; main()"
+    code = "import dsconvert; print(dsconvert.__file__); from dsconvert.__main__ import run; run()"
     command = [sys.executable, "-c", code, "--version"]
     done = subprocess.run(
         command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(tmp_path / "site")}, capture_output=True, text=True
