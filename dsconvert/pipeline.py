@@ -23,6 +23,7 @@ from dsconvert.evaluate.accuracy import evaluate_predictors
 from dsconvert.evaluate.candidates import Candidate, load_candidate
 from dsconvert.evaluate.coco import Metrics
 from dsconvert.evaluate.latency import Latency, interleaved_latency
+from dsconvert.export.compact import compact
 from dsconvert.export.onnx import PLAIN, Ends, export_float, export_quantized
 from dsconvert.files import write_atomic
 from dsconvert.fit.gptq import fit_layer
@@ -311,7 +312,7 @@ def onnx_bytes(path: Path, layout: str, imgsz: int | None, ends: Ends = PLAIN) -
         made = export_float(graph, params, checkpoint.head, imgsz or 640, ends)
     else:
         model = load_model(path)
-        made = export_quantized(model, layout, imgsz or model.imgsz, ends)
+        made = compact(export_quantized(model, layout, imgsz or model.imgsz, ends))
     return made.SerializeToString(deterministic=True)
 
 
