@@ -8,9 +8,10 @@ import numpy as np
 import onnx
 from onnx import TensorProto, numpy_helper
 
+NO_WEIGHT = (TensorProto.INT32, TensorProto.INT64)  # shapes, places and tables
 BITS: dict[int, int] = {
     TensorProto.FLOAT: 32, TensorProto.FLOAT16: 16, TensorProto.BFLOAT16: 16, TensorProto.INT8: 8,
-    TensorProto.UINT8: 8, TensorProto.INT4: 4, TensorProto.UINT4: 4, TensorProto.INT32: 32,
+    TensorProto.UINT8: 8, TensorProto.INT4: 4, TensorProto.UINT4: 4,
 }  # fmt: skip
 
 
@@ -26,18 +27,20 @@ class OnnxWeight:
 
 
 def conv_weights(model: onnx.ModelProto) -> list[OnnxWeight]:
-    """One entry for every Conv, ConvInteger or QLinearConv, in graph order. Shapes and zero points are not counted."""
+    """One entry for every Conv, ConvInteger or QLinearConv, in graph order. Scalars, shapes and tables
+    are not counted."""
     tensors = {t.name: t for t in model.graph.initializer}
     makers = {out: node for node in model.graph.node for out in node.output}
     found = []
     for index, node in enumerate(model.graph.node):
         if node.op_type not in ("Conv", "ConvInteger", "QLinearConv"):
             continue
-        parts = _sources(node.input[3 if node.op_type == "QLinearConv" else 1], makers, tensors)
+        sources = _sources(node.input[3 if node.op_type == "QLinearConv" else 1], makers, tensors)
+        parts = [t for t in sources if t.dims and t.data_type not in NO_WEIGHT]
         if not parts:
             continue
         largest = max(parts, key=_count)
-        bits = sum(_count(t) * BITS.get(t.data_type, 32) for t in parts if t.dims and t.data_type != TensorProto.INT64)
+        bits = sum(_count(t) * BITS.get(t.data_type, 32) for t in parts)
         scale_bits = sum(_count(t) * 32 for t in parts if t is not largest and t.data_type == TensorProto.FLOAT)
         shape = _shape(node.input[3 if node.op_type == "QLinearConv" else 1], makers, tensors) or largest.dims
         type_name = TensorProto.DataType.Name(largest.data_type).lower()
@@ -62,9 +65,7 @@ def _sources(
     node = makers.get(value)
     if node is None:
         return []
-    # the second input of these says how pieces are taken apart, and is shared by all layers: no part of the weight
-    inputs = node.input[:1] if node.op_type in ("BitShift", "BitwiseAnd", "Div", "Mod") else node.input
-    return [t for name in inputs for t in _sources(name, makers, tensors)]
+    return [t for name in node.input for t in _sources(name, makers, tensors)]
 
 
 def _shape(
@@ -76,7 +77,7 @@ def _shape(
     node = makers.get(value)
     if node is None:
         return None
-    if node.op_type in ("DequantizeLinear", "QuantizeLinear", "Cast", "Add"):
+    if node.op_type in ("DequantizeLinear", "QuantizeLinear", "Cast", "Add", "Mul"):
         return _shape(node.input[0], makers, tensors)
     if node.op_type == "Concat":  # along the input channels
         parts = [_shape(name, makers, tensors) for name in node.input]
