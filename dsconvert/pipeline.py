@@ -25,6 +25,7 @@ from dsconvert.evaluate.coco import Metrics
 from dsconvert.evaluate.drop import map_drop
 from dsconvert.evaluate.latency import Latency, interleaved_latency
 from dsconvert.export.check import check_accumulators, check_export, check_images, float_reference, reference_of
+from dsconvert.export.compact import compact
 from dsconvert.export.onnx import PLAIN, Ends, export_float, export_quantized
 from dsconvert.files import write_atomic
 from dsconvert.fit.gptq import fit_layer
@@ -387,7 +388,7 @@ def onnx_bytes(path: Path, layout: str, imgsz: int | None, ends: Ends = PLAIN, c
     else:
         model = load_model(path)
         side, reference = imgsz or model.imgsz, reference_of(model)
-        made = export_quantized(model, layout, side, ends)
+        made = compact(export_quantized(model, layout, side, ends))
         if check:
             check_accumulators(model)
             photographs = _first_calibration_image(model, side)
