@@ -38,7 +38,7 @@ from dsconvert.fit.synthesize import synthesize
 from dsconvert.graph.integer import QConv, QParams
 from dsconvert.graph.ir import ConvParams, Graph, Node
 from dsconvert.graph.run import run_float
-from dsconvert.model import DSModel, display_name, is_dsconv
+from dsconvert.model import DSModel, damage_by_bits, display_name, is_dsconv
 from dsconvert.modelfile import load_model, model_bytes
 from dsconvert.target import smallest_within
 from dsconvert.unfinished import read_unfinished, run_key, usable, write_unfinished
@@ -348,20 +348,10 @@ def layer_table(model: DSModel) -> list[dict[str, Any]]:
                 "block_size": w.block_size if is_dsconv(w) else None,
                 "bytes": round(w.weight_bits * w.vqk.numel() / 8),
                 "float32_bytes": w.vqk.numel() * 4,
-                "damage": _damage_by_bits(damage.get(node.name), w),
+                "damage": damage_by_bits(damage[node.name], w) if node.name in damage else None,
             }
         )
     return rows
-
-
-def _damage_by_bits(damage: Mapping[str, float] | None, weight: DSTensor) -> dict[str, float] | None:
-    """From "bits/block size" -> damage to bits -> damage at the weight's block size (UNIFORM's for plain int8)."""
-    if damage is None:
-        return None
-    pairs = [(*map(int, key.split("/")), value) for key, value in damage.items()]
-    sizes = {size for bits, size, _ in pairs if bits < 8}
-    block = weight.block_size if is_dsconv(weight) else max(sizes, default=0)
-    return {str(bits): value for bits, size, value in pairs if bits == 8 or size == block}
 
 
 def save_quantized(result: Quantized, folder: Path, force: bool) -> Path:
