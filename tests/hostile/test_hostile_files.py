@@ -16,7 +16,7 @@ from modelfiles import model_files
 from texts import labels, yamls
 from watched import dsconvert, problems, run_child, unharmed, write_cases
 
-from dsconvert.errors import InputError, printable
+from dsconvert.errors import InputError
 from dsconvert.evaluate.bench import bench
 from dsconvert.export.onnx import export_quantized
 from dsconvert.model import DSModel
@@ -102,8 +102,7 @@ def test_a_files_own_name_does_nothing(tmp_path, name):
     assert err.removesuffix("\n").isprintable()
 
 
-def test_printable_keeps_text_and_only_text():
-    assert printable("Füße 字 <script>") == "Füße 字 <script>"
-    assert printable("a\x1b[31m\r\n\t\u202e\ud800\x00b") == "a?[31m??????b"
-    assert printable("x" * 10, 5) == "xx..."
-    assert str(InputError("red\x1b[31m")) == "red?[31m"
+def test_messages_quote_what_is_in_files_without_its_effect():
+    assert str(InputError("Füße 字 <script>")) == "Füße 字 <script>"
+    assert str(InputError("red\x1b[31m\n\u202e\ud800")) == r"red\x1b[31m\x0a\u202e\ud800"
+    assert len(str(InputError("x" * 10_000))) == 2000

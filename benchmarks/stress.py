@@ -1,0 +1,264 @@
+"""Kill dsconvert at random moments, hundreds of times, and look at what it leaves behind.
+
+    python benchmarks/stress.py --runs 200
+
+Every run is a forked process (torch is loaded once) that quantizes, exports or evaluates the demo model. It is ended by
+SIGKILL either after a random time, or at a random one of its calls that change files: opening, syncing, linking,
+renaming, removing. Afterwards every file must be whole: the bytes an undisturbed run writes, or the bytes that were
+there before. Runs at once into one folder, and without a folder, end the list. Exit code 1 when anything was lost.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # a forked process cannot use the threads of the one it came from
+
+from dsconvert.cli import main as command_line
+
+DEMO = Path(__file__).resolve().parents[1] / "calib" / "demo"
+EVENTS = ("open", "os.link", "os.rename", "os.remove", "os.mkdir", "os.chmod", "fsync")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A command, the files there before it, and every state each of its outputs may be left in (None: absent)."""
+
+    name: str
+    args: list[str]
+    before: dict[str, bytes]
+    allowed: dict[str, set[bytes | None]]
+    seconds: float
+    calls: int
+
+
+@dataclass
+class Tally:
+    """What happened."""
+
+    runs: Counter[str] = field(default_factory=Counter)
+    killed: int = 0
+    finished: int = 0
+    left_over: int = 0
+    problems: list[str] = field(default_factory=list)
+
+
+def start(args: list[str], folder: Path, kill_at: int | None = None, count: Callable[[int], None] | None = None) -> int:
+    """Fork a process that runs the command in the folder, and return its id. `kill_at`: it kills itself at that call
+    that changes a file; `count` is given the number of such calls when it ends."""
+    child = os.fork()
+    if child:
+        return child
+    code = 3
+    try:
+        os.setsid()
+        os.chdir(folder)
+        null = os.open(os.devnull, os.O_RDWR)
+        for stream in (0, 1, 2):
+            os.dup2(null, stream)
+        seen = _watch(kill_at)
+        sys.argv = ["dsconvert", *args]
+        try:
+            command_line()
+            code = 0
+        except SystemExit as end:
+            code = int(end.code or 0)
+        if count:
+            count(seen())
+    finally:
+        os._exit(code)
+
+
+def _watch(kill_at: int | None) -> Callable[[], int]:
+    """Count the calls of this process that change files, and die at one of them."""
+    seen = 0
+
+    def tick() -> None:
+        nonlocal seen
+        seen += 1
+        if seen == kill_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def hook(event: str, args: tuple[Any, ...]) -> None:
+        if event not in EVENTS:
+            return
+        if event == "open" and not (isinstance(args[2], int) and args[2] & (os.O_CREAT | os.O_WRONLY | os.O_RDWR)):
+            return
+        tick()
+
+    real_fsync = os.fsync
+
+    def fsync(handle: Any) -> None:
+        tick()
+        real_fsync(handle)
+        tick()
+
+    os.fsync = fsync  # type: ignore[assignment]
+    sys.addaudithook(hook)
+    return lambda: seen
+
+
+def finish(child: int) -> int:
+    """Wait for a process; its exit code, negative for a signal."""
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def undisturbed(args: list[str], folder: Path) -> tuple[float, int]:
+    """Run the command to its end: seconds and calls. Raises RuntimeError when it fails."""
+    read, write = os.pipe()
+    began = time.perf_counter()
+    child = start(args, folder, None, lambda n: void(os.write(write, str(n).encode())))
+    os.close(write)
+    calls = os.read(read, 100)
+    os.close(read)
+    if code := finish(child):
+        raise RuntimeError(f"dsconvert {' '.join(args)} ended with {code}")
+    return time.perf_counter() - began, int(calls or 0)
+
+
+def void(_: object) -> None:
+    """For calls whose result does not matter."""
+
+
+def state(folder: Path) -> dict[str, bytes]:
+    """Every file below the folder by its path there."""
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def place(folder: Path, files: dict[str, bytes]) -> None:
+    """Make the folder hold these files and no others."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    for name, data in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(data)
+
+
+def stages(checkpoint: Path, calib: Path, imgsz: int, folder: Path) -> list[Stage]:
+    """Each command, first undisturbed: what it writes is what a killed one may write."""
+    common = ["quantize", str(checkpoint), "--calib", str(calib), "--imgsz", str(imgsz), "--samples", "4",
+              "--threads", "1", "--out", "q"]  # fmt: skip
+    export = ["export", "q/model.safetensors", "--onnx"]
+    made: list[Stage] = []
+
+    def add(name: str, args: list[str], before: dict[str, bytes]) -> dict[str, bytes]:
+        place(folder, before)
+        seconds, calls = undisturbed(args, folder)
+        after = state(folder)
+        allowed = {n: {before.get(n), after.get(n)} for n in {*before, *after}}
+        made.append(Stage(name, args, before, allowed, seconds, calls))
+        return after
+
+    four = add("quantize", [*common, "--bits", "4"], {})
+    add("quantize --force", [*common, "--bits", "8", "--force"], four)
+    exported = add("export", export, four)
+    old = {**exported, "q/model-packed.onnx": b"an earlier result"}
+    add("export --force", [*export, "--force"], old)
+    add("export int8 nms", [*export, "--layout", "int8", "--nms", "--uint8-input"], exported)
+    add("eval", ["eval", "q/model.safetensors", "--data", str(calib), "--samples", "2", "--threads", "1"], four)
+    return made
+
+
+def kill_one(stage: Stage, folder: Path, rng: random.Random, tally: Tally) -> None:
+    """One run, ended at a random time or call; what it left is judged."""
+    place(folder, stage.before)
+    by_call = stage.calls > 0 and rng.random() < 0.5
+    if by_call:
+        code = finish(start(stage.args, folder, rng.randint(1, stage.calls)))
+    else:
+        child = start(stage.args, folder)
+        time.sleep(rng.uniform(0, stage.seconds))
+        os.kill(child, signal.SIGKILL)
+        code = finish(child)
+    tally.runs[stage.name] += 1
+    tally.killed += code == -signal.SIGKILL
+    tally.finished += code == 0
+    if code not in (0, -signal.SIGKILL):
+        tally.problems.append(f"{stage.name}: ended with {code}")
+    judge(stage, folder, tally)
+
+
+def judge(stage: Stage, folder: Path, tally: Tally) -> None:
+    """Every file must be one of the whole ones, and none that was there may be gone."""
+    left = state(folder)
+    for name, data in left.items():
+        if name.endswith(".part"):
+            tally.left_over += 1
+        elif data not in stage.allowed.get(name, set()):
+            tally.problems.append(f"{stage.name}: {name} is {len(data)} bytes of something else")
+    tally.problems += [f"{stage.name}: {name} is gone" for name in stage.before if name not in left]
+
+
+def at_once(stage: Stage, folder: Path, tally: Tally) -> None:
+    """Two runs into one folder: one succeeds, the other says so, and every file is whole. Then two without a folder:
+    both succeed, each in its own."""
+    place(folder, {})
+    codes = sorted(finish(c) for c in [start(stage.args, folder) for _ in range(2)])
+    tally.runs["two into one folder"] += 1
+    if codes != [0, 2]:
+        tally.problems.append(f"two into one folder: ended with {codes}")
+    judge(stage, folder, tally)
+    place(folder, {})
+    free = [a for a in stage.args if a not in ("--out", "q")]
+    codes = [finish(c) for c in [start(free, folder) for _ in range(2)]]
+    tally.runs["two without a folder"] += 1
+    models = [data for name, data in state(folder).items() if name.endswith("model.safetensors")]
+    if codes != [0, 0] or len(models) != 2 or models[0] != models[1]:
+        tally.problems.append(f"two without a folder: ended with {codes} and {len(models)} models")
+
+
+@contextmanager
+def scratch() -> Iterator[Path]:
+    """A folder that is gone afterwards."""
+    with tempfile.TemporaryDirectory(prefix="stress") as name:
+        yield Path(name)
+
+
+def stress(checkpoint: Path, calib: Path, imgsz: int, runs: int, seed: int) -> Tally:
+    """All of it: `runs` kills spread over the stages, and the runs at once."""
+    tally, rng = Tally(), random.Random(seed)
+    with scratch() as folder:
+        work = folder / "work"
+        all_stages = stages(checkpoint.resolve(), calib.resolve(), imgsz, work)
+        for index in range(runs):
+            kill_one(all_stages[index % len(all_stages)], work, rng, tally)
+        at_once(all_stages[0], work, tally)
+    return tally
+
+
+def main() -> int:
+    """Parse, run, print."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--checkpoint", type=Path, default=DEMO / "demo.pt")
+    parser.add_argument("--calib", type=Path, default=DEMO / "images" / "calib")
+    parser.add_argument("--imgsz", type=int, default=128)
+    parser.add_argument("--runs", type=int, default=200)
+    parser.add_argument("--seed", type=int, default=0)
+    given = parser.parse_args()
+    began = time.perf_counter()
+    tally = stress(given.checkpoint, given.calib, given.imgsz, given.runs, given.seed)
+    figures = {
+        "runs": dict(tally.runs), "killed": tally.killed, "finished_before": tally.finished,
+        "temporary_files_left": tally.left_over, "problems": tally.problems,
+        "seconds": round(time.perf_counter() - began),
+    }  # fmt: skip
+    sys.stdout.write(json.dumps(figures, indent=1) + "\n")
+    return 1 if tally.problems else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
