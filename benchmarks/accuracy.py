@@ -59,7 +59,7 @@ def made(path: Path, make: Callable[[], object]) -> float | None:
 
 def dsconvert_row(name: str, group: str, checkpoint: Path, work: Path, options: QuantizeOptions) -> Row:
     """Quantize, export packed; the ONNX file is what is measured."""
-    folder = work / name.replace(" ", "-").replace(",", "")
+    folder = folder_of(work, name)
     model, target = folder / "model.safetensors", folder / "packed.onnx"
     seconds = made(
         model, lambda: save_quantized(quantize(load_checkpoint(checkpoint), options, name), folder, force=True)
@@ -67,6 +67,11 @@ def dsconvert_row(name: str, group: str, checkpoint: Path, work: Path, options: 
     made(target, lambda: target.write_bytes(onnx_bytes(model, "packed", SIDE)))
     bits = load_model(model).weight_bits
     return Row(name, group, target, load_candidate(target, SIDE).predict, bits, seconds)
+
+
+def folder_of(work: Path, name: str) -> Path:
+    """Where a row's files are kept."""
+    return work / name.replace(" ", "-").replace(",", "")
 
 
 def with_fit(fit: Callable[..., DSTensor], run: Callable[[], None]) -> None:
@@ -98,8 +103,8 @@ def unweighted_fit(node, weight, bits, block_size, batches, seed):  # type: igno
     return fit_weight_gptq(weight, measure_moments(node, weight.shape, even, seed), bits, block_size)
 
 
-def all_rows(checkpoint: Path, data: Path, work: Path, groups: Sequence[str]) -> list[Row]:
-    """Every model of the groups wanted, the float one first; `main` always."""
+def all_rows(checkpoint: Path, data: Path, work: Path, groups: Sequence[str], only_made: bool) -> list[Row]:
+    """Every model of the groups wanted, the float one first; `main` always. `only_made`: those in the work folder."""
     options = QuantizeOptions(calib=data, imgsz=SIDE)
     float_file = work / "float32.onnx"
     made(float_file, lambda: float_file.write_bytes(onnx_bytes(checkpoint, "packed", SIDE)))
@@ -116,7 +121,7 @@ def all_rows(checkpoint: Path, data: Path, work: Path, groups: Sequence[str]) ->
     rows.append(Row("OpenVINO NNCF int8", "main", path.with_suffix(".bin"), openvino_predictor(path), None, seconds))
 
     def add(name: str, group: str, options: QuantizeOptions) -> None:
-        if group in ("main", *groups):
+        if group in ("main", *groups) and (not only_made or (folder_of(work, name) / "model.safetensors").exists()):
             rows.append(dsconvert_row(name, group, checkpoint, work, options))
             print(rows[-1].name, f"{rows[-1].seconds or 0:.0f} s", flush=True)
 
@@ -226,12 +231,13 @@ def main() -> None:
     parser.add_argument(
         "--groups", nargs="*", default=["frontier", "ablation", "block", "data-free"], help="besides main"
     )
+    parser.add_argument("--only-made", action="store_true", help="leave out models that --work does not hold yet")
     parser.add_argument("--rounds", type=int, default=1000)
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     described = read_data_yaml(args.data)
-    rows = all_rows(args.checkpoint, args.data, args.work, args.groups)
+    rows = all_rows(args.checkpoint, args.data, args.work, args.groups, args.only_made)
     found = detect_all([r.predict for r in rows], described.val, SIDE, len(described.names))
     command = shlex.join(["python", *sys.argv])
     write(rows, found, bootstrap(found, args.rounds), args.rounds, args.out, command)
