@@ -159,6 +159,7 @@ def quantize(
         keep = partial(write_unfinished, unfinished, key)
 
     def fitted(widths: Widths) -> DSModel:
+        report("widths", 1, 1)
         wanted = [(n.name, _width(widths, n.name, params[n.name].weight)) for n in graph.convs()]
         convs = fit_lockstep(
             graph, params, _layer_fit(widths, options), own, _real(kept, device),
@@ -170,7 +171,6 @@ def quantize(
         model = fitted(widths)
         return model, map_drop(model, params, held_back, lambda done, total: report("evaluate", done, total))
 
-    report("widths", 1, 1)
     drop = None
     if options.target_drop is not None:
         found = smallest_within(params, damage, options.target_drop, attempt)
