@@ -45,7 +45,7 @@ def check_model(model: DSModel) -> None:
 
 
 def _check_head(head: Head, imgsz: int) -> None:
-    if not 1 <= head.nc <= 10000 or not all(n.isprintable() and len(n) <= 200 for n in head.names):
+    if not 1 <= head.nc <= 10000 or not all(len(n) <= 200 for n in head.names):
         raise ValueError("class names")
     if not head.strides or not all(1 <= s <= MAX_STRIDE for s in head.strides):
         raise ValueError("strides")

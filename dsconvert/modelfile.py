@@ -94,7 +94,7 @@ def _model(header: Mapping[str, Any], tensors: Mapping[str, NDArray[Any]]) -> DS
     anchors = tuple(tuple((float(w), float(v)) for w, v in level) for level in h["anchors"])
     if not all(isinstance(n, str) for n in h["names"]):
         raise ValueError("class names")
-    head = Head(tuple(h["names"]), tuple(int(s) for s in h["strides"]), anchors)
+    head = Head(tuple(printable(n) for n in h["names"]), tuple(int(s) for s in h["strides"]), anchors)
     activations = {name: QParams(float(s), int(z)) for name, (s, z) in header["activations"].items()}
     return DSModel(graph, convs, activations, head, int(header["imgsz"]), dict(header["provenance"]))
 

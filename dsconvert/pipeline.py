@@ -374,17 +374,18 @@ def onnx_bytes(path: Path, layout: str, imgsz: int | None, ends: Ends = PLAIN, c
         checkpoint = load_checkpoint(path)
         graph, params = lower(checkpoint.network.fuse())
         side, reference = imgsz or 640, float_reference(graph, params, checkpoint.head)
-        made = export_float(graph, params, checkpoint.head, side, ends)
+        made = named = export_float(graph, params, checkpoint.head, side, ends)
     else:
         model = load_model(path)
         side, reference = imgsz or model.imgsz, reference_of(model)
-        made = compact(export_quantized(model, layout, side, ends))
+        named = export_quantized(model, layout, side, ends)
+        made = compact(named)
         if check:
             check_accumulators(model)
             photographs = _first_calibration_image(model, side)
     data = made.SerializeToString(deterministic=True)
     if check:
-        check_export(data, reference, ends, check_images(side, photographs))
+        check_export(data, reference, ends, check_images(side, photographs), named.SerializeToString())
     return data
 
 

@@ -133,7 +133,9 @@ def test_a_target_size_is_kept_and_info_says_why(work):
     rows = json.loads(dsconvert("info", "small/model.safetensors", "--json", cwd=work).stdout)["layers"]
     mixed = [r for r in rows if r["damage"]]
     assert mixed
-    assert all(r["damage"]["2"] >= r["damage"]["8"] >= 0 for r in mixed)
+    # of one layer, on four images, each is right to a factor only
+    few, many = (sum(r["damage"][bits] for r in mixed) for bits in "28")
+    assert few > many > 0
     assert quantize(work, "--out", "uniform", "--bits", "3").returncode == 0
     uniform = json.loads((work / "uniform/quantize.json").read_text())["layers"]
     assert {r["bits"] for r in uniform if r["kind"] == "DSConv"} == {3}

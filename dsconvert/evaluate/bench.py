@@ -46,10 +46,10 @@ def bench(
     report = progress or (lambda stage, done, total: None)
     versions = {engine: engine_version(engine) for engine in engines}
     entries = [(path, engine) for engine in engines for path in paths]
-    for path in paths:
-        if path.is_file():  # `open_model` says when it is not
-            check_external_data(path)
     with only_cpus(threads):
+        for path in paths:
+            if path.is_file():  # `open_model` says when it is not
+                check_external_data(path)
         calls = [open_model(path, engine, threads, side) for path, engine in entries]
         feet = _footprints(entries, threads, side, report)
         times = interleaved_times(calls, runs, progress=lambda done, total: report("bench", done, total))

@@ -97,8 +97,12 @@ def check_images(side: int, photographs: Sequence[Array] = ()) -> list[Array]:
     return [*photographs, drawn]
 
 
-def check_export(data: bytes, reference: Reference, ends: Ends, images: Sequence[Array]) -> None:
-    """Raises CheckError when the file cannot be run, or gives other numbers than the reference."""
+def check_export(
+    data: bytes, reference: Reference, ends: Ends, images: Sequence[Array], named: bytes | None = None
+) -> None:
+    """Raises CheckError when the file cannot be run, or gives other numbers than the reference.
+
+    Layers are told by the names of their values: `named` is the same file with all of them, where `data` lacks some."""
     for image in images:
         feed, real = _inputs(image, ends)
         wanted = decode(reference.run(real), reference.head).numpy()
@@ -106,7 +110,7 @@ def check_export(data: bytes, reference: Reference, ends: Ends, images: Sequence
         rtol, atol = EXACT if reference.exact else FLOAT
         if _close(found, wanted, image.shape[-1], rtol, atol):
             continue
-        layer = _first_wrong(data, reference, feed, real)
+        layer = _first_wrong(named or data, reference, feed, real)
         if layer is None and not _close(found, wanted, image.shape[-1], 0, NOISE, np.mean):
             layer = "Detect"
         if layer is not None:
