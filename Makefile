@@ -3,12 +3,14 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 DEMO := runs/demo
 
-.PHONY: help demo test lint setup clean
+.PHONY: help demo test lint docs package setup clean
 .DEFAULT_GOAL := help
 
 help:
-	@echo "make demo   quantize, export, evaluate and report on the embedded demo model"
-	@echo "make test   lint and run all tests"
+	@echo "make demo      quantize, export, evaluate and report on the embedded demo model"
+	@echo "make test      lint and run all tests"
+	@echo "make docs      build the documentation into site/"
+	@echo "make package   build wheel and sdist into dist/, and check them"
 
 .venv/.ready: pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -32,5 +34,13 @@ lint: setup
 test: lint
 	$(BIN)/pytest
 
+docs: setup
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+package: setup
+	rm -rf dist
+	$(BIN)/python -m build
+	$(BIN)/pytest tests/test_package.py
+
 clean:
-	rm -rf .venv runs
+	rm -rf .venv runs site build dist

@@ -1,6 +1,18 @@
-"""Post-training conversion of YOLOv5 detectors to DSConv (arXiv 1901.01928) with integer ONNX export."""
+"""Post-training conversion of YOLOv5 detectors to DSConv (arXiv 1901.01928) with integer ONNX export.
 
+The Python API is in `dsconvert.api`; its names are offered here and loaded, with torch, when first used.
+"""
+
+from __future__ import annotations
+
+import importlib
 import os
+from typing import TYPE_CHECKING, Any
+
+from dsconvert.errors import CheckError, InputError
+
+if TYPE_CHECKING:
+    from dsconvert.api import Evaluation, EvaluationRow, FloatModel, QuantizedModel, evaluate, load, quantize
 
 __version__ = "0.1.0"
 
@@ -8,3 +20,32 @@ __version__ = "0.1.0"
 # pixels: beyond 134 million (400 MB decoded) OpenCV refuses. What it thinks of broken images is said by our own errors.
 os.environ.setdefault("OPENCV_IO_MAX_IMAGE_PIXELS", str(1 << 27))
 os.environ.setdefault("OPENCV_LOG_LEVEL", "SILENT")
+__all__ = [
+    "CheckError",
+    "Evaluation",
+    "EvaluationRow",
+    "FloatModel",
+    "InputError",
+    "QuantizedModel",
+    "__version__",
+    "evaluate",
+    "load",
+    "quantize",
+]
+
+# OpenCV reads these when it is first imported, which is after this. A 100 kB file may declare an image of a billion
+# pixels: beyond 134 million (400 MB decoded) OpenCV refuses. What it thinks of broken images is said by our own errors.
+os.environ.setdefault("OPENCV_IO_MAX_IMAGE_PIXELS", str(1 << 27))
+os.environ.setdefault("OPENCV_LOG_LEVEL", "SILENT")
+
+
+def __getattr__(name: str) -> Any:
+    if name == "evaluate":  # also a package, which Python sets here whenever one of its modules is imported
+        return importlib.import_module("dsconvert.evaluate")
+    if name in __all__:
+        return getattr(importlib.import_module("dsconvert.api"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -8,7 +8,7 @@ from typing import Any
 
 from dsconvert.graph.integer import QParams
 from dsconvert.model import DSModel
-from dsconvert.pipeline import Quantized, layer_table, quantize_report
+from dsconvert.pipeline import HELD_BACK, Quantized, layer_table, quantize_report
 
 FEW_IMAGES = 32
 LARGE_SHARE = 0.3  # of the expected damage, in one layer; in the yolov5n of COCO the largest is 0.11
@@ -35,6 +35,8 @@ def _few_images(result: Quantized, options: Mapping[str, Any], available: int) -
     if not available or result.images >= FEW_IMAGES:
         return []
     read = result.images + result.skipped
+    if options["target_drop"] is not None:
+        read += min(available, options["samples"]) // HELD_BACK
     used = f"Only {result.images} calibration images were used, so the weights fit little else;"
     if available <= read:
         return [f"{used} give --calib about 100 photos like those that the model will see (no labels needed)."]
@@ -50,11 +52,14 @@ def _largest_damage(rows: Sequence[Mapping[str, Any]], options: Mapping[str, Any
     name, (damage, bits) = max(damages.items(), key=lambda item: item[1][0], default=("", (0.0, 8)))
     if bits == 8 or damage < LARGE_SHARE * total:
         return []
-    given = options["target_bytes"]
-    larger = f"a --target-size above {given / 1e6:.2f}MB" if given else "a --target-size above this file's size"
+    remedy = "a --target-size above this file's size"
+    if options["target_bytes"]:
+        remedy = f"a --target-size above {options['target_bytes'] / 1e6:.2f}MB"
+    elif options["target_drop"] is not None:
+        remedy = f"a --target-map-drop below {options['target_drop']:g}"
     return [
         f"{name}, at {bits} bits, hurts most: {100 * damage / total:.0f} % of the expected damage; "
-        f"{larger} gives it more bits."
+        f"{remedy} gives it more bits."
     ]
 
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
+import onnx
 import torch
 
 from dsconvert.dsconv.tensor import DSTensor, Width, block_count, used_width
 from dsconvert.errors import InputError
 from dsconvert.export.builder import OnnxBuilder
+from dsconvert.export.compact import compact
 from dsconvert.export.layouts import LAYOUT_OPSET, add_int8_weight
 from dsconvert.export.onnx import export_quantized
 from dsconvert.fit.allocate import Choice, allocate
@@ -28,9 +30,12 @@ Widths = Mapping[str, Width]
 def stored_bytes(shape: torch.Size, width: Width) -> int:
     """Bytes that a weight (cho, chi, kh, kw) adds to the packed file: VQK, KDS and the nodes that unpack them."""
     b = OnnxBuilder(LAYOUT_OPSET["packed"])
-    add_int8_weight(b, "model.00.m.0.cv0", empty_weight(shape, width), "packed")
-    own = [t for name, t in b.initializers.items() if name.startswith("model")]  # constants are shared by all layers
-    return sum(n.ByteSize() for n in b.nodes) + sum(t.ByteSize() for t in own)
+    name = "model.00.m.0.cv0"
+    add_int8_weight(b, name, empty_weight(shape, width), "packed")
+    # constants and tables are shared by all layers
+    nodes = [n for n in b.nodes if n.output[0].startswith(name)]
+    tensors = [t for t in b.initializers.values() if t.name.startswith(name)]
+    return compact(onnx.ModelProto(graph=onnx.GraphProto(node=nodes, initializer=tensors))).graph.ByteSize()
 
 
 def empty_weight(shape: torch.Size, width: Width) -> DSTensor:
@@ -86,11 +91,13 @@ def packed_size(
     imgsz: int,
     widths: Widths,
 ) -> int:
-    """Bytes of the packed ONNX file of a model with these widths (other layers int8), before it is fitted."""
+    """Most bytes of the packed ONNX file of a model with these widths (other layers int8), before it is fitted."""
+    # how many bits the integer biases need is known after the fit only: here they get all 32
     convs = {
         name: QConv(
-            empty_weight(p.weight.shape, widths.get(name, used_width(8, p.weight.shape[1], 0))), p.bias.detach().cpu()
+            empty_weight(p.weight.shape, widths.get(name, used_width(8, p.weight.shape[1], 0))),
+            torch.full_like(p.bias, 1e30).cpu(),
         )
         for name, p in params.items()
     }
-    return export_quantized(DSModel(graph, convs, own, head, imgsz, {}), "packed", imgsz).ByteSize()
+    return compact(export_quantized(DSModel(graph, convs, own, head, imgsz, {}), "packed", imgsz)).ByteSize()

@@ -45,3 +45,12 @@ def is_dsconv(weight: DSTensor) -> bool:
 def display_name(node: Node) -> str:
     """`model.2.m.0.cv1.conv` -> `model.2.m.0.cv1`; Detect's convolutions keep their name."""
     return node.name.removesuffix(".conv")
+
+
+def damage_by_bits(damage: Mapping[str, float], weight: DSTensor) -> dict[str, float]:
+    """A layer's provenance, "bits/block size" -> damage, as bits -> damage at the weight's block size (for plain int8
+    the largest there is). Raises ValueError when a key is neither that nor bits alone, which stand for any block."""
+    found = [(*key.partition("/")[::2], value) for key, value in damage.items()]
+    sizes = {int(size) for bits, size, _ in found if size and int(bits) < 8}
+    block = weight.block_size if is_dsconv(weight) else max(sizes, default=0)
+    return {bits: value for bits, size, value in found if not size or int(bits) == 8 or int(size) == block}

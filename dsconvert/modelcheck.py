@@ -11,7 +11,7 @@ import torch
 
 from dsconvert.graph.integer import QParams, grid_of
 from dsconvert.graph.shapes import check_node, value_shapes
-from dsconvert.model import DSModel
+from dsconvert.model import DSModel, damage_by_bits
 from dsconvert.yolo.network import MAX_ANCHOR, MAX_STRIDE, Head
 
 MAX_NODES, MAX_SIDE = 5000, 4096
@@ -80,7 +80,8 @@ def _check_provenance(model: DSModel) -> None:
     for name, by_bits in provenance.get("damage", {}).items():
         if name not in model.convs or not isinstance(by_bits, dict):
             raise ValueError("provenance damage")
-        if not {"4", str(model.convs[name].weight.bits)} <= set(by_bits):
+        weight = model.convs[name].weight
+        if not {"4", str(weight.bits)} <= set(damage_by_bits(by_bits, weight)):
             raise ValueError("provenance damage")
         if not all(isinstance(d, (int, float)) and math.isfinite(d) and d >= 0 for d in by_bits.values()):
             raise ValueError("provenance damage")

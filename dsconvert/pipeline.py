@@ -25,6 +25,7 @@ from dsconvert.evaluate.coco import Metrics
 from dsconvert.evaluate.drop import map_drop
 from dsconvert.evaluate.latency import Latency, interleaved_latency
 from dsconvert.export.check import check_accumulators, check_export, check_images, float_reference, reference_of
+from dsconvert.export.compact import compact
 from dsconvert.export.onnx import PLAIN, Ends, export_float, export_quantized
 from dsconvert.files import write_atomic
 from dsconvert.fit.gptq import fit_layer
@@ -37,7 +38,7 @@ from dsconvert.fit.synthesize import synthesize
 from dsconvert.graph.integer import QConv, QParams
 from dsconvert.graph.ir import ConvParams, Graph, Node
 from dsconvert.graph.run import run_float
-from dsconvert.model import DSModel, display_name, is_dsconv
+from dsconvert.model import DSModel, damage_by_bits, display_name, is_dsconv
 from dsconvert.modelfile import load_model, model_bytes
 from dsconvert.target import smallest_within
 from dsconvert.unfinished import read_unfinished, run_key, usable, write_unfinished
@@ -158,6 +159,7 @@ def quantize(
         keep = partial(write_unfinished, unfinished, key)
 
     def fitted(widths: Widths) -> DSModel:
+        report("widths", 1, 1)
         wanted = [(n.name, _width(widths, n.name, params[n.name].weight)) for n in graph.convs()]
         convs = fit_lockstep(
             graph, params, _layer_fit(widths, options), own, _real(kept, device),
@@ -169,7 +171,6 @@ def quantize(
         model = fitted(widths)
         return model, map_drop(model, params, held_back, lambda done, total: report("evaluate", done, total))
 
-    report("widths", 1, 1)
     drop = None
     if options.target_drop is not None:
         found = smallest_within(params, damage, options.target_drop, attempt)
@@ -347,20 +348,10 @@ def layer_table(model: DSModel) -> list[dict[str, Any]]:
                 "block_size": w.block_size if is_dsconv(w) else None,
                 "bytes": round(w.weight_bits * w.vqk.numel() / 8),
                 "float32_bytes": w.vqk.numel() * 4,
-                "damage": _damage_by_bits(damage.get(node.name), w),
+                "damage": damage_by_bits(damage[node.name], w) if node.name in damage else None,
             }
         )
     return rows
-
-
-def _damage_by_bits(damage: Mapping[str, float] | None, weight: DSTensor) -> dict[str, float] | None:
-    """From "bits/block size" -> damage to bits -> damage at the weight's block size (UNIFORM's for plain int8)."""
-    if damage is None:
-        return None
-    pairs = [(*map(int, key.split("/")), value) for key, value in damage.items()]
-    sizes = {size for bits, size, _ in pairs if bits < 8}
-    block = weight.block_size if is_dsconv(weight) else max(sizes, default=0)
-    return {str(bits): value for bits, size, value in pairs if bits == 8 or size == block}
 
 
 def save_quantized(result: Quantized, folder: Path, force: bool) -> Path:
@@ -387,7 +378,7 @@ def onnx_bytes(path: Path, layout: str, imgsz: int | None, ends: Ends = PLAIN, c
     else:
         model = load_model(path)
         side, reference = imgsz or model.imgsz, reference_of(model)
-        made = export_quantized(model, layout, side, ends)
+        made = compact(export_quantized(model, layout, side, ends))
         if check:
             check_accumulators(model)
             photographs = _first_calibration_image(model, side)

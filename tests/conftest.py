@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import cv2
@@ -16,6 +16,7 @@ from dsconvert.fit.importance import measure_importance
 from dsconvert.fit.least_squares import fit_weight
 from dsconvert.fit.lockstep import fit_lockstep
 from dsconvert.fit.ranges import choose_grids
+from dsconvert.graph.integer import QConv
 from dsconvert.model import DSModel
 from dsconvert.yolo.checkpoint import yolov5_bytes
 from dsconvert.yolo.lower import lower, split_detect
@@ -162,3 +163,23 @@ def call(capsys, monkeypatch) -> Callable[..., Answer]:
         return Answer(code, shown.out, shown.err)
 
     return run
+
+
+def _widened(conv: QConv, index: int) -> QConv:
+    """DSConv layers at 2, 3, 4, ... 8 bits in turn, every third with z; small enough that no engine saturates."""
+    if conv.weight.is_plain_int8:
+        return replace(conv, weight=replace(conv.weight, vqk=conv.weight.vqk // 2))
+    fitted = fit_weight(conv.weight.weight(), 2 + index % 7, 16)
+    shrink = replace(fitted, m=(fitted.m // 2).clamp_min(1), vqk=fitted.vqk // (1 if fitted.bits < 7 else 2))
+    room = 63 - int(shrink.merged().int().abs().amax())
+    if index % 3 or room < 1:
+        return replace(conv, weight=shrink)
+    return replace(conv, weight=replace(shrink, z=torch.full_like(shrink.m, room)))
+
+
+@pytest.fixture
+def widened(converted) -> DSModel:
+    """The tiny network with every width from 2 to 8 bits in it."""
+    convs = {name: _widened(conv, i) for i, (name, conv) in enumerate(converted.convs.items())}
+    assert {c.weight.bits for c in convs.values()} == set(range(2, 9))
+    return replace(converted, convs=convs)

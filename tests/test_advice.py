@@ -17,7 +17,7 @@ def make(converted):
 
     def build(images=128, skipped=0, damage=(), sqnr=20.0, grids=None, **options) -> Quantized:
         four_bits = [n for n, c in converted.convs.items() if c.weight.bits == 4]
-        damages = {n: {"4": d} for n, d in zip(four_bits, damage, strict=False)}
+        damages = {n: {"4/16": d} for n, d in zip(four_bits, damage, strict=False)}
         provenance = {"options": asdict(QuantizeOptions(**options)), "damage": damages}
         model = replace(converted, provenance=provenance, activations=grids or converted.activations)
         return Quantized(model, images, skipped, dict.fromkeys(converted.convs, 20.0) | {four_bits[1]: sqnr})
@@ -45,6 +45,13 @@ def test_the_layer_that_does_most_of_the_damage(make):
     (most,) = advice(make(damage=[1, 7, 2]), 128)
     assert most.startswith("model.2.cv1, at 4 bits, hurts most: 70 % of the expected damage; a --target-size above")
     assert "above 0.90MB" in advice(make(damage=[1, 7, 2], target_bytes=900_000), 128)[0]
+
+
+def test_with_a_target_for_the_loss_images_are_held_back_on_purpose(make):
+    assert advice(make(images=96, target_drop=1.0), 128) == []
+    assert "photos" in advice(make(images=9, target_drop=1.0), 12)[0]  # three of them held back
+    (most,) = advice(make(damage=[1, 7, 2], target_drop=1.0), 128)
+    assert "a --target-map-drop below 1 gives it more bits" in most
 
 
 def test_with_one_width_the_largest_error_speaks(make):

@@ -18,6 +18,8 @@ from onnx.reference import ReferenceEvaluator
 from dsconvert.dsconv.tensor import DSTensor
 from dsconvert.errors import InputError
 from dsconvert.export.builder import OnnxBuilder
+from dsconvert.export.compact import compact
+from dsconvert.export.decode import add_decode
 from dsconvert.export.inspect import conv_weights
 from dsconvert.export.layouts import add_int8_weight
 from dsconvert.export.onnx import Ends, export_float, export_quantized
@@ -27,6 +29,7 @@ from dsconvert.graph.ir import ConvParams
 from dsconvert.graph.run import run_float
 from dsconvert.yolo.decode import decode
 from dsconvert.yolo.lower import lower
+from dsconvert.yolo.network import Head
 
 LAYOUTS = ("packed", "blocked", "int8")
 LEVELS = ort.GraphOptimizationLevel
@@ -94,13 +97,14 @@ def test_without_optimisation_the_maps_are_the_same_but_for_rounding(converted, 
         assert np.abs(a.astype(int) - b).mean() < 1
 
 
-def test_optimised_packed_graph_has_no_weight_arithmetic(converted, tmp_path):
+def test_optimised_packed_graph_has_no_weight_arithmetic(widened, tmp_path):
+    converted = widened
     saved = str(tmp_path / "optimised.onnx")
-    session(export_quantized(converted, "packed", SIDE), LEVELS.ORT_ENABLE_EXTENDED, saved)
+    session(compact(export_quantized(converted, "packed", SIDE)), LEVELS.ORT_ENABLE_EXTENDED, saved)
     optimised = onnx.load(saved)
     kinds = Counter(n.op_type for n in optimised.graph.node)
     assert kinds["QLinearConv"] == len(converted.convs)
-    assert not {"Conv", "Cast", "Expand", "Slice"} & set(kinds)
+    assert not {"Conv", "Cast", "Expand", "Slice", "Split", "Gather", "Mod", "Range"} & set(kinds)
     floats = [n for n in optimised.graph.node if n.op_type in ("Mul", "DequantizeLinear")]
     initializers = {t.name for t in optimised.graph.initializer}
     assert not [n for n in floats if all(i in initializers for i in n.input)]  # nothing constant is left to compute
@@ -160,6 +164,18 @@ def test_image_size_must_fit_the_stride(converted):
         export_quantized(converted, "packed", 60)
 
 
+def test_boxes_of_grids_that_are_no_multiples_of_each_other():
+    """Strides 4 and 6: rows are spread out by runs of gcd(6^2, 4^2) = 4 boxes."""
+    head = Head(("a", "b"), (4, 6), (((3.0, 5.0), (6.0, 4.0)), ((9.0, 7.0), (8.0, 2.0))))
+    raw = [torch.randn(2, 14, side, side, generator=torch.Generator().manual_seed(side)) for side in (6, 4)]
+    b = OnnxBuilder(21)
+    decoded = add_decode(b, ["x", "y"], head, 24)
+    b.node("Concat", [decoded.box, decoded.conf], "out", axis=2)
+    model = b.model({n: tuple(t.shape) for n, t in zip("xy", raw, strict=True)}, {"out": (2, 104, 7)}, {})
+    found = session(model).run(None, {n: t.numpy() for n, t in zip("xy", raw, strict=True)})[0]
+    np.testing.assert_allclose(found, decode(raw, head).numpy(), rtol=1e-5, atol=2e-5)  # two libraries' sigmoids
+
+
 def random_tensor(cho: int, chi: int, k: int, bits: int, block: int, shifted: bool) -> DSTensor:
     weight = torch.randn(cho, chi, k, k, generator=torch.Generator().manual_seed(chi))
     fitted = fit_weight(weight, bits, block)
@@ -171,10 +187,12 @@ def random_tensor(cho: int, chi: int, k: int, bits: int, block: int, shifted: bo
 
 @pytest.mark.parametrize("layout", ["packed", "blocked"])
 @pytest.mark.parametrize("bits", range(2, 9))
-@pytest.mark.parametrize(("chi", "block"), [(32, 32), (64, 32), (48, 32), (5, 2), (3, 32), (6, 1)])
+@pytest.mark.parametrize(("chi", "block", "k"),
+                         [(32, 32, 3), (64, 32, 3), (48, 32, 3), (5, 2, 3), (3, 32, 3), (6, 1, 3), (32, 32, 1),
+                          (64, 16, 1), (48, 32, 1), (6, 3, 1), (8, 4, 2)])  # fmt: skip
 @pytest.mark.parametrize("shifted", [False, True])
-def test_stored_weights_decode_to_the_merged_int8(layout, bits, chi, block, shifted):
-    weight = random_tensor(4, chi, 3, bits, block, shifted)
+def test_stored_weights_decode_to_the_merged_int8(layout, bits, chi, block, k, shifted):
+    weight = random_tensor(3, chi, k, bits, block, shifted)
     b = OnnxBuilder(21)
     name = add_int8_weight(b, "w", weight, layout)
     if name in b.initializers:  # plain int8

@@ -74,7 +74,7 @@ def test_recipes_are_what_they_say(work, call, monkeypatch):
         return options_of(call, monkeypatch, work, *args)
 
     assert of("--config", "balanced") == of() == pipeline.QuantizeOptions()
-    assert of("--config", "seed") == pipeline.QuantizeOptions(blocks="head", scope="bottleneck", bits=4)
+    assert of("--config", "seed") == pipeline.QuantizeOptions(blocks="head", scope="bottleneck", bits=4, block_size=32)
     assert of("--config", "smallest") == pipeline.QuantizeOptions(bits=3)
     assert of("--config", "safest") == pipeline.QuantizeOptions(bits=8, activations="float")
 
@@ -95,6 +95,7 @@ def test_the_command_line_wins(work, call, monkeypatch):
     assert of("--config", "size.yaml").target_bytes == 500_000
     typed = of("--config", "size.yaml", "--bits", "4")
     assert (typed.bits, typed.target_bytes) == (4, None)
+    assert of("--config", "size.yaml", "--target-map-drop", "1").target_bytes is None
 
 
 @pytest.mark.parametrize(

@@ -58,6 +58,7 @@ class ByteSize(click.ParamType):
 # What a configuration file may set, and the parameter that each option fills.
 CONFIGURABLE = {f.name.replace("_", "-"): f.name for f in fields(pipeline.QuantizeOptions)}
 CONFIGURABLE["target-size"] = CONFIGURABLE.pop("target-bytes")
+CONFIGURABLE["target-map-drop"] = CONFIGURABLE.pop("target-drop")
 
 
 def _configure(context: click.Context, parameter: click.Parameter, value: str | None) -> None:
@@ -131,7 +132,8 @@ def quantize(
     except BaseException:
         if out is None:
             with contextlib.suppress(OSError):
-                folder.rmdir()  # only when nothing was fitted yet
+                for made in (folder, *folder.parents[:2]):
+                    made.rmdir()  # only what is empty: nothing was fitted yet
         raise
     written = pipeline.save_quantized(result, folder, force)
     (folder / UNFINISHED).unlink(missing_ok=True)

@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from dsconvert import pipeline
-from dsconvert.commands.shared import PATH, RUNS, bars, force, threads
+from dsconvert.commands.shared import PATH, RUNS, bars, force, tell, threads
 from dsconvert.errors import InputError
 from dsconvert.files import write_atomic
 
@@ -52,4 +52,4 @@ def report(
     with bars() as progress:
         page = page_bytes(gather(options, progress))
     write_atomic(target, page, force)
-    click.echo(f"Wrote {target} ({len(page) / 1e6:.2f} MB). Open it in a browser.")
+    tell(f"Wrote {target} ({len(page) / 1e6:.2f} MB). Open it in a browser.")

@@ -145,7 +145,7 @@ def bars(quiet: bool = False, lines: bool = False) -> Iterator[pipeline.Progress
                 close(*open_stage[0])  # it ended short of its total
             if stage not in tasks:
                 tasks[stage] = shown.add_task(STAGES.get(stage, stage), total=total)
-            shown.update(tasks[stage], completed=done, total=total)
+            shown.update(tasks[stage], completed=done, total=total, visible=True)
             open_stage[:] = [(stage, done)]
             if done >= total:
                 close(stage, done)

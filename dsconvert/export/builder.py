@@ -42,6 +42,10 @@ class OnnxBuilder:
             self._shared[key] = self.tensor(f"c{len(self._shared)}", value)
         return self._shared[key]
 
+    def has(self, value: str) -> bool:
+        """Whether a node makes this value already."""
+        return any(value in node.output for node in self.nodes)
+
     def shape(self, *dims: int) -> str:
         """A shape for Reshape and its kin."""
         return self.constant(np.array(dims, np.int64))

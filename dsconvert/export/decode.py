@@ -6,11 +6,11 @@ are they dequantized, each row with its level's grid, and decoded together.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 from onnx import helper
 
 from dsconvert.export.builder import OnnxBuilder
@@ -49,14 +49,12 @@ def add_decode(
 def _pixels(b: OnnxBuilder, box: str, head: Head, sides: Sequence[int]) -> str:
     """Sigmoids s (n, boxes, 4) -> pixels. The centre is 2 stride s + cell, the size s^2 4 anchor: both are
     s * linear + cell + s^2 * square, with zeros where the other has numbers, as taking s apart would cost more."""
-    linear = [np.array([2 * stride, 2 * stride, 0, 0], np.float32).reshape(1, 1, 1, 1, 4) for stride in head.strides]
-    square = [np.pad(np.array(a, np.float32) * 4, ((0, 0), (2, 0))).reshape(1, -1, 1, 1, 4) for a in head.anchors]
-    first = b.node("Mul", [box, _rows(b, [b.constant(v) for v in linear], "detect.linear", head.na, sides)], "detect.s")
-    cells = _rows(b, _centres(b, head.strides, sides), "detect.cells", head.na, sides)
-    first = b.node("Add", [first, cells], "detect.placed")
+    linear = [[(2 * stride, 2 * stride, 0, 0)] * head.na for stride in head.strides]
+    square = [[(0, 0, 4 * w, 4 * h) for w, h in level] for level in head.anchors]
+    first = b.node("Mul", [box, _rows(b, linear, "detect.linear", sides)], "detect.s")
+    first = b.node("Add", [first, _cells(b, head, sides)], "detect.placed")
     second = b.node("Mul", [box, box], "detect.s2")
-    anchors = _rows(b, [b.constant(v) for v in square], "detect.square", head.na, sides)
-    second = b.node("Mul", [second, anchors], "detect.sized")
+    second = b.node("Mul", [second, _rows(b, square, "detect.square", sides)], "detect.sized")
     return b.node("Add", [first, second], "detect.pixels")
 
 
@@ -65,51 +63,50 @@ def _table(
     grids: Sequence[QParams] | None,
 ) -> str:  # fmt: skip
     """Raw maps (n, na * columns, ny, nx), one a level -> their sigmoids (n, boxes, columns)."""
+    run, runs = _runs(sides)
     levels = []
     for i, (value, side) in enumerate(zip(maps, sides, strict=True)):
         split = b.node("Reshape", [value, b.shape(0, na, columns, side, side)], f"{name}.{i}.split")
         last = b.node("Transpose", [split], f"{name}.{i}.last", perm=[0, 1, 3, 4, 2])
-        levels.append(b.node("Reshape", [last, b.shape(0, -1, columns)], f"{name}.{i}.rows"))
+        levels.append(b.node("Reshape", [last, b.shape(0, na * runs[i], run * columns)], f"{name}.{i}.runs"))
     joined = b.node("Concat", levels, f"{name}.raw", axis=1)
     if grids is not None:
-        counts = [na * side * side for side in sides]
-        scales = [np.full(1, g.scale, np.float32) for g in grids]
-        zeros = [np.full(1, g.zero_point, np.uint8) for g in grids]
-        real = [_each(b, values, f"{name}.{part}", counts) for values, part in ((scales, "scale"), (zeros, "zero"))]
-        joined = b.node("DequantizeLinear", [joined, *real], f"{name}.real", axis=1)
-    return b.node("Sigmoid", [joined], f"{name}.sigmoid")
+        repeats = [na * count for count in runs]
+        scale = b.constant(np.repeat(np.array([g.scale for g in grids], np.float32), repeats))
+        zero = b.constant(np.repeat(np.array([g.zero_point for g in grids], np.uint8), repeats))
+        joined = b.node("DequantizeLinear", [joined, scale, zero], f"{name}.real")  # axis 1
+    sigmoid = b.node("Sigmoid", [joined], f"{name}.sigmoid")
+    return b.node("Reshape", [sigmoid, b.shape(0, -1, columns)], f"{name}.rows")
 
 
-def _each(b: OnnxBuilder, values: Sequence[NDArray[np.generic]], name: str, counts: Sequence[int]) -> str:
-    """Every value as often as its count says: an engine spreads them out once, at load."""
-    parts = [
-        b.node("Expand", [b.constant(v), b.shape(count)], f"{name}.{i}")
-        for i, (v, count) in enumerate(zip(values, counts, strict=True))
-    ]
-    return b.node("Concat", parts, name, axis=0)
+def _runs(sides: Sequence[int]) -> tuple[int, list[int]]:
+    """The longest run of boxes that divides every level's grid, and how many of them each grid is. Runs have one
+    level and one anchor, so what these decide is written once a run, and spread out by the engine at load."""
+    run = math.gcd(*(side * side for side in sides))
+    return run, [side * side // run for side in sides]
 
 
-def _rows(b: OnnxBuilder, values: Sequence[str], name: str, na: int, sides: Sequence[int]) -> str:
-    """Values that broadcast to (1, na, side, side, 4), one a level -> (1, boxes, 4), spread out at load."""
+def _rows(b: OnnxBuilder, values: Sequence[Sequence[tuple[float, ...]]], name: str, sides: Sequence[int]) -> str:
+    """Four numbers for every level and anchor -> (boxes, 4)."""
+    run, runs = _runs(sides)
+    short = np.array([row for level, count in zip(values, runs, strict=True) for row in level for _ in range(count)])
+    wide = b.node(
+        "Expand", [b.constant(short.astype(np.float32)[:, None]), b.shape(len(short), run, 4)], f"{name}.wide"
+    )
+    return b.node("Reshape", [wide, b.shape(-1, 4)], name)
+
+
+def _cells(b: OnnxBuilder, head: Head, sides: Sequence[int]) -> str:
+    """Cell centres minus one half, in pixels, and two zeros, (boxes, 4)."""
     levels = []
-    for i, (value, side) in enumerate(zip(values, sides, strict=True)):
-        wide = b.node("Expand", [value, b.shape(1, na, side, side, 4)], f"{name}.{i}.wide")
-        levels.append(b.node("Reshape", [wide, b.shape(1, -1, 4)], f"{name}.{i}"))
-    return b.node("Concat", levels, name, axis=1)
-
-
-def _centres(b: OnnxBuilder, strides: Sequence[int], sides: Sequence[int]) -> list[str]:
-    """Cell centres minus one half, in pixels, and two zeros, (1, 1, side, side, 4) a level."""
-    grids = []
-    for i, (stride, side) in enumerate(zip(strides, sides, strict=True)):
+    is_x = b.constant(np.array([True, False, True, False]))
+    for i, (stride, side) in enumerate(zip(head.strides, sides, strict=True)):
         steps = (np.arange(side, dtype=np.float32) - np.float32(0.5)) * stride
-        spread = b.shape(1, 1, side, side, 1)
-        gx = b.node("Expand", [b.constant(steps.reshape(1, 1, 1, side, 1)), spread], f"detect.{i}.gx")
-        gy = b.node("Expand", [b.constant(steps.reshape(1, 1, side, 1, 1)), spread], f"detect.{i}.gy")
-        zeros = b.node("Expand", [b.constant(np.zeros((1, 1, 1, 1, 2), np.float32)), b.shape(1, 1, side, side, 2)],
-                       f"detect.{i}.zeros")  # fmt: skip
-        grids.append(b.node("Concat", [gx, gy, zeros], f"detect.{i}.centres", axis=4))
-    return grids
+        x, y = (b.constant(steps.reshape(shape)) for shape in ((1, side, 1), (side, 1, 1)))
+        both = b.node("Where", [is_x, x, y], f"detect.{i}.xyxy")
+        levels += [b.node("Reshape", [both, b.shape(-1, 4)], f"detect.{i}.cells")] * head.na
+    joined = b.node("Concat", levels, "detect.xyxy", axis=0)
+    return b.node("Mul", [joined, b.constant(np.array([1, 1, 0, 0], np.float32))], "detect.cells")
 
 
 def box_count(head: Head, imgsz: int) -> int:

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 import onnx
 from onnx import TensorProto, numpy_helper
 
+NO_WEIGHT = (TensorProto.INT32, TensorProto.INT64)  # shapes, places and tables
 BITS: dict[int, int] = {
     TensorProto.FLOAT: 32, TensorProto.FLOAT16: 16, TensorProto.BFLOAT16: 16, TensorProto.INT8: 8,
-    TensorProto.UINT8: 8, TensorProto.INT4: 4, TensorProto.UINT4: 4, TensorProto.INT32: 32,
+    TensorProto.UINT8: 8, TensorProto.INT4: 4, TensorProto.UINT4: 4,
 }  # fmt: skip
 
 
@@ -26,7 +27,8 @@ class OnnxWeight:
 
 
 def conv_weights(model: onnx.ModelProto) -> list[OnnxWeight]:
-    """One entry for every Conv, ConvInteger or QLinearConv, in graph order. Shapes and zero points are not counted.
+    """One entry for every Conv, ConvInteger or QLinearConv, in graph order. Scalars, shapes and tables are not
+    counted.
 
     Each weight is taken once where several nodes of its chain read it. Raises RecursionError, IndexError or ValueError
     for graphs that are none."""
@@ -39,11 +41,12 @@ def conv_weights(model: onnx.ModelProto) -> list[OnnxWeight]:
         place = 3 if node.op_type == "QLinearConv" else 1
         if len(node.input) <= place:
             continue
-        parts = _sources(node.input[place], makers, tensors, set())
+        sources = _sources(node.input[place], makers, tensors, set())
+        parts = [t for t in sources if t.dims and t.data_type not in NO_WEIGHT]
         if not parts:
             continue
         largest = max(parts, key=_count)
-        bits = sum(_count(t) * BITS.get(t.data_type, 32) for t in parts if t.dims and t.data_type != TensorProto.INT64)
+        bits = sum(_count(t) * BITS.get(t.data_type, 32) for t in parts)
         scale_bits = sum(_count(t) * 32 for t in parts if t is not largest and t.data_type == TensorProto.FLOAT)
         shape = _shape(node.input[place], makers, tensors, set()) or largest.dims
         known = largest.data_type in TensorProto.DataType.values()
@@ -73,9 +76,7 @@ def _sources(
     node = makers.get(value)
     if node is None:
         return []
-    # the second input of these says how pieces are taken apart, and is shared by all layers: no part of the weight
-    inputs = node.input[:1] if node.op_type in ("BitShift", "BitwiseAnd", "Div", "Mod") else node.input
-    return [t for name in inputs for t in _sources(name, makers, tensors, seen)]
+    return [t for name in node.input for t in _sources(name, makers, tensors, seen)]
 
 
 def _shape(
@@ -90,7 +91,7 @@ def _shape(
     node = makers.get(value)
     if node is None:
         return None
-    if node.op_type in ("DequantizeLinear", "QuantizeLinear", "Cast", "Add"):
+    if node.op_type in ("DequantizeLinear", "QuantizeLinear", "Cast", "Add", "Mul"):
         return _shape(node.input[0], makers, tensors, seen)
     if node.op_type == "Concat":  # along the input channels
         parts = [_shape(name, makers, tensors, seen) for name in node.input]

@@ -1,17 +1,19 @@
 """How one DSConv weight is spelled in ONNX. Every layout yields the same int8 numbers, m * VQK + z.
 
 packed  VQK in its own number of bits and m as UINT4; Cast, Mul, Cast, Reshape give int8, which ONNX Runtime folds
-        once at load. 4 bits are INT4; the others are pieces of 4, 2 and 1 bits (6 = 4 + 2), those of 4 UINT4, the
-        smaller ones two or four to a UINT4, which Div and Mod take apart. Opset 21 (INT4).
+        once at load. 4 bits are INT4. Of other widths, every 4 bits are UINT4 and what is left (6 = 4 + 2) comes in
+        runs of four VQK: a number of 4, 8 or 12 bits, which a table takes apart. Few nodes and few INT32 copies of
+        the weight: a fresh process pays for both when it loads the file. Opset 21 (INT4).
 blocked 4-bit VQK -> DequantizeLinear in blocks of channels, its scale m -> Cast INT8: the operator ONNX has for block
         scales. OpenVINO folds it; ONNX Runtime computes it anew in every inference. A short last block is stored as a
         tensor of its own (OpenVINO refuses ragged blocks). Other widths are spelled as in packed: OpenVINO folds
         those too, but a blocked DequantizeLinear of INT8 it leaves beside a float convolution. Opset 21.
 int8    the merged int8 tensor itself. Opset 13 (per-channel DequantizeLinear); runs anywhere, file twice as big.
 
-OpenVINO folds constants of 4 bits and casts of them, but leaves INT8 and UINT8 constants as they are and then
-convolves in float. So the chains start from INT4 and UINT4 (z excepted, which is added late and does no harm), and
-every layout becomes the same int8 convolution in both engines.
+OpenVINO folds constants of 4 bits and casts of them, but leaves INT8 and UINT8 constants as they are where a
+multiplication or subtraction follows the cast, and then convolves in float. So UINT8 meets an addition or a table
+first (z is added late and does no harm), and every layout becomes the same int8 convolution in both engines.
+BitwiseAnd, BitShift and a QuantizeLinear of constants it does not fold at all.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ from onnx import TensorProto
 from dsconvert.dsconv.tensor import DSTensor, block_count
 from dsconvert.export.builder import OnnxBuilder
 
+INT32 = TensorProto.INT32
 LAYOUT_OPSET = {"packed": 21, "blocked": 21, "int8": 13}
 
 
@@ -33,21 +36,46 @@ def add_int8_weight(b: OnnxBuilder, name: str, weight: DSTensor, layout: str) ->
         return b.tensor(f"{name}.weight", weight.merged().numpy())
     if layout == "blocked" and weight.bits == 4:
         return _blocked(b, name, weight)
-    cho, chi, kh, kw = weight.vqk.shape
-    nblk, taps = block_count(chi, weight.block_size), kh * kw
-    ragged = chi % weight.block_size != 0 and nblk > 1
-    kds = weight.m.numpy().astype(ml_dtypes.uint4).reshape(cho, nblk, 1, taps)
-    # a short last block cannot be a block axis: there the shifts are spread over the channels instead
-    integers = _vqk(b, name, weight, (cho, chi, taps) if ragged else (cho, nblk, chi // nblk, taps))
-    shifts = b.node("Cast", [b.tensor(f"{name}.kds", kds)], f"{name}.kds32", to=TensorProto.INT32)
-    spread = _spread if ragged else _keep
-    merged = b.node("Mul", [integers, spread(b, shifts, f"{name}.kds", weight)], f"{name}.scaled")
+    shape, blocks, taps = _axes(weight)
+
+    def shift(stored: str) -> str:
+        """KDS as they meet VQK: once a block and tap, or spread out where these are no axes of VQK."""
+        value = b.node("Cast", [stored], f"{stored}32", to=INT32)
+        if taps is not None:
+            return b.node("Gather", [value, b.constant(taps)], f"{stored}.runs", axis=3)
+        return _spread(b, value, stored, weight) if _is_ragged(weight) else value
+
+    value = _vqk(b, name, weight, shape)
+    kds = b.tensor(f"{name}.kds", weight.m.numpy().reshape(blocks).astype(ml_dtypes.uint4))
+    value = b.node("Mul", [value, shift(kds)], f"{name}.scaled")
     if weight.z is not None:
-        z = b.tensor(f"{name}.kdsb", weight.z.numpy().reshape(cho, nblk, 1, taps))
-        z = b.node("Cast", [z], f"{name}.kdsb32", to=TensorProto.INT32)
-        merged = b.node("Add", [merged, spread(b, z, f"{name}.kdsb", weight)], f"{name}.shifted")
-    flat = b.node("Cast", [merged], f"{name}.int8", to=TensorProto.INT8)
-    return b.node("Reshape", [flat, b.shape(cho, chi, kh, kw)], f"{name}.weight")
+        z = b.tensor(f"{name}.kdsb", weight.z.numpy().reshape(blocks))
+        value = b.node("Add", [value, shift(z)], f"{name}.shifted")
+    value = b.node("Cast", [value], f"{name}.int8", to=TensorProto.INT8)
+    whole = tuple(weight.vqk.shape)
+    return value if shape == whole else b.node("Reshape", [value, b.shape(*whole)], f"{name}.weight")
+
+
+def _is_ragged(weight: DSTensor) -> bool:
+    """A short last block cannot be a block axis: there the shifts are spread over the channels instead."""
+    return weight.vqk.shape[1] % min(weight.block_size, weight.vqk.shape[1]) != 0
+
+
+def _axes(weight: DSTensor) -> tuple[tuple[int, ...], tuple[int, ...], NDArray[np.int64] | None]:
+    """Shapes of VQK and of KDS in which they can be multiplied, and where runs of four VQK go across taps, the tap of
+    each member of a run (taps, 4): KDS (cho, nblk, 1, taps) are then looked up by it."""
+    cho, chi, kh, kw = weight.vqk.shape
+    nblk, size, taps = block_count(chi, weight.block_size), min(weight.block_size, chi), kh * kw
+    if _is_ragged(weight):
+        return (cho, chi, kh, kw), (cho, nblk, 1, kh, kw), None
+    if weight.bits % 4 and size % 4 == 0:
+        shape = (cho, nblk, size // 4, taps, 4)
+        if taps == 1:
+            return shape, (cho, nblk, 1, 1, 1), None
+        return shape, (cho, nblk, 1, taps), np.arange(4 * taps, dtype=np.int64).reshape(taps, 4) % taps
+    if nblk == 1:
+        return (cho, chi, kh, kw), (cho, 1, kh, kw), None
+    return (cho, nblk, size, kh, kw), (cho, nblk, 1, kh, kw), None
 
 
 def _blocked(b: OnnxBuilder, name: str, weight: DSTensor) -> str:
@@ -58,11 +86,9 @@ def _blocked(b: OnnxBuilder, name: str, weight: DSTensor) -> str:
     parts = [_block_range(b, name, weight, first, last) for first, last in edges if first < last]
     real = parts[0] if len(parts) == 1 else b.node("Concat", parts, f"{name}.scaled", axis=1)
     if weight.z is not None:
-        z = weight.z.numpy().reshape(cho, -1, 1, kh * kw)
-        z_real = b.node("Cast", [b.tensor(f"{name}.kdsb", z)], f"{name}.kdsb32", to=TensorProto.FLOAT)
-        spread = _spread(b, z_real, f"{name}.kdsb", weight)
-        shaped = b.node("Reshape", [spread, b.shape(cho, chi, kh, kw)], f"{name}.kdsb4d")
-        real = b.node("Add", [real, shaped], f"{name}.shifted")
+        z = b.tensor(f"{name}.kdsb", weight.z.numpy().reshape(cho, -1, 1, kh, kw))
+        z_real = b.node("Cast", [z], f"{name}.kdsb32", to=TensorProto.FLOAT)
+        real = b.node("Add", [real, _spread(b, z_real, z, weight)], f"{name}.shifted")
     return b.node("Cast", [real], f"{name}.weight", to=TensorProto.INT8)
 
 
@@ -79,52 +105,75 @@ def _block_range(b: OnnxBuilder, name: str, weight: DSTensor, first: int, last: 
 
 
 def _vqk(b: OnnxBuilder, name: str, weight: DSTensor, shape: tuple[int, ...]) -> str:
-    """VQK as an INT32 value of the given shape."""
-    vqk = weight.vqk.numpy().reshape(shape)
-    if weight.bits == 4:
-        stored = b.tensor(f"{name}.vqk", vqk.astype(ml_dtypes.int4))
-        return b.node("Cast", [stored], f"{name}.vqk32", to=TensorProto.INT32)
-    offset = 1 << (weight.bits - 1)
-    rest, unsigned, position = weight.bits, vqk.astype(np.int32) + offset, 0
-    total = b.constant(np.array(-offset, np.int32))
-    for width in (4, 2, 1):
-        while rest >= width:
-            rest -= width
-            piece = (unsigned >> position & (1 << width) - 1).astype(np.int32)
-            part = f"{name}.vqk{position}"
-            value = _piece(b, part, piece, width)
-            if position:
-                value = b.node("Mul", [value, b.constant(np.array(1 << position, np.int32))], f"{part}.up")
-            total = b.node("Add", [value, total], f"{part}.sum")
-            position += width
+    """VQK as an INT32 value of the given shape: INT4 as it is, other widths as the sum of their pieces."""
+    vqk, bits = weight.vqk.numpy().reshape(shape), weight.bits
+    if bits == 4:
+        return b.node("Cast", [b.tensor(f"{name}.vqk", vqk.astype(ml_dtypes.int4))], f"{name}.vqk32", to=INT32)
+    unsigned, total, position = vqk.astype(np.int32) + (1 << bits - 1), "", 0
+    widths = [4] * (bits // 4) + [bits % 4] * (bits % 4 > 0)
+    for width in widths:
+        bottom = -(1 << bits - 1) if position + width == bits else 0  # the last piece takes the offset back
+        piece = unsigned >> position & (1 << width) - 1
+        part = f"{name}.vqk{position if len(widths) > 1 else ''}"
+        value = _piece(b, part, piece, width, 1 << position, bottom)
+        total = b.node("Add", [total, value], f"{part}.sum") if total else value
+        position += width
     return total
 
 
-def _piece(b: OnnxBuilder, name: str, piece: NDArray[np.int32], width: int) -> str:
-    """Unsigned integers of 4, 2 or 1 bits as an INT32 value."""
+def _piece(b: OnnxBuilder, name: str, piece: NDArray[np.int32], width: int, unit: int, bottom: int) -> str:
+    """unit * piece + bottom as an INT32 value of the piece's shape.
+
+    Below 4 bits, a run of 4 integers is one number of 4, 8 or 12 bits, which a table takes apart."""
     if width == 4:
-        return b.node("Cast", [b.tensor(name, piece.astype(ml_dtypes.uint4))], f"{name}.i", to=TensorProto.INT32)
-    per_nibble = 4 // width
-    flat = np.pad(piece.reshape(-1), (0, -piece.size % per_nibble)).reshape(-1, per_nibble)
-    powers = 1 << np.arange(0, 4, width, dtype=np.int32)[None]
-    stored = b.tensor(name, (flat * powers).sum(1, keepdims=True).astype(ml_dtypes.uint4))
-    value = b.node("Cast", [stored], f"{name}.i", to=TensorProto.INT32)
-    value = b.node("Div", [value, b.constant(powers)], f"{name}.moved")
-    value = b.node("Mod", [value, b.constant(np.array(1 << width, np.int32))], f"{name}.bits")
-    if piece.size % per_nibble:
+        value = b.node("Cast", [b.tensor(name, piece.astype(ml_dtypes.uint4))], f"{name}.i", to=INT32)
+        if (unit, bottom) == (1, 0):
+            return value
+        return b.node("Gather", [b.constant(np.arange(16, dtype=np.int32) * unit + bottom), value], f"{name}.t")
+    runs = np.pad(piece.reshape(-1), (0, -piece.size % 4)).reshape(-1, 4)
+    numbers = (runs << np.arange(4, dtype=np.int32) * width).sum(1, dtype=np.int32)
+    if piece.shape[-1] == 4:
+        number = _number(b, name, numbers.reshape(piece.shape[:-1]), 4 * width)
+        return b.node("Gather", [_table(b, width, unit, bottom), number], f"{name}.t")
+    number = _number(b, name, numbers, 4 * width)
+    value = b.node("Gather", [_table(b, width, unit, bottom), number], f"{name}.t")
+    if runs.size > piece.size:
         value = b.node("Reshape", [value, b.shape(-1)], f"{name}.flat")
         value = b.node("Slice", [value, b.shape(0), b.shape(piece.size), b.shape(0)], f"{name}.cut")
     return b.node("Reshape", [value, b.shape(*piece.shape)], f"{name}.all")
 
 
-def _keep(b: OnnxBuilder, value: str, name: str, weight: DSTensor) -> str:
-    return value
+def _number(b: OnnxBuilder, name: str, numbers: NDArray[np.int32], bits: int) -> str:
+    """Numbers of 4, 8 or 12 bits as an INT32 value: UINT4, UINT8, or both."""
+    kind = ml_dtypes.uint4 if bits == 4 else np.uint8
+    low = b.node("Cast", [b.tensor(name, (numbers & 255).astype(kind))], f"{name}.i", to=INT32)
+    if bits <= 8:
+        return low
+    stored = b.tensor(f"{name}.high", (numbers >> 8).astype(ml_dtypes.uint4))
+    high = b.node("Cast", [stored], f"{name}.high32", to=INT32)
+    high = b.node("Mul", [high, b.constant(np.array(256, np.int32))], f"{name}.up")
+    return b.node("Add", [low, high], f"{name}.number")
+
+
+def _table(b: OnnxBuilder, width: int, unit: int, bottom: int) -> str:
+    """(16^width, 4) INT32: the run of integers with that number, times unit plus bottom. It is computed, so that the
+    file need not hold it."""
+    name = f"table{width}x{unit}"
+    if not b.has(name):
+        first, end, one = (b.constant(np.array(v, np.int32)) for v in (0, 1 << 4 * width, 1))
+        value = b.node("Range", [first, end, one], f"{name}.n")
+        value = b.node("Reshape", [value, b.shape(-1, 1)], f"{name}.column")
+        value = b.node("Div", [value, b.constant(1 << np.arange(4, dtype=np.int32) * width)], f"{name}.shifted")
+        value = b.node("Mod", [value, b.constant(np.array(1 << width, np.int32))], f"{name}.bits")
+        value = b.node("Mul", [value, b.constant(np.array(unit, np.int32))], f"{name}.scaled")
+        b.node("Add", [value, b.constant(np.array(bottom, np.int32))], name)
+    return name
 
 
 def _spread(b: OnnxBuilder, value: str, name: str, weight: DSTensor) -> str:
-    """(cho, nblk, 1, taps) -> (cho, chi, taps), each block's value over its channels."""
+    """(cho, nblk, 1, kh, kw) -> (cho, chi, kh, kw), each block's value over its channels."""
     cho, chi, kh, kw = weight.vqk.shape
-    nblk, taps = block_count(chi, weight.block_size), kh * kw
-    wide = b.node("Expand", [value, b.shape(cho, nblk, weight.block_size, taps)], f"{name}.wide")
-    flat = b.node("Reshape", [wide, b.shape(cho, nblk * weight.block_size, taps)], f"{name}.flat")
+    nblk, size = block_count(chi, weight.block_size), weight.block_size
+    wide = b.node("Expand", [value, b.shape(cho, nblk, size, kh, kw)], f"{name}.wide")
+    flat = b.node("Reshape", [wide, b.shape(cho, nblk * size, kh, kw)], f"{name}.flat")
     return b.node("Slice", [flat, b.shape(0), b.shape(chi), b.shape(1)], f"{name}.spread")

@@ -17,6 +17,7 @@ import onnx
 
 from dsconvert.dsconv.tensor import DSTensor
 from dsconvert.errors import InputError
+from dsconvert.export.biases import Biases
 from dsconvert.export.builder import OnnxBuilder
 from dsconvert.export.decode import add_decode, box_count
 from dsconvert.export.inputs import BYTES, INPUT_TYPES, add_real_image
@@ -50,6 +51,7 @@ def export_quantized(model: DSModel, layout: str, imgsz: int, ends: Ends = PLAIN
         q = _Quantized(b, model, layout, ends.input_type)
         for node in model.graph.nodes:
             q.add(node)
+        q.biases.finish()
         raw, grids = [q.uint8[name] for name in model.graph.outputs], [q.grids[name] for name in model.graph.outputs]
     else:
         image = add_real_image(b, ends.input_type)
@@ -70,7 +72,7 @@ def export_float(
             p, name = params[node.name], display_name(node)
             weight = b.tensor(f"{name}.weight", p.weight.numpy())
             bias = b.tensor(f"{name}.bias", p.bias.numpy())
-            _conv(b, node, [node.inputs[0], weight, bias], p.weight.shape[2])
+            _conv(b, node, [node.inputs[0], weight, bias])
         else:
             _float_op(b, node, list(node.inputs), node.name)
     return _finish(b, list(graph.outputs), None, head, imgsz, ends, {})
@@ -108,12 +110,15 @@ def _finish(
     return b.model({INPUT: (n, 3, imgsz, imgsz)}, output, metadata, INPUT_TYPES[ends.input_type])
 
 
-def _conv(b: OnnxBuilder, node: Node, inputs: list[str], kernel: int) -> str:
+def _conv(b: OnnxBuilder, node: Node, inputs: list[str]) -> str:
     a = node.attrs
-    return b.node(
-        "Conv", inputs, node.name, kernel_shape=[kernel] * 2, strides=[a["stride"]] * 2, pads=[a["padding"]] * 4,
-        dilations=[a["dilation"]] * 2, group=a["groups"], name=display_name(node),
-    )  # fmt: skip
+    given = {
+        "strides": [a["stride"]] * 2, "pads": [a["padding"]] * 4, "dilations": [a["dilation"]] * 2,
+        "group": a["groups"],
+    }  # fmt: skip
+    usual = {"strides": [1, 1], "pads": [0] * 4, "dilations": [1, 1], "group": 1}
+    attributes = {key: value for key, value in given.items() if value != usual[key]}
+    return b.node("Conv", inputs, node.name, name=display_name(node), **attributes)
 
 
 def _real_weight(b: OnnxBuilder, name: str, weight: DSTensor, layout: str) -> tuple[str, str]:
@@ -131,7 +136,7 @@ def _weight_only(b: OnnxBuilder, node: Node, model: DSModel, layout: str) -> Non
     conv, name = model.convs[node.name], display_name(node)
     weight, _ = _real_weight(b, name, conv.weight, layout)
     bias = b.tensor(f"{name}.bias", conv.bias.numpy())
-    _conv(b, node, [node.inputs[0], weight, bias], conv.weight.vqk.shape[2])
+    _conv(b, node, [node.inputs[0], weight, bias])
 
 
 def _activation(b: OnnxBuilder, kind: str, x: str, output: str) -> str:
@@ -186,7 +191,7 @@ class _Quantized:
     """Walks the graph keeping, for every value, its uint8 name and (made when first asked for) its float name."""
 
     def __init__(self, b: OnnxBuilder, model: DSModel, layout: str, input_type: str) -> None:
-        self.b, self.model, self.layout = b, model, layout
+        self.b, self.model, self.layout, self.biases = b, model, layout, Biases(b)
         self.grids = grid_of(model.graph, model.activations)
         self.uint8: dict[str, str] = {}
         self.floats: dict[str, str] = {}
@@ -235,7 +240,10 @@ class _Quantized:
         b, name, conv = self.b, display_name(node), self.model.convs[node.name]
         source = self.grids[node.inputs[0]]
         weight, cds = _real_weight(b, name, conv.weight, self.layout)
-        unit = b.node("Mul", [cds, b.scalar(source.scale)], f"{name}.unit")
-        bias_int = b.tensor(f"{name}.bias", conv.bias_int(source.scale).numpy())
-        bias = b.node("DequantizeLinear", [bias_int, unit], f"{name}.b", axis=0)
-        return _conv(b, node, [x, weight, bias], conv.weight.vqk.shape[2])
+        integers = conv.bias_int(source.scale).numpy()
+        if self.layout == "int8":
+            unit = b.node("Mul", [cds, b.scalar(source.scale)], f"{name}.unit")
+            bias = b.node("DequantizeLinear", [b.tensor(f"{name}.bias", integers), unit], f"{name}.b", axis=0)
+        else:
+            bias = self.biases.add(name, integers, cds, source.scale)
+        return _conv(b, node, [x, weight, bias])

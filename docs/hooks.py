@@ -1,0 +1,100 @@
+"""What `mkdocs build` does beside mkdocs: the order of pages, links out of docs/, and reference.md from the code.
+
+Pages that exist are listed, in PAGES' order, others after them; so a page is added by writing it.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import click
+
+PAGES = (
+    "index.md", "tutorial.md", "howto.md", "reference.md", "command-line.md", "report.md", "method.md", "accuracy.md",
+    "performance.md", "compatibility.md", "faq.md", "contributing.md",
+)  # fmt: skip
+MARKER = "<!-- generated here by docs/hooks.py -->"
+DOCS = Path(__file__).resolve().parent
+LEAVING = re.compile(r"(?<!!)\[([^\]]*)\]\((\.\./[^)\s]+)\)")
+log = logging.getLogger("mkdocs.hooks.dsconvert")
+
+
+def page_order(found: list[str]) -> list[str]:
+    """Names of pages as the navigation lists them."""
+    return [p for p in PAGES if p in found] + sorted(set(found) - set(PAGES))
+
+
+def on_config(config: Any) -> Any:
+    """mkdocs calls this once."""
+    config["nav"] = page_order([p.name for p in DOCS.glob("*.md")])
+    return config
+
+
+def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
+    """mkdocs calls this for every page. A link to a file beside docs/ becomes its path: the site does not hold it."""
+    for target in (m[2] for m in LEAVING.finditer(markdown)):
+        if not (DOCS / target.split("#")[0]).exists():
+            log.warning("%s links to %s, which is not there.", page.file.src_path, target)
+    markdown = LEAVING.sub(lambda m: f"{m[1]} (`{os.path.normpath('docs/' + m[2])}`)", markdown)
+    return markdown.replace(MARKER, reference()) if MARKER in markdown else markdown
+
+
+def reference() -> str:
+    """Every command's --help and every name of the Python API, as Markdown."""
+    from dsconvert.cli import cli
+
+    lines = ["## Commands", "", *_help("dsconvert", cli, None)]
+    return "\n".join([*lines, "", "## Python", "", *_api()])
+
+
+def _help(name: str, command: click.Command, parent: click.Context | None) -> Iterator[str]:
+    context = click.Context(command, info_name=name, parent=parent, terminal_width=80, **command.context_settings)
+    yield from (f"### {context.command_path}", "", "```text", command.get_help(context), "```", "")
+    for below in getattr(command, "commands", {}).values():
+        yield from _help(below.name, below, context)
+
+
+def _api() -> Iterator[str]:
+    import dsconvert
+
+    for name in dsconvert.__all__:
+        thing = getattr(dsconvert, name)
+        if inspect.ismodule(thing):
+            thing = dsconvert.api.evaluate
+        if inspect.isfunction(thing):
+            yield from _described("###", f"dsconvert.{name}", thing)
+        elif inspect.isclass(thing) and thing.__module__ == "dsconvert.api":
+            yield from (f"### dsconvert.{name}", "", inspect.getdoc(thing) or "", "")
+            for member, value in vars(thing).items():
+                if isinstance(value, property):
+                    yield f"- `.{member}`: {' '.join((inspect.getdoc(value) or '').split())}"
+                elif inspect.isfunction(value) and not member.startswith("_"):
+                    yield from ("", *_described("####", f"{name}.{member}", value))
+            yield ""
+
+
+def _described(level: str, name: str, function: Any) -> Iterator[str]:
+    signature = re.sub(r"(: |-> )'([^']+)'", r"\1\2", str(inspect.signature(function)).replace("self, ", ""))
+    yield from (f"{level} {name}", "", "```python", _broken(f"{name}{signature}"), "```", "")
+    yield from (inspect.getdoc(function) or "", "")
+
+
+def _broken(call: str) -> str:
+    """A long signature with a line for every parameter."""
+    if len(call) <= 100:
+        return call
+    start, end = call.index("("), call.rindex(")")
+    parts, depth, begin = [], 0, start + 1
+    for i in range(start + 1, end):
+        depth += {"[": 1, "(": 1, "]": -1, ")": -1}.get(call[i], 0)
+        if call[i] == "," and depth == 0:
+            parts.append(call[begin:i].strip())
+            begin = i + 1
+    parts.append(call[begin:end].strip())
+    return call[: start + 1] + "".join(f"\n    {p}," for p in parts) + "\n" + call[end:]

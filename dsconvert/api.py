@@ -1,0 +1,332 @@
+"""The Python API, as one uses it in a notebook; `import dsconvert` offers all of it (loaded when first used).
+
+    m = dsconvert.load("best.pt")
+    q = dsconvert.quantize(m, "photos/", target_size=900_000)
+    q.save("small")
+    q.export("small/best.onnx")
+    dsconvert.evaluate([m, q, "small/best.onnx"], "data.yaml")
+
+Everything is a thin layer over `dsconvert.pipeline`. Bad input raises `dsconvert.InputError` with one sentence; a file
+that is there is replaced only with force=True.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from dsconvert import pipeline
+from dsconvert.errors import InputError
+from dsconvert.export.inputs import INPUT_TYPES
+from dsconvert.export.layouts import LAYOUT_OPSET
+from dsconvert.export.nms import Nms
+from dsconvert.export.onnx import Ends
+from dsconvert.files import write_atomic
+from dsconvert.model import DSModel
+from dsconvert.modelfile import load_model, model_bytes
+from dsconvert.pipeline import Progress
+from dsconvert.yolo.checkpoint import Checkpoint, load_checkpoint
+
+File = str | Path
+ACTIVATIONS = ("int8", "float")
+# Where a keyword is not the option's name without its dashes, in the sentences that the steps below raise.
+_KEYWORDS = {"calib": "images", "force": "force=True", "out": "name"}
+
+
+@contextmanager
+def _keywords() -> Iterator[None]:
+    """Sentences that name options of the command line name this module's keywords instead."""
+    try:
+        yield
+    except InputError as error:
+        said = re.sub(r"--([a-z][a-z0-9-]*)", lambda m: _KEYWORDS.get(m[1], m[1].replace("-", "_")), str(error))
+        raise InputError(said) from None
+
+
+@dataclass(frozen=True, repr=False)
+class FloatModel:
+    """A YOLOv5 checkpoint as it was trained. Get one from `load`."""
+
+    checkpoint: Checkpoint
+
+    @property
+    def path(self) -> Path:
+        """The file it came from."""
+        return self.checkpoint.path
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Class names."""
+        return self.checkpoint.head.names
+
+    def __repr__(self) -> str:
+        return f"FloatModel({str(self.path)!r}, {len(self.names)} classes, {self.checkpoint.size_bytes / 1e6:.2f} MB)"
+
+    @_keywords()
+    def export(self, file: File, *, imgsz: int = 640, check: bool = True, force: bool = False, **ends: Any) -> Path:
+        """Write the float32 network as ONNX, to compare with; returns the file. `check` and `ends` as in
+        QuantizedModel.export."""
+        return _write(file, pipeline.onnx_bytes(self.path, "packed", imgsz, _ends(**ends), check), force)
+
+
+@dataclass(frozen=True, repr=False)
+class QuantizedModel:
+    """A converted model. Get one from `quantize`, or from `load` (then `result`, how the conversion went, is None)."""
+
+    model: DSModel
+    result: pipeline.Quantized | None = None
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Class names."""
+        return self.model.head.names
+
+    @property
+    def imgsz(self) -> int:
+        """Side of the images it was calibrated on, pixels."""
+        return self.model.imgsz
+
+    @property
+    def weight_bits(self) -> float:
+        """Mean stored bits of a convolution weight, shifts included."""
+        return self.model.weight_bits
+
+    @property
+    def map_drop(self) -> float | None:
+        """Points of mAP50-95 lost on the images held back; None unless target_map_drop was given."""
+        return self.result.map_drop if self.result else None
+
+    @property
+    def layers(self) -> list[dict[str, Any]]:
+        """One row a convolution: name, shape, kind, bits, block_size, bytes, float32_bytes, damage expected by bits;
+        after `quantize` also sqnr_db, the weight's signal to quantization noise in decibels."""
+        if self.result is None:
+            return pipeline.layer_table(self.model)
+        return list(pipeline.quantize_report(self.result)["layers"])
+
+    def __repr__(self) -> str:
+        return f"QuantizedModel({_source(self.model)!r}, {len(self.names)} classes, {self.weight_bits:.2f} bits)"
+
+    @_keywords()
+    def save(self, folder: File, *, force: bool = False) -> Path:
+        """Write model.safetensors and quantize.json into the folder; returns the former's path."""
+        if self.result is None:
+            raise InputError("This model was loaded from a file, so it is saved already; copy that file.")
+        return pipeline.save_quantized(self.result, Path(folder), force)
+
+    @_keywords()
+    def export(
+        self,
+        file: File,
+        layout: str = "packed",
+        *,
+        imgsz: int | None = None,
+        check: bool = True,
+        force: bool = False,
+        **ends: Any,
+    ) -> Path:
+        """Write ONNX with integer weights; returns the file. Before that it is run in ONNX Runtime and must give
+        torch's numbers, else CheckError is raised; check=False leaves this out.
+
+        layout: packed (smallest), blocked (ONNX block scales) or int8 (runs on old engines). imgsz: side of the input,
+        pixels (None: as calibrated). dynamic_batch=True leaves the batch size open. input_type: float32 or float16
+        (0..1), or uint8 (the image's bytes). nms=True ends with non-maximum suppression, `detections` (k, 7) = image,
+        x1, y1, x2, y2, score, class; conf_thres, iou_thres and max_det belong to it."""
+        if layout not in LAYOUT_OPSET:
+            raise InputError(f"{layout!r} is not a layout; there are {', '.join(LAYOUT_OPSET)}.")
+        asked = _ends(**ends)
+        with tempfile.TemporaryDirectory() as folder:
+            made = pipeline.onnx_bytes(_as_file(self, Path(folder)), layout, imgsz, asked, check)
+        return _write(file, made, force)
+
+
+@dataclass(frozen=True)
+class EvaluationRow:
+    """One model's line of an evaluation, its fields as `dsconvert eval` explains them: mAP, precision and recall in
+    0..1, ap50_95 by class number, stored bits a weight, milliseconds of ONNX Runtime (median, interquartile range)."""
+
+    model: str
+    map50_95: float
+    map50: float
+    precision: float
+    recall: float
+    size_bytes: int
+    weight_bits: float
+    latency_ms: float
+    latency_spread_ms: float
+    images: int
+    ap50_95: dict[int, float] = field(repr=False)
+
+
+class Evaluation(tuple[EvaluationRow, ...]):
+    """Rows in the order of the models given; shows itself as a table. `pandas.DataFrame(evaluation)` works too."""
+
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        wide = max(len("model"), *(len(r.model) for r in self))
+        lines = [f"{'model':{wide}}  mAP50-95   mAP50       P       R      MB   bits      ms"]
+        lines += [
+            f"{r.model:{wide}}  {r.map50_95:8.4f}  {r.map50:6.4f}  {r.precision:6.3f}  {r.recall:6.3f}  "
+            f"{r.size_bytes / 1e6:6.2f}  {r.weight_bits:5.2f}  {r.latency_ms:6.1f}"
+            for r in self
+        ]
+        return "\n".join(lines)
+
+
+@_keywords()
+def load(path: File) -> FloatModel | QuantizedModel:
+    """Read a YOLOv5 checkpoint (`.pt`, nothing in it is executed) or a converted model (`.safetensors`)."""
+    path = Path(path)
+    if path.suffix == ".safetensors":
+        return QuantizedModel(load_model(path))
+    if path.suffix == ".onnx":
+        raise InputError(f"{path} is an ONNX file; give its path to evaluate, or open it with ONNX Runtime.")
+    return FloatModel(load_checkpoint(path))
+
+
+@_keywords()
+def quantize(
+    model: FloatModel | File,
+    images: File | None = None,
+    *,
+    bits: int | None = None,
+    target_size: int | None = None,
+    target_map_drop: float | None = None,
+    block_size: int | None = None,
+    blocks: str = "all",
+    scope: str = "all",
+    activations: str = "int8",
+    imgsz: int = 640,
+    samples: int = 128,
+    seed: int = 0,
+    device: str = "cpu",
+    progress: Progress | None = None,
+) -> QuantizedModel:
+    """Convert a checkpoint to DSConv. It is left as it is.
+
+    images: folder, data.yaml or text file of paths to calibrate on, no labels needed; None synthesises images from the
+    checkpoint. At most one of bits (2..8, every weight), target_size (bytes of the packed ONNX file) and
+    target_map_drop (points of mAP50-95 lost on images held back) decides the widths; without, layers share the bytes
+    of 4 bits as it does the least harm. block_size: input channels a shift covers (None: by layer). blocks: all, head,
+    backbone, or C3 layers such as "13,17,20,23"; scope: bottleneck, c3 or all. activations: int8, or float to quantize
+    weights only. imgsz in pixels; samples: most images used; device: cpu or cuda. progress(stage, done, total) is
+    called as it goes."""
+    source = load(model) if isinstance(model, (str, Path)) else model
+    if not isinstance(source, FloatModel):
+        raise InputError("This model is converted already; quantize takes a checkpoint (.pt).")
+    options = pipeline.QuantizeOptions(
+        calib=None if images is None else Path(images), block_size=block_size, bits=bits, target_bytes=target_size,
+        target_drop=target_map_drop, blocks=blocks, scope=scope, imgsz=imgsz, samples=samples, seed=seed,
+        device=device, activations=activations,
+    )  # fmt: skip
+    _check(options)
+    # fitting folds BatchNorm and may move the network to a device, in place
+    own = replace(source.checkpoint, network=copy.deepcopy(source.checkpoint.network))
+    result = pipeline.quantize(own, options, _as_call(source, options), progress)
+    return QuantizedModel(result.model, result)
+
+
+@_keywords()
+def evaluate(
+    models: FloatModel | QuantizedModel | File | Sequence[FloatModel | QuantizedModel | File],
+    data: File,
+    *,
+    imgsz: int | None = None,
+    samples: int | None = None,
+    progress: Progress | None = None,
+) -> Evaluation:
+    """Measure accuracy, size and latency of models, given as values or as `.pt`, `.safetensors` and `.onnx` files.
+
+    data: data.yaml with labels, or a folder of images; then the truth is what the first model finds, and the others'
+    rows say how far they agree with it. A converted model's size is that of the file `save` writes. imgsz: side of the
+    images, pixels (None: what the models were made for); samples: most images used."""
+    given = [models] if isinstance(models, (str, Path, FloatModel, QuantizedModel)) else list(models)
+    if not given:
+        raise InputError("There is no model to evaluate.")
+    if samples is not None and samples < 1:
+        raise InputError("samples must be at least 1.")
+    with tempfile.TemporaryDirectory() as folder:
+        paths = [_as_file(m, Path(folder, str(i))) for i, m in enumerate(given)]
+        found = pipeline.evaluate(paths, Path(data), imgsz, samples, progress)
+        return Evaluation(_row(m, e) for m, e in zip(given, found, strict=True))
+
+
+def _row(model: FloatModel | QuantizedModel | File, found: pipeline.Evaluated) -> EvaluationRow:
+    m, t, c = found.metrics, found.latency, found.candidate
+    name = f"{_source(model.model)} (converted)" if isinstance(model, QuantizedModel) else str(c.path)
+    return EvaluationRow(
+        name, m.map50_95, m.map50, m.precision, m.recall, c.size_bytes, c.weight_bits, t.median_ms, t.spread_ms,
+        m.images, dict(m.per_class),
+    )  # fmt: skip
+
+
+def _source(model: DSModel) -> str:
+    """File name of the checkpoint a model was made from."""
+    return Path(str(model.provenance.get("source", "model"))).name
+
+
+def _as_file(model: FloatModel | QuantizedModel | File, folder: Path) -> Path:
+    """Where the model lies; one that is only in memory is first written into `folder`."""
+    if isinstance(model, FloatModel):
+        return model.path
+    if not isinstance(model, QuantizedModel):
+        return Path(model)
+    path = folder / pipeline.MODEL_FILE
+    write_atomic(path, model_bytes(model.model), force=False)
+    return path
+
+
+def _write(file: File, data: bytes, force: bool) -> Path:
+    write_atomic(Path(file), data, force)
+    return Path(file)
+
+
+def _ends(
+    *,
+    dynamic_batch: bool = False,
+    input_type: str = "float32",
+    nms: bool = False,
+    conf_thres: float | None = None,
+    iou_thres: float | None = None,
+    max_det: int | None = None,
+) -> Ends:
+    if input_type not in INPUT_TYPES:
+        raise InputError(f"{input_type!r} is not an input type; there are {', '.join(INPUT_TYPES)}.")
+    limits: dict[str, Any] = {"confidence": conf_thres, "iou": iou_thres, "most": max_det}
+    chosen = {name: value for name, value in limits.items() if value is not None}
+    if chosen and not nms:
+        raise InputError("conf_thres, iou_thres and max_det belong to nms=True; give it too.")
+    return Ends(dynamic_batch, input_type, Nms(**chosen) if nms else None)
+
+
+def _check(options: pipeline.QuantizeOptions) -> None:
+    """What the command line's parser would have refused."""
+    if options.activations not in ACTIVATIONS:
+        raise InputError(f"activations {options.activations!r} is not one of {', '.join(ACTIVATIONS)}.")
+    numbers = {"bits": options.bits, "target_size": options.target_bytes, "block_size": options.block_size,
+               "imgsz": options.imgsz, "samples": options.samples, "seed": options.seed}  # fmt: skip
+    for name, value in numbers.items():
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
+            raise InputError(f"{name} {value!r} is not a whole number.")
+    if options.block_size is not None and options.block_size < 1:
+        raise InputError("block_size must be at least 1.")
+
+
+def _as_call(source: FloatModel, options: pipeline.QuantizeOptions) -> str:
+    """What the model file notes as the command that made it."""
+    keywords = {"calib": "images", "target_bytes": "target_size", "target_drop": "target_map_drop"}
+    default = pipeline.QuantizeOptions()
+    given = {
+        keywords.get(name, name): str(value) if isinstance(value, Path) else value
+        for name, value in vars(options).items()
+        if value != getattr(default, name)
+    }
+    parts = [repr(str(source.path)), *(f"{name}={value!r}" for name, value in given.items())]
+    return f"dsconvert.quantize({', '.join(parts)})"
