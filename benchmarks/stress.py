@@ -5,7 +5,8 @@
 Every run is a forked process (torch is loaded once) that quantizes, exports or evaluates the demo model. It is ended by
 SIGKILL either after a random time, or at a random one of its calls that change files: opening, syncing, linking,
 renaming, removing. Afterwards every file must be whole: the bytes an undisturbed run writes, or the bytes that were
-there before. Runs at once into one folder, and without a folder, end the list. Exit code 1 when anything was lost.
+there before. Every fourth quantize that was killed with layers fitted is resumed, and must end in those bytes, too.
+Runs at once into one folder, and without a folder, end the list. Exit code 1 when anything was lost.
 """
 
 from __future__ import annotations
@@ -28,7 +29,10 @@ from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # a forked process cannot use the threads of the one it came from
 
+from safetensors import SafetensorError, safe_open
+
 from dsconvert.cli import main as command_line
+from dsconvert.unfinished import NAME as UNFINISHED
 
 DEMO = Path(__file__).resolve().parents[1] / "calib" / "demo"
 EVENTS = ("open", "os.link", "os.rename", "os.remove", "os.mkdir", "os.chmod", "fsync")
@@ -36,12 +40,12 @@ EVENTS = ("open", "os.link", "os.rename", "os.remove", "os.mkdir", "os.chmod", "
 
 @dataclass(frozen=True)
 class Stage:
-    """A command, the files there before it, and every state each of its outputs may be left in (None: absent)."""
+    """A command, the files there before and after it, how long it takes and how many of its calls change files."""
 
     name: str
     args: list[str]
     before: dict[str, bytes]
-    allowed: dict[str, set[bytes | None]]
+    after: dict[str, bytes]
     seconds: float
     calls: int
 
@@ -54,6 +58,8 @@ class Tally:
     killed: int = 0
     finished: int = 0
     left_over: int = 0
+    kept_layers: int = 0
+    resumed: int = 0
     problems: list[str] = field(default_factory=list)
 
 
@@ -148,9 +154,9 @@ def place(folder: Path, files: dict[str, bytes]) -> None:
         (folder / name).write_bytes(data)
 
 
-def stages(checkpoint: Path, calib: Path, imgsz: int, folder: Path) -> list[Stage]:
+def stages(checkpoint: Path, data: Path, imgsz: int, folder: Path) -> list[Stage]:
     """Each command, first undisturbed: what it writes is what a killed one may write."""
-    common = ["quantize", str(checkpoint), "--calib", str(calib), "--imgsz", str(imgsz), "--samples", "4",
+    common = ["quantize", str(checkpoint), "--calib", str(data), "--imgsz", str(imgsz), "--samples", "4",
               "--threads", "1", "--out", "q"]  # fmt: skip
     export = ["export", "q/model.safetensors", "--onnx"]
     made: list[Stage] = []
@@ -158,10 +164,8 @@ def stages(checkpoint: Path, calib: Path, imgsz: int, folder: Path) -> list[Stag
     def add(name: str, args: list[str], before: dict[str, bytes]) -> dict[str, bytes]:
         place(folder, before)
         seconds, calls = undisturbed(args, folder)
-        after = state(folder)
-        allowed = {n: {before.get(n), after.get(n)} for n in {*before, *after}}
-        made.append(Stage(name, args, before, allowed, seconds, calls))
-        return after
+        made.append(Stage(name, args, before, state(folder), seconds, calls))
+        return made[-1].after
 
     four = add("quantize", [*common, "--bits", "4"], {})
     add("quantize --force", [*common, "--bits", "8", "--force"], four)
@@ -169,7 +173,7 @@ def stages(checkpoint: Path, calib: Path, imgsz: int, folder: Path) -> list[Stag
     old = {**exported, "q/model-packed.onnx": b"an earlier result"}
     add("export --force", [*export, "--force"], old)
     add("export int8 nms", [*export, "--layout", "int8", "--nms", "--uint8-input"], exported)
-    add("eval", ["eval", "q/model.safetensors", "--data", str(calib), "--samples", "2", "--threads", "1"], four)
+    add("eval", ["eval", "q/model.safetensors", "--data", str(data), "--samples", "2", "--threads", "1"], four)
     return made
 
 
@@ -189,18 +193,44 @@ def kill_one(stage: Stage, folder: Path, rng: random.Random, tally: Tally) -> No
     tally.finished += code == 0
     if code not in (0, -signal.SIGKILL):
         tally.problems.append(f"{stage.name}: ended with {code}")
-    judge(stage, folder, tally)
+    left = judge(stage, folder, tally)
+    reported = left.get("q/quantize.json") != stage.before.get("q/quantize.json")  # then it was done but for the model
+    if f"q/{UNFINISHED}" in left and not reported and tally.kept_layers % 4 == 1:
+        resume(stage, folder, tally)
 
 
-def judge(stage: Stage, folder: Path, tally: Tally) -> None:
-    """Every file must be one of the whole ones, and none that was there may be gone."""
+def judge(stage: Stage, folder: Path, tally: Tally) -> dict[str, bytes]:
+    """Every file must be one of the whole ones, and none that was there may be gone. Returns what there is."""
     left = state(folder)
     for name, data in left.items():
         if name.endswith(".part"):
             tally.left_over += 1
-        elif data not in stage.allowed.get(name, set()):
+        elif name.endswith(UNFINISHED) and name not in stage.before:
+            tally.kept_layers += 1
+            if not readable(folder / name):
+                tally.problems.append(f"{stage.name}: {name} is not whole")
+        elif data not in (stage.before.get(name), stage.after.get(name)):
             tally.problems.append(f"{stage.name}: {name} is {len(data)} bytes of something else")
     tally.problems += [f"{stage.name}: {name} is gone" for name in stage.before if name not in left]
+    return left
+
+
+def readable(path: Path) -> bool:
+    """True for a safetensors file that can be read to its end."""
+    try:
+        with safe_open(path, framework="numpy") as stored:
+            return all(stored.get_tensor(name) is not None for name in stored.keys())  # noqa: SIM118 (not a dict)
+    except SafetensorError:
+        return False
+
+
+def resume(stage: Stage, folder: Path, tally: Tally) -> None:
+    """Go on with a quantize that was killed: it must end as if nothing had happened."""
+    code = finish(start([*stage.args, "--resume"], folder))
+    tally.resumed += 1
+    left = {name: data for name, data in state(folder).items() if not name.endswith(".part")}
+    if code or left != stage.after:
+        tally.problems.append(f"{stage.name}: resumed, it ended with {code} and other files: {sorted(left)}")
 
 
 def at_once(stage: Stage, folder: Path, tally: Tally) -> None:
@@ -228,12 +258,12 @@ def scratch() -> Iterator[Path]:
         yield Path(name)
 
 
-def stress(checkpoint: Path, calib: Path, imgsz: int, runs: int, seed: int) -> Tally:
+def stress(checkpoint: Path, data: Path, imgsz: int, runs: int, seed: int) -> Tally:
     """All of it: `runs` kills spread over the stages, and the runs at once."""
     tally, rng = Tally(), random.Random(seed)
     with scratch() as folder:
         work = folder / "work"
-        all_stages = stages(checkpoint.resolve(), calib.resolve(), imgsz, work)
+        all_stages = stages(checkpoint.resolve(), data.resolve(), imgsz, work)
         for index in range(runs):
             kill_one(all_stages[index % len(all_stages)], work, rng, tally)
         at_once(all_stages[0], work, tally)
@@ -244,16 +274,17 @@ def main() -> int:
     """Parse, run, print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--checkpoint", type=Path, default=DEMO / "demo.pt")
-    parser.add_argument("--calib", type=Path, default=DEMO / "images" / "calib")
+    parser.add_argument("--data", type=Path, default=DEMO / "data.yaml")
     parser.add_argument("--imgsz", type=int, default=128)
     parser.add_argument("--runs", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
     began = time.perf_counter()
-    tally = stress(given.checkpoint, given.calib, given.imgsz, given.runs, given.seed)
+    tally = stress(given.checkpoint, given.data, given.imgsz, given.runs, given.seed)
     figures = {
         "runs": dict(tally.runs), "killed": tally.killed, "finished_before": tally.finished,
-        "temporary_files_left": tally.left_over, "problems": tally.problems,
+        "temporary_files_left": tally.left_over, "killed_with_layers_kept": tally.kept_layers,
+        "resumed_to_the_same_bytes": tally.resumed, "problems": tally.problems,
         "seconds": round(time.perf_counter() - began),
     }  # fmt: skip
     sys.stdout.write(json.dumps(figures, indent=1) + "\n")

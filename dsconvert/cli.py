@@ -20,7 +20,7 @@ from dsconvert.commands.info import info
 from dsconvert.commands.quantize import quantize
 from dsconvert.commands.report import report
 from dsconvert.commands.shared import say
-from dsconvert.errors import CheckError, InputError, LimitMissed, system_fault
+from dsconvert.errors import CheckError, InputError, LimitMissed, is_out_of_memory, system_fault
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 80})
@@ -58,6 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # better an escape than no output
+    said, exhausted = None, False
     try:
         cli.main(arguments, prog_name="dsconvert", standalone_mode=False)
     except InputError as error:
@@ -79,10 +80,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except CheckError as error:
         _fail(str(error), 1)
     except Exception as error:
-        if said := system_fault(error):
-            _fail(said, 2)
-        traceback.print_exc()
-        _fail("This is a fault of dsconvert; please report it with the lines above.", 1)
+        said, exhausted = system_fault(error), is_out_of_memory(error)
+        if said is None:
+            traceback.print_exc()
+            _fail("This is a fault of dsconvert; please report it with the lines above.", 1)
+    if said and exhausted:  # what libraries do when a process ends wants memory: they are not asked
+        say(f"Error: {said}")
+        sys.stdout.flush()
+        os._exit(2)
+    if said:
+        _fail(said, 2)
 
 
 def _fail(message: str, code: int) -> None:

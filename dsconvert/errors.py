@@ -17,13 +17,18 @@ def shown(value: object) -> str:
     return f"a {'long text' if isinstance(value, str) else type(value).__name__}"
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether this is how Python, torch, ONNX Runtime or OpenCV say that there is no memory left."""
+    return isinstance(error, MemoryError) or any(words in str(error) for words in _OUT_OF_MEMORY)
+
+
 def system_fault(error: BaseException) -> str | None:
     """One sentence when the machine, and neither the input nor dsconvert, is at fault: memory, disk, permissions."""
-    text = str(error)
-    if isinstance(error, MemoryError) or any(words in text for words in _OUT_OF_MEMORY):
+    if is_out_of_memory(error):
         return "There is not enough memory; fewer --samples or a smaller --imgsz need less."
     if isinstance(error, OSError) and error.strerror:
-        return printable(f"{error.filename or 'A file'} cannot be used: {error.strerror}.")
+        what = f"{error.filename} cannot be used" if error.filename else "Reading or writing failed"
+        return printable(f"{what}: {error.strerror}.")
     return None
 
 

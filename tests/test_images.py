@@ -79,6 +79,14 @@ def test_what_cannot_give_images_is_said_in_one_sentence(tmp_path):
         assert str(tmp_path / name) in str(caught.value)
 
 
+def test_a_name_that_is_too_long_is_said(tmp_path):
+    """Found by benchmarks/fuzz.py."""
+    text(tmp_path / "list.txt", "x" * 300 + ".png\n")
+    for source in (tmp_path / ("x" * 300), tmp_path / "list.txt"):
+        with pytest.raises(InputError, match="File name too long"):
+            image_paths(source)
+
+
 # --- data.yaml -------------------------------------------------------------------------------------------------
 
 

@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from dsconvert.errors import InputError, printable, shown
 from dsconvert.yolo import modules as ours
 from dsconvert.yolo.archive import LAYERS, PARAMETER, TENSOR, Archive, Record, open_archive
-from dsconvert.yolo.network import Head, Network, check_maps, head_from_detect, whole_strides
+from dsconvert.yolo.lower import check_maps
+from dsconvert.yolo.network import Head, Network, head_from_detect, whole_strides
 
 MAX_MODULES, MAX_DEPTH = 10000, 12  # a yolov5x6 has about 1200 modules, 6 deep
 MAX_CLASSES, MAX_NAME = 10000, 200

@@ -52,6 +52,13 @@ def image_paths(source: Path) -> list[Path]:
 
     Relative paths in a text file start at the file's folder. Raises InputError when nothing is there.
     """
+    try:
+        return _image_paths(source)
+    except OSError as error:  # a name that is too long, a folder that may not be entered
+        raise InputError(f"{source} cannot be read: {error.strerror}.") from None
+
+
+def _image_paths(source: Path) -> list[Path]:
     if source.is_dir():
         found = sorted(p for p in source.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
         if not found:

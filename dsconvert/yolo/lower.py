@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
 
+from dsconvert.errors import InputError
 from dsconvert.graph.ir import INPUT, ConvParams, Graph, Node
+from dsconvert.graph.shapes import check_node, value_shapes
 from dsconvert.yolo.modules import C3, SPP, SPPF, Bottleneck, Concat, Conv, Detect, Focus
 from dsconvert.yolo.network import Head, Network
 
@@ -89,6 +93,23 @@ def lower(network: Network) -> tuple[Graph, dict[str, ConvParams]]:
         else:
             made.append(builder.layer(layer, f"model.{index}", xs))
     return Graph(tuple(builder.nodes), tuple(outputs)), builder.params
+
+
+def check_maps(network: Network, strides: Sequence[int]) -> None:
+    """Raises InputError when a network's layers do not fit each other, or its maps are not those of the strides.
+
+    The network's tensors need not have any numbers (torch's meta device): only shapes count."""
+    side = 2 * max(strides)
+    try:
+        graph, params = lower(copy.deepcopy(network).fuse())
+        for node in graph.nodes:
+            check_node(node)
+        shapes = value_shapes(graph, {n: tuple(p.weight.shape) for n, p in params.items()}, (3, side, side))
+    except (ValueError, TypeError, RuntimeError, AssertionError):
+        raise InputError("The layers of the model yaml do not fit each other.") from None
+    maps = [shapes[name][1:] for name in graph.outputs]
+    if any(side % s for s in strides) or maps != [(side // s,) * 2 for s in strides]:
+        raise InputError(f"The checkpoint's strides {list(strides)} are not those of its layers.")
 
 
 def split_detect(graph: Graph, params: dict[str, ConvParams], head: Head) -> tuple[Graph, dict[str, ConvParams]]:

@@ -44,12 +44,15 @@ class Conv(nn.Module):
         if not isinstance(self.bn, nn.BatchNorm2d):
             return
         conv = self.conv
-        gain, bias = self._folded()
         fused = nn.Conv2d(
             conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding,  # type: ignore[arg-type]
-            conv.dilation, conv.groups, bias=True,  # type: ignore[arg-type]
-        ).to(conv.weight.device)  # fmt: skip
+            conv.dilation, conv.groups, bias=True, device=conv.weight.device,  # type: ignore[arg-type]
+        )  # fmt: skip
         assert fused.bias is not None
+        if conv.weight.is_meta:  # only the structure is asked for, see `lower.check_maps`
+            self.conv, self.bn = fused, nn.Identity()
+            return
+        gain, bias = self._folded()
         fused.weight.data = (conv.weight.detach().double() * gain[:, None, None, None]).to(conv.weight.dtype)
         fused.bias.data = bias.to(conv.weight.dtype)
         self.conv, self.bn = fused, nn.Identity()

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from dsconvert.errors import InputError, shown
+from dsconvert.graph.shapes import MAX_POOL
 from dsconvert.yolo.modules import ACTIVATIONS, C3, SPP, SPPF, Bottleneck, Concat, Conv, Detect, Focus
 
 MAX_LAYERS = 200  # the largest published YOLOv5 (P7) has fewer than 60 rows
 MAX_BLOCKS = 1000  # and, at depth 1.33, about 120 repeated blocks
 MAX_ARGUMENT = 1 << 16  # of any number in a row's args
-MAX_POOL = 99  # YOLOv5 pools over 13 at most
 MAX_STRIDE, MAX_ANCHOR = 1024, 1e5  # pixels
 
 
@@ -207,18 +207,6 @@ def whole_strides(strides: Sequence[float], levels: int) -> tuple[int, ...]:
     if len(strides) != levels or not all(1 <= s <= MAX_STRIDE for s in strides):
         raise InputError(f"The checkpoint's strides {list(strides)} do not fit its Detect layer.")
     return tuple(round(float(s)) for s in strides)
-
-
-def check_maps(network: Network, strides: Sequence[int]) -> None:
-    """Run a network without memory (on the meta device). Raises InputError when its layers do not fit each other, or
-    its maps are not those of the strides."""
-    side = 2 * max(strides)
-    try:
-        maps = network.eval()(torch.empty(1, 3, side, side, device="meta"))
-    except (RuntimeError, TypeError, ValueError, IndexError, ArithmeticError):
-        raise InputError("The layers of the model yaml do not fit each other.") from None
-    if any(side % s for s in strides) or [tuple(m.shape[2:]) for m in maps] != [(side // s,) * 2 for s in strides]:
-        raise InputError(f"The checkpoint's strides {list(strides)} are not those of its layers.")
 
 
 def head_from_detect(detect: Detect, strides: Sequence[float], names: Sequence[str]) -> Head:
