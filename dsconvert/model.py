@@ -36,6 +36,11 @@ class DSModel:
         total = sum(c.weight.weight_bits * c.weight.vqk.numel() for c in self.convs.values())
         return total / self.weight_count
 
+    @property
+    def has_real_alpha(self) -> bool:
+        """True when any weight's shifts are the paper's real numbers; such a model has no int8 form."""
+        return any(c.weight.alpha is not None for c in self.convs.values())
+
 
 def is_dsconv(weight: DSTensor) -> bool:
     """True when the layer is DSConv, False when it is plain int8 per channel."""

@@ -1,8 +1,9 @@
 """The converted model on disk: one safetensors file, integers packed to their bits, everything else in its header.
 
-Tensors per convolution: `<name>.vqk` and `<name>.kds` as packed bits (see `dsconv.packing`), `<name>.kdsb` int8
-where there is one, `<name>.cdsw` and `<name>.cdsb` float32. The header's single key `dsconvert` holds JSON: format
-version, graph, layers (shape, bits, block size), activation grids, head, image size, provenance.
+Tensors per convolution: `<name>.vqk` and `<name>.kds` as packed bits (see `dsconv.packing`), or `<name>.alpha` float32
+in the place of `.kds`, `<name>.kdsb` int8 where there is one, `<name>.cdsw` and `<name>.cdsb` float32. The header's
+single key `dsconvert` holds JSON: format version, graph, layers (shape, bits, block size), activation grids, head,
+image size, provenance.
 """
 
 from __future__ import annotations
@@ -39,7 +40,9 @@ def model_bytes(model: DSModel) -> bytes:
         w = conv.weight
         layers[name] = {"shape": list(w.vqk.shape), "bits": w.bits, "block_size": w.block_size}
         tensors[f"{name}.vqk"] = pack_bits(w.vqk.numpy(), w.bits)
-        if not w.is_plain_int8:
+        if w.alpha is not None:
+            tensors[f"{name}.alpha"] = w.alpha.numpy()
+        elif not w.is_plain_int8:
             tensors[f"{name}.kds"] = pack_bits(w.m.numpy(), KDS_BITS)
         if w.z is not None:
             tensors[f"{name}.kdsb"] = w.z.numpy()
@@ -109,10 +112,10 @@ def _conv(name: str, layer: Mapping[str, Any], tensors: Mapping[str, NDArray[Any
     vqk = unpack_bits(tensors[f"{name}.vqk"], bits, (cho, chi, kh, kw))
     kds = tensors.get(f"{name}.kds")
     m = np.ones(blocks, np.int8) if kds is None else unpack_bits(kds, KDS_BITS, blocks, signed=False)
-    z = tensors.get(f"{name}.kdsb")
+    z, alpha = tensors.get(f"{name}.kdsb"), tensors.get(f"{name}.alpha")
     weight = DSTensor(
         torch.from_numpy(vqk), torch.from_numpy(m), None if z is None else torch.from_numpy(z),
-        torch.from_numpy(tensors[f"{name}.cdsw"]), bits, block_size,
+        torch.from_numpy(tensors[f"{name}.cdsw"]), bits, block_size, None if alpha is None else torch.from_numpy(alpha),
     )  # fmt: skip
     bias = torch.from_numpy(tensors[f"{name}.cdsb"])
     if bias.shape != (cho,):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,16 @@ import torch
 from torch import Tensor
 
 import dsconvert
-from dsconvert.budget import BITS, BLOCK_SIZES, Damage, Widths, packed_size, widths_for_file, widths_like_uniform
+from dsconvert.budget import (
+    BITS,
+    BLOCK_SIZES,
+    UNIFORM,
+    Damage,
+    Widths,
+    packed_size,
+    widths_for_file,
+    widths_like_uniform,
+)
 from dsconvert.dsconv.tensor import DSTensor, Width, used_width
 from dsconvert.errors import InputError
 from dsconvert.evaluate.accuracy import evaluate_predictors
@@ -32,6 +41,7 @@ from dsconvert.fit.gptq import fit_layer
 from dsconvert.fit.importance import measure_importance
 from dsconvert.fit.lockstep import FitLayer, fit_lockstep
 from dsconvert.fit.ranges import choose_grids
+from dsconvert.fit.real_alpha import fit_layer_real
 from dsconvert.fit.seen import Seen
 from dsconvert.fit.sensitivity import weight_errors
 from dsconvert.fit.synthesize import synthesize
@@ -78,7 +88,8 @@ class QuantizeOptions:
     target_drop points of mAP50-95 on calibration images held back (against labels where they have any, else against
     what the float network finds). block_size None means one by measured damage too, or (bits given) 16. blocks and
     scope as in `yolo.plan`; imgsz in pixels; samples the most calibration images used; activations int8, or float for
-    a model whose weights alone are quantized."""
+    a model whose weights alone are quantized; kds int, or float for the paper's real-valued shifts (4 bits unless bits
+    says otherwise)."""
 
     calib: Path | None = None
     block_size: int | None = None
@@ -92,6 +103,7 @@ class QuantizeOptions:
     seed: int = 0
     device: str = "cpu"
     activations: str = "int8"
+    kds: str = "int"
 
 
 @dataclass(frozen=True)
@@ -120,6 +132,8 @@ def quantize(
     Fitted layers are kept in the file `unfinished`, if one is named, until the whole is done; `resume` goes on from
     what an equal run left there."""
     _check(options, checkpoint)
+    if options.kds == "float" and options.bits is None:
+        options = replace(options, bits=UNIFORM.bits)
     torch.manual_seed(options.seed)
     report = progress or (lambda stage, done, total: None)
     network, device, head = checkpoint.network.to(options.device), options.device, checkpoint.head
@@ -194,6 +208,8 @@ def _check(options: QuantizeOptions, checkpoint: Checkpoint) -> None:
         raise InputError("--target-map-drop needs a number above 0, and --calib images to measure the drop on.")
     if options.bits is not None and not 2 <= options.bits <= 8:
         raise InputError(f"--bits {options.bits} is not a number from 2 to 8.")
+    if options.kds == "float" and (options.activations != "float" or options.target_bytes or options.target_drop):
+        raise InputError("--kds float needs --activations float, and knows no --target-size or --target-map-drop.")
     if (options.block_size or 1) < 1 or options.samples < 1:
         raise InputError("--block-size and --samples must be at least 1.")
     if options.device != "cpu" and not torch.cuda.is_available():
@@ -254,7 +270,10 @@ def _layer_fit(widths: Widths, options: QuantizeOptions) -> FitLayer:
     """DSConv with its width for the chosen convolutions, plain int8 per channel for the others."""
 
     def fit(node: Node, weight: Tensor, batches: Iterable[Seen]) -> DSTensor:
-        return fit_layer(node, weight, *_width(widths, node.name, weight), batches, options.seed)
+        width = _width(widths, node.name, weight)
+        if options.kds == "float" and node.name in widths:
+            return fit_layer_real(node, weight, *width, batches, options.seed)
+        return fit_layer(node, weight, *width, batches, options.seed)
 
     return fit
 

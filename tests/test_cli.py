@@ -142,6 +142,22 @@ def test_a_target_size_is_kept_and_info_says_why(work):
     assert "harm" not in dsconvert("info", "uniform/model.safetensors", cwd=work).stdout
 
 
+def test_real_shifts_from_quantize_to_eval(work):
+    refused = quantize(work, "--kds", "float")
+    assert refused.returncode == 2
+    assert "--activations float" in refused.stderr
+    done = quantize(work, "--kds", "float", "--activations", "float", "--out", "q")
+    assert done.returncode == 0, done.stderr
+    packed = dsconvert("export", "q/model.safetensors", "--onnx", cwd=work)
+    assert packed.returncode == 2
+    assert "--layout float" in packed.stderr
+    assert dsconvert("export", "q/model.safetensors", "--onnx", "--layout", "float", cwd=work).returncode == 0
+    models = ["q/model.safetensors", "q/model-float.onnx"]
+    rows = json.loads(dsconvert("eval", *models, "--data", "data.yaml", "--json", cwd=work).stdout)["models"]
+    assert rows[0]["map50_95"] == pytest.approx(rows[1]["map50_95"], abs=1e-3)
+    assert {r["bits"] for r in json.loads((work / "q/quantize.json").read_text())["layers"]} == {4, 8}
+
+
 def test_bench_in_a_table_and_in_json(work):
     for name in ("a.onnx", "b.onnx"):
         assert dsconvert("export", "best.pt", "--onnx", "--imgsz", "64", "--out", name, cwd=work).returncode == 0

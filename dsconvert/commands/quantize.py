@@ -86,6 +86,8 @@ def _configure(context: click.Context, parameter: click.Parameter, value: str | 
 @click.option("--samples", default=128, show_default=True, help="Most calibration images used.")
 @click.option("--activations", type=click.Choice(["int8", "float"]), default="int8", show_default=True,
               help="float: only the weights are quantized.")  # fmt: skip
+@click.option("--kds", type=click.Choice(["int", "float"]), default="int", show_default=True,
+              help="float: the paper's real-valued shifts; needs --activations float.")  # fmt: skip
 @click.option("--seed", default=0, show_default=True, help="Seed of every random choice.")
 @threads
 @click.option("--device", default="cpu", show_default=True, help="cpu or cuda.")

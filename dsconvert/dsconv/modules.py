@@ -70,7 +70,8 @@ class DSConv(nn.Module):
             conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, conv.dilation,  # type: ignore[arg-type]
             conv.groups, conv.padding_mode, False, weight.block_size, weight.z is not None, True,
         )  # fmt: skip
-        parts: dict[str, Any] = {"intweight": weight.vqk, "alpha": weight.m.float(), "CDSw": weight.cds_w}
+        alpha = weight.m.float() if weight.alpha is None else weight.alpha
+        parts: dict[str, Any] = {"intweight": weight.vqk, "alpha": alpha, "CDSw": weight.cds_w}
         if weight.z is not None:
             parts["KDSb"] = weight.z.float()
         module.load_state_dict({**parts, "CDSb": cds_b})

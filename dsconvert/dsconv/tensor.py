@@ -65,7 +65,9 @@ def expand_blocks(kds: Tensor, chi: int, block_size: int) -> Tensor:
 @dataclass(frozen=True)
 class DSTensor:
     """One DSConv weight. vqk int8 (cho, chi, kh, kw); m int8 and z int8 or None (cho, nblk, kh, kw);
-    cds_w float32 (cho,). Raises ValueError when the parts do not fit each other or leave int8."""
+    cds_w float32 (cho,). alpha float32, of the shape of m, is the paper's real multiplier in the place of m (which is
+    1 then, and z None); such a weight has no int8 form. Raises ValueError when the parts do not fit each other or
+    leave int8."""
 
     vqk: Tensor
     m: Tensor
@@ -73,6 +75,7 @@ class DSTensor:
     cds_w: Tensor
     bits: int
     block_size: int
+    alpha: Tensor | None = None
 
     def __post_init__(self) -> None:
         cho, chi, kh, kw = self.vqk.shape
@@ -84,6 +87,8 @@ class DSTensor:
         low, high = vqk_limits(self.bits)
         if self.vqk.numel() and (int(self.vqk.min()) < low or int(self.vqk.max()) > high):
             raise ValueError(f"VQK leaves {self.bits} bits")
+        if self.alpha is not None and (self.alpha.shape != blocks or self.z is not None or bool((self.m != 1).any())):
+            raise ValueError(f"alpha must have shape {blocks} and stand alone")
         if self.m.numel() and (int(self.m.min()) < 1 or int(self.m.max()) > M_MAX):
             raise ValueError(f"m must lie in 1..{M_MAX}")
         if self.vqk.numel() and int(_merge(self).abs().max()) > INT8_MAX:
@@ -92,21 +97,30 @@ class DSTensor:
     @property
     def weight_bits(self) -> float:
         """Bits per weight in storage: VQK, plus KDS where it says anything (plain int8 stores none)."""
-        kds = 0 if self.is_plain_int8 else self.m.numel() * 4 + (0 if self.z is None else self.z.numel() * 8)
+        per_block = 4 if self.alpha is None else 32
+        kds = 0 if self.is_plain_int8 else self.m.numel() * per_block + (0 if self.z is None else self.z.numel() * 8)
         return self.bits + kds / self.vqk.numel()
 
     @property
     def is_plain_int8(self) -> bool:
         """True when this is an ordinary per-channel int8 weight (not DSConv)."""
-        return self.bits == 8 and self.z is None and bool((self.m == 1).all())
+        return self.alpha is None and self.bits == 8 and self.z is None and bool((self.m == 1).all())
 
     def merged(self) -> Tensor:
-        """W' / CDSw = m * VQK + z, int8 (cho, chi, kh, kw)."""
+        """W' / CDSw = m * VQK + z, int8 (cho, chi, kh, kw). Raises ValueError with real alpha."""
+        if self.alpha is not None:
+            raise ValueError("a weight with real alpha has no int8 form")
         return _merge(self).to(torch.int8)
+
+    def unscaled(self) -> Tensor:
+        """W' / CDSw, float32 (cho, chi, kh, kw)."""
+        if self.alpha is None:
+            return _merge(self).float()
+        return expand_blocks(self.alpha, self.vqk.shape[1], self.block_size) * self.vqk.float()
 
     def weight(self) -> Tensor:
         """W', float32 (cho, chi, kh, kw)."""
-        return self.cds_w[:, None, None, None] * _merge(self).float()
+        return self.cds_w[:, None, None, None] * self.unscaled()
 
 
 def largest_pair(merged: Tensor) -> int:

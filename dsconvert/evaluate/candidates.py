@@ -125,8 +125,10 @@ def _converted(path: Path, side: int | None) -> Candidate:
             raw = run_float(model.graph, params, x)
         return decode(raw, model.head).numpy()
 
+    layout = "float" if model.has_real_alpha else "packed"
+
     def running() -> ort.InferenceSession:
-        return session(export_quantized(model, "packed", side).SerializeToString(), torch.get_num_threads())
+        return session(export_quantized(model, layout, side).SerializeToString(), torch.get_num_threads())
 
     bits = model.weight_bits
     return Candidate(path, "safetensors", model.head.names, side, bits, predict, _once(running, side))

@@ -47,7 +47,9 @@ def conv_weights(model: onnx.ModelProto) -> list[OnnxWeight]:
             continue
         largest = max(parts, key=_count)
         bits = sum(_count(t) * BITS.get(t.data_type, 32) for t in parts)
-        scale_bits = sum(_count(t) * 32 for t in parts if t is not largest and t.data_type == TensorProto.FLOAT)
+        # one scale a channel is not counted; scales of blocks are shifts, and are
+        scales = [t for t in parts if t is not largest and t.data_type == TensorProto.FLOAT and len(t.dims) == 1]
+        scale_bits = sum(_count(t) * 32 for t in scales)
         shape = _shape(node.input[place], makers, tensors, set()) or largest.dims
         known = largest.data_type in TensorProto.DataType.values()
         type_name = TensorProto.DataType.Name(largest.data_type).lower() if known else "unknown"

@@ -1,4 +1,4 @@
-"""How one DSConv weight is spelled in ONNX. Every layout yields the same int8 numbers, m * VQK + z.
+"""How one DSConv weight is spelled in ONNX. Every layout but float yields the same int8 numbers, m * VQK + z.
 
 packed  VQK in its own number of bits and m as UINT4; Cast, Mul, Cast, Reshape give int8, which ONNX Runtime folds
         once at load. 4 bits are INT4. Of other widths, every 4 bits are UINT4 and what is left (6 = 4 + 2) comes in
@@ -9,6 +9,7 @@ blocked 4-bit VQK -> DequantizeLinear in blocks of channels, its scale m -> Cast
         tensor of its own (OpenVINO refuses ragged blocks). Other widths are spelled as in packed: OpenVINO folds
         those too, but a blocked DequantizeLinear of INT8 it leaves beside a float convolution. Opset 21.
 int8    the merged int8 tensor itself. Opset 13 (per-channel DequantizeLinear); runs anywhere, file twice as big.
+float   the paper's real-valued shifts, in float (see `real`): the one layout that is not int8. Opset 21.
 
 OpenVINO folds constants of 4 bits and casts of them, but leaves INT8 and UINT8 constants as they are where a
 multiplication or subtraction follows the cast, and then convolves in float. So UINT8 meets an addition or a table
@@ -27,7 +28,7 @@ from dsconvert.dsconv.tensor import DSTensor, block_count
 from dsconvert.export.builder import OnnxBuilder
 
 INT32 = TensorProto.INT32
-LAYOUT_OPSET = {"packed": 21, "blocked": 21, "int8": 13}
+LAYOUT_OPSET = {"packed": 21, "blocked": 21, "int8": 13, "float": 21}
 
 
 def add_int8_weight(b: OnnxBuilder, name: str, weight: DSTensor, layout: str) -> str:

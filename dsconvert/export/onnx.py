@@ -23,6 +23,7 @@ from dsconvert.export.decode import add_decode, box_count
 from dsconvert.export.inputs import BYTES, INPUT_TYPES, add_real_image
 from dsconvert.export.layouts import LAYOUT_OPSET, add_int8_weight
 from dsconvert.export.nms import Nms, add_nms
+from dsconvert.export.real import add_real_weight, check_layout
 from dsconvert.graph.integer import SIGMOID, QParams, grid_of, keeps_grid
 from dsconvert.graph.ir import INPUT, ConvParams, Graph, Node
 from dsconvert.model import DSModel, display_name
@@ -46,6 +47,7 @@ PLAIN = Ends()
 
 def export_quantized(model: DSModel, layout: str, imgsz: int, ends: Ends = PLAIN) -> onnx.ModelProto:
     """The converted network with integer weights in the given layout (see `layouts`)."""
+    check_layout(model, layout)
     b = OnnxBuilder(LAYOUT_OPSET[layout])
     if model.activations:
         q = _Quantized(b, model, layout, ends.input_type)
@@ -134,7 +136,10 @@ def _weight_only(b: OnnxBuilder, node: Node, model: DSModel, layout: str) -> Non
         _float_op(b, node, list(node.inputs), node.name)
         return
     conv, name = model.convs[node.name], display_name(node)
-    weight, _ = _real_weight(b, name, conv.weight, layout)
+    if layout == "float":
+        weight = add_real_weight(b, name, conv.weight)
+    else:
+        weight, _ = _real_weight(b, name, conv.weight, layout)
     bias = b.tensor(f"{name}.bias", conv.bias.numpy())
     _conv(b, node, [node.inputs[0], weight, bias])
 

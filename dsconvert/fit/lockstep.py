@@ -121,7 +121,7 @@ def fit_cds(node: Node, weight: DSTensor, batches: Iterable[Seen]) -> QConv:
     argmin sum w (CDSw a + CDSb - y)^2 gives CDSw = cov(a, y) / var(a), CDSb = mean(y) - CDSw mean(a). The old CDSw
     stays where the accumulator is constant or the regression would move it by more than a factor of two.
     """
-    merged = weight.merged().float()
+    merged = weight.unscaled()
     sums = torch.zeros(5, weight.vqk.shape[0], dtype=torch.float64)
     for seen in batches:
         acc = conv(node, seen.input, merged.to(seen.input), None)
