@@ -3,7 +3,12 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 DEMO := runs/demo
 
-.PHONY: help demo test lint docs package setup clean
+# Where the CPU build of torch lies: a folder or a page of wheels. The package index has the CUDA build, gigabytes larger.
+TORCH_WHEELS ?= https://download.pytorch.org/whl/cpu/torch/
+# Licences that let anyone use, change and pass on what depends on them (MPL: changes to its own files stay open).
+LICENCES := MIT;BSD;Apache;0BSD;ISC;PSF;Python Software Foundation;MPL-2.0;Mozilla Public License 2.0;HPND;CC0;Zlib;BSL-1.0
+
+.PHONY: help demo test lint docs package lock audit setup clean
 .DEFAULT_GOAL := help
 
 help:
@@ -11,6 +16,8 @@ help:
 	@echo "make test      lint and run all tests"
 	@echo "make docs      build the documentation into site/"
 	@echo "make package   build wheel and sdist into dist/, and check them"
+	@echo "make lock      pin every dependency with its hashes in requirements.lock"
+	@echo "make audit     licences and known vulnerabilities of what is pinned (the latter needs the internet)"
 
 .venv/.ready: pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -41,6 +48,20 @@ package: setup
 	rm -rf dist
 	$(BIN)/python -m build
 	$(BIN)/pytest tests/test_package.py
+
+.venv/.audit: setup
+	$(BIN)/pip install --quiet '.[audit]'
+	touch $@
+
+lock: .venv/.audit
+	echo 'torch==2.13.0+cpu' | $(BIN)/uv pip compile --quiet --generate-hashes --no-annotate --python-version 3.11 \
+	  --find-links $(TORCH_WHEELS) --constraints - --extra dev --extra report --no-emit-find-links \
+	  --custom-compile-command 'make lock' --upgrade pyproject.toml --output-file requirements.lock
+
+audit: .venv/.audit
+	$(BIN)/pip-licenses --from=mixed --partial-match --allow-only='$(LICENCES)' --ignore-packages faster-coco-eval \
+	  --packages $$(sed -n 's/^\([A-Za-z0-9._-]*\)==.*/\1/p' requirements.lock)
+	$(BIN)/pip-audit --strict --disable-pip --require-hashes --requirement requirements.lock
 
 clean:
 	rm -rf .venv runs site build dist

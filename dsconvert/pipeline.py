@@ -74,6 +74,7 @@ BATCH = 4
 # (half, float32). More images than fit in are left out.
 LOCKSTEP_BYTES = 5 << 28
 HELD_BACK = 4  # with a target for the loss, every fourth calibration image measures it and calibrates nothing
+MOST_VALUE = 60000  # of activations, which are kept as halves
 SYNTHETIC_IMAGES, SYNTHETIC_SIDE, SYNTHETIC_STEPS = 16, 320, 80
 
 Progress = Callable[[str, int, int], None]
@@ -297,7 +298,13 @@ def _bounded(
     """As many of the batches, evenly spread, as give at most `most` values to keep at any time."""
     sizes: dict[str, int] = {}
     one = batches[0][:1].to(device).float() / 255
-    run_float(graph, params, one, lambda name, value: sizes.__setitem__(name, value.numel()))
+
+    def note(name: str, value: Tensor) -> None:
+        if not float(value.abs().max()) < MOST_VALUE:  # NaN is not
+            raise InputError(f"The values of layer {name} are infinite or beyond {MOST_VALUE}: it cannot be converted.")
+        sizes[name] = value.numel()
+
+    run_float(graph, params, one, note)
     alive, peak, last = 0, 0, graph.last_use()
     for index, node in enumerate(graph.nodes):
         alive += sizes[node.name]

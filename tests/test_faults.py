@@ -229,6 +229,19 @@ def test_every_librarys_word_for_no_memory_is_known(error):
     assert system_fault(ValueError("bad")) is None
 
 
+def test_a_network_whose_values_overflow_is_one_sentence(inputs, tmp_path):
+    """Every weight is finite, what they compute is not."""
+    network = Network(SMALL, nc=2, na=3).eval()
+    randomise(network)
+    for name, value in network.state_dict().items():
+        if name.endswith("bn.weight"):
+            value.mul_(50_000)  # the most a half holds is 65504
+    (tmp_path / "huge.pt").write_bytes(yolov5_bytes(network, head_from_detect(network.detect, [2], ["cat", "dog"])))
+    options = pipeline.QuantizeOptions(calib=inputs / "data.yaml", imgsz=64, bits=4)
+    with pytest.raises(InputError, match=r"The values of layer model\.\S+ are infinite or beyond"):
+        pipeline.quantize(load_checkpoint(tmp_path / "huge.pt"), options)
+
+
 # --- files that vanish ----------------------------------------------------------------------------------------------
 
 
