@@ -19,11 +19,13 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+import torch
 from conftest import ROOT, randomise
 
 from dsconvert import __main__ as entry
 from dsconvert import pipeline
 from dsconvert.errors import InputError, system_fault
+from dsconvert.graph.integer import run_integer
 from dsconvert.modelfile import load_model, model_bytes
 from dsconvert.yolo.checkpoint import load_checkpoint, yolov5_bytes
 from dsconvert.yolo.network import Network, head_from_detect
@@ -287,3 +289,32 @@ def test_a_model_that_vanishes_is_one_sentence(inputs, tmp_path):
         load_checkpoint(tmp_path / "gone.pt")
     with pytest.raises(InputError, match="There is no model file"):
         load_model(tmp_path / "gone.safetensors")
+
+
+# --- networks that are hardly one ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("what", "part"),
+    [("dead layer", "model.1.cv1.conv.weight"), ("dead network", "conv.weight"), ("pruned", "bn.weight")],
+)
+def test_dead_layers_are_converted_and_exported(inputs, tmp_path, what, part):
+    """Zero weights, as pruning leaves them: what is left are biases, and those are right."""
+    network = Network(SMALL, nc=2, na=3).eval()
+    randomise(network)
+    for name, value in network.state_dict().items():
+        if name.endswith(part):
+            value.mul_(torch.arange(len(value)).view(-1, *[1] * (value.dim() - 1)) % 2 if what == "pruned" else 0)
+    path = tmp_path / "best.pt"
+    path.write_bytes(yolov5_bytes(network, head_from_detect(network.detect, [2], ["cat", "dog"])))
+    loaded = load_checkpoint(path)
+    result = pipeline.quantize(loaded, pipeline.QuantizeOptions(calib=inputs / "data.yaml", imgsz=64, bits=4))
+    (tmp_path / "m.safetensors").write_bytes(model_bytes(result.model))
+    assert pipeline.onnx_bytes(tmp_path / "m.safetensors", "packed", None)  # checked against torch, bounds included
+    image = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        wanted = loaded.network(image)[0]
+    model = result.model
+    found = run_integer(model.graph, model.convs, model.activations, image)
+    joined = torch.cat([t.unflatten(1, (3, -1)) for t in found], 2).flatten(1, 2)
+    assert float((joined - wanted).square().mean()) <= 0.02 * float(wanted.square().mean())  # 4 bits; lost biases: all

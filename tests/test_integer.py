@@ -107,3 +107,22 @@ def test_sums_beyond_the_exact_integers_of_float32_are_exact():
     assert int((sums + bias).abs().max()) < 256  # small again after the bias: what was lost before cannot hide
     out = integer_conv(node, q, conv, source, QParams(1e-3, 0)).flatten()
     assert out.tolist() == (sums + bias).clamp(0, 255).tolist()
+
+
+def test_a_channel_whose_bias_has_no_int32_becomes_that_bias():
+    """A channel switched off by its BatchNorm keeps its offset: at the scale of its weights it would be clamped."""
+    node = Node("conv", "c", ("x",), {"stride": 1, "padding": 0, "dilation": 1, "groups": 1})
+    vqk = torch.tensor([[7, -3], [5, 5], [0, 0]], dtype=torch.int8)[:, :, None, None]
+    weight = DSTensor(vqk, torch.ones(3, 1, 1, 1, dtype=torch.int8), None, torch.tensor([0.01, 1e-12, 1e-20]), 4, 2)
+    conv = QConv(weight, torch.tensor([0.5, -0.75, 0.25]))
+    source, target = QParams(0.02, 10), QParams(0.01, 128)
+    assert conv.bias_int(0.02).tolist()[1:] == [-(2**31), 2**31 - 1]  # clamped: the bias is lost
+    roomy = conv.with_room(0.02)
+    assert int(roomy.largest_sum(0.02).max()) < 2**31
+    q = torch.from_numpy(RNG.integers(0, 256, (1, 2, 3, 3)).astype(np.float32))
+    out = integer_conv(node, q, roomy, source, target)
+    assert torch.equal(out[:, 0], integer_conv(node, q, conv, source, target)[:, 0])  # others are left alone
+    assert bool((out[:, 1] == 128 - 75).all())
+    assert bool((out[:, 2] == 128 + 25).all())
+    assert roomy.with_room(0.02) is roomy
+    assert QConv(weight, torch.zeros(3)).with_room(0.02).weight is weight  # a dead channel without bias needs nothing

@@ -75,7 +75,7 @@ def test_random_networks_grow_and_stay_alive(tmp_path):
     counts = {}
     for size in ("n", "s"):
         path = tmp_path / f"{size}.pt"
-        growth.random_checkpoint(Checkpoint(like, head, path, 0, 16), size, path)
+        growth.random_checkpoint(Checkpoint(like, head, path, 0, 16, ""), size, path)
         counts[size] = growth.parameters(path)
         raw = load_checkpoint(path).network(torch.rand(1, 3, 64, 64))
         assert all(0.01 < t.std() < 100 for t in raw)

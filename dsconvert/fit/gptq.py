@@ -102,11 +102,14 @@ def fit_weight_gptq(weight: Tensor, moments: Moments, bits: int, block_size: int
     plain = fit_weight(weight, bits, block_size)
     flat = weight.detach().cpu().double().flatten(1)
     damped = moments.damped()
-    target = torch.linalg.solve(damped.hessian, (flat @ damped.cross).T).T  # W C H^-1, H being symmetric
     groups = _groups(weight, block_size, damped.hessian.diagonal())
     order = torch.cat(groups)
-    inverse = torch.linalg.inv(damped.hessian[order][:, order])
-    upper = torch.linalg.cholesky((inverse + inverse.T) / 2, upper=True)
+    try:
+        target = torch.linalg.solve(damped.hessian, (flat @ damped.cross).T).T  # W C H^-1, H being symmetric
+        inverse = torch.linalg.inv(damped.hessian[order][:, order])
+        upper = torch.linalg.cholesky((inverse + inverse.T) / 2, upper=True)
+    except torch.linalg.LinAlgError:  # constant inputs, as behind a dead layer: H is rounding noise
+        return plain
     best = _Best(flat, damped, plain)
     start = fit_weight(target.reshape(weight.shape), bits, block_size)
     for share in STARTS:

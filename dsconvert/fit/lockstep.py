@@ -36,6 +36,10 @@ class _Side:
     def real(self, name: str, value: Tensor) -> Tensor:
         return self.grids[name].dequantize(value.float()) if self.grids else value
 
+    def roomy(self, node: Node, conv: QConv) -> QConv:
+        """The convolution with every bias expressible in its accumulator, where there is one."""
+        return conv.with_room(self.grids[node.inputs[0]].scale) if self.grids else conv
+
     def step(self, node: Node, inputs: list[Tensor], convs: Mapping[str, QConv]) -> Tensor:
         if self.grids:
             return integer_step(node, [x.float() for x in inputs], convs, self.grids).to(torch.uint8)
@@ -81,7 +85,7 @@ def fit_lockstep(
             elif node.op == "conv":
                 seen = _seen(node, floats, quants, side, (positions or {}).get(node.name))
                 weight = fit_layer(node, params[node.name].weight, seen())
-                fitted[node.name] = fit_cds(node, weight, seen())
+                fitted[node.name] = side.roomy(node, fit_cds(node, weight, seen()))
                 if finished:
                     finished(fitted)
             quants[node.name] = [side.step(node, xs, fitted) for xs in _inputs(node, quants)]
@@ -103,7 +107,10 @@ def _seen(
         first = 0
         for x, q, y in zip(floats[source], quants[source], floats[node.name], strict=True):
             last = first + len(x)
-            weights = torch.ones(len(y), y.shape[2] * y.shape[3], device=y.device) if w is None else w[first:last]
+            if w is None or not bool(w.any()):  # no one said what counts, or nothing depends on this layer
+                weights = torch.ones(len(y), y.shape[2] * y.shape[3], device=y.device)
+            else:
+                weights = w[first:last]
             yield Seen(x.float(), side.real(source, q), y.float(), weights)
             first = last
 

@@ -9,7 +9,7 @@ are carried in float32 tensors, and sums beyond 2^24, where those stop being exa
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -22,6 +22,7 @@ from dsconvert.graph import run
 from dsconvert.graph.ir import INPUT, Graph, Node
 
 QMAX = 255
+BIAS_MOST = 1 << 29  # in accumulator units: a quarter of int32, the rest is for the products
 FLOAT_EXACT = 1 << 24  # every integer up to this is a float32
 SIGMOID_SCALE = np.float32(1 / 255)  # the sigmoid inside SiLU spans 0..1
 
@@ -60,6 +61,23 @@ class QConv:
         """int32 bias in units of input scale * CDSw (computed in float32, as engines do)."""
         unit = torch.tensor(input_scale, dtype=torch.float32) * self.weight.cds_w.float()
         return torch.round(self.bias.double() / unit.double()).clamp(-(2**31), 2**31 - 1).to(torch.int32)
+
+    def with_room(self, input_scale: float) -> QConv:
+        """The same, without the weights of channels whose bias is so large beside them that it has no int32.
+
+        Such channels (pruned, or switched off by their BatchNorm) are constant but for a few per cent: they get zero
+        weights, and a scale in which their bias is an integer of 20 bits."""
+        needed = self.bias.double().abs() / input_scale / self.weight.cds_w.double()
+        lost = ~(needed < BIAS_MOST)
+        if not bool(lost.any()):
+            return self
+        w, scale = self.weight, self.bias.double().abs() / input_scale / (1 << 20)
+        kept = torch.where(lost, 0, 1).to(torch.int8)[:, None, None, None]
+        weight = replace(
+            w, vqk=w.vqk * kept, z=None if w.z is None else w.z * kept,
+            cds_w=torch.where(lost, scale, w.cds_w.double()).clamp_min(1e-30).float(),
+        )  # fmt: skip
+        return QConv(weight, self.bias)
 
     def largest_sum(self, input_scale: float) -> Tensor:
         """Largest |accumulator| any input can cause, per output channel, int64 (cho,).
