@@ -138,7 +138,7 @@ def all_rows(checkpoint: Path, data: Path, work: Path, groups: Sequence[str], on
     for name, fit in (("least squares", plain_fit), ("GPTQ, symmetric", symmetric_fit),
                       ("GPTQ, asymmetric, positions unweighted", unweighted_fit)):  # fmt: skip
         with_fit(fit, lambda n=name: add(n, "ablation", four))  # type: ignore[misc]
-    for block in (32, 128):
+    for block in (32, 64, 128):
         add(f"4 bit, block size {block}", "block", replace(four, block_size=block))
     add("4 bit, activations float", "ablation", replace(four, activations="float"))
     return rows

@@ -25,9 +25,9 @@ def inputs(seed: int, channels: int = 8, noise: float = 0.1) -> tuple[torch.Tens
     return x, q
 
 
-def seen(x: torch.Tensor, q: torch.Tensor, weights: torch.Tensor | None = None) -> Seen:
+def seen(x: torch.Tensor, q: torch.Tensor, weights: torch.Tensor | None = None, first: int = 0) -> Seen:
     """A batch as the layer sees it; moments do not look at its float outputs."""
-    return Seen(x, q, x, torch.ones(len(x), x.shape[2] * x.shape[3]) if weights is None else weights)
+    return Seen(x, q, x, torch.ones(len(x), x.shape[2] * x.shape[3]) if weights is None else weights, first)
 
 
 def objective(
@@ -75,6 +75,21 @@ def test_many_positions_are_drawn_by_weight():
     got = measure_moments(node, torch.Size((1, 1, 1, 1)), [seen(x, x, weights)], seed=0)
     # variance of a coin of chance 3/4 is 3/16; 1024 draws give it to 0.4/32 at one sigma of the chance, 5 sigma here
     assert got.hessian.item() == pytest.approx(3 / 16, abs=5 * 0.0135 * 0.5)
+
+
+def test_an_image_is_drawn_from_alike_in_any_batch():
+    g = torch.Generator().manual_seed(0)
+    x, weights = torch.randn(3, 2, 40, 40, generator=g), torch.rand(3, 1600, generator=g)
+    node = Node("conv", "c", ("x",), {**CONV.attrs, "padding": 0})
+
+    def hessian(*parts: tuple[slice, int]) -> torch.Tensor:
+        batches = [seen(x[part], x[part], weights[part], first) for part, first in parts]
+        return measure_moments(node, torch.Size((1, 2, 1, 1)), batches, seed=0).hessian
+
+    both = hessian((slice(1, 3), 1))
+    # float32 sums in another order
+    torch.testing.assert_close(both, hessian((slice(1, 2), 1), (slice(2, 3), 2)), rtol=1e-5, atol=1e-7)
+    assert not torch.allclose(both, hessian((slice(1, 3), 0)), rtol=1e-4)
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 6, 8])

@@ -48,6 +48,20 @@ def test_positions_are_the_root_of_the_squared_gradients_over_channels():
     assert judged(CHAIN) == {"a": "b"}
 
 
+def test_an_image_draws_the_same_wherever_it_is_looked_at():
+    """Two processes with a part of the images each find together what one finds."""
+    images = [torch.randn(1, 1, 60, 60, generator=torch.Generator().manual_seed(i)) for i in range(3)]
+
+    def measure(part, first):
+        return measure_importance(CHAIN, PARAMS, part, lambda raw, _: [raw[0].square()], 7, first=first)
+
+    whole, parts = measure(images, 0), [measure(images[:1], 0), measure(images[1:], 1)]
+    for name, (values, weights) in whole.samples.items():
+        assert torch.equal(values, torch.cat([p.samples[name][0] for p in parts]))
+        assert torch.equal(weights, torch.cat([p.samples[name][1] for p in parts]))
+    assert not torch.equal(measure(images[1:], 0).samples["a"][0], parts[1].samples["a"][0])  # draws of other images
+
+
 @pytest.mark.parametrize("searched", [1 << 16, 5000])
 def test_samples_are_unbiased_and_hold_the_extremes(monkeypatch, searched):
     monkeypatch.setattr(importance, "SAMPLES_PER_IMAGE", 2000)

@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dsconvert.dsconv.tensor import DSTensor, block_count, expand_blocks, vqk_limits
+from dsconvert.fit import draws
 from dsconvert.fit.least_squares import fit_weight, from_blocks, nearest_integers, relieve_pairs, to_blocks
 from dsconvert.fit.seen import Seen
 from dsconvert.graph.ir import Node
@@ -50,15 +51,15 @@ def measure_moments(node: Node, weight_shape: torch.Size, batches: Iterable[Seen
     """H and C from batches of what the layer sees, groups 1.
 
     Of each image at most `POSITIONS` output positions are taken, at random in proportion to their weight."""
-    generator = torch.Generator().manual_seed(seed)
     _, channels, *kernel = weight_shape
     size = channels * kernel[0] * kernel[1]
     hessian, cross = torch.zeros(2, size, size, dtype=torch.float64)
     sums, total = torch.zeros(2, size, dtype=torch.float64), 0.0
     for seen in batches:
         columns = []
-        for x, q, weights in zip(seen.float_input, seen.input, seen.weights, strict=True):
-            picks, w = _pick(weights.double(), generator)
+        inputs = zip(seen.float_input, seen.input, seen.weights, strict=True)
+        for index, (x, q, weights) in enumerate(inputs, seen.first):
+            picks, w = _pick(weights.double(), draws.of_image(seed, index))
             picks, w = picks.to(x.device), w.to(x)
             columns.append((*(_columns(v, tuple(kernel), node, picks) for v in (x, q)), w))
         x, q, w = (torch.cat(parts, -1) for parts in zip(*columns, strict=True))

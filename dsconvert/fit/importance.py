@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from dsconvert.dsconv.tensor import Width
+from dsconvert.fit import draws
 from dsconvert.fit.clipping import LEVELS, clip_effects
 from dsconvert.fit.sensitivity import WeightErrors, squared_effects
 from dsconvert.graph.integer import keeps_grid
@@ -70,17 +71,19 @@ def measure_importance(
     measure: Measure,
     seed: int,
     errors: WeightErrors | None = None,
+    first: int = 0,
 ) -> Importance:
-    """Importance over images (1, 3, h, w) each; `damage` is that of the weight `errors`.
+    """Importance over images (1, 3, h, w) each, the first of them at place `first` of the calibration set; `damage` is
+    that of the weight `errors`.
 
     Values are weighted where they count: before an activation by the gradient behind it (see `judged`)."""
-    generator = torch.Generator().manual_seed(seed)
     behind = judged(graph)
     samples: dict[str, list[tuple[Tensor, Tensor]]] = {n.name: [] for n in graph.nodes if not keeps_grid(n.op)}
     positions: dict[str, list[Tensor]] = {n.name: [] for n in graph.convs()}
     damage = {name: dict.fromkeys(by_width, 0.0) for name, by_width in (errors or {}).items()}
     clipping = {name: torch.zeros_like(LEVELS) for name in samples if name not in behind}
-    for image in images:
+    for index, image in enumerate(images, first):
+        generator = draws.of_image(seed, index)
         found = gradients(graph, params, image, measure, generator)
         for name, kept in samples.items():
             kept.append(_sample(found[name][0], found[behind.get(name, name)][1].square(), generator))

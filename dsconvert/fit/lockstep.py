@@ -111,7 +111,7 @@ def _seen(
                 weights = torch.ones(len(y), y.shape[2] * y.shape[3], device=y.device)
             else:
                 weights = w[first:last]
-            yield Seen(x.float(), side.real(source, q), y.float(), weights)
+            yield Seen(x.float(), side.real(source, q), y.float(), weights, first)
             first = last
 
     return batches

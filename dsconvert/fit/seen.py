@@ -11,9 +11,10 @@ from torch import Tensor
 class Seen:
     """One batch of n images at one convolution, all real-valued: what it gets in the float network and in the
     quantized one (n, chi, h, w), what it makes in the float network (n, cho, h', w'), and how much each of its output
-    positions matters (n, h' w')."""
+    positions matters (n, h' w'). first: the place of the batch's first image in the calibration set."""
 
     float_input: Tensor
     input: Tensor
     float_output: Tensor
     weights: Tensor
+    first: int = 0
