@@ -6,7 +6,7 @@ checkpoint -> network -> plan -> calibrate -> fit -> DSModel -> file -> ONNX
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 import dsconvert
+from dsconvert import workers
 from dsconvert.budget import (
     BITS,
     BLOCK_SIZES,
@@ -26,9 +27,12 @@ from dsconvert.budget import (
     widths_for_file,
     widths_like_uniform,
 )
+from dsconvert.calibcache import remembered
+from dsconvert.calibration import Progress as Progress
+from dsconvert.calibration import bounded, calibrate, decoded, synthetic
 from dsconvert.dsconv.tensor import DSTensor, Width, used_width
 from dsconvert.errors import InputError
-from dsconvert.evaluate.accuracy import evaluate_predictors
+from dsconvert.evaluate.accuracy import Detections, detect_all
 from dsconvert.evaluate.candidates import Candidate, load_candidates
 from dsconvert.evaluate.coco import Metrics
 from dsconvert.evaluate.drop import map_drop
@@ -38,25 +42,19 @@ from dsconvert.export.compact import compact
 from dsconvert.export.onnx import PLAIN, Ends, export_float, export_quantized
 from dsconvert.files import write_atomic
 from dsconvert.fit.gptq import fit_layer
-from dsconvert.fit.importance import measure_importance
 from dsconvert.fit.lockstep import FitLayer, fit_lockstep
-from dsconvert.fit.ranges import choose_grids
 from dsconvert.fit.real_alpha import fit_layer_real
 from dsconvert.fit.seen import Seen
 from dsconvert.fit.sensitivity import weight_errors
-from dsconvert.fit.synthesize import synthesize
 from dsconvert.graph.integer import QConv, QParams
 from dsconvert.graph.ir import ConvParams, Graph, Node
-from dsconvert.graph.run import run_float
 from dsconvert.model import DSModel, damage_by_bits, display_name, is_dsconv
 from dsconvert.modelfile import load_model, model_bytes
 from dsconvert.target import smallest_within
 from dsconvert.unfinished import read_unfinished, run_key, usable, write_unfinished
 from dsconvert.yolo.checkpoint import Checkpoint, load_checkpoint
-from dsconvert.yolo.decode import detection_measure
 from dsconvert.yolo.images import (
     Image,
-    calibration_batches,
     calibration_images,
     image_paths,
     letterbox,
@@ -69,15 +67,7 @@ from dsconvert.yolo.network import Head
 from dsconvert.yolo.plan import choose_convs
 
 MODEL_FILE, REPORT_FILE = "model.safetensors", "quantize.json"
-BATCH = 4
-# What lockstep fitting may keep of both networks' values: 3 bytes each (half, uint8), or 6 with float activations
-# (half, float32). More images than fit in are left out.
-LOCKSTEP_BYTES = 5 << 28
 HELD_BACK = 4  # with a target for the loss, every fourth calibration image measures it and calibrates nothing
-MOST_VALUE = 60000  # of activations, which are kept as halves
-SYNTHETIC_IMAGES, SYNTHETIC_SIDE, SYNTHETIC_STEPS = 16, 320, 80
-
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
@@ -127,58 +117,60 @@ def quantize(
     progress: Progress | None = None,
     unfinished: Path | None = None,
     resume: bool = False,
+    cache: Path | None = None,
 ) -> Quantized:
     """Convert a checkpoint. Raises InputError for options that do not fit it.
 
     Fitted layers are kept in the file `unfinished`, if one is named, until the whole is done; `resume` goes on from
-    what an equal run left there."""
+    what an equal run left there. Calibrations are kept in the folder `cache`, if one is named (see `calibcache`).
+    Under torchrun every process looks at a part of the images; each returns the whole model."""
     _check(options, checkpoint)
+    if resume and workers.count() > 1:
+        raise InputError("--resume goes on with one process; run it without torchrun.")
     if options.kds == "float" and options.bits is None:
         options = replace(options, bits=UNIFORM.bits)
     torch.manual_seed(options.seed)
     report = progress or (lambda stage, done, total: None)
-    network, device, head = checkpoint.network.to(options.device), options.device, checkpoint.head
+    device = workers.device(options.device)
+    network, head = checkpoint.network.to(device), checkpoint.head
     paths = None if options.calib is None else spread(calibration_images(options.calib), options.samples)
     held_back: list[Path] = []
     if options.target_drop is not None and paths is not None:
         held_back = paths[HELD_BACK - 1 :: HELD_BACK]
         paths = [p for p in paths if p not in set(held_back)]
-    skipped: list[str] = []
     if paths is None:
-        batches = _synthetic(checkpoint, options, report)
+        images = synthetic(checkpoint, options.imgsz, options.samples, options.seed, report)
     else:
-        batches, skipped = _decode(paths, options.imgsz, report)
+        images = decoded(paths, options.imgsz, report)
     graph, params = split_detect(*lower(network.fuse()), head)
     chosen = sorted(choose_convs(network, graph, options.blocks, options.scope))
-    value_bytes = 3 if options.activations == "int8" else 6
-    kept = _bounded(graph, params, batches, device, LOCKSTEP_BYTES // value_bytes)
-    images = sum(len(b) for b in kept)
-
-    def measure(raw: list[Tensor], reference: list[Tensor]) -> list[Tensor]:
-        return detection_measure(raw, reference, head)
-
-    singles = _counted((image for b in _real(kept, device) for image in b.split(1)), "importance", images, report)
+    quantized = options.activations == "int8"
+    images = bounded(graph, params, images, device, 3 if quantized else 6)
+    key = {**asdict(options), "calib": None, "images": [images.first, images.count]}
     sizes = [options.block_size] if options.block_size else BLOCK_SIZES
     errors = weight_errors(params, chosen if options.bits is None else [], BITS, sizes)
-    importance = measure_importance(graph, params, singles, measure, options.seed, errors)
-    own: dict[str, QParams] = {}
-    if options.activations == "int8":
-        own = choose_grids(graph, importance.samples, importance.clipping, options.seed)
-    damage = importance.damage
+    seen = {k: key[k] for k in ("images", "imgsz", "seed", "device", "activations")}
+    seen["widths"] = {name: list(by_width) for name, by_width in errors.items()}
+    calibration = remembered(
+        cache, run_key(seen, checkpoint.sha256, *images.batches),
+        lambda: calibrate(graph, params, head, images, errors, options.seed, device, quantized, report),
+    )  # fmt: skip
+    own, damage = calibration.own, calibration.damage
 
     left: Mapping[str, QConv] = {}
     keep = None
-    if unfinished is not None:
-        key = run_key({**asdict(options), "calib": None}, checkpoint.sha256, *kept)
-        left = read_unfinished(unfinished, key) if resume else {}
-        keep = partial(write_unfinished, unfinished, key)
+    if unfinished is not None and workers.count() == 1:
+        run = run_key(key, checkpoint.sha256, *images.batches)
+        left = read_unfinished(unfinished, run) if resume else {}
+        keep = partial(write_unfinished, unfinished, run)
 
     def fitted(widths: Widths) -> DSModel:
         report("widths", 1, 1)
         wanted = [(n.name, _width(widths, n.name, params[n.name].weight)) for n in graph.convs()]
         convs = fit_lockstep(
-            graph, params, _layer_fit(widths, options), own, _real(kept, device),
-            lambda done, total: report("fit", done, total), importance.positions, usable(left, wanted), keep,
+            graph, params, _layer_fit(widths, options), own, images.real(device),
+            lambda done, total: report("fit", done, total), calibration.positions, usable(left, wanted), keep,
+            images.first,
         )  # fmt: skip
         return DSModel(graph, convs, own, head, options.imgsz, _provenance(checkpoint, options, command, damage))
 
@@ -196,7 +188,7 @@ def quantize(
         block = options.block_size or min(BLOCK_SIZES)
         model = fitted({name: used_width(options.bits, params[name].weight.shape[1], block) for name in chosen})
     sqnr = {name: _sqnr_db(params[name].weight.cpu(), conv.weight.weight()) for name, conv in model.convs.items()}
-    return Quantized(model, images, len(skipped), sqnr, drop, skipped[0] if skipped else "")
+    return Quantized(model, images.count, len(images.skipped), sqnr, drop, images.skipped[0] if images.skipped else "")
 
 
 def _check(options: QuantizeOptions, checkpoint: Checkpoint) -> None:
@@ -215,34 +207,6 @@ def _check(options: QuantizeOptions, checkpoint: Checkpoint) -> None:
         raise InputError("--block-size and --samples must be at least 1.")
     if options.device != "cpu" and not torch.cuda.is_available():
         raise InputError(f"--device {options.device} is not available on this machine; use --device cpu.")
-
-
-def _decode(paths: Sequence[Path], side: int, report: Progress) -> tuple[list[Tensor], list[str]]:
-    """Letterboxed uint8 batches, and why the others could not be read; images are decoded once."""
-    batches, skipped = [], []
-    for batch, bad in calibration_batches(paths, side, BATCH):
-        skipped += bad
-        if len(batch):
-            batches.append((batch * 255).round().to(torch.uint8))
-        report("images", min(len(batches) * BATCH, len(paths)), len(paths))
-    if not batches:
-        raise InputError(f"None of the {len(skipped)} calibration images could be read; the first: {skipped[0]}")
-    return batches, skipped
-
-
-def _synthetic(checkpoint: Checkpoint, options: QuantizeOptions, report: Progress) -> list[Tensor]:
-    side = min(options.imgsz, SYNTHETIC_SIDE)
-    count = min(options.samples, SYNTHETIC_IMAGES)
-    try:
-        batches = synthesize(
-            checkpoint.network, count, side, SYNTHETIC_STEPS, options.seed,
-            lambda done, total: report("synthesize", done, total),
-        )  # fmt: skip
-    except ValueError:
-        raise InputError(
-            f"{checkpoint.path} has its BatchNorm fused away, so images cannot be synthesised from it; give --calib."
-        ) from None
-    return [(part * 255).round().to(torch.uint8).cpu() for b in batches for part in b.split(BATCH)]
 
 
 def _mixed(
@@ -277,42 +241,6 @@ def _layer_fit(widths: Widths, options: QuantizeOptions) -> FitLayer:
         return fit_layer(node, weight, *width, batches, options.seed)
 
     return fit
-
-
-def _counted(batches: Iterable[Tensor], stage: str, total: int, report: Progress) -> Iterable[Tensor]:
-    done = 0
-    for batch in batches:
-        yield batch
-        done += len(batch)
-        report(stage, done, total)
-
-
-def _real(batches: Iterable[Tensor], device: str) -> Iterator[Tensor]:
-    """uint8 batches as the network reads them, 0..1, made one at a time."""
-    return (b.to(device).float() / 255 for b in batches)
-
-
-def _bounded(
-    graph: Graph, params: Mapping[str, ConvParams], batches: list[Tensor], device: str, most: int
-) -> list[Tensor]:
-    """As many of the batches, evenly spread, as give at most `most` values to keep at any time."""
-    sizes: dict[str, int] = {}
-    one = batches[0][:1].to(device).float() / 255
-
-    def note(name: str, value: Tensor) -> None:
-        if not float(value.abs().max()) < MOST_VALUE:  # NaN is not
-            raise InputError(f"The values of layer {name} are infinite or beyond {MOST_VALUE}: it cannot be converted.")
-        sizes[name] = value.numel()
-
-    run_float(graph, params, one, note)
-    alive, peak, last = 0, 0, graph.last_use()
-    for index, node in enumerate(graph.nodes):
-        alive += sizes[node.name]
-        peak = max(peak, alive)
-        alive -= sum(sizes[name] for name in set(node.inputs) if last[name] == index and name in sizes)
-    fitting = max(1, most // (peak * len(batches[0])))
-    count = min(fitting, len(batches))
-    return [batches[i * len(batches) // count] for i in range(count)]
 
 
 def _sqnr_db(weight: Tensor, fitted: Tensor) -> float:
@@ -482,15 +410,16 @@ def evaluate(
     progress: Progress | None = None,
 ) -> list[Evaluated]:
     """Measure models on the images of `data`, see `entrants`."""
-    report = progress or (lambda stage, done, total: None)
     given = entrants(models, data, imgsz, samples)
-    metrics = evaluate_predictors(
-        [c.predict for c in given.candidates],
-        given.paths,
-        given.candidates[0].side,
-        given.nc,
-        given.labelled,
-        lambda done, total: report("evaluate", done, total),
-    )
+    metrics = look(given, progress).metrics()
     latencies = interleaved_latency([c.run_once for c in given.candidates])
     return [Evaluated(c, m, t) for c, m, t in zip(given.candidates, metrics, latencies, strict=True)]
+
+
+def look(given: Entrants, progress: Progress | None = None) -> Detections:
+    """What the models find in the images; under torchrun every process looks at a part of them."""
+    report = progress or (lambda stage, done, total: None)
+    return detect_all(
+        [c.predict for c in given.candidates], given.paths, given.candidates[0].side, given.nc, given.labelled,
+        lambda done, total: report("evaluate", done, total),
+    )  # fmt: skip

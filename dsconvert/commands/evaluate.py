@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from dsconvert import pipeline
+from dsconvert import pipeline, workers
 from dsconvert.commands.shared import (
     PATH,
     RUNS,
@@ -64,6 +64,10 @@ def evaluate(
         data = data or _data_of(provenance)
     if max_map_drop is not None and len(paths) < 2:
         raise InputError("--max-map-drop measures the drop against the first model; name another one too.")
+    workers.start()
+    if workers.number():  # one speaks for all
+        pipeline.look(pipeline.entrants(paths, data, imgsz, samples))
+        return
     with bars(quiet) as progress:
         rows = pipeline.evaluate(paths, data, imgsz, samples, progress)
     if as_json:

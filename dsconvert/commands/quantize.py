@@ -15,7 +15,7 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
-from dsconvert import pipeline
+from dsconvert import pipeline, workers
 from dsconvert.advice import advice, bits_of_layers
 from dsconvert.commands.shared import (
     PATH,
@@ -91,6 +91,7 @@ def _configure(context: click.Context, parameter: click.Parameter, value: str | 
 @click.option("--seed", default=0, show_default=True, help="Seed of every random choice.")
 @threads
 @click.option("--device", default="cpu", show_default=True, help="cpu or cuda.")
+@click.option("--cache", type=PATH, help="Folder where calibrations are kept for further runs on the same images.")
 @click.option("--out", type=PATH, help="Folder to write (default: runs/dsconvert/NAME).")
 @click.option("--resume", is_flag=True, help="Go on where a stopped run with the same options left off.")
 @force
@@ -101,6 +102,7 @@ def quantize(
     checkpoint: Path,
     calib: Path | None,
     threads: int,
+    cache: Path | None,
     out: Path | None,
     resume: bool,
     force: bool,
@@ -116,8 +118,16 @@ def quantize(
               dsconvert quantize best.pt --calib photos/ --config smallest
     """
     began = time.perf_counter()
+    workers.start()
+    if workers.number():  # one speaks for all, and writes
+        pipeline.quantize(
+            load_checkpoint(checkpoint), pipeline.QuantizeOptions(calib=calib, **_typed_wins(options)), cache=cache
+        )
+        return
     loaded = load_checkpoint(checkpoint)
     check_writable(out or RUNS)
+    if cache is not None:
+        check_writable(cache)
     if out is not None and not force and (out / pipeline.MODEL_FILE).exists():
         raise InputError(f"{out / pipeline.MODEL_FILE} already exists; give --force to replace it.")
     if calib is None:
@@ -130,7 +140,7 @@ def quantize(
     folder = out or (_stopped(checkpoint.stem) if resume else claim_folder(RUNS / checkpoint.stem))
     try:
         with bars(quiet, lines=True) as progress:
-            result = pipeline.quantize(loaded, chosen, command, progress, folder / UNFINISHED, resume)
+            result = pipeline.quantize(loaded, chosen, command, progress, folder / UNFINISHED, resume, cache)
     except BaseException:
         if out is None:
             with contextlib.suppress(OSError):

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from dsconvert import workers
 from dsconvert.errors import InputError
 from dsconvert.evaluate.coco import Metrics, coco_metrics
 from dsconvert.yolo.boxes import non_max_suppression, to_image
@@ -63,13 +64,15 @@ def detect_all(
     """Run every predictor on the same images, each decoded once.
 
     The truth is the labels beside the images, or (labelled=False) what the first predictor finds with confidence:
-    then metrics say how far the others agree with it. Files that cannot be read are left out and counted. Raises
+    then metrics say how far the others agree with it. Under torchrun every process looks at a part of the images and
+    has what all found. Files that cannot be read are left out and counted. Raises
     InputError when none can, or there is no object to find.
     """
     found: list[list[NDArray[np.float32]]] = [[] for _ in predictors]
     truths, shapes = [], []
     skipped: list[str] = []
-    for index, path in enumerate(paths):
+    mine = paths[workers.share(len(paths))]
+    for index, path in enumerate(mine):
         try:
             image = read_image(path)
         except InputError as error:
@@ -90,12 +93,18 @@ def detect_all(
             sure = to_image(non_max_suppression(predictions[0], CONFIDENT, OVERLAP), box, (h, w))
             truths.append(sure[:, [5, 0, 1, 2, 3]].astype(np.float64))
         if progress:
-            progress(index + 1, len(paths))
-    if not shapes:
-        raise InputError(f"None of the {len(skipped)} images could be read; the first: {skipped[0]}")
-    if not labelled and not sum(map(len, truths)):
+            progress(index + 1, len(mine))
+    everyone = workers.gathered(Detections(found, truths, shapes, nc, tuple(skipped)))
+    whole = Detections(
+        [[boxes for d in everyone for boxes in d.found[i]] for i in range(len(predictors))],
+        [truth for d in everyone for truth in d.truths], [shape for d in everyone for shape in d.shapes],
+        nc, tuple(reason for d in everyone for reason in d.skipped),
+    )  # fmt: skip
+    if not whole.shapes:
+        raise InputError(f"None of the {len(whole.skipped)} images could be read; the first: {whole.skipped[0]}")
+    if not labelled and not sum(map(len, whole.truths)):
         raise InputError("The first model finds nothing with confidence in these images, so there is no agreement.")
-    return Detections(found, truths, shapes, nc, tuple(skipped))
+    return whole
 
 
 def _pixels(labels: NDArray[np.float64], h: int, w: int) -> NDArray[np.float64]:

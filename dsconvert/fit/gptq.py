@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from dsconvert import workers
 from dsconvert.dsconv.tensor import DSTensor, block_count, expand_blocks, vqk_limits
 from dsconvert.fit import draws
 from dsconvert.fit.least_squares import fit_weight, from_blocks, nearest_integers, relieve_pairs, to_blocks
@@ -48,7 +49,7 @@ class Moments:
 
 
 def measure_moments(node: Node, weight_shape: torch.Size, batches: Iterable[Seen], seed: int) -> Moments:
-    """H and C from batches of what the layer sees, groups 1.
+    """H and C from batches of what the layer sees (in all processes), groups 1.
 
     Of each image at most `POSITIONS` output positions are taken, at random in proportion to their weight."""
     _, channels, *kernel = weight_shape
@@ -68,6 +69,8 @@ def measure_moments(node: Node, weight_shape: torch.Size, batches: Iterable[Seen
         cross += (x @ weighted.T).cpu()
         sums += torch.stack(((x @ w).double(), (q @ w).double())).cpu()
         total += float(w.double().sum())
+    hessian, cross, sums = (workers.summed(t) for t in (hessian, cross, sums))
+    total = float(workers.summed(torch.tensor(total, dtype=torch.float64)))
     mean_x, mean_q = sums / total
     return Moments(hessian / total - torch.outer(mean_q, mean_q), cross / total - torch.outer(mean_x, mean_q))
 

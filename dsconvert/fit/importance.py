@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dsconvert import workers
 from dsconvert.dsconv.tensor import Width
 from dsconvert.fit import draws
 from dsconvert.fit.clipping import LEVELS, clip_effects
@@ -30,9 +31,10 @@ Measure = Callable[[list[Tensor], list[Tensor]], list[Tensor]]
 @dataclass(frozen=True)
 class Importance:
     """samples: value name -> (calibration values, their weights), both (k,). positions: convolution name ->
-    (images, h' w') weights of its output positions: the root of the squared gradients summed over channels.
-    damage: convolution name -> width -> squared change of the measured numbers, over all images. clipping: the same
-    for cutting a value at each of `clipping.LEVELS`, by value name, for values that `samples` judges where they are."""
+    (images, h' w') weights of its output positions: the root of the squared gradients summed over channels; not for
+    those that nothing depends on. damage: convolution name -> width -> squared change of the measured numbers, over all
+    images. clipping: the same for cutting a value at each of `clipping.LEVELS`, by value name, for values that
+    `samples` judges where they are. Of several processes all have the same, but for the positions of their images."""
 
     samples: Mapping[str, tuple[Tensor, Tensor]]
     positions: Mapping[str, Tensor]
@@ -96,11 +98,20 @@ def measure_importance(
                 x = image if node.inputs[0] == INPUT else found[node.inputs[0]][0]
                 for width, effect in squared_effects(node, x, found[node.name][1], errors[node.name]).items():
                     damage[node.name][width] += effect
+    together = {name: torch.cat(w) for name, w in positions.items()}
+    # where nothing depends on a layer, no process has anything to say about its positions
+    counts = workers.summed(torch.tensor([float(w.any()) for w in together.values()]))
+    single = torch.tensor([d for by_width in damage.values() for d in by_width.values()], dtype=torch.float64)
+    shared = iter(workers.summed(single).tolist())
+
+    def joined(parts: list[Tensor]) -> Tensor:
+        return workers.joined(torch.cat(parts))
+
     return Importance(
-        {name: (torch.cat([v for v, _ in s]), torch.cat([w for _, w in s])) for name, s in samples.items()},
-        {name: torch.cat(w) for name, w in positions.items()},
-        damage,
-        clipping,
+        {name: (joined([v for v, _ in s]), joined([w for _, w in s])) for name, s in samples.items()},
+        {name: w for (name, w), count in zip(together.items(), counts, strict=True) if count},
+        {name: {width: next(shared) for width in by_width} for name, by_width in damage.items()},
+        {name: workers.summed(effects) for name, effects in clipping.items()},
     )
 
 

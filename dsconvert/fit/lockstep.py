@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from dsconvert import workers
 from dsconvert.dsconv.tensor import DSTensor
 from dsconvert.fit.seen import Seen
 from dsconvert.graph.integer import QConv, QParams, grid_of, integer_step
@@ -59,14 +60,15 @@ def fit_lockstep(
     positions: Mapping[str, Tensor] | None = None,
     known: Mapping[str, QConv] | None = None,
     finished: Callable[[Mapping[str, QConv]], None] | None = None,
+    first: int = 0,
 ) -> dict[str, QConv]:
     """Fit every convolution: VQK and KDS by `fit_layer`, then CDSw and CDSb to the float network's outputs.
 
-    `batches` are image batches (n, 3, h, w), read once. `own` are the activation grids; without any, activations
-    stay float on both sides. `positions` weights every convolution's output positions, (images, h' w'); by default all
-    count the same. What is `known` is taken as it is; `finished` sees all that is fitted so far, after every
-    convolution that is fitted. Values are kept for all batches at once, the float side's in half precision (a hundredth
-    of an activation step), and released after their last use.
+    `batches` are image batches (n, 3, h, w), read once; `first` is the place of the first image in the calibration set.
+    `own` are the activation grids; without any, activations stay float on both sides. `positions` weights every
+    convolution's output positions, (images, h' w'); by default all count the same. What is `known` is taken as it is;
+    `finished` sees all that is fitted so far, after every convolution that is fitted. Values are kept for all batches
+    at once, the float side's in half precision (a hundredth of an activation step), and released after their last use.
     """
     side = _Side(grid_of(graph, own) if own else {})
     floats: dict[str, list[Tensor]] = {INPUT: []}
@@ -83,7 +85,7 @@ def fit_lockstep(
             if node.op == "conv" and known and node.name in known:
                 fitted[node.name] = known[node.name]
             elif node.op == "conv":
-                seen = _seen(node, floats, quants, side, (positions or {}).get(node.name))
+                seen = _seen(node, floats, quants, side, (positions or {}).get(node.name), first)
                 weight = fit_layer(node, params[node.name].weight, seen())
                 fitted[node.name] = side.roomy(node, fit_cds(node, weight, seen()))
                 if finished:
@@ -98,7 +100,12 @@ def fit_lockstep(
 
 
 def _seen(
-    node: Node, floats: Mapping[str, list[Tensor]], quants: Mapping[str, list[Tensor]], side: _Side, w: Tensor | None
+    node: Node,
+    floats: Mapping[str, list[Tensor]],
+    quants: Mapping[str, list[Tensor]],
+    side: _Side,
+    w: Tensor | None,
+    place: int,
 ) -> Callable[[], Iterator[Seen]]:
     """Batches made on the fly, as often as they are asked for."""
     source = node.inputs[0]
@@ -107,11 +114,8 @@ def _seen(
         first = 0
         for x, q, y in zip(floats[source], quants[source], floats[node.name], strict=True):
             last = first + len(x)
-            if w is None or not bool(w.any()):  # no one said what counts, or nothing depends on this layer
-                weights = torch.ones(len(y), y.shape[2] * y.shape[3], device=y.device)
-            else:
-                weights = w[first:last]
-            yield Seen(x.float(), side.real(source, q), y.float(), weights, first)
+            weights = torch.ones(len(y), y.shape[2] * y.shape[3], device=y.device) if w is None else w[first:last]
+            yield Seen(x.float(), side.real(source, q), y.float(), weights, place + first)
             first = last
 
     return batches
@@ -136,7 +140,7 @@ def fit_cds(node: Node, weight: DSTensor, batches: Iterable[Seen]) -> QConv:
         w = seen.weights.flatten().to(a)
         total = w.sum().expand(len(a))
         sums += torch.stack((total, a @ w, t @ w, a.square() @ w, (a * t) @ w)).cpu()
-    n, sa, st, saa, sat = sums
+    n, sa, st, saa, sat = workers.summed(sums)
     var, cov = saa / n - (sa / n) ** 2, sat / n - (sa / n) * (st / n)
     old = weight.cds_w.double()
     cds = cov / var.clamp_min(1e-30)

@@ -1,0 +1,63 @@
+"""Calibrations kept for the next run with the same checkpoint and images, whatever its bits or size.
+
+A file's name is the key of everything that decides its content, so a cache is never stale, only unused.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+
+from dsconvert.calibration import Calibration
+from dsconvert.dsconv.tensor import Width
+from dsconvert.files import write_atomic
+from dsconvert.graph.integer import QParams
+
+META = "dsconvert.calibration"
+
+
+def remembered(folder: Path | None, key: str, make: Callable[[], Calibration]) -> Calibration:
+    """What is kept under the key (hexadecimal), else what is made, which is kept then. No folder: nothing is kept.
+
+    A file that cannot be read is made again. Raises InputError when the folder cannot be written."""
+    if folder is None:
+        return make()
+    path = folder / f"{key}.safetensors"
+    found = _read(path)
+    if found is None:
+        found = make()
+        write_atomic(path, calibration_bytes(found), force=True)
+    return found
+
+
+def calibration_bytes(calibration: Calibration) -> bytes:
+    """A calibration as a safetensors file."""
+    about = {
+        "own": {name: [grid.scale, grid.zero_point] for name, grid in calibration.own.items()},
+        "damage": {
+            name: [[*width, damage] for width, damage in by_width.items()]
+            for name, by_width in calibration.damage.items()
+        },
+    }
+    tensors = {name: weights.contiguous() for name, weights in calibration.positions.items()}
+    return save(tensors, {META: json.dumps(about)})
+
+
+def _read(path: Path) -> Calibration | None:
+    try:
+        with safe_open(path, framework="pt") as stored:
+            about = json.loads((stored.metadata() or {})[META])
+            return Calibration(
+                {name: QParams(float(scale), int(zero)) for name, (scale, zero) in about["own"].items()},
+                {name: stored.get_tensor(name) for name in stored.keys()},  # noqa: SIM118 (no mapping)
+                {
+                    name: {Width(int(bits), int(block)): float(damage) for bits, block, damage in rows}
+                    for name, rows in about["damage"].items()
+                },
+            )
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError, AttributeError):
+        return None

@@ -1,0 +1,158 @@
+"""The calibration images, and what they say of the float network: activation grids, what matters, what widths cost."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from dsconvert import workers
+from dsconvert.dsconv.tensor import Width
+from dsconvert.errors import InputError
+from dsconvert.fit.importance import measure_importance
+from dsconvert.fit.ranges import choose_grids
+from dsconvert.fit.sensitivity import WeightErrors
+from dsconvert.fit.synthesize import synthesize
+from dsconvert.graph.integer import QParams
+from dsconvert.graph.ir import ConvParams, Graph
+from dsconvert.graph.run import run_float
+from dsconvert.yolo.checkpoint import Checkpoint
+from dsconvert.yolo.decode import detection_measure
+from dsconvert.yolo.images import calibration_batches
+from dsconvert.yolo.network import Head
+
+BATCH = 4
+# What lockstep fitting may keep of both networks' values on one machine: 3 bytes each (half, uint8), or 6 with float
+# activations (half, float32). More images than fit in are left out.
+LOCKSTEP_BYTES = 5 << 28
+MOST_VALUE = 60000  # of activations, which are kept as halves
+SYNTHETIC_IMAGES, SYNTHETIC_SIDE, SYNTHETIC_STEPS = 16, 320, 80
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Images:
+    """uint8 batches (n, 3, side, side) that this process looks at, the place of the first of them among all `count`
+    calibration images, and why files could not be read."""
+
+    batches: list[Tensor]
+    first: int
+    count: int
+    skipped: tuple[str, ...] = ()
+
+    def real(self, device: str) -> Iterator[Tensor]:
+        """The batches as the network reads them, 0..1, made one at a time."""
+        return (b.to(device).float() / 255 for b in self.batches)
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Activation grids by value name (none: activations stay float), weights of every convolution's output positions
+    in this process's images (see `Importance.positions`), and the damage that each width of each layer would do."""
+
+    own: Mapping[str, QParams]
+    positions: Mapping[str, Tensor]
+    damage: Mapping[str, Mapping[Width, float]]
+
+
+def decoded(paths: Sequence[Path], side: int, report: Progress) -> Images:
+    """This process's part of the photographs, letterboxed; each is decoded once. Raises InputError when a process has
+    none that can be read."""
+    batches, skipped = [], []
+    paths = paths[workers.share(len(paths), BATCH)]
+    for batch, bad in calibration_batches(paths, side, BATCH):
+        skipped += bad
+        if len(batch):
+            batches.append((batch * 255).round().to(torch.uint8))
+        report("images", min(len(batches) * BATCH, len(paths)), len(paths))
+    found = _placed(batches, [reason for reasons in workers.gathered(skipped) for reason in reasons])
+    if not found.count:
+        raise InputError(
+            f"None of the {len(found.skipped)} calibration images could be read; the first: {found.skipped[0]}"
+        )
+    if not all(workers.gathered(len(batches))):
+        raise InputError(f"{found.count} calibration images are too few for {workers.count()} processes.")
+    return found
+
+
+def synthetic(checkpoint: Checkpoint, imgsz: int, samples: int, seed: int, report: Progress) -> Images:
+    """Images made up from the checkpoint's BatchNorm statistics. Raises InputError where it has none left."""
+    side, count = min(imgsz, SYNTHETIC_SIDE), min(samples, SYNTHETIC_IMAGES)
+    try:
+        batches = synthesize(
+            checkpoint.network, count, side, SYNTHETIC_STEPS, seed,
+            lambda done, total: report("synthesize", done, total),
+        )  # fmt: skip
+    except ValueError:
+        raise InputError(
+            f"{checkpoint.path} has its BatchNorm fused away, so images cannot be synthesised from it; give --calib."
+        ) from None
+    made = torch.cat(list(batches))
+    mine = made[workers.share(count, BATCH)]
+    if count < workers.count():
+        raise InputError(f"{count} calibration images are too few for {workers.count()} processes.")
+    return _placed([(part * 255).round().to(torch.uint8).cpu() for part in mine.split(BATCH)])
+
+
+def _placed(batches: list[Tensor], skipped: Sequence[str] = ()) -> Images:
+    counts = workers.gathered(sum(map(len, batches)))
+    return Images(batches, sum(counts[: workers.number()]), sum(counts), tuple(skipped))
+
+
+def bounded(graph: Graph, params: Mapping[str, ConvParams], images: Images, device: str, value_bytes: int) -> Images:
+    """As many of the batches, evenly spread, as may be kept at any time with so many bytes a value.
+
+    Raises InputError when the network's values overflow on the first of them."""
+    most = LOCKSTEP_BYTES // value_bytes // workers.here()
+    sizes: dict[str, int] = {}
+    batches = images.batches
+    one = batches[0][:1].to(device).float() / 255
+
+    def note(name: str, value: Tensor) -> None:
+        if not float(value.abs().max()) < MOST_VALUE:  # NaN is not
+            raise InputError(f"The values of layer {name} are infinite or beyond {MOST_VALUE}: it cannot be converted.")
+        sizes[name] = value.numel()
+
+    run_float(graph, params, one, note)
+    alive, peak, last = 0, 0, graph.last_use()
+    for index, node in enumerate(graph.nodes):
+        alive += sizes[node.name]
+        peak = max(peak, alive)
+        alive -= sum(sizes[name] for name in set(node.inputs) if last[name] == index and name in sizes)
+    fitting = max(1, most // (peak * len(batches[0])))
+    count = min(fitting, len(batches))
+    return replace(_placed([batches[i * len(batches) // count] for i in range(count)]), skipped=images.skipped)
+
+
+def calibrate(
+    graph: Graph,
+    params: Mapping[str, ConvParams],
+    head: Head,
+    images: Images,
+    errors: WeightErrors,
+    seed: int,
+    device: str,
+    quantized: bool,
+    report: Progress,
+) -> Calibration:
+    """Look at the images once. `errors` are those whose damage is wanted; `quantized`: whether activations will be."""
+    mine = sum(map(len, images.batches))
+
+    def singles() -> Iterable[Tensor]:
+        done = 0
+        for batch in images.real(device):
+            for image in batch.split(1):
+                yield image
+                done += 1
+                report("importance", done, mine)
+
+    def measure(raw: list[Tensor], reference: list[Tensor]) -> list[Tensor]:
+        return detection_measure(raw, reference, head)
+
+    found = measure_importance(graph, params, singles(), measure, seed, errors, images.first)
+    own = choose_grids(graph, found.samples, found.clipping, seed) if quantized else {}
+    return Calibration(own, found.positions, found.damage)

@@ -1,0 +1,111 @@
+"""Two processes with a part of the images each: the same as one, to the bit."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import cv2
+import numpy as np
+import pytest
+from conftest import ROOT
+
+from dsconvert import workers
+from dsconvert.calibration import decoded
+from dsconvert.errors import InputError
+from dsconvert.modelfile import load_model
+from dsconvert.yolo.checkpoint import yolov5_bytes
+
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "NO_COLOR": "1"}
+
+
+@pytest.fixture
+def folder(tiny, tmp_path):
+    """best.pt, ten pictures, and one that cannot be read."""
+    (tmp_path / "best.pt").write_bytes(yolov5_bytes(*tiny))
+    (tmp_path / "images").mkdir()
+    rng = np.random.default_rng(0)
+    for i in range(10):
+        cv2.imwrite(str(tmp_path / f"images/{i}.png"), rng.integers(0, 256, (64, 64, 3), dtype=np.uint8))
+    (tmp_path / "images" / "bad.png").write_bytes(b"no picture")
+    return tmp_path
+
+
+def run(folder, processes, *arguments):
+    """stdout and stderr of a command, by itself or under torchrun."""
+    line = [sys.executable, "-m"]
+    if processes > 1:
+        line += ["torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "-m"]
+    line += ["dsconvert", *arguments, "--threads", "1"]
+    done = subprocess.run(line, cwd=folder, env=ENVIRONMENT, capture_output=True, text=True, timeout=120, check=False)
+    return done.returncode, done.stdout, done.stderr
+
+
+@pytest.mark.parametrize("share", [slice(0, 11), slice(4, 8)])
+def test_shares_are_all_items_once_and_in_order(monkeypatch, share):
+    items = list(range(11))[share]
+    for count in (1, 2, 3, 5, 11):
+        monkeypatch.setattr(workers, "count", lambda n=count: n)
+        for unit in (1, 2, 4):
+            taken = []
+            for number in range(count):
+                monkeypatch.setattr(workers, "number", lambda n=number: n)
+                taken.append(items[workers.share(len(items), unit)])
+            assert [x for part in taken for x in part] == items
+            if len(items) >= unit * count:
+                assert all(len(part) % unit == 0 for part in taken[:-1])
+                assert all(taken)
+
+
+def test_two_processes_fit_what_one_fits(folder):
+    for processes in (1, 2):
+        status, out, err = run(
+            folder,
+            processes,
+            "quantize",
+            "best.pt",
+            "--calib",
+            "images",
+            "--imgsz",
+            "64",
+            "--out",
+            f"m{processes}",
+            "-q",
+        )
+        assert status == 0, err
+        assert out.split() == [f"m{processes}/model.safetensors"]  # one speaks for both
+        assert "1 images could not be read" in err
+    one, two = (json.loads((folder / f"m{n}/quantize.json").read_text()) for n in (1, 2))
+    assert two["calibration_images"] == one["calibration_images"] == 10
+    assert two["layers"] == one["layers"]
+    alone, together = (load_model(folder / f"m{n}/model.safetensors") for n in (1, 2))
+    assert together.activations == alone.activations
+    for name, conv in alone.convs.items():
+        other = together.convs[name]
+        assert bool((conv.weight.vqk == other.weight.vqk).all())
+        assert bool((conv.weight.m == other.weight.m).all())
+        # float64 sums in another order, rounded to float32
+        np.testing.assert_allclose(conv.weight.cds_w, other.weight.cds_w, rtol=3e-7)
+        np.testing.assert_allclose(conv.bias, other.bias, rtol=3e-6, atol=1e-6)
+
+
+def test_two_processes_measure_what_one_measures(folder):
+    found = []
+    for processes in (1, 2):
+        status, out, err = run(
+            folder, processes, "eval", "best.pt", "best.pt", "--data", "images", "--imgsz", "64", "--json"
+        )
+        assert status == 0, err
+        found.append(json.loads(out)["models"])
+    for row in ("map50_95", "map50", "precision", "recall", "images", "skipped"):
+        assert [m[row] for m in found[0]] == [m[row] for m in found[1]]
+
+
+def test_a_process_without_images_is_one_sentence(folder, monkeypatch):
+    monkeypatch.setattr(workers, "count", lambda: 2)
+    monkeypatch.setattr(workers, "number", lambda: 1)
+    monkeypatch.setattr(workers, "gathered", lambda item: [type(item)(), item])  # the other one has nothing
+    with pytest.raises(InputError, match="1 calibration images are too few for 2 processes"):
+        decoded([folder / "images" / "0.png"], 64, lambda *_: None)
