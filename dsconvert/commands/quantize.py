@@ -38,6 +38,7 @@ from dsconvert.errors import InputError
 from dsconvert.files import check_writable, claim_folder
 from dsconvert.text import printable
 from dsconvert.unfinished import NAME as UNFINISHED
+from dsconvert.yolo.cfgfile import chosen_blocks
 from dsconvert.yolo.checkpoint import Checkpoint, load_checkpoint
 from dsconvert.yolo.images import calibration_images
 from dsconvert.yolo.plan import SCOPES
@@ -82,6 +83,8 @@ def _configure(context: click.Context, parameter: click.Parameter, value: str | 
               help="Smallest file that loses at most this much mAP50-95 on images held back.")  # fmt: skip
 @click.option("--blocks", default="all", show_default=True, help="all, head, backbone or C3 layers: 13,17,20,23.")
 @click.option("--scope", type=click.Choice(SCOPES), default="all", show_default=True, help="Which convolutions.")
+@click.option("--cfg", type=PATH, metavar="FILE",
+              help="Model yaml whose DSConv2D_C3 rows choose the layers; replaces --blocks, --scope.")  # fmt: skip
 @click.option("--imgsz", default=640, show_default=True, help="Side of the square images, pixels.")
 @click.option("--samples", default=128, show_default=True, help="Most calibration images used.")
 @click.option("--activations", type=click.Choice(["int8", "float"]), default="int8", show_default=True,
@@ -100,6 +103,7 @@ def _configure(context: click.Context, parameter: click.Parameter, value: str | 
 def quantize(
     checkpoint: Path,
     calib: Path | None,
+    cfg: Path | None,
     threads: int,
     out: Path | None,
     resume: bool,
@@ -116,7 +120,11 @@ def quantize(
               dsconvert quantize best.pt --calib photos/ --config smallest
     """
     began = time.perf_counter()
+    if cfg is not None:
+        _refuse_two_choices()
     loaded = load_checkpoint(checkpoint)
+    if cfg is not None:
+        options |= {"blocks": chosen_blocks(cfg, loaded.network.kinds), "scope": "bottleneck"}
     check_writable(out or RUNS)
     if out is not None and not force and (out / pipeline.MODEL_FILE).exists():
         raise InputError(f"{out / pipeline.MODEL_FILE} already exists; give --force to replace it.")
@@ -162,6 +170,14 @@ def _stopped(stem: str) -> Path:
     if not left:
         raise InputError(f"There is nothing to resume: no run of {printable(stem)} under {RUNS} was stopped.")
     return left[-1].parent
+
+
+def _refuse_two_choices() -> None:
+    """--cfg says which layers; so do --blocks and --scope, typed or from a configuration file."""
+    context = click.get_current_context()
+    for name in ("blocks", "scope"):
+        if context.get_parameter_source(name) != ParameterSource.DEFAULT:
+            raise InputError(f"--cfg and --{name} each choose the layers; give one of them.")
 
 
 def _typed_wins(options: dict[str, Any]) -> dict[str, Any]:
