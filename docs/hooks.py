@@ -17,7 +17,8 @@ import click
 
 PAGES = (
     "index.md", "tutorial.md", "howto.md", "reference.md", "command-line.md", "report.md", "method.md", "accuracy.md",
-    "performance.md", "compatibility.md", "faq.md", "contributing.md",
+    "performance.md", "compatibility.md", "training.md", "classification.md", "coverage.md",
+    "faq.md", "contributing.md",
 )  # fmt: skip
 MARKER = "<!-- generated here by docs/hooks.py -->"
 DOCS = Path(__file__).resolve().parent

@@ -38,6 +38,7 @@ from dsconvert.errors import InputError
 from dsconvert.files import check_writable, claim_folder
 from dsconvert.text import printable
 from dsconvert.unfinished import NAME as UNFINISHED
+from dsconvert.yolo.cfgfile import chosen_blocks
 from dsconvert.yolo.checkpoint import Checkpoint, load_checkpoint
 from dsconvert.yolo.images import calibration_images
 from dsconvert.yolo.plan import SCOPES
@@ -82,6 +83,8 @@ def _configure(context: click.Context, parameter: click.Parameter, value: str | 
               help="Smallest file that loses at most this much mAP50-95 on images held back.")  # fmt: skip
 @click.option("--blocks", default="all", show_default=True, help="all, head, backbone or C3 layers: 13,17,20,23.")
 @click.option("--scope", type=click.Choice(SCOPES), default="all", show_default=True, help="Which convolutions.")
+@click.option("--cfg", type=PATH, metavar="FILE",
+              help="Model yaml whose DSConv2D_C3 rows choose the layers; replaces --blocks, --scope.")  # fmt: skip
 @click.option("--imgsz", default=640, show_default=True, help="Side of the square images, pixels.")
 @click.option("--samples", default=128, show_default=True, help="Most calibration images used.")
 @click.option("--activations", type=click.Choice(["int8", "float"]), default="int8", show_default=True,
@@ -101,6 +104,7 @@ def _configure(context: click.Context, parameter: click.Parameter, value: str | 
 def quantize(
     checkpoint: Path,
     calib: Path | None,
+    cfg: Path | None,
     threads: int,
     cache: Path | None,
     out: Path | None,
@@ -118,13 +122,16 @@ def quantize(
               dsconvert quantize best.pt --calib photos/ --config smallest
     """
     began = time.perf_counter()
+    if cfg is not None:
+        _refuse_two_choices()
     workers.start()
-    if workers.number():  # one speaks for all, and writes
-        pipeline.quantize(
-            load_checkpoint(checkpoint), pipeline.QuantizeOptions(calib=calib, **_typed_wins(options)), cache=cache
-        )
-        return
     loaded = load_checkpoint(checkpoint)
+    if cfg is not None:
+        options |= {"blocks": chosen_blocks(cfg, loaded.network.kinds), "scope": "bottleneck"}
+    chosen = pipeline.QuantizeOptions(calib=calib, **_typed_wins(options))
+    if workers.number():  # one speaks for all, and writes
+        pipeline.quantize(loaded, chosen, cache=cache)
+        return
     check_writable(out or RUNS)
     if cache is not None:
         check_writable(cache)
@@ -135,7 +142,6 @@ def quantize(
             "Without --calib, images are synthesised from the checkpoint's BatchNorm statistics; about 100 of your own "
             "(no labels needed) with --calib FOLDER would lose less accuracy."
         )
-    chosen = pipeline.QuantizeOptions(calib=calib, **_typed_wins(options))
     command = shlex.join(["dsconvert", *(word for word in sys.argv[1:] if word != "--resume")])
     folder = out or (_stopped(checkpoint.stem) if resume else claim_folder(RUNS / checkpoint.stem))
     try:
@@ -172,6 +178,14 @@ def _stopped(stem: str) -> Path:
     if not left:
         raise InputError(f"There is nothing to resume: no run of {printable(stem)} under {RUNS} was stopped.")
     return left[-1].parent
+
+
+def _refuse_two_choices() -> None:
+    """--cfg says which layers; so do --blocks and --scope, typed or from a configuration file."""
+    context = click.get_current_context()
+    for name in ("blocks", "scope"):
+        if context.get_parameter_source(name) != ParameterSource.DEFAULT:
+            raise InputError(f"--cfg and --{name} each choose the layers; give one of them.")
 
 
 def _typed_wins(options: dict[str, Any]) -> dict[str, Any]:

@@ -77,7 +77,7 @@ class DSConv(nn.Module):
         module.load_state_dict({**parts, "CDSb": cds_b})
         return module
 
-    def weight(self) -> Tensor:
+    def real_weight(self) -> Tensor:
         """W' of the equation above, in alpha's dtype."""
         chi = self.intweight.shape[1]
         w = expand_blocks(self.alpha, chi, self.block_size) * self.intweight.to(self.alpha.dtype)
@@ -91,7 +91,7 @@ class DSConv(nn.Module):
         if self.padding_mode != "zeros":
             x = F.pad(x, (padding[1], padding[1], padding[0], padding[0]), mode=self.padding_mode)
             padding = (0, 0)
-        out = F.conv2d(x, self.weight(), self.bias, self.stride, padding, self.dilation, self.groups)
+        out = F.conv2d(x, self.real_weight(), self.bias, self.stride, padding, self.dilation, self.groups)
         return out if self.CDSb is None else out + self.CDSb[:, None, None]
 
 

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from dsconvert.errors import InputError
+from dsconvert.yolo.stored_dsconv import KINDS as DSCONV_KINDS
 
 MAX_PICKLE_BYTES = 2 << 20  # structure without tensors: 0.1 MB in a yolov5n, under 1 MB in a yolov5x6 with optimizer
 MAX_DIRECTORY_BYTES = 8 << 20  # the zip's table of contents: 60 kB in a yolov5n
@@ -87,7 +88,7 @@ _TORCH = {
 _STORAGES = {
     "torch.FloatStorage": torch.float32, "torch.HalfStorage": torch.float16, "torch.DoubleStorage": torch.float64,
     "torch.BFloat16Storage": torch.bfloat16, "torch.LongStorage": torch.int64, "torch.IntStorage": torch.int32,
-    "torch.ByteStorage": torch.uint8, "torch.BoolStorage": torch.bool,
+    "torch.ByteStorage": torch.uint8, "torch.CharStorage": torch.int8, "torch.BoolStorage": torch.bool,
 }  # fmt: skip
 TENSOR, PARAMETER = "torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_parameter"
 _BESIDE = (  # what training scripts leave beside the model: dates, options, numpy scalars
@@ -101,6 +102,7 @@ _BESIDE = (  # what training scripts leave beside the model: dates, options, num
 
 def _allowed() -> dict[str, type[Record]]:
     names = [f"models.common.{n}" for n in LAYERS]
+    names += DSCONV_KINDS
     names += [f"models.yolo.{n}" for n in ("Model", "DetectionModel", "Detect")]
     names += [f"torch.nn.modules.{module}.{n}" for module, ns in _TORCH.items() for n in ns]
     names += [TENSOR, PARAMETER, *_STORAGES, *_BESIDE]

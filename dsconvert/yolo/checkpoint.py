@@ -25,6 +25,7 @@ from dsconvert.yolo import modules as ours
 from dsconvert.yolo.archive import LAYERS, PARAMETER, TENSOR, Archive, Record, open_archive
 from dsconvert.yolo.lower import check_maps
 from dsconvert.yolo.network import Head, Network, head_from_detect, whole_strides
+from dsconvert.yolo.stored_dsconv import float_weights
 
 MAX_MODULES, MAX_DEPTH = 10000, 12  # a yolov5x6 has about 1200 modules, 6 deep
 MAX_CLASSES, MAX_NAME = 10000, 200
@@ -68,7 +69,8 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
                 network.fuse()  # the checkpoint was saved fused
         strides = whole_strides(_strides(record, detect, archive), len(network.detect.m))
         check_maps(network, strides)
-        bits = _fill(network, stored, archive)
+        left, made = float_weights(stored, modules, archive.tensor)
+        bits = _fill(network, left, made, archive)
     network.eval().requires_grad_(False)
     head = head_from_detect(network.detect, strides, _names(record, nc))
     with path.open("rb") as stream:
@@ -165,9 +167,9 @@ def _names(record: Record, nc: int) -> list[str]:
     return [printable(n, MAX_NAME) for n in usual]
 
 
-def _fill(network: Network, stored: Mapping[str, Any], archive: Archive) -> int:
-    """Give the network (on the meta device) the checkpoint's tensors; every name and shape must match. Returns the
-    bits a weight was stored in."""
+def _fill(network: Network, stored: Mapping[str, Any], made: Mapping[str, Tensor], archive: Archive) -> int:
+    """Give the network (on the meta device) the checkpoint's tensors, and those `made` from others; every name and
+    shape must match. Returns the bits a weight was stored in."""
     path, own = archive.path, network.state_dict()
     given = {k: v for k, v in stored.items() if not k.endswith("anchor_grid")}  # v5.0 keeps it as a buffer
     missing, extra = sorted(own.keys() - given.keys()), sorted(given.keys() - own.keys())
@@ -180,7 +182,10 @@ def _fill(network: Network, stored: Mapping[str, Any], archive: Archive) -> int:
     bits = 8
     values: dict[str, Tensor] = {}
     for name, empty in own.items():
-        value = archive.tensor(given[name]) if name in given else torch.zeros_like(empty, device="cpu")
+        if name in made:
+            value = made[name]
+        else:
+            value = archive.tensor(given[name]) if name in given else torch.zeros_like(empty, device="cpu")
         if value.shape != empty.shape:
             raise InputError(
                 f"{path}: {name} has shape {tuple(value.shape)} where its yaml needs {tuple(empty.shape)}."

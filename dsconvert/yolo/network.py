@@ -18,6 +18,8 @@ MAX_LAYERS = 200  # the largest published YOLOv5 (P7) has fewer than 60 rows
 MAX_BLOCKS = 1000  # and, at depth 1.33, about 120 repeated blocks
 MAX_ARGUMENT = 1 << 16  # of any number in a row's args
 MAX_STRIDE, MAX_ANCHOR = 1024, 1e5  # pixels
+# The published DSConv blocks have the layout of these, and their rows the same arguments.
+VARIANTS = {"DSConv2D": "Conv", "Bottleneck_DSConv2D": "Bottleneck", "DSConv2D_C3": "C3"}
 
 
 @dataclass(frozen=True)
@@ -155,6 +157,7 @@ def _build(
             raise InputError(f"The model yaml has more than {MAX_BLOCKS} blocks.")
         if not isinstance(kind, str) or not isinstance(args, (list, tuple)) or len(args) > 8:
             raise InputError(f"Layer {index} of the model yaml is not [from, number, module, args].")
+        kind = VARIANTS.get(kind, kind)
         literals = [] if kind == "Detect" else [_literal(a, nc) for a in args]
         layer, out = _layer(kind, inputs, literals, number, width, nc, na, act)
         layers.append(layer)

@@ -1,0 +1,184 @@
+"""DSConv that trains: float weights behind the integers (straight-through), or fixed integers and learnable shifts."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dsconvert.dsconv import modules
+from dsconvert.dsconv.tensor import DSTensor, expand_blocks, vqk_limits
+from dsconvert.fit.least_squares import to_blocks
+from dsconvert.fit.real_alpha import fit_weight_real, project_alpha
+
+SHIFTS = ("alpha", "KDSb", "CDSw", "CDSb")
+
+
+class DSConv(modules.DSConv):
+    """out = conv(x, CDSw * (alpha * VQK + KDSb)) + CDSb, with VQK of `bits` (2..8) in `intweight`.
+
+    As built, `weight` (cho, chi / groups, kh, kw) is what an optimizer changes: every forward pass convolves its
+    DSConv form, and the gradient goes straight through the rounding. In training mode alpha and KDSb follow the weight
+    by one least-squares step a pass; CDSw and CDSb stay as they are. After `freeze_vqk`, the integers stand still
+    and alpha, KDSb, CDSw and CDSb are parameters.
+
+    A state dict with `weight` alone, as a float convolution has it, loads: its DSConv form is fitted. One without
+    `weight` freezes the module, one with it thaws it; make the optimizer afterwards."""
+
+    weight: Tensor | None
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, int],
+        stride: int | tuple[int, int] = 1,
+        padding: int | tuple[int, int] | None = None,
+        dilation: int | tuple[int, int] = 1,
+        groups: int = 1,
+        padding_mode: str = "zeros",
+        bias: bool = False,
+        block_size: int = 32,
+        KDSBias: bool = False,
+        CDS: bool = False,
+        bits: int = 4,
+    ) -> None:
+        super().__init__(
+            in_channels, out_channels, kernel_size, stride, padding, dilation, groups, padding_mode, bias, block_size,
+            KDSBias, CDS,
+        )  # fmt: skip
+        vqk_limits(bits)  # raises ValueError
+        self.bits = bits
+        self.weight = nn.Parameter(torch.empty(self.intweight.shape))
+        nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))  # as nn.Conv2d
+        self.refit()
+
+    @classmethod
+    def from_float(
+        cls, conv: nn.Conv2d, block_size: int = 32, KDSBias: bool = False, CDS: bool = False, bits: int = 4
+    ) -> DSConv:
+        """The DSConv nearest to a float convolution, in its place."""
+        made = cls(
+            conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, conv.dilation,  # type: ignore[arg-type]
+            conv.groups, conv.padding_mode, conv.bias is not None, block_size, KDSBias, CDS, bits,
+        )  # fmt: skip
+        made.load_state_dict(conv.state_dict())
+        return made.to(conv.weight.device)
+
+    @classmethod
+    def from_conv(cls, conv: nn.Conv2d, weight: DSTensor, cds_b: Tensor) -> DSConv:
+        """A frozen DSConv in the place of `conv` holding a fitted weight and output bias CDSb (cho,)."""
+        made = cls(
+            conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, conv.dilation,  # type: ignore[arg-type]
+            conv.groups, conv.padding_mode, False, weight.block_size, weight.z is not None, True, weight.bits,
+        )  # fmt: skip
+        fitted = modules.DSConv.from_conv(conv, weight, cds_b)
+        made.load_state_dict(fitted.state_dict())
+        return made
+
+    @torch.no_grad()
+    def refit(self) -> None:
+        """alpha and KDSb anew from the float weight: the least-squares fit from several starts."""
+        assert self.weight is not None
+        wanted = self._unscaled(self.weight).float()
+        if self.KDSb is not None:
+            self.KDSb.copy_(self._block_means(wanted))
+            wanted = wanted - self._expand(self.KDSb)
+        alpha = fit_weight_real(wanted, self.bits, self.block_size).alpha
+        assert alpha is not None
+        # a block of zeros has alpha 0, with which its weights could never be anything else again
+        self.alpha.copy_(torch.where(alpha == 0, torch.finfo(torch.float16).tiny, alpha))
+        self.refresh()
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """The integers nearest to the float weight at the present shifts. Whoever changes weight or alpha by hand,
+        as averaging over epochs does, need not call it: forward, state_dict and pickle do."""
+        if self.weight is None:
+            return
+        wanted = self._unscaled(self.weight)
+        if self.KDSb is not None:
+            wanted = wanted - self._expand(self.KDSb)
+        self.intweight.copy_((wanted / self._expand(self.alpha)).round().clamp_(*vqk_limits(self.bits)))
+
+    @torch.no_grad()
+    def _track(self) -> None:
+        """One step of alternating least squares: integers for the shifts, then shifts for the integers."""
+        assert self.weight is not None
+        self.refresh()
+        wanted, vqk = self._unscaled(self.weight), self.intweight.to(self.weight.dtype)
+        shift = 0.0 if self.KDSb is None else self._expand(self.KDSb)
+        blocks = (to_blocks(v, self.block_size) for v in (wanted - shift, vqk))
+        best = project_alpha(*blocks).reshape(self.alpha.shape)
+        self.alpha.copy_(torch.where(best == 0, self.alpha, best))
+        if self.KDSb is not None:
+            self.KDSb.copy_(self._block_means(wanted - self._expand(self.alpha) * vqk))
+
+    def freeze_vqk(self) -> None:
+        """Let the integers be what they are; alpha, KDSb, CDSw and CDSb become parameters, `weight` is dropped."""
+        self.refresh()
+        self.weight = None
+        for name in SHIFTS:
+            value = self._buffers.pop(name, None)
+            if value is not None:
+                self.register_parameter(name, nn.Parameter(value))
+
+    def thaw_vqk(self) -> None:
+        """Undo `freeze_vqk`: the float weight starts at what the integers and shifts say."""
+        if self.weight is not None:
+            return
+        weight = nn.Parameter(self.real_weight().detach().clone())
+        for name in SHIFTS:
+            value = self._parameters.pop(name, None)
+            if value is not None:
+                self.register_buffer(name, value.detach())
+        self.weight = weight
+
+    def real_weight(self) -> Tensor:
+        """W', with the gradient of `weight` where there is one."""
+        if self.weight is None:
+            return super().real_weight()
+        if self.training:
+            self._track()
+        self.refresh()
+        with torch.no_grad():
+            fitted = super().real_weight()
+        return fitted + (self.weight - self.weight.detach())  # the bracket is 0, its gradient 1
+
+    def _unscaled(self, weight: Tensor) -> Tensor:
+        return weight if self.CDSw is None else weight / self.CDSw[:, None, None, None]
+
+    def _expand(self, kds: Tensor) -> Tensor:
+        return expand_blocks(kds, self.intweight.shape[1], self.block_size)
+
+    def _block_means(self, weight: Tensor) -> Tensor:
+        """(cho, chi, kh, kw) -> (cho, nblk, kh, kw); a short last block has its own count."""
+        sums, counts = (to_blocks(v, self.block_size).sum(2) for v in (weight, torch.ones_like(weight)))
+        return (sums / counts).reshape(self.alpha.shape)
+
+    def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self.refresh()
+        super()._save_to_state_dict(*args, **kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:  # pickle and deepcopy
+        self.refresh()
+        return self.__dict__
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: Any, strict: bool, missing_keys: list[str],
+        unexpected_keys: list[str], error_msgs: list[str],
+    ) -> None:  # fmt: skip
+        floats, integers = f"{prefix}weight" in state_dict, f"{prefix}intweight" in state_dict
+        if integers and not floats:
+            self.freeze_vqk()
+        elif floats:
+            self.thaw_vqk()
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        if floats and not integers:
+            self.refit()
+            ours = {f"{prefix}{name}" for name in ("intweight", *SHIFTS)}
+            missing_keys[:] = [key for key in missing_keys if key not in ours]
