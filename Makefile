@@ -39,7 +39,7 @@ lint: setup
 	$(BIN)/mypy dsconvert calib/demo benchmarks
 
 test: lint
-	$(BIN)/pytest
+	$(BIN)/pytest --numprocesses 2 --dist loadfile
 
 docs: setup
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,6 +22,12 @@ from dsconvert.model import DSModel
 from dsconvert.yolo.checkpoint import yolov5_bytes
 from dsconvert.yolo.lower import lower, split_detect
 from dsconvert.yolo.network import Head, Network, head_from_detect
+
+if worker := os.environ.get("PYTEST_XDIST_WORKER"):
+    # each process of `pytest -n 2` keeps to one core, and what it starts too: torch's threads starve each other
+    cores = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, {cores[int(worker.removeprefix("gw")) % len(cores)]})
+    torch.set_num_threads(1)
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared" / "data"
