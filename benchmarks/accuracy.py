@@ -21,6 +21,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from bootstrap import bootstrap
+from numpy.typing import NDArray
 from peers import nncf_int8, openvino_predictor, ort_predictor, ort_static
 
 from dsconvert.dsconv.tensor import DSTensor
@@ -28,9 +29,11 @@ from dsconvert.evaluate.accuracy import Detections, Predictor, detect_all
 from dsconvert.evaluate.candidates import load_candidate
 from dsconvert.fit.gptq import Moments, fit_weight_gptq, measure_moments
 from dsconvert.fit.least_squares import fit_weight
+from dsconvert.graph.blockfloat import run_block_float
 from dsconvert.modelfile import load_model
 from dsconvert.pipeline import QuantizeOptions, onnx_bytes, quantize, save_quantized
 from dsconvert.yolo.checkpoint import load_checkpoint
+from dsconvert.yolo.decode import decode
 from dsconvert.yolo.images import calibration_batches, read_data_yaml
 
 SIDE = 640
@@ -141,7 +144,21 @@ def all_rows(checkpoint: Path, data: Path, work: Path, groups: Sequence[str], on
     for block in (32, 64, 128):
         add(f"4 bit, block size {block}", "block", replace(four, block_size=block))
     add("4 bit, activations float", "ablation", replace(four, activations="float"))
-    return rows
+    return rows + (block_float_rows(rows[-1]) if rows[-1].name == "4 bit, activations float" else [])
+
+
+def block_float_rows(weights_only: Row) -> list[Row]:
+    """The paper's activations, simulated in torch on a model whose weights alone are quantized."""
+    model = load_model(weights_only.path.with_name("model.safetensors"))
+
+    def row(bits: int) -> Row:
+        def predict(batch: NDArray[np.float32]) -> NDArray[np.float32]:
+            return decode(run_block_float(model.graph, model.convs, torch.from_numpy(batch), bits), model.head).numpy()
+
+        name = f"4 bit, block floating point activations of {bits} bits"
+        return replace(weights_only, name=name, group="block float", predict=predict)
+
+    return [row(bits) for bits in (8, 6, 5, 4, 3)]
 
 
 def has_vnni() -> bool:
@@ -191,6 +208,8 @@ def write(rows: list[Row], found: Detections, samples: np.ndarray, images: int, 
         *section("What each step is worth (4 bits everywhere; the last row is the product)",
                  [*group("ablation"), four] if group("ablation") else []),
         *section("Block size", sorted([*group("block"), four]) if group("block") else []),
+        *section("The paper's activations: block floating point, blocks of 32 channels (simulated in torch)",
+                 group("block float")),
         "## Size against accuracy", "", "![size against accuracy](accuracy.svg)", "",
         *(table(group("frontier")) if group("frontier") else []), "",
     ]  # fmt: skip

@@ -1,0 +1,28 @@
+"""A converted network with the paper's block floating point activations, simulated in torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from dsconvert.dsconv.bfp import to_block_float
+from dsconvert.graph.integer import QConv
+from dsconvert.graph.ir import ConvParams, Graph, Node
+from dsconvert.graph.run import execute, float_step
+
+
+def run_block_float(
+    graph: Graph, convs: Mapping[str, QConv], x: Tensor, bits: int, block_size: int = 32
+) -> list[Tensor]:
+    """Image batch (n, 3, h, w) -> raw output maps: every convolution reads block floating point, the rest is float."""
+    params = {name: ConvParams(c.weight.weight(), c.bias) for name, c in convs.items()}
+
+    def step(node: Node, inputs: list[Tensor]) -> Tensor:
+        if node.op == "conv":
+            inputs = [to_block_float(inputs[0], bits, block_size).real()]
+        return float_step(node, inputs, params)
+
+    with torch.no_grad():
+        return execute(graph, x, step)
