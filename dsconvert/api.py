@@ -134,8 +134,9 @@ class QuantizedModel:
         """Write ONNX with integer weights; returns the file. Before that it is run in ONNX Runtime and must give
         torch's numbers, else CheckError is raised; check=False leaves this out.
 
-        layout: packed (smallest), blocked (ONNX block scales) or int8 (runs on old engines). imgsz: side of the input,
-        pixels (None: as calibrated). dynamic_batch=True leaves the batch size open. input_type: float32 or float16
+        layout: packed (smallest), fused (that for ONNX Runtime alone, loads faster), blocked (ONNX block scales), int8
+        (runs on old engines) or float (of kds="float"). imgsz: side of the input, pixels (None: as calibrated).
+        dynamic_batch=True leaves the batch size open. input_type: float32 or float16
         (0..1), or uint8 (the image's bytes). nms=True ends with non-maximum suppression, `detections` (k, 7) = image,
         x1, y1, x2, y2, score, class; conf_thres, iou_thres and max_det belong to it."""
         if layout not in LAYOUT_OPSET:
@@ -203,6 +204,7 @@ def quantize(
     blocks: str = "all",
     scope: str = "all",
     activations: str = "int8",
+    kds: str = "int",
     imgsz: int = 640,
     samples: int = 128,
     seed: int = 0,
@@ -216,7 +218,7 @@ def quantize(
     target_map_drop (points of mAP50-95 lost on images held back) decides the widths; without, layers share the bytes
     of 4 bits as it does the least harm. block_size: input channels a shift covers (None: by layer). blocks: all, head,
     backbone, or C3 layers such as "13,17,20,23"; scope: bottleneck, c3 or all. activations: int8, or float to quantize
-    weights only. imgsz in pixels; samples: most images used; device: cpu or cuda. progress(stage, done, total) is
+    weights only; kds: int, or float for the paper's real-valued shifts. imgsz in pixels; samples: most images used; device: cpu or cuda. progress(stage, done, total) is
     called as it goes."""
     source = load(model) if isinstance(model, (str, Path)) else model
     if not isinstance(source, FloatModel):
@@ -224,7 +226,7 @@ def quantize(
     options = pipeline.QuantizeOptions(
         calib=None if images is None else Path(images), block_size=block_size, bits=bits, target_bytes=target_size,
         target_drop=target_map_drop, blocks=blocks, scope=scope, imgsz=imgsz, samples=samples, seed=seed,
-        device=device, activations=activations,
+        device=device, activations=activations, kds=kds,
     )  # fmt: skip
     _check(options)
     # fitting folds BatchNorm and may move the network to a device, in place
@@ -310,6 +312,8 @@ def _check(options: pipeline.QuantizeOptions) -> None:
     """What the command line's parser would have refused."""
     if options.activations not in ACTIVATIONS:
         raise InputError(f"activations {options.activations!r} is not one of {', '.join(ACTIVATIONS)}.")
+    if options.kds not in ("int", "float"):
+        raise InputError(f"kds {options.kds!r} is not one of int, float.")
     numbers = {"bits": options.bits, "target_size": options.target_bytes, "block_size": options.block_size,
                "imgsz": options.imgsz, "samples": options.samples, "seed": options.seed}  # fmt: skip
     for name, value in numbers.items():

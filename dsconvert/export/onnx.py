@@ -20,6 +20,7 @@ from dsconvert.errors import InputError
 from dsconvert.export.biases import Biases
 from dsconvert.export.builder import OnnxBuilder
 from dsconvert.export.decode import add_decode, box_count
+from dsconvert.export.fused import fuse
 from dsconvert.export.inputs import BYTES, INPUT_TYPES, add_real_image
 from dsconvert.export.layouts import LAYOUT_OPSET, add_int8_weight
 from dsconvert.export.nms import Nms, add_nms
@@ -48,6 +49,10 @@ PLAIN = Ends()
 def export_quantized(model: DSModel, layout: str, imgsz: int, ends: Ends = PLAIN) -> onnx.ModelProto:
     """The converted network with integer weights in the given layout (see `layouts`)."""
     check_layout(model, layout)
+    if layout == "fused":
+        made = fuse(export_quantized(model, "packed", imgsz, ends))
+        onnx.helper.set_model_props(made, {p.key: p.value for p in made.metadata_props} | {"dsconvert.layout": layout})
+        return made
     b = OnnxBuilder(LAYOUT_OPSET[layout])
     if model.activations:
         q = _Quantized(b, model, layout, ends.input_type)
