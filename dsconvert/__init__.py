@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from dsconvert.errors import CheckError, InputError
 
 if TYPE_CHECKING:
+    from dsconvert.anymodule import ModulePlan, quantize_module
     from dsconvert.api import Evaluation, EvaluationRow, FloatModel, QuantizedModel, evaluate, load, quantize
 
 __version__ = "0.1.0"
@@ -21,11 +22,13 @@ __all__ = [
     "EvaluationRow",
     "FloatModel",
     "InputError",
+    "ModulePlan",
     "QuantizedModel",
     "__version__",
     "evaluate",
     "load",
     "quantize",
+    "quantize_module",
 ]
 
 # OpenCV reads these when it is first imported, which is after this. A 100 kB file may declare an image of a billion
@@ -37,6 +40,8 @@ os.environ.setdefault("OPENCV_LOG_LEVEL", "SILENT")
 def __getattr__(name: str) -> Any:
     if name == "evaluate":  # also a package, which Python sets here whenever one of its modules is imported
         return importlib.import_module("dsconvert.evaluate")
+    if name in ("ModulePlan", "quantize_module"):
+        return getattr(importlib.import_module("dsconvert.anymodule"), name)
     if name in __all__:
         return getattr(importlib.import_module("dsconvert.api"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

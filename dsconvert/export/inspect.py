@@ -45,7 +45,8 @@ def conv_weights(model: onnx.ModelProto) -> list[OnnxWeight]:
         parts = [t for t in sources if t.dims and t.data_type not in NO_WEIGHT]
         if not parts:
             continue
-        largest = max(parts, key=_count)
+        # where each weight has a shift of its own, the integers are the weight
+        largest = max(parts, key=lambda t: (_count(t), t.data_type != TensorProto.FLOAT))
         bits = sum(_count(t) * BITS.get(t.data_type, 32) for t in parts)
         # one scale a channel is not counted; scales of blocks are shifts, and are
         scales = [t for t in parts if t is not largest and t.data_type == TensorProto.FLOAT and len(t.dims) == 1]
