@@ -11,7 +11,8 @@ import numpy as np
 
 Results = Mapping[str, Mapping[str, Any]]
 NAMES = {
-    "float32": "float32 ONNX", "packed": "**dsconvert packed**", "blocked": "dsconvert blocked",
+    "float32": "float32 ONNX", "packed": "**dsconvert packed**", "fused": "dsconvert fused",
+    "blocked": "dsconvert blocked",
     "int8": "dsconvert int8 layout", "ort-convs": "ONNX Runtime quantize_static, convolutions only",
     "ort-all": "ONNX Runtime quantize_static, all but Detect's decoding", "nncf": "OpenVINO NNCF int8",
     "nncf weights": "OpenVINO NNCF int8, weights alone", "checkpoint": "the checkpoint `.pt` (float16)",
@@ -59,6 +60,7 @@ def figures(r: Results) -> list[Figure]:
         timed("latency, blocked, OpenVINO", "NNCF int8", 1.00, r["openvino"]["ratios"]["blocked"])
     if "load" in r:
         timed("session load, packed", "float32", 1.50, r["load"]["ratios"]["packed"])
+        timed("session load, fused", "float32", 1.50, r["load"]["ratios"]["fused"])
     if "quantize" in r:
         q = r["quantize"]
         found.append(

@@ -38,7 +38,7 @@ from dsconvert.yolo.images import calibration_batches, calibration_images, sprea
 from dsconvert.yolo.lower import lower
 
 SECTIONS = ("quantize", "sizes", "latency", "openvino", "load", "profile", "roofline", "growth")
-ONNX_RUNTIME = ("float32", "packed", "int8", "ort-convs", "ort-all")
+ONNX_RUNTIME = ("float32", "packed", "fused", "int8", "ort-convs", "ort-all")
 OPENVINO = ("nncf", "blocked", "packed", "float32")
 
 

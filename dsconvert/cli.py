@@ -80,6 +80,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except CheckError as error:
         _fail(str(error), 1)
     except Exception as error:
+        if _was_interrupted(error):
+            _fail("Interrupted.", 130)
         said, exhausted = system_fault(error), is_out_of_memory(error)
         if said is None:
             traceback.print_exc()
@@ -90,6 +92,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         os._exit(2)
     if said:
         _fail(said, 2)
+
+
+def _was_interrupted(error: BaseException) -> bool:
+    """Ctrl-C where Python makes another exception of it: in `__set_name__`, as classes are made on import."""
+    behind = error.__cause__ or error.__context__
+    return isinstance(behind, KeyboardInterrupt) or (behind is not None and _was_interrupted(behind))
 
 
 def _fail(message: str, code: int) -> None:

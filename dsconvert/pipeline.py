@@ -309,14 +309,18 @@ def layer_table(model: DSModel) -> list[dict[str, Any]]:
 
 
 def save_quantized(result: Quantized, folder: Path, force: bool) -> Path:
-    """Write quantize.json and the model file into the folder; returns the model's path."""
-    for name in (MODEL_FILE, REPORT_FILE):
-        if (folder / name).exists() and not force:
-            raise InputError(f"{folder / name} already exists; give --force to replace it, or another --out.")
-    text = json.dumps(quantize_report(result), indent=1) + "\n"
-    write_atomic(folder / REPORT_FILE, text.encode(), force)
-    write_atomic(folder / MODEL_FILE, model_bytes(result.model), force)
-    return folder / MODEL_FILE
+    """Write quantize.json and the model file into the folder; returns the model's path.
+
+    Raises InputError when there is a model and force is off. A report alone was left by a run that was killed."""
+    model, report = folder / MODEL_FILE, folder / REPORT_FILE
+    if model.exists() and not force:
+        raise InputError(f"{model} already exists; give --force to replace it, or another --out.")
+    text = (json.dumps(quantize_report(result), indent=1) + "\n").encode()
+    write_atomic(report, text, force=True)
+    write_atomic(model, model_bytes(result.model), force)
+    if report.read_bytes() != text:  # of a run at the same time, which now finds a model
+        write_atomic(report, text, force=True)
+    return model
 
 
 def onnx_bytes(path: Path, layout: str, imgsz: int | None, ends: Ends = PLAIN, check: bool = True) -> bytes:
