@@ -17,7 +17,7 @@ import click
 
 PAGES = (
     "index.md", "tutorial.md", "howto.md", "reference.md", "command-line.md", "report.md", "method.md", "accuracy.md",
-    "performance.md", "compatibility.md", "training.md", "modules.md",
+    "performance.md", "compatibility.md", "training.md", "modules.md", "coverage.md", "reliability.md", "security.md",
     "faq.md", "contributing.md",
 )  # fmt: skip
 MARKER = "<!-- generated here by docs/hooks.py -->"

@@ -136,3 +136,13 @@ def test_the_site_builds_without_a_warning(tmp_path):
     for page in (tmp_path / "site").glob("*.html"):  # readable with no network
         assert not re.search(r"<(?:script|link rel=.stylesheet.)[^>]*(?:src|href)=.?https?:", page.read_text())
     assert "dsconvert bench [OPTIONS]" in (tmp_path / "site/reference.html").read_text()
+
+
+@pytest.mark.parametrize("page", ["coverage", "reliability", "security"])
+def test_tests_named_as_proof_exist(page):
+    text = (ROOT / "docs" / f"{page}.md").read_text()
+    named = re.findall(r"`(tests/[a-z_/0-9]+\.py)(?:::(test_\w+))?`", text)
+    assert named
+    for path, name in named:
+        source = (ROOT / path).read_text()
+        assert not name or f"def {name}(" in source, f"{path}::{name}"
