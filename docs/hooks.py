@@ -16,7 +16,8 @@ from typing import Any
 import click
 
 PAGES = (
-    "index.md", "tutorial.md", "howto.md", "reference.md", "command-line.md", "report.md", "method.md", "accuracy.md",
+    "index.md", "ten-minutes.md",
+    "tutorial.md", "howto.md", "reference.md", "command-line.md", "report.md", "method.md", "accuracy.md",
     "performance.md", "compatibility.md", "training.md", "classification.md", "coverage.md",
     "faq.md", "contributing.md",
 )  # fmt: skip

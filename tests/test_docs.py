@@ -46,6 +46,8 @@ def commands(text: str) -> list[str]:
 def parse(line: str) -> None:
     """As the command line would, but run nothing. A configuration file is read while parsing; a recipe stands in."""
     name, *arguments = shlex.split(re.sub(r"--config \S+\.yaml", "--config balanced", line))[1:]
+    if (name, arguments) == ("--version", []):  # an option of the group
+        return
     if name not in cli.commands:
         raise click.UsageError(f"no command {name}")
     threads = torch.get_num_threads()
