@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import re
 import shlex
@@ -21,6 +22,7 @@ from dsconvert.cli import cli
 DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", *sorted(DOCS.glob("*.md"))]
 ACTION = ROOT / "examples/github-action.yml"
+DOCKERFILE = ROOT / "Dockerfile"
 
 
 def hooks():
@@ -44,6 +46,8 @@ def commands(text: str) -> list[str]:
 def parse(line: str) -> None:
     """As the command line would, but run nothing. A configuration file is read while parsing; a recipe stands in."""
     name, *arguments = shlex.split(re.sub(r"--config \S+\.yaml", "--config balanced", line))[1:]
+    if (name, arguments) == ("--version", []):  # an option of the group
+        return
     if name not in cli.commands:
         raise click.UsageError(f"no command {name}")
     threads = torch.get_num_threads()
@@ -97,6 +101,25 @@ def test_the_example_workflow_calls_commands_that_exist():
     assert [line.split()[1] for line in lines] == ["quantize", "export", "eval", "compare"]
     for line in lines:
         parse(line)
+
+
+def container_commands(text: str) -> list[str]:
+    """What a Dockerfile's `docker run ... dsconvert ...` comments and its CMD have the container run."""
+    shown = re.findall(r"^# docker run .* (dsconvert .+)$", text, re.MULTILINE)
+    default = re.findall(r"^CMD (\[.*\])$", text, re.MULTILINE)
+    return shown + [shlex.join(["dsconvert", *json.loads(words)]) for words in default]
+
+
+def test_the_dockerfile_calls_commands_that_exist():
+    text = DOCKERFILE.read_text()
+    assert re.search(r'^ENTRYPOINT \[".*/dsconvert"\]$', text, re.MULTILINE)
+    shown, default = container_commands(text)
+    parse(shown)
+    assert default == "dsconvert --help"  # of the group: it has no command to parse
+    wrong = text.replace("--calib", "--calibrate-on")
+    assert wrong != text
+    with pytest.raises(click.ClickException):
+        parse(container_commands(wrong)[0])
 
 
 def test_the_reference_has_every_command_option_and_function():
