@@ -24,6 +24,7 @@ from conftest import ROOT, randomise
 
 from dsconvert import __main__ as entry
 from dsconvert import cli, pipeline
+from dsconvert.commands.shared import bars
 from dsconvert.errors import InputError, system_fault
 from dsconvert.graph.integer import run_integer
 from dsconvert.modelfile import load_model, model_bytes
@@ -105,6 +106,21 @@ def test_an_interrupt_that_python_made_something_else_of_is_one_word_too(monkeyp
         cli.main(["info"])
     assert end.value.code == 130
     assert capsys.readouterr().err == "Error: Interrupted.\n"
+
+
+def test_an_interrupt_that_a_library_swallows_is_not_lost():
+    before = signal.getsignal(signal.SIGINT)
+
+    def work() -> None:
+        with bars(quiet=True) as progress:
+            progress("fit", 1, 9)
+            with contextlib.suppress(BaseException):  # as an import in `try: ... except:` does
+                signal.raise_signal(signal.SIGINT)
+            progress("fit", 2, 9)
+
+    with pytest.raises(KeyboardInterrupt):
+        work()
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_an_interrupt_while_torch_is_loading_is_one_word_too(monkeypatch, capsys):

@@ -148,7 +148,7 @@ def test_a_model_file_read_and_written_is_the_same_file(tmp_path_factory, model)
     path.write_bytes(model_bytes(model))
     read = load_model(path)
     assert model_bytes(read) == path.read_bytes()
-    for layout in LAYOUT_OPSET:
+    for layout in set(LAYOUT_OPSET) - {"float"}:  # which has float activations
         first, second = (
             export_quantized(m, layout, m.imgsz).SerializeToString(deterministic=True) for m in (model, read)
         )
@@ -317,5 +317,5 @@ def test_fits_scale_with_their_weights(scale):
 
 def test_exporting_twice_gives_the_same_bytes():
     model = convert(*tiny_network(), smooth_picture())
-    for layout in LAYOUT_OPSET:
+    for layout in set(LAYOUT_OPSET) - {"float"}:  # which has float activations
         assert onnx_bytes(model, layout) == onnx_bytes(model, layout)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -117,6 +119,25 @@ def _shown(text: object, ascii_only: bool) -> str:
 
 
 @contextmanager
+def _interrupts() -> Iterator[list[int]]:
+    """Signals of Ctrl-C so far. Raising KeyboardInterrupt is not enough: a library being imported may swallow it."""
+    struck: list[int] = []
+
+    def note(number: int, frame: object) -> None:
+        struck.append(number)
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():
+        yield struck
+        return
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield struck
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@contextmanager
 def bars(quiet: bool = False, lines: bool = False) -> Iterator[pipeline.Progress]:
     """A bar per stage on stderr, with rate and time left, where stderr is a terminal.
 
@@ -126,7 +147,10 @@ def bars(quiet: bool = False, lines: bool = False) -> Iterator[pipeline.Progress
     columns = (
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _Rate(), TimeRemainingColumn(),
     )  # fmt: skip
-    with Progress(*columns, console=stderr, disable=quiet or not stderr.is_terminal) as shown:
+    with (
+        _interrupts() as struck,
+        Progress(*columns, console=stderr, disable=quiet or not stderr.is_terminal) as shown,
+    ):
         tasks: dict[str, Any] = {}
         open_stage: list[tuple[str, int]] = []  # at most one: its name and how far it is
         began = time.perf_counter()
@@ -141,6 +165,8 @@ def bars(quiet: bool = False, lines: bool = False) -> Iterator[pipeline.Progress
                 stderr.print(f"{STAGES.get(stage, stage)}{rate or f': {seconds:.1f} s'}", soft_wrap=True)
 
         def report(stage: str, done: int, total: int) -> None:
+            if struck:
+                raise KeyboardInterrupt
             if open_stage and open_stage[0][0] != stage:
                 close(*open_stage[0])  # it ended short of its total
             if stage not in tasks:
