@@ -25,12 +25,15 @@ def clip_effects(values: Tensor, gradient: Tensor) -> Tensor:
     v, g = values.flatten(), gradient.flatten()
     picks = (v > LEAST_SHARE * v.max().clamp_min(0)).nonzero().flatten()
     v, g = v[picks].double().cpu(), g[picks].double().cpu()
-    v, order = v.sort(descending=True)
-    g = g[order]
-    above = torch.searchsorted(-v, -LEVELS)  # how many values are larger than each level
-    none = torch.zeros(1, dtype=torch.float64)
-    slope, total = torch.cat((none, g.cumsum(0)))[above], torch.cat((none, (g * v).cumsum(0)))[above]
+    over = torch.bucketize(v, LEVELS)  # how many levels each value is above
+    slope, total = (_above(over, weights) for weights in (g, g * v))
     return (LEVELS * slope - total).square()
+
+
+def _above(over: Tensor, weights: Tensor) -> Tensor:
+    """Sum of the weights of the values above each level."""
+    sums = torch.bincount(over, weights, minlength=len(LEVELS) + 1)
+    return sums.flip(0).cumsum(0).flip(0)[1:]
 
 
 def effect_at(effects: Tensor, level: float) -> float:
