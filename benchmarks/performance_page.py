@@ -60,7 +60,8 @@ def figures(r: Results) -> list[Figure]:
         timed("latency, blocked, OpenVINO", "NNCF int8", 1.00, r["openvino"]["ratios"]["blocked"])
     if "load" in r:
         timed("session load, packed", "float32", 1.50, r["load"]["ratios"]["packed"])
-        timed("session load, fused", "float32", 1.50, r["load"]["ratios"]["fused"])
+        if "fused" in r["load"]["ratios"]:
+            timed("session load, fused", "float32", 1.50, r["load"]["ratios"]["fused"])
     if "quantize" in r:
         q = r["quantize"]
         found.append(

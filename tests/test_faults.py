@@ -66,7 +66,7 @@ def test_killed_at_any_moment_nothing_is_lost(inputs):
     figures = json.loads(done.stdout)
     assert figures["problems"] == []
     assert done.returncode == 0, done.stderr
-    assert sum(figures["runs"].values()) == 16
+    assert sum(figures["runs"].values()) == 22
     assert figures["killed"] >= 10
 
 
