@@ -9,9 +9,10 @@ from pathlib import Path
 import yaml
 
 from dsconvert.errors import InputError
+from dsconvert.smallyaml import read_small, refuse_bombs
 
 NULL = "tag:yaml.org,2002:null"
-MOST_BYTES = 64 << 10
+MOST_DEPTH = 2  # the file, and what is refused by its key
 RECIPES = resources.files("dsconvert") / "recipes"  # in the repository: calib/recipes
 
 
@@ -29,17 +30,10 @@ def read_config(given: str, allowed: Collection[str]) -> dict[str, str]:
         return _options((RECIPES / f"{given}.yaml").read_text(encoding="utf-8"), given, allowed)
     path = Path(given)
     try:
-        with path.open("rb") as stream:
-            data = stream.read(MOST_BYTES + 1)
+        text = read_small(path, given, "configuration file")
     except OSError:
         known = ", ".join(recipe_names())
         raise InputError(f"There is no file at {given}, nor a recipe of that name; the recipes are {known}.") from None
-    if len(data) > MOST_BYTES:
-        raise InputError(f"{given} is longer than {MOST_BYTES // 1024} kB, so it is no configuration file.")
-    try:
-        text = data.decode("utf-8")
-    except UnicodeDecodeError:
-        raise InputError(f"{given} is not a readable YAML file.") from None
     options = _options(text, given, allowed)
     if "calib" in options:
         options["calib"] = str(path.parent / options["calib"])
@@ -63,7 +57,7 @@ def _options(text: str, source: str, allowed: Collection[str]) -> dict[str, str]
 def _entries(text: str, source: str) -> list[tuple[str, yaml.Node]]:
     """Keys and values of the one mapping in the text, as written: nothing is made of them, and repeats are kept."""
     try:
-        _refuse_bombs(text, source)
+        refuse_bombs(text, MOST_DEPTH, f"{source} uses YAML aliases or nested lists, which no option needs.")
         root = yaml.compose(text, yaml.SafeLoader)
     except yaml.YAMLError:
         raise InputError(f"{source} is not a readable YAML file.") from None
@@ -72,13 +66,3 @@ def _entries(text: str, source: str) -> list[tuple[str, yaml.Node]]:
     if not isinstance(root, yaml.MappingNode) or not all(isinstance(k, yaml.ScalarNode) for k, _ in root.value):
         raise InputError(f"{source} is not a list of options such as `bits: 4`.")
     return [(key.value, value) for key, value in root.value]
-
-
-def _refuse_bombs(text: str, source: str) -> None:
-    """No option needs an alias (it stands for what was said before: a few lines of them grow to gigabytes) or more
-    than one level of nesting (thousands of brackets take PyYAML minutes)."""
-    depth = 0
-    for event in yaml.parse(text, yaml.SafeLoader):
-        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
-        if isinstance(event, yaml.AliasEvent) or depth > 2:
-            raise InputError(f"{source} uses YAML aliases or nested lists, which no option needs.")

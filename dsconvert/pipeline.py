@@ -32,7 +32,7 @@ from dsconvert.calibration import Progress as Progress
 from dsconvert.calibration import bounded, calibrate, decoded, synthetic
 from dsconvert.dsconv.tensor import DSTensor, Width, used_width
 from dsconvert.errors import InputError
-from dsconvert.evaluate.accuracy import Detections, detect_all
+from dsconvert.evaluate.accuracy import Detections, Predictor, detect_all
 from dsconvert.evaluate.candidates import Candidate, load_candidates
 from dsconvert.evaluate.coco import Metrics
 from dsconvert.evaluate.drop import map_drop
@@ -151,8 +151,9 @@ def quantize(
     errors = weight_errors(params, chosen if options.bits is None else [], BITS, sizes)
     seen = {k: key[k] for k in ("images", "imgsz", "seed", "device", "activations")}
     seen["widths"] = {name: list(by_width) for name, by_width in errors.items()}
+    pixels = run_key(*images.batches) if cache is not None or unfinished is not None else ""
     calibration = remembered(
-        cache, run_key(seen, checkpoint.sha256, *images.batches),
+        cache, run_key(seen, checkpoint.sha256, pixels),
         lambda: calibrate(graph, params, head, images, errors, options.seed, device, quantized, report),
     )  # fmt: skip
     own, damage = calibration.own, calibration.damage
@@ -160,7 +161,7 @@ def quantize(
     left: Mapping[str, QConv] = {}
     keep = None
     if unfinished is not None and workers.count() == 1:
-        run = run_key(key, checkpoint.sha256, *images.batches)
+        run = run_key(key, checkpoint.sha256, pixels)
         left = read_unfinished(unfinished, run) if resume else {}
         keep = partial(write_unfinished, unfinished, run)
 
@@ -420,10 +421,13 @@ def evaluate(
     return [Evaluated(c, m, t) for c, m, t in zip(given.candidates, metrics, latencies, strict=True)]
 
 
-def look(given: Entrants, progress: Progress | None = None) -> Detections:
-    """What the models find in the images; under torchrun every process looks at a part of them."""
+def look(
+    given: Entrants, progress: Progress | None = None, predictors: Sequence[Predictor] | None = None
+) -> Detections:
+    """What the models (or `predictors` in their place) find in the images; under torchrun every process looks at a part
+    of them."""
     report = progress or (lambda stage, done, total: None)
     return detect_all(
-        [c.predict for c in given.candidates], given.paths, given.candidates[0].side, given.nc, given.labelled,
-        lambda done, total: report("evaluate", done, total),
+        predictors or [c.predict for c in given.candidates], given.paths, given.candidates[0].side, given.nc,
+        given.labelled, lambda done, total: report("evaluate", done, total),
     )  # fmt: skip

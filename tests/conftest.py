@@ -55,6 +55,16 @@ TINY = {
 }
 
 
+def write_work(folder: Path, tiny: tuple[Network, Head], pictures: int) -> Path:
+    """best.pt and so many random pictures in images/; returns the folder."""
+    (folder / "best.pt").write_bytes(yolov5_bytes(*tiny))
+    (folder / "images").mkdir()
+    rng = np.random.default_rng(0)
+    for i in range(pictures):
+        cv2.imwrite(str(folder / f"images/{i}.png"), rng.integers(0, 256, (64, 64, 3), dtype=np.uint8))
+    return folder
+
+
 def randomise(network: Network, seed: int = 0) -> None:
     """Weights, BatchNorm statistics and anchors as unlike their defaults as a trained network's."""
     generator = torch.Generator().manual_seed(seed)

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from dsconvert.dsconv.bfp import integer_dsconv, to_block_float
 from dsconvert.dsconv.tensor import expand_blocks
 from dsconvert.graph.blockfloat import run_block_float
-from dsconvert.graph.ir import ConvParams
+from dsconvert.graph.integer import real_params
 from dsconvert.graph.run import run_float
 
 
@@ -60,12 +60,10 @@ def test_the_simulation_is_the_integer_arithmetic(kernel, stride, padding, chi):
 
 
 def test_a_network_comes_closer_to_its_float_activations_with_every_bit(converted, picture):
-    x = torch.from_numpy(picture) if isinstance(picture, np.ndarray) else picture
-    params = {name: ConvParams(c.weight.weight(), c.bias) for name, c in converted.convs.items()}
-    wanted = run_float(converted.graph, params, x)
+    wanted = run_float(converted.graph, real_params(converted.convs), picture)
     errors = []
     for bits in (3, 4, 6, 8):
-        found = run_block_float(converted.graph, converted.convs, x, bits)
+        found = run_block_float(converted.graph, converted.convs, picture, bits)
         errors.append(sum(float((a - b).square().sum()) for a, b in zip(found, wanted, strict=True)))
     assert errors == sorted(errors, reverse=True)
     assert errors[-1] < 1e-3 * errors[0]  # five bits: a thousand times in squares, were it not for clipping

@@ -5,22 +5,18 @@ from __future__ import annotations
 import cv2
 import numpy as np
 import pytest
+from conftest import write_work
 
 from dsconvert import pipeline
 from dsconvert.modelfile import model_bytes
 from dsconvert.pipeline import QuantizeOptions, quantize
-from dsconvert.yolo.checkpoint import load_checkpoint, yolov5_bytes
+from dsconvert.yolo.checkpoint import load_checkpoint
 
 
 @pytest.fixture
 def folder(tiny, tmp_path):
     """best.pt and three pictures."""
-    (tmp_path / "best.pt").write_bytes(yolov5_bytes(*tiny))
-    (tmp_path / "images").mkdir()
-    rng = np.random.default_rng(0)
-    for i in range(3):
-        cv2.imwrite(str(tmp_path / f"images/{i}.png"), rng.integers(0, 256, (64, 64, 3), dtype=np.uint8))
-    return tmp_path
+    return write_work(tmp_path, tiny, 3)
 
 
 def run(folder, cache, **options):

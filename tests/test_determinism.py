@@ -6,21 +6,13 @@ import os
 import subprocess
 import sys
 
-import cv2
-import numpy as np
 import pytest
-from conftest import ROOT
-
-from dsconvert.yolo.checkpoint import yolov5_bytes
+from conftest import ROOT, write_work
 
 
 @pytest.mark.parametrize("threads", ["1", "2"])
 def test_two_runs_give_the_same_bytes(tiny, tmp_path, threads):
-    (tmp_path / "best.pt").write_bytes(yolov5_bytes(*tiny))
-    (tmp_path / "images").mkdir()
-    rng = np.random.default_rng(0)
-    for i in range(5):
-        cv2.imwrite(str(tmp_path / f"images/{i}.png"), rng.integers(0, 256, (64, 64, 3), dtype=np.uint8))
+    write_work(tmp_path, tiny, 5)
     files = []
     for hash_seed in ("1", "2"):  # the order of Python's sets must not matter
         out = f"run{hash_seed}"

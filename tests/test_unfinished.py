@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import cv2
-import numpy as np
 import pytest
 import torch
+from conftest import write_work
 
 from dsconvert.dsconv.tensor import Width
 from dsconvert.errors import InputError
@@ -13,7 +12,7 @@ from dsconvert.fit import lockstep
 from dsconvert.modelfile import model_bytes
 from dsconvert.pipeline import QuantizeOptions, quantize
 from dsconvert.unfinished import read_unfinished, run_key, usable, write_unfinished
-from dsconvert.yolo.checkpoint import load_checkpoint, yolov5_bytes
+from dsconvert.yolo.checkpoint import load_checkpoint
 
 
 class Killed(BaseException):
@@ -23,12 +22,7 @@ class Killed(BaseException):
 @pytest.fixture
 def folder(tiny, tmp_path):
     """best.pt and three pictures."""
-    (tmp_path / "best.pt").write_bytes(yolov5_bytes(*tiny))
-    (tmp_path / "images").mkdir()
-    rng = np.random.default_rng(0)
-    for i in range(3):
-        cv2.imwrite(str(tmp_path / f"images/{i}.png"), rng.integers(0, 256, (64, 64, 3), dtype=np.uint8))
-    return tmp_path
+    return write_work(tmp_path, tiny, 3)
 
 
 def run(folder, stop_after=None, resume=False, **options):

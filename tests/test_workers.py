@@ -7,16 +7,14 @@ import os
 import subprocess
 import sys
 
-import cv2
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import ROOT, write_work
 
 from dsconvert import workers
 from dsconvert.calibration import decoded
 from dsconvert.errors import InputError
 from dsconvert.modelfile import load_model
-from dsconvert.yolo.checkpoint import yolov5_bytes
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "NO_COLOR": "1"}
 
@@ -24,11 +22,7 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "N
 @pytest.fixture
 def folder(tiny, tmp_path):
     """best.pt, ten pictures, and one that cannot be read."""
-    (tmp_path / "best.pt").write_bytes(yolov5_bytes(*tiny))
-    (tmp_path / "images").mkdir()
-    rng = np.random.default_rng(0)
-    for i in range(10):
-        cv2.imwrite(str(tmp_path / f"images/{i}.png"), rng.integers(0, 256, (64, 64, 3), dtype=np.uint8))
+    write_work(tmp_path, tiny, 10)
     (tmp_path / "images" / "bad.png").write_bytes(b"no picture")
     return tmp_path
 

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-from dsconvert.dsconv.tensor import block_count
+from dsconvert.dsconv.tensor import block_count, expand_blocks
 
 LEAST_BITS, MOST_BITS = 3, 8
 
@@ -34,7 +34,7 @@ class BlockFloat:
 
     def real(self) -> Tensor:
         """The values, float32: exact, as a mantissa has at most 8 bits."""
-        exponent = self.exponent.repeat_interleave(self.block_size, 1)[:, : self.mantissa.shape[1]]
+        exponent = expand_blocks(self.exponent, self.mantissa.shape[1], self.block_size)
         return torch.ldexp(self.mantissa.float(), exponent)
 
 
@@ -50,7 +50,7 @@ def to_block_float(x: Tensor, bits: int, block_size: int = 32) -> BlockFloat:
     largest = padded.unflatten(1, (blocks, block_size)).abs().amax(2)
     # frexp gives largest in [0.5, 1) * 2^e: its leading bit becomes the mantissa's highest
     exponent = torch.frexp(largest).exponent - (bits - 1)
-    step = exponent.repeat_interleave(block_size, 1)[:, :chi]
+    step = expand_blocks(exponent, chi, block_size)
     most = (1 << (bits - 1)) - 1
     return BlockFloat(torch.ldexp(x, -step).round().clamp(-most, most).int(), exponent, block_size)
 

@@ -22,8 +22,7 @@ from dsconvert.export.external import check_external_data
 from dsconvert.export.inspect import conv_weights
 from dsconvert.export.nms import Nms
 from dsconvert.export.onnx import export_float, export_quantized
-from dsconvert.graph.integer import run_integer
-from dsconvert.graph.ir import ConvParams
+from dsconvert.graph.integer import real_params, run_integer
 from dsconvert.graph.run import run_float
 from dsconvert.modelfile import load_model
 from dsconvert.yolo.checkpoint import load_checkpoint
@@ -115,7 +114,7 @@ def _converted(path: Path, side: int | None) -> Candidate:
     model = load_model(path)
     side = side or model.imgsz
     _check_side(path, side, model.head.stride)
-    params = {name: ConvParams(c.weight.weight(), c.bias) for name, c in model.convs.items()}
+    params = real_params(model.convs)
 
     def predict(batch: NDArray[np.float32]) -> NDArray[np.float32]:
         x = torch.from_numpy(batch)

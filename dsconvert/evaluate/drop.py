@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from dsconvert.evaluate.accuracy import evaluate_predictors
-from dsconvert.graph.integer import run_integer
+from dsconvert.graph.integer import real_params, run_integer
 from dsconvert.graph.ir import ConvParams
 from dsconvert.graph.run import run_float
 from dsconvert.model import DSModel
@@ -29,7 +29,7 @@ def map_drop(
     Raises InputError when there is nothing to find in them."""
     labelled = any(label_path(p).is_file() for p in paths)
     true = {name: ConvParams(p.weight.cpu(), p.bias.cpu()) for name, p in params.items()}
-    fitted = {name: ConvParams(c.weight.weight(), c.bias) for name, c in model.convs.items()}
+    fitted = real_params(model.convs)
 
     def reference(batch: Array) -> Array:
         return decode(run_float(model.graph, true, torch.from_numpy(batch)), model.head).numpy()

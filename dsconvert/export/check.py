@@ -19,7 +19,7 @@ from torch import Tensor
 
 from dsconvert.errors import CheckError
 from dsconvert.export.onnx import Ends
-from dsconvert.graph.integer import grid_of, integer_step, run_integer
+from dsconvert.graph.integer import grid_of, integer_step, real_params, run_integer
 from dsconvert.graph.ir import INPUT, ConvParams, Graph, Node
 from dsconvert.graph.run import float_step, run_float
 from dsconvert.model import DSModel, display_name
@@ -70,7 +70,7 @@ class Reference:
 def reference_of(model: DSModel) -> Reference:
     """A converted model's integer arithmetic, or its weights in float when its activations are."""
     if not model.activations:
-        params = {name: ConvParams(c.weight.weight(), c.bias) for name, c in model.convs.items()}
+        params = real_params(model.convs)
         return float_reference(model.graph, params, model.head)
     grids = grid_of(model.graph, model.activations)
     return Reference(

@@ -9,7 +9,6 @@ small, loads in about half the time and gives the same integers, in ONNX Runtime
 from __future__ import annotations
 
 import tempfile
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -83,10 +82,9 @@ def _plain_names(model: onnx.ModelProto, constants: set[str]) -> None:
     """The optimiser's own names hold random numbers: the same model would be other bytes every time."""
     found = [t.name for t in model.graph.initializer if t.name in constants]
     names = {name: f"constant{number}" for number, name in enumerate(found)}
-    kept = Counter(node.name for node in model.graph.node if "Conv" in node.op_type)
     for tensor in model.graph.initializer:
         tensor.name = names.get(tensor.name, tensor.name)
     for node in model.graph.node:
         node.input[:] = [names.get(name, name) for name in node.input]
-        node.name = node.name if kept[node.name] else ""
+        node.name = node.name if "Conv" in node.op_type else ""
         node.doc_string = ""

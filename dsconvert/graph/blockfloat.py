@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from dsconvert.dsconv.bfp import to_block_float
-from dsconvert.graph.integer import QConv
-from dsconvert.graph.ir import ConvParams, Graph, Node
+from dsconvert.graph.integer import QConv, real_params
+from dsconvert.graph.ir import Graph, Node
 from dsconvert.graph.run import execute, float_step
 
 
@@ -17,7 +17,7 @@ def run_block_float(
     graph: Graph, convs: Mapping[str, QConv], x: Tensor, bits: int, block_size: int = 32
 ) -> list[Tensor]:
     """Image batch (n, 3, h, w) -> raw output maps: every convolution reads block floating point, the rest is float."""
-    params = {name: ConvParams(c.weight.weight(), c.bias) for name, c in convs.items()}
+    params = real_params(convs)
 
     def step(node: Node, inputs: list[Tensor]) -> Tensor:
         if node.op == "conv":

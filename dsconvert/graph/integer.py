@@ -19,7 +19,7 @@ from torch import Tensor
 
 from dsconvert.dsconv.tensor import DSTensor
 from dsconvert.graph import run
-from dsconvert.graph.ir import INPUT, Graph, Node
+from dsconvert.graph.ir import INPUT, ConvParams, Graph, Node
 
 QMAX = 255
 BIAS_MOST = 1 << 29  # in accumulator units: a quarter of int32, the rest is for the products
@@ -86,6 +86,11 @@ class QConv:
         wrap on the way; two's complement arithmetic brings them back to the same number."""
         weights = self.weight.merged().long().abs().sum((1, 2, 3))
         return QMAX * weights + self.bias_int(input_scale).long().abs()
+
+
+def real_params(convs: Mapping[str, QConv]) -> dict[str, ConvParams]:
+    """The convolutions' weights W' and biases, for running the network in float."""
+    return {name: ConvParams(c.weight.weight(), c.bias) for name, c in convs.items()}
 
 
 def keeps_grid(op: str) -> bool:

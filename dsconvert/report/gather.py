@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from dsconvert.errors import InputError
-from dsconvert.evaluate.accuracy import CONFIDENT, OVERLAP, Detections, Predictor, detect_all
+from dsconvert.evaluate.accuracy import CONFIDENT, OVERLAP, Detections, Predictor
 from dsconvert.evaluate.candidates import Candidate
 from dsconvert.evaluate.coco import Metrics, coco_tables, metrics_of
 from dsconvert.evaluate.curves import ClassCurve, class_curves, object_counts
@@ -22,7 +22,7 @@ from dsconvert.evaluate.latency import Latency, interleaved_latency
 from dsconvert.graph.ir import ConvParams
 from dsconvert.model import DSModel
 from dsconvert.modelfile import load_model
-from dsconvert.pipeline import REPORT_FILE, Entrants, Progress, entrants
+from dsconvert.pipeline import REPORT_FILE, Entrants, Progress, entrants, look
 from dsconvert.report.activations import activation_view, watch
 from dsconvert.report.layers import (
     ActivationView,
@@ -181,11 +181,7 @@ def _detect(given: Entrants, say: Progress) -> tuple[Detections, list[list[NDArr
     sure: list[list[NDArray[Any]]] = [[], []]
     predictors = [_noting(c, s) for c, s in zip(given.candidates, sure, strict=False)]
     predictors += [c.predict for c in given.candidates[2:]]
-    found = detect_all(
-        predictors, given.paths, given.candidates[0].side, given.nc, given.labelled,
-        lambda done, total: say("evaluate", done, total),
-    )  # fmt: skip
-    return found, sure
+    return look(given, say, predictors), sure
 
 
 def _noting(candidate: Candidate, seen: list[NDArray[Any]]) -> Predictor:

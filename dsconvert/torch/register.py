@@ -18,12 +18,13 @@ from torch import nn
 from dsconvert.errors import InputError
 from dsconvert.torch.blocks import Bottleneck_DSConv2D, DSConv2D, DSConv2D_C3
 from dsconvert.torch.conv import DSConv
+from dsconvert.yolo.network import VARIANTS
 
-# published name -> the tree's block that has its rows' arguments, and how it becomes ours
-VARIANTS: Mapping[str, tuple[str, Callable[..., nn.Module]]] = {
-    "DSConv2D": ("Conv", DSConv2D.from_conv),
-    "Bottleneck_DSConv2D": ("Bottleneck", Bottleneck_DSConv2D.from_bottleneck),
-    "DSConv2D_C3": ("C3", DSConv2D_C3.from_c3),
+# published name -> how the tree's block that it is a variant of becomes ours
+MAKERS: Mapping[str, Callable[..., nn.Module]] = {
+    "DSConv2D": DSConv2D.from_conv,
+    "Bottleneck_DSConv2D": Bottleneck_DSConv2D.from_bottleneck,
+    "DSConv2D_C3": DSConv2D_C3.from_c3,
 }
 NOTED = ("i", "f")  # what parse_model writes on every layer, besides its type and its number of parameters
 
@@ -50,7 +51,7 @@ def register(
         plain, wanted = _plain(d)
         model, save = original(plain, ch, *args, **kwargs)
         for index, kind in wanted.items():
-            model[index] = _replaced(model[index], VARIANTS[kind][1], shifts)
+            model[index] = _replaced(model[index], MAKERS[kind], shifts)
         return model, save
 
     parse_model.dsconvert_original = original  # type: ignore[attr-defined]
@@ -63,7 +64,7 @@ def _plain(d: Mapping[str, Any]) -> tuple[dict[str, Any], dict[int, str]]:
     wanted: dict[int, str] = {}
     for index, row in enumerate([*plain["backbone"], *plain["head"]]):
         if row[2] in VARIANTS:
-            wanted[index], row[2] = row[2], VARIANTS[row[2]][0]
+            wanted[index], row[2] = row[2], VARIANTS[row[2]]
     return plain, wanted
 
 

@@ -9,10 +9,10 @@ from typing import Any
 import yaml
 
 from dsconvert.errors import InputError, printable
+from dsconvert.smallyaml import read_small, refuse_bombs
 from dsconvert.yolo.network import MAX_LAYERS, VARIANTS
 
 OURS = resources.files("dsconvert") / "yolo" / "cfg"
-MOST_BYTES = 64 << 10
 MOST_DEPTH = 6  # file, backbone, row, args, and a list in them
 
 
@@ -26,16 +26,12 @@ def read_rows(path: Path) -> list[str]:
     dsconvert where the working folder has none. Raises InputError for anything that is no model yaml."""
     source: Any = OURS / path.name if not path.exists() and str(path) in cfg_names() else path
     try:
-        with source.open("rb") as stream:
-            data = stream.read(MOST_BYTES + 1)
+        text = read_small(source, str(path), "model yaml")
     except OSError:
         known = ", ".join(cfg_names())
         raise InputError(f"There is no readable model yaml at {path}; dsconvert brings {known}.") from None
-    if len(data) > MOST_BYTES:
-        raise InputError(f"{path} is longer than {MOST_BYTES // 1024} kB, so it is no model yaml.")
     try:
-        text = data.decode("utf-8")
-        _refuse_bombs(text, path)
+        refuse_bombs(text, MOST_DEPTH, f"{path} uses YAML aliases or deeply nested lists, which no model yaml needs.")
         content = yaml.safe_load(text)
     except InputError:
         raise
@@ -68,12 +64,3 @@ def chosen_blocks(path: Path, kinds: list[str]) -> str:
     if not found:
         raise InputError(f"{path} names no DSConv2D_C3 layer, so there is nothing to convert.")
     return ",".join(found)
-
-
-def _refuse_bombs(text: str, path: Path) -> None:
-    """A few lines of aliases grow to gigabytes, and thousands of brackets take PyYAML minutes."""
-    depth = 0
-    for event in yaml.parse(text, yaml.SafeLoader):
-        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
-        if isinstance(event, yaml.AliasEvent) or depth > MOST_DEPTH:
-            raise InputError(f"{path} uses YAML aliases or deeply nested lists, which no model yaml needs.")
