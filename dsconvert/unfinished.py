@@ -34,6 +34,8 @@ def write_unfinished(path: Path, key: str, convs: Mapping[str, QConv]) -> None:
     for name, conv in convs.items():
         w = conv.weight
         tensors |= {f"{name}.vqk": w.vqk, f"{name}.m": w.m, f"{name}.cdsw": w.cds_w, f"{name}.cdsb": conv.bias}
+        if w.alpha is not None:
+            tensors[f"{name}.alpha"] = w.alpha
     widths = {name: [c.weight.bits, c.weight.block_size] for name, c in convs.items()}
     data = save({k: v.contiguous() for k, v in tensors.items()}, {META: json.dumps({"key": key, "layers": widths})})
     write_atomic(path, data, force=True)
@@ -49,11 +51,13 @@ def read_unfinished(path: Path, key: str) -> dict[str, QConv]:
                     f"{path} was left by a run with other options, images, checkpoint, threads or version; "
                     "it cannot be resumed with these."
                 )
+            names = set(stored.keys())
             return {
                 name: QConv(
                     DSTensor(
                         stored.get_tensor(f"{name}.vqk"), stored.get_tensor(f"{name}.m"), None,
                         stored.get_tensor(f"{name}.cdsw"), int(bits), int(block),
+                        stored.get_tensor(f"{name}.alpha") if f"{name}.alpha" in names else None,
                     ),
                     stored.get_tensor(f"{name}.cdsb"),
                 )

@@ -50,6 +50,14 @@ def test_the_same_bytes_wherever_it_stopped(folder, stop_after, monkeypatch):
     assert "model.0.conv" not in fits  # what was fitted is not fitted again
 
 
+def test_real_shifts_are_kept_too(folder):
+    options = {"activations": "float", "kds": "float"}
+    whole = run(folder, **options)
+    with pytest.raises(Killed):
+        run(folder, 9, **options)
+    assert run(folder, resume=True, **options) == whole
+
+
 def test_a_run_with_other_options_or_images_is_refused(folder):
     with pytest.raises(Killed):
         run(folder, 9)
