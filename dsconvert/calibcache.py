@@ -20,14 +20,17 @@ from dsconvert.graph.integer import QParams
 META = "dsconvert.calibration"
 
 
-def remembered(folder: Path | None, key: str, make: Callable[[], Calibration]) -> Calibration:
+def remembered(
+    folder: Path | None, key: str, make: Callable[[], Calibration], check: Callable[[Calibration], None]
+) -> Calibration:
     """What is kept under the key (hexadecimal), else what is made, which is kept then. No folder: nothing is kept.
 
-    A file that cannot be read is made again. Raises InputError when the folder cannot be written."""
+    A file that cannot be read, or whose content `check` raises ValueError or KeyError for, is made again. Raises
+    InputError when the folder cannot be written."""
     if folder is None:
         return make()
     path = folder / f"{key}.safetensors"
-    found = _read(path)
+    found = _read(path, check)
     if found is None:
         found = make()
         write_atomic(path, calibration_bytes(found), force=True)
@@ -47,11 +50,11 @@ def calibration_bytes(calibration: Calibration) -> bytes:
     return save(tensors, {META: json.dumps(about)})
 
 
-def _read(path: Path) -> Calibration | None:
+def _read(path: Path, check: Callable[[Calibration], None]) -> Calibration | None:
     try:
         with safe_open(path, framework="pt") as stored:
             about = json.loads((stored.metadata() or {})[META])
-            return Calibration(
+            found = Calibration(
                 {name: QParams(float(scale), int(zero)) for name, (scale, zero) in about["own"].items()},
                 {name: stored.get_tensor(name) for name in stored.keys()},  # noqa: SIM118 (no mapping)
                 {
@@ -59,5 +62,7 @@ def _read(path: Path) -> Calibration | None:
                     for name, rows in about["damage"].items()
                 },
             )
-    except (SafetensorError, OSError, KeyError, TypeError, ValueError, AttributeError):
+        check(found)
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError):
         return None
+    return found

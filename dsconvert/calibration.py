@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,9 +17,11 @@ from dsconvert.fit.importance import measure_importance
 from dsconvert.fit.ranges import choose_grids
 from dsconvert.fit.sensitivity import WeightErrors
 from dsconvert.fit.synthesize import synthesize
-from dsconvert.graph.integer import QParams
-from dsconvert.graph.ir import ConvParams, Graph
+from dsconvert.graph.integer import QParams, keeps_grid
+from dsconvert.graph.ir import INPUT, ConvParams, Graph
 from dsconvert.graph.run import run_float
+from dsconvert.graph.shapes import value_shapes
+from dsconvert.modelcheck import check_grid
 from dsconvert.yolo.checkpoint import Checkpoint
 from dsconvert.yolo.decode import detection_measure
 from dsconvert.yolo.images import calibration_batches
@@ -57,6 +60,34 @@ class Calibration:
     own: Mapping[str, QParams]
     positions: Mapping[str, Tensor]
     damage: Mapping[str, Mapping[Width, float]]
+
+
+def check_calibration(
+    found: Calibration,
+    graph: Graph,
+    params: Mapping[str, ConvParams],
+    images: Images,
+    errors: WeightErrors,
+    quantized: bool,
+) -> None:
+    """Raises ValueError or KeyError unless `found` can be what `calibrate` makes of the rest: it comes from a file."""
+    if set(found.own) != ({INPUT, *(n.name for n in graph.nodes if not keeps_grid(n.op))} if quantized else set()):
+        raise ValueError("grids")
+    for name, grid in found.own.items():
+        check_grid(name, grid)
+    _, channels, height, width = images.batches[0].shape
+    shapes = value_shapes(graph, {n: tuple(p.weight.shape) for n, p in params.items()}, (channels, height, width))
+    mine = sum(map(len, images.batches))
+    wanted = {n.name: (mine, shapes[n.name][1] * shapes[n.name][2]) for n in graph.convs()}
+    if {name: tuple(w.shape) for name, w in found.positions.items()} != wanted:
+        raise ValueError("shapes of positions")
+    for weights in found.positions.values():
+        if weights.dtype != torch.float32 or not bool(torch.isfinite(weights).all()) or float(weights.min()) < 0:
+            raise ValueError("positions")
+    if {name: set(by_width) for name, by_width in found.damage.items()} != {n: set(e) for n, e in errors.items()}:
+        raise ValueError("widths")
+    if not all(math.isfinite(d) and d >= 0 for by_width in found.damage.values() for d in by_width.values()):
+        raise ValueError("damage")
 
 
 def decoded(paths: Sequence[Path], side: int, report: Progress) -> Images:

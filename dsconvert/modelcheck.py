@@ -31,7 +31,7 @@ def check_model(model: DSModel) -> None:
                 raise ValueError(f"{part} of {name} holds what is no finite float32 number")
     if model.activations:
         for name, grid in grid_of(model.graph, model.activations).items():
-            _check_grid(name, grid)
+            check_grid(name, grid)
     _check_shapes(model)
     _check_provenance(model)
 
@@ -49,7 +49,8 @@ def _check_head(head: Head, imgsz: int) -> None:
         raise ValueError("image size")
 
 
-def _check_grid(name: str, grid: QParams) -> None:
+def check_grid(name: str, grid: QParams) -> None:
+    """Raises ValueError for a grid that cannot be computed with."""
     if not 1e-30 < grid.scale < 1e30 or not 0 <= grid.zero_point <= 255:
         raise ValueError(f"grid of {name}")
 

@@ -29,7 +29,7 @@ from dsconvert.budget import (
 )
 from dsconvert.calibcache import remembered
 from dsconvert.calibration import Progress as Progress
-from dsconvert.calibration import bounded, calibrate, decoded, synthetic
+from dsconvert.calibration import bounded, calibrate, check_calibration, decoded, synthetic
 from dsconvert.dsconv.tensor import DSTensor, Width, used_width
 from dsconvert.errors import InputError
 from dsconvert.evaluate.accuracy import Detections, Predictor, detect_all
@@ -155,6 +155,7 @@ def quantize(
     calibration = remembered(
         cache, run_key(seen, checkpoint.sha256, pixels),
         lambda: calibrate(graph, params, head, images, errors, options.seed, device, quantized, report),
+        lambda kept: check_calibration(kept, graph, params, images, errors, quantized),
     )  # fmt: skip
     own, damage = calibration.own, calibration.damage
 
@@ -162,7 +163,7 @@ def quantize(
     keep = None
     if unfinished is not None and workers.count() == 1:
         run = run_key(key, checkpoint.sha256, pixels)
-        left = read_unfinished(unfinished, run) if resume else {}
+        left = read_unfinished(unfinished, run, {n: p.weight.shape for n, p in params.items()}) if resume else {}
         keep = partial(write_unfinished, unfinished, run)
 
     def fitted(widths: Widths) -> DSModel:

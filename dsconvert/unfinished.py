@@ -41,8 +41,9 @@ def write_unfinished(path: Path, key: str, convs: Mapping[str, QConv]) -> None:
     write_atomic(path, data, force=True)
 
 
-def read_unfinished(path: Path, key: str) -> dict[str, QConv]:
-    """The layers kept, by convolution name. Raises InputError when there are none, or of another run than `key`."""
+def read_unfinished(path: Path, key: str, shapes: Mapping[str, Sequence[int]]) -> dict[str, QConv]:
+    """The layers kept, by convolution name; `shapes` are those of the network's weights. Raises InputError when there
+    are none, or of another run than `key`, or they cannot be this network's."""
     try:
         with safe_open(path, framework="pt") as stored:
             about = json.loads((stored.metadata() or {})[META])
@@ -52,7 +53,7 @@ def read_unfinished(path: Path, key: str) -> dict[str, QConv]:
                     "it cannot be resumed with these."
                 )
             names = set(stored.keys())
-            return {
+            layers = {
                 name: QConv(
                     DSTensor(
                         stored.get_tensor(f"{name}.vqk"), stored.get_tensor(f"{name}.m"), None,
@@ -63,12 +64,36 @@ def read_unfinished(path: Path, key: str) -> dict[str, QConv]:
                 )
                 for name, (bits, block) in about["layers"].items()
             }  # fmt: skip
+        for name, conv in layers.items():
+            _check(conv, shapes[name])
     except FileNotFoundError:
         raise InputError(f"There is nothing to resume: {path} does not exist.") from None
-    except (SafetensorError, OSError, KeyError, TypeError, ValueError, AttributeError) as error:
+    except (
+        SafetensorError,
+        OSError,
+        KeyError,
+        TypeError,
+        ValueError,
+        AttributeError,
+        ArithmeticError,
+        RecursionError,
+    ) as error:
         if isinstance(error, InputError):
             raise
         raise InputError(f"{path} is damaged; start again without --resume.") from None
+    return layers
+
+
+def _check(conv: QConv, shape: Sequence[int]) -> None:
+    """Raises ValueError for numbers of another kind, or of no use, or of another shape."""
+    w = conv.weight
+    reals = [w.cds_w, conv.bias, *([] if w.alpha is None else [w.alpha])]
+    if tuple(w.vqk.shape) != tuple(shape) or tuple(conv.bias.shape) != (shape[0],):
+        raise ValueError("shape")
+    if w.vqk.dtype != torch.int8 or w.m.dtype != torch.int8 or any(r.dtype != torch.float32 for r in reals):
+        raise ValueError("kinds of numbers")
+    if not all(bool(torch.isfinite(r).all()) for r in reals):
+        raise ValueError("numbers")
 
 
 def run_key(*parts: Any) -> str:

@@ -18,15 +18,16 @@ def raw_safetensors(header: bytes, data: bytes = b"") -> bytes:
 class Opened:
     """A model file taken apart: its tensors as (type, shape, bytes), and the JSON of its header."""
 
-    def __init__(self, data: bytes) -> None:
+    def __init__(self, data: bytes, key: str = "dsconvert") -> None:
+        self.key = key
         (length,) = struct.unpack("<Q", data[:8])
         table = json.loads(data[8 : 8 + length])
-        self.json = json.loads(table.pop("__metadata__")["dsconvert"])
+        self.json = json.loads(table.pop("__metadata__")[key])
         body = data[8 + length :]
         self.tensors = {n: [t["dtype"], t["shape"], body[slice(*t["data_offsets"])]] for n, t in table.items()}
 
     def bytes(self, text: str | None = None) -> bytes:
-        table: dict[str, Any] = {"__metadata__": {"dsconvert": text if text is not None else json.dumps(self.json)}}
+        table: dict[str, Any] = {"__metadata__": {self.key: text if text is not None else json.dumps(self.json)}}
         body = b""
         for name, (kind, shape, data) in self.tensors.items():
             table[name] = {"dtype": kind, "shape": shape, "data_offsets": [len(body), len(body) + len(data)]}

@@ -1,0 +1,165 @@
+"""What runs leave for later runs, with one thing wrong: a cache is made again, an unfinished run is refused in one
+sentence. Neither ends in a traceback or, worse, in another model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import write_work
+from modelfiles import Opened
+
+from dsconvert import pipeline
+from dsconvert.calibcache import META as CACHE_META
+from dsconvert.calibcache import calibration_bytes, remembered
+from dsconvert.errors import InputError
+from dsconvert.pipeline import QuantizeOptions, quantize
+from dsconvert.unfinished import META as UNFINISHED_META
+from dsconvert.unfinished import read_unfinished
+from dsconvert.yolo.checkpoint import load_checkpoint
+
+Change = Callable[[Opened], Any]
+LAYER = "model.2.cv1.conv"
+CONTAINERS = {"empty": b"", "text": b"hello", "length 2^63": b"\xff" * 7 + b"\x7f{}"}
+TEXTS = ("[" * 200_000, "5", "null", "[]", "{}", "1" * 5000)
+
+
+def put(value: Any, *path: Any) -> Change:
+    def change(m: Opened) -> None:
+        place = m.json
+        for key in path[:-1]:
+            place = place[key]
+        place[path[-1]] = value
+
+    return change
+
+
+def numbers(name: str, value: float) -> Change:
+    def change(m: Opened) -> None:
+        kind, shape, data = m.tensors[name]
+        m.tensors[name] = [kind, shape, np.full(len(data) // 4, value, np.float32).tobytes()]
+
+    return change
+
+
+def retyped(name: str, kind: str) -> Change:
+    return lambda m: m.tensors[name].__setitem__(0, kind)
+
+
+def reshaped(name: str, shape: list[int]) -> Change:
+    return lambda m: m.tensors[name].__setitem__(1, shape)
+
+
+def missing(name: str) -> Change:
+    return lambda m: m.tensors.pop(name)
+
+
+def renamed(old: str, new: str) -> Change:
+    return lambda m: m.tensors.__setitem__(new, m.tensors.pop(old))
+
+
+@pytest.fixture
+def run(tiny, tmp_path) -> Callable[..., None]:
+    """Quantize the tiny network."""
+    folder = write_work(tmp_path, tiny, 3)
+    options = QuantizeOptions(calib=folder / "images", imgsz=64)
+    checkpoint = load_checkpoint(folder / "best.pt")
+    return lambda **also: quantize(checkpoint, options, **also)
+
+
+def damaged(good: bytes, key: str, changes: dict[str, Change]) -> dict[str, bytes]:
+    """The file with each thing wrong, by what."""
+    files = {**CONTAINERS, "half": good[: len(good) // 2]}
+    for text in TEXTS:
+        files[f"header {text[:4]}"] = Opened(good, key).bytes(text)
+    for what, change in changes.items():
+        opened = Opened(good, key)
+        change(opened)
+        files[what] = opened.bytes()
+    return files
+
+
+def test_a_damaged_calibration_is_made_again(run, tmp_path, monkeypatch):
+    given: list[Any] = []
+    monkeypatch.setattr(pipeline, "remembered", lambda *all_of_it: given.append(all_of_it) or remembered(*all_of_it))
+    run(cache=tmp_path / "kept")
+    (folder, key, make, check) = given[0]
+    path: Path = folder / f"{key}.safetensors"
+    good = path.read_bytes()
+    once = make()
+    assert calibration_bytes(once) == good
+    made: list[int] = []
+
+    def again() -> Any:
+        made.append(1)
+        return once
+
+    def read() -> bool:
+        """True when the file was not made again."""
+        made.clear()
+        remembered(folder, key, again, check)
+        return not made
+
+    assert read()
+    shape = Opened(good, CACHE_META).tensors[LAYER][1]
+    changes: dict[str, Change] = {
+        **{f"grid {g}": put(g, "own", LAYER) for g in ([0, 0], [-1, 0], [1e40, 0], [0.1, 256], [0.1, 1e400],
+           [float("nan"), 0], ["a", 0], [0.1], 5, None)},
+        "a grid missing": lambda m: m.json["own"].pop(LAYER),
+        "a grid too many": put([0.1, 0], "own", "x"),
+        **{f"damage {d}": put([[4, 16, d]], "damage", LAYER) for d in (-1, float("nan"), float("inf"), "x", None)},
+        "a width missing": lambda m: m.json["damage"][LAYER].pop(),
+        "a width too many": lambda m: m.json["damage"][LAYER].append([7, 16, 0.1]),
+        "a width of infinity": lambda m: m.json["damage"][LAYER].append([1e400, 16, 0.1]),
+        "a layer without widths": lambda m: m.json["damage"].pop(LAYER),
+        "own a list": put([], "own"), "damage a text": put("x", "damage"),
+        **{f"positions {v}": numbers(LAYER, v) for v in (-1.0, float("nan"), float("inf"))},
+        "positions of another kind": retyped(LAYER, "I32"),
+        "positions of another shape": reshaped(LAYER, shape[::-1]),
+        "positions missing": missing(LAYER), "positions of another layer": renamed(LAYER, "x"),
+    }  # fmt: skip
+    files = damaged(good, CACHE_META, changes)
+    for what, data in files.items():
+        path.write_bytes(data)
+        assert not read(), what
+        assert path.read_bytes() == good, what
+
+
+def test_a_damaged_unfinished_run_is_one_sentence(run, tmp_path):
+    path = tmp_path / "unfinished.safetensors"
+    result = run(unfinished=path)
+    good = path.read_bytes()
+    key = Opened(good, UNFINISHED_META).json["key"]
+    shapes = {name: conv.weight.vqk.shape for name, conv in result.model.convs.items()}
+    assert set(read_unfinished(path, key, shapes)) == set(shapes)
+    vqk = f"{LAYER}.vqk"
+    shape = Opened(good, UNFINISHED_META).tensors[vqk][1]
+    changes: dict[str, Change] = {
+        **{f"width {w}": put(w, "layers", LAYER) for w in ([4], [0, 16], [64, 16], [4, 0], [1e400, 16], [4, 1e400],
+           ["4", {}], 5, None)},
+        "layers a text": put("x", "layers"), "an unknown layer": put([8, 16], "layers", "x"),
+        **{f"{part} {v}": numbers(f"{LAYER}.{part}", v) for part in ("cdsw", "cdsb")
+           for v in (float("nan"), float("-inf"))},
+        **{f"{part} of another kind": retyped(f"{LAYER}.{part}", "I32") for part in ("cdsw", "cdsb")},
+        "VQK of another kind": retyped(vqk, "U8"),
+        "m of another kind": retyped(f"{LAYER}.m", "U8"),
+        "VQK of another shape": reshaped(vqk, [shape[1], shape[0], *shape[2:]]),
+        "VQK of the fewest dimensions": reshaped(vqk, [int(np.prod(shape))]),
+        **{f"{part} missing": missing(f"{LAYER}.{part}") for part in ("vqk", "m", "cdsw", "cdsb")},
+    }  # fmt: skip
+    files = damaged(good, UNFINISHED_META, changes)
+    for what, data in files.items():
+        path.write_bytes(data)
+        assert refusal(path, key, shapes) == f"{path} is damaged; start again without --resume.", what
+
+
+def refusal(path: Path, key: str, shapes: dict[str, Any]) -> str | None:
+    """Why an unfinished run is not taken up."""
+    try:
+        read_unfinished(path, key, shapes)
+    except InputError as error:
+        return str(error)
+    return None
