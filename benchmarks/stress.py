@@ -5,7 +5,8 @@
 Every run is a forked process (torch is loaded once) that quantizes, exports or evaluates the demo model. It is ended by
 SIGKILL either after a random time, or at a random one of its calls that change files: opening, syncing, linking,
 renaming, removing. Afterwards every file must be whole: the bytes an undisturbed run writes, or the bytes that were
-there before. Every fourth quantize that was killed with layers fitted is resumed, and must end in those bytes, too.
+there before. Every fourth quantize that was killed with layers fitted is resumed, killed and resumed
+again, up to three times, and must end in those bytes, too.
 Runs at once into one folder, and without a folder, end the list. Exit code 1 when anything was lost.
 """
 
@@ -60,6 +61,7 @@ class Tally:
     left_over: int = 0
     kept_layers: int = 0
     resumed: int = 0
+    killed_again: int = 0
     problems: list[str] = field(default_factory=list)
 
 
@@ -194,9 +196,14 @@ def kill_one(stage: Stage, folder: Path, rng: random.Random, tally: Tally) -> No
     if code not in (0, -signal.SIGKILL):
         tally.problems.append(f"{stage.name}: ended with {code}")
     left = judge(stage, folder, tally)
-    reported = left.get("q/quantize.json") != stage.before.get("q/quantize.json")  # then it was done but for the model
-    if f"q/{UNFINISHED}" in left and not reported and tally.kept_layers % 4 == 1:
-        resume(stage, folder, tally)
+    if unfinished(stage, left) and tally.kept_layers % 4 == 1:
+        resume(stage, folder, rng, tally)
+
+
+def unfinished(stage: Stage, left: dict[str, bytes]) -> bool:
+    """True when layers were kept and the model is not written yet."""
+    model = "q/model.safetensors"
+    return f"q/{UNFINISHED}" in left and left.get(model) == stage.before.get(model)
 
 
 def judge(stage: Stage, folder: Path, tally: Tally) -> dict[str, bytes]:
@@ -224,9 +231,20 @@ def readable(path: Path) -> bool:
         return False
 
 
-def resume(stage: Stage, folder: Path, tally: Tally) -> None:
-    """Go on with a quantize that was killed: it must end as if nothing had happened."""
-    code = finish(start([*stage.args, "--resume"], folder))
+def resume(stage: Stage, folder: Path, rng: random.Random, tally: Tally) -> None:
+    """Go on with a quantize that was killed, and kill it again: it must end as if nothing had happened."""
+    for _ in range(3):
+        child = start([*stage.args, "--resume"], folder)
+        time.sleep(rng.uniform(0, stage.seconds))
+        os.kill(child, signal.SIGKILL)
+        code = finish(child)
+        if code != -signal.SIGKILL:
+            break
+        tally.killed_again += 1
+        if not unfinished(stage, judge(stage, folder, tally)):
+            return
+    else:
+        code = finish(start([*stage.args, "--resume"], folder))
     tally.resumed += 1
     left = {name: data for name, data in state(folder).items() if not name.endswith(".part")}
     if code or left != stage.after:
@@ -284,8 +302,8 @@ def main() -> int:
     figures = {
         "runs": dict(tally.runs), "killed": tally.killed, "finished_before": tally.finished,
         "temporary_files_left": tally.left_over, "killed_with_layers_kept": tally.kept_layers,
-        "resumed_to_the_same_bytes": tally.resumed, "problems": tally.problems,
-        "seconds": round(time.perf_counter() - began),
+        "resumed_to_the_same_bytes": tally.resumed, "killed_again_while_resuming": tally.killed_again,
+        "problems": tally.problems, "seconds": round(time.perf_counter() - began),
     }  # fmt: skip
     sys.stdout.write(json.dumps(figures, indent=1) + "\n")
     return 1 if tally.problems else 0
