@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dsconvert.fit.clipping import LEAST_SHARE, LEVELS, PER_OCTAVE, clip_effects, effect_at
+from dsconvert.fit.clipping import BELOW, LEAST_SHARE, LEVELS, PER_OCTAVE, clip_effects, effect_at
 
 
 def test_effects_are_those_of_really_clipping():
@@ -19,6 +19,13 @@ def test_effects_are_those_of_really_clipping():
             # float64 sums of 1200 terms, the larger ones cancelling
             assert effect.item() == pytest.approx(wanted.item(), rel=1e-9, abs=1e-9)
     assert effects[v.max() < LEVELS].eq(0).all()
+
+
+def test_floats_are_above_the_levels_that_doubles_are_above():
+    """At each level rounded to float32, and the float32 on either side of it."""
+    nearest = LEVELS.float()
+    v = torch.cat((nearest, nearest.nextafter(torch.tensor(0.0)), nearest.nextafter(torch.tensor(1e9))))
+    assert torch.equal(torch.bucketize(v, BELOW), torch.bucketize(v.double(), LEVELS))
 
 
 def test_nothing_above_zero_costs_nothing():

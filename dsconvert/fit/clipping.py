@@ -15,6 +15,9 @@ from torch import Tensor
 PER_OCTAVE = 8
 LOWEST, HIGHEST = -8, 12  # powers of two
 LEVELS = 2.0 ** torch.linspace(LOWEST, HIGHEST, (HIGHEST - LOWEST) * PER_OCTAVE + 1, dtype=torch.float64)
+NEAREST = LEVELS.float()
+# a float32 is above a level when it is above the largest float32 not above that level
+BELOW = torch.where(NEAREST.double() > LEVELS, NEAREST.nextafter(torch.zeros(())), NEAREST)
 LEAST_SHARE = 0.1  # of the largest value: nobody cuts below that
 
 
@@ -24,8 +27,9 @@ def clip_effects(values: Tensor, gradient: Tensor) -> Tensor:
     Levels below LEAST_SHARE of the largest value get too little: their values are not looked at."""
     v, g = values.flatten(), gradient.flatten()
     picks = (v > LEAST_SHARE * v.max().clamp_min(0)).nonzero().flatten()
-    v, g = v[picks].double().cpu(), g[picks].double().cpu()
-    over = torch.bucketize(v, LEVELS)  # how many levels each value is above
+    v, g = v[picks].cpu(), g[picks].cpu()
+    over = torch.bucketize(v.float(), BELOW)  # how many levels each value is above
+    v, g = v.double(), g.double()
     slope, total = (_above(over, weights) for weights in (g, g * v))
     return (LEVELS * slope - total).square()
 

@@ -27,6 +27,7 @@ from dsconvert.fit import draws
 from dsconvert.fit.least_squares import fit_weight, from_blocks, nearest_integers, relieve_pairs, to_blocks
 from dsconvert.fit.seen import Seen
 from dsconvert.graph.ir import Node
+from dsconvert.parallel import in_order
 
 DAMPING = 0.1  # of the mean diagonal of H: ten times GPTQ's, as few positions matter and a hundred images overfit
 STARTS = (1.0, 0.85)  # starting CDSw, as a share of the least-squares one
@@ -56,7 +57,8 @@ def measure_moments(node: Node, weight_shape: torch.Size, batches: Iterable[Seen
     size = channels * kernel[0] * kernel[1]
     hessian, cross = torch.zeros(2, size, size, dtype=torch.float64)
     sums, total = torch.zeros(2, size, dtype=torch.float64), 0.0
-    for seen in batches:
+
+    def measured(seen: Seen) -> tuple[Tensor, Tensor, Tensor, float]:
         columns = []
         inputs = zip(seen.float_input, seen.input, seen.weights, strict=True)
         for index, (x, q, weights) in enumerate(inputs, seen.first):
@@ -65,10 +67,14 @@ def measure_moments(node: Node, weight_shape: torch.Size, batches: Iterable[Seen
             columns.append((*(_columns(v, tuple(kernel), node, picks) for v in (x, q)), w))
         x, q, w = (torch.cat(parts, -1) for parts in zip(*columns, strict=True))
         weighted = q * w
-        hessian += (weighted @ q.T).cpu()
-        cross += (x @ weighted.T).cpu()
-        sums += torch.stack(((x @ w).double(), (q @ w).double())).cpu()
-        total += float(w.double().sum())
+        means = torch.stack(((x @ w).double(), (q @ w).double())).cpu()
+        return (weighted @ q.T).cpu(), (x @ weighted.T).cpu(), means, float(w.double().sum())
+
+    for part in in_order(measured, batches):
+        hessian += part[0]
+        cross += part[1]
+        sums += part[2]
+        total += part[3]
     hessian, cross, sums = (workers.summed(t) for t in (hessian, cross, sums))
     total = float(workers.summed(torch.tensor(total, dtype=torch.float64)))
     mean_x, mean_q = sums / total
@@ -116,9 +122,9 @@ def fit_weight_gptq(weight: Tensor, moments: Moments, bits: int, block_size: int
         return plain
     best = _Best(flat, damped, plain)
     start = fit_weight(target.reshape(weight.shape), bits, block_size)
-    for share in STARTS:
-        cds = start.cds_w.double() * share
-        vqk, m = _round(target[:, order], upper, [len(g) for g in groups], cds, bits)
+    scales = [start.cds_w.double() * share for share in STARTS]
+    lengths = [len(g) for g in groups]
+    for vqk, m in in_order(lambda cds: _round(target[:, order], upper, lengths, cds, bits), scales):
         vqk = vqk[:, torch.argsort(order)].reshape(weight.shape)
         vqk = from_blocks(relieve_pairs(to_blocks(vqk, block_size), bits), *weight.shape[1:]).flatten(1)
         best.offer(vqk, _scatter(m, groups, weight, block_size))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ from dsconvert.fit.seen import Seen
 from dsconvert.graph.integer import QConv, QParams, grid_of, integer_step
 from dsconvert.graph.ir import INPUT, ConvParams, Graph, Node
 from dsconvert.graph.run import conv, float_step
+from dsconvert.parallel import in_order
 
 HALF_MAX = torch.finfo(torch.half).max
 Progress = Callable[[int, int], None]
@@ -41,7 +43,7 @@ class _Side:
         """The convolution with every bias expressible in its accumulator, where there is one."""
         return conv.with_room(self.grids[node.inputs[0]].scale) if self.grids else conv
 
-    def step(self, node: Node, inputs: list[Tensor], convs: Mapping[str, QConv]) -> Tensor:
+    def step(self, node: Node, convs: Mapping[str, QConv], inputs: list[Tensor]) -> Tensor:
         if self.grids:
             return integer_step(node, [x.float() for x in inputs], convs, self.grids).to(torch.uint8)
         if node.op == "conv":
@@ -80,8 +82,7 @@ def fit_lockstep(
     fitted: dict[str, QConv] = {}
     with torch.no_grad():
         for index, node in enumerate(graph.nodes):
-            made = (float_step(node, [x.float() for x in xs], params) for xs in _inputs(node, floats))
-            floats[node.name] = [y.clamp(-HALF_MAX, HALF_MAX).half() for y in made]
+            floats[node.name] = list(in_order(partial(_float_half, node, params), _inputs(node, floats)))
             if node.op == "conv" and known and node.name in known:
                 fitted[node.name] = known[node.name]
             elif node.op == "conv":
@@ -90,13 +91,19 @@ def fit_lockstep(
                 fitted[node.name] = side.roomy(node, fit_cds(node, weight, seen()))
                 if finished:
                     finished(fitted)
-            quants[node.name] = [side.step(node, xs, fitted) for xs in _inputs(node, quants)]
+            quants[node.name] = list(in_order(partial(side.step, node, fitted), _inputs(node, quants)))
             for name in set(node.inputs):
                 if last[name] == index:
                     del floats[name], quants[name]
             if progress:
                 progress(index + 1, len(graph.nodes))
     return fitted
+
+
+def _float_half(node: Node, params: Mapping[str, ConvParams], inputs: list[Tensor]) -> Tensor:
+    """The float network's node on halves."""
+    made = float_step(node, [x.float() for x in inputs], params)
+    return made.clamp(-HALF_MAX, HALF_MAX).half()
 
 
 def _seen(
@@ -134,12 +141,16 @@ def fit_cds(node: Node, weight: DSTensor, batches: Iterable[Seen]) -> QConv:
     """
     merged = weight.unscaled()
     sums = torch.zeros(5, weight.vqk.shape[0], dtype=torch.float64)
-    for seen in batches:
+
+    def measured(seen: Seen) -> Tensor:
         acc = conv(node, seen.input, merged.to(seen.input), None)
         a, t = (v.transpose(0, 1).flatten(1).double() for v in (acc, seen.float_output))
         w = seen.weights.flatten().to(a)
         total = w.sum().expand(len(a))
-        sums += torch.stack((total, a @ w, t @ w, a.square() @ w, (a * t) @ w)).cpu()
+        return torch.stack((total, a @ w, t @ w, a.square() @ w, (a * t) @ w)).cpu()
+
+    for part in in_order(measured, batches):
+        sums += part
     n, sa, st, saa, sat = workers.summed(sums)
     var, cov = saa / n - (sa / n) ** 2, sat / n - (sa / n) * (st / n)
     old = weight.cds_w.double()
