@@ -50,12 +50,14 @@ def gradients(
     values: dict[str, Tensor] = {}
 
     def step(node: Node, inputs: list[Tensor]) -> Tensor:
-        values[node.name] = float_step(node, inputs, params)
-        values[node.name].retain_grad()
-        return values[node.name]
+        value = float_step(node, inputs, params)
+        value.requires_grad_(True)  # the image's own gradient, which nobody asks for, is not computed
+        value.retain_grad()
+        values[node.name] = value
+        return value
 
     with torch.enable_grad():
-        raw = execute(graph, x.clone().requires_grad_(True), step)
+        raw = execute(graph, x, step)
         measured = measure(raw, [t.detach() for t in raw])
         total = torch.zeros((), device=x.device)
         for v in measured:
