@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -44,3 +44,8 @@ def in_order(work: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
             for future in waiting:
                 future.cancel()
             torch.set_num_threads(count)  # a new thread of torch's takes the number that was set last, anywhere
+
+
+def together(*work: Callable[[], Any]) -> list[Any]:
+    """The results of all of `work`, done at the same time where there are threads."""
+    return list(in_order(lambda one: one(), work))
