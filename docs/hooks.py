@@ -70,7 +70,7 @@ def _api() -> Iterator[str]:
             thing = dsconvert.api.evaluate
         if inspect.isfunction(thing):
             yield from _described("###", f"dsconvert.{name}", thing)
-        elif inspect.isclass(thing) and thing.__module__ == "dsconvert.api":
+        elif inspect.isclass(thing) and thing.__module__ in ("dsconvert.api", "dsconvert.api_photos"):
             yield from (f"### dsconvert.{name}", "", inspect.getdoc(thing) or "", "")
             for member, value in vars(thing).items():
                 if isinstance(value, property):

@@ -1,6 +1,7 @@
 """Post-training conversion of YOLOv5 detectors to DSConv (arXiv 1901.01928) with integer ONNX export.
 
-The Python API is in `dsconvert.api`; its names are offered here and loaded, with torch, when first used.
+The Python API is in `dsconvert.api` and `dsconvert.api_photos`; its names are offered here and loaded, with torch, when
+first used.
 """
 
 from __future__ import annotations
@@ -14,10 +15,24 @@ from dsconvert.errors import CheckError, InputError
 if TYPE_CHECKING:
     from dsconvert.anymodule import ModulePlan, quantize_module
     from dsconvert.api import Evaluation, EvaluationRow, FloatModel, QuantizedModel, evaluate, load, quantize
+    from dsconvert.api_photos import (
+        ComparedPhoto,
+        Comparison,
+        DetectedObject,
+        DetectedPhoto,
+        Detections,
+        compare,
+        detect,
+    )
 
 __version__ = "0.1.0"
 __all__ = [
     "CheckError",
+    "ComparedPhoto",
+    "Comparison",
+    "DetectedObject",
+    "DetectedPhoto",
+    "Detections",
     "Evaluation",
     "EvaluationRow",
     "FloatModel",
@@ -25,6 +40,8 @@ __all__ = [
     "ModulePlan",
     "QuantizedModel",
     "__version__",
+    "compare",
+    "detect",
     "evaluate",
     "load",
     "quantize",
@@ -42,6 +59,8 @@ def __getattr__(name: str) -> Any:
         return importlib.import_module("dsconvert.evaluate")
     if name in ("ModulePlan", "quantize_module"):
         return getattr(importlib.import_module("dsconvert.anymodule"), name)
+    if name in ("ComparedPhoto", "Comparison", "DetectedObject", "DetectedPhoto", "Detections", "compare", "detect"):
+        return getattr(importlib.import_module("dsconvert.api_photos"), name)
     if name in __all__:
         return getattr(importlib.import_module("dsconvert.api"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

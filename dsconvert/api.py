@@ -6,8 +6,8 @@
     q.export("small/best.onnx")
     dsconvert.evaluate([m, q, "small/best.onnx"], "data.yaml")
 
-Everything is a thin layer over `dsconvert.pipeline`. Bad input raises `dsconvert.InputError` with one sentence; a file
-that is there is replaced only with force=True.
+Everything is a thin layer over `dsconvert.pipeline`; `detect` and `compare` are in `api_photos`. Bad input raises
+`dsconvert.InputError` with one sentence; a file that is there is replaced only with force=True.
 """
 
 from __future__ import annotations
@@ -40,13 +40,17 @@ _KEYWORDS = {"calib": "images", "force": "force=True", "out": "name"}
 
 
 @contextmanager
-def _keywords() -> Iterator[None]:
+def keywords() -> Iterator[None]:
     """Sentences that name options of the command line name this module's keywords instead."""
     try:
         yield
     except InputError as error:
-        said = re.sub(r"--([a-z][a-z0-9-]*)", lambda m: _KEYWORDS.get(m[1], m[1].replace("-", "_")), str(error))
-        raise InputError(said) from None
+        raise InputError(in_keywords(str(error))) from None
+
+
+def in_keywords(sentence: str) -> str:
+    """The sentence with this module's keywords in place of options."""
+    return re.sub(r"--([a-z][a-z0-9-]*)", lambda m: _KEYWORDS.get(m[1], m[1].replace("-", "_")), sentence)
 
 
 @dataclass(frozen=True, repr=False)
@@ -68,7 +72,7 @@ class FloatModel:
     def __repr__(self) -> str:
         return f"FloatModel({str(self.path)!r}, {len(self.names)} classes, {self.checkpoint.size_bytes / 1e6:.2f} MB)"
 
-    @_keywords()
+    @keywords()
     def export(self, file: File, *, imgsz: int = 640, check: bool = True, force: bool = False, **ends: Any) -> Path:
         """Write the float32 network as ONNX, to compare with; returns the file. `check` and `ends` as in
         QuantizedModel.export."""
@@ -113,14 +117,14 @@ class QuantizedModel:
     def __repr__(self) -> str:
         return f"QuantizedModel({_source(self.model)!r}, {len(self.names)} classes, {self.weight_bits:.2f} bits)"
 
-    @_keywords()
+    @keywords()
     def save(self, folder: File, *, force: bool = False) -> Path:
         """Write model.safetensors and quantize.json into the folder; returns the former's path."""
         if self.result is None:
             raise InputError("This model was loaded from a file, so it is saved already; copy that file.")
         return pipeline.save_quantized(self.result, Path(folder), force)
 
-    @_keywords()
+    @keywords()
     def export(
         self,
         file: File,
@@ -143,7 +147,7 @@ class QuantizedModel:
             raise InputError(f"{layout!r} is not a layout; there are {', '.join(LAYOUT_OPSET)}.")
         asked = _ends(**ends)
         with tempfile.TemporaryDirectory() as folder:
-            made = pipeline.onnx_bytes(_as_file(self, Path(folder)), layout, imgsz, asked, check)
+            made = pipeline.onnx_bytes(as_file(self, Path(folder)), layout, imgsz, asked, check)
         return _write(file, made, force)
 
 
@@ -181,7 +185,7 @@ class Evaluation(tuple[EvaluationRow, ...]):
         return "\n".join(lines)
 
 
-@_keywords()
+@keywords()
 def load(path: File) -> FloatModel | QuantizedModel:
     """Read a YOLOv5 checkpoint (`.pt`, nothing in it is executed) or a converted model (`.safetensors`)."""
     path = Path(path)
@@ -192,7 +196,7 @@ def load(path: File) -> FloatModel | QuantizedModel:
     return FloatModel(load_checkpoint(path))
 
 
-@_keywords()
+@keywords()
 def quantize(
     model: FloatModel | File,
     images: File | None = None,
@@ -235,7 +239,7 @@ def quantize(
     return QuantizedModel(result.model, result)
 
 
-@_keywords()
+@keywords()
 def evaluate(
     models: FloatModel | QuantizedModel | File | Sequence[FloatModel | QuantizedModel | File],
     data: File,
@@ -255,7 +259,7 @@ def evaluate(
     if samples is not None and samples < 1:
         raise InputError("samples must be at least 1.")
     with tempfile.TemporaryDirectory() as folder:
-        paths = [_as_file(m, Path(folder, str(i))) for i, m in enumerate(given)]
+        paths = [as_file(m, Path(folder, str(i))) for i, m in enumerate(given)]
         found = pipeline.evaluate(paths, Path(data), imgsz, samples, progress)
         return Evaluation(_row(m, e) for m, e in zip(given, found, strict=True))
 
@@ -274,7 +278,7 @@ def _source(model: DSModel) -> str:
     return Path(str(model.provenance.get("source", "model"))).name
 
 
-def _as_file(model: FloatModel | QuantizedModel | File, folder: Path) -> Path:
+def as_file(model: FloatModel | QuantizedModel | File, folder: Path) -> Path:
     """Where the model lies; one that is only in memory is first written into `folder`."""
     if isinstance(model, FloatModel):
         return model.path

@@ -33,11 +33,13 @@ def hooks():
 
 
 def commands(text: str) -> list[str]:
-    """Lines of shell blocks, fenced or indented, that are dsconvert commands, without comments."""
+    """Lines of shell blocks (fenced, indented) and console blocks that are dsconvert commands, without comments."""
     found, fenced = [], False
     for line in text.replace("\\\n", " ").splitlines():
         if line.strip().startswith("```"):
             fenced = not fenced and line.strip("` ") in ("", "sh", "bash", "shell")
+        elif line.startswith("$ dsconvert "):  # of a console block
+            found.append(line[2:].strip())
         elif (fenced or line.startswith("    ")) and line.strip().startswith("dsconvert "):
             found.append(line.strip().split(" #")[0].strip())
     return found
@@ -86,10 +88,9 @@ def test_commands_in_the_pages_exist_with_their_options(page):
 
 
 def test_the_check_of_commands_can_fail():
-    assert commands("```sh\ndsconvert eval a # why\n```\n    dsconvert info b\n\ndsconvert says c.") == [
-        "dsconvert eval a",
-        "dsconvert info b",
-    ]
+    text = "```sh\ndsconvert eval a # why\n```\n    dsconvert info b\n\ndsconvert says c.\n"
+    text += "```console\n$ dsconvert d e\nx\n```\n"
+    assert commands(text) == ["dsconvert eval a", "dsconvert info b", "dsconvert d e"]
     for wrong in ("dsconvert eval --nothing", "dsconvert fly", "dsconvert export --layout tight"):
         with pytest.raises(click.ClickException):
             parse(wrong)
@@ -161,7 +162,7 @@ def test_the_site_builds_without_a_warning(tmp_path):
     assert "dsconvert bench [OPTIONS]" in (tmp_path / "site/reference.html").read_text()
 
 
-@pytest.mark.parametrize("page", ["coverage", "reliability", "security"])
+@pytest.mark.parametrize("page", ["compatibility", "coverage", "reliability", "security"])
 def test_tests_named_as_proof_exist(page):
     text = (ROOT / "docs" / f"{page}.md").read_text()
     named = re.findall(r"`(tests/[a-z_/0-9]+\.py)(?:::(test_\w+))?`", text)

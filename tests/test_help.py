@@ -38,6 +38,7 @@ def test_help_of_the_whole_names_every_command_and_exit_code(call, tmp_path, mon
     assert max(map(len, done.out.splitlines())) <= 80
     for name in COMMANDS:
         assert re.search(rf"^  {name} ", done.out, re.MULTILINE)
+    assert "..." not in done.out.split("Commands:")[1]  # no description is cut short
     for code in ("0 done", "1 a fault", "2 bad input", "3 a limit missed"):
         assert code in done.out
     for name in re.findall(r"^  dsconvert (\w+)", done.out, re.MULTILINE):

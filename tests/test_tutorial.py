@@ -63,5 +63,10 @@ def test_every_block_of_the_tutorial_runs(tmp_path, monkeypatch, capsys):
     assert re.search(r"demo.pt \(converted\) +0\.\d{4}", shown)
     assert re.search(r"points of mAP50-95 lost, [3-8]\.\d times smaller", shown)
     assert "(1, 6300, 11)" in shown
+    assert re.search(r"^calib/demo/images/val/0001.jpg: \d+ \w+", shown, re.MULTILINE)
+    assert re.search(r"^\w+ 0\.\d\d at \d+, \d+, \d+, \d+$", shown, re.MULTILINE)
+    assert names["drawn"].shape == (320, 320, 3)
+    assert "Comparison(matched=" in shown
+    assert 0.5 < names["agreement"].agreement <= 1
     assert names["rows"][0].map50_95 > 0.5  # the demo detector works, so the table says something
     assert sorted(p.name for p in tmp_path.iterdir()) == ["calib", "small"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -23,12 +23,9 @@ from dsconvert.commands.shared import (
     warn,
 )
 from dsconvert.errors import InputError, LimitMissed
-from dsconvert.evaluate.candidates import Candidate, load_candidates
 from dsconvert.evaluate.compare import MATCHING, Agreement
-from dsconvert.evaluate.compare import compare as measure
 from dsconvert.evaluate.detect import DetectOptions
-from dsconvert.pipeline import Progress
-from dsconvert.yolo.images import Image, evaluation_images, read_image, spread
+from dsconvert.evaluate.photos import Compared, compare_files
 
 
 @click.command()
@@ -64,26 +61,22 @@ def compare(
     if (source is None) == (data is None):
         raise InputError("Which images? Give either a SOURCE (a folder of images) or --data data.yaml.")
     options = DetectOptions(conf_thres, iou_thres)
-    paths = evaluation_images(source or data or Path())
-    paths = paths if samples is None else spread(paths, samples)
-    a, b = load_candidates([first, second], imgsz)
-    _check_classes(a, b)
-    read: list[Path] = []
-    skipped: list[str] = []
     with bars(quiet) as progress:
-        images = _readable(paths, read, skipped, progress)
-        result = measure(a.predict, b.predict, images, a.side, options)
-    if skipped:
-        warn(f"{len(skipped)} images were left out; the first: {skipped[0]}")
+        found = compare_files(first, second, source or data or Path(), options, imgsz, samples, progress)
+    result = found.agreement
+    if found.names_differ:
+        warn("the models name their classes differently; class numbers are compared.")
+    if found.skipped:
+        warn(f"{len(found.skipped)} images were left out; the first: {found.skipped[0].reason}")
     if as_json:
-        print_json(_document(a, b, result, read, len(skipped)))
+        print_json(_document(found))
     else:
         if verbose:
-            for path, i in zip(read, result.images, strict=True):
+            for path, i in zip(found.read, result.images, strict=True):
                 tell(f"{path}: {i.matched} by both, {i.only_first} only by A, {i.only_second} only by B")
         _print(result)
         if not quiet:
-            _explain(result, read, conf_thres)
+            _explain(result, found.read, conf_thres)
     if min_agreement is not None and not result.share >= min_agreement:  # so that nan fails
         raise LimitMissed(
             f"{first} and {second} agree on {100 * result.share:.1f} % of the objects, "
@@ -91,36 +84,15 @@ def compare(
         )
 
 
-def _check_classes(a: Candidate, b: Candidate) -> None:
-    """Raises InputError when the models cannot be meant to agree."""
-    if a.names and b.names and len(a.names) != len(b.names):
-        raise InputError(f"{a.path} has {len(a.names)} classes, {b.path} has {len(b.names)}; they cannot be compared.")
-    if a.names and b.names and a.names != b.names:
-        warn("the models name their classes differently; class numbers are compared.")
-
-
-def _readable(paths: Sequence[Path], read: list[Path], skipped: list[str], progress: Progress) -> Iterator[Image]:
-    """The images that can be decoded; fills `read` with their paths and `skipped` with reasons."""
-    for number, path in enumerate(paths, 1):
-        try:
-            image = read_image(path)
-        except InputError as error:
-            skipped.append(str(error))
-        else:
-            read.append(path)
-            yield image
-        progress("compare", number, len(paths))
-    if not read:
-        raise InputError(f"None of the {len(skipped)} images could be read; the first: {skipped[0]}")
-
-
-def _document(a: Candidate, b: Candidate, result: Agreement, read: Sequence[Path], skipped: int) -> dict[str, Any]:
+def _document(found: Compared) -> dict[str, Any]:
+    result = found.agreement
     return {
-        "models": [str(a.path), str(b.path)], "imgsz": a.side, "images": len(read), "skipped": skipped,
+        "models": [str(found.first.path), str(found.second.path)], "imgsz": found.first.side,
+        "images": len(found.read), "skipped": len(found.skipped),
         "matched": result.matched, "only_first": result.only_first, "only_second": result.only_second,
         "agreement": result.share, "mean_iou": result.mean_iou, "mean_confidence_shift": result.mean_shift,
         "largest_confidence_shift": result.largest_shift, "map50_95": result.map50_95,
-        "files": [{"path": str(p), **asdict(i)} for p, i in zip(read, result.images, strict=True)],
+        "files": [{"path": str(p), **asdict(i)} for p, i in zip(found.read, result.images, strict=True)],
     }  # fmt: skip
 
 

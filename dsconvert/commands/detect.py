@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Any
@@ -23,15 +22,14 @@ from dsconvert.evaluate.detect import (
     counts,
     draw,
     encoded,
-    find,
     label_names,
     names_below,
     picture_name,
     yolo_lines,
 )
+from dsconvert.evaluate.photos import Skipped, detect_files, photo_paths
 from dsconvert.files import free_folder, write_atomic
-from dsconvert.pipeline import Progress
-from dsconvert.yolo.images import Image, image_paths, read_image
+from dsconvert.yolo.images import Image
 
 FOLDER = Path("runs/detect/exp")
 DOCUMENT = "detections.json"
@@ -78,7 +76,7 @@ def detect(
     if save_conf and not save_txt:
         raise InputError("--save-conf adds scores to what --save-txt writes; give --save-txt too.")
     DetectOptions(conf_thres, iou_thres, max_det)  # before anything is loaded
-    paths = list({os.path.abspath(p): p for source in sources for p in image_paths(source)}.values())
+    paths = photo_paths(sources)
     candidate = load_candidate(model, imgsz)
     options = DetectOptions(conf_thres, iou_thres, max_det, class_numbers(classes, candidate.names), agnostic_nms)
     if candidate.limits and (kept := options.beyond(candidate.limits)):
@@ -98,16 +96,19 @@ def detect(
         if job.label:
             write_atomic(job.label, yolo_lines(found, image.shape[:2], save_conf).encode(), force)
 
+    finished: list[_Finished] = []
+    skipped: list[Skipped] = []
+    by_path = {job.source: job for job in jobs}
     with bars(quiet) as progress:
-        finished, skipped = _run(candidate, options, jobs, save, progress)
-    if not finished:
-        raise InputError(f"None of the {len(skipped)} images could be read; the first: {skipped[0][1]}")
+        for path, image, found in detect_files(candidate, paths, options, skipped, progress):
+            save(by_path[path], image, found)
+            finished.append(_Finished(by_path[path], found, image.shape[:2]))
     if document:
         shapes, founds = [f.shape for f in finished], [f.found for f in finished]
         content = coco_document([f.job.name for f in finished], shapes, founds, candidate.names)
         write_atomic(document, (json.dumps(content, indent=1) + "\n").encode(), force)
     if skipped:
-        warn(f"{len(skipped)} images were left out; the first: {skipped[0][1]}")
+        warn(f"{len(skipped)} images were left out; the first: {skipped[0].reason}")
     if as_json:
         print_json(_summary(candidate, folder, finished, skipped, document))
         return
@@ -153,25 +154,6 @@ def _jobs(paths: Sequence[Path], names: Sequence[PurePath], folder: Path, pictur
     ]  # fmt: skip
 
 
-def _run(
-    candidate: Candidate, options: DetectOptions, jobs: Sequence[_Job], save: Callable[[_Job, Image, Found], None],
-    progress: Progress,
-) -> tuple[list[_Finished], list[tuple[Path, str]]]:  # fmt: skip
-    """All images that can be read, one after the other; those that cannot, and why."""
-    finished, skipped = [], []
-    for number, job in enumerate(jobs, 1):
-        try:
-            image = read_image(job.source)
-        except InputError as error:
-            skipped.append((job.source, str(error)))
-        else:
-            found = find(candidate.predict, image, candidate.side, options)
-            save(job, image, found)
-            finished.append(_Finished(job, found, image.shape[:2]))
-        progress("detect", number, len(jobs))
-    return finished, skipped
-
-
 def _refuse_to_overwrite(targets: Sequence[Path | None]) -> None:
     """Before any work is done, as some of the files would be written before the first that is there."""
     for target in targets:
@@ -180,7 +162,7 @@ def _refuse_to_overwrite(targets: Sequence[Path | None]) -> None:
 
 
 def _summary(
-    candidate: Candidate, folder: Path, finished: Sequence[_Finished], skipped: Sequence[tuple[Path, str]],
+    candidate: Candidate, folder: Path, finished: Sequence[_Finished], skipped: Sequence[Skipped],
     document: Path | None,
 ) -> dict[str, Any]:  # fmt: skip
     by_class = counts([f.found for f in finished])
@@ -194,7 +176,7 @@ def _summary(
             for f in finished
         ],
         "coco": document and str(document),
-        "skipped": [{"path": str(path), "reason": reason} for path, reason in skipped],
+        "skipped": [{"path": str(s.path), "reason": s.reason} for s in skipped],
     }  # fmt: skip
 
 

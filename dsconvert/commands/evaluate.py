@@ -30,7 +30,7 @@ from dsconvert.evaluate.detect import class_name
 from dsconvert.modelfile import load_model
 
 
-@click.command("eval")
+@click.command("eval", short_help="Measure accuracy, size and latency of each MODEL.")
 @click.argument("models", type=PATH, nargs=-1, metavar="[MODEL]...")
 @click.option("--data", type=PATH, help="data.yaml with labels, or a folder of images without.")
 @click.option("--imgsz", type=int, help="Side of the images, pixels (default: as exported).")

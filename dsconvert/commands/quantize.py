@@ -115,7 +115,10 @@ def quantize(
     as_json: bool,
     **options: Any,
 ) -> None:
-    """Convert the C3 blocks of a YOLOv5 CHECKPOINT to DSConv.
+    """Convert the convolutions of a YOLOv5 CHECKPOINT to DSConv.
+
+    They are fitted on the images of --calib; a hundred are enough, and no
+    labels are needed. Writes model.safetensors and quantize.json.
 
     \b
     Examples: dsconvert quantize best.pt --calib data.yaml --block-size 32

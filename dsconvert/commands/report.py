@@ -13,7 +13,7 @@ from dsconvert.errors import InputError
 from dsconvert.files import write_atomic
 
 
-@click.command()
+@click.command(short_help="Write one HTML page about MODEL.")
 @click.argument("model", type=PATH, required=False)
 @click.option("--data", type=PATH, help="data.yaml with labels, or a folder of images without.")
 @click.option("--against", type=PATH, multiple=True, metavar="FILE", help="ONNX file to compare with; repeatable.")

@@ -44,9 +44,13 @@ def add_nms(b: OnnxBuilder, decoded: Decoded, nc: int, nms: Nms, output: str) ->
     score = b.node("GatherND", [scores, kept], "nms.score")
     kept = b.node("Gather", [kept, _order(b, score, count, "nms.best", largest=1)], "nms.ranked")
     image = b.node("Gather", [kept, b.constant(np.array(0, np.int64))], "nms.image0", axis=1)
-    # TopK keeps the order of equals, so within an image the best stay first
-    kept = b.node("Gather", [kept, _order(b, image, count, "nms.grouped", largest=0)], "nms.sorted")
-    kept = b.node("Compress", [kept, _first_of_each(b, scores, kept, count, nms.most)], "nms.final", axis=0)
+    # Within an image the best stay first. By ONNX, TopK keeps the order of equals, but OpenVINO's does not: so no two
+    # rows are equal, each has its rank behind its image's number.
+    zero, one = (b.constant(np.array(v, np.int64)) for v in (0, 1))
+    rows = b.node("Range", [zero, b.node("Squeeze", [count, b.shape(0)], "nms.count0"), one], "nms.rows")
+    place = b.node("Add", [b.node("Mul", [image, count], "nms.before"), rows], "nms.place")
+    kept = b.node("Gather", [kept, _order(b, place, count, "nms.grouped", largest=0)], "nms.sorted")
+    kept = b.node("Compress", [kept, _first_of_each(b, scores, kept, rows, nms.most)], "nms.final", axis=0)
     image, kind = (b.node("Gather", [kept, b.shape(i)], f"nms.column{i}", axis=1) for i in (0, 1))
     box = b.node("GatherND", [decoded.box, b.node("Gather", [kept, b.shape(0, 2)], "nms.at", axis=1)], "nms.box")
     b.nodes.append(helper.make_node("Split", [box, b.shape(2, 2)], ["nms.xy", "nms.wh"], axis=1))
@@ -73,8 +77,8 @@ def _order(b: OnnxBuilder, values: str, count: str, name: str, largest: int) -> 
     return outputs[1]
 
 
-def _first_of_each(b: OnnxBuilder, scores: str, kept: str, count: str, most: int) -> str:
-    """True for the first `most` rows of every image; `kept` (count, 3) is sorted by image."""
+def _first_of_each(b: OnnxBuilder, scores: str, kept: str, rows: str, most: int) -> str:
+    """True for the first `most` rows of every image; `kept` (count, 3) is sorted by image, `rows` its row numbers."""
     zero, one = (b.constant(np.array(v, np.int64)) for v in (0, 1))
     image = b.node("Gather", [kept, zero], "nms.which", axis=1)
     images = b.node("Gather", [b.node("Shape", [scores], "nms.dims"), zero], "nms.images")
@@ -84,5 +88,4 @@ def _first_of_each(b: OnnxBuilder, scores: str, kept: str, count: str, most: int
                     "nms.counts", keepdims=0)  # fmt: skip
     starts = b.node("CumSum", [counts, zero], "nms.starts", exclusive=1)
     first = b.node("Gather", [starts, image], "nms.first")
-    rows = b.node("Range", [zero, b.node("Squeeze", [count, b.shape(0)], "nms.count0"), one], "nms.rows")
     return b.node("Less", [b.node("Sub", [rows, first], "nms.rank"), b.constant(np.array(most, np.int64))], "nms.keep")

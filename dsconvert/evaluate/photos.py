@@ -1,0 +1,93 @@
+"""Models on image files, one image after the other: what `detect` and `compare` run, as commands and in Python."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from dsconvert.errors import InputError
+from dsconvert.evaluate.candidates import Candidate, load_candidates
+from dsconvert.evaluate.compare import Agreement, compare
+from dsconvert.evaluate.detect import DetectOptions, Found, find
+from dsconvert.yolo.images import Image, evaluation_images, image_paths, read_image, spread
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """An image that could not be read, and why, in one sentence."""
+
+    path: Path
+    reason: str
+
+
+@dataclass(frozen=True)
+class Compared:
+    """Two models' agreement on the images that could be read; `agreement.images` is in the order of `read`."""
+
+    first: Candidate
+    second: Candidate
+    agreement: Agreement
+    read: list[Path]
+    skipped: list[Skipped]
+
+    @property
+    def names_differ(self) -> bool:
+        """True where both models name their classes, and not alike: numbers are compared then."""
+        return bool(self.first.names and self.second.names and self.first.names != self.second.names)
+
+
+def photo_paths(sources: Iterable[Path]) -> list[Path]:
+    """Images of all sources (image, folder or text file of paths) in order; the same file twice is one."""
+    return list({os.path.abspath(path): path for source in sources for path in image_paths(source)}.values())
+
+
+def readable(
+    paths: Sequence[Path], stage: str, skipped: list[Skipped], progress: Progress
+) -> Iterator[tuple[Path, Image]]:
+    """The images that can be decoded, RGB (h, w, 3); the others are added to `skipped`. `progress` hears of every image
+    when it is done with. Raises InputError at the end when there was none; `paths` holds at least one."""
+    for number, path in enumerate(paths, 1):
+        try:
+            image = read_image(path)
+        except InputError as error:
+            skipped.append(Skipped(path, str(error)))
+        else:
+            yield path, image
+        progress(stage, number, len(paths))
+    if len(skipped) == len(paths):
+        raise InputError(f"None of the {len(skipped)} images could be read; the first: {skipped[0].reason}")
+
+
+def detect_files(
+    model: Candidate, paths: Sequence[Path], options: DetectOptions, skipped: list[Skipped], progress: Progress
+) -> Iterator[tuple[Path, Image, Found]]:
+    """What the model finds in every image that `readable` gives."""
+    for path, image in readable(paths, "detect", skipped, progress):
+        yield path, image, find(model.predict, image, model.side, options)
+
+
+def compare_files(
+    first: Path, second: Path, source: Path, options: DetectOptions, imgsz: int | None, samples: int | None,
+    progress: Progress,
+) -> Compared:  # fmt: skip
+    """Two models on at most `samples` images of a folder, a text file of paths or a data.yaml.
+
+    Raises InputError for models of different classes or sizes, or where neither finds anything."""
+    paths = evaluation_images(source)
+    paths = paths if samples is None else spread(paths, samples)
+    a, b = load_candidates([first, second], imgsz)
+    if a.names and b.names and len(a.names) != len(b.names):
+        raise InputError(f"{first} has {len(a.names)} classes, {second} has {len(b.names)}; they cannot be compared.")
+    read: list[Path] = []
+    skipped: list[Skipped] = []
+
+    def images() -> Iterator[Image]:
+        for path, image in readable(paths, "compare", skipped, progress):
+            read.append(path)
+            yield image
+
+    return Compared(a, b, compare(a.predict, b.predict, images(), a.side, options), read, skipped)
