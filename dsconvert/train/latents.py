@@ -41,6 +41,12 @@ class Parts:
     bias: Tensor
     block_size: int
 
+    def to(self, device: str) -> Parts:
+        """The same on another device."""
+        z = None if self.z is None else self.z.to(device)
+        cds_w, bias = self.cds_w.to(device), self.bias.to(device)
+        return Parts(self.vqk.to(device), self.kds.to(device), z, cds_w, bias, self.block_size)
+
     def unscaled(self) -> Tensor:
         """W' / CDSw (cho, chi, kh, kw)."""
         chi = self.vqk.shape[1]
@@ -74,8 +80,9 @@ class Layer:
             w.vqk.float(), m if w.alpha is None else w.alpha, None if w.z is None else w.z.float(), w.cds_w,
             conv.bias, w.block_size,
         )  # fmt: skip
-        moved = replace(start, **{n: v.to(device) for n, v in vars(start).items() if isinstance(v, Tensor)})
-        return Layer(moved, torch.maximum(bound, m).to(device), reach.to(device), low.to(device), high.to(device))
+        return Layer(
+            start.to(device), torch.maximum(bound, m).to(device), reach.to(device), low.to(device), high.to(device)
+        )
 
     def parts(self, name: str, latents: Mapping[str, Tensor]) -> Parts:
         """The numbers that the latents stand for, with gradients."""
@@ -113,7 +120,7 @@ def start(model: DSModel, train: str, device: str) -> tuple[dict[str, Layer], La
     latents: Latents = {}
     for name, conv in model.convs.items():
         w = conv.weight
-        layer = layers[name] = Layer.of(conv, device, train == "all")
+        layers[name] = Layer.of(conv, device, train == "all")
         shaped = {"cdsw": w.cds_w}
         if w.alpha is not None:
             shaped["alpha"] = w.alpha
