@@ -10,13 +10,13 @@ from conftest import convert, smooth_picture, tiny_network
 
 from dsconvert.dsconv.tensor import PAIR_MAX, DSTensor, largest_pair
 from dsconvert.fit.real_alpha import fit_weight_real
-from dsconvert.graph.integer import QConv, grid_of, integer_step, real_params, run_integer
-from dsconvert.graph.ir import INPUT
+from dsconvert.graph.integer import QConv, QParams, grid_of, integer_step, real_params, run_integer
+from dsconvert.graph.ir import INPUT, Node
 from dsconvert.graph.run import execute, float_step, run_float
 from dsconvert.model import DSModel
 from dsconvert.modelfile import model_bytes
 from dsconvert.train.latents import TRAINED, hold, learned, share, start
-from dsconvert.train.simulate import simulate, step
+from dsconvert.train.simulate import on_grid, simulate, step
 from dsconvert.yolo.decode import decode, whole_maps
 
 
@@ -175,3 +175,26 @@ def test_whole_maps_decode_as_split_ones_do(model):
     assert len(whole) == len(model.head.strides)
     torch.testing.assert_close(decode(whole, model.head), decode(raw, model.head), rtol=0, atol=0)
     assert whole_maps(whole, model.head) is whole
+
+
+def test_grids_round_and_pass_gradients_as_torch_s_own_fake_quantizer():
+    grid = QParams(0.03, 100)
+    x = torch.linspace(-6, 8, 5001)
+    x = x[((x / 0.03) % 1 - 0.5).abs() > 1e-3].requires_grad_()  # ties may fall to either side
+    other = x.detach().clone().requires_grad_()
+    slope = torch.linspace(1, 2, len(x))
+    mine, torchs = on_grid(x, grid), torch.fake_quantize_per_tensor_affine(other, 0.03, 100, 0, 255)
+    torch.testing.assert_close(mine, torchs, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(
+        torch.autograd.grad((mine * slope).sum(), x), torch.autograd.grad((torchs * slope).sum(), other)
+    )
+    node = Node("act", "a", ("x",), {"kind": "SiLU"})
+    grids = {"x": grid, "a": QParams(0.02, 14)}
+    out = step(node, [x], {}, grids)
+    sigmoid = torch.fake_quantize_per_tensor_affine(other.sigmoid(), 1 / 255, 0, 0, 255)
+    rough = torch.fake_quantize_per_tensor_affine(other * sigmoid, 0.02, 14, 0, 255)
+    torch.testing.assert_close(out, rough, rtol=0, atol=0.0201)
+    assert (out - rough).abs().mean() < 1e-3
+    torch.testing.assert_close(
+        torch.autograd.grad(out.sum(), x)[0], torch.autograd.grad(rough.sum(), other)[0], rtol=0, atol=0.02
+    )

