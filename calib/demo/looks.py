@@ -17,7 +17,7 @@ def night(image: Image, rng: np.random.Generator) -> Image:
     real = (image / np.float32(255)) ** rng.uniform(1.3, 1.9)
     light = rng.uniform(0.18, 0.35) + rng.uniform(0.2, 0.5) * _pool(rng)
     real = real * light[..., None] * np.array([0.7, 0.85, 1.0], np.float32)
-    return _developed(real, rng.uniform(4, 9), rng)
+    return _developed(real.astype(np.float32), rng.uniform(4, 9), rng)
 
 
 def fog(image: Image, rng: np.random.Generator) -> Image:
