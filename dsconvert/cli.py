@@ -16,6 +16,7 @@ from dsconvert.commands.compare import compare
 from dsconvert.commands.detect import detect
 from dsconvert.commands.evaluate import evaluate
 from dsconvert.commands.export import export
+from dsconvert.commands.finetune import finetune_command
 from dsconvert.commands.info import info
 from dsconvert.commands.quantize import quantize
 from dsconvert.commands.report import report
@@ -30,6 +31,7 @@ def cli() -> None:
 
     \b
     dsconvert quantize best.pt --calib images/   fit 4-bit DSConv weights
+    dsconvert finetune model.safetensors         learn its shifts with labels
     dsconvert export --onnx                      integer weights in ONNX
     dsconvert eval --data data.yaml              accuracy, size, latency
     dsconvert detect best.onnx photos/           draw what it finds
@@ -44,6 +46,7 @@ def cli() -> None:
 
 
 cli.add_command(quantize)
+cli.add_command(finetune_command)
 cli.add_command(export)
 cli.add_command(evaluate)
 cli.add_command(detect)

@@ -12,14 +12,15 @@ import torch
 from conftest import DEMO
 
 from dsconvert.evaluate.accuracy import evaluate_predictors
+from dsconvert.train.loss import LARGEST_RATIO, assign
 from dsconvert.yolo.checkpoint import load_checkpoint
 from dsconvert.yolo.decode import decode
 from dsconvert.yolo.images import label_path, read_data_yaml, read_image, read_labels
 
 sys.path.insert(0, str(DEMO))
 import scenes
-from loss import LARGEST_RATIO, assign
-from make_dataset import SPLITS
+from looks import LOOKS
+from make_dataset import SPLITS, write_scene
 from make_dataset import main as make_dataset
 from train import batch_of, new_network
 
@@ -135,6 +136,21 @@ def test_make_dataset_writes_the_splits_it_declares(tmp_path, monkeypatch):
             name = f"labels/{split}/{index:04d}.txt"
             assert (tmp_path / name).read_text() == (DEMO / name).read_text()
             assert (tmp_path / "images" / split / f"{index:04d}.jpg").stat().st_size > 0
+
+
+def test_other_looks_are_the_same_scenes_with_less_contrast(tmp_path):
+    for kind in ("images", "labels"):
+        (tmp_path / kind / "val").mkdir(parents=True)
+    means, spreads = {}, {}
+    for look in LOOKS:
+        write_scene(tmp_path, "val", 3, look)
+        image = read_image(tmp_path / "images/val/0003.jpg").astype(float)
+        means[look], spreads[look] = image.mean(), cv2.blur(image, (9, 9)).std()
+        assert (tmp_path / "labels/val/0003.txt").read_text() == (DEMO / "labels/val/0003.txt").read_text()
+    assert means["night"] < 0.6 * means["day"]
+    assert means["fog"] > means["day"]
+    assert spreads["night"] < spreads["day"]
+    assert spreads["fog"] < 0.6 * spreads["day"]
 
 
 def test_the_data_set_is_complete_and_its_splits_share_no_seed():

@@ -15,11 +15,11 @@ from pathlib import Path
 import numpy as np
 import torch
 import yaml
-from loss import detection_loss
 from scenes import NAMES, SIDE, draw_scene
 from torch import Tensor, nn
 
 from dsconvert.files import write_atomic
+from dsconvert.train.loss import detection_loss
 from dsconvert.yolo.checkpoint import yolov5_bytes
 from dsconvert.yolo.network import Network, head_from_detect
 

@@ -39,6 +39,7 @@ STAGES = {
     "importance": "measuring importance",
     "widths": "choosing ranges and widths",
     "fit": "fitting layers",
+    "train": "training",
     "evaluate": "evaluating",
     "load": "loading",
     "bench": "timing",

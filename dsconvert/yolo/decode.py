@@ -53,3 +53,11 @@ def detection_measure(raw: list[Tensor], reference: list[Tensor], head: Head) ->
         size = 2 * box[:, :, 2:].clamp_min(1e-4).log()
         parts += [score[:, :, :1] * score[:, :, 1:], weight * centre, weight * size]
     return parts
+
+
+def whole_maps(raw: list[Tensor], head: Head) -> list[Tensor]:
+    """One map a level (n, na * (5 + nc), ny, nx), whichever of the forms that `sigmoids` takes is given."""
+    if len(raw) == len(head.strides):
+        return raw
+    parts = [t.unflatten(1, (head.na, -1)) for t in raw]
+    return [torch.cat(pair, 2).flatten(1, 2) for pair in zip(parts[::2], parts[1::2], strict=True)]

@@ -1,0 +1,152 @@
+"""dsconvert finetune."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shlex
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from dsconvert import workers
+from dsconvert.commands.shared import (
+    PATH,
+    RUNS,
+    as_json,
+    bars,
+    console,
+    force,
+    print_json,
+    quiet,
+    say,
+    table,
+    tell,
+    threads,
+    warn,
+)
+from dsconvert.errors import InputError
+from dsconvert.files import check_writable, claim_folder, write_atomic
+from dsconvert.modelfile import model_bytes
+from dsconvert.pipeline import MODEL_FILE
+from dsconvert.train.finetune import Finetuned, FinetuneOptions, finetune
+from dsconvert.train.latents import TRAINED
+from dsconvert.train.schedule import SCHEDULES
+from dsconvert.train.state import NAME as UNFINISHED
+
+RECORD_FILE = "finetune.json"
+DEFAULT = FinetuneOptions(Path())
+
+
+@click.command("finetune")
+@click.argument("model", type=PATH)
+@click.option("--data", type=PATH, required=True, help="data.yaml with labelled train and val images.")
+@click.option("--train", type=click.Choice(TRAINED), default=DEFAULT.train, show_default=True,
+              help="What is learned: m and CDSw; CDSb too; VQK too.")  # fmt: skip
+@click.option("--epochs", default=DEFAULT.epochs, show_default=True, help="Times that every image is seen, at most.")
+@click.option("--batch", default=DEFAULT.batch, show_default=True, help="Images a step.")
+@click.option("--rate", default=DEFAULT.rate, show_default=True, help="Learning rate at its highest.")
+@click.option("--schedule", type=click.Choice(SCHEDULES), default=DEFAULT.schedule, show_default=True,
+              help="How the rate falls to a hundredth.")  # fmt: skip
+@click.option("--warmup", default=DEFAULT.warmup, show_default=True, help="Epochs in which the rate rises.")
+@click.option("--patience", default=DEFAULT.patience, show_default=True,
+              help="Stop after so many epochs without a better mAP50-95 on val.")  # fmt: skip
+@click.option("--mosaic", default=DEFAULT.mosaic, show_default=True, help="Share of images made of four.")
+@click.option("--no-augment", is_flag=True, help="Train on the images as they are.")
+@click.option("--seed", default=0, show_default=True, help="Seed of every random choice.")
+@threads
+@click.option("--device", default="cpu", show_default=True, help="cpu or cuda.")
+@click.option("--out", type=PATH, help="Folder to write (default: runs/dsconvert/NAME-finetuned).")
+@click.option("--resume", is_flag=True, help="Go on where a stopped run with the same options left off.")
+@force
+@quiet
+@as_json
+def finetune_command(
+    model: Path, threads: int, out: Path | None, resume: bool, force: bool, quiet: bool, as_json: bool,
+    no_augment: bool, **options: Any,
+) -> None:  # fmt: skip
+    """Learn the shifts of a converted MODEL on labelled images.
+
+    MODEL is a .safetensors file. Its integers stay (unless --train all); the
+    result is another one, of the epoch that was best on val, for export.
+
+    \b
+    Examples: dsconvert finetune model.safetensors --data night.yaml
+              dsconvert finetune model.safetensors --data d.yaml --train all
+    """
+    began = time.perf_counter()
+    if model.suffix != ".safetensors":
+        raise InputError(f"{model} is not a .safetensors file; finetune takes what dsconvert quantize wrote.")
+    workers.start()
+    chosen = FinetuneOptions(**options, augment=not no_augment)
+    if workers.number():  # one speaks for all, and writes
+        finetune(model, chosen, resume=resume)
+        return
+    base = RUNS / f"{model.parent.name if model.name == MODEL_FILE else model.stem}-finetuned"
+    check_writable(out or RUNS)
+    if out is not None and not force and (out / MODEL_FILE).exists():
+        raise InputError(f"{out / MODEL_FILE} already exists; give --force to replace it, or another --out.")
+    if out is not None and (out / MODEL_FILE).resolve() == model.resolve():
+        raise InputError("--out is the folder of the model itself; name another one.")
+    folder = out or (_stopped(base) if resume else claim_folder(base))
+    command = shlex.join(["dsconvert", *(word for word in sys.argv[1:] if word != "--resume")])
+    note: Callable[[str], None] = (lambda line: None) if quiet else say
+    try:
+        with bars(quiet, lines=True) as progress:
+            result = finetune(model, chosen, command, progress, note, folder / UNFINISHED, resume)
+    except BaseException:
+        if out is None:
+            with contextlib.suppress(OSError):
+                folder.rmdir()  # only when empty: no epoch was done
+        raise
+    record = _record(result, model, chosen, folder)
+    write_atomic(folder / RECORD_FILE, (json.dumps(record, indent=1) + "\n").encode(), force=True)
+    write_atomic(folder / MODEL_FILE, model_bytes(result.model), force)
+    (folder / UNFINISHED).unlink(missing_ok=True)
+    if result.skipped:
+        warn(f"{len(result.skipped)} images could not be read and were left out; the first: {result.skipped[0]}")
+    if not result.best_epoch:
+        warn("No epoch was better on val than the model was before; the result is the model as it was.")
+    seconds = time.perf_counter() - began
+    if as_json:
+        print_json({**record, "seconds": round(seconds, 2)})
+    elif quiet:
+        tell(str(folder / MODEL_FILE))
+    else:
+        _print(result, folder / MODEL_FILE, seconds)
+
+
+def _stopped(base: Path) -> Path:
+    """The folder of this model's runs where a finetune was stopped last."""
+    found = [p for p in base.parent.glob("*/" + UNFINISHED) if p.parent.name.rstrip("0123456789") == base.name]
+    if not found:
+        raise InputError(f"There is nothing to resume: no finetune under {base.parent} was stopped.")
+    return max(found, key=lambda p: p.stat().st_mtime_ns).parent
+
+
+def _record(result: Finetuned, model: Path, options: FinetuneOptions, folder: Path) -> dict[str, Any]:
+    """What finetune.json and --json hold."""
+    return {
+        "path": str(folder / MODEL_FILE), "model": str(model), "data": str(options.data), "train": options.train,
+        "trained_share": round(result.share, 5), "images": result.images, "unreadable_images": len(result.skipped),
+        "map50_95_before": result.log[0]["map50_95"], "map50_95": result.log[result.best_epoch]["map50_95"],
+        "best_epoch": result.best_epoch, "epochs": result.log[1:],
+    }  # fmt: skip
+
+
+def _print(result: Finetuned, written: Path, seconds: float) -> None:
+    before, best = result.log[0], result.log[result.best_epoch]
+    tell(
+        f"Learned {100 * result.share:.2f} % of the network's numbers on {result.images} images, "
+        f"{len(result.log) - 1} epochs in {seconds:.0f} s."
+    )
+    shown = table("", "epoch", "mAP50-95")
+    shown.add_row("before", "0", f"{before['map50_95']:.4f}")
+    shown.add_row("finetuned", str(result.best_epoch), f"{best['map50_95']:.4f}")
+    console().print(shown)
+    tell(f"Wrote {written}")
+    tell(f"Next: dsconvert export {shlex.quote(str(written))} --onnx")

@@ -1,0 +1,1 @@
+"""Training a converted model with labels: what is learned, the loss, the images, the loop."""

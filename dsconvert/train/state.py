@@ -1,0 +1,87 @@
+"""How far a finetune has come, and the file that a stopped one leaves behind."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from dsconvert.errors import InputError
+from dsconvert.files import write_atomic
+from dsconvert.train.latents import Latents
+
+NAME = "finetuning.safetensors"
+META = "dsconvert.finetuning"
+SETS = ("latents", "average", "best", "first", "second")
+
+
+@dataclass
+class State:
+    """After whole epochs: the latents, their average, the best average so far (by mAP), the optimizer's first and
+    second moments, its steps, and one entry an epoch (`map50_95` and `loss`; entry 0 is before training)."""
+
+    latents: Latents
+    average: Latents
+    best: Latents
+    first: Latents
+    second: Latents
+    steps: int = 0
+    log: list[dict[str, float]] = field(default_factory=list)
+
+    @staticmethod
+    def new(latents: Latents) -> State:
+        """Before the first step."""
+        average, best, first, second = (
+            {k: torch.zeros_like(v.detach()) for k, v in latents.items()} for _ in SETS[1:]
+        )  # fmt: skip
+        return State(latents, average, best, first, second)
+
+    @property
+    def best_epoch(self) -> int:
+        """The epoch with the highest mAP, the first of equals; 0: none was better than before training."""
+        maps = [entry["map50_95"] for entry in self.log]
+        return maps.index(max(maps))
+
+
+def write_state(path: Path, key: str, state: State) -> None:
+    """Replace what was kept before."""
+    tensors: dict[str, Tensor] = {}
+    for name in SETS:
+        tensors |= {f"{name}/{k}": v.detach().cpu().contiguous() for k, v in getattr(state, name).items()}
+    about = {"key": key, "steps": state.steps, "log": state.log}
+    write_atomic(path, save(tensors, {META: json.dumps(about)}), force=True)
+
+
+def read_state(path: Path, key: str, like: Latents) -> State:
+    """What `write_state` kept, on the devices of `like`. Raises InputError when there is nothing, or it is of a run
+    with another key."""
+    try:
+        with safe_open(path, framework="pt") as stored:
+            about: dict[str, Any] = json.loads((stored.metadata() or {})[META])
+            if about["key"] != key:
+                raise InputError(
+                    f"{path} was left by a run with other options, images, labels, model, threads, processes or "
+                    "version; it cannot be resumed with these."
+                )
+            state = State.new(like)
+            for name in SETS:
+                found = {k: stored.get_tensor(f"{name}/{k}").to(v.device) for k, v in like.items()}
+                if any(found[k].shape != v.shape for k, v in like.items()):
+                    raise ValueError(name)
+                setattr(state, name, found)
+        for value in state.latents.values():
+            value.requires_grad_()
+        state.steps, state.log = int(about["steps"]), list(about["log"])
+        return state
+    except FileNotFoundError:
+        raise InputError(f"There is nothing to resume: {path} does not exist.") from None
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError, AttributeError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{path} is damaged; start again without --resume.") from None
