@@ -139,19 +139,24 @@ def convert(network: Network, head: Head, picture: torch.Tensor) -> DSModel:
     return DSModel(graph, convs, own, head, SIDE, {})
 
 
+def write_pictures(folder: Path) -> None:
+    """Four labelled pictures and data.yaml."""
+    for kind in ("images", "labels"):
+        (folder / kind / "val").mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    for i in range(4):
+        picture = cv2.resize(rng.integers(0, 256, (8, 10, 3), dtype=np.uint8), (100, 80))
+        cv2.imwrite(str(folder / "images" / "val" / f"{i}.jpg"), picture)
+        (folder / "labels" / "val" / f"{i}.txt").write_text("0 0.5 0.5 0.4 0.4\n1 0.3 0.3 0.2 0.2\n")
+    (folder / "data.yaml").write_text("path: .\nval: images/val\nnames: [cat, dog]\n")
+
+
 @pytest.fixture
 def work(tiny, tmp_path) -> Path:
     """A folder with best.pt, four labelled pictures and data.yaml."""
     network, head = tiny
     (tmp_path / "best.pt").write_bytes(yolov5_bytes(network, head))
-    for kind in ("images", "labels"):
-        (tmp_path / kind / "val").mkdir(parents=True)
-    rng = np.random.default_rng(0)
-    for i in range(4):
-        picture = cv2.resize(rng.integers(0, 256, (8, 10, 3), dtype=np.uint8), (100, 80))
-        cv2.imwrite(str(tmp_path / "images" / "val" / f"{i}.jpg"), picture)
-        (tmp_path / "labels" / "val" / f"{i}.txt").write_text("0 0.5 0.5 0.4 0.4\n1 0.3 0.3 0.2 0.2\n")
-    (tmp_path / "data.yaml").write_text("path: .\nval: images/val\nnames: [cat, dog]\n")
+    write_pictures(tmp_path)
     return tmp_path
 
 

@@ -74,7 +74,11 @@ class Storage:
     numel: int
 
 
-LAYERS = ("Conv", "DWConv", "Bottleneck", "C3", "SPP", "SPPF", "Focus", "Concat")
+LAYERS = (
+    "Conv", "DWConv", "Bottleneck", "C3", "SPP", "SPPF", "Focus", "Concat",
+    "GhostConv", "GhostBottleneck", "C3Ghost", "C3SPP",
+    "MP", "SP", "SPPCSPC", "RepConv", "ImplicitA", "ImplicitM",
+)  # fmt: skip
 _TORCH = {
     "activation": ("SiLU", "ReLU", "LeakyReLU", "Hardswish"),
     "batchnorm": ("BatchNorm2d",),
@@ -103,7 +107,7 @@ _BESIDE = (  # what training scripts leave beside the model: dates, options, num
 def _allowed() -> dict[str, type[Record]]:
     names = [f"models.common.{n}" for n in LAYERS]
     names += DSCONV_KINDS
-    names += [f"models.yolo.{n}" for n in ("Model", "DetectionModel", "Detect")]
+    names += [f"models.yolo.{n}" for n in ("Model", "DetectionModel", "Detect", "IDetect")]
     names += [f"torch.nn.modules.{module}.{n}" for module, ns in _TORCH.items() for n in ns]
     names += [TENSOR, PARAMETER, *_STORAGES, *_BESIDE]
     return {n: type("Record", (Record,), {"kind": n}) for n in names} | {_OrderedDict.kind: _OrderedDict}
@@ -125,7 +129,8 @@ _KNOWN_OTHERS = (
     ("models.yolo.ClassificationModel", "a YOLOv5 classification checkpoint"),
     ("models.common.Classify", "a YOLOv5 classification checkpoint"),
     ("ultralytics.", "a checkpoint of the ultralytics package (YOLOv8 or later)"),
-    ("models.yolo.IDetect", "a YOLOv7 checkpoint"),
+    ("models.yolo.IAuxDetect", "a YOLOv7 checkpoint with auxiliary heads (W6, E6, D6)"),
+    ("models.yolo.IKeypoint", "a YOLOv7 pose checkpoint"),
     ("models.experimental.Ensemble", "an ensemble of models"),
     ("__torch__.", "a TorchScript export"),
 )
@@ -273,8 +278,11 @@ def _refuse_unknown(stream: bytes, path: Path) -> None:
         raise InputError(f"{path} is damaged: its pickle cannot be parsed.") from None
     for prefix, what in _KNOWN_OTHERS:
         if any(n.startswith(prefix) for n in names):
-            raise InputError(f"{path} is {what}; dsconvert converts YOLOv5 detection checkpoints.")
+            raise InputError(f"{path} is {what}; dsconvert converts YOLOv5 and YOLOv7 detection checkpoints.")
     for name in names:
+        if name not in ALLOWED and name.startswith("models."):
+            layer = name.rpartition(".")[2][:80]
+            raise InputError(f"{path} holds {layer} layers, which dsconvert does not know, so nothing was loaded.")
         if name not in ALLOWED:
             raise InputError(f"{path} asks for {name[:80]}, which dsconvert does not allow, so nothing was loaded.")
     if foreign:

@@ -1,4 +1,4 @@
-"""Read and write YOLOv5's own `.pt` format without YOLOv5, and without running anything found in a file.
+"""Read and write the `.pt` format of YOLOv5 and YOLOv7 without their code, and without running anything in a file.
 
 Opening the archive is `archive`'s work. Here the network is rebuilt from the file's model yaml, without memory at first
 (torch's meta device), and filled with the file's tensors by name once their shapes are known to fit.
@@ -21,14 +21,19 @@ import torch
 from torch import Tensor, nn
 
 from dsconvert.errors import InputError, printable, shown
+from dsconvert.yolo import ghost, yolov7
 from dsconvert.yolo import modules as ours
 from dsconvert.yolo.archive import LAYERS, PARAMETER, TENSOR, Archive, Record, open_archive
+from dsconvert.yolo.layers import DETECTS
 from dsconvert.yolo.lower import check_maps
+from dsconvert.yolo.modules import LEAKY_SLOPE
 from dsconvert.yolo.network import Head, Network, head_from_detect, whole_strides
 from dsconvert.yolo.stored_dsconv import float_weights
 
 MAX_MODULES, MAX_DEPTH = 10000, 12  # a yolov5x6 has about 1200 modules, 6 deep
 MAX_CLASSES, MAX_NAME = 10000, 200
+_DETECTS = ("models.yolo.Detect", "models.yolo.IDetect")
+_ACTIVATION = "torch.nn.modules.activation."
 
 
 @dataclass(frozen=True)
@@ -45,7 +50,7 @@ class Checkpoint:
 
 
 def load_checkpoint(path: str | Path) -> Checkpoint:
-    """Load a YOLOv5 detection `.pt` (v5.0 to v7.0; `ema` preferred over `model`; float16 or float32).
+    """Load a YOLOv5 (v5.0 to v7.0) or YOLOv7 detection `.pt` (`ema` preferred over `model`; float16 or float32).
 
     Raises InputError, one sentence, for anything that is not one.
     """
@@ -65,6 +70,7 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
             raise InputError(f"The Detect layer of {path} declares {shown(nc)} classes and {shown(na)} anchors.")
         with torch.device("meta"):
             network = Network(config, nc, na, _activation(modules.values(), path))
+            _check_activations(network, modules, path)
             if not any(".bn." in name for name in stored):
                 network.fuse()  # the checkpoint was saved fused
         strides = whole_strides(_strides(record, detect, archive), len(network.detect.m))
@@ -133,17 +139,32 @@ def _stored(modules: Mapping[str, Record]) -> Iterator[tuple[str, Any]]:
 def _last_layer(record: Record) -> Record:
     layers = _children(record).get("model")
     last = list(_children(layers).values())[-1:] if isinstance(layers, Record) else []
-    if not last or not isinstance(last[0], Record) or last[0].kind != "models.yolo.Detect":
-        raise InputError("The checkpoint's last layer is not Detect: this is not a YOLOv5 detection model.")
+    if not last or not isinstance(last[0], Record) or last[0].kind not in _DETECTS:
+        raise InputError("The checkpoint's last layer is not Detect: this is not a detection model.")
     return last[0]
 
 
 def _activation(modules: Iterable[Record], path: Path) -> str:
-    prefix = "torch.nn.modules.activation."
-    found = {r.kind.removeprefix(prefix) for r in modules if r.kind.startswith(prefix)}
-    if len(found) != 1:
+    """The activation of layers whose row of the yaml names none."""
+    found = {r.kind.removeprefix(_ACTIVATION) for r in modules if r.kind.startswith(_ACTIVATION)}
+    if len(found) != 1 and "SiLU" not in found:
         raise InputError(f"{path} mixes the activations {sorted(found)}; dsconvert expects one kind.")
-    return found.pop()
+    return "SiLU" if "SiLU" in found else found.pop()
+
+
+def _check_activations(network: Network, modules: Mapping[str, Record], path: Path) -> None:
+    """Raises InputError where an activation that is stored is another than that of the network built from the yaml."""
+    for name, module in network.named_modules():
+        wanted = type(module).__name__
+        if name.rpartition(".")[2] != "act":
+            continue
+        record = modules.get(f"{name}.")
+        kind = "nothing" if record is None else record.kind.rpartition(".")[2]
+        if kind != wanted:
+            raise InputError(f"{path}: {name} is {kind} where the model yaml needs {wanted}.")
+        slope = getattr(record, "negative_slope", LEAKY_SLOPE)
+        if kind == "LeakyReLU" and slope != LEAKY_SLOPE:
+            raise InputError(f"{path}: {name} is a LeakyReLU of slope {shown(slope)}; dsconvert knows {LEAKY_SLOPE}.")
 
 
 def _strides(record: Record, detect: Record, archive: Archive) -> list[float]:
@@ -209,7 +230,8 @@ def _fill(network: Network, stored: Mapping[str, Any], made: Mapping[str, Tensor
 _CLASS_NAMES: dict[type[nn.Module], str] = {
     Network: "models.yolo.DetectionModel",
     ours.Detect: "models.yolo.Detect",
-    **{getattr(ours, n): f"models.common.{n}" for n in LAYERS if hasattr(ours, n)},
+    yolov7.IDetect: "models.yolo.IDetect",
+    **{getattr(home, n): f"models.common.{n}" for home in (ours, ghost, yolov7) for n in LAYERS if hasattr(home, n)},
 }
 
 
@@ -289,6 +311,6 @@ def yolov5_bytes(network: Network, head: Head, extra: Mapping[str, Any] | None =
 
 
 def _yolov5_type(kind: str) -> str:
-    return {"Upsample": "torch.nn.modules.upsampling.Upsample", "Detect": "models.yolo.Detect"}.get(
-        kind, f"models.common.{kind}"
-    )
+    if kind == "Upsample":
+        return "torch.nn.modules.upsampling.Upsample"
+    return f"models.yolo.{kind}" if kind in DETECTS else f"models.common.{kind}"

@@ -1,4 +1,4 @@
-"""From the YOLOv5 modules to the flat graph."""
+"""From the modules of YOLOv5 and YOLOv7 to the flat graph."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ from torch import nn
 from dsconvert.errors import InputError
 from dsconvert.graph.ir import INPUT, ConvParams, Graph, Node
 from dsconvert.graph.shapes import check_node, value_shapes
+from dsconvert.yolo.ghost import GhostBottleneck, GhostConv
 from dsconvert.yolo.modules import C3, SPP, SPPF, Bottleneck, Concat, Conv, Detect, Focus
 from dsconvert.yolo.network import Head, Network
+from dsconvert.yolo.yolov7 import MP, SP, SPPCSPC, RepConv
 
 
 class _Builder:
@@ -34,9 +36,11 @@ class _Builder:
         return self.add("conv", name, x, stride=stride, padding=padding, dilation=dilation, groups=conv.groups)
 
     def conv(self, module: Conv, name: str, x: str) -> str:
-        out = self.conv2d(module.conv, f"{name}.conv", x)
-        kind = type(module.act).__name__
-        return out if kind == "Identity" else self.add("act", f"{name}.act", out, kind=kind)
+        return self.activated(module.act, name, self.conv2d(module.conv, f"{name}.conv", x))
+
+    def activated(self, act: nn.Module, name: str, x: str) -> str:
+        kind = type(act).__name__
+        return x if kind == "Identity" else self.add("act", f"{name}.act", x, kind=kind)
 
     def pool(self, module: nn.MaxPool2d, name: str, x: str) -> str:
         return self.add("maxpool", name, x, kernel=module.kernel_size, stride=module.stride, padding=module.padding)
@@ -44,6 +48,25 @@ class _Builder:
     def bottleneck(self, module: Bottleneck, name: str, x: str) -> str:
         y = self.conv(module.cv2, f"{name}.cv2", self.conv(module.cv1, f"{name}.cv1", x))
         return self.add("add", f"{name}.add", x, y) if module.add else y
+
+    def pyramid(self, pools: nn.ModuleList, name: str, x: str) -> str:
+        """The value and its pools, joined."""
+        pooled = [self.pool(p, f"{name}.m.{i}", x) for i, p in enumerate(pools)]  # type: ignore[arg-type]
+        return self.add("concat", f"{name}.cat", x, *pooled)
+
+    def ghost(self, module: GhostConv, name: str, x: str) -> str:
+        y = self.conv(module.cv1, f"{name}.cv1", x)
+        return self.add("concat", f"{name}.cat", y, self.conv(module.cv2, f"{name}.cv2", y))
+
+    def sppcspc(self, module: SPPCSPC, name: str, x: str) -> str:
+        y = x
+        for part in ("cv1", "cv3", "cv4"):
+            y = self.conv(getattr(module, part), f"{name}.{part}", y)
+        y = self.pyramid(module.m, name, y)
+        for part in ("cv5", "cv6"):
+            y = self.conv(getattr(module, part), f"{name}.{part}", y)
+        both = self.add("concat", f"{name}.both", y, self.conv(module.cv2, f"{name}.cv2", x))
+        return self.conv(module.cv7, f"{name}.cv7", both)
 
     def layer(self, module: nn.Module, name: str, xs: list[str]) -> str:
         x = xs[0]
@@ -61,8 +84,7 @@ class _Builder:
             return self.conv(module.cv3, f"{name}.cv3", both)
         if isinstance(module, SPP):
             x = self.conv(module.cv1, f"{name}.cv1", x)
-            pools = [self.pool(p, f"{name}.m.{i}", x) for i, p in enumerate(module.m)]  # type: ignore[arg-type]
-            return self.conv(module.cv2, f"{name}.cv2", self.add("concat", f"{name}.cat", x, *pools))
+            return self.conv(module.cv2, f"{name}.cv2", self.pyramid(module.m, name, x))
         if isinstance(module, SPPF):
             xs = [self.conv(module.cv1, f"{name}.cv1", x)]
             for i in range(3):
@@ -75,6 +97,20 @@ class _Builder:
             return self.add("upsample", name, x, scale=int(module.scale_factor))  # type: ignore[arg-type]
         if isinstance(module, Concat):
             return self.add("concat", name, *xs)
+        if isinstance(module, (MP, SP)):
+            return self.pool(module.m, name, x)
+        if isinstance(module, SPPCSPC):
+            return self.sppcspc(module, name, x)
+        if isinstance(module, RepConv):
+            assert module.rbr_reparam is not None
+            return self.activated(module.act, name, self.conv2d(module.rbr_reparam, f"{name}.rbr_reparam", x))
+        if isinstance(module, GhostConv):
+            return self.ghost(module, name, x)
+        if isinstance(module, GhostBottleneck):
+            y = self.layer(module.conv, f"{name}.conv", [x])
+            return self.add("add", f"{name}.add", y, self.layer(module.shortcut, f"{name}.shortcut", [x]))
+        if isinstance(module, nn.Identity):
+            return x
         raise TypeError(f"no lowering for {type(module).__name__}")
 
 

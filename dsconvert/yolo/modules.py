@@ -17,12 +17,28 @@ ACTIVATIONS: dict[str, type[nn.Module]] = {
     "LeakyReLU": nn.LeakyReLU,
     "Hardswish": nn.Hardswish,
 }
+LEAKY_SLOPE = 0.1
 BN_EPS, BN_MOMENTUM = 1e-3, 0.03  # YOLOv5 sets these on every BatchNorm when it builds a model
 
 
 def make_activation(name: str) -> nn.Module:
-    """Activation by class name; YOLOv5's LeakyReLU uses slope 0.1."""
-    return nn.LeakyReLU(0.1) if name == "LeakyReLU" else ACTIVATIONS[name]()
+    """Activation by class name, `Identity` for none; YOLOv5's LeakyReLU uses slope 0.1."""
+    if name == "Identity":
+        return nn.Identity()
+    return nn.LeakyReLU(LEAKY_SLOPE) if name == "LeakyReLU" else ACTIVATIONS[name]()
+
+
+def norm(channels: int) -> nn.BatchNorm2d:
+    """BatchNorm as YOLOv5 and YOLOv7 set it."""
+    return nn.BatchNorm2d(channels, eps=BN_EPS, momentum=BN_MOMENTUM)
+
+
+def affine(bn: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
+    """What a BatchNorm does when not training: gamma / sigma and beta - mean * gamma / sigma, float64 (c,)."""
+    assert bn.running_mean is not None
+    assert bn.running_var is not None
+    gain = bn.weight.detach().double() / torch.sqrt(bn.running_var.double() + bn.eps)
+    return gain, bn.bias.detach().double() - bn.running_mean.double() * gain
 
 
 class Conv(nn.Module):
@@ -33,7 +49,7 @@ class Conv(nn.Module):
     ) -> None:
         super().__init__()
         self.conv = nn.Conv2d(c1, c2, k, s, k // 2 if p is None else p, groups=g, bias=False)
-        self.bn: nn.Module = nn.BatchNorm2d(c2, eps=BN_EPS, momentum=BN_MOMENTUM)
+        self.bn: nn.Module = norm(c2)
         self.act = make_activation(act)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -59,12 +75,8 @@ class Conv(nn.Module):
 
     def _folded(self) -> tuple[Tensor, Tensor]:
         """gamma / sigma and beta - mean * gamma / sigma, float64 (c2,)."""
-        bn = self.bn
-        assert isinstance(bn, nn.BatchNorm2d)
-        assert bn.running_mean is not None
-        assert bn.running_var is not None
-        gain = bn.weight.detach().double() / torch.sqrt(bn.running_var.double() + bn.eps)
-        return gain, bn.bias.detach().double() - bn.running_mean.double() * gain
+        assert isinstance(self.bn, nn.BatchNorm2d)
+        return affine(self.bn)
 
     def fused_bounds(self) -> Tensor:
         """Largest |weight| of every output channel and its bias, (2, c2), as `fuse` would make them."""

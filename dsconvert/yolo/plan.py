@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dsconvert.errors import InputError
 from dsconvert.graph.ir import Graph
+from dsconvert.yolo.layers import C3_BLOCKS
 from dsconvert.yolo.network import Network
 
 SCOPES = ("bottleneck", "c3", "all")
@@ -11,7 +12,7 @@ SCOPES = ("bottleneck", "c3", "all")
 
 def choose_layers(network: Network, blocks: str) -> list[int]:
     """Indices of the chosen C3 blocks: `all`, `head`, `backbone`, or indices such as `13,17,20,23`."""
-    c3 = [i for i, kind in enumerate(network.kinds) if kind == "C3"]
+    c3 = [i for i, kind in enumerate(network.kinds) if kind in C3_BLOCKS]
     if blocks == "all":
         return c3
     if blocks in ("head", "backbone"):
@@ -31,19 +32,21 @@ def choose_convs(network: Network, graph: Graph, blocks: str, scope: str) -> fro
 
     `bottleneck`: those inside the chosen blocks' bottlenecks. `c3`: all those of the chosen blocks. `all`: also
     the other layers of the same part of the network (the whole of it, head or backbone; for a list of indices,
-    those between the first and the last). The stem (layer 0) and Detect are never among them.
+    those between the first and the last). The stem (layer 0) and Detect are never among them. A network without C3
+    blocks (YOLOv7) has the scope `all` alone.
     """
     if scope not in SCOPES:
         raise InputError(f"--scope {scope} is not one of {', '.join(SCOPES)}.")
     chosen = choose_layers(network, blocks)
-    if not chosen:
+    if not chosen and (scope != "all" or any(kind in C3_BLOCKS for kind in network.kinds)):
         raise InputError("This model has no C3 block to convert there.")
     last = len(network.kinds) - 1
-    part = {
+    words = {
         "all": range(1, last),
         "head": range(network.backbone_length, last),
         "backbone": range(1, network.backbone_length),
-    }.get(blocks, range(chosen[0], chosen[-1] + 1))
+    }
+    part = words[blocks] if blocks in words else range(chosen[0], chosen[-1] + 1)
     layers = set(part) if scope == "all" else set(chosen)
     names = set()
     for node in graph.convs():
