@@ -13,6 +13,7 @@ from dsconvert.errors import CheckError, InputError
 
 if TYPE_CHECKING:
     from dsconvert.anymodule import ModulePlan, quantize_module
+    from dsconvert.anyonnx.convert import OnnxPlan, quantize_onnx
     from dsconvert.api import Evaluation, EvaluationRow, FloatModel, QuantizedModel, evaluate, load, quantize
 
 __version__ = "0.1.0"
@@ -23,12 +24,14 @@ __all__ = [
     "FloatModel",
     "InputError",
     "ModulePlan",
+    "OnnxPlan",
     "QuantizedModel",
     "__version__",
     "evaluate",
     "load",
     "quantize",
     "quantize_module",
+    "quantize_onnx",
 ]
 
 # OpenCV reads these when it is first imported, which is after this. A 100 kB file may declare an image of a billion
@@ -42,6 +45,8 @@ def __getattr__(name: str) -> Any:
         return importlib.import_module("dsconvert.evaluate")
     if name in ("ModulePlan", "quantize_module"):
         return getattr(importlib.import_module("dsconvert.anymodule"), name)
+    if name in ("OnnxPlan", "quantize_onnx"):
+        return getattr(importlib.import_module("dsconvert.anyonnx.convert"), name)
     if name in __all__:
         return getattr(importlib.import_module("dsconvert.api"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
