@@ -14,6 +14,7 @@ from dsconvert.errors import CheckError, InputError
 
 if TYPE_CHECKING:
     from dsconvert.anymodule import ModulePlan, quantize_module
+    from dsconvert.anyonnx.convert import OnnxPlan, quantize_onnx
     from dsconvert.api import Evaluation, EvaluationRow, FloatModel, QuantizedModel, evaluate, load, quantize
     from dsconvert.api_photos import (
         ComparedPhoto,
@@ -38,6 +39,7 @@ __all__ = [
     "FloatModel",
     "InputError",
     "ModulePlan",
+    "OnnxPlan",
     "QuantizedModel",
     "__version__",
     "compare",
@@ -46,6 +48,7 @@ __all__ = [
     "load",
     "quantize",
     "quantize_module",
+    "quantize_onnx",
 ]
 
 # OpenCV reads these when it is first imported, which is after this. A 100 kB file may declare an image of a billion
@@ -61,6 +64,8 @@ def __getattr__(name: str) -> Any:
         return getattr(importlib.import_module("dsconvert.anymodule"), name)
     if name in ("ComparedPhoto", "Comparison", "DetectedObject", "DetectedPhoto", "Detections", "compare", "detect"):
         return getattr(importlib.import_module("dsconvert.api_photos"), name)
+    if name in ("OnnxPlan", "quantize_onnx"):
+        return getattr(importlib.import_module("dsconvert.anyonnx.convert"), name)
     if name in __all__:
         return getattr(importlib.import_module("dsconvert.api"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

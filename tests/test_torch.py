@@ -252,3 +252,14 @@ def test_a_published_checkpoint_loads_as_what_its_forward_pass_computes(tmp_path
     network = load_checkpoint(tmp_path / "published.pt").network
     for name, value in weights.items():
         assert torch.equal(network.state_dict()[name], value)
+
+
+@pytest.mark.parametrize("shifts", [{}, {"KDSBias": True}, {"CDS": True}])
+def test_a_layer_without_some_shift_freezes_and_thaws(shifts):
+    module = made(DSConv, 6, 4, 3, block_size=4, **shifts).eval()
+    x = torch.rand(1, 6, 5, 5)
+    wanted = module(x).detach()
+    module.freeze_vqk()
+    torch.testing.assert_close(module(x), wanted)
+    module.thaw_vqk()
+    assert module(x).shape == wanted.shape

@@ -17,6 +17,8 @@ from click.core import ParameterSource
 
 from dsconvert import pipeline, workers
 from dsconvert.advice import advice, bits_of_layers
+from dsconvert.anyonnx.rewrite import LAYOUTS
+from dsconvert.commands import quantize_onnx
 from dsconvert.commands.shared import (
     PATH,
     RUNS,
@@ -91,6 +93,11 @@ def _configure(context: click.Context, parameter: click.Parameter, value: str | 
               help="float: only the weights are quantized.")  # fmt: skip
 @click.option("--kds", type=click.Choice(["int", "float"]), default="int", show_default=True,
               help="float: the paper's real-valued shifts; needs --activations float.")  # fmt: skip
+@click.option("--layout", type=click.Choice(list(LAYOUTS)), default="packed", show_default=True,
+              help="Of an .onnx: packed, or int8, which keeps its opset.")  # fmt: skip
+@click.option("--mean", type=quantize_onnx.Numbers(), metavar="R,G,B",
+              help="Of an .onnx: images are cropped, and (pixel / 255 - mean) / std.")  # fmt: skip
+@click.option("--std", type=quantize_onnx.Numbers(), metavar="R,G,B", help="See --mean.")
 @click.option("--seed", default=0, show_default=True, help="Seed of every random choice.")
 @threads
 @click.option("--device", default="cpu", show_default=True, help="cpu or cuda.")
@@ -120,11 +127,22 @@ def quantize(
     They are fitted on the images of --calib; a hundred are enough, and no
     labels are needed. Writes model.safetensors and quantize.json.
 
+    Of a float ONNX file with one image input, from wherever, the weights are
+    converted, and an ONNX file is written.
+
     \b
     Examples: dsconvert quantize best.pt --calib data.yaml --block-size 32
               dsconvert quantize best.pt --calib photos/ --config smallest
+              dsconvert quantize classifier.onnx --calib photos/
     """
     began = time.perf_counter()
+    if checkpoint.suffix.lower() == ".onnx":
+        rest = {"threads": threads, "force": force, "quiet": quiet, "verbose": verbose, "as_json": as_json}
+        quantize_onnx.run(checkpoint, calib, out, {**options, **rest})
+        return
+    quantize_onnx.refuse_onnx_only()
+    for name in quantize_onnx.ONNX_ONLY:
+        del options[name]
     if cfg is not None:
         _refuse_two_choices()
     workers.start()

@@ -121,8 +121,9 @@ class DSConv(modules.DSConv):
         self.refresh()
         self.weight = None
         for name in SHIFTS:
-            value = self._buffers.pop(name, None)
-            if value is not None:
+            value = self._buffers.get(name)
+            if value is not None:  # a shift that the layer has not stays None
+                del self._buffers[name]
                 self.register_parameter(name, nn.Parameter(value))
 
     def thaw_vqk(self) -> None:

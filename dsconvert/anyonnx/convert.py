@@ -1,0 +1,199 @@
+"""From a float ONNX file and images to the same graph with DSConv weights: the steps, one after the other."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+
+from dsconvert.anyonnx.images import Normalisation, as_input, batches, pictures
+from dsconvert.anyonnx.layers import Layer, find_layers
+from dsconvert.anyonnx.lockstep import INPUTS, fit_lockstep
+from dsconvert.anyonnx.rewrite import LAYOUTS, with_floats, with_integers
+from dsconvert.anyonnx.source import Array, Source, opset_of, read_source
+from dsconvert.dsconv.tensor import DSTensor
+from dsconvert.errors import CheckError, InputError
+from dsconvert.evaluate.engines import session
+from dsconvert.fit.gptq import fit_weight_gptq, measure_moments
+from dsconvert.fit.least_squares import fit_weight
+from dsconvert.fit.seen import Seen
+from dsconvert.graph.integer import QConv
+from dsconvert.yolo.images import calibration_images, spread
+
+LITTLE = 0.1  # share of all weights that the last layers may hold to be spared
+MOST_COLUMNS = 4608  # 512 channels of 3x3: H takes 170 MB, and what is computed from it some times that
+# Two engines' or two graphs' float32 sums, in another order, through a deep network.
+RTOL, ATOL = 1e-3, 1e-4
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class OnnxPlan:
+    """bits (2..8) and block_size of the layers; the first, depthwise ones and those at the end that hold few weights
+    have 8 bits. layout: packed, or int8, which keeps the file's opset. imgsz is for files that leave it open (None:
+    640), normal for those that do not take 0..1."""
+
+    bits: int = 4
+    block_size: int = 32
+    layout: str = "packed"
+    imgsz: int | None = None
+    samples: int = 128
+    normal: Normalisation | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 2 <= self.bits <= 8 or self.block_size < 1 or self.samples < 1:
+            raise InputError("bits must be 2 to 8, block_size and samples at least 1.")
+        if self.layout not in LAYOUTS:
+            raise InputError(f"{self.layout!r} is not a layout for an ONNX file; there are {', '.join(LAYOUTS)}.")
+
+
+@dataclass(frozen=True)
+class OnnxConverted:
+    """The written model, and what it was made from: source (opset raised where needed), layers, fitted weights by node
+    index, and images used and left out."""
+
+    model: onnx.ModelProto
+    source: Source
+    layers: list[Layer]
+    fitted: dict[int, QConv]
+    images: int
+    skipped: list[str]
+
+    @property
+    def weight_bits(self) -> float:
+        """Mean stored bits of a converted weight, shifts included."""
+        weights = [conv.weight for conv in self.fitted.values()]
+        return sum(w.weight_bits * w.vqk.numel() for w in weights) / sum(w.vqk.numel() for w in weights)
+
+    def float_model(self) -> onnx.ModelProto:
+        """The source with W' as float weights: what the written model computes."""
+        return with_floats(self.source, self.layers, self.fitted)
+
+
+def quantize_onnx(
+    path: Path, calib: Path, plan: OnnxPlan | None = None, progress: Progress | None = None
+) -> OnnxConverted:
+    """Fit the Conv, Gemm and MatMul weights of a float ONNX file on what they see of the images.
+
+    Raises InputError when the file or the images cannot be used, CheckError when the result computes something else
+    than its weights say."""
+    plan, report = plan or OnnxPlan(), progress or (lambda stage, done, total: None)
+    threads = torch.get_num_threads()
+    given = read_source(path, plan.imgsz, threads)
+    find_layers(given)  # nothing to do is said before images are read
+    images, skipped = pictures(spread(calibration_images(calib), plan.samples), given.image, plan.normal is not None)
+    report("images", len(images), len(images))
+    probe = as_input(images[:1] * given.image.batch, given.image, plan.normal)
+    source = _raised(path, given, plan.layout, probe)
+    layers = find_layers(source)
+    widths = _bits(layers, plan.bits, source)
+
+    def fit(layer: Layer, seen: Callable[[int], Iterator[Seen]]) -> DSTensor:
+        bits = widths[layer.index]
+        size = plan.block_size if bits < 8 else layer.weight.shape[1]
+        return _fit(layer, bits, size, seen, plan.seed)
+
+    with tempfile.TemporaryDirectory(prefix="dsconvert-") as folder, torch.no_grad():
+        fitted = fit_lockstep(
+            source, layers, batches(images, source.image, plan.normal), fit, Path(folder), threads,
+            lambda done, total: report("fit", done, total),
+        )  # fmt: skip
+    made = OnnxConverted(
+        with_integers(source, layers, fitted, plan.layout), source, layers, fitted, len(images), skipped
+    )
+    _check(made, probe)
+    return made
+
+
+def _bits(layers: list[Layer], bits: int, source: Source) -> dict[int, int]:
+    """Bits of every layer: at the ends of a network errors count most, and one weight cannot share a shift."""
+    total = sum(layer.weight.numel() for layer in layers)
+    used = {i for layer in layers for i in source.needed([layer.value])}
+    last = [layer for layer in layers if layer.index not in used]
+    edges = {layers[0].index}
+    if sum(layer.weight.numel() for layer in last) < LITTLE * total:
+        edges |= {layer.index for layer in last}
+    depthwise = {layer.index for layer in layers if layer.weight.shape[1] == 1}
+    return {layer.index: 8 if layer.index in edges | depthwise else bits for layer in layers}
+
+
+def _fit(layer: Layer, bits: int, size: int, seen: Callable[[int], Iterator[Seen]], seed: int) -> DSTensor:
+    """VQK and KDS by GPTQ, each group of channels for itself; by least squares where a group has one channel, H is too
+    large, or strides or dilations differ."""
+    columns = layer.weight[0].numel()
+    if layer.weight.shape[1] == 1 or columns > MOST_COLUMNS or isinstance(layer.node.attrs["stride"], tuple):
+        return fit_weight(layer.weight, bits, size)
+    if isinstance(layer.node.attrs["dilation"], tuple):
+        return fit_weight(layer.weight, bits, size)
+    parts = []
+    for group, weight in enumerate(layer.weight.chunk(layer.groups)):
+        moments = measure_moments(layer.node, weight.shape, seen(group if layer.groups > 1 else INPUTS), seed)
+        parts.append(fit_weight_gptq(weight, moments, bits, size))
+    return replace(
+        parts[0], vqk=torch.cat([p.vqk for p in parts]), m=torch.cat([p.m for p in parts]),
+        cds_w=torch.cat([p.cds_w for p in parts]),
+    )  # fmt: skip
+
+
+def _raised(path: Path, given: Source, layout: str, probe: Array) -> Source:
+    """The source at an opset that knows the layout; it must compute what it did before."""
+    before = _outputs(given.model, given, probe, path)
+    if given.opset >= LAYOUTS[layout]:
+        return given
+    hint = "give --layout int8, which keeps it" if given.opset >= LAYOUTS["int8"] else "export it anew"
+    refused = InputError(f"{path} has opset {given.opset}, which cannot be raised to {LAYOUTS[layout]}; {hint}.")
+    try:
+        model = onnx.version_converter.convert_version(given.model, LAYOUTS[layout])
+        made = Source(model, given.image)
+        after = _outputs(model, made, probe, path)
+    except Exception:  # the converter raises many kinds, on operators that it does not know
+        raise refused from None
+    if opset_of(model) < LAYOUTS[layout] or not _close(before, after):
+        raise refused
+    find_layers(made)
+    return made
+
+
+def _check(made: OnnxConverted, probe: Array) -> None:
+    """The written file against W' as float weights, layer by layer: an end may hide what goes wrong before it."""
+    names = [made.source.nodes[layer.index].output[0] for layer in made.layers]
+    wanted, found = (_outputs(m, made.source, probe, None, names) for m in (made.float_model(), made.model))
+    if not _close(wanted, found):
+        raise CheckError("The file computes something else than its weights say, so it was not written; please report.")
+
+
+def _outputs(
+    model: onnx.ModelProto, source: Source, probe: Array, path: Path | None, more: Sequence[str] = ()
+) -> list[Any]:
+    """The model's outputs and `more` of its values. Raises InputError about the file at `path`, CheckError without."""
+    there = {v.name for v in model.graph.output}
+    if more:
+        copied = onnx.ModelProto()
+        copied.CopyFrom(model)
+        copied.graph.output.extend(onnx.ValueInfoProto(name=name) for name in more if name not in there)
+        model = copied
+    try:
+        running = session(model.SerializeToString(), torch.get_num_threads())
+        return list(running.run(None, {source.image.name: probe}))
+    except Exception:  # onnxruntime raises many kinds
+        if path is None:
+            raise CheckError("ONNX Runtime fails on the file that was made, so it was not written.") from None
+        sides = f"{source.image.width} by {source.image.height}"
+        raise InputError(f"{path} fails in ONNX Runtime on an image of {sides} pixels.") from None
+
+
+def _close(wanted: list[Any], found: list[Any]) -> bool:
+    """Equal but for rounding. Outputs that are no float arrays (classes, places) may hang on a rounding, and are not
+    compared, nor are those whose number of rows does."""
+    pairs = [(w, f) for w, f in zip(wanted, found, strict=True) if getattr(w, "dtype", np.dtype(int)).kind == "f"]
+    return all(
+        np.allclose(f, w, RTOL, ATOL * float(np.abs(w).max(initial=0)), equal_nan=True)
+        for w, f in pairs if f.shape == w.shape
+    )  # fmt: skip

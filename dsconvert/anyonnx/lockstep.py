@@ -1,0 +1,180 @@
+"""The float file and the partly converted one, side by side over the calibration images, from layer to layer.
+
+ONNX Runtime runs the part of the graph between one layer and the next for every image; of the values, those that later
+nodes read wait on disk, and are deleted after their last use. So memory holds one image's values at a time.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import torch
+from torch import Tensor
+
+from dsconvert.anyonnx.layers import Layer
+from dsconvert.anyonnx.rewrite import float_tensors, free_prefix, replaced
+from dsconvert.anyonnx.source import Array, Source, used
+from dsconvert.dsconv.tensor import DSTensor
+from dsconvert.errors import InputError
+from dsconvert.evaluate.engines import session
+from dsconvert.fit.lockstep import fit_cds
+from dsconvert.fit.seen import Seen
+from dsconvert.graph.integer import QConv
+from dsconvert.graph.run import conv
+
+WHOLE, INPUTS = -1, -2
+# (the layer, what it sees of each group of channels: batches as often as they are asked for) -> the fitted weight
+FitLayer = Callable[[Layer, Callable[[int], Iterator[Seen]]], DSTensor]
+
+
+@dataclass
+class _Side:
+    """One of the two models: its nodes by place, tensors that replace the file's, and values that wait on disk."""
+
+    folder: Path
+    nodes: dict[int, list[onnx.NodeProto]]
+    tensors: dict[str, onnx.TensorProto] = field(default_factory=dict)
+    stored: dict[str, int] = field(default_factory=dict)
+
+    numbers: Iterator[int] = field(default_factory=itertools.count)
+
+    def file(self, value: str, image: int) -> Path:
+        return self.folder / f"{self.stored[value]}-{image}.npy"
+
+    def read(self, value: str, image: int) -> Array:
+        """Only what is looked at is loaded."""
+        path = self.file(value, image)
+        try:
+            return np.asarray(np.load(path, mmap_mode="r"))
+        except ValueError:  # an empty array
+            return np.asarray(np.load(path))
+
+    def save(self, value: str, image: int, array: Array) -> None:
+        if value not in self.stored:
+            self.stored[value] = next(self.numbers)
+        np.save(self.file(value, image), array, allow_pickle=False)
+
+    def forget(self, value: str, count: int) -> None:
+        for image in range(count):
+            self.file(value, image).unlink()
+        del self.stored[value]
+
+
+def fit_lockstep(
+    source: Source,
+    layers: Sequence[Layer],
+    batches: Iterator[Array],
+    fit_layer: FitLayer,
+    folder: Path,
+    threads: int,
+    progress: Callable[[int, int], None],
+) -> dict[int, QConv]:
+    """The layers by the index of their node: VQK and KDS by `fit_layer`, then CDSw and CDSb to the float outputs, CDSb
+    on top of the bias that the layer has. A weight that several nodes read is fitted where it is read first.
+
+    Raises InputError when ONNX Runtime fails on the images, or values are not finite."""
+    sides = [_Side(folder / name, {i: [n] for i, n in enumerate(source.nodes)}) for name in ("float", "quantized")]
+    count = 0
+    for side in sides:
+        side.folder.mkdir()
+    for count, batch in enumerate(batches, 1):
+        for side in sides:
+            side.save(source.image.name, count - 1, batch)
+    left = set(source.needed([layer.value for layer in layers])) - source.constant
+    fitted: dict[int, QConv] = {}
+    for done, layer in enumerate(layers):
+        for side in sides:
+            _advance(source, side, layer, left, count, threads)
+        left -= set(source.needed([layer.value], ()))
+        earlier = next((e for e in layers[:done] if e.stored == layer.stored and _alike(e, layer)), None)
+        seen = _watcher(layer, sides[0], sides[1], count)
+        if earlier is None:
+            made = fit_cds(layer.node, fit_layer(layer, seen), seen(WHOLE))
+        else:
+            made = _bias_only(layer, fitted[earlier.index].weight, seen(WHOLE))
+        fitted[layer.index] = replace(made, bias=made.bias + layer.bias)
+        name = f"{free_prefix(source)}fitted{layer.index}"
+        sides[1].nodes.update(replaced(source, layer, name, f"{name}.bias"))
+        sides[1].tensors.update({t.name: t for t in float_tensors(layer, fitted[layer.index], name)})
+        _forget(source, sides, layers[done + 1 :], left, count)
+        progress(done + 1, len(layers))
+    return fitted
+
+
+def _alike(a: Layer, b: Layer) -> bool:
+    return a.weight.shape == b.weight.shape and torch.equal(a.weight, b.weight)
+
+
+def _advance(source: Source, side: _Side, layer: Layer, left: set[int], count: int, threads: int) -> None:
+    """Run what is between the values on disk and the layer, for every image."""
+    if layer.value in side.stored:
+        return
+    indices = source.needed([layer.value], side.stored)
+    now = [i for i in indices if i not in source.constant]
+    later = {name for i in left.difference(now) for name in used(source.nodes[i])} | {layer.value}
+    outputs = [out for i in now for out in source.nodes[i].output if out in later]
+    nodes = [node for i in indices for node in side.nodes[i]]
+    reads = [v for v in side.stored if any(v in used(n) for n in nodes)]
+    running: ort.InferenceSession | None = None
+    for image in range(count):
+        given = {v: side.read(v, image) for v in reads}
+        try:
+            running = running or session(source.part(nodes, outputs, given, side.tensors).SerializeToString(), threads)
+            values = running.run(outputs, given)
+        except Exception:  # onnxruntime raises many kinds
+            raise InputError(f"ONNX Runtime fails on the calibration images before layer {layer.name}.") from None
+        for name, value in zip(outputs, values, strict=True):
+            if not isinstance(value, np.ndarray) or not (value.dtype.kind != "f" or np.isfinite(value).all()):
+                raise InputError(f"A value before layer {layer.name} is not finite, or no tensor: it cannot be fitted.")
+            side.save(name, image, value)
+
+
+def _forget(source: Source, sides: Sequence[_Side], layers: Sequence[Layer], left: set[int], count: int) -> None:
+    """Delete what nobody reads any more."""
+    wanted = {name for i in left for name in used(source.nodes[i])} | {layer.value for layer in layers}
+    for side in sides:
+        for value in [v for v in side.stored if v not in wanted]:
+            side.forget(value, count)
+
+
+def _watcher(layer: Layer, floats: _Side, quants: _Side, count: int) -> Callable[[int], Iterator[Seen]]:
+    """What the layer sees in one group of its channels; with `WHOLE` and `INPUTS` in all of them, with and without the
+    float outputs (before the bias)."""
+
+    def seen(group: int) -> Iterator[Seen]:
+        chi = layer.weight.shape[1]
+        first = 0
+        for image in range(count):
+            arrays = [side.read(layer.value, image) for side in (floats, quants)]
+            if group >= 0:
+                arrays = [a[:, group * chi : (group + 1) * chi] for a in arrays]
+            x, q = (layer.images(a) for a in arrays)
+            y = conv(layer.node, x, layer.weight, None) if group == WHOLE else torch.empty(0)
+            places = _places(layer, x)
+            yield Seen(x, q, y, torch.ones(len(x), places), first)
+            first += len(x)
+
+    return seen
+
+
+def _places(layer: Layer, x: Tensor) -> int:
+    """Output positions of one image."""
+    sizes = [(side - d * (k - 1) - 1) // s + 1 for side, k, s, d in
+             zip(x.shape[2:], layer.weight.shape[2:], layer.stride, layer.dilation, strict=True)]  # fmt: skip
+    return sizes[0] * sizes[1]
+
+
+def _bias_only(layer: Layer, weight: DSTensor, batches: Iterator[Seen]) -> QConv:
+    """A weight fitted elsewhere, with the bias that makes up for its mean error here."""
+    total, count = torch.zeros(len(weight.vqk), dtype=torch.float64), 0
+    for seen in batches:
+        error = seen.float_output - conv(layer.node, seen.input, weight.weight(), None)
+        total += error.sum((0, 2, 3), dtype=torch.float64)
+        count += error[:, 0].numel()
+    return QConv(weight, (total / count).float())

@@ -1,0 +1,433 @@
+"""quantize of ONNX files from anywhere: what is found in them, what is fitted, and what the written file computes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import cv2
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+import torch
+import zoo
+from conftest import DEMO
+from onnx import TensorProto, helper, numpy_helper
+from test_anymodule import Small
+from torch import nn
+
+from dsconvert import pipeline
+from dsconvert.anyonnx import convert, lockstep
+from dsconvert.anyonnx.convert import OnnxConverted, OnnxPlan, quantize_onnx
+from dsconvert.anyonnx.images import Normalisation, as_input, pictures
+from dsconvert.anyonnx.layers import find_layers
+from dsconvert.anyonnx.source import ImageInput, read_source
+from dsconvert.errors import CheckError, InputError
+from dsconvert.export.inspect import conv_weights
+from dsconvert.export.onnx import Ends
+from dsconvert.graph.run import conv
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # the exporter's own
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory) -> Path:
+    """A folder of six small pictures."""
+    folder = tmp_path_factory.mktemp("photos")
+    rng = np.random.default_rng(0)
+    for i in range(6):
+        cv2.imwrite(str(folder / f"{i}.png"), cv2.resize(rng.integers(0, 256, (6, 8, 3), dtype=np.uint8), (40, 30)))
+    return folder
+
+
+def exported(module: nn.Module, path: Path, shape=(1, 3, 32, 32), opset: int = 17, **how) -> Path:
+    torch.manual_seed(0)
+    torch.onnx.export(module.eval(), (torch.rand(shape),), str(path), dynamo=False, opset_version=opset, **how)
+    return path
+
+
+def run(model: onnx.ModelProto | Path, x: np.ndarray, level: int = 99) -> list[np.ndarray]:
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    options.graph_optimization_level = ort.GraphOptimizationLevel(level)
+    data = str(model) if isinstance(model, Path) else model.SerializeToString()
+    session = ort.InferenceSession(data, options, providers=["CPUExecutionProvider"])
+    return session.run(None, {session.get_inputs()[0].name: x})
+
+
+def error(path: Path, made: OnnxConverted, x: np.ndarray) -> float:
+    (wanted, *_), (found, *_) = run(path, x), run(made.model, x)
+    return float(np.square(found - wanted).mean() / np.square(wanted).mean())
+
+
+def image(side: int = 32, seed: int = 5) -> np.ndarray:
+    return np.random.default_rng(seed).random((1, 3, side, side), np.float32)
+
+
+def put_in(path: Path, made: OnnxConverted) -> onnx.ModelProto:
+    """The file as it was, its layers reading the numbers of the fit in the place of their weights and biases."""
+    model = onnx.load(path)
+    for layer in made.layers:
+        fitted, node = made.fitted[layer.index], model.graph.node[layer.index]
+        weight = fitted.weight.weight().numpy()
+        value = weight if node.op_type == "Conv" else weight[:, :, 0, 0]
+        for place, (name, array) in enumerate({"w": value, "b": fitted.bias.numpy()}.items(), 1):
+            model.graph.initializer.append(numpy_helper.from_array(array, f"{name}{layer.index}"))
+            node.input[place:] = [f"{name}{layer.index}", *node.input[place + 1 :]]
+    return model
+
+
+@pytest.fixture(scope="module")
+def resnet(tmp_path_factory, photos) -> tuple[Path, OnnxConverted]:
+    """A small ResNet from torch's exporter (BatchNorm folded, Gemm at the end), and its conversion."""
+    path = exported(
+        zoo._resnet(False, (1, 1, 1, 1), 1 / 8, 10), tmp_path_factory.mktemp("resnet") / "net.onnx", (1, 3, 48, 48)
+    )
+    return path, quantize_onnx(path, photos, OnnxPlan(samples=3))
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory) -> tuple[Path, OnnxConverted]:
+    """The demo's detector as a float ONNX file, and its conversion: by least squares, which takes seconds less."""
+    path = tmp_path_factory.mktemp("demo") / "demo.onnx"
+    path.write_bytes(pipeline.onnx_bytes(DEMO / "demo.pt", "packed", 96, Ends(), False))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(convert, "MOST_COLUMNS", 0)
+        return path, quantize_onnx(path, DEMO / "data.yaml", OnnxPlan(bits=6, samples=2))
+
+
+@pytest.mark.parametrize("which", ["resnet", "demo"])
+def test_the_file_is_the_float_graph_with_the_fitted_weights(which, request):
+    """Both graphs have the same operators on the same float32 weights; only how the engine lays out the sums may
+    differ. Unoptimised, so that the packed chain is run as it is written."""
+    path, made = request.getfixturevalue(which)
+    side = made.source.image.height
+    for level in (99, 0):
+        (wanted, *_), (found, *_) = run(put_in(path, made), image(side), level), run(made.model, image(side), level)
+        np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-5 * np.abs(wanted).max())
+    onnx.checker.check_model(made.model)
+    kinds = [w.type for w in conv_weights(made.model)]
+    assert set(kinds) <= {"int8", "uint4", "int4", "uint8"}
+    assert len(kinds) == sum(n.op_type == "Conv" for n in onnx.load(path).graph.node)
+
+
+@pytest.mark.parametrize("which", ["resnet", "demo"])
+def test_packed_and_int8_are_the_same_numbers(which, request):
+    path, made = request.getfixturevalue(which)
+    given = read_source(path, None, 1)
+    plain = convert.with_integers(given, find_layers(given), made.fitted, "int8")
+    assert plain.opset_import[0].version == given.opset < 21 == made.model.opset_import[0].version
+    side = made.source.image.height
+    for a, b in zip(run(plain, image(side)), run(made.model, image(side)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6 * np.abs(a).max())
+    sizes = [len(m.SerializeToString()) for m in (onnx.load(path), plain, made.model)]
+    assert sizes == sorted(sizes, reverse=True)
+
+
+def test_the_resnet_is_close_to_the_float_one(resnet):
+    path, made = resnet
+    assert error(path, made, image(48)) < 1e-3
+    assert len(made.layers) == 13
+    assert 4 < made.weight_bits < 4.6
+
+
+def test_every_kind_of_layer_is_fitted_and_every_bit_counts(photos, tmp_path):
+    path = exported(Small(), tmp_path / "small.onnx")
+    made = [quantize_onnx(path, photos, OnnxPlan(bits, 4)) for bits in (2, 4, 8)]
+    errors = [error(path, m, image()) for m in made]
+    assert errors == sorted(errors, reverse=True)
+    assert errors[-1] < 1e-3
+    ops = [made[0].source.nodes[layer.index].op_type for layer in made[0].layers]
+    assert ops.count("Conv") == 7  # plain, grouped, depthwise, odd, mirrored, and the shared one twice
+    assert ops.count("MatMul") == 2
+    bits = [made[0].fitted[layer.index].weight.bits for layer in made[0].layers]
+    assert bits == [8, 2, 8, 2, 2, 2, 2, 2, 8]  # the first, the depthwise and the last little one
+    shared = [made[0].fitted[layer.index].weight for layer in made[0].layers[5:7]]
+    assert shared[0] is shared[1]
+    packed = [t for t in made[0].model.graph.initializer if t.name.startswith("shared.vqk")]
+    assert len(packed) == 1
+
+
+def test_the_fit_on_images_beats_the_weights_alone(photos, tmp_path, monkeypatch):
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 16, 3), nn.ReLU(), nn.Conv2d(16, 16, 3)]
+    path = exported(nn.Sequential(*layers), tmp_path / "net.onnx")
+    fitted = quantize_onnx(path, photos, OnnxPlan(bits=2))
+    monkeypatch.setattr(convert, "MOST_COLUMNS", 0)
+    plain = quantize_onnx(path, photos, OnnxPlan(bits=2))
+    smooth = cv2.resize(np.random.default_rng(9).random((6, 8, 3), np.float32), (32, 32)).transpose(2, 0, 1)[None]
+    wanted, *found = (run(m, smooth)[0] for m in (path, fitted.model, plain.model))
+    ours, others = (float(np.square(f - wanted).mean()) for f in found)
+    assert ours < 0.7 * others
+
+
+def test_a_grouped_convolution_is_its_groups(photos, tmp_path):
+    """Each group is fitted as a convolution of its own would be."""
+    torch.manual_seed(3)
+    whole = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 6, 3, groups=2))
+    made = quantize_onnx(exported(whole, tmp_path / "whole.onnx"), photos, OnnxPlan(bits=3, block_size=4))
+    half = nn.Sequential(whole[0], whole[1], Half(whole[2]))
+    one = quantize_onnx(exported(half, tmp_path / "half.onnx"), photos, OnnxPlan(bits=3, block_size=4))
+    widths = [[m.fitted[layer.index].weight.bits for layer in m.layers] for m in (made, one)]
+    assert widths == [[8, 3], [8, 3]]
+    grouped, alone = (m.fitted[m.layers[1].index].weight for m in (made, one))
+    assert torch.equal(grouped.vqk[3:], alone.vqk)
+    assert torch.equal(grouped.m[3:], alone.m)
+
+
+class Half(nn.Module):
+    """The second group of a convolution of two."""
+
+    def __init__(self, both: nn.Conv2d) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(4, 3, 3)
+        self.conv.weight, self.conv.bias = (nn.Parameter(p.detach()[3:]) for p in (both.weight, both.bias))
+
+    def forward(self, x):
+        return self.conv(x[:, 4:])
+
+
+PADDINGS = {
+    "uneven": "pads = [0, 1, 2, 3], strides = [2, 2]", "upper": 'auto_pad = "SAME_UPPER", strides = [2, 2]',
+    "lower": 'auto_pad = "SAME_LOWER", strides = [3, 3]', "valid": 'auto_pad = "VALID", dilations = [2, 2]',
+    "unequal": "strides = [1, 2], dilations = [2, 1]",
+}  # fmt: skip
+
+
+def model_of(text: str, weights: dict[str, np.ndarray], path: Path, opset: int = 17) -> Path:
+    """A file of these nodes, from x float[1,3,16,16] unless the text says otherwise."""
+    if not text.startswith("("):
+        text = f"(float[1,3,16,16] x) => (float y) {{ {text} }}"
+    model = onnx.parser.parse_model(f'<ir_version: 8, opset_import: ["" : {opset}, "com.microsoft" : 1]> agraph {text}')
+    model.graph.initializer.extend(numpy_helper.from_array(v, n) for n, v in weights.items())
+    path.write_bytes(model.SerializeToString())
+    return path
+
+
+def normal(*shape: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+@pytest.mark.parametrize("how", PADDINGS)
+def test_padding_strides_and_dilations_are_the_files(how, tmp_path, photos):
+    path = model_of(f"y = Conv<{PADDINGS[how]}>(x, w)", {"w": normal(4, 3, 3, 3)}, tmp_path / "conv.onnx")
+    source = read_source(path, None, 1)
+    (layer,) = find_layers(source)
+    x = image(16)
+    (wanted,) = run(path, x)
+    seen = layer.images(x)
+    found = conv(layer.node, seen, layer.weight, None)
+    np.testing.assert_allclose(found.numpy(), wanted, atol=1e-5)
+    assert lockstep._places(layer, seen) == wanted.shape[2] * wanted.shape[3]
+    made = quantize_onnx(path, photos, OnnxPlan(layout="int8"))
+    assert error(path, made, x) < 1e-3
+
+
+MATRICES = {
+    "gemm": ("y = Gemm<transB = 1, alpha = 0.5, beta = 2.0>(f, w, c)", (5, 768), (5,)),
+    "gemm turned": ("y = Gemm<alpha = 2.0>(f, w, c)", (768, 5), (1, 5)),
+    "gemm one bias": ("y = Gemm(f, w, c)", (768, 5), ()),
+    "matmul": ("y = MatMul(f, w)", (768, 5), None),
+    "matmul and add": ("p = MatMul(f, w) y = Add(c, p)", (768, 5), (5,)),
+    "matmul read twice": ("p = MatMul(f, w) q = Add(p, c) y = Mul(p, q)", (768, 5), (5,)),
+    "computed weight": ("t = Transpose<perm = [1, 0]>(w) y = MatMul(f, t)", (5, 768), None),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("how", MATRICES)
+def test_matrix_products_keep_their_meaning(how, tmp_path, photos):
+    """At 8 bits: transposed, scaled and biased as they were."""
+    text, shape, bias = MATRICES[how]
+    weights = {"w": normal(*shape)} | ({} if bias is None else {"c": normal(*bias, seed=1)})
+    path = model_of(f"f = Flatten(x) {text}", weights, tmp_path / "matrix.onnx")
+    made = quantize_onnx(path, photos, OnnxPlan(8))
+    assert error(path, made, image(16)) < 2e-4
+    assert "w" not in {t.name for t in made.model.graph.initializer}
+    adds = sum(n.op_type == "Add" for n in made.model.graph.node)
+    assert adds == {"matmul": 1, "matmul and add": 1, "matmul read twice": 2, "computed weight": 1}.get(how, 0)
+
+
+def test_a_matrix_product_of_tokens(tmp_path, photos):
+    text = "t = Reshape(x, s) p = MatMul(t, w) a = Relu(p) y = MatMul(a, v)"
+    weights = {"s": np.array([1, 48, 16]), "w": normal(16, 24), "v": normal(24, 8, seed=2)}
+    path = model_of(text, weights, tmp_path / "tokens.onnx")
+    made = quantize_onnx(path, photos, OnnxPlan(4, 8))
+    assert [tuple(layer.weight.shape) for layer in made.layers] == [(24, 16, 1, 1), (8, 24, 1, 1)]
+    assert error(path, made, image(16)) < 0.02
+
+
+INPUTS = {
+    "bytes": ("(uint8[1,3,16,16] x)", "f = Cast<to = 1>(x) y = Conv(f, w)", 3, np.uint8, (1, 3, 16, 16)),
+    "half": ("(float16[1,3,16,16] x)", "y = Conv(x, w)", 3, np.float16, (1, 3, 16, 16)),
+    "two at once": ("(float[2,3,16,12] x)", "y = Conv(x, w)", 3, np.float32, (2, 3, 16, 12)),
+    "grey": ("(float[N,1,16,16] x)", "y = Conv(x, w)", 1, np.float32, (1, 1, 16, 16)),
+    "channels last": ("(float[1,16,16,3] x)", "t = Transpose<perm = [0, 3, 1, 2]>(x) y = Conv(t, w)", 3, np.float32,
+                      (1, 16, 16, 3)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("how", INPUTS)
+def test_inputs_of_every_kind(how, tmp_path, photos):
+    given, text, channels, kind, shape = INPUTS[how]
+    weight = normal(4, channels, 3, 3).astype(np.float16 if how == "half" else np.float32)
+    out = "float16 y" if how == "half" else "float y"
+    path = model_of(f"{given} => ({out}) {{ {text} }}", {"w": weight}, tmp_path / "input.onnx")
+    made = quantize_onnx(path, photos, OnnxPlan(samples=3))
+    assert made.images == 3
+    x = (np.random.default_rng(0).random(shape) * (255 if kind is np.uint8 else 1)).astype(kind)
+    assert error(path, made, x) < 2e-3
+
+
+def test_pictures_are_placed_as_detectors_and_classifiers_do(photos):
+    wanted = ImageInput("x", np.float32, 1, 3, 20, 20)
+    whole = cv2.cvtColor(cv2.imread(str(photos / "0.png")), cv2.COLOR_BGR2RGB)  # 30 x 40
+    (boxed,), _ = pictures([photos / "0.png"], wanted, crop=False)
+    assert (boxed[[0, 1, -2, -1]] == 114).all()
+    assert not (boxed[3] == 114).all()
+    (cropped,), _ = pictures([photos / "0.png"], wanted, crop=True)
+    middle = cv2.resize(whole, (27, 20), interpolation=cv2.INTER_LINEAR)[:, 3:23]
+    assert np.array_equal(cropped, middle)
+    found = as_input([cropped], wanted, Normalisation((0.5, 0.25, 0.0), (0.5, 1.0, 2.0)))
+    for c, (mean, std) in enumerate([(0.5, 0.5), (0.25, 1.0), (0.0, 2.0)]):
+        np.testing.assert_allclose(found[0, c], (middle[..., c] / 255 - mean) / std, rtol=1e-5, atol=1e-6)
+
+
+def test_values_are_deleted_after_their_last_use(resnet, photos, monkeypatch):
+    """Of 13 layers' inputs two wait at most: that of the layer, and what a residual adds."""
+    path, _ = resnet
+    waiting = []
+
+    def watch(source, sides, layers, left, count, forget=lockstep._forget):
+        forget(source, sides, layers, left, count)
+        waiting.append(max(len(list(side.folder.iterdir())) for side in sides))
+
+    monkeypatch.setattr(lockstep, "_forget", watch)
+    monkeypatch.setattr(convert, "MOST_COLUMNS", 0)
+    quantize_onnx(path, photos, OnnxPlan(samples=1))
+    assert len(waiting) == 13
+    assert max(waiting) <= 2
+    assert waiting[-1] == 0
+
+
+def test_an_opset_that_cannot_be_raised_is_named_and_int8_keeps_it(tmp_path, photos):
+    text = "c = Conv(x, w) y = com.microsoft.QuickGelu(c)"
+    path = model_of(text, {"w": normal(4, 3, 3, 3)}, tmp_path / "own.onnx", 12)
+    made = quantize_onnx(path, photos, OnnxPlan(layout="int8"))
+    assert made.source.opset == 12
+    assert error(path, made, image(16)) < 1e-3
+    old = model_of("y = Conv(x, w)", {"w": normal(4, 3, 3, 3)}, tmp_path / "old.onnx", 12)
+    assert quantize_onnx(old, photos).source.opset == 21
+
+
+def hostile(folder: Path) -> dict[str, tuple[Path, str]]:
+    """Files that cannot be converted, and what is said of them."""
+    w = {"w": normal(4, 3, 3, 3)}
+    junk = folder / "junk.onnx"
+    junk.write_bytes(b"\x08\x07 not a model")
+    outside = onnx.load(model_of("y = Conv(x, w)", w, folder / "base.onnx"))
+    (tensor,) = outside.graph.initializer
+    tensor.ClearField("raw_data")
+    tensor.data_location = TensorProto.EXTERNAL
+    tensor.external_data.add(key="location", value="../../../etc/passwd")
+    (folder / "outside.onnx").write_bytes(outside.SerializeToString())
+    circle = onnx.load(folder / "base.onnx")
+    circle.graph.node.append(helper.make_node("Relu", ["b"], ["a"]))
+    circle.graph.node.append(helper.make_node("Relu", ["a"], ["b"]))
+    (folder / "circle.onnx").write_bytes(circle.SerializeToString())
+    turned = onnx.load(model_of("a = Relu(x) y = Conv(a, w)", w, folder / "turned.onnx"))
+    nodes = list(turned.graph.node)[::-1]
+    del turned.graph.node[:]
+    turned.graph.node.extend(nodes)
+    (folder / "turned.onnx").write_bytes(turned.SerializeToString())
+    two = "(float[1,3,16,16] x, float[1] z) => (float y) { c = Conv(x, w) y = Mul(c, z) }"
+    integers = {"w": np.ones((4, 3, 3, 3), np.int8), "s": np.float32(1) * np.ones(1, np.float32)}
+    words = "(float[1,20] x) => (float y) { y = MatMul(x, w) }"
+    return {
+        "junk": (junk, "is not an ONNX file"),
+        "missing": (folder / "none.onnx", "There is no ONNX file"),
+        "outside": (folder / "outside.onnx", "outside of its own folder"),
+        "circle": (folder / "circle.onnx", "is not an ONNX file|not in the order"),
+        "turned": (folder / "turned.onnx", "not in the order"),
+        "no conv": (model_of("y = Relu(x)", {}, folder / "none_at_all.onnx"), "no convolution"),
+        "weight from the image": (model_of("y = Conv(x, x)", {}, folder / "self.onnx"), "no convolution|not an ONNX"),
+        "wrong shapes": (model_of("y = Conv(x, w)", {"w": normal(4, 5, 3, 3)}, folder / "shapes.onnx"),
+                         "is not an ONNX file|fails in ONNX Runtime"),
+        "two inputs": (model_of(two, w, folder / "two.onnx"), "2 inputs"),
+        "words": (model_of(words, {"w": normal(20, 4)}, folder / "words.onnx"), "does not take one image"),
+        "quantized": (model_of("d = DequantizeLinear(w, s) y = Conv(x, d)", integers, folder / "q.onnx"),
+                      "no convolution"),
+        "infinite": (model_of("z = Sub(x, x) i = Div(x, z) y = Conv(i, w)", w, folder / "inf.onnx"), "not finite"),
+    }  # fmt: skip
+
+
+def test_hostile_files_are_one_sentence_and_exit_2(tmp_path, photos, call):
+    for name, (path, said) in hostile(tmp_path).items():
+        done = call("quantize", path, "--calib", photos, "--out", "out", cwd=tmp_path)
+        assert done.code == 2, (name, done.err)
+        (line,) = [text for text in done.err.splitlines() if text.startswith("Error: ")]
+        assert any(part in line for part in said.split("|")), (name, line)
+        assert "Traceback" not in done.err
+        assert not (tmp_path / "out").exists()
+
+
+def test_the_command_writes_one_file_and_says_what_it_did(tmp_path, photos, call):
+    path = exported(Small(), tmp_path / "net.onnx")
+    arguments = ["quantize", path, "--calib", photos, "--block-size", "4"]
+    done = call(*arguments, "--json", cwd=tmp_path)
+    assert done.code == 0, done.err
+    said = json.loads(done.out)
+    written = tmp_path / said["path"]
+    assert said["path"] == "runs/dsconvert/net/net-packed.onnx"
+    assert said["size_bytes"] == written.stat().st_size
+    assert [row["bits"] for row in said["layers"]] == [8, 4, 8, 4, 4, 4, 4, 4, 8]
+    (wanted, *_), (found, *_) = run(path, image()), run(written, image())
+    assert np.square(found - wanted).mean() < 0.1 * np.square(wanted).mean()
+    again = call(*arguments, "--out", "made.onnx", "-q", "--layout", "int8", cwd=tmp_path)
+    assert again.out == "made.onnx\n"
+    refused = call(*arguments, "--out", "made.onnx", cwd=tmp_path)
+    assert refused.code == 2
+    assert "already exists" in refused.err
+    table = call(*arguments, "--out", "made.onnx", "--force", "-v", "--mean", "0.485,0.456,0.406", cwd=tmp_path)
+    assert table.code == 0, table.err
+    assert "Converted 9 layers to DSConv" in table.out
+
+
+def test_options_that_do_not_belong_are_refused(tmp_path, photos, call, work):
+    path = model_of("y = Conv(x, w)", {"w": normal(4, 3, 3, 3)}, tmp_path / "net.onnx")
+    for wrong, said in {
+        ("--blocks", "head"): "--blocks is for a checkpoint", ("--kds", "float"): "--kds is for a checkpoint",
+        ("--target-size", "1MB"): "--target-size is for a checkpoint", ("--imgsz", "32"): "does not fit it",
+        ("--activations", "int8"): "--activations is for a checkpoint", ("--std", "0"): "--std above 0",
+        ("--mean", "a,b"): "is not numbers",
+    }.items():  # fmt: skip
+        done = call("quantize", path, "--calib", photos, *wrong, cwd=tmp_path)
+        assert done.code == 2, wrong
+        assert said in done.err
+    assert "give --calib" in call("quantize", path, cwd=tmp_path).err
+    done = call("quantize", "best.pt", "--calib", "images", "--layout", "int8", cwd=work)
+    assert done.code == 2
+    assert "--layout is for an ONNX file" in done.err
+
+
+def test_a_file_that_computes_something_else_is_not_written(tmp_path, photos, monkeypatch):
+    path = exported(Small(), tmp_path / "net.onnx")
+    real = convert.with_integers
+
+    def broken(*args):
+        made = real(*args)
+        cds = next(t for t in made.graph.initializer if t.name.endswith(".cds"))
+        cds.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(cds) * np.float32(1.1), cds.name))
+        return made
+
+    monkeypatch.setattr(convert, "with_integers", broken)
+    with pytest.raises(CheckError, match="something else"):
+        quantize_onnx(path, photos)
+
+
+def test_bad_plans_are_one_sentence():
+    for wrong in ({"bits": 9}, {"block_size": 0}, {"layout": "fused"}, {"samples": 0}):
+        with pytest.raises(InputError):
+            OnnxPlan(**wrong)
+    with pytest.raises(InputError, match="three numbers"):
+        Normalisation((0.1, 0.2), (1.0,))
