@@ -152,6 +152,8 @@ def test_without_labels_float_is_the_reference(folder):
     html = page_bytes(found).decode()
     assert not found.labelled
     assert "agreement with them is" in html
+    assert "<dt>Agreement (mAP50-95)</dt>" in html
+    assert not re.search(r"\b1 classes", html)
     assert "reference</td>" in html
     assert "points against float" not in html
     assert len(found.photos) == 1
