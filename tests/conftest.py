@@ -199,9 +199,14 @@ def _widened(conv: QConv, index: int) -> QConv:
     return replace(conv, weight=replace(shrink, z=torch.full_like(shrink.m, room)))
 
 
+def widen(model: DSModel) -> DSModel:
+    """The tiny network with every width from 2 to 8 bits in it."""
+    convs = {name: _widened(conv, i) for i, (name, conv) in enumerate(model.convs.items())}
+    assert {c.weight.bits for c in convs.values()} == set(range(2, 9))
+    return replace(model, convs=convs)
+
+
 @pytest.fixture
 def widened(converted) -> DSModel:
-    """The tiny network with every width from 2 to 8 bits in it."""
-    convs = {name: _widened(conv, i) for i, (name, conv) in enumerate(converted.convs.items())}
-    assert {c.weight.bits for c in convs.values()} == set(range(2, 9))
-    return replace(converted, convs=convs)
+    """The network of `converted`, see `widen`."""
+    return widen(converted)

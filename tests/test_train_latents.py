@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import convert, smooth_picture, tiny_network
+from conftest import convert, smooth_picture, tiny_network, widen
 
 from dsconvert.dsconv.tensor import PAIR_MAX, DSTensor, largest_pair
 from dsconvert.fit.real_alpha import fit_weight_real
@@ -23,6 +23,11 @@ from dsconvert.yolo.decode import decode, whole_maps
 @pytest.fixture(scope="module")
 def model() -> DSModel:
     return convert(*tiny_network(), smooth_picture())
+
+
+@pytest.fixture(scope="module")
+def widened(model) -> DSModel:
+    return widen(model)
 
 
 def real_model(model: DSModel) -> DSModel:

@@ -27,7 +27,7 @@ from dsconvert.train.latents import TRAINED, Latents, learned, share, start
 from dsconvert.train.loop import Plan, Student, train
 from dsconvert.train.photos import Photos, open_photos
 from dsconvert.train.schedule import SCHEDULES
-from dsconvert.train.state import State, read_state, write_state
+from dsconvert.train.state import SETS, State, read_state, write_state
 from dsconvert.unfinished import run_key
 from dsconvert.yolo.decode import decode
 from dsconvert.yolo.images import DataYaml, read_data_yaml
@@ -190,6 +190,5 @@ def _spread(state: State) -> State:
 
 
 def _plain(state: State) -> dict[str, Any]:
-    names = ("latents", "average", "best", "first", "second")
-    sets = {n: {k: v.detach().cpu() for k, v in getattr(state, n).items()} for n in names}
+    sets = {n: {k: v.detach().cpu() for k, v in getattr(state, n).items()} for n in SETS}
     return {"sets": sets, "steps": state.steps, "log": state.log}
