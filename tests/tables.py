@@ -166,6 +166,70 @@ def yolov7(nc: int = 80, width: float = 1.0, detect: str = "IDetect") -> dict[st
     return t.config(backbone, nc, 1.0, width, 3)
 
 
+def short_p6() -> Table:
+    t = Table()
+    t.add("Conv", 32, 6, 4, 1)
+    for c in (32, 32, 48, 64):
+        t.add("Conv", c, 3, 2)
+        t.add("C3", c, False)
+    t.add("Detect", "nc", "anchors", source=(2, 4, 6, 8))
+    return t
+
+
+def short_yolov7() -> Table:
+    t = Table()
+    t.add("Conv", 32, 3, 4)
+    t.add("Conv", 32, 1, 1)
+    t.add("Conv", 32, 1, 1, source=-2)
+    t.add("Conv", 32, 3, 1)
+    t.add("Concat", 1, source=(-1, -2, -3))
+    t.add("MP")
+    t.add("Conv", 32, 1, 1)
+    t.add("Conv", 32, 1, 1, source=-3)
+    t.add("Conv", 32, 3, 2)
+    t.add("Concat", 1, source=(-1, -3))
+    t.add("SPPCSPC", 32)
+    t.add("RepConv", 32, 3, 1)
+    t.add("Conv", 48, 3, 2)
+    t.add("RepConv", 64, 3, 1)
+    t.add("IDetect", "nc", "anchors", source=(11, 13))
+    return t
+
+
+def short_tiny() -> Table:
+    t = Table()
+    t.add("Conv", 32, 3, 4, *LEAKY)
+    t.add("Conv", 32, 1, 1, *LEAKY)
+    t.add("MP")
+    t.add("SP", 5)
+    t.add("SP", 9, source=-2)
+    t.add("Concat", 1, source=(-1, -2, -3))
+    t.add("Conv", 48, 3, 1, *LEAKY)
+    t.add("Conv", 64, 3, 2, *LEAKY)
+    t.add("IDetect", "nc", "anchors", source=(6, 7))
+    return t
+
+
+def short_ghost() -> Table:
+    t = Table()
+    t.add("Conv", 32, 6, 4, 1)
+    t.add("GhostBottleneck", 32, 3, 2)
+    t.add("C3Ghost", 32)
+    t.add("DWConv", 32, 3, 2)
+    t.add("C3SPP", 48, [3, 5])
+    t.add("Detect", "nc", "anchors", source=(2, 4))
+    return t
+
+
+# Few layers of every kind: (model yaml, strides).
+SHORT = {
+    "P6": (short_p6().config(4, 2, 1.0, 1.0, 4), [8, 16, 32, 64]),
+    "YOLOv7": (short_yolov7().config(6, 2, 1.0, 1.0, 2), [8, 16]),
+    "YOLOv7-tiny": (short_tiny().config(3, 2, 1.0, 1.0, 2), [8, 16]),
+    "ghost": (short_ghost().config(3, 2, 1.0, 1.0, 2), [8, 16]),
+}
+
+
 def meta(config: dict[str, Any]) -> Network:
     """The network without its numbers."""
     with torch.device("meta"):

@@ -13,7 +13,7 @@ import pytest
 import torch
 from conftest import randomise, write_pictures
 from fake_trees import trained
-from tables import P6, Table, gflops, meta, parameters, yolov5, yolov7, yolov7_tiny
+from tables import P6, SHORT, gflops, meta, parameters, yolov5, yolov7, yolov7_tiny
 
 from dsconvert.dsconv.tensor import used_width
 from dsconvert.export.onnx import export_quantized
@@ -79,14 +79,18 @@ NARROW = {
 
 @pytest.fixture(scope="module", params=NARROW)
 def family(request, tmp_path_factory):
-    """(name, loaded checkpoint, the stand-in's raw maps of an image, that image)."""
+    """(name, loaded checkpoint, what gives the stand-in's raw maps of an image)."""
     config, strides, old = NARROW[request.param]
     data, run = trained(config, strides, randomise, old=old)
     path = tmp_path_factory.mktemp("family") / "best.pt"
     path.write_bytes(data)
-    side = 2 * max(strides)
-    image = torch.rand(1, 3, side, side, generator=torch.Generator().manual_seed(0)).mul(255).round() / 255
-    return request.param, load_checkpoint(path), run(image), image
+    return request.param, load_checkpoint(path), run
+
+
+def image_of(checkpoint, cells: int) -> torch.Tensor:
+    """Noise on the 8-bit grid, so many cells of the coarsest map wide."""
+    side = cells * checkpoint.head.stride
+    return torch.rand(1, 3, side, side, generator=torch.Generator().manual_seed(0)).mul(255).round() / 255
 
 
 def close(found, wanted, tolerance: float = 1e-5) -> None:
@@ -95,9 +99,10 @@ def close(found, wanted, tolerance: float = 1e-5) -> None:
 
 
 def test_a_checkpoint_gives_its_own_models_maps(family):
-    """Loaded, fused (float32 rounding through a hundred layers) and lowered."""
-    _, checkpoint, wanted, image = family
-    network = checkpoint.network
+    """Loaded, fused (float32 rounding through a hundred layers) and lowered; seven cells show the widest pool."""
+    _, checkpoint, run = family
+    image, network = image_of(checkpoint, 7), checkpoint.network
+    wanted = run(image)
     close(network(image), wanted)
     fused = copy.deepcopy(network).fuse()
     close(fused(image), wanted, 1e-4)
@@ -132,7 +137,8 @@ def session(data: onnx.ModelProto) -> ort.InferenceSession:
 def test_onnx_computes_the_integers(family):
     """Each layer, given what ONNX Runtime gives it, makes the same integers in torch: all of them, but for SiLU, where
     two libraries' sigmoids may fall to two sides of a tie. All layouts make the same detections."""
-    name, checkpoint, _, image = family
+    name, checkpoint, _ = family
+    image = image_of(checkpoint, 2)
     model = quick_model(checkpoint, image)
     feed = {INPUT: image.numpy()}
     packed = export_quantized(model, "packed", model.imgsz)
@@ -158,75 +164,10 @@ def test_onnx_computes_the_integers(family):
         np.testing.assert_allclose(out, values[0], rtol=1e-5, atol=1e-4)
 
 
-def short_p6() -> Table:
-    t = Table()
-    t.add("Conv", 32, 6, 4, 1)
-    for c in (32, 32, 48, 64):
-        t.add("Conv", c, 3, 2)
-        t.add("C3", c, False)
-    t.add("Detect", "nc", "anchors", source=(2, 4, 6, 8))
-    return t
-
-
-def short_yolov7() -> Table:
-    t = Table()
-    t.add("Conv", 32, 3, 4)
-    t.add("Conv", 32, 1, 1)
-    t.add("Conv", 32, 1, 1, source=-2)
-    t.add("Conv", 32, 3, 1)
-    t.add("Concat", 1, source=(-1, -2, -3))
-    t.add("MP")
-    t.add("Conv", 32, 1, 1)
-    t.add("Conv", 32, 1, 1, source=-3)
-    t.add("Conv", 32, 3, 2)
-    t.add("Concat", 1, source=(-1, -3))
-    t.add("SPPCSPC", 32)
-    t.add("RepConv", 32, 3, 1)
-    t.add("Conv", 48, 3, 2)
-    t.add("RepConv", 64, 3, 1)
-    t.add("IDetect", "nc", "anchors", source=(11, 13))
-    return t
-
-
-def short_tiny() -> Table:
-    t = Table()
-    leaky = ["None", 1, "nn.LeakyReLU(0.1)"]
-    t.add("Conv", 32, 3, 4, *leaky)
-    t.add("Conv", 32, 1, 1, *leaky)
-    t.add("MP")
-    t.add("SP", 5)
-    t.add("SP", 9, source=-2)
-    t.add("Concat", 1, source=(-1, -2, -3))
-    t.add("Conv", 48, 3, 1, *leaky)
-    t.add("Conv", 64, 3, 2, *leaky)
-    t.add("IDetect", "nc", "anchors", source=(6, 7))
-    return t
-
-
-def short_ghost() -> Table:
-    t = Table()
-    t.add("Conv", 32, 6, 4, 1)
-    t.add("GhostBottleneck", 32, 3, 2)
-    t.add("C3Ghost", 32)
-    t.add("DWConv", 32, 3, 2)
-    t.add("C3SPP", 48, [3, 5])
-    t.add("Detect", "nc", "anchors", source=(2, 4))
-    return t
-
-
-SHORT = {
-    "P6": (short_p6, 4, [8, 16, 32, 64]),
-    "YOLOv7": (short_yolov7, 6, [8, 16]),
-    "YOLOv7-tiny": (short_tiny, 3, [8, 16]),
-    "ghost": (short_ghost, 3, [8, 16]),
-}
-
-
 @pytest.mark.parametrize("name", SHORT)
 def test_the_commands_take_it_all_the_way(name, tmp_path, call):
     """quantize, export, eval and detect as they are typed, on few layers of each kind."""
-    make, backbone, strides = SHORT[name]
-    config = make().config(backbone, 2, 1.0, 1.0, len(strides))
+    config, strides = SHORT[name]
     data, _ = trained(config, strides, randomise, old="7" in name)
     (tmp_path / "best.pt").write_bytes(data)
     write_pictures(tmp_path)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import numpy as np
+import onnx
+import onnxruntime as ort
 import pytest
 import torch
 
 from dsconvert.dsconv.tensor import DSTensor
+from dsconvert.export.builder import OnnxBuilder
 from dsconvert.fit.least_squares import fit_weight
 from dsconvert.graph.integer import (
     SIGMOID,
@@ -65,6 +68,29 @@ def test_activation_table_is_within_a_step_of_the_real_function(kind):
     wanted = np.clip(real / 0.04 + 20, 0, 255)
     # half a step of rounding; SiLU's sigmoid is itself on a 1/255 grid: |x| / 510 more, at most 0.4 steps here
     assert np.abs(table - wanted).max() < 0.5 + (0.4 if kind == "SiLU" else 0.001)
+
+
+def test_leaky_relu_is_onnx_runtimes_to_the_last_integer():
+    """All 256 inputs on 64 pairs of grids, where ONNX Runtime fuses them to its int8 kernel, and where it does not."""
+    rng = np.random.default_rng(2)
+    b, wanted = OnnxBuilder(13), []
+    for i in range(64):
+        source = QParams.of_range(-float(rng.uniform(0, 8)), float(rng.uniform(0.1, 8)))
+        target = QParams.of_range(-float(rng.uniform(0, 1)), float(rng.uniform(0.1, 8)))
+        pair = [[b.scalar(g.scale), b.constant(np.array(g.zero_point, np.uint8))] for g in (source, target)]
+        real = b.node("DequantizeLinear", ["q", *pair[0]], f"d{i}")
+        real = b.node("LeakyRelu", [real], f"y{i}", alpha=0.1)
+        b.node("QuantizeLinear", [real, *pair[1]], f"out{i}")
+        wanted.append(activation_table("LeakyReLU", source, SIGMOID, target))
+    joined = b.node("Concat", [f"out{i}" for i in range(64)], "joined", axis=0)
+    b.node("Cast", [joined], "all", to=onnx.TensorProto.FLOAT)
+    model = b.model({"q": (1, 256)}, {"all": (64, 256)}, {}, onnx.TensorProto.UINT8)
+    for level in (ort.GraphOptimizationLevel.ORT_ENABLE_ALL, ort.GraphOptimizationLevel.ORT_DISABLE_ALL):
+        options = ort.SessionOptions()
+        options.graph_optimization_level, options.log_severity_level = level, 4
+        running = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+        found = running.run(None, {"q": np.arange(256, dtype=np.uint8)[None]})[0]
+        assert np.array_equal(found, np.array(wanted))
 
 
 def test_add_and_concat_requantize_to_the_target_grid():

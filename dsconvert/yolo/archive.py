@@ -131,6 +131,8 @@ _KNOWN_OTHERS = (
     ("ultralytics.", "a checkpoint of the ultralytics package (YOLOv8 or later)"),
     ("models.yolo.IAuxDetect", "a YOLOv7 checkpoint with auxiliary heads (W6, E6, D6)"),
     ("models.yolo.IKeypoint", "a YOLOv7 pose checkpoint"),
+    ("models.common.C3TR", "a network with attention (C3TR), which dsconvert cannot convert"),
+    ("models.common.CBAM", "a network with attention (CBAM), which dsconvert cannot convert"),
     ("models.experimental.Ensemble", "an ensemble of models"),
     ("__torch__.", "a TorchScript export"),
 )
@@ -280,11 +282,9 @@ def _refuse_unknown(stream: bytes, path: Path) -> None:
         if any(n.startswith(prefix) for n in names):
             raise InputError(f"{path} is {what}; dsconvert converts YOLOv5 and YOLOv7 detection checkpoints.")
     for name in names:
-        if name not in ALLOWED and name.startswith("models."):
-            layer = name.rpartition(".")[2][:80]
-            raise InputError(f"{path} holds {layer} layers, which dsconvert does not know, so nothing was loaded.")
         if name not in ALLOWED:
-            raise InputError(f"{path} asks for {name[:80]}, which dsconvert does not allow, so nothing was loaded.")
+            what = "a layer that" if name.startswith("models.") else "which"
+            raise InputError(f"{path} asks for {name[:80]}, {what} dsconvert does not allow, so nothing was loaded.")
     if foreign:
         raise InputError(f"{path} is pickled with a protocol that PyTorch checkpoints do not use.")
 

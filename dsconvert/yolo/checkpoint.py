@@ -70,13 +70,13 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
             raise InputError(f"The Detect layer of {path} declares {shown(nc)} classes and {shown(na)} anchors.")
         with torch.device("meta"):
             network = Network(config, nc, na, _activation(modules.values(), path))
-            _check_activations(network, modules, path)
             if not any(".bn." in name for name in stored):
                 network.fuse()  # the checkpoint was saved fused
         strides = whole_strides(_strides(record, detect, archive), len(network.detect.m))
         check_maps(network, strides)
         left, made = float_weights(stored, modules, archive.tensor)
         bits = _fill(network, left, made, archive)
+        _check_activations(network, modules, path)
     network.eval().requires_grad_(False)
     head = head_from_detect(network.detect, strides, _names(record, nc))
     with path.open("rb") as stream:
@@ -212,7 +212,7 @@ def _fill(network: Network, stored: Mapping[str, Any], made: Mapping[str, Tensor
                 f"{path}: {name} has shape {tuple(value.shape)} where its yaml needs {tuple(empty.shape)}."
             )
         if value.is_floating_point() != empty.is_floating_point():
-            raise InputError(f"{path}: {name} holds {value.dtype} numbers, which it never does in YOLOv5.")
+            raise InputError(f"{path}: {name} holds {value.dtype} numbers, which no trained network does.")
         bits = max(bits, 8 * value.element_size()) if value.dim() == 4 else bits
         values[name] = value.to(empty.dtype)
         if not bool(torch.isfinite(values[name]).all()):
@@ -221,7 +221,7 @@ def _fill(network: Network, stored: Mapping[str, Any], made: Mapping[str, Tensor
             raise InputError(f"{path}: {name} holds negative variances.")
     network.load_state_dict(values, assign=True)
     if infinite := network.overflowing():
-        raise InputError(f"{path}: {infinite} becomes infinite when its BatchNorm is folded in.")
+        raise InputError(f"{path}: {infinite} becomes infinite when what only training needs is folded into it.")
     return bits
 
 

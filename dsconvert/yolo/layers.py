@@ -35,6 +35,9 @@ class Act:
 
     kind: str
 
+    def __repr__(self) -> str:
+        return f"nn.{self.kind}"
+
 
 _INSIDE = {"SiLU": ("", "inplace=True"), "ReLU": ("", "inplace=True"), "Hardswish": ("", "inplace=True"),
            "LeakyReLU": ("0.1", "0.1, inplace=True"), "Identity": ("",)}  # fmt: skip
@@ -57,7 +60,8 @@ def literal(arg: Any, nc: int) -> Any:
 def positive(value: Any, what: str, most: int = MAX_ARGUMENT) -> int:
     """A number of the yaml from 1 to `most`, as an integer. Raises InputError for anything else."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 1 <= value <= most:
-        raise InputError(f"The model yaml gives {shown(value)} as {what}, which is not a number from 1 to {most}.")
+        said = str(value) if isinstance(value, Act) else shown(value)
+        raise InputError(f"The model yaml gives {said} as {what}, which is not a number from 1 to {most}.")
     return int(value)
 
 
@@ -88,7 +92,7 @@ def make_layer(
     except (IndexError, TypeError, ValueError, ArithmeticError, RuntimeError) as error:
         if isinstance(error, InputError):
             raise
-        raise InputError(f"The model yaml's arguments for a {kind} layer cannot be used: {_said(args)}.") from None
+        raise InputError(f"The model yaml's arguments for a {kind} layer cannot be used: {args}.") from None
     raise InputError(f"The layer {kind} is not supported; dsconvert knows {', '.join(KNOWN[:-1])} and {KNOWN[-1]}.")
 
 
@@ -101,6 +105,8 @@ def _with_channels(kind: str, c1: int, c2: int, rest: list[Any], n: int, act: st
     if make is None:
         make = _CONVS[kind]
         rest, act = _activation(rest, act)
+    if any(isinstance(a, Act) for a in rest):
+        raise ValueError("an activation in the place of a number")
     return _repeated([make(c1 if i == 0 else c2, c2, *rest, act=act) for i in range(n)])
 
 
@@ -118,10 +124,6 @@ def _activation(rest: list[Any], act: str) -> tuple[list[Any], str]:
 
 def _repeated(blocks: list[nn.Module]) -> nn.Module:
     return blocks[0] if len(blocks) == 1 else nn.Sequential(*blocks)
-
-
-def _said(args: list[Any]) -> list[Any]:
-    return [f"nn.{a.kind}" if isinstance(a, Act) else a for a in args]
 
 
 def _as_list(args: list[Any]) -> list[Any]:

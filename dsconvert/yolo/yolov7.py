@@ -164,7 +164,8 @@ class IDetect(Detect):
 
     def fuse(self) -> None:
         """im * (W (x + ia) + b) = (im W) x + im (b + W ia); computed in float64."""
-        for conv, (weight, bias) in zip(self.m, self._merged(), strict=False):
+        known = not any(p.is_meta for p in self.parameters())  # else only the structure is asked for
+        for conv, (weight, bias) in zip(self.m, self._merged() if known else [], strict=False):
             assert isinstance(conv, nn.Conv2d)
             assert conv.bias is not None
             conv.weight.data, conv.bias.data = weight.to(conv.weight.dtype), bias.to(conv.weight.dtype)

@@ -110,8 +110,10 @@ def other_models() -> Iterator[Case]:
         "models.yolo.SegmentationModel": "YOLOv5 segmentation", "models.yolo.ClassificationModel": "classification",
         "models.common.Classify": "classification", "models.yolo.Segment": "segmentation",
         "ultralytics.nn.tasks.DetectionModel": "YOLOv8 or later", "ultralytics.nn.tasks.SegmentationModel": "YOLOv8",
-        "models.yolo.IDetect": "YOLOv7", "models.experimental.Ensemble": "ensemble",
-        "torchvision.models.resnet.ResNet": "torchvision.models.resnet.ResNet", "models.common.GhostConv": "GhostConv",
+        "models.yolo.IAuxDetect": "YOLOv7", "models.common.C3TR": "attention", "models.common.CBAM": "attention",
+        "models.experimental.Ensemble": "ensemble",
+        "torchvision.models.resnet.ResNet": "torchvision.models.resnet.ResNet",
+        "models.common.CoordAtt": "CoordAtt, a layer",
     }.items():  # fmt: skip
         content = {"model": Obj(kind, {"names": []}), "ema": None}
         yield Case(f"model: {kind}", archive(dump(content), {}), f"{words}.*(dsconvert|nothing was loaded)")

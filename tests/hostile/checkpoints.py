@@ -7,6 +7,7 @@ from pathlib import Path
 
 from archives import other_files, other_models, zips
 from case import Case
+from families import families
 from pickles import code, opcodes
 from tampered import tampered
 
@@ -19,3 +20,4 @@ def all_cases(good: Path, canary: Path) -> Iterator[Case]:
     yield from other_files()
     yield from other_models()
     yield from tampered(good)
+    yield from families()
