@@ -28,7 +28,7 @@ from dsconvert.fit import draws
 from dsconvert.fit.least_squares import fit_weight, from_blocks, nearest_integers, relieve_pairs, to_blocks
 from dsconvert.fit.seen import Seen
 from dsconvert.graph.ir import Node
-from dsconvert.parallel import in_order, together
+from dsconvert.parallel import together
 
 DAMPING = 0.1  # of the mean diagonal of H: ten times GPTQ's, as few positions matter and a hundred images overfit
 STARTS = (1.0, 0.85)  # starting CDSw, as a share of the least-squares one
@@ -71,7 +71,7 @@ def measure_moments(node: Node, weight_shape: torch.Size, batches: Iterable[Seen
         means = torch.stack(((x @ w).double(), (q @ w).double())).cpu()
         return (weighted @ q.T).cpu(), (x @ weighted.T).cpu(), means, float(w.double().sum())
 
-    for part in in_order(measured, batches):
+    for part in map(measured, batches):
         hessian += part[0]
         cross += part[1]
         sums += part[2]
@@ -108,7 +108,7 @@ def fit_weight_gptq(weight: Tensor, moments: Moments, bits: int, block_size: int
     """Float weight (cho, chi, kh, kw) and its input moments -> the DSTensor with the least damped J found.
 
     Per output channel the best of least squares and of GPTQ from every start is kept, each with the CDSw that is
-    optimal for its integers: never worse than least squares on J. The same bits on any number of threads.
+    optimal for its integers: never worse than least squares on J.
     """
     damped = moments.damped()
     groups = _groups(weight, block_size, damped.hessian.diagonal())

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -19,7 +18,6 @@ from dsconvert.fit.seen import Seen
 from dsconvert.graph.integer import QConv, QParams, grid_of, integer_step
 from dsconvert.graph.ir import INPUT, ConvParams, Graph, Node
 from dsconvert.graph.run import conv, float_step
-from dsconvert.parallel import in_order
 
 HALF_MAX = torch.finfo(torch.half).max
 Progress = Callable[[int, int], None]
@@ -82,7 +80,7 @@ def fit_lockstep(
     fitted: dict[str, QConv] = {}
     with torch.no_grad():
         for index, node in enumerate(graph.nodes):
-            floats[node.name] = list(in_order(partial(_float_half, node, params), _inputs(node, floats)))
+            floats[node.name] = [_float_half(node, params, xs) for xs in _inputs(node, floats)]
             if node.op == "conv" and known and node.name in known:
                 fitted[node.name] = known[node.name]
             elif node.op == "conv":
@@ -91,7 +89,7 @@ def fit_lockstep(
                 fitted[node.name] = side.roomy(node, fit_cds(node, weight, seen()))
                 if finished:
                     finished(fitted)
-            quants[node.name] = list(in_order(partial(side.step, node, fitted), _inputs(node, quants)))
+            quants[node.name] = [side.step(node, fitted, xs) for xs in _inputs(node, quants)]
             for name in set(node.inputs):
                 if last[name] == index:
                     del floats[name], quants[name]
@@ -149,7 +147,7 @@ def fit_cds(node: Node, weight: DSTensor, batches: Iterable[Seen]) -> QConv:
         total = w.sum().expand(len(a))
         return torch.stack((total, a @ w, t @ w, a.square() @ w, (a * t) @ w)).cpu()
 
-    for part in in_order(measured, batches):
+    for part in map(measured, batches):
         sums += part
     n, sa, st, saa, sat = workers.summed(sums)
     var, cov = saa / n - (sa / n) ** 2, sat / n - (sa / n) * (st / n)
