@@ -58,8 +58,7 @@ def measure_moments(node: Node, weight_shape: torch.Size, batches: Iterable[Seen
     size = channels * kernel[0] * kernel[1]
     hessian, cross = torch.zeros(2, size, size, dtype=torch.float64)
     sums, total = torch.zeros(2, size, dtype=torch.float64), 0.0
-
-    def measured(seen: Seen) -> tuple[Tensor, Tensor, Tensor, float]:
+    for seen in batches:
         columns = []
         inputs = zip(seen.float_input, seen.input, seen.weights, strict=True)
         for index, (x, q, weights) in enumerate(inputs, seen.first):
@@ -68,14 +67,10 @@ def measure_moments(node: Node, weight_shape: torch.Size, batches: Iterable[Seen
             columns.append((*(_columns(v, tuple(kernel), node, picks) for v in (x, q)), w))
         x, q, w = (torch.cat(parts, -1) for parts in zip(*columns, strict=True))
         weighted = q * w
-        means = torch.stack(((x @ w).double(), (q @ w).double())).cpu()
-        return (weighted @ q.T).cpu(), (x @ weighted.T).cpu(), means, float(w.double().sum())
-
-    for part in map(measured, batches):
-        hessian += part[0]
-        cross += part[1]
-        sums += part[2]
-        total += part[3]
+        hessian += (weighted @ q.T).cpu()
+        cross += (x @ weighted.T).cpu()
+        sums += torch.stack(((x @ w).double(), (q @ w).double())).cpu()
+        total += float(w.double().sum())
     hessian, cross, sums = (workers.summed(t) for t in (hessian, cross, sums))
     total = float(workers.summed(torch.tensor(total, dtype=torch.float64)))
     mean_x, mean_q = sums / total

@@ -41,7 +41,7 @@ class _Side:
         """The convolution with every bias expressible in its accumulator, where there is one."""
         return conv.with_room(self.grids[node.inputs[0]].scale) if self.grids else conv
 
-    def step(self, node: Node, convs: Mapping[str, QConv], inputs: list[Tensor]) -> Tensor:
+    def step(self, node: Node, inputs: list[Tensor], convs: Mapping[str, QConv]) -> Tensor:
         if self.grids:
             return integer_step(node, [x.float() for x in inputs], convs, self.grids).to(torch.uint8)
         if node.op == "conv":
@@ -80,7 +80,8 @@ def fit_lockstep(
     fitted: dict[str, QConv] = {}
     with torch.no_grad():
         for index, node in enumerate(graph.nodes):
-            floats[node.name] = [_float_half(node, params, xs) for xs in _inputs(node, floats)]
+            made = (float_step(node, [x.float() for x in xs], params) for xs in _inputs(node, floats))
+            floats[node.name] = [y.clamp(-HALF_MAX, HALF_MAX).half() for y in made]
             if node.op == "conv" and known and node.name in known:
                 fitted[node.name] = known[node.name]
             elif node.op == "conv":
@@ -89,19 +90,13 @@ def fit_lockstep(
                 fitted[node.name] = side.roomy(node, fit_cds(node, weight, seen()))
                 if finished:
                     finished(fitted)
-            quants[node.name] = [side.step(node, fitted, xs) for xs in _inputs(node, quants)]
+            quants[node.name] = [side.step(node, xs, fitted) for xs in _inputs(node, quants)]
             for name in set(node.inputs):
                 if last[name] == index:
                     del floats[name], quants[name]
             if progress:
                 progress(index + 1, len(graph.nodes))
     return fitted
-
-
-def _float_half(node: Node, params: Mapping[str, ConvParams], inputs: list[Tensor]) -> Tensor:
-    """The float network's node on halves."""
-    made = float_step(node, [x.float() for x in inputs], params)
-    return made.clamp(-HALF_MAX, HALF_MAX).half()
 
 
 def _seen(
@@ -139,16 +134,12 @@ def fit_cds(node: Node, weight: DSTensor, batches: Iterable[Seen]) -> QConv:
     """
     merged = weight.unscaled()
     sums = torch.zeros(5, weight.vqk.shape[0], dtype=torch.float64)
-
-    def measured(seen: Seen) -> Tensor:
+    for seen in batches:
         acc = conv(node, seen.input, merged.to(seen.input), None)
         a, t = (v.transpose(0, 1).flatten(1).double() for v in (acc, seen.float_output))
         w = seen.weights.flatten().to(a)
         total = w.sum().expand(len(a))
-        return torch.stack((total, a @ w, t @ w, a.square() @ w, (a * t) @ w)).cpu()
-
-    for part in map(measured, batches):
-        sums += part
+        sums += torch.stack((total, a @ w, t @ w, a.square() @ w, (a * t) @ w)).cpu()
     n, sa, st, saa, sat = workers.summed(sums)
     var, cov = saa / n - (sa / n) ** 2, sat / n - (sa / n) * (st / n)
     old = weight.cds_w.double()
