@@ -18,15 +18,13 @@ from numpy.typing import NDArray
 from dsconvert.errors import InputError, printable
 from dsconvert.evaluate.accuracy import Predictor
 from dsconvert.evaluate.engines import TYPES, as_input, check_image_input, session
+from dsconvert.evaluate.predictors import float_predictor, model_predictor
 from dsconvert.export.external import check_external_data
 from dsconvert.export.inspect import conv_weights
 from dsconvert.export.nms import Nms
 from dsconvert.export.onnx import export_float, export_quantized
-from dsconvert.graph.integer import real_params, run_integer
-from dsconvert.graph.run import run_float
 from dsconvert.modelfile import load_model
 from dsconvert.yolo.checkpoint import load_checkpoint
-from dsconvert.yolo.decode import decode
 from dsconvert.yolo.lower import lower
 
 NMS_KEY = "dsconvert.nms"
@@ -100,37 +98,24 @@ def _float(path: Path, side: int) -> Candidate:
     _check_side(path, side, head.stride)
     graph, params = lower(checkpoint.network.fuse())
 
-    def predict(batch: NDArray[np.float32]) -> NDArray[np.float32]:
-        return decode(run_float(graph, params, torch.from_numpy(batch)), head).numpy()
-
     def running() -> ort.InferenceSession:
         return session(export_float(graph, params, head, side).SerializeToString(), torch.get_num_threads())
 
     bits = float(checkpoint.stored_bits)
-    return Candidate(path, "pt", head.names, side, bits, predict, _once(running, side))
+    return Candidate(path, "pt", head.names, side, bits, float_predictor(graph, params, head), _once(running, side))
 
 
 def _converted(path: Path, side: int | None) -> Candidate:
     model = load_model(path)
     side = side or model.imgsz
     _check_side(path, side, model.head.stride)
-    params = real_params(model.convs)
-
-    def predict(batch: NDArray[np.float32]) -> NDArray[np.float32]:
-        x = torch.from_numpy(batch)
-        if model.activations:
-            raw = run_integer(model.graph, model.convs, model.activations, x)
-        else:
-            raw = run_float(model.graph, params, x)
-        return decode(raw, model.head).numpy()
-
     layout = "float" if model.has_real_alpha else "packed"
 
     def running() -> ort.InferenceSession:
         return session(export_quantized(model, layout, side).SerializeToString(), torch.get_num_threads())
 
-    bits = model.weight_bits
-    return Candidate(path, "safetensors", model.head.names, side, bits, predict, _once(running, side))
+    predict = model_predictor(model)
+    return Candidate(path, "safetensors", model.head.names, side, model.weight_bits, predict, _once(running, side))
 
 
 def _onnx(path: Path, side: int | None) -> Candidate:

@@ -5,19 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-import numpy as np
-import torch
-from numpy.typing import NDArray
-
 from dsconvert.evaluate.accuracy import evaluate_predictors
-from dsconvert.graph.integer import real_params, run_integer
+from dsconvert.evaluate.predictors import float_predictor, model_predictor
 from dsconvert.graph.ir import ConvParams
-from dsconvert.graph.run import run_float
 from dsconvert.model import DSModel
-from dsconvert.yolo.decode import decode
 from dsconvert.yolo.images import label_path
-
-Array = NDArray[np.float32]
 
 
 def map_drop(
@@ -29,18 +21,6 @@ def map_drop(
     Raises InputError when there is nothing to find in them."""
     labelled = any(label_path(p).is_file() for p in paths)
     true = {name: ConvParams(p.weight.cpu(), p.bias.cpu()) for name, p in params.items()}
-    fitted = real_params(model.convs)
-
-    def reference(batch: Array) -> Array:
-        return decode(run_float(model.graph, true, torch.from_numpy(batch)), model.head).numpy()
-
-    def converted(batch: Array) -> Array:
-        x = torch.from_numpy(batch)
-        if model.activations:
-            raw = run_integer(model.graph, model.convs, model.activations, x)
-        else:
-            raw = run_float(model.graph, fitted, x)
-        return decode(raw, model.head).numpy()
-
-    before, after = evaluate_predictors([reference, converted], paths, model.imgsz, model.head.nc, labelled, progress)
+    both = [float_predictor(model.graph, true, model.head), model_predictor(model)]
+    before, after = evaluate_predictors(both, paths, model.imgsz, model.head.nc, labelled, progress)
     return 100 * (before.map50_95 - after.map50_95)

@@ -8,18 +8,13 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
-from torch import Tensor
 
 from dsconvert import workers
 from dsconvert.errors import InputError
 from dsconvert.evaluate.accuracy import evaluate_predictors
+from dsconvert.evaluate.predictors import model_predictor
 from dsconvert.export.check import check_accumulators
-from dsconvert.graph.integer import real_params, run_integer
-from dsconvert.graph.ir import ConvParams
-from dsconvert.graph.run import run_float
 from dsconvert.model import DSModel
 from dsconvert.modelfile import load_model
 from dsconvert.train.augment import NOTHING, Augment
@@ -29,7 +24,6 @@ from dsconvert.train.photos import Photos, open_photos
 from dsconvert.train.schedule import SCHEDULES
 from dsconvert.train.state import SETS, State, read_state, write_state
 from dsconvert.unfinished import run_key
-from dsconvert.yolo.decode import decode
 from dsconvert.yolo.images import DataYaml, read_data_yaml
 
 Progress = Callable[[str, int, int], None]
@@ -100,7 +94,7 @@ def finetune(
         state = _spread(state)
 
     def measure(latents: Latents) -> float:
-        predict = _predictor(learned(model, layers, latents), device)
+        predict = model_predictor(learned(model, layers, latents), device)
         (found,) = evaluate_predictors(
             [predict], data.val, model.imgsz, model.head.nc, True, lambda done, total: report("evaluate", done, total)
         )
@@ -146,18 +140,6 @@ def _check_data(path: Path, data: DataYaml, model: DSModel) -> None:
     for split in ("train", "val"):
         if not getattr(data, split):
             raise InputError(f"{path} names no {split} images; finetune learns on train and chooses the epoch by val.")
-
-
-def _predictor(model: DSModel, device: str) -> Callable[[NDArray[np.float32]], NDArray[np.float32]]:
-    """The model's own arithmetic: integers, or real weights where activations are float."""
-    params = {n: ConvParams(p.weight.to(device), p.bias.to(device)) for n, p in real_params(model.convs).items()}
-
-    def raw(x: Tensor) -> list[Tensor]:
-        if model.activations:
-            return run_integer(model.graph, model.convs, model.activations, x)
-        return run_float(model.graph, params, x)
-
-    return lambda batch: decode([t.cpu() for t in raw(torch.from_numpy(batch).to(device))], model.head).numpy()
 
 
 def _line(state: State, epochs: int) -> str:

@@ -1,0 +1,38 @@
+"""Networks in torch as predictors: a batch of images in, what the detector says of every box out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from dsconvert.evaluate.accuracy import Predictor
+from dsconvert.graph.integer import real_params, run_integer
+from dsconvert.graph.ir import ConvParams, Graph
+from dsconvert.graph.run import run_float
+from dsconvert.model import DSModel
+from dsconvert.yolo.decode import decode
+from dsconvert.yolo.network import Head
+
+
+def float_predictor(graph: Graph, params: Mapping[str, ConvParams], head: Head, device: str = "cpu") -> Predictor:
+    """The network in float, its `params` on the device."""
+    return _predictor(lambda x: run_float(graph, params, x), head, device)
+
+
+def model_predictor(model: DSModel, device: str = "cpu") -> Predictor:
+    """A converted model's own arithmetic: integers, or real weights where activations are float."""
+    if model.activations:
+        return _predictor(lambda x: run_integer(model.graph, model.convs, model.activations, x), model.head, device)
+    params = {n: ConvParams(p.weight.to(device), p.bias.to(device)) for n, p in real_params(model.convs).items()}
+    return float_predictor(model.graph, params, model.head, device)
+
+
+def _predictor(raw: Callable[[Tensor], list[Tensor]], head: Head, device: str) -> Predictor:
+    def predict(batch: NDArray[np.float32]) -> NDArray[np.float32]:
+        return decode([t.cpu() for t in raw(torch.from_numpy(batch).to(device))], head).numpy()
+
+    return predict
