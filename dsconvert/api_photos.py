@@ -21,7 +21,7 @@ from dsconvert.api import File, FloatModel, QuantizedModel, as_file, in_keywords
 from dsconvert.errors import InputError
 from dsconvert.evaluate.candidates import load_candidate
 from dsconvert.evaluate.detect import DetectOptions, Found, class_name, class_numbers, draw
-from dsconvert.evaluate.photos import Skipped, compare_files, detect_files, photo_paths
+from dsconvert.evaluate.photos import Skipped, compare_files, detect_files, left_out, photo_paths
 from dsconvert.yolo.images import Image, read_image
 
 Progress = Callable[[str, int, int], None]
@@ -133,7 +133,7 @@ def detect(
         found = detect_files(candidate, paths, options, skipped, progress or _silent)
         photos = Detections([_photo(path, image, boxes, candidate.names) for path, image, boxes in found])
     if skipped:
-        _warn(_left_out(skipped))
+        _warn(left_out(skipped))
     return photos
 
 
@@ -164,7 +164,7 @@ def compare(
     if found.names_differ:
         _warn("The models name their classes differently; class numbers are compared.")
     if found.skipped:
-        _warn(_left_out(found.skipped))
+        _warn(left_out(found.skipped))
     a = found.agreement
     photos = tuple(
         ComparedPhoto(p, i.matched, i.only_first, i.only_second) for p, i in zip(found.read, a.images, strict=True)
@@ -180,10 +180,6 @@ def _photo(path: Path, image: Image, boxes: Found, names: tuple[str, ...]) -> De
         for *corners, score, number in boxes.tolist()
     )
     return DetectedPhoto(path, image.shape[1], image.shape[0], objects, boxes, names)
-
-
-def _left_out(skipped: Sequence[Skipped]) -> str:
-    return f"{len(skipped)} images were left out; the first: {skipped[0].reason}"
 
 
 def _warn(text: str) -> None:

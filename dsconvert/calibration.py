@@ -24,7 +24,7 @@ from dsconvert.graph.shapes import value_shapes
 from dsconvert.modelcheck import check_grid
 from dsconvert.yolo.checkpoint import Checkpoint
 from dsconvert.yolo.decode import detection_measure
-from dsconvert.yolo.images import calibration_batches
+from dsconvert.yolo.images import calibration_batches, none_readable
 from dsconvert.yolo.network import Head
 
 BATCH = 4
@@ -102,9 +102,7 @@ def decoded(paths: Sequence[Path], side: int, report: Progress) -> Images:
         report("images", min(len(batches) * BATCH, len(paths)), len(paths))
     found = _placed(batches, [reason for reasons in workers.gathered(skipped) for reason in reasons])
     if not found.count:
-        raise InputError(
-            f"None of the {len(found.skipped)} calibration images could be read; the first: {found.skipped[0]}"
-        )
+        raise none_readable(found.skipped, "calibration images")
     if not all(workers.gathered(len(batches))):
         raise InputError(f"{found.count} calibration images are too few for {workers.count()} processes.")
     return found

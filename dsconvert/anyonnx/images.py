@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from dsconvert.anyonnx.source import ImageInput
 from dsconvert.errors import InputError
-from dsconvert.yolo.images import PAD_VALUE, Image, read_image
+from dsconvert.yolo.images import PAD_VALUE, Image, none_readable, on_grey, read_image, scaled
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ def pictures(paths: Sequence[Path], wanted: ImageInput, crop: bool) -> tuple[lis
         except InputError as error:
             skipped.append(str(error))
     if not images:
-        raise InputError(f"None of the {len(skipped)} calibration images could be read; the first: {skipped[0]}")
+        raise none_readable(skipped, "calibration images")
     return images, skipped
 
 
@@ -69,25 +69,15 @@ def as_input(images: Sequence[Image], wanted: ImageInput, normal: Normalisation 
     return batch if wanted.channels_last else np.ascontiguousarray(batch.transpose(0, 3, 1, 2))
 
 
-def _scaled(image: Image, gain: float) -> Image:
-    h, w = image.shape[:2]
-    size = (max(1, round(w * gain)), max(1, round(h * gain)))
-    return image if size == (w, h) else cv2.resize(image, size, interpolation=cv2.INTER_LINEAR).astype(np.uint8)
-
-
 def _boxed(image: Image, height: int, width: int) -> Image:
     """Scaled to fit, grey around it: yolo.images.letterbox for any rectangle."""
-    image = _scaled(image, min(height / image.shape[0], width / image.shape[1]))[:height, :width]
-    h, w = image.shape[:2]
-    made = np.full((height, width, 3), PAD_VALUE, np.uint8)
-    top, left = round((height - h) / 2 - 0.1), round((width - w) / 2 - 0.1)
-    made[top : top + h, left : left + w] = image
-    return made
+    image = scaled(image, min(height / image.shape[0], width / image.shape[1]))[:height, :width]
+    return on_grey(image, height, width)[0]
 
 
 def _cropped(image: Image, height: int, width: int) -> Image:
     """Scaled to cover, and the middle of that."""
-    image = _scaled(image, max(height / image.shape[0], width / image.shape[1]))
+    image = scaled(image, max(height / image.shape[0], width / image.shape[1]))
     h, w = image.shape[:2]
     made = np.full((height, width, 3), PAD_VALUE, np.uint8)  # rounding may leave a row short
     top, left = max(0, (h - height) // 2), max(0, (w - width) // 2)

@@ -25,7 +25,7 @@ from dsconvert.commands.shared import (
 from dsconvert.errors import InputError, LimitMissed
 from dsconvert.evaluate.compare import MATCHING, Agreement
 from dsconvert.evaluate.detect import DetectOptions
-from dsconvert.evaluate.photos import Compared, compare_files
+from dsconvert.evaluate.photos import Compared, compare_files, left_out
 
 
 @click.command()
@@ -67,7 +67,7 @@ def compare(
     if found.names_differ:
         warn("the models name their classes differently; class numbers are compared.")
     if found.skipped:
-        warn(f"{len(found.skipped)} images were left out; the first: {found.skipped[0].reason}")
+        warn(left_out(found.skipped))
     if as_json:
         print_json(_document(found))
     else:

@@ -28,7 +28,7 @@ from dsconvert.evaluate.detect import (
     picture_name,
     yolo_lines,
 )
-from dsconvert.evaluate.photos import Skipped, detect_files, photo_paths
+from dsconvert.evaluate.photos import Skipped, detect_files, left_out, photo_paths
 from dsconvert.files import free_folder, write_atomic
 from dsconvert.yolo.images import Image
 
@@ -109,7 +109,7 @@ def detect(
         content = coco_document([f.job.name for f in finished], shapes, founds, candidate.names)
         write_atomic(document, (json.dumps(content, indent=1) + "\n").encode(), force)
     if skipped:
-        warn(f"{len(skipped)} images were left out; the first: {skipped[0].reason}")
+        warn(left_out(skipped))
     if as_json:
         print_json(_summary(candidate, folder, finished, skipped, document))
         return

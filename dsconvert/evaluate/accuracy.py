@@ -13,7 +13,15 @@ from dsconvert import workers
 from dsconvert.errors import InputError
 from dsconvert.evaluate.coco import Metrics, coco_metrics
 from dsconvert.yolo.boxes import non_max_suppression, to_image
-from dsconvert.yolo.images import label_path, letterbox, read_image, read_labels, to_tensor
+from dsconvert.yolo.images import (
+    in_pixels,
+    label_path,
+    letterbox,
+    none_readable,
+    read_image,
+    read_labels,
+    to_tensor,
+)
 
 # A predictor takes a float batch (1, 3, side, side), 0..1, and returns (1, boxes, 5 + nc) as `decode` does.
 CONFIDENT, OVERLAP = 0.25, 0.45  # YOLOv5's detect.py
@@ -88,7 +96,7 @@ def detect_all(
         for results, raw in zip(found, predictions, strict=True):
             results.append(to_image(non_max_suppression(raw), box, (h, w)))
         if labelled:
-            truths.append(_pixels(read_labels(label_path(path), nc), h, w))
+            truths.append(in_pixels(read_labels(label_path(path), nc), h, w))
         else:
             sure = to_image(non_max_suppression(predictions[0], CONFIDENT, OVERLAP), box, (h, w))
             truths.append(sure[:, [5, 0, 1, 2, 3]].astype(np.float64))
@@ -101,13 +109,7 @@ def detect_all(
         nc, tuple(reason for d in everyone for reason in d.skipped),
     )  # fmt: skip
     if not whole.shapes:
-        raise InputError(f"None of the {len(whole.skipped)} images could be read; the first: {whole.skipped[0]}")
+        raise none_readable(whole.skipped)
     if not labelled and not sum(map(len, whole.truths)):
         raise InputError("The first model finds nothing with confidence in these images, so there is no agreement.")
     return whole
-
-
-def _pixels(labels: NDArray[np.float64], h: int, w: int) -> NDArray[np.float64]:
-    """class, cx, cy, w, h in 0..1 -> class, x1, y1, x2, y2 in pixels."""
-    centre, half = labels[:, 1:3], labels[:, 3:5] / 2
-    return np.concatenate((labels[:, :1], (centre - half) * (w, h), (centre + half) * (w, h)), 1)

@@ -11,7 +11,7 @@ from dsconvert.errors import InputError
 from dsconvert.evaluate.candidates import Candidate, load_candidates
 from dsconvert.evaluate.compare import Agreement, compare
 from dsconvert.evaluate.detect import DetectOptions, Found, find
-from dsconvert.yolo.images import Image, evaluation_images, image_paths, read_image, spread
+from dsconvert.yolo.images import Image, evaluation_images, image_paths, none_readable, read_image, spread
 
 Progress = Callable[[str, int, int], None]
 
@@ -40,6 +40,11 @@ class Compared:
         return bool(self.first.names and self.second.names and self.first.names != self.second.names)
 
 
+def left_out(skipped: Sequence[Skipped]) -> str:
+    """What to warn of, in one sentence; there must be some."""
+    return f"{len(skipped)} images were left out; the first: {skipped[0].reason}"
+
+
 def photo_paths(sources: Iterable[Path]) -> list[Path]:
     """Images of all sources (image, folder or text file of paths) in order; the same file twice is one."""
     return list({os.path.abspath(path): path for source in sources for path in image_paths(source)}.values())
@@ -59,7 +64,7 @@ def readable(
             yield path, image
         progress(stage, number, len(paths))
     if len(skipped) == len(paths):
-        raise InputError(f"None of the {len(skipped)} images could be read; the first: {skipped[0].reason}")
+        raise none_readable([s.reason for s in skipped])
 
 
 def detect_files(

@@ -12,7 +12,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from dsconvert.yolo.images import PAD_VALUE, Image
+from dsconvert.yolo.images import PAD_VALUE, Image, on_grey
 
 Boxes = NDArray[np.float64]
 Photo = tuple[Image, Boxes]
@@ -50,10 +50,7 @@ def augmented(photos: Sequence[Photo], side: int, how: Augment, rng: np.random.G
 def centred(photo: Photo, side: int) -> Photo:
     """In the middle of a grey square, as `letterbox` places it."""
     image, boxes = photo
-    h, w = image.shape[:2]
-    top, left = round((side - h) / 2 - 0.1), round((side - w) / 2 - 0.1)
-    square = np.full((side, side, 3), PAD_VALUE, np.uint8)
-    square[top : top + h, left : left + w] = image
+    square, left, top = on_grey(image, side, side)
     return square, _shifted(boxes, left, top)
 
 

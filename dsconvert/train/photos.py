@@ -9,7 +9,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import cv2
 import numpy as np
 import torch
 from torch import Tensor
@@ -17,7 +16,17 @@ from torch import Tensor
 from dsconvert import workers
 from dsconvert.errors import InputError
 from dsconvert.train.augment import Augment, Photo, augmented
-from dsconvert.yolo.images import Image, Labels, label_path, read_image, read_labels, to_tensor
+from dsconvert.yolo.images import (
+    Image,
+    Labels,
+    in_pixels,
+    label_path,
+    none_readable,
+    read_image,
+    read_labels,
+    scaled,
+    to_tensor,
+)
 
 ROOM = 2 << 30  # bytes of scaled images that the processes of one machine keep; beyond, files are read every time
 
@@ -38,11 +47,8 @@ class Photos:
 
     def photo(self, index: int) -> Photo:
         """An image, its longer side `side`, and its boxes in pixels."""
-        image = scaled(read_image(self.paths[index]), self.side) if self.kept is None else self.kept[index]
-        h, w = image.shape[:2]
-        labels = self.labels[index]
-        centre, half = labels[:, 1:3], labels[:, 3:5] / 2
-        return image, np.concatenate((labels[:, :1], (centre - half) * (w, h), (centre + half) * (w, h)), 1)
+        image = fitted(self.paths[index], self.side) if self.kept is None else self.kept[index]
+        return image, in_pixels(self.labels[index], *image.shape[:2])
 
     def batch(self, picks: Sequence[tuple[int, int]], how: Augment, seed: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Images by (place in the epoch, index) -> batch (n, 3, side, side), 0..1, and targets (t, 6) as the loss
@@ -70,7 +76,7 @@ def open_photos(
     room = ROOM // workers.here()
     for done, path in enumerate(paths, 1):
         try:
-            image = scaled(read_image(path), side)
+            image = fitted(path, side)
         except InputError as error:
             skipped.append(str(error))
         else:
@@ -83,20 +89,17 @@ def open_photos(
                 kept.clear()
         progress(done, len(paths))
     if not found:
-        raise InputError(f"None of the {len(skipped)} training images could be read; the first: {skipped[0]}")
+        raise none_readable(skipped, "training images")
     if not sum(map(len, labels)):
         raise InputError("The training images have no labels: there is nothing to learn from.")
     return Photos(tuple(found), tuple(kept) if room >= 0 else None, tuple(labels), side, tuple(skipped))
 
 
-def scaled(image: Image, side: int) -> Image:
-    """The image with its longer side of `side` pixels, as `letterbox` scales it."""
-    h, w = image.shape[:2]
-    gain = min(side / h, side / w)
-    size = (max(1, round(w * gain)), max(1, round(h * gain)))
-    if size == (w, h):
-        return image
-    return cv2.resize(image, size, interpolation=cv2.INTER_LINEAR).astype(np.uint8, copy=False)
+def fitted(path: Path, side: int) -> Image:
+    """The image at `path` with its longer side of `side` pixels, as `letterbox` scales it. Raises InputError as
+    `read_image` does."""
+    image = read_image(path)
+    return scaled(image, min(side / image.shape[0], side / image.shape[1]))
 
 
 def order(count: int, batch: int, seed: Sequence[int]) -> list[list[tuple[int, int]]]:

@@ -204,6 +204,17 @@ def read_labels(path: Path, nc: int) -> Labels:
     return np.array(rows).reshape(-1, 5)
 
 
+def in_pixels(labels: Labels, h: int, w: int) -> NDArray[np.float64]:
+    """class, cx, cy, w, h in 0..1 -> class, x1, y1, x2, y2 in pixels of an image of that height and width."""
+    centre, half = labels[:, 1:3], labels[:, 3:5] / 2
+    return np.concatenate((labels[:, :1], (centre - half) * (w, h), (centre + half) * (w, h)), 1)
+
+
+def none_readable(reasons: Sequence[str], what: str = "images") -> InputError:
+    """What to raise when no image could be read: why each could not."""
+    return InputError(f"None of the {len(reasons)} {what} could be read; the first: {reasons[0]}")
+
+
 def read_image(path: Path) -> Image:
     """RGB uint8 (h, w, 3), turned as its EXIF data say; the first picture of an animation. Raises InputError when it
     cannot be decoded, is cut short, or says it is larger than OpenCV is allowed to read (see `dsconvert.__init__`)."""
@@ -232,16 +243,27 @@ def _cut_short(data: bytes) -> bool:
 
 def letterbox(image: Image, side: int) -> tuple[Image, Letterbox]:
     """Scale to fit a square of `side` pixels keeping the aspect ratio (bilinear), pad the rest with grey, centred."""
-    h, w = image.shape[:2]
-    gain = min(side / h, side / w)
-    new_w, new_h = max(1, round(w * gain)), max(1, round(h * gain))
-    if (new_w, new_h) != (w, h):
-        image = cv2.resize(image, (new_w, new_h), interpolation=cv2.INTER_LINEAR).astype(np.uint8, copy=False)
-    pad_x, pad_y = (side - new_w) / 2, (side - new_h) / 2
-    left, top = round(pad_x - 0.1), round(pad_y - 0.1)
-    square = np.full((side, side, 3), PAD_VALUE, np.uint8)
-    square[top : top + new_h, left : left + new_w] = image
+    gain = min(side / image.shape[0], side / image.shape[1])
+    square, left, top = on_grey(scaled(image, gain), side, side)
     return square, Letterbox(gain, left, top)
+
+
+def scaled(image: Image, gain: float) -> Image:
+    """The image made larger by `gain` (bilinear), at least one pixel each way."""
+    h, w = image.shape[:2]
+    size = max(1, round(w * gain)), max(1, round(h * gain))
+    if size == (w, h):
+        return image
+    return cv2.resize(image, size, interpolation=cv2.INTER_LINEAR).astype(np.uint8, copy=False)
+
+
+def on_grey(image: Image, height: int, width: int) -> tuple[Image, int, int]:
+    """The image in the middle of a grey one of that size, which it must not exceed; its left and top there."""
+    h, w = image.shape[:2]
+    left, top = round((width - w) / 2 - 0.1), round((height - h) / 2 - 0.1)
+    made = np.full((height, width, 3), PAD_VALUE, np.uint8)
+    made[top : top + h, left : left + w] = image
+    return made, left, top
 
 
 def to_tensor(images: Sequence[Image]) -> Tensor:
