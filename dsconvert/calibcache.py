@@ -9,13 +9,14 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save
 
 from dsconvert.calibration import Calibration
 from dsconvert.dsconv.tensor import Width
 from dsconvert.files import write_atomic
 from dsconvert.graph.integer import QParams
+from dsconvert.unfinished import DAMAGE
 
 META = "dsconvert.calibration"
 
@@ -63,6 +64,6 @@ def _read(path: Path, check: Callable[[Calibration], None]) -> Calibration | Non
                 },
             )
         check(found)
-    except (SafetensorError, OSError, KeyError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError):
+    except DAMAGE:
         return None
     return found

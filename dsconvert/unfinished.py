@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,10 @@ from dsconvert.graph.integer import QConv
 
 NAME = "unfinished.safetensors"
 META = "dsconvert.unfinished"
+# what reading a safetensors file, and making something of it, may raise when it is damaged
+DAMAGE = (
+    SafetensorError, OSError, KeyError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError,
+)  # fmt: skip
 
 
 def write_unfinished(path: Path, key: str, convs: Mapping[str, QConv]) -> None:
@@ -41,46 +46,45 @@ def write_unfinished(path: Path, key: str, convs: Mapping[str, QConv]) -> None:
     write_atomic(path, data, force=True)
 
 
-def read_unfinished(path: Path, key: str, shapes: Mapping[str, Sequence[int]]) -> dict[str, QConv]:
-    """The layers kept, by convolution name; `shapes` are those of the network's weights. Raises InputError when there
-    are none, or of another run than `key`, or they cannot be this network's."""
+@contextmanager
+def resumed(path: Path, meta: str, key: str, deciding: str) -> Iterator[tuple[dict[str, Any], Any]]:
+    """What a stopped run left in a safetensors file, while it is read: the JSON under `meta`, and the open file.
+
+    Raises InputError when there is no file, when its key is another, `deciding` being what the key stands for, and in
+    place of whatever damage makes of the reading."""
     try:
         with safe_open(path, framework="pt") as stored:
-            about = json.loads((stored.metadata() or {})[META])
+            about = json.loads((stored.metadata() or {})[meta])
             if about["key"] != key:
-                raise InputError(
-                    f"{path} was left by a run with other options, images, checkpoint, threads or version; "
-                    "it cannot be resumed with these."
-                )
-            names = set(stored.keys())
-            layers = {
-                name: QConv(
-                    DSTensor(
-                        stored.get_tensor(f"{name}.vqk"), stored.get_tensor(f"{name}.m"), None,
-                        stored.get_tensor(f"{name}.cdsw"), int(bits), int(block),
-                        stored.get_tensor(f"{name}.alpha") if f"{name}.alpha" in names else None,
-                    ),
-                    stored.get_tensor(f"{name}.cdsb"),
-                )
-                for name, (bits, block) in about["layers"].items()
-            }  # fmt: skip
-        for name, conv in layers.items():
-            _check(conv, shapes[name])
+                raise InputError(f"{path} was left by a run with other {deciding}; it cannot be resumed with these.")
+            yield about, stored
     except FileNotFoundError:
         raise InputError(f"There is nothing to resume: {path} does not exist.") from None
-    except (
-        SafetensorError,
-        OSError,
-        KeyError,
-        TypeError,
-        ValueError,
-        AttributeError,
-        ArithmeticError,
-        RecursionError,
-    ) as error:
+    except DAMAGE as error:
         if isinstance(error, InputError):
             raise
         raise InputError(f"{path} is damaged; start again without --resume.") from None
+
+
+def read_unfinished(path: Path, key: str, shapes: Mapping[str, Sequence[int]]) -> dict[str, QConv]:
+    """The layers kept, by convolution name; `shapes` are those of the network's weights. Raises InputError when there
+    are none, or of another run than `key`, or they cannot be this network's."""
+    deciding = "options, images, checkpoint, threads or version"
+    with resumed(path, META, key, deciding) as (about, stored):
+        names = set(stored.keys())
+        layers = {
+            name: QConv(
+                DSTensor(
+                    stored.get_tensor(f"{name}.vqk"), stored.get_tensor(f"{name}.m"), None,
+                    stored.get_tensor(f"{name}.cdsw"), int(bits), int(block),
+                    stored.get_tensor(f"{name}.alpha") if f"{name}.alpha" in names else None,
+                ),
+                stored.get_tensor(f"{name}.cdsb"),
+            )
+            for name, (bits, block) in about["layers"].items()
+        }  # fmt: skip
+        for name, conv in layers.items():
+            _check(conv, shapes[name])
     return layers
 
 

@@ -5,16 +5,14 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from dsconvert.errors import InputError
 from dsconvert.files import write_atomic
 from dsconvert.train.latents import Latents
+from dsconvert.unfinished import resumed
 
 NAME = "finetuning.safetensors"
 META = "dsconvert.finetuning"
@@ -61,27 +59,15 @@ def write_state(path: Path, key: str, state: State) -> None:
 def read_state(path: Path, key: str, like: Latents) -> State:
     """What `write_state` kept, on the devices of `like`. Raises InputError when there is nothing, or it is of a run
     with another key."""
-    try:
-        with safe_open(path, framework="pt") as stored:
-            about: dict[str, Any] = json.loads((stored.metadata() or {})[META])
-            if about["key"] != key:
-                raise InputError(
-                    f"{path} was left by a run with other options, images, labels, model, threads, processes or "
-                    "version; it cannot be resumed with these."
-                )
-            state = State.new(like)
-            for name in SETS:
-                found = {k: stored.get_tensor(f"{name}/{k}").to(v.device) for k, v in like.items()}
-                if any(found[k].shape != v.shape for k, v in like.items()):
-                    raise ValueError(name)
-                setattr(state, name, found)
+    deciding = "options, images, labels, model, threads, processes or version"
+    with resumed(path, META, key, deciding) as (about, stored):
+        state = State.new(like)
+        for name in SETS:
+            found = {k: stored.get_tensor(f"{name}/{k}").to(v.device) for k, v in like.items()}
+            if any(found[k].shape != v.shape for k, v in like.items()):
+                raise ValueError(name)
+            setattr(state, name, found)
         for value in state.latents.values():
             value.requires_grad_()
         state.steps, state.log = int(about["steps"]), list(about["log"])
-        return state
-    except FileNotFoundError:
-        raise InputError(f"There is nothing to resume: {path} does not exist.") from None
-    except (SafetensorError, OSError, KeyError, TypeError, ValueError, AttributeError) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"{path} is damaged; start again without --resume.") from None
+    return state

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from conftest import write_work
 from modelfiles import Opened
 
@@ -17,6 +18,8 @@ from dsconvert.calibcache import META as CACHE_META
 from dsconvert.calibcache import calibration_bytes, remembered
 from dsconvert.errors import InputError
 from dsconvert.pipeline import QuantizeOptions, quantize
+from dsconvert.train.state import META as STATE_META
+from dsconvert.train.state import State, read_state, write_state
 from dsconvert.unfinished import META as UNFINISHED_META
 from dsconvert.unfinished import read_unfinished
 from dsconvert.yolo.checkpoint import load_checkpoint
@@ -153,13 +156,35 @@ def test_a_damaged_unfinished_run_is_one_sentence(run, tmp_path):
     files = damaged(good, UNFINISHED_META, changes)
     for what, data in files.items():
         path.write_bytes(data)
-        assert refusal(path, key, shapes) == f"{path} is damaged; start again without --resume.", what
+        assert (
+            refusal(lambda: read_unfinished(path, key, shapes)) == f"{path} is damaged; start again without --resume."
+        ), what
 
 
-def refusal(path: Path, key: str, shapes: dict[str, Any]) -> str | None:
-    """Why an unfinished run is not taken up."""
+def refusal(read: Callable[[], Any]) -> str | None:
+    """Why a stopped run is not taken up."""
     try:
-        read_unfinished(path, key, shapes)
+        read()
     except InputError as error:
         return str(error)
     return None
+
+
+def test_a_damaged_finetune_is_one_sentence(tmp_path):
+    path = tmp_path / "finetuning.safetensors"
+    like = {f"{LAYER}.cdsw": torch.zeros(8)}
+    state = State.new({name: v.clone().requires_grad_() for name, v in like.items()})
+    state.log.append({"map50_95": 0.5})
+    write_state(path, "key", state)
+    good = path.read_bytes()
+    assert read_state(path, "key", like).log == state.log
+    first = f"first/{LAYER}.cdsw"
+    changes: dict[str, Change] = {
+        **{f"steps {s}": put(s, "steps") for s in (1e400, "x", None, [1])},
+        "log a number": put(5, "log"), "another key's place": lambda m: m.json.pop("key"),
+        "moments missing": missing(first), "moments of another shape": reshaped(first, [2, 4]),
+    }  # fmt: skip
+    for what, data in damaged(good, STATE_META, changes).items():
+        path.write_bytes(data)
+        refused = refusal(lambda: read_state(path, "key", like))
+        assert refused == f"{path} is damaged; start again without --resume.", what
