@@ -207,8 +207,7 @@ def _check(options: QuantizeOptions, checkpoint: Checkpoint) -> None:
         raise InputError("--kds float needs --activations float, and knows no --target-size or --target-map-drop.")
     if (options.block_size or 1) < 1 or options.samples < 1:
         raise InputError("--block-size and --samples must be at least 1.")
-    if options.device != "cpu" and not torch.cuda.is_available():
-        raise InputError(f"--device {options.device} is not available on this machine; use --device cpu.")
+    workers.check_device(options.device)
 
 
 def _mixed(

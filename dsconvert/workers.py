@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
+from dsconvert.errors import InputError
+
 T = TypeVar("T")
 
 
@@ -35,6 +37,12 @@ def here() -> int:
 def number() -> int:
     """Which of them this is, from 0; 0 writes the files and speaks."""
     return dist.get_rank() if dist.is_initialized() else 0
+
+
+def check_device(wanted: str) -> None:
+    """Raises InputError for a device that this machine has not."""
+    if wanted != "cpu" and not torch.cuda.is_available():
+        raise InputError(f"--device {wanted} is not available on this machine; use --device cpu.")
 
 
 def device(wanted: str) -> str:

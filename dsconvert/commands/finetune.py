@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import shlex
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -27,6 +26,7 @@ from dsconvert.commands.shared import (
     table,
     tell,
     threads,
+    typed_command,
     warn,
 )
 from dsconvert.errors import InputError
@@ -93,7 +93,7 @@ def finetune_command(
     if out is not None and (out / MODEL_FILE).resolve() == model.resolve():
         raise InputError("--out is the folder of the model itself; name another one.")
     folder = out or (_stopped(base) if resume else claim_folder(base))
-    command = shlex.join(["dsconvert", *(word for word in sys.argv[1:] if word != "--resume")])
+    command = typed_command()
     note: Callable[[str], None] = (lambda line: None) if quiet else say
     try:
         with bars(quiet, lines=True) as progress:

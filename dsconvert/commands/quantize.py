@@ -6,7 +6,6 @@ import contextlib
 import glob
 import re
 import shlex
-import sys
 import time
 from dataclasses import fields
 from pathlib import Path
@@ -32,6 +31,7 @@ from dsconvert.commands.shared import (
     table,
     tell,
     threads,
+    typed_command,
     verbose,
     warn,
 )
@@ -163,7 +163,7 @@ def quantize(
             "Without --calib, images are synthesised from the checkpoint's BatchNorm statistics; about 100 of your own "
             "(no labels needed) with --calib FOLDER would lose less accuracy."
         )
-    command = shlex.join(["dsconvert", *(word for word in sys.argv[1:] if word != "--resume")])
+    command = typed_command()
     folder = out or (_stopped(checkpoint.stem) if resume else claim_folder(RUNS / checkpoint.stem))
     try:
         with bars(quiet, lines=True) as progress:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import sys
 import threading
@@ -117,6 +118,11 @@ def cell(text: object) -> str:
 
 def _shown(text: object, ascii_only: bool) -> str:
     return printable(str(text).replace("±", "+-") if ascii_only else text, ascii_only=ascii_only)
+
+
+def typed_command() -> str:
+    """What was typed, for a model to remember; going on with a run is no part of it."""
+    return shlex.join(["dsconvert", *(word for word in sys.argv[1:] if word != "--resume")])
 
 
 @contextmanager

@@ -130,8 +130,7 @@ def _check(options: FinetuneOptions) -> None:
         raise InputError("--epochs, --batch and --patience must be at least 1.")
     if not 0 < options.rate <= 1 or not 0 <= options.warmup <= options.epochs or not 0 <= options.mosaic <= 1:
         raise InputError("--rate lies above 0 and up to 1, --warmup within --epochs, --mosaic from 0 to 1.")
-    if options.device != "cpu" and not torch.cuda.is_available():
-        raise InputError(f"--device {options.device} is not available on this machine; use --device cpu.")
+    workers.check_device(options.device)
 
 
 def _check_data(path: Path, data: DataYaml, model: DSModel) -> None:
