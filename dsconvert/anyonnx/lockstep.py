@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from dsconvert.anyonnx.layers import Layer
-from dsconvert.anyonnx.rewrite import float_tensors, free_prefix, replaced
+from dsconvert.anyonnx.rewrite import float_tensors, replaced
 from dsconvert.anyonnx.source import Array, Source, used
 from dsconvert.dsconv.tensor import DSTensor
 from dsconvert.errors import InputError
@@ -41,7 +41,6 @@ class _Side:
     nodes: dict[int, list[onnx.NodeProto]]
     tensors: dict[str, onnx.TensorProto] = field(default_factory=dict)
     stored: dict[str, int] = field(default_factory=dict)
-
     numbers: Iterator[int] = field(default_factory=itertools.count)
 
     def file(self, value: str, image: int) -> Path:
@@ -99,7 +98,7 @@ def fit_lockstep(
         else:
             made = _bias_only(layer, fitted[earlier.index].weight, seen(WHOLE))
         fitted[layer.index] = replace(made, bias=made.bias + layer.bias)
-        name = f"{free_prefix(source)}fitted{layer.index}"
+        name = f"{source.free_prefix}fitted{layer.index}"
         sides[1].nodes.update(replaced(source, layer, name, f"{name}.bias"))
         sides[1].tensors.update({t.name: t for t in float_tensors(layer, fitted[layer.index], name)})
         _forget(source, sides, layers[done + 1 :], left, count)

@@ -55,7 +55,7 @@ def with_floats(source: Source, layers: Sequence[Layer], fitted: Mapping[int, QC
     """The file with W' in the place of its weights."""
     nodes, tensors = {}, []
     for layer in layers:
-        name = f"{free_prefix(source)}{layer.index}"
+        name = f"{source.free_prefix}{layer.index}"
         nodes.update(replaced(source, layer, name, f"{name}.bias"))
         tensors += float_tensors(layer, fitted[layer.index], name)
     return _assembled(source, nodes, [], tensors)
@@ -80,7 +80,7 @@ def with_integers(source: Source, layers: Sequence[Layer], fitted: Mapping[int, 
     added = [n for some in nodes.values() for n in some]
     taken = set(source.makers) | {source.image.name}
     ours = {out for n in [*b.nodes, *added] for out in n.output if out not in taken} | set(b.initializers)
-    free = (f"{free_prefix(source)}{n}" for n in short_names())
+    free = (f"{source.free_prefix}{n}" for n in short_names())
     renamed = {n: next(free) for n in sorted(ours - set(own))}
     for node in [*b.nodes, *added]:
         for side in (node.input, node.output):
@@ -137,15 +137,6 @@ def _assembled(
     return made
 
 
-def free_prefix(source: Source) -> str:
-    """A beginning that no name in the file has."""
-    names = {*source.initializers, *source.makers, source.image.name}
-    prefix = "ds."
-    while any(n.startswith(prefix) for n in names):
-        prefix = f"ds{prefix}"
-    return prefix
-
-
 def _names(source: Source, layers: Sequence[Layer]) -> list[str]:
     """A name for each layer's weights, after that of the stored one where that is free."""
     ours = {i for layer in layers for i in (layer.index, layer.adder)}
@@ -156,6 +147,6 @@ def _names(source: Source, layers: Sequence[Layer]) -> list[str]:
         if "::" in name:  # made up by torch's exporter, which calls the node /layer1/0/Conv
             name = layer.name.strip("/").rpartition("/")[0].replace("/", ".") or name
         if any(n.startswith(f"{name}.") for n in taken) or any(f"{n}.".startswith(f"{name}.") for n in found):
-            name = f"{free_prefix(source)}{layer.index}"
+            name = f"{source.free_prefix}{layer.index}"
         found.append(name)
     return found

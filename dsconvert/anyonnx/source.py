@@ -44,7 +44,7 @@ class Source:
     model: onnx.ModelProto
     image: ImageInput
 
-    @property
+    @cached_property
     def nodes(self) -> list[onnx.NodeProto]:
         """In the order in which they run."""
         return list(self.model.graph.node)
@@ -63,6 +63,15 @@ class Source:
     def makers(self) -> dict[str, int]:
         """Index of the node that makes a value."""
         return {out: i for i, node in enumerate(self.model.graph.node) for out in node.output if out}
+
+    @cached_property
+    def free_prefix(self) -> str:
+        """A beginning that no name in the file has."""
+        names = {*self.initializers, *self.makers, self.image.name}
+        prefix = "ds."
+        while any(n.startswith(prefix) for n in names):
+            prefix = f"ds{prefix}"
+        return prefix
 
     @cached_property
     def constant(self) -> frozenset[int]:
