@@ -10,7 +10,6 @@ m has nothing to learn in plain int8 layers, where it is 1, nor where KDSb (z) i
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor
 
 from dsconvert.dsconv.tensor import INT8_MAX, M_MAX, PAIR_MAX, DSTensor, expand_blocks, max_multiplier, vqk_limits
+from dsconvert.fit.least_squares import to_blocks
 from dsconvert.graph.integer import QConv
 from dsconvert.model import DSModel
 
@@ -193,9 +193,4 @@ def _vqk_bounds(w: DSTensor) -> tuple[Tensor, Tensor]:
 
 def _block_amax(w: DSTensor) -> Tensor:
     """Largest |VQK| of every block, float (cho, nblk, kh, kw)."""
-    cho, chi, kh, kw = w.vqk.shape
-    size = min(w.block_size, chi)
-    whole = math.ceil(chi / size) * size
-    padded = torch.zeros(cho, whole, kh, kw)
-    padded[:, :chi] = w.vqk.float().abs()
-    return padded.view(cho, whole // size, size, kh, kw).amax(2)
+    return to_blocks(w.vqk.float().abs(), w.block_size).amax(2).reshape(w.m.shape)
