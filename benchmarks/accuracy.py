@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import platform
 import shlex
 import sys
 import time
@@ -21,6 +20,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from bootstrap import bootstrap
+from machine import cpu_name
 from numpy.typing import NDArray
 from peers import nncf_int8, openvino_predictor, ort_predictor, ort_static
 
@@ -192,8 +192,7 @@ def write(rows: list[Row], found: Detections, samples: np.ndarray, images: int, 
         return [f"## {title}", "", *table(names), ""] if names else []
 
     four = next(i for i, r in enumerate(rows) if r.name == "dsconvert 4 bit everywhere")
-    cpu = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
-                if line.startswith("model name")), platform.processor())  # fmt: skip
+    cpu = cpu_name()
     text = [
         "# Accuracy", "",
         f"Made by `{command}` on {torch.get_num_threads()} threads of {cpu}. {len(found.truths)} validation images "

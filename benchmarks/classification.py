@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import platform
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from machine import cpu_name
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -164,17 +164,11 @@ def page(text: str, found: dict[tuple[int, int], list[dict[str, float]]], floats
     kept = text.split(MARKER)[0].rstrip()
     spread = np.std(floats, ddof=1) if len(floats) > 1 else 0
     made = (
-        f"By `{' '.join(['python', 'benchmarks/classification.py', *sys.argv[1:]])}` on {cpu()}, torch "
+        f"By `{' '.join(['python', 'benchmarks/classification.py', *sys.argv[1:]])}` on {cpu_name()}, torch "
         f"{torch.__version__}. {len(floats)} seeds, {steps} steps of shift training; the float networks classify "
         f"{np.mean(floats):.1f} ± {spread:.1f} % right. Points of accuracy lost, mean ± standard deviation over seeds:"
     )
     return "\n".join([kept, "", MARKER, "", made, "", *table(found, floats), ""])
-
-
-def cpu() -> str:
-    """The processor's name."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").is_file() else []
-    return next((line.split(": ", 1)[1] for line in lines if line.startswith("model name")), platform.machine())
 
 
 def main() -> None:

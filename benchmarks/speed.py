@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import shlex
 import sys
 import time
@@ -23,6 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 from growth import SIZES, fit_seconds, parameters, point, random_checkpoint
+from machine import cpu_name
 from numpy.typing import NDArray
 from peers import nncf_int8, ort_static
 from performance_page import write_page
@@ -214,12 +214,11 @@ MEASURE: dict[str, Callable[[Bench], dict[str, Any]]] = {
 def machine(b: Bench) -> dict[str, Any]:
     """What the figures depend on besides the code."""
     lines = Path("/proc/cpuinfo").read_text().splitlines()
-    name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
     flags = next((line for line in lines if line.startswith("flags")), "")
     kind = "AVX-512 VNNI" if "avx512_vnni" in flags else "AVX VNNI" if "avx_vnni" in flags else "no VNNI"
     versions = {engine: engine_version(engine) for engine in ("onnxruntime", "openvino")}
     return {
-        "cpu": name, "int8": kind, "threads": b.threads, "imgsz": b.imgsz, "versions": versions,
+        "cpu": cpu_name(), "int8": kind, "threads": b.threads, "imgsz": b.imgsz, "versions": versions,
         "checkpoint": b.checkpoint.name,
     }  # fmt: skip
 
