@@ -7,13 +7,11 @@ rows; the model keeps its yaml, whose activations stay text; RepConv and IDetect
 from __future__ import annotations
 
 import io
-import sys
-import types
 from collections.abc import Callable
-from contextlib import contextmanager
 from typing import Any
 
 import torch
+from importable import importable
 
 COMMON = """
 import math
@@ -233,30 +231,12 @@ class DetectionModel(Model):
 """
 
 
-@contextmanager
-def tree():
-    """The modules `models.common` and `models.yolo`, importable meanwhile; yields both."""
-    names = ("models", "models.common", "models.yolo")
-    before = {name: sys.modules.get(name) for name in names}
-    made = {name: types.ModuleType(name) for name in names}
-    sys.modules.update(made)
-    try:
-        exec(COMMON, made["models.common"].__dict__)
-        exec(YOLO, made["models.yolo"].__dict__)
-        yield made["models.common"], made["models.yolo"]
-    finally:
-        for name, module in before.items():
-            sys.modules.pop(name)
-            if module is not None:
-                sys.modules[name] = module
-
-
 def trained(
     config: dict[str, Any], strides: list[int], prepare: Callable[[Any], None], *, old: bool = False
 ) -> tuple[bytes, Callable[[torch.Tensor], list[torch.Tensor]]]:
     """A checkpoint's bytes, and the raw maps its float32 model gives for an image; `prepare` gives the model numbers.
     `old`: its class is Model, as in YOLOv5 v5.0 and YOLOv7."""
-    with tree() as (_, yolo):
+    with importable(COMMON, YOLO) as (_, yolo):
         model = (yolo.Model if old else yolo.DetectionModel)(config)
         prepare(model)
         model.names = [f"class {i}" for i in range(config["nc"])]

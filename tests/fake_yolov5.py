@@ -7,10 +7,10 @@ the layers and the indices to keep; `Model` looks parse_model up when it is buil
 
 from __future__ import annotations
 
-import sys
-import types
 from contextlib import contextmanager
 from pathlib import Path
+
+from importable import importable
 
 from dsconvert.yolo import modules as ours
 
@@ -80,20 +80,8 @@ class DetectionModel(nn.Module):
 @contextmanager
 def tree():
     """The modules `models.common` and `models.yolo`, importable meanwhile; yields the latter."""
-    names = ("models", "models.common", "models.yolo")
-    before = {name: sys.modules.get(name) for name in names}
-    made = {name: types.ModuleType(name) for name in names}
-    sys.modules.update(made)
-    made["models"].common, made["models"].yolo = made["models.common"], made["models.yolo"]
-    try:
-        exec(Path(ours.__file__).read_text(), made["models.common"].__dict__)  # our own blocks, under its name
-        exec(YOLO, made["models.yolo"].__dict__)
-        yield made["models.yolo"]
-    finally:
-        for name, module in before.items():
-            sys.modules.pop(name)
-            if module is not None:
-                sys.modules[name] = module
+    with importable(Path(ours.__file__).read_text(), YOLO) as (_, yolo):  # our own blocks, under their names
+        yield yolo
 
 
 def config(block: str = "DSConv2D_C3") -> dict:

@@ -4,7 +4,6 @@ Needs Debian's chromium and chromium-driver, and `npm install` in examples/brows
 
 from __future__ import annotations
 
-import shutil
 import threading
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -15,15 +14,15 @@ import numpy as np
 import onnx
 import pytest
 from conftest import DEMO, ROOT
+from headless import chromium_browser, needs_chromium
 
 import dsconvert
 from dsconvert.evaluate.compare import match
 from dsconvert.yolo.images import read_image
 
 EXAMPLE = ROOT / "examples/browser"
-CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 pytestmark = [
-    pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="chromium and chromium-driver are not installed"),
+    needs_chromium,
     pytest.mark.skipif(
         not (EXAMPLE / "node_modules/onnxruntime-web").is_dir(),
         reason="onnxruntime-web is not installed: npm install in examples/browser",
@@ -39,20 +38,11 @@ class Quiet(SimpleHTTPRequestHandler):
 @pytest.fixture(scope="module")
 def chromium():
     """The example, served on this machine, in Chromium."""
-    from selenium import webdriver
-    from selenium.webdriver.chrome.service import Service
-
     server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(EXAMPLE)))
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    options = webdriver.ChromeOptions()
-    options.binary_location = CHROMIUM
-    for argument in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"):
-        options.add_argument(argument)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    browser = webdriver.Chrome(options=options, service=Service(DRIVER))
-    browser.get(f"http://127.0.0.1:{server.server_port}/")
-    yield browser
-    browser.quit()
+    with chromium_browser() as browser:
+        browser.get(f"http://127.0.0.1:{server.server_port}/")
+        yield browser
     server.shutdown()
 
 

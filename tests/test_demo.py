@@ -12,7 +12,6 @@ import torch
 from conftest import DEMO
 
 from dsconvert.evaluate.accuracy import evaluate_predictors
-from dsconvert.train.loss import LARGEST_RATIO, assign
 from dsconvert.yolo.checkpoint import load_checkpoint
 from dsconvert.yolo.decode import decode
 from dsconvert.yolo.images import label_path, read_data_yaml, read_image, read_labels
@@ -165,33 +164,6 @@ def test_the_data_set_is_complete_and_its_splits_share_no_seed():
         assert all(len(read_labels(label_path(p), 6)) for p in images)
     files = [p for p in DEMO.rglob("*") if p.is_file() and "__pycache__" not in p.parts]
     assert sum(p.stat().st_size for p in files) < 15e6
-
-
-def test_assignment_equals_a_loop_over_every_cell():
-    rng = np.random.default_rng(3)
-    rows, columns = 6, 9
-    anchors = [(1.5, 1.0), (3.0, 4.0), (8.0, 2.0)]
-    targets = np.concatenate((rng.integers(0, 2, (30, 2)), rng.uniform(0.02, 0.98, (30, 4))), 1).astype(np.float32)
-    wanted = []
-    for image, kind, x, y, w, h in targets.tolist():
-        x, y, w, h = x * columns, y * rows, w * columns, h * rows
-        for a, (aw, ah) in enumerate(anchors):
-            if max(w / aw, aw / w, h / ah, ah / h) >= LARGEST_RATIO:
-                continue
-            for row in range(rows):
-                for column in range(columns):
-                    own = column <= x < column + 1 and row <= y < row + 1
-                    # half a cell around the cell, and the centre in its row or column
-                    beside = row <= y < row + 1 and (column - 0.5 < x < column or column + 1 < x < column + 1.5)
-                    above = column <= x < column + 1 and (row - 0.5 < y < row or row + 1 < y < row + 1.5)
-                    if own or beside or above:
-                        wanted.append((image, kind, a, row, column, x - column, y - row, w, h))
-    found = assign(torch.from_numpy(targets), torch.tensor(anchors), rows, columns)
-    image, anchor, row, column = found.index
-    parts = (image, found.kind, anchor, row, column, *found.box.T)
-    given = sorted(zip(*(p.tolist() for p in parts), strict=True))
-    np.testing.assert_allclose(np.array(given), np.array(sorted(wanted)), atol=1e-5)
-    np.testing.assert_array_equal(found.anchor_size.numpy(), np.array(anchors, np.float32)[anchor.numpy()])
 
 
 def test_mirrored_batches_mirror_their_boxes():

@@ -4,32 +4,22 @@ Needs Debian's chromium and chromium-driver; skips, saying so, where they are no
 
 from __future__ import annotations
 
-import shutil
 from itertools import product
 
 import pytest
+from headless import chromium_browser, needs_chromium
 from report_case import HOSTILE, make_case
 
 from dsconvert.report.gather import ReportOptions, gather
 from dsconvert.report.page import page_bytes
 
-CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
-pytestmark = pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="chromium and chromium-driver are not installed")
+pytestmark = needs_chromium
 
 
 @pytest.fixture(scope="module")
 def chromium():
-    from selenium import webdriver
-    from selenium.webdriver.chrome.service import Service
-
-    options = webdriver.ChromeOptions()
-    options.binary_location = CHROMIUM
-    for argument in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"):
-        options.add_argument(argument)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    made = webdriver.Chrome(options=options, service=Service(DRIVER))
-    yield made
-    made.quit()
+    with chromium_browser() as made:
+        yield made
 
 
 @pytest.fixture

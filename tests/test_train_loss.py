@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -28,6 +30,39 @@ def test_a_box_goes_to_its_cell_its_near_neighbours_and_its_like_anchors():
     assert set(found.kind.tolist()) == {4}
     # 0.4 cells: ratio 5 and 20: nobody's
     assert len(assign(torch.tensor([[0, 4, 0.32, 0.57, 0.04, 0.04]]), ANCHORS, 10, 10).box) == 0
+
+
+def learning_cells(box, anchors, rows, columns):
+    """(anchor, row, column) of every cell that learns a box x, y, w, h in cells, found by looking at each."""
+    x, y, w, h = box
+    for a, (aw, ah) in enumerate(anchors):
+        if max(w / aw, aw / w, h / ah, ah / h) >= 4:
+            continue
+        for row, column in itertools.product(range(rows), range(columns)):
+            own = column <= x < column + 1 and row <= y < row + 1
+            # half a cell around the cell, and the centre in its row or column
+            beside = row <= y < row + 1 and (column - 0.5 < x < column or column + 1 < x < column + 1.5)
+            above = column <= x < column + 1 and (row - 0.5 < y < row or row + 1 < y < row + 1.5)
+            if own or beside or above:
+                yield a, row, column
+
+
+def test_assignment_equals_a_loop_over_every_cell():
+    rng = np.random.default_rng(3)
+    rows, columns = 6, 9
+    anchors = [(1.5, 1.0), (3.0, 4.0), (8.0, 2.0)]
+    targets = np.concatenate((rng.integers(0, 2, (30, 2)), rng.uniform(0.02, 0.98, (30, 4))), 1).astype(np.float32)
+    wanted = []
+    for image, kind, x, y, w, h in targets.tolist():
+        x, y, w, h = x * columns, y * rows, w * columns, h * rows
+        for a, row, column in learning_cells((x, y, w, h), anchors, rows, columns):
+            wanted.append((image, kind, a, row, column, x - column, y - row, w, h))
+    found = assign(torch.from_numpy(targets), torch.tensor(anchors), rows, columns)
+    image, anchor, row, column = found.index
+    parts = (image, found.kind, anchor, row, column, *found.box.T)
+    given = sorted(zip(*(p.tolist() for p in parts), strict=True))
+    np.testing.assert_allclose(np.array(given), np.array(sorted(wanted)), atol=1e-5)
+    np.testing.assert_array_equal(found.anchor_size.numpy(), np.array(anchors, np.float32)[anchor.numpy()])
 
 
 def test_a_perfect_prediction_costs_almost_nothing_and_a_wrong_class_more():
@@ -83,26 +118,18 @@ def plain_loss(raw, targets, anchors, nc, gains):
         boxes, kinds, reached = [], [], {}
         for image, kind, x, y, w, h in targets.tolist():
             x, y, w, h = x * columns, y * rows, w * columns, h * rows
-            for a, (aw, ah) in enumerate(sizes.tolist()):
-                if max(w / aw, aw / w, h / ah, ah / h) >= 4:
-                    continue
-                for row in range(rows):
-                    for column in range(columns):
-                        here = column <= x < column + 1 and row <= y < row + 1
-                        beside = row <= y < row + 1 and (column - 0.5 < x < column or column + 1 < x < column + 1.5)
-                        above = column <= x < column + 1 and (row - 0.5 < y < row or row + 1 < y < row + 1.5)
-                        if not (here or beside or above):
-                            continue
-                        t = p[int(image), a, :, row, column].tolist()
-                        mine = (
-                            2 * sigmoid(t[0]) - 0.5 + column, 2 * sigmoid(t[1]) - 0.5 + row,
-                            (2 * sigmoid(t[2])) ** 2 * aw, (2 * sigmoid(t[3])) ** 2 * ah,
-                        )  # fmt: skip
-                        iou = plain_ciou(mine, (x, y, w, h))
-                        boxes.append(1 - iou)
-                        kinds += [entropy(t[5 + k], float(k == kind)) for k in range(nc)]
-                        cell = (int(image), a, row, column)
-                        reached[cell] = max(reached.get(cell, 0.0), iou)
+            for a, row, column in learning_cells((x, y, w, h), sizes.tolist(), rows, columns):
+                aw, ah = sizes[a].tolist()
+                t = p[int(image), a, :, row, column].tolist()
+                mine = (
+                    2 * sigmoid(t[0]) - 0.5 + column, 2 * sigmoid(t[1]) - 0.5 + row,
+                    (2 * sigmoid(t[2])) ** 2 * aw, (2 * sigmoid(t[3])) ** 2 * ah,
+                )  # fmt: skip
+                iou = plain_ciou(mine, (x, y, w, h))
+                boxes.append(1 - iou)
+                kinds += [entropy(t[5 + k], float(k == kind)) for k in range(nc)]
+                cell = (int(image), a, row, column)
+                reached[cell] = max(reached.get(cell, 0.0), iou)
         if boxes:
             whole += gains.box * sum(boxes) / len(boxes) + gains.kind * sum(kinds) / len(kinds)
         cells = [

@@ -67,30 +67,36 @@ def changed(good: bytes, change: Callable[[Opened], Any]) -> bytes:
     return opened.bytes()
 
 
+def put(value: Any, *path: Any) -> Callable[[Opened], None]:
+    """Another value at this place of the header's JSON."""
+
+    def change(m: Opened) -> None:
+        place = m.json
+        for key in path[:-1]:
+            place = place[key]
+        place[path[-1]] = value
+
+    return change
+
+
+def floats(name: str, value: float) -> Callable[[Opened], None]:
+    """A tensor of this value alone."""
+
+    def change(m: Opened) -> None:
+        kind, shape, data = m.tensors[name]
+        m.tensors[name] = [kind, shape, np.full(len(data) // 4, value, np.float32).tobytes()]
+
+    return change
+
+
 def changes() -> dict[str, Callable[[Opened], Any]]:
     """One thing wrong in each."""
-
-    def put(value: Any, *path: Any) -> Callable[[Opened], None]:
-        def change(m: Opened) -> None:
-            place = m.json
-            for key in path[:-1]:
-                place = place[key]
-            place[path[-1]] = value
-
-        return change
 
     def node(op: str, **attrs: Any) -> Callable[[Opened], None]:
         return lambda m: next(n for n in m.json["graph"]["nodes"] if n["op"] == op)["attrs"].update(attrs)
 
     def layer(key: str, value: Any) -> Callable[[Opened], None]:
         return lambda m: m.json["layers"]["model.2.cv1.conv"].update({key: value})
-
-    def floats(name: str, value: float) -> Callable[[Opened], None]:
-        def change(m: Opened) -> None:
-            kind, shape, data = m.tensors[name]
-            m.tensors[name] = [kind, shape, np.full(len(data) // 4, value, np.float32).tobytes()]
-
-        return change
 
     head, nodes, grids = "head", ("graph", "nodes"), "activations"
     bomb: list[Any] = []

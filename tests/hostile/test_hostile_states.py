@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import write_work
-from modelfiles import Opened
+from modelfiles import Opened, floats, put
 
 from dsconvert import pipeline
 from dsconvert.calibcache import META as CACHE_META
@@ -28,24 +28,6 @@ Change = Callable[[Opened], Any]
 LAYER = "model.2.cv1.conv"
 CONTAINERS = {"empty": b"", "text": b"hello", "length 2^63": b"\xff" * 7 + b"\x7f{}"}
 TEXTS = ("[" * 200_000, "5", "null", "[]", "{}", "1" * 5000)
-
-
-def put(value: Any, *path: Any) -> Change:
-    def change(m: Opened) -> None:
-        place = m.json
-        for key in path[:-1]:
-            place = place[key]
-        place[path[-1]] = value
-
-    return change
-
-
-def numbers(name: str, value: float) -> Change:
-    def change(m: Opened) -> None:
-        kind, shape, data = m.tensors[name]
-        m.tensors[name] = [kind, shape, np.full(len(data) // 4, value, np.float32).tobytes()]
-
-    return change
 
 
 def retyped(name: str, kind: str) -> Change:
@@ -119,7 +101,7 @@ def test_a_damaged_calibration_is_made_again(run, tmp_path, monkeypatch):
         "a width of infinity": lambda m: m.json["damage"][LAYER].append([1e400, 16, 0.1]),
         "a layer without widths": lambda m: m.json["damage"].pop(LAYER),
         "own a list": put([], "own"), "damage a text": put("x", "damage"),
-        **{f"positions {v}": numbers(LAYER, v) for v in (-1.0, float("nan"), float("inf"))},
+        **{f"positions {v}": floats(LAYER, v) for v in (-1.0, float("nan"), float("inf"))},
         "positions of another kind": retyped(LAYER, "I32"),
         "positions of another shape": reshaped(LAYER, shape[::-1]),
         "positions missing": missing(LAYER), "positions of another layer": renamed(LAYER, "x"),
@@ -144,7 +126,7 @@ def test_a_damaged_unfinished_run_is_one_sentence(run, tmp_path):
         **{f"width {w}": put(w, "layers", LAYER) for w in ([4], [0, 16], [64, 16], [4, 0], [1e400, 16], [4, 1e400],
            ["4", {}], 5, None)},
         "layers a text": put("x", "layers"), "an unknown layer": put([8, 16], "layers", "x"),
-        **{f"{part} {v}": numbers(f"{LAYER}.{part}", v) for part in ("cdsw", "cdsb")
+        **{f"{part} {v}": floats(f"{LAYER}.{part}", v) for part in ("cdsw", "cdsb")
            for v in (float("nan"), float("-inf"))},
         **{f"{part} of another kind": retyped(f"{LAYER}.{part}", "I32") for part in ("cdsw", "cdsb")},
         "VQK of another kind": retyped(vqk, "U8"),
