@@ -16,7 +16,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -28,7 +27,6 @@ from dsconvert.fit import draws
 from dsconvert.fit.least_squares import fit_weight, from_blocks, nearest_integers, relieve_pairs, to_blocks
 from dsconvert.fit.seen import Seen
 from dsconvert.graph.ir import Node
-from dsconvert.parallel import together
 
 DAMPING = 0.1  # of the mean diagonal of H: ten times GPTQ's, as few positions matter and a hundred images overfit
 STARTS = (1.0, 0.85)  # starting CDSw, as a share of the least-squares one
@@ -105,55 +103,26 @@ def fit_weight_gptq(weight: Tensor, moments: Moments, bits: int, block_size: int
     Per output channel the best of least squares and of GPTQ from every start is kept, each with the CDSw that is
     optimal for its integers: never worse than least squares on J.
     """
+    plain = fit_weight(weight, bits, block_size)
+    flat = weight.detach().cpu().double().flatten(1)
     damped = moments.damped()
     groups = _groups(weight, block_size, damped.hessian.diagonal())
-    lengths = [len(g) for g in groups]
-    plain, solved = together(
-        lambda: fit_weight(weight, bits, block_size),
-        lambda: _solve(weight, damped, torch.cat(groups), bits, block_size),
-    )
-    if solved is None:
-        return plain
-    judge = _Judge(solved.linear, damped.hessian, weight.shape, block_size, plain.cds_w.double())
-
-    def least_squares() -> _Candidate:
-        return judge(plain.vqk.double().flatten(1), plain.m.double())
-
-    def rounded(share: float) -> _Candidate:
-        vqk, m = _round(solved.target, solved.upper, lengths, solved.cds * share, bits)
-        vqk = vqk[:, torch.argsort(torch.cat(groups))].reshape(weight.shape)
-        vqk = from_blocks(relieve_pairs(to_blocks(vqk, block_size), bits), *weight.shape[1:]).flatten(1)
-        return judge(vqk, _scatter(m, groups, weight, block_size))
-
-    best, *others = together(least_squares, *(partial(rounded, share) for share in STARTS))
-    for other in others:
-        best = best.or_better(other)
-    vqk = best.vqk.reshape(weight.shape).to(torch.int8)
-    return DSTensor(vqk, best.m.to(torch.int8), None, best.cds.float(), bits, block_size)
-
-
-@dataclass(frozen=True)
-class _Solved:
-    """linear = W C (cho, K); target = W C H^-1, the real-valued optimum, in the columns' order, and the Cholesky
-    factor of H^-1 in that order; cds (cho,), the least-squares one of the target."""
-
-    linear: Tensor
-    target: Tensor
-    upper: Tensor
-    cds: Tensor
-
-
-def _solve(weight: Tensor, damped: Moments, order: Tensor, bits: int, block_size: int) -> _Solved | None:
-    """What GPTQ starts from; None for constant inputs, as behind a dead layer: H is rounding noise."""
-    linear = weight.detach().cpu().double().flatten(1) @ damped.cross
+    order = torch.cat(groups)
     try:
-        target = torch.linalg.solve(damped.hessian, linear.T).T  # H being symmetric
+        target = torch.linalg.solve(damped.hessian, (flat @ damped.cross).T).T  # W C H^-1, H being symmetric
         inverse = torch.linalg.inv(damped.hessian[order][:, order])
         upper = torch.linalg.cholesky((inverse + inverse.T) / 2, upper=True)
-    except torch.linalg.LinAlgError:
-        return None
+    except torch.linalg.LinAlgError:  # constant inputs, as behind a dead layer: H is rounding noise
+        return plain
+    best = _Best(flat, damped, plain)
     start = fit_weight(target.reshape(weight.shape), bits, block_size)
-    return _Solved(linear, target[:, order], upper, start.cds_w.double())
+    for share in STARTS:
+        cds = start.cds_w.double() * share
+        vqk, m = _round(target[:, order], upper, [len(g) for g in groups], cds, bits)
+        vqk = vqk[:, torch.argsort(order)].reshape(weight.shape)
+        vqk = from_blocks(relieve_pairs(to_blocks(vqk, block_size), bits), *weight.shape[1:]).flatten(1)
+        best.offer(vqk, _scatter(m, groups, weight, block_size))
+    return best.tensor(weight.shape, bits, block_size)
 
 
 def _groups(weight: Tensor, block_size: int, energy: Tensor) -> list[Tensor]:
@@ -200,44 +169,37 @@ def _scatter(chosen: list[Tensor], groups: list[Tensor], weight: Tensor, block_s
     return m.reshape(cho, -1, kh, kw)
 
 
-@dataclass(frozen=True)
-class _Candidate:
-    """Integers VQK (cho, K) and m (cho, nblk, kh, kw), the CDSw (cho,) that is optimal for them, and how much of J they
-    take away (cho,)."""
+class _Best:
+    """The best integers so far, per output channel, by J with its optimal CDSw."""
 
-    vqk: Tensor
-    m: Tensor
-    cds: Tensor
-    gain: Tensor
+    def __init__(self, flat: Tensor, moments: Moments, plain: DSTensor) -> None:
+        self.linear, self.hessian = flat @ moments.cross, moments.hessian
+        self.chi = plain.vqk.shape[1]
+        self.block_size = plain.block_size
+        self.vqk = plain.vqk.double().flatten(1)
+        self.m = plain.m.double()
+        self.cds, self.gain = self._judge(self.vqk, self.m, plain.cds_w.double())
 
-    def or_better(self, other: _Candidate) -> _Candidate:
-        """The better of the two, per output channel."""
-        better = other.gain > self.gain
-        return _Candidate(
-            torch.where(better[:, None], other.vqk, self.vqk),
-            torch.where(better[:, None, None, None], other.m, self.m),
-            torch.where(better, other.cds, self.cds),
-            torch.where(better, other.gain, self.gain),
-        )
-
-
-@dataclass(frozen=True)
-class _Judge:
-    """linear = W C, H, the weight's shape, and the CDSw of channels for which there is no good one."""
-
-    linear: Tensor
-    hessian: Tensor
-    shape: torch.Size
-    block_size: int
-    fallback: Tensor
-
-    def __call__(self, vqk: Tensor, m: Tensor) -> _Candidate:
+    def _judge(self, vqk: Tensor, m: Tensor, fallback: Tensor) -> tuple[Tensor, Tensor]:
         """Optimal CDSw = (W C I^T) / (I H I^T) and how much of J it takes away, for I = m VQK."""
-        integers = (expand_blocks(m, self.shape[1], self.block_size) * vqk.reshape(self.shape)).flatten(1)
+        shape = (len(vqk), self.chi, *m.shape[2:])
+        integers = (expand_blocks(m, self.chi, self.block_size) * vqk.reshape(shape)).flatten(1)
         cross = (self.linear * integers).sum(1)
         power = ((integers @ self.hessian) * integers).sum(1)
-        cds = torch.where((cross > 0) & (power > 1e-12), cross / power.clamp_min(1e-12), self.fallback)
-        return _Candidate(vqk, m, cds, 2 * cds * cross - cds.square() * power)
+        cds = torch.where((cross > 0) & (power > 1e-12), cross / power.clamp_min(1e-12), fallback)
+        return cds, 2 * cds * cross - cds.square() * power
+
+    def offer(self, vqk: Tensor, m: Tensor) -> None:
+        cds, gain = self._judge(vqk, m, self.cds)
+        better = gain > self.gain
+        self.gain = torch.where(better, gain, self.gain)
+        self.cds = torch.where(better, cds, self.cds)
+        self.vqk = torch.where(better[:, None], vqk, self.vqk)
+        self.m = torch.where(better[:, None, None, None], m, self.m)
+
+    def tensor(self, shape: torch.Size, bits: int, block_size: int) -> DSTensor:
+        vqk = self.vqk.reshape(shape).to(torch.int8)
+        return DSTensor(vqk, self.m.to(torch.int8), None, self.cds.float(), bits, block_size)
 
 
 def fit_layer(node: Node, weight: Tensor, bits: int, block_size: int, batches: Iterable[Seen], seed: int) -> DSTensor:

@@ -21,7 +21,6 @@ from dsconvert.fit.sensitivity import WeightErrors, squared_effects
 from dsconvert.graph.integer import keeps_grid
 from dsconvert.graph.ir import INPUT, ConvParams, Graph, Node
 from dsconvert.graph.run import execute, float_step
-from dsconvert.parallel import in_order
 
 SAMPLES_PER_IMAGE = 1024
 SEARCHED = 16384  # values of a map that samples are drawn from
@@ -69,17 +68,6 @@ def gradients(
     }
 
 
-@dataclass(frozen=True)
-class _Looked:
-    """What one image says, by value name: samples and their weights, effects of clipping, weights of positions, and
-    the damage of every width."""
-
-    samples: dict[str, tuple[Tensor, Tensor]]
-    clipping: dict[str, Tensor]
-    positions: dict[str, Tensor]
-    damage: dict[str, dict[Width, float]]
-
-
 def measure_importance(
     graph: Graph,
     params: Mapping[str, ConvParams],
@@ -93,36 +81,25 @@ def measure_importance(
     that of the weight `errors`.
 
     Values are weighted where they count: before an activation by the gradient behind it (see `judged`)."""
-    errors = errors or {}
     behind = judged(graph)
     samples: dict[str, list[tuple[Tensor, Tensor]]] = {n.name: [] for n in graph.nodes if not keeps_grid(n.op)}
     positions: dict[str, list[Tensor]] = {n.name: [] for n in graph.convs()}
-    damage = {name: dict.fromkeys(by_width, 0.0) for name, by_width in errors.items()}
+    damage = {name: dict.fromkeys(by_width, 0.0) for name, by_width in (errors or {}).items()}
     clipping = {name: torch.zeros_like(LEVELS) for name in samples if name not in behind}
-
-    def look(numbered: tuple[int, Tensor]) -> _Looked:
-        index, image = numbered
+    for index, image in enumerate(images, first):
         generator = draws.of_image(seed, index)
         found = gradients(graph, params, image, measure, generator)
-        inputs = {n.name: image if n.inputs[0] == INPUT else found[n.inputs[0]][0] for n in graph.convs()}
-        return _Looked(
-            {n: _sample(found[n][0], found[behind.get(n, n)][1], generator) for n in samples},
-            {n: clip_effects(*found[n]) for n in clipping},
-            {n: found[n][1].square().sum(1).flatten(1).sqrt().cpu() for n in positions},
-            {n.name: squared_effects(n, inputs[n.name], found[n.name][1], errors[n.name])
-             for n in graph.convs() if n.name in errors},
-        )  # fmt: skip
-
-    for looked in in_order(look, enumerate(images, first)):
-        for name, sample in looked.samples.items():
-            samples[name].append(sample)
-        for name, effects in looked.clipping.items():
-            clipping[name] += effects
-        for name, weights in looked.positions.items():
-            positions[name].append(weights)
-        for name, by_width in looked.damage.items():
-            for width, effect in by_width.items():
-                damage[name][width] += effect
+        for name, kept in samples.items():
+            kept.append(_sample(found[name][0], found[behind.get(name, name)][1], generator))
+        for name, effects in clipping.items():
+            effects += clip_effects(*found[name])
+        for name, weights in positions.items():
+            weights.append(found[name][1].square().sum(1).flatten(1).sqrt().cpu())
+        for node in graph.convs():
+            if node.name in damage and errors:
+                x = image if node.inputs[0] == INPUT else found[node.inputs[0]][0]
+                for width, effect in squared_effects(node, x, found[node.name][1], errors[node.name]).items():
+                    damage[node.name][width] += effect
     together = {name: torch.cat(w) for name, w in positions.items()}
     # where nothing depends on a layer, no process has anything to say about its positions
     counts = workers.summed(torch.tensor([float(w.any()) for w in together.values()]))

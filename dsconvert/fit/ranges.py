@@ -17,7 +17,6 @@ from dsconvert.fit.importance import judged
 from dsconvert.graph.integer import QParams
 from dsconvert.graph.ir import INPUT, Graph
 from dsconvert.graph.run import ACTIVATIONS
-from dsconvert.parallel import in_order
 
 SEARCH_SAMPLES = 16384
 LOWS = torch.logspace(-1.3, 0, 40).tolist()  # shares of the observed extremes that are tried as ends of the range
@@ -34,16 +33,15 @@ def choose_grids(
     kinds = {n.name: n.attrs["kind"] for n in graph.nodes if n.op == "act"}
     behind = judged(graph)
     generator = torch.Generator().manual_seed(seed)
-    asked = []
+    grids = {INPUT: IMAGE_GRID}
     for name, (values, weights) in samples.items():
         judge = ACTIVATIONS[kinds[behind[name]]] if name in behind else lambda x: x
         if values.numel() > SEARCH_SAMPLES:
             picks = torch.randint(values.numel(), (SEARCH_SAMPLES,), generator=generator)
             picks = torch.cat((picks, values.argmin()[None], values.argmax()[None]))
             values, weights = values[picks], weights[picks] * (values.numel() / SEARCH_SAMPLES)
-        asked.append((values, weights, judge, clipping[behind.get(name, name)]))
-    found = in_order(lambda given: best_range(*given), asked)
-    return {INPUT: IMAGE_GRID, **dict(zip(samples, found, strict=True))}
+        grids[name] = best_range(values, weights, judge, clipping[behind.get(name, name)])
+    return grids
 
 
 def best_range(values: Tensor, weights: Tensor, judge: Callable[[Tensor], Tensor], clipping: Tensor) -> QParams:

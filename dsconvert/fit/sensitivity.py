@@ -14,7 +14,6 @@ from torch.nn.grad import conv2d_weight
 from dsconvert.dsconv.tensor import Width, used_width
 from dsconvert.fit.least_squares import fit_weight
 from dsconvert.graph.ir import ConvParams, Node
-from dsconvert.parallel import in_order
 
 # convolution name -> width -> W' - W (cho, chi, kh, kw)
 WeightErrors = Mapping[str, Mapping[Width, Tensor]]
@@ -24,14 +23,13 @@ def weight_errors(
     params: Mapping[str, ConvParams], names: Sequence[str], bits: Sequence[int], block_sizes: Sequence[int]
 ) -> dict[str, dict[Width, Tensor]]:
     """Least-squares errors from one starting scale; at 8 bits of plain per-channel int8."""
-
-    def of(name: str) -> dict[Width, Tensor]:
+    made: dict[str, dict[Width, Tensor]] = {}
+    for name in names:
         weight = params[name].weight
         # a dict, as all block sizes are the same width at 8 bits
         widths = dict.fromkeys(used_width(b, weight.shape[1], size) for b in bits for size in block_sizes)
-        return {w: fit_weight(weight, *w, starts=(0.8,), rounds=1).weight().to(weight) - weight for w in widths}
-
-    return dict(zip(names, in_order(of, names), strict=True))
+        made[name] = {w: fit_weight(weight, *w, starts=(0.8,), rounds=1).weight().to(weight) - weight for w in widths}
+    return made
 
 
 def squared_effects(node: Node, x: Tensor, gradient: Tensor, errors: Mapping[Width, Tensor]) -> dict[Width, float]:
