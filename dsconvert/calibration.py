@@ -56,6 +56,7 @@ class Calibration:
 
     own: Mapping[str, QParams]
     positions: Mapping[str, Tensor]
+    channels: Mapping[str, Tensor]
     damage: Mapping[str, Mapping[Width, float]]
 
 
@@ -155,4 +156,4 @@ def calibrate(
 
     found = measure_importance(graph, params, singles(), measure, seed, errors, images.first)
     own = choose_grids(graph, found.samples, found.clipping, seed) if quantized else {}
-    return Calibration(own, found.positions, found.damage)
+    return Calibration(own, found.positions, found.channels, found.damage)
