@@ -27,7 +27,7 @@ from peers import nncf_int8, openvino_predictor, ort_predictor, ort_static
 from dsconvert.dsconv.tensor import DSTensor
 from dsconvert.evaluate.accuracy import Detections, Predictor, detect_all
 from dsconvert.evaluate.candidates import load_candidate
-from dsconvert.fit.gptq import Moments, fit_weight_gptq, measure_moments
+from dsconvert.fit.gptq import Moments, fit_layer, fit_weight_gptq, measure_moments
 from dsconvert.fit.least_squares import fit_weight
 from dsconvert.graph.blockfloat import run_block_float
 from dsconvert.modelfile import load_model
@@ -78,29 +78,29 @@ def folder_of(work: Path, name: str) -> Path:
 
 
 def with_fit(fit: Callable[..., DSTensor], run: Callable[[], None]) -> None:
-    """Make a row whose layers are fitted by another function than `fit.gptq.fit_layer`."""
+    """Make a row whose output channels are fitted on their own, by `fit` in the place of `fit.gptq.fit_layer`."""
     import dsconvert.pipeline as pipeline
 
-    original = pipeline.fit_layer
-    pipeline.fit_layer = fit
+    original = pipeline.fit_layer, pipeline.coupled
+    pipeline.fit_layer, pipeline.coupled = fit, lambda *given: {}
     try:
         run()
     finally:
-        pipeline.fit_layer = original
+        pipeline.fit_layer, pipeline.coupled = original
 
 
-def plain_fit(node, weight, bits, block_size, batches, seed):  # type: ignore[no-untyped-def]
+def plain_fit(node, weight, bits, block_size, batches, seed, channels):  # type: ignore[no-untyped-def]
     """Least squares on the weights alone."""
     return fit_weight(weight, bits, block_size)
 
 
-def symmetric_fit(node, weight, bits, block_size, batches, seed):  # type: ignore[no-untyped-def]
+def symmetric_fit(node, weight, bits, block_size, batches, seed, channels):  # type: ignore[no-untyped-def]
     """GPTQ towards the float weight on the quantized network's inputs."""
     hessian = measure_moments(node, weight.shape, batches, seed).hessian
     return fit_weight_gptq(weight, Moments(hessian, hessian), bits, block_size)
 
 
-def unweighted_fit(node, weight, bits, block_size, batches, seed):  # type: ignore[no-untyped-def]
+def unweighted_fit(node, weight, bits, block_size, batches, seed, channels):  # type: ignore[no-untyped-def]
     """Asymmetric GPTQ, every position counting the same."""
     even = (replace(seen, weights=torch.ones_like(seen.weights)) for seen in batches)
     return fit_weight_gptq(weight, measure_moments(node, weight.shape, even, seed), bits, block_size)
@@ -139,7 +139,8 @@ def all_rows(checkpoint: Path, data: Path, work: Path, groups: Sequence[str], on
         add(f"dsconvert mixed, {size / 1e6:.2f} MB", "frontier", replace(options, target_bytes=size))
     four = replace(options, bits=4)
     for name, fit in (("least squares", plain_fit), ("GPTQ, symmetric", symmetric_fit),
-                      ("GPTQ, asymmetric, positions unweighted", unweighted_fit)):  # fmt: skip
+                      ("GPTQ, asymmetric, positions unweighted", unweighted_fit),
+                      ("GPTQ, output channels on their own", fit_layer)):  # fmt: skip
         with_fit(fit, lambda n=name: add(n, "ablation", four))  # type: ignore[misc]
     for block in (32, 64, 128):
         add(f"4 bit, block size {block}", "block", replace(four, block_size=block))
