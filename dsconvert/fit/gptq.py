@@ -17,7 +17,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -29,6 +31,8 @@ from dsconvert.fit.channels import made_up_for, parts
 from dsconvert.fit.least_squares import fit_weight, from_blocks, relieve_pairs, to_blocks
 from dsconvert.fit.seen import Seen
 from dsconvert.graph.ir import Node
+
+Floats = NDArray[np.float64]
 
 DAMPING = 0.1  # of the mean diagonal of H: ten times GPTQ's, as few positions matter and a hundred images overfit
 STARTS = (1.0, 0.85)  # starting CDSw, as a share of the least-squares one
@@ -130,8 +134,8 @@ def fit_weight_gptq(
             wanted = wanted - made_up_for(together, decided, errors, rest)[: len(rows)]
         best = _Best(wanted @ damped.hessian, damped.hessian, _rows(plain, rows))
         shape = (len(rows), *weight.shape[1:])
-        for share in STARTS:
-            vqk, m = _round(wanted[:, order], upper, [len(g) for g in groups], start[rows] * share, bits)
+        cds = start[rows] * torch.tensor(STARTS, dtype=torch.float64)[:, None]
+        for vqk, m in zip(*_round(wanted[:, order], upper, [len(g) for g in groups], cds, bits), strict=True):
             vqk = to_blocks(vqk[:, torch.argsort(order)].reshape(shape), block_size)
             vqk = from_blocks(relieve_pairs(vqk, bits), *weight.shape[1:]).flatten(1)
             best.offer(vqk, _scatter(m, groups, shape, block_size))
@@ -158,42 +162,51 @@ def _groups(weight: Tensor, block_size: int, energy: Tensor) -> list[Tensor]:
     return sorted(groups, key=lambda g: -float(energy[g].mean()))
 
 
-def _round(target: Tensor, upper: Tensor, lengths: list[int], cds: Tensor, bits: int) -> tuple[Tensor, list[Tensor]]:
-    """GPTQ's loop: VQK (cho, K) in the given column order, and m (cho,) of each group."""
-    w = target.clone()
+def _round(target: Tensor, upper: Tensor, lengths: list[int], cds: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """GPTQ's loop over a target (cho, K) from every starting CDSw of cds (starts, cho): VQK (starts, cho, K) in the
+    given column order, and m (starts, groups, cho)."""
+    w = target.repeat(len(cds), 1, 1)
     vqk = torch.zeros_like(w)
-    chosen = []
+    chosen = torch.zeros(len(cds), len(lengths), w.shape[1], dtype=w.dtype)
     first = 0
-    for length in lengths:
+    for group, length in enumerate(lengths):
         last = first + length
-        m, vqk[:, first:last], errors = _round_group(w[:, first:last], upper[first:last, first:last], cds, bits)
-        w[:, last:] -= errors @ upper[first:last, last:]
-        chosen.append(m)
+        m, integers, errors = _round_group(
+            w[..., first:last].numpy(), upper[first:last, first:last].numpy(), cds.numpy(), bits
+        )
+        chosen[:, group], vqk[..., first:last] = torch.from_numpy(m), torch.from_numpy(integers)
+        for rest, error in zip(w[..., last:], torch.from_numpy(errors), strict=True):
+            rest -= error @ upper[first:last, last:]
         first = last
     return vqk, chosen
 
 
-def _round_group(w: Tensor, upper: Tensor, cds: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
-    """One group's columns w (cho, n) rounded with every m; of each output channel the m of least J: m (cho,), VQK and
-    the errors to be made up for by later columns, both (cho, n).
+def _round_group(w: Floats, upper: Floats, cds: Floats, bits: int) -> tuple[Floats, Floats, Floats]:
+    """One group's columns w (starts, cho, n) rounded with every m; of each start and output channel the m of least J:
+    m (starts, cho), VQK and the errors to be made up for by later columns, both (starts, cho, n).
 
-    Those errors are in units of what the later columns leave, so what a group adds to J is the sum of their squares."""
+    Those errors are in units of what the later columns leave, so what a group adds to J is the sum of their squares.
+    In numpy: most of the fit's time is spent here on a few numbers at once, and torch takes five times as long to get
+    to them."""
     low, high = vqk_limits(bits)
-    tried = torch.arange(1, max_multiplier(bits) + 1, dtype=w.dtype)
-    steps = cds[:, None] * tried
-    columns = w.T[:, :, None].repeat(1, 1, len(tried))
-    integers, errors = torch.zeros_like(columns), torch.zeros_like(columns)
-    for j in range(len(columns)):
-        integers[j] = torch.round(columns[j] / steps).clamp_(low, high)
-        errors[j] = (columns[j] - steps * integers[j]) / upper[j, j]
-        columns[j + 1 :] -= upper[j, j + 1 :, None, None] * errors[j]
-    best = errors.square().sum(0).argmin(1)
-    picks = best[None, :, None].expand(len(columns), -1, 1)
-    return tried[best], integers.gather(2, picks)[..., 0].T, errors.gather(2, picks)[..., 0].T
+    tried = np.arange(1.0, max_multiplier(bits) + 1)
+    steps = cds[..., None] * tried
+    columns = np.repeat(np.moveaxis(w, -1, 0)[..., None], len(tried), -1)
+    integers, errors = np.empty_like(columns), np.empty_like(columns)
+    for j, (column, integer, error) in enumerate(zip(columns, integers, errors, strict=True)):
+        np.rint(column / steps, out=integer)
+        np.maximum(integer, low, out=integer)
+        np.minimum(integer, high, out=integer)
+        np.subtract(column, steps * integer, out=error)
+        error /= upper[j, j]
+        columns[j + 1 :] -= upper[j, j + 1 :, None, None, None] * error
+    best = np.square(errors).sum(0).argmin(-1)[..., None]
+    integers, errors = (np.take_along_axis(v, best[None], -1)[..., 0] for v in (integers, errors))
+    return tried[best[..., 0]], np.moveaxis(integers, 0, -1), np.moveaxis(errors, 0, -1)
 
 
-def _scatter(chosen: list[Tensor], groups: list[Tensor], shape: tuple[int, ...], block_size: int) -> Tensor:
-    """m of each group -> (cho, nblk, kh, kw)."""
+def _scatter(chosen: Tensor, groups: list[Tensor], shape: tuple[int, ...], block_size: int) -> Tensor:
+    """m (groups, cho) -> (cho, nblk, kh, kw)."""
     cho, chi, kh, kw = shape
     m = torch.ones(cho, block_count(chi, block_size), kh * kw, dtype=torch.float64)
     for values, group in zip(chosen, groups, strict=True):
