@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import cv2
 import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
 import torch
-from conftest import convert, write_pictures
+from conftest import convert, smooth_picture, write_pictures
 from segmentation import MASKS, tiny_segment
 from torch.nn import functional as F
 
@@ -31,6 +32,12 @@ COLUMNS = 5 + 2 + MASKS
 @pytest.fixture
 def segment():
     return tiny_segment()
+
+
+@pytest.fixture(scope="module")
+def model():
+    """The network as `convert` makes it."""
+    return convert(*tiny_segment(), smooth_picture())
 
 
 def test_proto_is_its_equation():
@@ -114,8 +121,7 @@ def test_every_layer_of_the_prototypes_has_importance(segment, picture):
         assert float(found.positions[node.name].max()) > 0, node.name
 
 
-def test_the_model_file_keeps_it(segment, picture, tmp_path):
-    model = convert(*segment, picture)
+def test_the_model_file_keeps_it(model, picture, tmp_path):
     (tmp_path / "m.safetensors").write_bytes(model_bytes(model))
     loaded = load_model(tmp_path / "m.safetensors")
     assert loaded.head == model.head
@@ -127,8 +133,7 @@ def test_the_model_file_keeps_it(segment, picture, tmp_path):
         assert torch.equal(a, b)
 
 
-def test_a_model_file_whose_prototypes_are_too_few_is_damaged(segment, picture, tmp_path):
-    model = convert(*segment, picture)
+def test_a_model_file_whose_prototypes_are_too_few_is_damaged(model, tmp_path):
     data = model_bytes(model).replace(b'masks\\":4', b'masks\\":3')
     (tmp_path / "m.safetensors").write_bytes(data)
     with pytest.raises(InputError, match="damaged"):
@@ -136,8 +141,7 @@ def test_a_model_file_whose_prototypes_are_too_few_is_damaged(segment, picture, 
 
 
 @pytest.mark.parametrize("layout", ["packed", "fused", "blocked", "int8"])
-def test_every_layout_gives_torchs_numbers(segment, picture, layout):
-    model = convert(*segment, picture)
+def test_every_layout_gives_torchs_numbers(model, picture, layout):
     data = export_quantized(model, layout, 64).SerializeToString()
     session = ort.InferenceSession(data)
     assert [(o.name, o.shape) for o in session.get_outputs()] == [
@@ -210,3 +214,27 @@ def test_the_commands(segment, tmp_path, call):
     answer = call("finetune", "o/model.safetensors", "--data", "data.yaml", cwd=tmp_path)
     assert answer.code == 2
     assert "segmentation" in answer.err
+
+
+def run_openvino(data: bytes, image: np.ndarray) -> list[np.ndarray]:
+    openvino = pytest.importorskip("openvino")
+    settings = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": 1}
+    compiled = openvino.compile_model(openvino.Core().read_model(data), "CPU", settings)
+    return [np.array(value) for value in compiled([image]).values()]
+
+
+def run_opencv(data: bytes, image: np.ndarray) -> list[np.ndarray]:
+    net = cv2.dnn.readNetFromONNX(np.frombuffer(data, np.uint8))
+    net.setInput(image)
+    return list(net.forward(["output0", "output1"]))
+
+
+@pytest.mark.parametrize(("run", "layouts"), [(run_openvino, ("packed", "blocked", "int8")), (run_opencv, ("int8",))])
+def test_other_engines_give_the_same(model, picture, run, layouts):
+    for layout in layouts:
+        data = export_quantized(model, layout, 64).SerializeToString()
+        wanted = ort.InferenceSession(data).run(None, {"images": picture.numpy()})
+        for found, expected in zip(run(data, picture.numpy()), wanted, strict=True):
+            assert found.shape == expected.shape
+            assert expected.std() > 0.01
+            assert np.abs(found - expected).mean() < 0.02 * expected.std()
