@@ -67,6 +67,18 @@ def test_what_is_outside_of_the_image_has_no_mask():
         assert len(mask.polygon()) == 4
 
 
+@pytest.mark.parametrize(("left", "top", "size"), [(0, 0, (12, 9)), (2, 3, (5, 4)), (8, 11, (1, 1)), (3, 0, (12, 6))])
+@pytest.mark.parametrize("share", [0.0, 0.5, 0.9, 1.0])
+def test_run_lengths_are_those_of_the_whole_image(left, top, size, share):
+    mask = PlacedMask(left, top, np.random.default_rng(0).uniform(size=size) < share)
+    whole = np.zeros((12, 9), np.uint8, order="F")
+    whole[mask.window] = mask.inside
+    encoded = mask.encoded((12, 9))
+    np.testing.assert_array_equal(rle.decode(encoded), whole)
+    assert rle.area(encoded) == whole.sum()
+    assert rle.iou([encoded], [dict(rle.encode(whole))], [0])[0, 0] == (1 if whole.any() else 0)
+
+
 def test_a_polygon_is_the_largest_parts_outline():
     inside = np.zeros((9, 9), bool)
     inside[0:2, 0:2] = True

@@ -153,7 +153,7 @@ def _onnx(path: Path, side: int | None) -> Candidate:
 
     def predict_masks(batch: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         out, protos = (_floats(path, o) for o in outputs(batch)[:2])
-        if out.ndim != 3 or protos.ndim != 4 or out.shape[2] != 5 + len(names) + protos.shape[1]:
+        if out.ndim != 3 or protos.ndim != 4 or not protos.size or out.shape[2] != 5 + len(names) + protos.shape[1]:
             raise InputError(f"{path} does not have the outputs of YOLOv5's segmentation: boxes and prototypes.")
         return out, protos
 

@@ -6,7 +6,7 @@ box.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -33,15 +33,13 @@ class Masks:
 
     def placed(
         self, rows: Sequence[int], found: Array, box: Letterbox, side: int, shape: tuple[int, int]
-    ) -> list[PlacedMask]:
-        """Masks of the boxes `rows`, whose places `found` (n, 4 or more) x1, y1, x2, y2 are pixels of the image of
-        (height, width); `box` says how that was put into the square of `side` pixels."""
+    ) -> Iterator[PlacedMask]:
+        """Masks, one at a time, of the boxes `rows`, whose places `found` (n, 4 or more) x1, y1, x2, y2 are pixels of
+        the image of (height, width); `box` says how that was put into the square of `side` pixels."""
         nm, h, w = self.prototypes.shape
         maps = self.prototypes.reshape(nm, -1)
-        return [
-            _placed((self.coefficients[row] @ maps).reshape(h, w), corners, box, side, shape)
-            for row, corners in zip(rows, found[:, :4].tolist(), strict=True)
-        ]
+        for row, corners in zip(rows, found[:, :4].tolist(), strict=True):
+            yield _placed((self.coefficients[row] @ maps).reshape(h, w), corners, box, side, shape)
 
 
 @dataclass(frozen=True)
@@ -59,10 +57,18 @@ class PlacedMask:
         return slice(self.top, self.top + h), slice(self.left, self.left + w)
 
     def encoded(self, shape: tuple[int, int]) -> Encoded:
-        """Run lengths over the whole image of (height, width)."""
-        whole = np.zeros(shape, np.uint8, order="F")
-        whole[self.window] = self.inside
-        return dict(rle.encode(whole))
+        """Run lengths, down one column after the other, over the whole image of (height, width); that is never made."""
+        (h, w), (height, width) = self.inside.shape, shape
+        columns = np.zeros((w, h + 1), np.int8)  # a 0 behind each, so that every run ends in its column
+        columns[:, :h] = self.inside.T
+        column, row = np.divmod(np.flatnonzero(np.diff(columns.ravel(), prepend=0)), h + 1)
+        places = (self.left + column) * height + self.top + row  # where runs of 1 start and end, in turn
+        apart = np.append(places[1:-1:2] != places[2::2], True)  # from a column's foot a run may go on to the next
+        ends = places[1::2][apart[: len(places) // 2]]
+        starts = places[::2][np.append(True, apart[:-1])[: len(places) // 2]]
+        turns = np.stack((starts, ends), 1).ravel()
+        counts = np.diff(turns, prepend=0, append=height * width).tolist()
+        return dict(rle.frPyObjects({"size": [height, width], "counts": counts}, height, width))
 
     def polygon(self) -> NDArray[np.float64]:
         """Corners (n, 2) of its largest part's outline, x and y in pixels; the window's own where there is no part
