@@ -11,6 +11,7 @@ from pathlib import Path
 
 from safetensors import safe_open
 from safetensors.torch import save
+from torch import Tensor
 
 from dsconvert.calibration import Calibration
 from dsconvert.dsconv.tensor import Width
@@ -47,7 +48,8 @@ def calibration_bytes(calibration: Calibration) -> bytes:
             for name, by_width in calibration.damage.items()
         },
     }
-    tensors = {name: weights.contiguous() for name, weights in calibration.positions.items()}
+    kinds = {"positions": calibration.positions, "channels": calibration.channels}
+    tensors = {f"{kind}/{name}": t.contiguous() for kind, named in kinds.items() for name, t in named.items()}
     return save(tensors, {META: json.dumps(about)})
 
 
@@ -55,9 +57,14 @@ def _read(path: Path, check: Callable[[Calibration], None]) -> Calibration | Non
     try:
         with safe_open(path, framework="pt") as stored:
             about = json.loads((stored.metadata() or {})[META])
+            tensors: dict[str, dict[str, Tensor]] = {"positions": {}, "channels": {}}
+            for key in stored.keys():  # noqa: SIM118 (no mapping)
+                kind, name = key.split("/", 1)
+                tensors[kind][name] = stored.get_tensor(key)
             found = Calibration(
                 {name: QParams(float(scale), int(zero)) for name, (scale, zero) in about["own"].items()},
-                {name: stored.get_tensor(name) for name in stored.keys()},  # noqa: SIM118 (no mapping)
+                tensors["positions"],
+                tensors["channels"],
                 {
                     name: {Width(int(bits), int(block)): float(damage) for bits, block, damage in rows}
                     for name, rows in about["damage"].items()

@@ -13,6 +13,7 @@ from torch import Tensor
 from dsconvert import workers
 from dsconvert.dsconv.tensor import Width
 from dsconvert.errors import InputError
+from dsconvert.fit.channels import is_moment
 from dsconvert.fit.importance import measure_importance
 from dsconvert.fit.ranges import choose_grids
 from dsconvert.fit.sensitivity import WeightErrors
@@ -55,10 +56,12 @@ class Images:
 @dataclass(frozen=True)
 class Calibration:
     """Activation grids by value name (none: activations stay float), weights of every convolution's output positions
-    in this process's images (see `Importance.positions`), and the damage that each width of each layer would do."""
+    in this process's images and the second moments of its output channels' gradients (see `Importance`), and the
+    damage that each width of each layer would do."""
 
     own: Mapping[str, QParams]
     positions: Mapping[str, Tensor]
+    channels: Mapping[str, Tensor]
     damage: Mapping[str, Mapping[Width, float]]
 
 
@@ -84,6 +87,13 @@ def check_calibration(
     for weights in found.positions.values():
         if weights.dtype != torch.float32 or not bool(torch.isfinite(weights).all()) or float(weights.min()) < 0:
             raise ValueError("positions")
+    if {name: tuple(c.shape) for name, c in found.channels.items()} != {
+        n.name: (len(params[n.name].weight),) * 2 for n in graph.convs()
+    }:
+        raise ValueError("shapes of channels")
+    for moment in found.channels.values():
+        if moment.dtype != torch.float32 or not is_moment(moment):
+            raise ValueError("channels")
     if {name: set(by_width) for name, by_width in found.damage.items()} != {n: set(e) for n, e in errors.items()}:
         raise ValueError("widths")
     if not all(math.isfinite(d) and d >= 0 for by_width in found.damage.values() for d in by_width.values()):
@@ -184,4 +194,4 @@ def calibrate(
 
     found = measure_importance(graph, params, singles(), measure, seed, errors, images.first)
     own = choose_grids(graph, found.samples, found.clipping, seed) if quantized else {}
-    return Calibration(own, found.positions, found.damage)
+    return Calibration(own, found.positions, found.channels, found.damage)

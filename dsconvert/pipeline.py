@@ -169,10 +169,11 @@ def quantize(
     def fitted(widths: Widths) -> DSModel:
         report("widths", 1, 1)
         wanted = [(n.name, _width(widths, n.name, params[n.name].weight)) for n in graph.convs()]
+        together = coupled(graph, widths, calibration.channels, options.kds)
         convs = fit_lockstep(
-            graph, params, _layer_fit(widths, options), own, images.real(device),
+            graph, params, _layer_fit(widths, options, together), own, images.real(device),
             lambda done, total: report("fit", done, total), calibration.positions, usable(left, wanted), keep,
-            images.first,
+            images.first, together,
         )  # fmt: skip
         return DSModel(graph, convs, own, head, options.imgsz, _provenance(checkpoint, options, command, damage))
 
@@ -232,14 +233,21 @@ def _width(widths: Widths, name: str, weight: Tensor) -> Width:
     return widths.get(name, used_width(8, weight.shape[1], 0))
 
 
-def _layer_fit(widths: Widths, options: QuantizeOptions) -> FitLayer:
+def coupled(graph: Graph, widths: Widths, channels: Mapping[str, Tensor], kds: str) -> dict[str, Tensor]:
+    """The `channels` of the convolutions whose output channels are fitted together: below 8 bits, without groups and
+    with integer shifts."""
+    names = [n.name for n in graph.convs() if n.attrs["groups"] == 1 and kds == "int" and n.name in channels]
+    return {name: channels[name] for name in names if name in widths and widths[name].bits < 8}
+
+
+def _layer_fit(widths: Widths, options: QuantizeOptions, channels: Mapping[str, Tensor]) -> FitLayer:
     """DSConv with its width for the chosen convolutions, plain int8 per channel for the others."""
 
     def fit(node: Node, weight: Tensor, batches: Iterable[Seen]) -> DSTensor:
         width = _width(widths, node.name, weight)
         if options.kds == "float" and node.name in widths:
             return fit_layer_real(node, weight, *width, batches, options.seed)
-        return fit_layer(node, weight, *width, batches, options.seed)
+        return fit_layer(node, weight, *width, batches, options.seed, channels.get(node.name))
 
     return fit
 

@@ -8,7 +8,7 @@ import torch
 from torch.nn import functional as F
 
 from dsconvert.dsconv.tensor import DSTensor, largest_pair
-from dsconvert.fit.gptq import DAMPING, Moments, fit_layer, fit_weight_gptq, measure_moments
+from dsconvert.fit.gptq import DAMPING, Moments, _round, _round_group, fit_layer, fit_weight_gptq, measure_moments
 from dsconvert.fit.least_squares import fit_weight
 from dsconvert.fit.seen import Seen
 from dsconvert.graph.ir import Node
@@ -153,6 +153,48 @@ def test_brute_force_on_two_weights():
     # a greedy rounding from two starting scales need not find the optimum of every channel
     total = ((flat @ hessian) * flat).sum()
     assert (got.sum() - best.sum()) / total < 0.02
+
+
+def correlated(columns: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """A strongly correlated H (columns, columns), and the upper Cholesky factor of its inverse."""
+    mix = torch.randn(columns, columns, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    hessian = mix @ mix.T / columns + 0.1 * torch.eye(columns, dtype=torch.float64)
+    return hessian, torch.linalg.cholesky(torch.linalg.inv(hessian), upper=True)
+
+
+def test_errors_squared_are_what_rounding_adds_to_j():
+    """sum errors^2 over all groups = (w - W') H (w - W')^T, whatever m were chosen."""
+    hessian, upper = correlated(12)
+    w = torch.randn(5, 12, generator=torch.Generator().manual_seed(6), dtype=torch.float64)
+    cds = torch.full((5,), 0.08, dtype=torch.float64)
+    vqk, m = _round(w, upper, [12], cds, 3)
+    error = w - cds[:, None] * m[0][:, None] * vqk
+    _, _, errors = _round_group(w, upper, cds, 3)
+    torch.testing.assert_close(errors.square().sum(1), ((error @ hessian) * error).sum(1))
+    vqk, m = _round(w, upper, [5, 7], cds, 3)
+    left = w - cds[:, None] * torch.stack(m, 1).repeat_interleave(torch.tensor([5, 7]), 1) * vqk
+    _, _, first = _round_group(w[:, :5], upper[:5, :5], cds, 3)
+    moved = w[:, 5:] - first @ upper[:5, 5:]
+    _, _, second = _round_group(moved, upper[5:, 5:], cds, 3)
+    total = first.square().sum(1) + second.square().sum(1)
+    torch.testing.assert_close(total, ((left @ hessian) * left).sum(1))
+
+
+def test_the_multiplier_is_the_best_of_all():
+    """Every m by brute force: columns rounded one by one, those still to come moved to where J is then least."""
+    hessian, upper = correlated(6)
+    w = torch.randn(9, 6, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
+    costs = []
+    for m in range(1, 16):
+        made = torch.zeros_like(w)
+        for j in range(6):
+            error = w[:, :j] - made[:, :j]
+            moved = w[:, j:] + error @ hessian[:j, j:] @ torch.linalg.inv(hessian[j:, j:])
+            made[:, j] = 0.06 * m * (moved[:, 0] / (0.06 * m)).round().clamp(-4, 3)
+        costs.append((((w - made) @ hessian) * (w - made)).sum(1))
+    got, _, _ = _round_group(w, upper, torch.full((9,), 0.06, dtype=torch.float64), 3)
+    assert torch.equal(got, torch.stack(costs).argmin(0) + 1.0)
+    assert len(got.unique()) > 3
 
 
 def test_grouped_convolutions_fall_back_to_least_squares():

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from dsconvert.fit.clipping import LEVELS
 from dsconvert.fit.importance import measure_importance
-from dsconvert.fit.ranges import HIGHS, best_range, choose_grids
+from dsconvert.fit.ranges import HIGHS, best_range, choose_grids, least, on_grids
 from dsconvert.graph.integer import QParams, grid_of
 from dsconvert.graph.ir import INPUT
 from dsconvert.yolo.lower import lower
@@ -38,6 +38,14 @@ def test_quantize_rounds_half_to_even_and_clamps():
     grid = QParams(1.0, 10)
     values = torch.tensor([-100.0, -0.5, 0.5, 1.5, 2.4, 1000.0])
     assert grid.quantize(values).tolist() == [0, 10, 10, 12, 12, 255]
+
+
+def test_several_grids_at_once_are_each_its_own():
+    values = torch.randn(1000, generator=torch.Generator().manual_seed(0))
+    ends = [(-0.7, 1.3), (-3.0, 2.0), (0.0, 0.1)]
+    grids = [QParams.of_range(*both) for both in ends]
+    assert torch.equal(on_grids(values, ends), torch.stack([g.dequantize(g.quantize(values)) for g in grids]))
+    assert least(ends, lambda given: [2.0, 1.0, 1.0][: len(given)]) == ends[1]
 
 
 def test_uniform_values_keep_their_whole_range():

@@ -9,22 +9,24 @@ We look for W' = CDSw (m VQK) minimising, per output channel,
 hundred images overfit, so r ||W' - W||^2 is added to it: H and C both get r on their diagonals, which is GPTQ's
 damping. The real-valued optimum is then W C H^-1; GPTQ rounds it one column at a time, each column's rounding error
 being made up for by the columns still to come. Columns go block by block (the channels of one block at one tap share
-an m), blocks and columns of most energy first; m is chosen when its block is reached.
+an m), blocks and columns of most energy first; when a block is reached, the m is chosen that adds least to J.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from dsconvert import workers
-from dsconvert.dsconv.tensor import DSTensor, block_count, expand_blocks, vqk_limits
+from dsconvert.dsconv.tensor import DSTensor, block_count, expand_blocks, max_multiplier, vqk_limits
 from dsconvert.fit import draws
-from dsconvert.fit.least_squares import fit_weight, from_blocks, nearest_integers, relieve_pairs, to_blocks
+from dsconvert.fit.channels import damped as damped_channels
+from dsconvert.fit.channels import made_up_for, parts
+from dsconvert.fit.least_squares import fit_weight, from_blocks, relieve_pairs, to_blocks
 from dsconvert.fit.seen import Seen
 from dsconvert.graph.ir import Node
 
@@ -97,11 +99,14 @@ def _pick(weights: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     return picks, weights.sum().expand(POSITIONS) / POSITIONS
 
 
-def fit_weight_gptq(weight: Tensor, moments: Moments, bits: int, block_size: int) -> DSTensor:
+def fit_weight_gptq(
+    weight: Tensor, moments: Moments, bits: int, block_size: int, channels: Tensor | None = None
+) -> DSTensor:
     """Float weight (cho, chi, kh, kw) and its input moments -> the DSTensor with the least damped J found.
 
     Per output channel the best of least squares and of GPTQ from every start is kept, each with the CDSw that is
-    optimal for its integers: never worse than least squares on J.
+    optimal for its integers: never worse than least squares on J. With `channels`, the second moment (cho, cho) of the
+    output's gradients, later channels make up for the errors of earlier ones (see `fit.channels`).
     """
     plain = fit_weight(weight, bits, block_size)
     flat = weight.detach().cpu().double().flatten(1)
@@ -114,15 +119,33 @@ def fit_weight_gptq(weight: Tensor, moments: Moments, bits: int, block_size: int
         upper = torch.linalg.cholesky((inverse + inverse.T) / 2, upper=True)
     except torch.linalg.LinAlgError:  # constant inputs, as behind a dead layer: H is rounding noise
         return plain
-    best = _Best(flat, damped, plain)
-    start = fit_weight(target.reshape(weight.shape), bits, block_size)
-    for share in STARTS:
-        cds = start.cds_w.double() * share
-        vqk, m = _round(target[:, order], upper, [len(g) for g in groups], cds, bits)
-        vqk = vqk[:, torch.argsort(order)].reshape(weight.shape)
-        vqk = from_blocks(relieve_pairs(to_blocks(vqk, block_size), bits), *weight.shape[1:]).flatten(1)
-        best.offer(vqk, _scatter(m, groups, weight, block_size))
-    return best.tensor(weight.shape, bits, block_size)
+    start = fit_weight(target.reshape(weight.shape), bits, block_size).cds_w.double()
+    together = None if channels is None else damped_channels(channels)
+    runs = [torch.arange(len(flat))] if together is None else parts(together)
+    fitted, errors = [], torch.zeros_like(target)
+    for index, rows in enumerate(runs):
+        wanted = target[rows]
+        if together is not None:
+            decided, rest = (torch.cat(r) if r else rows[:0] for r in (runs[:index], runs[index:]))
+            wanted = wanted - made_up_for(together, decided, errors, rest)[: len(rows)]
+        best = _Best(wanted @ damped.hessian, damped.hessian, _rows(plain, rows))
+        shape = (len(rows), *weight.shape[1:])
+        for share in STARTS:
+            vqk, m = _round(wanted[:, order], upper, [len(g) for g in groups], start[rows] * share, bits)
+            vqk = to_blocks(vqk[:, torch.argsort(order)].reshape(shape), block_size)
+            vqk = from_blocks(relieve_pairs(vqk, bits), *weight.shape[1:]).flatten(1)
+            best.offer(vqk, _scatter(m, groups, shape, block_size))
+        fitted.append(best.tensor(shape, bits, block_size))
+        errors[rows] = target[rows] - fitted[-1].weight().double().flatten(1)
+    back = torch.argsort(torch.cat(runs))
+    parted = ([f.vqk for f in fitted], [f.m for f in fitted], [f.cds_w for f in fitted])
+    all_vqk, all_m, cds = (torch.cat(values)[back] for values in parted)
+    return DSTensor(all_vqk, all_m, None, cds, bits, block_size)
+
+
+def _rows(weight: DSTensor, rows: Tensor) -> DSTensor:
+    """Some output channels of a weight without z and alpha."""
+    return replace(weight, vqk=weight.vqk[rows], m=weight.m[rows], cds_w=weight.cds_w[rows])
 
 
 def _groups(weight: Tensor, block_size: int, energy: Tensor) -> list[Tensor]:
@@ -137,31 +160,41 @@ def _groups(weight: Tensor, block_size: int, energy: Tensor) -> list[Tensor]:
 
 def _round(target: Tensor, upper: Tensor, lengths: list[int], cds: Tensor, bits: int) -> tuple[Tensor, list[Tensor]]:
     """GPTQ's loop: VQK (cho, K) in the given column order, and m (cho,) of each group."""
-    low, high = vqk_limits(bits)
     w = target.clone()
     vqk = torch.zeros_like(w)
     chosen = []
     first = 0
     for length in lengths:
         last = first + length
-        m, _ = nearest_integers(w[:, None, first:last, None], cds, bits)
-        m = m.reshape(-1)
-        chosen.append(m)
-        step = cds * m
-        errors = torch.zeros_like(w[:, first:last])
-        for j in range(first, last):
-            vqk[:, j] = torch.round(w[:, j] / step).clamp_(low, high)
-            error = (w[:, j] - step * vqk[:, j]) / upper[j, j]
-            w[:, j:last] -= torch.outer(error, upper[j, j:last])
-            errors[:, j - first] = error
+        m, vqk[:, first:last], errors = _round_group(w[:, first:last], upper[first:last, first:last], cds, bits)
         w[:, last:] -= errors @ upper[first:last, last:]
+        chosen.append(m)
         first = last
     return vqk, chosen
 
 
-def _scatter(chosen: list[Tensor], groups: list[Tensor], weight: Tensor, block_size: int) -> Tensor:
+def _round_group(w: Tensor, upper: Tensor, cds: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
+    """One group's columns w (cho, n) rounded with every m; of each output channel the m of least J: m (cho,), VQK and
+    the errors to be made up for by later columns, both (cho, n).
+
+    Those errors are in units of what the later columns leave, so what a group adds to J is the sum of their squares."""
+    low, high = vqk_limits(bits)
+    tried = torch.arange(1, max_multiplier(bits) + 1, dtype=w.dtype)
+    steps = cds[:, None] * tried
+    columns = w.T[:, :, None].repeat(1, 1, len(tried))
+    integers, errors = torch.zeros_like(columns), torch.zeros_like(columns)
+    for j in range(len(columns)):
+        integers[j] = torch.round(columns[j] / steps).clamp_(low, high)
+        errors[j] = (columns[j] - steps * integers[j]) / upper[j, j]
+        columns[j + 1 :] -= upper[j, j + 1 :, None, None] * errors[j]
+    best = errors.square().sum(0).argmin(1)
+    picks = best[None, :, None].expand(len(columns), -1, 1)
+    return tried[best], integers.gather(2, picks)[..., 0].T, errors.gather(2, picks)[..., 0].T
+
+
+def _scatter(chosen: list[Tensor], groups: list[Tensor], shape: tuple[int, ...], block_size: int) -> Tensor:
     """m of each group -> (cho, nblk, kh, kw)."""
-    cho, chi, kh, kw = weight.shape
+    cho, chi, kh, kw = shape
     m = torch.ones(cho, block_count(chi, block_size), kh * kw, dtype=torch.float64)
     for values, group in zip(chosen, groups, strict=True):
         channel, tap = divmod(int(group[0]), kh * kw)
@@ -170,10 +203,10 @@ def _scatter(chosen: list[Tensor], groups: list[Tensor], weight: Tensor, block_s
 
 
 class _Best:
-    """The best integers so far, per output channel, by J with its optimal CDSw."""
+    """The best integers so far, per output channel, by J with its optimal CDSw. linear (cho, K) is W C."""
 
-    def __init__(self, flat: Tensor, moments: Moments, plain: DSTensor) -> None:
-        self.linear, self.hessian = flat @ moments.cross, moments.hessian
+    def __init__(self, linear: Tensor, hessian: Tensor, plain: DSTensor) -> None:
+        self.linear, self.hessian = linear, hessian
         self.chi = plain.vqk.shape[1]
         self.block_size = plain.block_size
         self.vqk = plain.vqk.double().flatten(1)
@@ -197,13 +230,22 @@ class _Best:
         self.vqk = torch.where(better[:, None], vqk, self.vqk)
         self.m = torch.where(better[:, None, None, None], m, self.m)
 
-    def tensor(self, shape: torch.Size, bits: int, block_size: int) -> DSTensor:
+    def tensor(self, shape: tuple[int, ...], bits: int, block_size: int) -> DSTensor:
         vqk = self.vqk.reshape(shape).to(torch.int8)
         return DSTensor(vqk, self.m.to(torch.int8), None, self.cds.float(), bits, block_size)
 
 
-def fit_layer(node: Node, weight: Tensor, bits: int, block_size: int, batches: Iterable[Seen], seed: int) -> DSTensor:
-    """Fit one layer from what it sees; grouped convolutions by least squares."""
+def fit_layer(
+    node: Node,
+    weight: Tensor,
+    bits: int,
+    block_size: int,
+    batches: Iterable[Seen],
+    seed: int,
+    channels: Tensor | None = None,
+) -> DSTensor:
+    """Fit one layer from what it sees; grouped convolutions by least squares. `channels` as in `fit_weight_gptq`."""
     if node.attrs["groups"] > 1:
         return fit_weight(weight, bits, block_size)
-    return fit_weight_gptq(weight, measure_moments(node, weight.shape, batches, seed), bits, block_size)
+    moments = measure_moments(node, weight.shape, batches, seed)
+    return fit_weight_gptq(weight, moments, bits, block_size, channels)

@@ -16,6 +16,7 @@ from torch import Tensor
 from dsconvert import workers
 from dsconvert.dsconv.tensor import Width
 from dsconvert.fit import draws
+from dsconvert.fit.channels import second_moment
 from dsconvert.fit.clipping import LEVELS, clip_effects
 from dsconvert.fit.sensitivity import WeightErrors, squared_effects
 from dsconvert.graph.integer import keeps_grid
@@ -32,12 +33,14 @@ Measure = Callable[[list[Tensor], list[Tensor]], list[Tensor]]
 class Importance:
     """samples: value name -> (calibration values, their weights), both (k,). positions: convolution name ->
     (images, h' w') weights of its output positions: the root of the squared gradients summed over channels; not for
-    those that nothing depends on. damage: convolution name -> width -> squared change of the measured numbers, over all
-    images. clipping: the same for cutting a value at each of `clipping.LEVELS`, by value name, for values that
+    those that nothing depends on. channels: for the same names the second moment (cho, cho) of the gradients of its
+    output channels (see `fit.channels`). damage: convolution name -> width -> squared change of the measured numbers,
+    over all images. clipping: the same for cutting a value at each of `clipping.LEVELS`, by value name, for values that
     `samples` judges where they are. Of several processes all have the same, but for the positions of their images."""
 
     samples: Mapping[str, tuple[Tensor, Tensor]]
     positions: Mapping[str, Tensor]
+    channels: Mapping[str, Tensor]
     damage: Mapping[str, Mapping[Width, float]]
     clipping: Mapping[str, Tensor]
 
@@ -84,6 +87,9 @@ def measure_importance(
     behind = judged(graph)
     samples: dict[str, list[tuple[Tensor, Tensor]]] = {n.name: [] for n in graph.nodes if not keeps_grid(n.op)}
     positions: dict[str, list[Tensor]] = {n.name: [] for n in graph.convs()}
+    channels = {
+        n.name: torch.zeros(len(params[n.name].weight), len(params[n.name].weight)).double() for n in graph.convs()
+    }
     damage = {name: dict.fromkeys(by_width, 0.0) for name, by_width in (errors or {}).items()}
     clipping = {name: torch.zeros_like(LEVELS) for name in samples if name not in behind}
     for index, image in enumerate(images, first):
@@ -95,6 +101,7 @@ def measure_importance(
             effects += clip_effects(*found[name])
         for name, weights in positions.items():
             weights.append(found[name][1].square().sum(1).flatten(1).sqrt().cpu())
+            channels[name] += second_moment(found[name][1][0].flatten(1))
         for node in graph.convs():
             if node.name in damage and errors:
                 x = image if node.inputs[0] == INPUT else found[node.inputs[0]][0]
@@ -112,6 +119,7 @@ def measure_importance(
     return Importance(
         {name: (joined([v for v, _ in s]), joined([w for _, w in s])) for name, s in samples.items()},
         {name: w for (name, w), count in zip(together.items(), counts, strict=True) if count},
+        {name: workers.summed(c).float() for (name, c), count in zip(channels.items(), counts, strict=True) if count},
         {name: {width: next(shared) for width in by_width} for name, by_width in damage.items()},
         {name: workers.summed(effects) for name, effects in clipping.items()},
     )

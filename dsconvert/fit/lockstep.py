@@ -6,7 +6,7 @@ should have made; what is fitted there therefore also makes up for errors of the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -61,12 +61,14 @@ def fit_lockstep(
     known: Mapping[str, QConv] | None = None,
     finished: Callable[[Mapping[str, QConv]], None] | None = None,
     first: int = 0,
+    scaled: Collection[str] = (),
 ) -> dict[str, QConv]:
     """Fit every convolution: VQK and KDS by `fit_layer`, then CDSw and CDSb to the float network's outputs.
 
     `batches` are image batches (n, 3, h, w), read once; `first` is the place of the first image in the calibration set.
     `own` are the activation grids; without any, activations stay float on both sides. `positions` weights every
-    convolution's output positions, (images, h' w'); by default all count the same. What is `known` is taken as it is;
+    convolution's output positions, (images, h' w'); by default all count the same. Convolutions that are `scaled` keep
+    the CDSw that `fit_layer` gave them, and get CDSb alone. What is `known` is taken as it is;
     `finished` sees all that is fitted so far, after every convolution that is fitted. Values are kept for all batches
     at once, the float side's in half precision (a hundredth of an activation step), and released after their last use.
     """
@@ -87,7 +89,7 @@ def fit_lockstep(
             elif node.op == "conv":
                 seen = _seen(node, floats, quants, side, (positions or {}).get(node.name), first)
                 weight = fit_layer(node, params[node.name].weight, seen())
-                fitted[node.name] = side.roomy(node, fit_cds(node, weight, seen()))
+                fitted[node.name] = side.roomy(node, fit_cds(node, weight, seen(), node.name in scaled))
                 if finished:
                     finished(fitted)
             quants[node.name] = [side.step(node, xs, fitted) for xs in _inputs(node, quants)]
@@ -126,11 +128,12 @@ def _inputs(node: Node, values: Mapping[str, list[Tensor]]) -> list[list[Tensor]
     return [list(xs) for xs in zip(*(values[name] for name in node.inputs), strict=True)]
 
 
-def fit_cds(node: Node, weight: DSTensor, batches: Iterable[Seen]) -> QConv:
+def fit_cds(node: Node, weight: DSTensor, batches: Iterable[Seen], scaled: bool = False) -> QConv:
     """CDSw and CDSb as the weighted regression of float outputs y on accumulators a = conv(x, m VQK + z), per channel.
 
     argmin sum w (CDSw a + CDSb - y)^2 gives CDSw = cov(a, y) / var(a), CDSb = mean(y) - CDSw mean(a). The old CDSw
-    stays where the accumulator is constant or the regression would move it by more than a factor of two.
+    stays where the accumulator is constant or the regression would move it by more than a factor of two, and where the
+    weight is `scaled` already.
     """
     merged = weight.unscaled()
     sums = torch.zeros(5, weight.vqk.shape[0], dtype=torch.float64)
@@ -144,6 +147,6 @@ def fit_cds(node: Node, weight: DSTensor, batches: Iterable[Seen]) -> QConv:
     var, cov = saa / n - (sa / n) ** 2, sat / n - (sa / n) * (st / n)
     old = weight.cds_w.double()
     cds = cov / var.clamp_min(1e-30)
-    usable = (var > 1e-12) & (cds > 0.5 * old) & (cds < 2 * old)
+    usable = (not scaled) & (var > 1e-12) & (cds > 0.5 * old) & (cds < 2 * old)
     cds = torch.where(usable, cds, old)
     return QConv(replace(weight, cds_w=cds.float()), ((st - cds * sa) / n).float())

@@ -7,14 +7,14 @@ after that activation: the far negative side of SiLU's input is all alike and de
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from dsconvert.fit.clipping import LEAST_SHARE, effect_at
 from dsconvert.fit.importance import judged
-from dsconvert.graph.integer import QParams
+from dsconvert.graph.integer import QMAX, QParams
 from dsconvert.graph.ir import INPUT, Graph
 from dsconvert.graph.run import ACTIVATIONS
 
@@ -22,6 +22,7 @@ SEARCH_SAMPLES = 16384
 LOWS = torch.logspace(-1.3, 0, 40).tolist()  # shares of the observed extremes that are tried as ends of the range
 HIGHS = [LEAST_SHARE ** (1 - i / 48) for i in range(49)]
 ROUNDS = 3
+TOGETHER = 8  # ranges tried at once: their rounded values still fit the cache
 IMAGE_GRID = QParams.of_range(0.0, 1.0)  # exact for 8-bit images: scale 1/255, zero point 0
 
 
@@ -52,18 +53,35 @@ def best_range(values: Tensor, weights: Tensor, judge: Callable[[Tensor], Tensor
     # nothing may be worth nothing: where no gradient arrives, values still count a little
     weights = weights + 1e-6 * weights.mean().clamp_min(1e-30)
 
-    def error(lo: float, hi: float) -> float:
-        grid = QParams.of_range(lo, hi)
-        squares = weights * (judge(grid.dequantize(grid.quantize(values))) - target).square()
-        if hi >= high:
-            return float(squares.sum())
-        return float(squares[values <= hi].sum()) + effect_at(clipping, float(judge(torch.tensor(hi))))
+    def errors(ends: Sequence[tuple[float, float]]) -> list[float]:
+        found: list[float] = []
+        for part in (ends[i : i + TOGETHER] for i in range(0, len(ends), TOGETHER)):
+            highs = torch.tensor([hi for _, hi in part])
+            kept = (judge(on_grids(values, part)) - target).square_().mul_(weights).mul_(values <= highs[:, None])
+            cut = (0.0 if hi >= high else effect_at(clipping, float(judge(torch.tensor(hi)))) for _, hi in part)
+            found += map(sum, zip(kept.sum(1).tolist(), cut, strict=True))
+        return found
 
     lo, hi = low, high
     for _ in range(ROUNDS):
         before = lo, hi
-        hi = min((high * g for g in HIGHS), key=lambda h: error(lo, h))
-        lo = min((low * g for g in LOWS), key=lambda x: error(x, hi))
+        lo, hi = least([(lo, high * share) for share in HIGHS], errors)
+        lo, hi = least([(low * share, hi) for share in LOWS], errors)
         if (lo, hi) == before:
             break
     return QParams.of_range(lo, hi)
+
+
+def least(
+    ends: list[tuple[float, float]], errors: Callable[[Sequence[tuple[float, float]]], list[float]]
+) -> tuple[float, float]:
+    """The first of those with the least error."""
+    return min(zip(errors(ends), range(len(ends)), ends, strict=True))[2]
+
+
+def on_grids(values: Tensor, ends: Sequence[tuple[float, float]]) -> Tensor:
+    """Values (n,) rounded to the grid of each range: (ranges, n), as `QParams` rounds and reads them one by one."""
+    grids = [QParams.of_range(*both) for both in ends]
+    scales = torch.tensor([grid.scale for grid in grids])[:, None]
+    zeros = torch.tensor([float(grid.zero_point) for grid in grids])[:, None]
+    return torch.round(values / scales).add_(zeros).clamp_(0, QMAX).sub_(zeros).mul_(scales)

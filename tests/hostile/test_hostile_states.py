@@ -89,7 +89,8 @@ def test_a_damaged_calibration_is_made_again(run, tmp_path, monkeypatch):
         return not made
 
     assert read()
-    shape = Opened(good, CACHE_META).tensors[LAYER][1]
+    positions, channels = f"positions/{LAYER}", f"channels/{LAYER}"
+    shape = Opened(good, CACHE_META).tensors[positions][1]
     changes: dict[str, Change] = {
         **{f"grid {g}": put(g, "own", LAYER) for g in ([0, 0], [-1, 0], [1e40, 0], [0.1, 256], [0.1, 1e400],
            [float("nan"), 0], ["a", 0], [0.1], 5, None)},
@@ -101,10 +102,13 @@ def test_a_damaged_calibration_is_made_again(run, tmp_path, monkeypatch):
         "a width of infinity": lambda m: m.json["damage"][LAYER].append([1e400, 16, 0.1]),
         "a layer without widths": lambda m: m.json["damage"].pop(LAYER),
         "own a list": put([], "own"), "damage a text": put("x", "damage"),
-        **{f"positions {v}": floats(LAYER, v) for v in (-1.0, float("nan"), float("inf"))},
-        "positions of another kind": retyped(LAYER, "I32"),
-        "positions of another shape": reshaped(LAYER, shape[::-1]),
-        "positions missing": missing(LAYER), "positions of another layer": renamed(LAYER, "x"),
+        **{f"{name} {v}": floats(name, v) for name in (positions, channels)
+           for v in (-1.0, float("nan"), float("inf"))},
+        **{f"{name} of another kind": retyped(name, "I32") for name in (positions, channels)},
+        **{f"{name} missing": missing(name) for name in (positions, channels)},
+        **{f"{name} of another layer": renamed(name, f"{name}x") for name in (positions, channels)},
+        "positions of another shape": reshaped(positions, shape[::-1]),
+        "a tensor of no kind": renamed(positions, LAYER), "a tensor of another kind": renamed(positions, f"x/{LAYER}"),
     }  # fmt: skip
     files = damaged(good, CACHE_META, changes)
     for what, data in files.items():

@@ -1,0 +1,112 @@
+"""Output channels that make up for each other's errors."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from dsconvert.dsconv.tensor import Width
+from dsconvert.fit.channels import PARTS, SHRINK, damped, is_moment, made_up_for, parts, second_moment
+from dsconvert.fit.gptq import Moments, fit_weight_gptq
+from dsconvert.fit.least_squares import fit_weight
+from dsconvert.fit.lockstep import fit_cds
+from dsconvert.fit.seen import Seen
+from dsconvert.graph.ir import Graph, Node
+from dsconvert.pipeline import coupled
+
+POINT = Node("conv", "c", ("x",), {"stride": 1, "padding": 0, "dilation": 1, "groups": 1})
+
+
+def moment(size: int, seed: int) -> torch.Tensor:
+    """Strongly correlated."""
+    mix = torch.randn(size, max(2, size // 4), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return mix @ mix.T + 0.05 * torch.eye(size, dtype=torch.float64)
+
+
+def test_a_position_counts_as_its_gradient_is_long():
+    gradient = torch.tensor([[3.0, 0.0, 0.0], [4.0, 2.0, 0.0]])  # lengths 5, 2 and nothing
+    wanted = torch.tensor([[9 / 5, 12 / 5], [12 / 5, 16 / 5 + 2]], dtype=torch.float64)
+    torch.testing.assert_close(second_moment(gradient), wanted)
+
+
+def test_what_is_no_second_moment_is_told():
+    good = second_moment(torch.randn(5, 40, generator=torch.Generator().manual_seed(0))).float()
+    assert is_moment(good)
+    assert is_moment(torch.zeros(3, 3))
+    skewed, correlated = good.clone(), good.clone()
+    skewed[0, 1] += 0.01 * good.abs().max()
+    correlated[0, 1] = correlated[1, 0] = 2 * good.diagonal().max()
+    assert not any(map(is_moment, (skewed, correlated, -good, good * torch.nan, good * torch.inf)))
+
+
+def test_damping_shrinks_what_is_between_channels():
+    got = damped(torch.tensor([[1.0, 0.5], [0.5, 3.0]]))
+    wanted = torch.tensor([[0.5, 0.25 * (1 - SHRINK)], [0.25 * (1 - SHRINK), 1.5]], dtype=torch.float64)
+    torch.testing.assert_close(got, wanted, atol=1e-5, rtol=0)
+    torch.linalg.cholesky(damped(torch.zeros(3, 3)))  # raises when it is singular
+
+
+@pytest.mark.parametrize("count", [1, 5, PARTS, PARTS + 1, 100])
+def test_parts_hold_every_channel_once_the_important_first(count):
+    diagonal = torch.rand(count, generator=torch.Generator().manual_seed(count), dtype=torch.float64)
+    runs = parts(torch.diag(diagonal))
+    order = torch.cat(runs)
+    assert len(runs) <= PARTS
+    assert torch.equal(order.sort().values, torch.arange(count))
+    assert (diagonal[order].diff() <= 0).all()
+
+
+def test_making_up_is_the_least_of_the_objective():
+    """tr(G E H E^T) by gradient: with the errors made up for nothing is left to gain, for any H."""
+    g, h = moment(6, 0), moment(4, 1)
+    done, rest = torch.tensor([4, 1]), torch.tensor([0, 2, 3, 5])
+    errors = torch.zeros(6, 4, dtype=torch.float64)
+    errors[done] = torch.randn(2, 4, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    errors[rest] = made_up_for(g, done, errors, rest)
+    errors.requires_grad_(True)
+    (gradient,) = torch.autograd.grad(torch.trace(g @ errors @ h @ errors.T), errors)
+    assert gradient[rest].abs().max() < 1e-12 < gradient[done].abs().max()
+    assert not made_up_for(g, done[:0], errors, rest).any()
+
+
+@pytest.mark.parametrize(("bits", "cho"), [(3, 12), (4, 40)])
+def test_channels_that_pull_together_are_fitted_together(bits, cho):
+    generator = torch.Generator().manual_seed(bits)
+    weight = torch.randn(cho, 16, 1, 1, generator=generator)
+    h, g = moment(16, 3), moment(cho, 4)
+    moments = Moments(h, h)
+    hessian = moments.damped().hessian
+
+    def objective(channels):
+        error = fit_weight_gptq(weight, moments, bits, 8, channels).weight().double().flatten(1) - weight.flatten(1)
+        return float(torch.trace(damped(g) @ error @ hessian @ error.T))
+
+    assert objective(g) < 0.8 * objective(None)
+    # channels that have nothing to do with each other are fitted on their own, whatever they weigh
+    apart = torch.diag(torch.rand(cho, generator=generator, dtype=torch.float64) + 0.1)
+    alone = fit_weight_gptq(weight, moments, bits, 8)
+    together = fit_weight_gptq(weight, moments, bits, 8, apart)
+    assert torch.equal(alone.merged(), together.merged())
+    torch.testing.assert_close(alone.cds_w, together.cds_w)
+
+
+def test_a_scaled_weight_gets_its_bias_alone():
+    """y = 0.8 x + 1: the regression would find the 0.8."""
+    x = torch.randn(2, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+    fitted = fit_weight(torch.ones(1, 1, 1, 1), 4, 1)
+    seen = Seen(x, x, 0.8 * x + 1, torch.ones(2, 16))
+    kept, refitted = (fit_cds(POINT, fitted, [seen], scaled) for scaled in (True, False))
+    assert torch.equal(kept.weight.cds_w, fitted.cds_w)
+    assert float(refitted.weight.weight()) == pytest.approx(0.8, rel=1e-4)
+    # the mean is right in either case
+    assert float(kept.bias) == pytest.approx(1 - 0.2 * float(x.mean()), rel=1e-4)
+
+
+def test_only_narrow_layers_without_groups_and_with_integer_shifts_are_coupled():
+    nodes = [Node("conv", name, ("images",), {**POINT.attrs, "groups": groups})
+             for name, groups in (("a", 1), ("b", 2), ("c", 1), ("d", 1), ("e", 1))]  # fmt: skip
+    graph = Graph(tuple(nodes), ("a",))
+    channels = dict.fromkeys("abcd", torch.eye(2))  # nothing depends on e
+    widths = {"a": Width(4, 32), "b": Width(4, 32), "c": Width(8, 2), "e": Width(3, 16)}  # d stays int8
+    assert list(coupled(graph, widths, channels, "int")) == ["a"]
+    assert not coupled(graph, widths, channels, "float")
