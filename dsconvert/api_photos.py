@@ -21,6 +21,7 @@ from dsconvert.api import File, FloatModel, QuantizedModel, as_file, in_keywords
 from dsconvert.errors import InputError
 from dsconvert.evaluate.candidates import load_candidate
 from dsconvert.evaluate.detect import DetectOptions, Found, class_name, class_numbers, draw
+from dsconvert.evaluate.masks import PlacedMask
 from dsconvert.evaluate.photos import Skipped, compare_files, detect_files, left_out, photo_paths
 from dsconvert.yolo.images import Image, read_image
 
@@ -42,7 +43,8 @@ class DetectedObject:
 
 @dataclass(frozen=True)
 class DetectedPhoto:
-    """A photograph and the objects in it, the surest first. `pandas.DataFrame(photo.objects)` works."""
+    """A photograph and the objects in it, the surest first. `pandas.DataFrame(photo.objects)` works. `masks` are the
+    objects' of a segmentation model (`inside`, bool, from pixel `left`, `top` on), else None."""
 
     path: Path
     width: int
@@ -50,10 +52,11 @@ class DetectedPhoto:
     objects: tuple[DetectedObject, ...] = field(repr=False)
     boxes: Found = field(repr=False, compare=False)
     names: tuple[str, ...] = field(repr=False)
+    masks: tuple[PlacedMask, ...] | None = field(default=None, repr=False, compare=False)
 
     def draw(self, *, line_thickness: int = 3, labels: bool = True, scores: bool = True) -> Image:
         """The photograph with its boxes, RGB uint8 (height, width, 3); the file is read again."""
-        return draw(read_image(self.path), self.boxes, self.names, line_thickness, labels, scores)
+        return draw(read_image(self.path), self.boxes, self.names, line_thickness, labels, scores, self.masks)
 
 
 class Detections(tuple[DetectedPhoto, ...]):
@@ -131,7 +134,7 @@ def detect(
         if candidate.limits and (kept := options.beyond(candidate.limits)):
             _warn(in_keywords(f"{candidate.path} suppresses boxes itself, and keeps only those within {kept}."))
         found = detect_files(candidate, paths, options, skipped, progress or _silent)
-        photos = Detections([_photo(path, image, boxes, candidate.names) for path, image, boxes in found])
+        photos = Detections([_photo(path, image, boxes, candidate.names, masks) for path, image, boxes, masks in found])
     if skipped:
         _warn(left_out(skipped))
     return photos
@@ -174,12 +177,14 @@ def compare(
     )
 
 
-def _photo(path: Path, image: Image, boxes: Found, names: tuple[str, ...]) -> DetectedPhoto:
+def _photo(
+    path: Path, image: Image, boxes: Found, names: tuple[str, ...], masks: tuple[PlacedMask, ...] | None
+) -> DetectedPhoto:
     objects = tuple(
         DetectedObject(class_name(int(number), names), int(number), score, *corners)
         for *corners, score, number in boxes.tolist()
     )
-    return DetectedPhoto(path, image.shape[1], image.shape[0], objects, boxes, names)
+    return DetectedPhoto(path, image.shape[1], image.shape[0], objects, boxes, names, masks)
 
 
 def _warn(text: str) -> None:

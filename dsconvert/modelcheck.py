@@ -12,6 +12,7 @@ import torch
 from dsconvert.graph.integer import QParams, grid_of
 from dsconvert.graph.shapes import check_node, value_shapes
 from dsconvert.model import DSModel, damage_by_bits
+from dsconvert.yolo.layers import MAX_MASKS
 from dsconvert.yolo.network import MAX_ANCHOR, MAX_STRIDE, Head
 
 MAX_NODES, MAX_SIDE = 5000, 4096
@@ -39,6 +40,8 @@ def check_model(model: DSModel) -> None:
 def _check_head(head: Head, imgsz: int) -> None:
     if not 1 <= head.nc <= 10000 or not all(len(n) <= 200 for n in head.names):
         raise ValueError("class names")
+    if not 0 <= head.nm <= MAX_MASKS:
+        raise ValueError("mask coefficients")
     if not head.strides or not all(1 <= s <= MAX_STRIDE for s in head.strides):
         raise ValueError("strides")
     if len(head.anchors) != len(head.strides) or not 1 <= head.na <= 100 or {len(a) for a in head.anchors} != {head.na}:
@@ -62,9 +65,11 @@ def _check_shapes(model: DSModel) -> None:
     for name, shape in shapes.items():
         if math.prod(shape) > MAX_VALUES:
             raise ValueError(f"{name} is too large")
-    levels = len(head.strides)
-    channels = [head.na * (head.nc + 5)] if len(graph.outputs) == levels else [head.na * 4, head.na * (head.nc + 1)]
-    wanted = [(c, side // s, side // s) for s in head.strides for c in channels]
+    count = len(graph.outputs) - bool(head.nm)
+    channels = [sum(head.parts)] if count == len(head.strides) else head.parts
+    wanted = [(head.na * c, side // s, side // s) for s in head.strides for c in channels]
+    if head.nm:
+        wanted.append((head.nm, 2 * side // head.strides[0], 2 * side // head.strides[0]))
     if [shapes[name] for name in graph.outputs] != wanted:
         raise ValueError("its outputs are not the maps of its head")
 

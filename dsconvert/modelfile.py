@@ -51,13 +51,19 @@ def model_bytes(model: DSModel) -> bytes:
     header = {
         "version": VERSION,
         "imgsz": model.imgsz,
-        "head": {"names": model.head.names, "strides": model.head.strides, "anchors": model.head.anchors},
+        "head": _head(model.head),
         "provenance": model.provenance,
         "graph": model.graph.to_json(),
         "layers": layers,
         "activations": {name: [p.scale, p.zero_point] for name, p in model.activations.items()},
     }
     return save(tensors, {KEY: json.dumps(header, separators=(",", ":"))})
+
+
+def _head(head: Head) -> dict[str, Any]:
+    """A detector's has no `masks`."""
+    known = {"names": head.names, "strides": head.strides, "anchors": head.anchors}
+    return {**known, "masks": head.nm} if head.nm else known
 
 
 def load_model(path: Path) -> DSModel:
@@ -97,7 +103,8 @@ def _model(header: Mapping[str, Any], tensors: Mapping[str, NDArray[Any]]) -> DS
     anchors = tuple(tuple((float(w), float(v)) for w, v in level) for level in h["anchors"])
     if not all(isinstance(n, str) for n in h["names"]):
         raise ValueError("class names")
-    head = Head(tuple(printable(n) for n in h["names"]), tuple(int(s) for s in h["strides"]), anchors)
+    head = Head(tuple(printable(n) for n in h["names"]), tuple(int(s) for s in h["strides"]), anchors,
+                int(h.get("masks", 0)))  # fmt: skip
     activations = {name: QParams(float(s), int(z)) for name, (s, z) in header["activations"].items()}
     return DSModel(graph, convs, activations, head, int(header["imgsz"]), dict(header["provenance"]))
 

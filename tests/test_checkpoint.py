@@ -187,7 +187,6 @@ def test_other_torch_files_are_named(tmp_path, content, words):
     ("name", "words"),
     [
         ("ultralytics.nn.tasks\nDetectionModel", "YOLOv8"),
-        ("models.yolo\nSegmentationModel", "segmentation"),
         ("models.yolo\nClassificationModel", "classification"),
         ("my.own\nThing\x1b[31m", r"my.own.Thing\\x1b\[31m"),
     ],

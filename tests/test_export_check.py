@@ -186,8 +186,9 @@ def test_nan_is_never_close():
     for column in (1, 4, 6):
         b = a.copy()
         b[0, 2, column] = np.nan
-        assert not check._close(b, a, 64, 1e-5, 1e-6)
-    assert check._close(a, a, 64, 0, 0)
+        assert not check._close(check._compared([b], [a], 2, 64), 1e-5, 1e-6)
+    assert check._close(check._compared([a], [a], 2, 64), 0, 0)
+    assert not check._close(check._compared([a], [a, a], 2, 64), 0, 0)  # an output too few
 
 
 def test_images_are_deterministic_and_use_the_range():

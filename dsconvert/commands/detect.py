@@ -28,6 +28,7 @@ from dsconvert.evaluate.detect import (
     picture_name,
     yolo_lines,
 )
+from dsconvert.evaluate.masks import PlacedMask
 from dsconvert.evaluate.photos import Skipped, detect_files, left_out, photo_paths
 from dsconvert.files import free_folder, write_atomic
 from dsconvert.yolo.images import Image
@@ -45,7 +46,7 @@ DOCUMENT = "detections.json"
 @click.option("--classes", multiple=True, help="Only these: numbers or names, such as 0,2 or person.")
 @click.option("--agnostic-nms", is_flag=True, help="Boxes of different classes suppress each other too.")
 @click.option("--imgsz", "--img", "--img-size", type=int, help="Side of the input, pixels (default: as exported).")
-@click.option("--save-txt", is_flag=True, help="Write labels/NAME.txt in YOLO format.")
+@click.option("--save-txt", is_flag=True, help="Write labels/NAME.txt in YOLO format (of masks: polygons).")
 @click.option("--save-conf", is_flag=True, help="With --save-txt: the score at the end of each line.")
 @click.option("--save-json", is_flag=True, help=f"Write {DOCUMENT}, one COCO document.")
 @click.option("--nosave", is_flag=True, help="Write no images.")
@@ -90,23 +91,26 @@ def detect(
     if not force:
         _refuse_to_overwrite([t for j in jobs for t in (j.picture, j.label)] + [document])
 
-    def save(job: _Job, image: Image, found: Found) -> None:
+    def save(job: _Job, image: Image, found: Found, masks: Sequence[PlacedMask] | None) -> None:
         if job.picture:
-            drawn = draw(image, found, candidate.names, line_thickness, not hide_labels, not hide_conf)
+            drawn = draw(image, found, candidate.names, line_thickness, not hide_labels, not hide_conf, masks)
             write_atomic(job.picture, encoded(drawn, job.picture.suffix), force)
         if job.label:
-            write_atomic(job.label, yolo_lines(found, image.shape[:2], save_conf).encode(), force)
+            write_atomic(job.label, yolo_lines(found, image.shape[:2], save_conf, masks).encode(), force)
 
     finished: list[_Finished] = []
     skipped: list[Skipped] = []
+    outlines: list[list[list[float]]] = []
     by_path = {job.source: job for job in jobs}
     with bars(quiet) as progress:
-        for path, image, found in detect_files(candidate, paths, options, skipped, progress):
-            save(by_path[path], image, found)
+        for path, image, found, masks in detect_files(candidate, paths, options, skipped, progress):
+            save(by_path[path], image, found, masks)
             finished.append(_Finished(by_path[path], found.tobytes(), image.shape[:2]))
+            if document and masks is not None:
+                outlines.append([mask.polygon().flatten().tolist() for mask in masks])
     if document:
         shapes, founds = [f.shape for f in finished], [f.found for f in finished]
-        content = coco_document([f.job.name for f in finished], shapes, founds, candidate.names)
+        content = coco_document([f.job.name for f in finished], shapes, founds, candidate.names, outlines)
         write_atomic(document, (json.dumps(content, indent=1) + "\n").encode(), force)
     if skipped:
         warn(left_out(skipped))

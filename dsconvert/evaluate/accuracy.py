@@ -12,10 +12,12 @@ from numpy.typing import NDArray
 from dsconvert import workers
 from dsconvert.errors import InputError
 from dsconvert.evaluate.coco import Metrics, coco_metrics
-from dsconvert.yolo.boxes import non_max_suppression, to_image
+from dsconvert.evaluate.masks import Encoded, MaskPredictor, look, mask_precision, outlines
+from dsconvert.yolo.boxes import non_max_suppression, suppressed, to_image
 from dsconvert.yolo.images import (
     in_pixels,
     label_path,
+    label_rows,
     letterbox,
     none_readable,
     read_image,
@@ -33,19 +35,29 @@ class Detections:
     """What several predictors found in the same images, and the truth: all in pixels of the original images.
 
     found[predictor][image] is (n, 6) x1, y1, x2, y2, score, class; truths[image] (m, 5) class, x1, y1, x2, y2;
-    shapes[image] height and width; nc the number of classes; skipped why other files could not be read."""
+    shapes[image] height and width; nc the number of classes; skipped why other files could not be read. Where labels
+    are polygons, outlines[image] are their masks, and masks[predictor] those of its boxes (None of a detector)."""
 
     found: list[list[NDArray[np.float32]]]
     truths: list[NDArray[np.float64]]
     shapes: list[tuple[int, int]]
     nc: int
     skipped: tuple[str, ...] = ()
+    masks: Sequence[list[list[Encoded]] | None] = ()
+    outlines: Sequence[list[Encoded]] = ()
 
     def metrics(self, images: Sequence[int] | None = None) -> list[Metrics]:
         """Metrics of every predictor on the images given by index (default all; repeated ones count again)."""
         chosen = range(len(self.truths)) if images is None else images
         truths, shapes = [self.truths[i] for i in chosen], [self.shapes[i] for i in chosen]
         found = [coco_metrics([results[i] for i in chosen], truths, shapes, self.nc) for results in self.found]
+        for i, masks in enumerate(self.masks):
+            if masks is not None:
+                both = mask_precision(
+                    [masks[j] for j in chosen], [self.found[i][j] for j in chosen], [self.outlines[j] for j in chosen],
+                    truths, shapes, self.nc,
+                )  # fmt: skip
+                found[i] = replace(found[i], mask_map50_95=both[0], mask_map50=both[1])
         return [replace(m, skipped=self.skipped) for m in found]
 
 
@@ -72,13 +84,18 @@ def detect_all(
     """Run every predictor on the same images, each decoded once.
 
     The truth is the labels beside the images, or (labelled=False) what the first predictor finds with confidence:
-    then metrics say how far the others agree with it. Under torchrun every process looks at a part of the images and
+    then metrics say how far the others agree with it. Where labels are polygons, the masks of segmentation models are
+    measured too. Under torchrun every process looks at a part of the images and
     has what all found. Files that cannot be read are left out and counted. Raises
     InputError when none can, or there is no object to find.
     """
     found: list[list[NDArray[np.float32]]] = [[] for _ in predictors]
     truths, shapes = [], []
     skipped: list[str] = []
+    masked = [labelled and isinstance(p, MaskPredictor) for p in predictors]
+    outlined = any(masked) and any(len(row) > 5 for path in paths for row in label_rows(label_path(path), nc))
+    masks: list[list[list[Encoded]] | None] = [[] if outlined and m else None for m in masked]
+    contours: list[list[Encoded]] = []
     mine = paths[workers.share(len(paths))]
     for index, path in enumerate(mine):
         try:
@@ -90,23 +107,31 @@ def detect_all(
         shapes.append((h, w))
         square, box = letterbox(image, side)
         batch = to_tensor([square]).numpy()
-        predictions = [predict(batch)[0] for predict in predictors]
-        if any(p.shape[1] != nc + 5 for p in predictions):
+        looked = [look(predict, batch) for predict in predictors]
+        if any(p.shape[1] != nc + 5 for p, _ in looked):
             raise InputError(f"A model finds other classes than the {nc} it is measured on.")
-        for results, raw in zip(found, predictions, strict=True):
-            results.append(to_image(non_max_suppression(raw), box, (h, w)))
+        for results, (raw, said), encoded in zip(found, looked, masks, strict=True):
+            boxes, rows = suppressed(raw)
+            results.append(to_image(boxes, box, (h, w)))
+            if said is not None and encoded is not None:
+                placed = said.placed(rows.tolist(), results[-1], box, side, (h, w))
+                encoded.append([mask.encoded((h, w)) for mask in placed])
+        if outlined:
+            contours.append(outlines(label_rows(label_path(path), nc), (h, w)))
         if labelled:
             truths.append(in_pixels(read_labels(label_path(path), nc), h, w))
         else:
-            sure = to_image(non_max_suppression(predictions[0], CONFIDENT, OVERLAP), box, (h, w))
+            sure = to_image(non_max_suppression(looked[0][0], CONFIDENT, OVERLAP), box, (h, w))
             truths.append(sure[:, [5, 0, 1, 2, 3]].astype(np.float64))
         if progress:
             progress(index + 1, len(mine))
-    everyone = workers.gathered(Detections(found, truths, shapes, nc, tuple(skipped)))
+    everyone = workers.gathered(Detections(found, truths, shapes, nc, tuple(skipped), masks, contours))
     whole = Detections(
         [[boxes for d in everyone for boxes in d.found[i]] for i in range(len(predictors))],
         [truth for d in everyone for truth in d.truths], [shape for d in everyone for shape in d.shapes],
         nc, tuple(reason for d in everyone for reason in d.skipped),
+        [None if m is None else [image for d in everyone for image in d.masks[i] or ()] for i, m in enumerate(masks)],
+        [image for d in everyone for image in d.outlines],
     )  # fmt: skip
     if not whole.shapes:
         raise none_readable(whole.skipped)

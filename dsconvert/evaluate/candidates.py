@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from dsconvert.errors import InputError, printable
 from dsconvert.evaluate.accuracy import Predictor
 from dsconvert.evaluate.engines import TYPES, as_input, check_image_input, session
+from dsconvert.evaluate.masks import MaskPredictor
 from dsconvert.evaluate.predictors import float_predictor, model_predictor
 from dsconvert.export.external import check_external_data
 from dsconvert.export.inspect import conv_weights
@@ -139,24 +140,38 @@ def _onnx(path: Path, side: int | None) -> Candidate:
     names = _names(meta.get("names", ""), path)
     count = sum(w.count for w in weights)
 
+    def outputs(batch: NDArray[np.float32]) -> list[Any]:
+        return _outputs(path, running, {entry.name: as_input(batch, kind)})
+
     def predict(batch: NDArray[np.float32]) -> NDArray[np.float32]:
-        out = _first_output(path, running, {entry.name: as_input(batch, kind)})
+        out = _floats(path, outputs(batch)[0])
         if out.ndim == 2 and out.shape[1] == 7 and NMS_KEY in meta:
             out = _as_predictions(out, len(names), path)
         if out.ndim != 3 or (names and out.shape[2] != 5 + len(names)):
             raise InputError(f"{path} does not have YOLOv5's output (1, boxes, 5 + classes).")
         return out
 
+    def predict_masks(batch: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        out, protos = (_floats(path, o) for o in outputs(batch)[:2])
+        if out.ndim != 3 or protos.ndim != 4 or not protos.size or out.shape[2] != 5 + len(names) + protos.shape[1]:
+            raise InputError(f"{path} does not have the outputs of YOLOv5's segmentation: boxes and prototypes.")
+        return out, protos
+
+    makes_masks = [len(o.shape) for o in running.get_outputs()] == [3, 4]
     bits = sum(w.bits for w in weights) / count if count else 32.0
     limits = _limits(meta.get(NMS_KEY, ""), path)
-    return Candidate(path, "onnx", names, side, bits, predict, _once(lambda: running, side), limits)
+    made: Predictor = MaskPredictor(predict_masks, len(names)) if makes_masks else predict
+    return Candidate(path, "onnx", names, side, bits, made, _once(lambda: running, side), limits)
 
 
-def _first_output(path: Path, running: ort.InferenceSession, feed: dict[str, NDArray[Any]]) -> NDArray[np.float32]:
+def _outputs(path: Path, running: ort.InferenceSession, feed: dict[str, NDArray[Any]]) -> list[Any]:
     try:
-        out = running.run(None, feed)[0]
+        return list(running.run(None, feed))
     except Exception:  # onnxruntime raises many kinds
         raise InputError(f"{path} fails in ONNX Runtime on an image of {feed.popitem()[1].shape[-1]} pixels.") from None
+
+
+def _floats(path: Path, out: Any) -> NDArray[np.float32]:
     if not isinstance(out, np.ndarray) or out.dtype.kind != "f":
         raise InputError(f"{path} does not have YOLOv5's output (1, boxes, 5 + classes).")
     return out.astype(np.float32, copy=False)

@@ -20,8 +20,9 @@ Array = NDArray[np.floating[Any]]
 @dataclass(frozen=True)
 class Metrics:
     """mAP over IoU 0.50..0.95 and at 0.50 (COCO's definitions, 100 detections an image); precision and recall at
-    IoU 0.50 and the confidence where mean F1 over classes is best (YOLOv5's definition); AP50-95 by class number; and
-    why files could not be read, which are not among the images."""
+    IoU 0.50 and the confidence where mean F1 over classes is best (YOLOv5's definition); AP50-95 by class number; why
+    files could not be read, which are not among the images; and the mAP of masks, where a model has them and the
+    labels are polygons."""
 
     map50_95: float
     map50: float
@@ -30,6 +31,8 @@ class Metrics:
     images: int
     per_class: dict[int, float]
     skipped: tuple[str, ...] = ()
+    mask_map50_95: float | None = None
+    mask_map50: float | None = None
 
 
 def coco_metrics(
@@ -47,10 +50,15 @@ def coco_tables(
     class that has no object. Arguments and error as `coco_metrics`."""
     if not sum(len(t) for t in truths):
         raise InputError("The images have no labels: there is nothing to measure accuracy against.")
+    return tables_of(ground_truth(truths, shapes, nc), results(detections), "bbox")
+
+
+def tables_of(document: dict[str, Any], found: list[dict[str, Any]], kind: str) -> dict[str, Any]:
+    """The library's result for a document as `ground_truth` makes it and `results`; kind bbox, or segm where both have
+    masks."""
     with contextlib.redirect_stdout(io.StringIO()):  # the library reports its progress on stdout
-        coco = COCO(ground_truth(truths, shapes, nc))
-        found = coco.loadRes(results(detections))
-        run = COCOeval_faster(coco, found, "bbox", print_function=lambda *_: None)
+        coco = COCO(document)
+        run = COCOeval_faster(coco, coco.loadRes(found), kind, print_function=lambda *_: None)
         run.evaluate()
         run.accumulate()
     return dict(run.eval)

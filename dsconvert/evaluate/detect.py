@@ -15,13 +15,15 @@ from numpy.typing import NDArray
 
 from dsconvert.errors import InputError
 from dsconvert.evaluate.accuracy import CONFIDENT, OVERLAP, Predictor
+from dsconvert.evaluate.masks import PlacedMask, look
 from dsconvert.export.nms import Nms
 from dsconvert.text import printable
-from dsconvert.yolo.boxes import non_max_suppression, to_image
+from dsconvert.yolo.boxes import suppressed, to_image
 from dsconvert.yolo.images import SUFFIXES, Image, Letterbox, letterbox, to_tensor
 
 Found = NDArray[np.float32]  # (n, 6): x1, y1, x2, y2 in pixels of the image, score, class; best first
 NAME_LENGTH = 40  # characters of a class name that are drawn or printed
+TINT = 0.4  # of a mask's colour, the rest is the image
 GOLDEN = 0.618034  # a turn of the colour circle that keeps any number of hues apart
 
 
@@ -56,19 +58,37 @@ class DetectOptions:
 
 def find(predict: Predictor, image: Image, side: int, options: DetectOptions) -> Found:
     """The objects in an RGB image (h, w, 3), letterboxed to `side` pixels for the model."""
+    return find_masks(predict, image, side, options)[0]
+
+
+def find_masks(
+    predict: Predictor, image: Image, side: int, options: DetectOptions
+) -> tuple[Found, tuple[PlacedMask, ...] | None]:
+    """The same, and the masks that a segmentation model gives them."""
     square, box = letterbox(image, side)
-    return sort_out(predict(to_tensor([square]).numpy())[0], box, image.shape[:2], options)
+    predictions, masks = look(predict, to_tensor([square]).numpy())
+    found, rows = _sorted_out(predictions, box, image.shape[:2], options)
+    placed = None if masks is None else tuple(masks.placed(rows, found, box, side, image.shape[:2]))
+    return found, placed
 
 
 def sort_out(predictions: Found, box: Letterbox, shape: tuple[int, int], options: DetectOptions) -> Found:
     """(boxes, 5 + nc) as decoded -> the objects in the image of (height, width). A box has one class, its best, as
     in YOLOv5's detect.py; what lies wholly in the letterbox's margin is none."""
-    sure = non_max_suppression(
+    return _sorted_out(predictions, box, shape, options)[0]
+
+
+def _sorted_out(
+    predictions: Found, box: Letterbox, shape: tuple[int, int], options: DetectOptions
+) -> tuple[Found, list[int]]:
+    """The same, and the rows of `predictions` they are."""
+    sure, rows = suppressed(
         predictions, options.confidence, options.iou, options.most,
         best_class_only=True, classes_kept=options.classes, agnostic=options.agnostic,
     )  # fmt: skip
     placed = to_image(sure, box, shape)
-    return placed[(placed[:, 2:4] > placed[:, :2]).all(1)]
+    visible = (placed[:, 2:4] > placed[:, :2]).all(1)
+    return placed[visible], rows[visible].tolist()
 
 
 def class_numbers(given: Sequence[str], names: Sequence[str]) -> frozenset[int] | None:
@@ -101,30 +121,38 @@ def counts(found: Sequence[Found]) -> dict[int, int]:
     return {int(numbers[i]): int(how_many[i]) for i in order}
 
 
-def yolo_lines(found: Found, shape: tuple[int, int], with_score: bool) -> str:
-    """One line an object: class, then centre x, centre y, width, height as shares of the image (h, w), then
-    perhaps the score; as YOLOv5 writes them, six digits each."""
+def yolo_lines(
+    found: Found, shape: tuple[int, int], with_score: bool, masks: Sequence[PlacedMask] | None = None
+) -> str:
+    """One line an object: class, then centre x, centre y, width, height, or the corners of its mask's outline, as
+    shares of the image (h, w), then perhaps the score; as YOLOv5 writes them, six digits each."""
     h, w = shape
     lines = []
-    for x1, y1, x2, y2, score, kind in found.tolist():
-        values = [(x1 + x2) / 2 / w, (y1 + y2) / 2 / h, (x2 - x1) / w, (y2 - y1) / h, *([score] if with_score else [])]
+    for i, (x1, y1, x2, y2, score, kind) in enumerate(found.tolist()):
+        values = [(x1 + x2) / 2 / w, (y1 + y2) / 2 / h, (x2 - x1) / w, (y2 - y1) / h]
+        if masks is not None:
+            values = (masks[i].polygon() / (w, h)).flatten().tolist()
+        values += [score] if with_score else []
         lines.append(" ".join([str(int(kind)), *(f"{v:.6g}" for v in values)]) + "\n")
     return "".join(lines)
 
 
 def coco_document(
-    files: Sequence[str], shapes: Sequence[tuple[int, int]], found: Sequence[Found], names: Sequence[str]
-) -> dict[str, Any]:
+    files: Sequence[str], shapes: Sequence[tuple[int, int]], found: Sequence[Found], names: Sequence[str],
+    outlines: Sequence[Sequence[Sequence[float]]] = (),
+) -> dict[str, Any]:  # fmt: skip
     """One COCO document: images with their file names, categories, and annotations with a score each. Class numbers
-    are the model's (from 0), boxes x, y, width, height in pixels."""
+    are the model's (from 0), boxes x, y, width, height in pixels; `outlines` by image and object, where there are any,
+    are masks' outlines x, y, x, y, ... in pixels."""
     annotations: list[dict[str, Any]] = []
     for image, boxes in enumerate(found):
-        for x1, y1, x2, y2, score, kind in boxes.tolist():
+        for i, (x1, y1, x2, y2, score, kind) in enumerate(boxes.tolist()):
             w, h = x2 - x1, y2 - y1
+            mask = {"segmentation": [[*outlines[image][i]]]} if outlines else {}
             annotations.append({
                 "id": len(annotations) + 1, "image_id": image, "category_id": int(kind),
                 "bbox": [round(v, 3) for v in (x1, y1, w, h)], "area": round(w * h, 3), "iscrowd": 0,
-                "score": round(score, 5),
+                "score": round(score, 5), **mask,
             })  # fmt: skip
     unnamed = {a["category_id"] for a in annotations} - set(range(len(names)))
     categories = [*enumerate(names), *((i, f"class {i}") for i in sorted(unnamed))]
@@ -139,19 +167,28 @@ def coco_document(
 
 
 def draw(
-    image: Image, found: Found, names: Sequence[str], thickness: int = 3, labels: bool = True, scores: bool = True
-) -> Image:
-    """A copy of the RGB image with a box around every object and, in its class's colour, name and score above it."""
+    image: Image, found: Found, names: Sequence[str], thickness: int = 3, labels: bool = True, scores: bool = True,
+    masks: Sequence[PlacedMask] | None = None,
+) -> Image:  # fmt: skip
+    """A copy of the RGB image with a box around every object and, in its class's colour, name and score above it;
+    masks, one an object, tint it in the same colour."""
     drawn = image.copy()
+    for mask, kind in zip(masks or (), found[:, 5].tolist(), strict=False):
+        part = drawn[mask.window]
+        part[mask.inside] = np.rint((1 - TINT) * part[mask.inside] + TINT * np.array(_colour(int(kind))))
     for x1, y1, x2, y2, score, kind in found[::-1].tolist():  # the best last, on top
         number = int(kind)
-        colour = tuple(round(255 * v) for v in colorsys.hsv_to_rgb((number * GOLDEN) % 1, 0.85, 1.0))
+        colour = _colour(number)
         low, high = (round(x1), round(y1)), (round(x2), round(y2))
         cv2.rectangle(drawn, low, high, colour, thickness, cv2.LINE_AA)
         if labels:
             text = class_name(number, names) + (f" {score:.2f}" if scores else "")
             _label(drawn, text, low, colour, thickness)
     return drawn
+
+
+def _colour(number: int) -> tuple[int, ...]:
+    return tuple(round(255 * v) for v in colorsys.hsv_to_rgb((number * GOLDEN) % 1, 0.85, 1.0))
 
 
 def _label(drawn: Image, text: str, corner: tuple[int, int], colour: tuple[int, ...], thickness: int) -> None:

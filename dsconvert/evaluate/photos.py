@@ -10,7 +10,8 @@ from pathlib import Path
 from dsconvert.errors import InputError
 from dsconvert.evaluate.candidates import Candidate, load_candidates
 from dsconvert.evaluate.compare import Agreement, compare
-from dsconvert.evaluate.detect import DetectOptions, Found, find
+from dsconvert.evaluate.detect import DetectOptions, Found, find_masks
+from dsconvert.evaluate.masks import PlacedMask
 from dsconvert.yolo.images import Image, evaluation_images, image_paths, none_readable, read_image, spread
 
 Progress = Callable[[str, int, int], None]
@@ -69,10 +70,10 @@ def readable(
 
 def detect_files(
     model: Candidate, paths: Sequence[Path], options: DetectOptions, skipped: list[Skipped], progress: Progress
-) -> Iterator[tuple[Path, Image, Found]]:
-    """What the model finds in every image that `readable` gives."""
+) -> Iterator[tuple[Path, Image, Found, tuple[PlacedMask, ...] | None]]:
+    """What the model finds in every image that `readable` gives, as `find_masks` says it."""
     for path, image in readable(paths, "detect", skipped, progress):
-        yield path, image, find(model.predict, image, model.side, options)
+        yield path, image, *find_masks(model.predict, image, model.side, options)
 
 
 def compare_files(

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dsconvert.evaluate.accuracy import Predictor
+from dsconvert.evaluate.masks import MaskPredictor
 from dsconvert.graph.integer import real_params, run_integer
 from dsconvert.graph.ir import ConvParams, Graph
 from dsconvert.graph.run import run_float
@@ -32,7 +33,8 @@ def model_predictor(model: DSModel, device: str = "cpu") -> Predictor:
 
 
 def _predictor(raw: Callable[[Tensor], list[Tensor]], head: Head, device: str) -> Predictor:
-    def predict(batch: NDArray[np.float32]) -> NDArray[np.float32]:
-        return decode([t.cpu() for t in raw(torch.from_numpy(batch).to(device))], head).numpy()
+    def run(batch: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        maps = [t.cpu() for t in raw(torch.from_numpy(batch).to(device))]
+        return decode(maps, head).numpy(), maps[-1].numpy()
 
-    return predict
+    return MaskPredictor(run, head.nc) if head.nm else lambda batch: run(batch)[0]

@@ -103,15 +103,17 @@ def check_export(
     """Raises CheckError when the file cannot be run, or gives other numbers than the reference.
 
     Layers are told by the names of their values: `named` is the same file with all of them, where `data` lacks some."""
+    head = reference.head
     for image in images:
         feed, real = _inputs(image, ends)
-        wanted = decode(reference.run(real), reference.head).numpy()
-        found = _predictions(data, feed, ends)
+        raw = reference.run(real)
+        wanted = [decode(raw, head).numpy(), *(t.numpy() for t in raw[-1:] if head.nm)]
+        pairs = _compared(_predictions(data, feed, ends), wanted, head.nc, image.shape[-1])
         rtol, atol = EXACT if reference.exact else FLOAT
-        if _close(found, wanted, image.shape[-1], rtol, atol):
+        if _close(pairs, rtol, atol):
             continue
         layer = _first_wrong(named or data, reference, feed, real)
-        if layer is None and not _close(found, wanted, image.shape[-1], 0, NOISE, np.mean):
+        if layer is None and not _close(pairs, 0, NOISE, np.mean):
             layer = "Detect"
         if layer is not None:
             raise CheckError(
@@ -136,17 +138,18 @@ def _session(data: bytes) -> ort.InferenceSession:
         raise CheckError("ONNX Runtime cannot load the exported file, so it was not written.") from None
 
 
-def _predictions(data: bytes, feed: Array, ends: Ends) -> Array:
-    """(1, boxes, 5 + nc) as the file decodes them. Of a file that ends with non-maximum suppression, what goes into
-    that: box, 1 and the scores of each class."""
+def _predictions(data: bytes, feed: Array, ends: Ends) -> list[Array]:
+    """The file's outputs: (1, boxes, 5 + nc) as it decodes them; of a segmentation model with mask coefficients behind,
+    then the prototypes. Of a file that ends with non-maximum suppression, what goes into that: box, 1 and the scores of
+    each class."""
     if not ends.nms:
-        return np.asarray(_run(_session(data), feed)[0])
+        return [np.asarray(output) for output in _run(_session(data), feed)]
     found = _run(_session(data), feed)[0]
     if found.ndim != 2 or found.shape[1] != 7 or not np.isfinite(found).all():
         raise CheckError("The exported file does not give detections (k, 7), so it was not written.")
     node = next(n for n in onnx.load_from_string(data).graph.node if n.op_type == "NonMaxSuppression")
     box, scores = _run(_session(_exposed(data, node.input[:2], onnx.TensorProto.FLOAT)), feed)[1:]
-    return np.concatenate((box, np.ones_like(box[..., :1]), scores.swapaxes(1, 2)), 2)
+    return [np.concatenate((box, np.ones_like(box[..., :1]), scores.swapaxes(1, 2)), 2)]
 
 
 def _run(running: ort.InferenceSession, feed: Array) -> list[Any]:
@@ -164,21 +167,26 @@ def _exposed(data: bytes, names: Sequence[str], kind: int) -> bytes:
     return bytes(model.SerializeToString())
 
 
+def _compared(found: Sequence[Array], wanted: Sequence[Array], nc: int, side: int) -> list[tuple[Array, Array]] | None:
+    """Numbers of the outputs beside those wanted: pixels as shares of the side, scores (objectness * class) as they
+    are, mask coefficients and prototypes as shares of the largest wanted. None when shapes differ."""
+    if [f.shape for f in found] != [w.shape for w in wanted]:
+        return None
+    (f, *protos), (w, *protos_wanted) = found, wanted
+    pairs = [(f[..., :4] / side, w[..., :4] / side)]
+    pairs.append((f[..., 4:5] * f[..., 5 : 5 + nc], w[..., 4:5] * w[..., 5 : 5 + nc]))
+    if protos:
+        for a, b in ((f[..., 5 + nc :], w[..., 5 + nc :]), (protos[0], protos_wanted[0])):
+            largest = np.abs(b).max() or 1.0
+            pairs.append((a / largest, b / largest))
+    return pairs
+
+
 def _close(
-    found: Array, wanted: Array, side: int, rtol: float, atol: float, over: Callable[[Array], Any] = np.max
+    pairs: Sequence[tuple[Array, Array]] | None, rtol: float, atol: float, over: Callable[[Array], Any] = np.max
 ) -> bool:
-    """Whether predictions are equal: pixels as shares of the side, scores (objectness * class) as they are."""
-    if found.shape != wanted.shape:
-        return False
-    excess = [
-        over(np.abs(f - w) - rtol * np.abs(w))
-        for f, w in ((found[..., :4] / side, wanted[..., :4] / side), (_scores(found), _scores(wanted)))
-    ]
-    return all(e <= atol for e in excess)  # a NaN is not
-
-
-def _scores(predictions: Array) -> Array:
-    return np.asarray(predictions[..., 4:5] * predictions[..., 5:])
+    """Whether all of them are equal."""
+    return pairs is not None and all(over(np.abs(f - w) - rtol * np.abs(w)) <= atol for f, w in pairs)  # a NaN is not
 
 
 def _first_wrong(data: bytes, reference: Reference, feed: Array, real: Tensor) -> str | None:
@@ -186,7 +194,7 @@ def _first_wrong(data: bytes, reference: Reference, feed: Array, real: Tensor) -
     kind = onnx.TensorProto.UINT8 if reference.exact else onnx.TensorProto.FLOAT
     there = {name for node in onnx.load_from_string(data).graph.node for name in node.output}
     names = [n for n in _value_names(reference) if n in there]
-    values = _run(_session(_exposed(data, names, kind)), feed)[1:]
+    values = _run(_session(_exposed(data, names, kind)), feed)[-len(names) :]
     made = dict(zip(names, values, strict=True))
     got = {name.removesuffix(reference.suffix): torch.from_numpy(value).float() for name, value in made.items()}
     if INPUT not in got:  # bytes are the integers of the image

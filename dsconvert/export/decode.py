@@ -21,10 +21,11 @@ from dsconvert.yolo.network import Head
 @dataclass(frozen=True)
 class Decoded:
     """Names of the parts of all boxes: `box` (n, boxes, 4), centre and size in pixels, and `conf` (n, boxes, 1 + nc),
-    objectness and class scores."""
+    objectness and class scores; `masks` (n, boxes, nm), the mask coefficients, none of a detector."""
 
     box: str
     conf: str
+    masks: tuple[str, ...] = ()
 
 
 def add_decode(
@@ -32,18 +33,22 @@ def add_decode(
 ) -> Decoded:
     """Raw maps -> boxes.
 
-    `raw` is one map a level (n, na * no, ny, nx), or a box map and a score map a level (see `lower.split_detect`):
-    float, or uint8 on the given grids."""
-    no = head.nc + 5
+    `raw` is one map a level (n, na * no, ny, nx), or a map a level of each of a box's parts (see
+    `lower.split_detect`): float, or uint8 on the given grids."""
     sides = [imgsz // stride for stride in head.strides]
+    step = len(head.parts)
     if len(raw) > len(head.strides):
-        box = _table(b, raw[::2], "detect.box", head.na, 4, sides, grids and grids[::2])
-        conf = _table(b, raw[1::2], "detect.score", head.na, no - 4, sides, grids and grids[1::2])
+        box, conf, *masks = (
+            _table(b, raw[i::step], f"detect.{part}", head.na, columns, sides, grids and grids[i::step], part != "mask")
+            for i, (part, columns) in enumerate(zip(("box", "score", "mask"), head.parts, strict=False))
+        )
     else:
-        both = _table(b, raw, "detect", head.na, no, sides, grids)
-        box, conf = "detect.box", "detect.conf"
-        b.nodes.append(helper.make_node("Split", [both, b.shape(4, no - 4)], [box, conf], axis=2))
-    return Decoded(_pixels(b, box, head, sides), conf)
+        whole = _table(b, raw, "detect", head.na, sum(head.parts), sides, grids, not head.nm)
+        box, conf, *masks = names = ["detect.box", "detect.conf", "detect.mask"][:step]
+        b.nodes.append(helper.make_node("Split", [whole, b.shape(*head.parts)], names, axis=2))
+        if masks:
+            box, conf = (b.node("Sigmoid", [name], f"{name}.sigmoid") for name in (box, conf))
+    return Decoded(_pixels(b, box, head, sides), conf, tuple(masks))
 
 
 def _pixels(b: OnnxBuilder, box: str, head: Head, sides: Sequence[int]) -> str:
@@ -60,9 +65,9 @@ def _pixels(b: OnnxBuilder, box: str, head: Head, sides: Sequence[int]) -> str:
 
 def _table(
     b: OnnxBuilder, maps: Sequence[str], name: str, na: int, columns: int, sides: Sequence[int],
-    grids: Sequence[QParams] | None,
+    grids: Sequence[QParams] | None, sigmoid: bool = True,
 ) -> str:  # fmt: skip
-    """Raw maps (n, na * columns, ny, nx), one a level -> their sigmoids (n, boxes, columns)."""
+    """Raw maps (n, na * columns, ny, nx), one a level -> (n, boxes, columns), their sigmoids unless not wanted."""
     run, runs = _runs(sides)
     levels = []
     for i, (value, side) in enumerate(zip(maps, sides, strict=True)):
@@ -75,8 +80,9 @@ def _table(
         scale = b.constant(np.repeat(np.array([g.scale for g in grids], np.float32), repeats))
         zero = b.constant(np.repeat(np.array([g.zero_point for g in grids], np.uint8), repeats))
         joined = b.node("DequantizeLinear", [joined, scale, zero], f"{name}.real")  # axis 1
-    sigmoid = b.node("Sigmoid", [joined], f"{name}.sigmoid")
-    return b.node("Reshape", [sigmoid, b.shape(0, -1, columns)], f"{name}.rows")
+    if sigmoid:
+        joined = b.node("Sigmoid", [joined], f"{name}.sigmoid")
+    return b.node("Reshape", [joined, b.shape(0, -1, columns)], f"{name}.rows")
 
 
 def _runs(sides: Sequence[int]) -> tuple[int, list[int]]:

@@ -1,5 +1,7 @@
 """The ONNX file: input `images` (n, 3, s, s) float 0..1, output `output0` (n, boxes, 5 + nc), as YOLOv5 exports it.
 
+A segmentation network's `output0` has its mask coefficients behind, and `output1` (n, nm, s / 4, s / 4) the prototypes.
+
 On request the input is float16 or the raw bytes (see `inputs`), and the output `detections` (k, 7), see `nms`.
 
 The quantized file is in QDQ form: every convolution reads DequantizeLinear values and is followed by
@@ -30,7 +32,7 @@ from dsconvert.graph.ir import INPUT, ConvParams, Graph, Node
 from dsconvert.model import DSModel, display_name
 from dsconvert.yolo.network import Head
 
-OUTPUT, DETECTIONS = "output0", "detections"
+OUTPUT, PROTOTYPES, DETECTIONS = "output0", "output1", "detections"
 FLOAT_OPSET = 13
 
 
@@ -105,16 +107,31 @@ def _finish(
     n: int | str = "batch" if ends.dynamic_batch else 1
     # YOLOv5 reads exactly these two keys: int(stride) and the names as a Python dictionary
     metadata = {"stride": str(head.stride), "names": str(dict(enumerate(head.names))), **extra}
-    decoded = add_decode(b, raw, head, imgsz, grids)
+    maps = len(raw) - bool(head.nm)
+    decoded = add_decode(b, raw[:maps], head, imgsz, grids and grids[:maps])
     output: dict[str, tuple[int | str, ...]]
+    if ends.nms and head.nm:
+        raise InputError("--nms is for detectors: a segmentation model's masks need every box's coefficients.")
     if ends.nms:
         add_nms(b, decoded, head.nc, ends.nms, DETECTIONS)
         output = {DETECTIONS: ("detections", 7)}
         metadata["dsconvert.nms"] = str(asdict(ends.nms))
     else:
-        b.node("Concat", [decoded.box, decoded.conf], OUTPUT, axis=2)
-        output = {OUTPUT: (n, box_count(head, imgsz), head.nc + 5)}
+        b.node("Concat", [decoded.box, decoded.conf, *decoded.masks], OUTPUT, axis=2)
+        output = {OUTPUT: (n, box_count(head, imgsz), sum(head.parts))}
+        if head.nm:
+            _prototypes(b, raw[-1], grids[-1] if grids else None)
+            output[PROTOTYPES] = (n, head.nm, *[2 * imgsz // head.strides[0]] * 2)
     return b.model({INPUT: (n, 3, imgsz, imgsz)}, output, metadata, INPUT_TYPES[ends.input_type])
+
+
+def _prototypes(b: OnnxBuilder, raw: str, grid: QParams | None) -> None:
+    """The last output, real."""
+    if grid is None:
+        b.node("Identity", [raw], PROTOTYPES)
+    else:
+        ends = [b.scalar(grid.scale), b.constant(np.array(grid.zero_point, np.uint8))]
+        b.node("DequantizeLinear", [raw, *ends], PROTOTYPES)
 
 
 def _conv(b: OnnxBuilder, node: Node, inputs: list[str]) -> str:

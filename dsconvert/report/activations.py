@@ -42,6 +42,7 @@ def watch(
     before = {act: conv for conv, act in behind.items()}
     kinds = {n.name: n.attrs["kind"] for n in graph.nodes if n.op == "act"}
     convs = {n.name for n in graph.convs()}
+    decoded = {name for name in convs & set(graph.outputs) if not name.endswith(".mask")}
     generator = torch.Generator().manual_seed(seed)
     waiting: dict[str, Tensor] = {}
     sums = {name: [0.0, 0.0] for name in convs}
@@ -55,7 +56,7 @@ def watch(
         if conv not in convs:
             return
         made = ACTIVATIONS[kinds[name]](waiting.pop(conv)) if name in before else value
-        heard = torch.sigmoid if name in graph.outputs else _unchanged
+        heard = torch.sigmoid if name in decoded else _unchanged
         wanted = heard(value)
         sums[conv][0] += float(wanted.double().square().sum())
         sums[conv][1] += float((heard(_rounded(grids[name], made)) - wanted).double().square().sum())

@@ -80,7 +80,10 @@ def finetune(
     first one's file counts."""
     _check(options)
     report = progress or (lambda stage, done, total: None)
-    model, data = load_model(path), read_data_yaml(options.data)
+    model = load_model(path)
+    if model.head.nm:
+        raise InputError(f"{path} is a segmentation model; finetune trains detectors alone.")
+    data = read_data_yaml(options.data)
     _check_data(options.data, data, model)
     device = workers.device(options.device)
     photos = open_photos(data.train, model.head.nc, model.imgsz, lambda done, total: report("images", done, total))

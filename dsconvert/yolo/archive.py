@@ -56,6 +56,15 @@ class Record:
             self.__dict__.update((k, v) for k, v in state.items() if isinstance(k, str) and k not in ("kind", "args"))
 
 
+class _Method(Record):
+    """Segment keeps Detect's forward pass as an attribute, which pickle writes as getattr(Detect, "forward"). No other
+    use of getattr is one of a checkpoint's."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        if len(args) != 2 or getattr(args[0], "kind", None) != "models.yolo.Detect" or args[1] != "forward" or kwargs:
+            raise pickle.UnpicklingError("not allowed")
+
+
 class _OrderedDict(Record, dict[Any, Any]):
     """The only allowed class whose contents count as such."""
 
@@ -77,8 +86,9 @@ class Storage:
 LAYERS = (
     "Conv", "DWConv", "Bottleneck", "C3", "SPP", "SPPF", "Focus", "Concat",
     "GhostConv", "GhostBottleneck", "C3Ghost", "C3SPP",
-    "MP", "SP", "SPPCSPC", "RepConv", "ImplicitA", "ImplicitM",
+    "Proto", "MP", "SP", "SPPCSPC", "RepConv", "ImplicitA", "ImplicitM",
 )  # fmt: skip
+SEGMENTATION = ("SegmentationModel", "Segment")
 _TORCH = {
     "activation": ("SiLU", "ReLU", "LeakyReLU", "Hardswish"),
     "batchnorm": ("BatchNorm2d",),
@@ -107,10 +117,11 @@ _BESIDE = (  # what training scripts leave beside the model: dates, options, num
 def _allowed() -> dict[str, type[Record]]:
     names = [f"models.common.{n}" for n in LAYERS]
     names += DSCONV_KINDS
-    names += [f"models.yolo.{n}" for n in ("Model", "DetectionModel", "Detect", "IDetect")]
+    names += [f"models.yolo.{n}" for n in ("Model", "DetectionModel", "Detect", "IDetect", *SEGMENTATION)]
     names += [f"torch.nn.modules.{module}.{n}" for module, ns in _TORCH.items() for n in ns]
     names += [TENSOR, PARAMETER, *_STORAGES, *_BESIDE]
-    return {n: type("Record", (Record,), {"kind": n}) for n in names} | {_OrderedDict.kind: _OrderedDict}
+    usual = {n: type("Record", (Record,), {"kind": n}) for n in names}
+    return usual | {_OrderedDict.kind: _OrderedDict, "__builtin__.getattr": _Method}
 
 
 ALLOWED = _allowed()
@@ -124,8 +135,6 @@ _OPCODES = frozenset((
 ))  # fmt: skip
 
 _KNOWN_OTHERS = (
-    ("models.yolo.SegmentationModel", "a YOLOv5 segmentation checkpoint"),
-    ("models.yolo.Segment", "a YOLOv5 segmentation checkpoint"),
     ("models.yolo.ClassificationModel", "a YOLOv5 classification checkpoint"),
     ("models.common.Classify", "a YOLOv5 classification checkpoint"),
     ("ultralytics.", "a checkpoint of the ultralytics package (YOLOv8 or later)"),
@@ -280,7 +289,10 @@ def _refuse_unknown(stream: bytes, path: Path) -> None:
         raise InputError(f"{path} is damaged: its pickle cannot be parsed.") from None
     for prefix, what in _KNOWN_OTHERS:
         if any(n.startswith(prefix) for n in names):
-            raise InputError(f"{path} is {what}; dsconvert converts YOLOv5 and YOLOv7 detection checkpoints.")
+            raise InputError(
+                f"{path} is {what}; dsconvert converts detection checkpoints of YOLOv5 and "
+                "YOLOv7, and segmentation checkpoints of YOLOv5."
+            )
     for name in names:
         if name not in ALLOWED:
             what = "a layer that" if name.startswith("models.") else "which"

@@ -24,13 +24,33 @@ def non_max_suppression(
     classes_kept: Collection[int] | None = None,
     agnostic: bool = False,
 ) -> Array:
-    """(boxes, 5 + nc) as decoded -> (n, 6): x1, y1, x2, y2, score, class; best first, at most `most`.
+    """The boxes that `suppressed` keeps."""
+    limits = (confidence, iou, most, candidates)
+    return suppressed(
+        predictions, *limits, best_class_only=best_class_only, classes_kept=classes_kept, agnostic=agnostic
+    )[0]
+
+
+def suppressed(
+    predictions: Array,
+    confidence: float = 0.001,
+    iou: float = 0.6,
+    most: int = 300,
+    candidates: int = 30000,
+    *,
+    best_class_only: bool = False,
+    classes_kept: Collection[int] | None = None,
+    agnostic: bool = False,
+) -> tuple[Array, NDArray[np.int64]]:
+    """(boxes, 5 + nc) as decoded -> (n, 6): x1, y1, x2, y2, score, class; best first, at most `most`; and the row of
+    `predictions` that each is.
 
     A box takes part once for every class (or only for its best one) whose score (objectness * class) exceeds
     `confidence` and which is among `classes_kept` (None: all); within a class (`agnostic`: whatever the class),
     boxes overlapping a better one by more than `iou` are dropped (OpenCV's batched NMS).
     """
-    likely = predictions[predictions[:, 4] > confidence]
+    places = np.flatnonzero(predictions[:, 4] > confidence)
+    likely = predictions[places]
     scores = likely[:, 5:] * likely[:, 4:5]
     sure = scores > confidence
     if best_class_only and scores.size:
@@ -43,7 +63,7 @@ def non_max_suppression(
         best = np.argsort(-values, kind="stable")[:candidates]
         rows, classes, values = rows[best], classes[best], values[best]
     if not values.size:
-        return np.zeros((0, 6), np.float32)
+        return np.zeros((0, 6), np.float32), np.zeros(0, np.int64)
     xywh = likely[rows, :4].astype(np.float64)
     corner = np.concatenate((xywh[:, :2] - xywh[:, 2:] / 2, xywh[:, 2:]), 1)
     groups = np.zeros_like(classes) if agnostic else classes
@@ -52,7 +72,8 @@ def non_max_suppression(
     )
     order = np.asarray(kept, dtype=np.int64).reshape(-1)[:most]
     boxes = np.concatenate((corner[order, :2], corner[order, :2] + corner[order, 2:]), 1)
-    return np.concatenate((boxes, values[order, None], classes[order, None]), 1).astype(np.float32)
+    found = np.concatenate((boxes, values[order, None], classes[order, None]), 1).astype(np.float32)
+    return found, places[rows[order]]
 
 
 def to_image(detections: Array, box: Letterbox, shape: tuple[int, int]) -> Array:

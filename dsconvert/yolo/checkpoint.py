@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from dsconvert.errors import InputError, printable, shown
-from dsconvert.yolo import ghost, yolov7
+from dsconvert.yolo import ghost, segment, yolov7
 from dsconvert.yolo import modules as ours
 from dsconvert.yolo.archive import LAYERS, PARAMETER, TENSOR, Archive, Record, open_archive
 from dsconvert.yolo.layers import DETECTS
@@ -32,7 +32,7 @@ from dsconvert.yolo.stored_dsconv import float_weights
 
 MAX_MODULES, MAX_DEPTH = 10000, 12  # a yolov5x6 has about 1200 modules, 6 deep
 MAX_CLASSES, MAX_NAME = 10000, 200
-_DETECTS = ("models.yolo.Detect", "models.yolo.IDetect")
+_DETECTS = ("models.yolo.Detect", "models.yolo.IDetect", "models.yolo.Segment")
 _ACTIVATION = "torch.nn.modules.activation."
 
 
@@ -50,7 +50,8 @@ class Checkpoint:
 
 
 def load_checkpoint(path: str | Path) -> Checkpoint:
-    """Load a YOLOv5 (v5.0 to v7.0) or YOLOv7 detection `.pt` (`ema` preferred over `model`; float16 or float32).
+    """Load a `.pt` of a YOLOv5 (v5.0 to v7.0) or YOLOv7 detector or a YOLOv5 segmentation network (`ema` preferred over
+    `model`; float16 or float32).
 
     Raises InputError, one sentence, for anything that is not one.
     """
@@ -231,16 +232,31 @@ _CLASS_NAMES: dict[type[nn.Module], str] = {
     Network: "models.yolo.DetectionModel",
     ours.Detect: "models.yolo.Detect",
     yolov7.IDetect: "models.yolo.IDetect",
-    **{getattr(home, n): f"models.common.{n}" for home in (ours, ghost, yolov7) for n in LAYERS if hasattr(home, n)},
-}
+    segment.Segment: "models.yolo.Segment",
+    **{getattr(home, n): f"models.common.{n}" for home in (ours, ghost, segment, yolov7) for n in LAYERS
+       if hasattr(home, n)},
+}  # fmt: skip
+
+
+class _Method:
+    """A class's attribute, by name: Segment calls the `forward` of Detect that it holds."""
+
+    def __init__(self, owner: type, name: str) -> None:
+        self.owner, self.name = owner, name
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return getattr, (self.owner, self.name)
 
 
 @contextmanager
-def _named_classes() -> Iterator[dict[type[nn.Module], type]]:
+def _named_classes(segmentation: bool) -> Iterator[dict[type[nn.Module], type]]:
     """Empty classes under YOLOv5's module names, present only while pickling: pickle stores names, not code."""
     made: dict[type[nn.Module], type] = {}
     added: list[str] = []
-    for source, full in _CLASS_NAMES.items():
+    names = dict(_CLASS_NAMES)
+    if segmentation:
+        names[Network] = "models.yolo.SegmentationModel"
+    for source, full in names.items():
         module_name, name = full.rsplit(".", 1)
         for part in ("models", module_name):
             if part not in sys.modules:
@@ -275,7 +291,7 @@ def yolov5_bytes(network: Network, head: Head, extra: Mapping[str, Any] | None =
     """
     half = copy.deepcopy(network).half().eval()
     stride = torch.tensor([float(s) for s in head.strides])
-    with _named_classes() as classes:
+    with _named_classes(head.nm > 0) as classes:
         model = _dressed(half, classes, {})
         layers = _dressed(half.model, classes, {"sequential": True})
         model._modules["model"] = layers
@@ -296,9 +312,14 @@ def yolov5_bytes(network: Network, head: Head, extra: Mapping[str, Any] | None =
         detect = list(layers._modules.values())[-1]
         assert detect is not None
         detect.__dict__.update(
-            no=head.nc + 5, nl=nl, stride=stride, inplace=True,
+            no=sum(head.parts), nl=nl, stride=stride, inplace=True,
             grid=[torch.empty(0)] * nl, anchor_grid=[torch.empty(0)] * nl,
         )  # fmt: skip
+        if isinstance(network.detect, segment.Segment):
+            hidden = network.detect.proto.cv1.conv.out_channels
+            detect.__dict__.update(npr=hidden, detect=_Method(classes[ours.Detect], "forward"))
+        else:
+            detect.__dict__.pop("nm")
         for name in ("config", "sources", "kinds", "_kept"):
             model.__dict__.pop(name)
         model.__dict__.update(

@@ -5,22 +5,30 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from dsconvert.yolo.masks import coefficients, mask_measure
 from dsconvert.yolo.network import Head
 
 
 def sigmoids(raw: list[Tensor], head: Head) -> list[tuple[Tensor, Tensor]]:
     """Per level the sigmoids of boxes (n, na, 4, ny, nx) and scores (n, na, 1 + nc, ny, nx).
 
-    `raw` is one map a level, or a box map and a score map a level (see `lower.split_detect`)."""
-    if len(raw) == len(head.strides):
-        whole = [t.unflatten(1, (head.na, head.nc + 5)).sigmoid() for t in raw]
+    `raw` is one map a level, or a box map and a score map a level (see `lower.split_detect`), and perhaps a third of
+    mask coefficients; then the prototypes come last."""
+    maps, step = raw[:-1] if head.nm else raw, len(head.parts)
+    if len(maps) == len(head.strides):
+        whole = [t.unflatten(1, (head.na, sum(head.parts)))[:, :, : head.nc + 5].sigmoid() for t in maps]
         return [(p[:, :, :4], p[:, :, 4:]) for p in whole]
-    maps = [t.unflatten(1, (head.na, -1)).sigmoid() for t in raw]
-    return list(zip(maps[::2], maps[1::2], strict=True))
+    pairs = zip(maps[::step], maps[1::step], strict=True)
+    return [(_by_anchor(box, head).sigmoid(), _by_anchor(score, head).sigmoid()) for box, score in pairs]
+
+
+def _by_anchor(value: Tensor, head: Head) -> Tensor:
+    return value.unflatten(1, (head.na, -1))
 
 
 def decode(raw: list[Tensor], head: Head) -> Tensor:
-    """Raw maps -> (n, boxes, 5 + nc): x, y, w, h in input pixels, objectness, class scores (0..1).
+    """Raw maps -> (n, boxes, 5 + nc): x, y, w, h in input pixels, objectness, class scores (0..1); then the mask
+    coefficients, where there are any.
 
     xy = (2 sigmoid(t) - 0.5 + cell) * stride,  wh = (2 sigmoid(t))^2 * anchor. Boxes run over levels, then
     anchors, then rows, then columns: the order of YOLOv5's own output.
@@ -35,14 +43,16 @@ def decode(raw: list[Tensor], head: Head) -> Tensor:
         xy = (box[..., :2] * 2 + cell) * stride
         wh = (box[..., 2:] * 2) ** 2 * sizes
         levels.append(torch.cat((xy, wh, score), -1).reshape(n, -1, head.nc + 5))
-    return torch.cat(levels, 1)
+    boxes = torch.cat(levels, 1)
+    return torch.cat((boxes, coefficients(raw, head)), 2) if head.nm else boxes
 
 
 def detection_measure(raw: list[Tensor], reference: list[Tensor], head: Head) -> list[Tensor]:
     """Numbers whose squared change is the damage to the detections: every anchor's class scores (objectness times
     class), and its box's centre and size relative to the box, weighted by the root of its best score.
 
-    The weights, and the box sizes that centres are relative to, come from the `reference` maps."""
+    The weights, and the box sizes that centres are relative to, come from the `reference` maps. The damage to masks is
+    measured besides, see `mask_measure`."""
     parts: list[Tensor] = []
     given = zip(sigmoids(raw, head), sigmoids(reference, head), head.strides, head.anchors, strict=True)
     for (box, score), (box0, score0), stride, anchors in given:
@@ -52,7 +62,7 @@ def detection_measure(raw: list[Tensor], reference: list[Tensor], head: Head) ->
         centre = box[:, :, :2] * (2 * stride) / pixels
         size = 2 * box[:, :, 2:].clamp_min(1e-4).log()
         parts += [score[:, :, :1] * score[:, :, 1:], weight * centre, weight * size]
-    return parts
+    return [*parts, mask_measure(raw, decode(reference, head), head)] if head.nm else parts
 
 
 def whole_maps(raw: list[Tensor], head: Head) -> list[Tensor]:

@@ -176,8 +176,22 @@ def read_labels(path: Path, nc: int) -> Labels:
 
     Raises InputError naming file and line where a row is malformed or its class is not 0..nc-1.
     """
+    return np.array([_as_box(row) for row in label_rows(path, nc)]).reshape(-1, 5)
+
+
+def _as_box(row: list[float]) -> list[float]:
+    if len(row) <= 6 or not len(row) % 2:
+        return row
+    points = np.array(row[1:]).reshape(-1, 2)
+    low, high = points.min(0), points.max(0)
+    return [row[0], *((low + high) / 2), *(high - low)]
+
+
+def label_rows(path: Path, nc: int) -> list[list[float]]:
+    """The labels as they stand: class, then centre x, centre y, width, height or a polygon's corners x, y, x, y, ...,
+    in 0..1. Errors as `read_labels`."""
     if not path.is_file():
-        return np.zeros((0, 5))
+        return []
     try:
         lines = _read_text(path, MAX_LABEL_BYTES).splitlines()
     except (OSError, ValueError):
@@ -187,21 +201,18 @@ def read_labels(path: Path, nc: int) -> Labels:
         if not line.strip():
             continue
         try:
-            values = [float(v) for v in line.split()]
+            row = [float(v) for v in line.split()]
         except ValueError:
-            values = []
-        if len(values) > 6 and len(values) % 2 == 1:
-            points = np.array(values[1:]).reshape(-1, 2)
-            low, high = points.min(0), points.max(0)
-            values = [values[0], *((low + high) / 2), *(high - low)]
+            row = []
+        values = _as_box(row)
         if len(values) != 5 or not np.isfinite(values).all():
             raise InputError(f"{path}, line {number}: a label is a class and four numbers.")
         if values[0] != int(values[0]) or not 0 <= values[0] < nc:
             raise InputError(f"{path}, line {number}: class {values[0]:g} is not one of the model's {nc}.")
         if min(values[1:]) < -OUTSIDE or max(values[1:]) > 1 + OUTSIDE:
             raise InputError(f"{path}, line {number}: a label's numbers are shares of the image, from 0 to 1.")
-        rows.append(values)
-    return np.array(rows).reshape(-1, 5)
+        rows.append(row)
+    return rows
 
 
 def in_pixels(labels: Labels, h: int, w: int) -> NDArray[np.float64]:

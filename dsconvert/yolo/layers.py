@@ -12,11 +12,13 @@ from dsconvert.errors import InputError, shown
 from dsconvert.graph.shapes import MAX_POOL
 from dsconvert.yolo.ghost import C3SPP, C3Ghost, DWConv, GhostBottleneck, GhostConv
 from dsconvert.yolo.modules import C3, SPP, SPPF, Bottleneck, Concat, Conv, Detect, Focus
+from dsconvert.yolo.segment import Segment
 from dsconvert.yolo.yolov7 import MP, SP, SPPCSPC, IDetect, RepConv
 
 MAX_ARGUMENT = 1 << 16  # of any number in a row's args
 
-DETECTS = {"Detect": Detect, "IDetect": IDetect}
+DETECTS = {"Detect": Detect, "IDetect": IDetect, "Segment": Segment}
+MAX_MASKS = 1024  # coefficients a box; the published heads have 32
 C3S = {"C3": C3, "C3Ghost": C3Ghost}  # the number of repeats is theirs
 C3_BLOCKS = (*C3S, "C3SPP")
 _SIMPLE: dict[str, Any] = {  # channels first, then what the module takes
@@ -71,6 +73,9 @@ def make_layer(
     """One yaml row -> (module, output channels). Raises InputError for a layer that is not known or impossible."""
     c1 = inputs[0]
     try:
+        if kind == "Segment":
+            hidden = math.ceil(positive(args[1], "channels") * width / 8) * 8
+            return Segment(nc, inputs, na, positive(args[0], "mask coefficients", MAX_MASKS), hidden, act), 0
         if kind in DETECTS:
             return DETECTS[kind](nc, inputs, na), 0
         if kind == "Concat":

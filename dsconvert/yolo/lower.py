@@ -14,6 +14,7 @@ from dsconvert.graph.shapes import check_node, value_shapes
 from dsconvert.yolo.ghost import GhostBottleneck, GhostConv
 from dsconvert.yolo.modules import C3, SPP, SPPF, Bottleneck, Concat, Conv, Detect, Focus
 from dsconvert.yolo.network import Head, Network
+from dsconvert.yolo.segment import Proto, Segment
 from dsconvert.yolo.yolov7 import MP, SP, SPPCSPC, RepConv
 
 
@@ -67,6 +68,10 @@ class _Builder:
             y = self.conv(getattr(module, part), f"{name}.{part}", y)
         both = self.add("concat", f"{name}.both", y, self.conv(module.cv2, f"{name}.cv2", x))
         return self.conv(module.cv7, f"{name}.cv7", both)
+
+    def proto(self, module: Proto, name: str, x: str) -> str:
+        x = self.layer(module.upsample, f"{name}.upsample", [self.conv(module.cv1, f"{name}.cv1", x)])
+        return self.conv(module.cv3, f"{name}.cv3", self.conv(module.cv2, f"{name}.cv2", x))
 
     def layer(self, module: nn.Module, name: str, xs: list[str]) -> str:
         x = xs[0]
@@ -126,6 +131,8 @@ def lower(network: Network) -> tuple[Graph, dict[str, ConvParams]]:
                 builder.conv2d(conv, f"model.{index}.m.{i}", x)  # type: ignore[arg-type]
                 for i, (conv, x) in enumerate(zip(layer.m, xs, strict=True))
             ]
+            if isinstance(layer, Segment):
+                outputs.append(builder.proto(layer.proto, f"model.{index}.proto", xs[0]))
         else:
             made.append(builder.layer(layer, f"model.{index}", xs))
     return Graph(tuple(builder.nodes), tuple(outputs)), builder.params
@@ -144,28 +151,31 @@ def check_maps(network: Network, strides: Sequence[int]) -> None:
     except (ValueError, TypeError, RuntimeError, AssertionError):
         raise InputError("The layers of the model yaml do not fit each other.") from None
     maps = [shapes[name][1:] for name in graph.outputs]
-    if any(side % s for s in strides) or maps != [(side // s,) * 2 for s in strides]:
+    sides = [side // s for s in strides] + [2 * side // strides[0]] * bool(network.detect.nm)
+    if any(side % s for s in strides) or maps != [(s, s) for s in sides]:
         raise InputError(f"The checkpoint's strides {list(strides)} are not those of its layers.")
 
 
 def split_detect(graph: Graph, params: dict[str, ConvParams], head: Head) -> tuple[Graph, dict[str, ConvParams]]:
-    """Each of Detect's convolutions as two, `.box` (na * 4 channels) and `.score` (na * (1 + nc)).
+    """Each of Detect's convolutions as two, `.box` (na * 4 channels) and `.score` (na * (1 + nc)), or as three, with
+    `.mask` (na * nm).
 
     The numbers are the same; quantized, box and score then no longer share one activation scale. `decode` reads
     both forms."""
     nodes: list[Node] = []
     parts: dict[str, ConvParams] = {}
     outputs: list[str] = []
+    maps = graph.outputs[: len(head.strides)]
     for node in graph.nodes:
-        if node.name not in graph.outputs:
+        if node.name not in maps:
             nodes.append(node)
             continue
         p = params[node.name]
-        weight, bias = (v.unflatten(0, (head.na, head.nc + 5)) for v in (p.weight, p.bias))
-        for part, rows in (("box", slice(0, 4)), ("score", slice(4, None))):
+        weight, bias = (v.unflatten(0, (head.na, sum(head.parts))).split(head.parts, 1) for v in (p.weight, p.bias))
+        for part, w, b in zip(("box", "score", "mask"), weight, bias, strict=False):
             name = f"{node.name}.{part}"
             nodes.append(Node("conv", name, node.inputs, node.attrs))
-            parts[name] = ConvParams(weight[:, rows].flatten(0, 1), bias[:, rows].flatten())
+            parts[name] = ConvParams(w.flatten(0, 1), b.flatten())
             outputs.append(name)
-    kept = {name: p for name, p in params.items() if name not in graph.outputs}
-    return Graph(tuple(nodes), tuple(outputs)), {**kept, **parts}
+    kept = {name: p for name, p in params.items() if name not in maps}
+    return Graph(tuple(nodes), (*outputs, *graph.outputs[len(maps) :])), {**kept, **parts}

@@ -177,15 +177,16 @@ class Concat(nn.Module):
 
 
 class Detect(nn.Module):
-    """The three 1x1 output convolutions; `anchors` (nl, na, 2) is in units of each level's stride."""
+    """The three 1x1 output convolutions; `anchors` (nl, na, 2) is in units of each level's stride. `nm`: numbers a box
+    has behind its classes (see `segment`)."""
 
     anchors: Tensor
 
-    def __init__(self, nc: int, channels: list[int], na: int) -> None:
+    def __init__(self, nc: int, channels: list[int], na: int, nm: int = 0) -> None:
         super().__init__()
-        self.nc, self.na = nc, na
+        self.nc, self.na, self.nm = nc, na, nm
         self.register_buffer("anchors", torch.zeros(len(channels), na, 2))
-        self.m = nn.ModuleList(nn.Conv2d(c, na * (nc + 5), 1) for c in channels)
+        self.m = nn.ModuleList(nn.Conv2d(c, na * (5 + nc + nm), 1) for c in channels)
 
     def forward(self, xs: list[Tensor]) -> list[Tensor]:
         """Raw maps, one (n, na * (nc + 5), h, w) a level; `decode` turns them into boxes."""

@@ -24,11 +24,18 @@ VARIANTS = {"DSConv2D": "Conv", "Bottleneck_DSConv2D": "Bottleneck", "DSConv2D_C
 
 @dataclass(frozen=True)
 class Head:
-    """What decoding needs: class names, strides in pixels, anchors (nl, na, 2) in pixels."""
+    """What decoding needs: class names, strides in pixels, anchors (nl, na, 2) in pixels, mask coefficients a box (0
+    of a detector; else the last raw map is that of the prototypes)."""
 
     names: tuple[str, ...]
     strides: tuple[int, ...]
     anchors: tuple[tuple[tuple[float, float], ...], ...]
+    nm: int = 0
+
+    @property
+    def parts(self) -> tuple[int, ...]:
+        """Numbers of a box: x, y, w, h; objectness and classes; mask coefficients, where there are any."""
+        return (4, 1 + self.nc, self.nm) if self.nm else (4, 1 + self.nc)
 
     @property
     def nc(self) -> int:
@@ -59,7 +66,8 @@ class Network(nn.Module):
         self._kept = {s for sources in self.sources for s in sources}
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        """Image batch (n, 3, h, w), float 0..1 RGB -> raw maps (n, na * (nc + 5), h / stride, w / stride)."""
+        """Image batch (n, 3, h, w), float 0..1 RGB -> raw maps (n, na * (nc + 5), h / stride, w / stride); of a
+        segmentation network what `Segment` gives."""
         kept: dict[int, Any] = {-1: x}
         out: Any = x
         for index, (layer, sources) in enumerate(zip(self.model, self.sources, strict=True)):
@@ -135,7 +143,9 @@ def _build(
         if not isinstance(kind, str) or not isinstance(args, (list, tuple)) or len(args) > 8:
             raise InputError(f"Layer {index} of the model yaml is not [from, number, module, args].")
         kind = VARIANTS.get(kind, kind)
-        literals = [] if kind in DETECTS else [literal(a, nc) for a in args]
+        if kind in DETECTS:  # their classes and anchors come from the file's own layer
+            args = args[2:] if kind == "Segment" else []
+        literals = [literal(a, nc) for a in args]
         layer, out = make_layer(kind, inputs, literals, number, width, nc, na, act)
         layers.append(layer)
         channels.append(out)
@@ -160,4 +170,4 @@ def head_from_detect(detect: Detect, strides: Sequence[float], names: Sequence[s
     if not bool(((pixels > 0) & (pixels <= MAX_ANCHOR)).all()):
         raise InputError(f"The checkpoint's anchors are not sizes from 0 to {MAX_ANCHOR:.0f} pixels.")
     anchors = tuple(tuple((float(w), float(h)) for w, h in level) for level in pixels)
-    return Head(tuple(names), whole, anchors)
+    return Head(tuple(names), whole, anchors, detect.nm)

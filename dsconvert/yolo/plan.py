@@ -32,8 +32,9 @@ def choose_convs(network: Network, graph: Graph, blocks: str, scope: str) -> fro
 
     `bottleneck`: those inside the chosen blocks' bottlenecks. `c3`: all those of the chosen blocks. `all`: also
     the other layers of the same part of the network (the whole of it, head or backbone; for a list of indices,
-    those between the first and the last). The stem (layer 0) and Detect are never among them. A network without C3
-    blocks (YOLOv7) has the scope `all` alone.
+    those between the first and the last). The stem (layer 0) and Detect are never among them, but the layers that
+    make a segmentation network's prototypes belong to the head. A network without C3 blocks (YOLOv7) has the scope
+    `all` alone.
     """
     if scope not in SCOPES:
         raise InputError(f"--scope {scope} is not one of {', '.join(SCOPES)}.")
@@ -51,7 +52,8 @@ def choose_convs(network: Network, graph: Graph, blocks: str, scope: str) -> fro
     names = set()
     for node in graph.convs():
         layer, inner = int(node.name.split(".")[1]), node.name.split(".")[2]
-        if layer in layers and 0 < layer < last and (scope != "bottleneck" or inner == "m"):
+        proto = layer == last and inner == "proto" and scope == "all" and blocks in ("all", "head")
+        if proto or (layer in layers and 0 < layer < last and (scope != "bottleneck" or inner == "m")):
             names.add(node.name)
     if not names:
         raise InputError("The chosen blocks hold no convolution of that scope.")

@@ -107,8 +107,8 @@ def other_files() -> Iterator[Case]:
 def other_models() -> Iterator[Case]:
     """Models of other kinds, each to be called by its name."""
     for kind, words in {
-        "models.yolo.SegmentationModel": "YOLOv5 segmentation", "models.yolo.ClassificationModel": "classification",
-        "models.common.Classify": "classification", "models.yolo.Segment": "segmentation",
+        "models.yolo.ClassificationModel": "classification",
+        "models.common.Classify": "classification",
         "ultralytics.nn.tasks.DetectionModel": "YOLOv8 or later", "ultralytics.nn.tasks.SegmentationModel": "YOLOv8",
         "models.yolo.IAuxDetect": "YOLOv7", "models.common.C3TR": "attention", "models.common.CBAM": "attention",
         "models.experimental.Ensemble": "ensemble",

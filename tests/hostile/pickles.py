@@ -81,6 +81,16 @@ def opcodes() -> Iterator[Case]:
     yield Case("BUILD with slots", archive(HEAD + slots + END, {}), "not a YOLOv5 checkpoint")
     state = {"__class__": 1, "__dict__": {}, "__setstate__": 2, "kind": "models.yolo.Detect", "args": 3, "append": 4}
     yield Case("BUILD of special names", archive(dump({"model": Obj(detection, state)}), {}), "no yaml or no weights")
+    get = name("__builtin__.getattr")
+    for what, arguments in {
+        "texts": text("os") + text("system"), "Detect's constructor": name("models.yolo.Detect") + text("__init__"),
+        "forward of another": name(detection) + text("forward"), "a function": name("torch._utils._rebuild_tensor_v2")
+        + text("__globals__"), "itself": get + text("forward"),
+    }.items():  # fmt: skip
+        yield Case(f"getattr: {what}", archive(HEAD + get + arguments + b"\x86R.", {}), DAMAGED)
+    yield Case("getattr: too few", archive(HEAD + get + name("models.yolo.Detect") + b"\x85R.", {}), DAMAGED)
+    made = get + name("models.yolo.Detect") + text("forward") + b"\x86R}" + text("args") + b"Nsb"
+    yield Case("getattr: state", archive(HEAD + made + END, {}), "not a YOLOv5 checkpoint dictionary")
     yield Case("a class for a model", archive(dump({"model": Raw(name(detection))}), {}), "no model")
     yield Case("append to a record", archive(HEAD + name(conv) + b")\x81Na.", {}), DAMAGED)
     yield Case("items of a record", archive(HEAD + name(conv) + b")\x81NNs.", {}), DAMAGED)

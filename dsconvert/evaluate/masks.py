@@ -1,0 +1,151 @@
+"""Masks of a segmentation model: from coefficients and prototypes to pixels of the image, and their COCO metrics.
+
+A box's mask is where sigmoid(coefficients @ prototypes), scaled to the image (bilinear), exceeds one half, inside the
+box.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any
+
+import cv2
+import numpy as np
+from faster_coco_eval.core import mask as rle
+from numpy.typing import NDArray
+
+from dsconvert.evaluate.coco import all_areas, ground_truth, results, tables_of
+from dsconvert.yolo.images import Letterbox
+
+Array = NDArray[np.float32]
+Encoded = dict[str, Any]  # COCO's run lengths of a mask: size (h, w) and counts
+
+
+@dataclass(frozen=True)
+class Masks:
+    """What a segmentation network says of one image besides its boxes: `coefficients` (boxes, nm), and `prototypes`
+    (nm, h, w), which cover the letterboxed image."""
+
+    coefficients: Array
+    prototypes: Array
+
+    def placed(
+        self, rows: Sequence[int], found: Array, box: Letterbox, side: int, shape: tuple[int, int]
+    ) -> Iterator[PlacedMask]:
+        """Masks, one at a time, of the boxes `rows`, whose places `found` (n, 4 or more) x1, y1, x2, y2 are pixels of
+        the image of (height, width); `box` says how that was put into the square of `side` pixels."""
+        nm, h, w = self.prototypes.shape
+        maps = self.prototypes.reshape(nm, -1)
+        for row, corners in zip(rows, found[:, :4].tolist(), strict=True):
+            yield _placed((self.coefficients[row] @ maps).reshape(h, w), corners, box, side, shape)
+
+
+@dataclass(frozen=True)
+class PlacedMask:
+    """A mask in pixels of the image: `inside` (h, w) is bool, its first pixel at `left`, `top`; outside nothing."""
+
+    left: int
+    top: int
+    inside: NDArray[np.bool_]
+
+    @property
+    def window(self) -> tuple[slice, slice]:
+        """Its rows and columns of the image."""
+        h, w = self.inside.shape
+        return slice(self.top, self.top + h), slice(self.left, self.left + w)
+
+    def encoded(self, shape: tuple[int, int]) -> Encoded:
+        """Run lengths, down one column after the other, over the whole image of (height, width); that is never made."""
+        (h, w), (height, width) = self.inside.shape, shape
+        columns = np.zeros((w, h + 1), np.int8)  # a 0 behind each, so that every run ends in its column
+        columns[:, :h] = self.inside.T
+        column, row = np.divmod(np.flatnonzero(np.diff(columns.ravel(), prepend=0)), h + 1)
+        places = (self.left + column) * height + self.top + row  # where runs of 1 start and end, in turn
+        apart = np.append(places[1:-1:2] != places[2::2], True)  # from a column's foot a run may go on to the next
+        ends = places[1::2][apart[: len(places) // 2]]
+        starts = places[::2][np.append(True, apart[:-1])[: len(places) // 2]]
+        turns = np.stack((starts, ends), 1).ravel()
+        counts = np.diff(turns, prepend=0, append=height * width).tolist()
+        return dict(rle.frPyObjects({"size": [height, width], "counts": counts}, height, width))
+
+    def polygon(self) -> NDArray[np.float64]:
+        """Corners (n, 2) of its largest part's outline, x and y in pixels; the window's own where there is no part
+        with three corners."""
+        h, w = self.inside.shape
+        parts, _ = cv2.findContours(self.inside.astype(np.uint8), cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_SIMPLE)
+        usable = [part.reshape(-1, 2) + 0.5 for part in parts if len(part) > 2]
+        corners = np.array([(0, 0), (w, 0), (w, h), (0, h)], np.float64)
+        largest = max(usable, key=lambda p: cv2.contourArea(p.astype(np.float32)), default=corners)
+        return np.asarray(largest, np.float64) + np.array([self.left, self.top])
+
+
+def _placed(logits: Array, corners: Sequence[float], box: Letterbox, side: int, shape: tuple[int, int]) -> PlacedMask:
+    """Pixel X of the image lies at (gain (X + 1/2) + pad) / (side / w) - 1/2 of the prototypes."""
+    x1, y1, x2, y2 = corners
+    left, top = max(int(np.floor(x1)), 0), max(int(np.floor(y1)), 0)
+    size = max(min(int(np.ceil(x2)), shape[1]) - left, 0), max(min(int(np.ceil(y2)), shape[0]) - top, 0)
+    if not all(size):
+        return PlacedMask(left, top, np.zeros(size[::-1], np.bool_))
+    sx, sy = logits.shape[1] / side, logits.shape[0] / side
+    step_x, step_y = box.gain * sx, box.gain * sy
+    matrix = np.array([
+        [step_x, 0, step_x * (left + 0.5) + box.pad_x * sx - 0.5],
+        [0, step_y, step_y * (top + 0.5) + box.pad_y * sy - 0.5],
+    ])  # fmt: skip
+    soft = 1 / (1 + np.exp(-np.clip(logits, -80, 80)))
+    scaled = cv2.warpAffine(
+        soft, matrix, size, flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP, borderMode=cv2.BORDER_REPLICATE
+    )
+    return PlacedMask(left, top, scaled > 0.5)
+
+
+@dataclass(frozen=True)
+class MaskPredictor:
+    """A segmentation model. Called with a batch of one image it is a `Predictor`, its boxes those of a detector; `run`
+    gives them with their coefficients (1, boxes, 5 + nc + nm), and the prototypes (1, nm, h, w)."""
+
+    run: Callable[[Array], tuple[Array, Array]]
+    nc: int
+
+    def __call__(self, batch: Array) -> Array:
+        return self.run(batch)[0][:, :, : 5 + self.nc]
+
+
+def look(predict: Callable[[Array], Array], batch: Array) -> tuple[Array, Masks | None]:
+    """What a predictor says of a batch of one image: (boxes, 5 + nc), and the masks of a segmentation model."""
+    if not isinstance(predict, MaskPredictor):
+        return predict(batch)[0], None
+    found, prototypes = predict.run(batch)
+    return found[0, :, : 5 + predict.nc], Masks(found[0, :, 5 + predict.nc :], prototypes[0])
+
+
+def outlines(rows: Iterable[Sequence[float]], shape: tuple[int, int]) -> list[Encoded]:
+    """Labels as `images.label_rows` gives them -> their masks in an image of (height, width); of a box, all of it."""
+    h, w = shape
+    found = []
+    for _, *values in rows:
+        if len(values) == 4:
+            x, y, half_w, half_h = values[0], values[1], values[2] / 2, values[3] / 2
+            values = [x - half_w, y - half_h, x + half_w, y - half_h, x + half_w, y + half_h, x - half_w, y + half_h]
+        corners = (np.array(values).reshape(-1, 2) * (w, h)).flatten().tolist()
+        found.append(dict(rle.merge(rle.frPyObjects([corners], h, w))))
+    return found
+
+
+def mask_precision(
+    found: Sequence[Sequence[Encoded]], detections: Sequence[Array], outlined: Sequence[Sequence[Encoded]],
+    truths: Sequence[NDArray[Any]], shapes: Sequence[tuple[int, int]], nc: int,
+) -> tuple[float, float]:  # fmt: skip
+    """mAP50-95 and mAP50 of masks, COCO's `segm`: by image the masks `found` of the `detections`, and the `outlined` of
+    the `truths` (both as `coco_metrics` takes them)."""
+    document, listed = ground_truth(truths, shapes, nc), results(detections)
+    for entry, mask in zip(document["annotations"], chain.from_iterable(outlined), strict=True):
+        entry.update(segmentation=mask, area=float(rle.area(mask)))
+    for entry, mask in zip(listed, chain.from_iterable(found), strict=True):
+        del entry["bbox"]  # or it would be taken for the mask
+        entry["segmentation"] = mask
+    precision = all_areas(tables_of(document, listed, "segm"))
+    present = precision[0, 0] > -1
+    return float(precision[:, :, present].mean()), float(precision[0][:, present].mean())
