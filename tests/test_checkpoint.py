@@ -261,6 +261,21 @@ def test_a_fused_checkpoint_has_no_batchnorm_and_exactly_its_weights(tiny, tmp_p
         assert torch.equal(got[name], value.half().float() if value.is_floating_point() else value), name
 
 
+def test_what_a_batchnorm_adds_to_its_variance_is_read(tiny, tmp_path, picture):
+    network, head = copy.deepcopy(tiny[0]), tiny[1]
+    norms = [m for m in network.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+    for place, norm in enumerate(norms):
+        norm.eps = 1e-5 + 0.01 * place
+    loaded = load_checkpoint(write(tmp_path / "a.pt", yolov5_bytes(network, head))).network
+    assert [m.eps for m in loaded.modules() if isinstance(m, torch.nn.BatchNorm2d)] == [n.eps for n in norms]
+    got, usual = (copy.deepcopy(loaded), copy.deepcopy(loaded))
+    for norm in (m for m in usual.modules() if isinstance(m, torch.nn.BatchNorm2d)):
+        norm.eps = 1e-3
+    assert not torch.allclose(got.fuse()(picture)[0], usual.fuse()(picture)[0], atol=1e-3)
+    norms[0].eps = -1e-3
+    assert "adds -0.001 to its variances" in one_sentence(write(tmp_path / "b.pt", yolov5_bytes(network, head)))
+
+
 def test_the_average_weights_are_preferred(tiny, tmp_path):
     """Training checkpoints hold `model` and `ema`; YOLOv5 itself takes the second."""
     network, head = tiny

@@ -76,8 +76,10 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
         strides = whole_strides(_strides(record, detect, archive), len(network.detect.m))
         check_maps(network, strides)
         left, made = float_weights(stored, modules, archive.tensor)
+        _take_epsilons(network, modules, path)
         bits = _fill(network, left, made, archive)
         _check_activations(network, modules, path)
+    _take_epsilons(network, modules, path)
     network.eval().requires_grad_(False)
     head = head_from_detect(network.detect, strides, _names(record, nc))
     with path.open("rb") as stream:
@@ -166,6 +168,17 @@ def _check_activations(network: Network, modules: Mapping[str, Record], path: Pa
         slope = getattr(record, "negative_slope", LEAKY_SLOPE)
         if kind == "LeakyReLU" and slope != LEAKY_SLOPE:
             raise InputError(f"{path}: {name} is a LeakyReLU of slope {shown(slope)}; dsconvert knows {LEAKY_SLOPE}.")
+
+
+def _take_epsilons(network: Network, modules: Mapping[str, Record], path: Path) -> None:
+    """Give every BatchNorm the number that its stored one adds to the variance: other trainers than YOLOv5's own leave
+    torch's 1e-5. Raises InputError where it is no small positive number."""
+    for name, module in network.named_modules():
+        if isinstance(module, nn.BatchNorm2d) and f"{name}." in modules:
+            epsilon = getattr(modules[f"{name}."], "eps", module.eps)
+            if not isinstance(epsilon, float) or not 0 < epsilon < 1:
+                raise InputError(f"{path}: {name} adds {shown(epsilon)} to its variances, which no BatchNorm does.")
+            module.eps = epsilon
 
 
 def _strides(record: Record, detect: Record, archive: Archive) -> list[float]:
