@@ -23,6 +23,7 @@ from typing import Any
 
 from dsconvert import pipeline
 from dsconvert.errors import InputError
+from dsconvert.evaluate import contest
 from dsconvert.export.inputs import INPUT_TYPES
 from dsconvert.export.layouts import LAYOUT_OPSET
 from dsconvert.export.nms import Nms
@@ -260,11 +261,11 @@ def evaluate(
         raise InputError("samples must be at least 1.")
     with tempfile.TemporaryDirectory() as folder:
         paths = [as_file(m, Path(folder, str(i))) for i, m in enumerate(given)]
-        found = pipeline.evaluate(paths, Path(data), imgsz, samples, progress)
+        found = contest.evaluate(paths, Path(data), imgsz, samples, progress)
         return Evaluation(_row(m, e) for m, e in zip(given, found, strict=True))
 
 
-def _row(model: FloatModel | QuantizedModel | File, found: pipeline.Evaluated) -> EvaluationRow:
+def _row(model: FloatModel | QuantizedModel | File, found: contest.Evaluated) -> EvaluationRow:
     m, t, c = found.metrics, found.latency, found.candidate
     name = f"{_source(model.model)} (converted)" if isinstance(model, QuantizedModel) else str(c.path)
     return EvaluationRow(

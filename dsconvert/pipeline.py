@@ -6,7 +6,7 @@ checkpoint -> network -> plan -> calibrate -> fit -> DSModel -> file -> ONNX
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -32,11 +32,7 @@ from dsconvert.calibration import Progress as Progress
 from dsconvert.calibration import bounded, calibrate, check_calibration, decoded, synthetic
 from dsconvert.dsconv.tensor import DSTensor, Width, used_width
 from dsconvert.errors import InputError
-from dsconvert.evaluate.accuracy import Detections, Predictor, detect_all
-from dsconvert.evaluate.candidates import Candidate, load_candidates
-from dsconvert.evaluate.coco import Metrics
 from dsconvert.evaluate.drop import map_drop
-from dsconvert.evaluate.latency import Latency, interleaved_latency
 from dsconvert.export.check import check_accumulators, check_export, check_images, float_reference, reference_of
 from dsconvert.export.compact import compact
 from dsconvert.export.onnx import PLAIN, Ends, export_float, export_quantized
@@ -56,9 +52,7 @@ from dsconvert.yolo.checkpoint import Checkpoint, load_checkpoint
 from dsconvert.yolo.images import (
     Image,
     calibration_images,
-    image_paths,
     letterbox,
-    read_data_yaml,
     read_image,
     spread,
 )
@@ -372,70 +366,3 @@ def newest_result(root: Path) -> Path:
     if not found:
         raise InputError(f"There is no converted model under {root}; run dsconvert quantize first, or name a MODEL.")
     return found[-1]
-
-
-@dataclass(frozen=True)
-class Evaluated:
-    """One model's accuracy and latency on the same images as the others."""
-
-    candidate: Candidate
-    metrics: Metrics
-    latency: Latency
-
-
-@dataclass(frozen=True)
-class Entrants:
-    """Models at one image size and the images they are judged on. The truth has nc classes: it is the labels beside
-    the images, or (labelled False) what the first model finds with confidence."""
-
-    candidates: Sequence[Candidate]
-    paths: Sequence[Path]
-    nc: int
-    labelled: bool
-
-
-def entrants(models: Sequence[Path], data: Path, imgsz: int | None = None, samples: int | None = None) -> Entrants:
-    """Load models, and find the images of the val split of a data.yaml (its train split when there is no val) or of a
-    folder. Raises InputError when a model's classes are not the data's, or the first model's."""
-    labelled = data.suffix.lower() in (".yaml", ".yml")
-    described = read_data_yaml(data) if labelled else None
-    paths = list(described.val or described.train) if described else image_paths(data)
-    if not paths:
-        raise InputError(f"{data} names neither val nor train images.")
-    if samples is not None:
-        paths = spread(paths, samples)
-    candidates = load_candidates(models, imgsz)
-    whose, nc = (str(data), len(described.names)) if described else (str(models[0]), len(candidates[0].names))
-    for c in candidates:
-        if c.names and len(c.names) != nc:
-            raise InputError(
-                f"{c.path} has {len(c.names)} classes, {whose} has {nc}; give --data a folder of images to measure "
-                "agreement with the first model without labels."
-            )
-    return Entrants(candidates, paths, nc, labelled)
-
-
-def evaluate(
-    models: Sequence[Path],
-    data: Path,
-    imgsz: int | None = None,
-    samples: int | None = None,
-    progress: Progress | None = None,
-) -> list[Evaluated]:
-    """Measure models on the images of `data`, see `entrants`."""
-    given = entrants(models, data, imgsz, samples)
-    metrics = look(given, progress).metrics()
-    latencies = interleaved_latency([c.run_once for c in given.candidates])
-    return [Evaluated(c, m, t) for c, m, t in zip(given.candidates, metrics, latencies, strict=True)]
-
-
-def look(
-    given: Entrants, progress: Progress | None = None, predictors: Sequence[Predictor] | None = None
-) -> Detections:
-    """What the models (or `predictors` in their place) find in the images; under torchrun every process looks at a part
-    of them."""
-    report = progress or (lambda stage, done, total: None)
-    return detect_all(
-        predictors or [c.predict for c in given.candidates], given.paths, given.candidates[0].side, given.nc,
-        given.labelled, lambda done, total: report("evaluate", done, total),
-    )  # fmt: skip

@@ -25,6 +25,7 @@ from dsconvert.commands.shared import (
     verbose,
 )
 from dsconvert.errors import InputError, LimitMissed
+from dsconvert.evaluate import contest
 from dsconvert.evaluate.candidates import Candidate
 from dsconvert.evaluate.detect import class_name
 from dsconvert.modelfile import load_model
@@ -66,10 +67,10 @@ def evaluate(
         raise InputError("--max-map-drop measures the drop against the first model; name another one too.")
     workers.start()
     if workers.number():  # one speaks for all
-        pipeline.look(pipeline.entrants(paths, data, imgsz, samples))
+        contest.look(contest.entrants(paths, data, imgsz, samples))
         return
     with bars(quiet) as progress:
-        rows = pipeline.evaluate(paths, data, imgsz, samples, progress)
+        rows = contest.evaluate(paths, data, imgsz, samples, progress)
     if as_json:
         print_json({"models": [_row(r) for r in rows], "data": str(data)})
     else:
@@ -80,7 +81,7 @@ def evaluate(
         _hold(rows, max_map_drop)
 
 
-def _hold(rows: list[pipeline.Evaluated], most: float) -> None:
+def _hold(rows: list[contest.Evaluated], most: float) -> None:
     """Raise LimitMissed naming every model that loses more than `most` points against the first."""
     first = rows[0].metrics.map50_95
     drops = [(r.candidate.path, 100 * (first - r.metrics.map50_95)) for r in rows[1:]]
@@ -98,7 +99,7 @@ def _data_of(provenance: Any) -> Path:
     return Path(calib)
 
 
-def _row(r: pipeline.Evaluated) -> dict[str, Any]:
+def _row(r: contest.Evaluated) -> dict[str, Any]:
     c, m, t = r.candidate, r.metrics, r.latency
     return {
         "path": str(c.path), "format": c.format, "map50_95": m.map50_95, "map50": m.map50, "precision": m.precision,
@@ -109,7 +110,7 @@ def _row(r: pipeline.Evaluated) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _print_classes(rows: list[pipeline.Evaluated]) -> None:
+def _print_classes(rows: list[contest.Evaluated]) -> None:
     """AP50-95 of each class that the images hold, by model."""
     shown = table("AP50-95", *(short(r.candidate.path) for r in rows))
     names = next((r.candidate.names for r in rows if r.candidate.names), ())
@@ -118,7 +119,7 @@ def _print_classes(rows: list[pipeline.Evaluated]) -> None:
     console().print(shown)
 
 
-def _print_evaluation(rows: list[pipeline.Evaluated], quiet: bool) -> None:
+def _print_evaluation(rows: list[contest.Evaluated], quiet: bool) -> None:
     masks = any(r.metrics.mask_map50 is not None for r in rows)
     of_masks = ("masks 50-95", "50") if masks else ()
     shown = table("model", "mAP50-95", "mAP50", *of_masks, "P", "R", "MB", "bits", "ms", "±")

@@ -17,12 +17,13 @@ from dsconvert.errors import InputError
 from dsconvert.evaluate.accuracy import CONFIDENT, OVERLAP, Detections, Predictor
 from dsconvert.evaluate.candidates import Candidate
 from dsconvert.evaluate.coco import Metrics, coco_tables, metrics_of
+from dsconvert.evaluate.contest import Entrants, entrants, look
 from dsconvert.evaluate.curves import ClassCurve, class_curves, object_counts
 from dsconvert.evaluate.latency import Latency, interleaved_latency
 from dsconvert.graph.ir import ConvParams
 from dsconvert.model import DSModel
 from dsconvert.modelfile import load_model
-from dsconvert.pipeline import REPORT_FILE, Entrants, Progress, entrants, look
+from dsconvert.pipeline import REPORT_FILE, Progress
 from dsconvert.report.activations import activation_view, watch
 from dsconvert.report.layers import (
     ActivationView,
@@ -46,9 +47,9 @@ SHOWN_LAYERS = 6  # histograms of weights, and of activations
 
 @dataclass(frozen=True)
 class ReportOptions:
-    """What to report on: the converted model; data as `pipeline.entrants` (None: what was calibrated on); int8 peers
+    """What to report on: the converted model; data as `contest.entrants` (None: what was calibrated on); int8 peers
     as ONNX files; the float checkpoint (None: the one converted); how many photos are shown; image side and most
-    images evaluated as `pipeline.entrants`; whether latency is measured (the one thing that is never twice the
+    images evaluated as `contest.entrants`; whether latency is measured (the one thing that is never twice the
     same)."""
 
     model: Path
