@@ -9,8 +9,9 @@ RUN python -m venv /opt/dsconvert \
 
 FROM python:3.11-slim
 COPY --from=build /opt/dsconvert /opt/dsconvert
-RUN useradd --create-home dsconvert && install -d -o dsconvert /work
-USER dsconvert
+RUN useradd --create-home --uid 1000 dsconvert && install -d -o dsconvert /work
+# by number: Kubernetes sees that it is not root
+USER 1000:1000
 WORKDIR /work
 # caches go where any user may write, also one given by --user
 ENV HOME=/tmp

@@ -263,3 +263,27 @@ def test_a_layer_without_some_shift_freezes_and_thaws(shifts):
     torch.testing.assert_close(module(x), wanted)
     module.thaw_vqk()
     assert module(x).shape == wanted.shape
+
+
+@pytest.mark.parametrize("shifts", [{"KDSBias": True}, {"KDSBias": True, "CDS": True}])
+def test_a_half_checkpoint_loads_as_what_its_float_model_computes(shifts, tmp_path, picture):
+    """YOLOv5 stores float16 and computes in float32: the same integers, and products that nobody rounded to 11 bits."""
+    with fake_yolov5.tree() as yolo:
+        register(yolo, block_size=8, **shifts)
+        model = yolo.DetectionModel(fake_yolov5.config()).eval()
+        if "CDS" in shifts:
+            for part in model.modules():
+                if isinstance(part, DSConv):
+                    part.CDSw.uniform_(0.5, 2)
+                    part.CDSb.uniform_(-1, 1)
+                    part.refit()
+        torch.save({"model": model.half(), "ema": None, "epoch": 0}, tmp_path / "half.pt")
+        stored = {n: v.clone() for n, v in model.state_dict().items() if n.endswith("intweight")}
+        wanted = model.float()(picture)
+        after = model.state_dict()
+        assert all(torch.equal(value, after[name]) for name, value in stored.items())
+    loaded = load_checkpoint(tmp_path / "half.pt")
+    assert loaded.stored_bits == 16
+    for ours, theirs in zip(loaded.network(picture), wanted, strict=True):
+        close = 2e-6 * float(theirs.detach().abs().max())
+        assert float((ours - theirs.detach()).abs().max()) < close

@@ -20,9 +20,9 @@ Array = NDArray[np.floating[Any]]
 @dataclass(frozen=True)
 class Metrics:
     """mAP over IoU 0.50..0.95 and at 0.50 (COCO's definitions, 100 detections an image); precision and recall at
-    IoU 0.50 and the confidence where mean F1 over classes is best (YOLOv5's definition); AP50-95 by class number; why
-    files could not be read, which are not among the images; and the mAP of masks, where a model has them and the
-    labels are polygons."""
+    IoU 0.50 and the confidence where mean F1 over classes is best, both on COCO's curve (YOLOv5's val.py chooses so on
+    the raw one, and prints less); AP50-95 by class number; why files could not be read, which are not among the
+    images; and the mAP of masks, where a model has them and the labels are polygons."""
 
     map50_95: float
     map50: float

@@ -98,10 +98,13 @@ class DSConv(modules.DSConv):
         as averaging over epochs does, need not call it: forward, state_dict and pickle do."""
         if self.weight is None:
             return
-        wanted = self._unscaled(self.weight)
+        # in float32: a module that is stored as float16 and made float32 again must find the same integers
+        wanted = self.weight.float()
+        if self.CDSw is not None:
+            wanted = wanted / self.CDSw.float()[:, None, None, None]
         if self.KDSb is not None:
-            wanted = wanted - self._expand(self.KDSb)
-        self.intweight.copy_((wanted / self._expand(self.alpha)).round().clamp_(*vqk_limits(self.bits)))
+            wanted = wanted - self._expand(self.KDSb.float())
+        self.intweight.copy_((wanted / self._expand(self.alpha.float())).round().clamp_(*vqk_limits(self.bits)))
 
     @torch.no_grad()
     def _track(self) -> None:

@@ -227,7 +227,8 @@ def _fill(network: Network, stored: Mapping[str, Any], made: Mapping[str, Tensor
             )
         if value.is_floating_point() != empty.is_floating_point():
             raise InputError(f"{path}: {name} holds {value.dtype} numbers, which no trained network does.")
-        bits = max(bits, 8 * value.element_size()) if value.dim() == 4 else bits
+        if value.dim() == 4 and name not in made:  # those are made in float32, whatever is stored
+            bits = max(bits, 8 * value.element_size())
         values[name] = value.to(empty.dtype)
         if not bool(torch.isfinite(values[name]).all()):
             raise InputError(f"{path}: {name} holds NaN or infinite numbers.")

@@ -47,12 +47,12 @@ def float_weights(
             expected = read(stored[mean])
             if expected.shape != tensors["CDSb"].shape:
                 raise InputError(f"The parts of the DSConv {prefix.rstrip('.')} do not fit each other.")
-            made[mean] = expected - tensors["CDSb"]
+            made[mean] = expected.float() - tensors["CDSb"].float()
     return left, made
 
 
 def _weight(name: str, parts: Mapping[str, Tensor], block_size: Any) -> Tensor:
-    """CDSw (alpha VQK + KDSb) in alpha's type."""
+    """CDSw (alpha VQK + KDSb) in float32: who reads float16 parts makes them float32 before convolving."""
     wrong = InputError(f"The parts of the DSConv {name} do not fit each other.")
     if not {"intweight", "alpha"} <= parts.keys() or type(block_size) is not int or not 1 <= block_size <= MOST_BLOCK:
         raise wrong
@@ -65,7 +65,7 @@ def _weight(name: str, parts: Mapping[str, Tensor], block_size: Any) -> Tensor:
     shifts = {key: value for key, value in parts.items() if key != "intweight"}
     if any(tuple(v.shape) != shapes[k] or not v.is_floating_point() for k, v in shifts.items()) or not vqk.numel():
         raise wrong
-    weight = expand_blocks(alpha, chi, block_size) * vqk.to(alpha.dtype)
+    weight = expand_blocks(alpha.float(), chi, block_size) * vqk.float()
     if "KDSb" in parts:
-        weight = weight + expand_blocks(parts["KDSb"], chi, block_size)
-    return weight if "CDSw" not in parts else parts["CDSw"][:, None, None, None] * weight
+        weight = weight + expand_blocks(parts["KDSb"].float(), chi, block_size)
+    return weight if "CDSw" not in parts else parts["CDSw"].float()[:, None, None, None] * weight
