@@ -248,6 +248,16 @@ def test_matrix_products_keep_their_meaning(how, tmp_path, photos):
     assert adds == {"matmul": 1, "matmul and add": 1, "matmul read twice": 2, "computed weight": 1}.get(how, 0)
 
 
+def test_one_matrix_read_by_two_products(tmp_path, photos):
+    """Found by benchmarks/fuzz.py: both got a Transpose and a sum of the same names."""
+    text = "t = Reshape(x, s) p = MatMul(t, w) a = Relu(p) y = MatMul(a, w)"
+    path = model_of(text, {"s": np.array([1, 48, 16]), "w": normal(16, 16)}, tmp_path / "tied.onnx")
+    made = quantize_onnx(path, photos, OnnxPlan(8))
+    assert made.fitted[made.layers[0].index].weight is made.fitted[made.layers[1].index].weight
+    assert error(path, made, image(16)) < 1e-3
+    assert run(made.float_model(), image(16))[0].shape == (1, 48, 16)
+
+
 def test_a_matrix_product_of_tokens(tmp_path, photos):
     text = "t = Reshape(x, s) p = MatMul(t, w) a = Relu(p) y = MatMul(a, v)"
     weights = {"s": np.array([1, 48, 16]), "w": normal(16, 24), "v": normal(24, 8, seed=2)}
@@ -340,6 +350,10 @@ def hostile(folder: Path) -> dict[str, tuple[Path, str]]:
     del turned.graph.node[:]
     turned.graph.node.extend(nodes)
     (folder / "turned.onnx").write_bytes(turned.SerializeToString())
+    again = onnx.load(folder / "base.onnx")
+    again.graph.input.append(helper.make_tensor_value_info("w", TensorProto.FLOAT, [4, 3, 3, 3]))
+    again.graph.node.insert(0, helper.make_node("Constant", [], ["w"], value=again.graph.initializer.pop()))
+    (folder / "again.onnx").write_bytes(again.SerializeToString())
     two = "(float[1,3,16,16] x, float[1] z) => (float y) { c = Conv(x, w) y = Mul(c, z) }"
     integers = {"w": np.ones((4, 3, 3, 3), np.int8), "s": np.float32(1) * np.ones(1, np.float32)}
     words = "(float[1,20] x) => (float y) { y = MatMul(x, w) }"
@@ -349,6 +363,7 @@ def hostile(folder: Path) -> dict[str, tuple[Path, str]]:
         "outside": (folder / "outside.onnx", "outside of its own folder"),
         "circle": (folder / "circle.onnx", "is not an ONNX file|not in the order"),
         "turned": (folder / "turned.onnx", "not in the order"),
+        "an input made again": (folder / "again.onnx", "two values of one name"),
         "no conv": (model_of("y = Relu(x)", {}, folder / "none_at_all.onnx"), "no convolution"),
         "weight from the image": (model_of("y = Conv(x, x)", {}, folder / "self.onnx"), "no convolution|not an ONNX"),
         "wrong shapes": (model_of("y = Conv(x, w)", {"w": normal(4, 5, 3, 3)}, folder / "shapes.onnx"),

@@ -160,12 +160,15 @@ def read_source(path: Path, imgsz: int | None, threads: int) -> Source:
     if len(entries) != 1:
         raise InputError(f"{path} has {len(entries)} inputs; only files with one, an image, can be converted.")
     image = _image(path, entries[0].name, entries[0].shape, entries[0].type, imgsz)
-    seen = {image.name, *(t.name for t in model.graph.initializer)}
+    seen = {*(v.name for v in model.graph.input), *(t.name for t in model.graph.initializer)}
     later = {out for node in model.graph.node for out in node.output}
     for node in model.graph.node:
         if any(name in later and name not in seen for name in node.input):
             raise InputError(f"The nodes of {path} are not in the order in which they run, as ONNX demands.")
-        seen.update(node.output)
+        made = [out for out in node.output if out]
+        if not seen.isdisjoint(made) or len({*made}) < len(made):
+            raise InputError(f"{path} makes two values of one name, which ONNX does not allow.")
+        seen.update(made)
     model.ir_version = max(model.ir_version, 4)  # from then on, stored tensors need not be inputs
     stored = {t.name for t in model.graph.initializer}
     inputs = [v for v in model.graph.input if v.name not in stored]
