@@ -31,7 +31,7 @@ from fuzz_targets import Target, targets
 
 from dsconvert.errors import InputError
 
-BATCH, MOST_SECONDS, MEMORY = 200, 30.0, 2 << 30
+BATCH, BATCH_SECONDS, MOST_SECONDS, MEMORY = 200, 20.0, 30.0, 2 << 30
 
 
 @dataclass
@@ -65,7 +65,8 @@ def judge(target: Target, path: Path) -> str:
 
 
 def run_batch(name: str, target: Target, first: int, folder: Path, found: Found) -> None:
-    """Read BATCH cases in a forked process. When it dies, the case it died of is bad, and the next batch follows it."""
+    """Read up to BATCH cases in a forked process, within BATCH_SECONDS. When it dies, the case it died of is bad, and
+    the next batch follows it."""
     read, write = os.pipe()
     child = os.fork()
     if not child:
@@ -75,8 +76,11 @@ def run_batch(name: str, target: Target, first: int, folder: Path, found: Found)
         os.dup2(silence, 2)
         resource.setrlimit(resource.RLIMIT_AS, (_size() + MEMORY,) * 2)
         path = folder / f"case{target.suffix}"
+        start = time.perf_counter()
         with os.fdopen(write, "w") as out:
             for number in range(first, first + BATCH):
+                if time.perf_counter() - start > BATCH_SECONDS:
+                    break
                 path.write_bytes(case_bytes(name, target, number))
                 out.write(json.dumps([number, None, 0, 0]) + "\n")  # begun
                 out.flush()

@@ -68,6 +68,7 @@ class Source:
     def free_prefix(self) -> str:
         """A beginning that no name in the file has."""
         names = {*self.initializers, *self.makers, self.image.name}
+        names |= {out for node in self.nodes for inner in _within(node) for out in inner.output}
         prefix = "ds."
         while any(n.startswith(prefix) for n in names):
             prefix = f"ds{prefix}"
@@ -126,14 +127,22 @@ class Source:
 
 def used(node: onnx.NodeProto) -> Iterator[str]:
     """Names of the values a node reads, within its own graphs (of If and Loop) too."""
-    left = [node]
-    while left:
-        inner = left.pop()
+    for inner in _within(node):
         yield from (name for name in inner.input if name)
         for a in inner.attribute:
             for graph in (a.g, *a.graphs):
-                left.extend(graph.node)
                 yield from (out.name for out in graph.output)
+
+
+def _within(node: onnx.NodeProto) -> Iterator[onnx.NodeProto]:
+    """The node and those of its own graphs, however deep."""
+    left = [node]
+    while left:
+        inner = left.pop()
+        yield inner
+        for a in inner.attribute:
+            for graph in (a.g, *a.graphs):
+                left.extend(graph.node)
 
 
 def opset_of(model: onnx.ModelProto) -> int:
