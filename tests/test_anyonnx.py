@@ -468,6 +468,13 @@ def test_the_command_writes_one_file_and_says_what_it_did(tmp_path, photos, call
     refused = call(*arguments, "--out", "made.onnx", cwd=tmp_path)
     assert refused.code == 2
     assert "already exists" in refused.err
+    before = path.read_bytes()
+    (tmp_path / "link.onnx").symlink_to(path)
+    for itself in (path, "link.onnx"):
+        refused = call(*arguments, "--out", itself, "--force", cwd=tmp_path)
+        assert refused.code == 2
+        assert "itself" in refused.err
+    assert path.read_bytes() == before
     table = call(*arguments, "--out", "made.onnx", "--force", "-v", "--mean", "0.485,0.456,0.406", cwd=tmp_path)
     assert table.code == 0, table.err
     assert "Converted 9 layers to DSConv" in table.out
