@@ -248,6 +248,70 @@ def test_matrix_products_keep_their_meaning(how, tmp_path, photos):
     assert adds == {"matmul": 1, "matmul and add": 1, "matmul read twice": 2, "computed weight": 1}.get(how, 0)
 
 
+def test_one_matrix_read_by_two_products(tmp_path, photos):
+    """Found by benchmarks/fuzz.py: both got a Transpose and a sum of the same names."""
+    text = "t = Reshape(x, s) p = MatMul(t, w) a = Relu(p) y = MatMul(a, w)"
+    path = model_of(text, {"s": np.array([1, 48, 16]), "w": normal(16, 16)}, tmp_path / "tied.onnx")
+    made = quantize_onnx(path, photos, OnnxPlan(8))
+    assert made.fitted[made.layers[0].index].weight is made.fitted[made.layers[1].index].weight
+    assert error(path, made, image(16)) < 1e-3
+    assert run(made.float_model(), image(16))[0].shape == (1, 48, 16)
+
+
+ODD = {
+    "two outputs of one node": ("a = Conv(x, w) p, q = Split<axis = 1>(a, n) r = Conv(p, v) s = Conv(q, v) "
+                                "y = Add(r, s)", {"v": normal(4, 4, 3, 3), "n": np.array([4, 4])}),
+    "a value that a later layer alone reads": ("a = Conv(x, w) r = Relu(a) s = Sigmoid(r) b = Conv(s, v) "
+                                               "c = Conv(r, v) y = Sub(b, c)", {"v": normal(8, 8, 3, 3)}),
+    "a name of ours within an If": (
+        """a = Conv(x, w) m = ReduceSum<keepdims = 0>(a) o = Greater(m, z) y = If<then_branch = t () => (float i)
+        { ds_a = Relu(a) i = Neg(ds_a) }, else_branch = e () => (float j) { ds_a = Neg(a) j = Relu(ds_a) }>(o)""",
+        {"z": np.float32(0).reshape(())}),
+    "a loop": ("""a = Conv<pads = [1, 1, 1, 1]>(x, w) l = Loop<body = b (int64 i, bool c, float[1,8,16,16] h) =>
+               (bool d, float[1,8,16,16] k) { d = Identity(c) k = Conv<pads = [1, 1, 1, 1]>(h, v) }>(n, yes, a)
+               y = Conv(l, v)""", {"v": normal(8, 8, 3, 3), "n": np.array(2), "yes": np.array(True)}),
+    "a shared bias": ("a = Conv(x, w, c) r = Relu(a) y = Conv(r, v, c)", {"v": normal(8, 8, 3, 3), "c": normal(8)}),
+    "one matrix, both ways": ("f = Flatten(x) a = Gemm(f, g) b = Gemm(a, v) c = Gemm<transB = 1>(b, v) "
+                              "y = MatMul(c, v)", {"g": normal(768, 8), "v": normal(8, 8)}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("how", ODD)
+def test_odd_but_legal_graphs_keep_their_meaning(how, tmp_path, photos):
+    """The first three were found by hand: values that the fit had forgotten, and a name that was taken."""
+    text, weights = ODD[how]
+    weights = weights if "(x, w" not in text else {**weights, "w": normal(8, 3, 3, 3)}
+    path = model_of(text, weights, tmp_path / "odd.onnx")
+    path.write_bytes(path.read_bytes().replace(b"ds_a", b"ds.a"))
+    for layout in convert.LAYOUTS:
+        made = quantize_onnx(path, photos, OnnxPlan(8, layout=layout, samples=2))
+        assert error(path, made, image(16)) < 1e-3
+        onnx.checker.check_model(made.model)
+
+
+def test_what_may_be_stored_in_other_ways(tmp_path, photos):
+    """Constants as nodes, or as inputs with a default; channels last between the layers; an open batch and sides."""
+    text = """(float[N,H,W,3] x) => (float y) { t = Transpose<perm = [0, 3, 1, 2]>(x) a = Conv(t, w, c)
+        u = Transpose<perm = [0, 2, 3, 1]>(a) r = Relu(u) s = Transpose<perm = [0, 3, 1, 2]>(r) y = Conv(s, v) }"""
+    weights = {"w": normal(8, 3, 3, 3), "c": normal(8), "v": normal(8, 8, 3, 3)}
+    plain = model_of(text, weights, tmp_path / "plain.onnx", 11)
+    model = onnx.load(plain)
+    for tensor in list(model.graph.initializer)[:2]:
+        model.graph.node.insert(0, helper.make_node("Constant", [], [tensor.name], value=tensor))
+        model.graph.initializer.remove(tensor)
+    (last,) = model.graph.initializer
+    model.graph.input.insert(0, helper.make_tensor_value_info(last.name, TensorProto.FLOAT, last.dims))
+    other = tmp_path / "other.onnx"
+    other.write_bytes(model.SerializeToString())
+    found = [quantize_onnx(p, photos, OnnxPlan(imgsz=16, samples=2)) for p in (plain, other)]
+    for a, b in zip(*(made.fitted.values() for made in found), strict=True):
+        assert torch.equal(a.weight.vqk, b.weight.vqk)
+    x = image(16).transpose(0, 2, 3, 1)
+    assert np.array_equal(*(run(made.model, x)[0] for made in found))
+    assert error(plain, found[0], x) < 0.01
+    assert len(found[1].model.graph.input) == 1
+
+
 def test_a_matrix_product_of_tokens(tmp_path, photos):
     text = "t = Reshape(x, s) p = MatMul(t, w) a = Relu(p) y = MatMul(a, v)"
     weights = {"s": np.array([1, 48, 16]), "w": normal(16, 24), "v": normal(24, 8, seed=2)}
@@ -340,6 +404,10 @@ def hostile(folder: Path) -> dict[str, tuple[Path, str]]:
     del turned.graph.node[:]
     turned.graph.node.extend(nodes)
     (folder / "turned.onnx").write_bytes(turned.SerializeToString())
+    again = onnx.load(folder / "base.onnx")
+    again.graph.input.append(helper.make_tensor_value_info("w", TensorProto.FLOAT, [4, 3, 3, 3]))
+    again.graph.node.insert(0, helper.make_node("Constant", [], ["w"], value=again.graph.initializer.pop()))
+    (folder / "again.onnx").write_bytes(again.SerializeToString())
     two = "(float[1,3,16,16] x, float[1] z) => (float y) { c = Conv(x, w) y = Mul(c, z) }"
     integers = {"w": np.ones((4, 3, 3, 3), np.int8), "s": np.float32(1) * np.ones(1, np.float32)}
     words = "(float[1,20] x) => (float y) { y = MatMul(x, w) }"
@@ -349,6 +417,7 @@ def hostile(folder: Path) -> dict[str, tuple[Path, str]]:
         "outside": (folder / "outside.onnx", "outside of its own folder"),
         "circle": (folder / "circle.onnx", "is not an ONNX file|not in the order"),
         "turned": (folder / "turned.onnx", "not in the order"),
+        "an input made again": (folder / "again.onnx", "two values of one name"),
         "no conv": (model_of("y = Relu(x)", {}, folder / "none_at_all.onnx"), "no convolution"),
         "weight from the image": (model_of("y = Conv(x, x)", {}, folder / "self.onnx"), "no convolution|not an ONNX"),
         "wrong shapes": (model_of("y = Conv(x, w)", {"w": normal(4, 5, 3, 3)}, folder / "shapes.onnx"),
@@ -357,6 +426,8 @@ def hostile(folder: Path) -> dict[str, tuple[Path, str]]:
         "words": (model_of(words, {"w": normal(20, 4)}, folder / "words.onnx"), "does not take one image"),
         "quantized": (model_of("d = DequantizeLinear(w, s) y = Conv(x, d)", integers, folder / "q.onnx"),
                       "no convolution"),
+        "random": (model_of("u = RandomUniformLike(x) a = Add(x, u) y = Conv(a, w)", w, folder / "random.onnx"),
+                   "something else each time"),
         "infinite": (model_of("z = Sub(x, x) i = Div(x, z) y = Conv(i, w)", w, folder / "inf.onnx"), "not finite"),
     }  # fmt: skip
 
@@ -369,6 +440,15 @@ def test_hostile_files_are_one_sentence_and_exit_2(tmp_path, photos, call):
         assert any(part in line for part in said.split("|")), (name, line)
         assert "Traceback" not in done.err
         assert not (tmp_path / "out").exists()
+
+
+def test_the_engine_writes_no_log_of_its_own(tmp_path, photos, capfd):
+    """It would repeat a file's names as they are, escape codes of terminals included."""
+    files = hostile(tmp_path)
+    for name in ("circle", "wrong shapes"):
+        with pytest.raises(InputError):
+            quantize_onnx(files[name][0], photos)
+    assert capfd.readouterr() == ("", "")
 
 
 def test_the_command_writes_one_file_and_says_what_it_did(tmp_path, photos, call):
@@ -388,6 +468,13 @@ def test_the_command_writes_one_file_and_says_what_it_did(tmp_path, photos, call
     refused = call(*arguments, "--out", "made.onnx", cwd=tmp_path)
     assert refused.code == 2
     assert "already exists" in refused.err
+    before = path.read_bytes()
+    (tmp_path / "link.onnx").symlink_to(path)
+    for itself in (path, "link.onnx"):
+        refused = call(*arguments, "--out", itself, "--force", cwd=tmp_path)
+        assert refused.code == 2
+        assert "itself" in refused.err
+    assert path.read_bytes() == before
     table = call(*arguments, "--out", "made.onnx", "--force", "-v", "--mean", "0.485,0.456,0.406", cwd=tmp_path)
     assert table.code == 0, table.err
     assert "Converted 9 layers to DSConv" in table.out

@@ -172,7 +172,8 @@ def _check(made: OnnxConverted, probe: Array) -> None:
 def _outputs(
     model: onnx.ModelProto, source: Source, probe: Array, path: Path | None, more: Sequence[str] = ()
 ) -> list[Any]:
-    """The model's outputs and `more` of its values. Raises InputError about the file at `path`, CheckError without."""
+    """The model's outputs and `more` of its values. Raises InputError about the file at `path`, which must compute the
+    same each time, CheckError without."""
     there = {v.name for v in model.graph.output}
     if more:
         copied = onnx.ModelProto()
@@ -181,12 +182,16 @@ def _outputs(
         model = copied
     try:
         running = session(model.SerializeToString(), torch.get_num_threads())
-        return list(running.run(None, {source.image.name: probe}))
+        found = list(running.run(None, {source.image.name: probe}))
+        again = found if path is None else running.run(None, {source.image.name: probe})
     except Exception:  # onnxruntime raises many kinds
         if path is None:
             raise CheckError("ONNX Runtime fails on the file that was made, so it was not written.") from None
         sides = f"{source.image.width} by {source.image.height}"
         raise InputError(f"{path} fails in ONNX Runtime on an image of {sides} pixels.") from None
+    if not _close(found, again):
+        raise InputError(f"{path} computes something else each time it runs, so nothing can be fitted to it.")
+    return found
 
 
 def _close(wanted: list[Any], found: list[Any]) -> bool:

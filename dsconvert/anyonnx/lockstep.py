@@ -89,7 +89,7 @@ def fit_lockstep(
     fitted: dict[int, QConv] = {}
     for done, layer in enumerate(layers):
         for side in sides:
-            _advance(source, side, layer, left, count, threads)
+            _advance(source, side, layers[done:], left, count, threads)
         left -= set(source.needed([layer.value], ()))
         earlier = next((e for e in layers[:done] if e.stored == layer.stored and _alike(e, layer)), None)
         seen = _watcher(layer, sides[0], sides[1], count)
@@ -110,13 +110,17 @@ def _alike(a: Layer, b: Layer) -> bool:
     return a.weight.shape == b.weight.shape and torch.equal(a.weight, b.weight)
 
 
-def _advance(source: Source, side: _Side, layer: Layer, left: set[int], count: int, threads: int) -> None:
-    """Run what is between the values on disk and the layer, for every image."""
+def _advance(
+    source: Source, side: _Side, layers: Sequence[Layer], left: set[int], count: int, threads: int
+) -> None:  # fmt: skip
+    """Run what is between the values on disk and the first of the layers, for every image; `left`: nodes that have not
+    run yet."""
+    layer = layers[0]
     if layer.value in side.stored:
         return
     indices = source.needed([layer.value], side.stored)
     now = [i for i in indices if i not in source.constant]
-    later = {name for i in left.difference(now) for name in used(source.nodes[i])} | {layer.value}
+    later = {name for i in left.difference(now) for name in used(source.nodes[i])} | {e.value for e in layers}
     outputs = [out for i in now for out in source.nodes[i].output if out in later]
     nodes = [node for i in indices for node in side.nodes[i]]
     reads = [v for v in side.stored if any(v in used(n) for n in nodes)]

@@ -31,7 +31,8 @@ def replaced(source: Source, layer: Layer, weight: str, bias: str) -> dict[int, 
             del node.attribute[:]
             node.attribute.append(helper.make_attribute("transB", 1))
         return {layer.index: [node]}
-    turned, plain = f"{weight}.turned", node.output[0] if layer.adder is not None else f"{weight}.plain"
+    own = bias.removesuffix(".bias")  # several layers may read one weight
+    turned, plain = f"{own}.turned", node.output[0] if layer.adder is not None else f"{own}.plain"
     made = node.output[0]
     node.input[:], node.output[:] = [layer.value, turned], [plain]
     nodes = [helper.make_node("Transpose", [weight], [turned], perm=[1, 0]), node]

@@ -68,6 +68,7 @@ class Source:
     def free_prefix(self) -> str:
         """A beginning that no name in the file has."""
         names = {*self.initializers, *self.makers, self.image.name}
+        names |= {out for node in self.nodes for inner in _within(node) for out in inner.output}
         prefix = "ds."
         while any(n.startswith(prefix) for n in names):
             prefix = f"ds{prefix}"
@@ -126,14 +127,22 @@ class Source:
 
 def used(node: onnx.NodeProto) -> Iterator[str]:
     """Names of the values a node reads, within its own graphs (of If and Loop) too."""
-    left = [node]
-    while left:
-        inner = left.pop()
+    for inner in _within(node):
         yield from (name for name in inner.input if name)
         for a in inner.attribute:
             for graph in (a.g, *a.graphs):
-                left.extend(graph.node)
                 yield from (out.name for out in graph.output)
+
+
+def _within(node: onnx.NodeProto) -> Iterator[onnx.NodeProto]:
+    """The node and those of its own graphs, however deep."""
+    left = [node]
+    while left:
+        inner = left.pop()
+        yield inner
+        for a in inner.attribute:
+            for graph in (a.g, *a.graphs):
+                left.extend(graph.node)
 
 
 def opset_of(model: onnx.ModelProto) -> int:
@@ -160,12 +169,15 @@ def read_source(path: Path, imgsz: int | None, threads: int) -> Source:
     if len(entries) != 1:
         raise InputError(f"{path} has {len(entries)} inputs; only files with one, an image, can be converted.")
     image = _image(path, entries[0].name, entries[0].shape, entries[0].type, imgsz)
-    seen = {image.name, *(t.name for t in model.graph.initializer)}
+    seen = {*(v.name for v in model.graph.input), *(t.name for t in model.graph.initializer)}
     later = {out for node in model.graph.node for out in node.output}
     for node in model.graph.node:
         if any(name in later and name not in seen for name in node.input):
             raise InputError(f"The nodes of {path} are not in the order in which they run, as ONNX demands.")
-        seen.update(node.output)
+        made = [out for out in node.output if out]
+        if not seen.isdisjoint(made) or len({*made}) < len(made):
+            raise InputError(f"{path} makes two values of one name, which ONNX does not allow.")
+        seen.update(made)
     model.ir_version = max(model.ir_version, 4)  # from then on, stored tensors need not be inputs
     stored = {t.name for t in model.graph.initializer}
     inputs = [v for v in model.graph.input if v.name not in stored]

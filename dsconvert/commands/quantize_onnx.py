@@ -63,6 +63,8 @@ def run(path: Path, calib: Path | None, out: Path | None, options: Mapping[str, 
     name = f"{path.stem}-{plan.layout}.onnx"
     check_writable(out.parent if out and single else out or RUNS)
     target = None if out is None else out if single else out / name
+    if target is not None and target.exists() and target.samefile(path):
+        raise InputError(f"--out names {path} itself, which --force would lose; give another name.")
     if target is not None and not force and target.exists():
         raise InputError(f"{target} already exists; give --force to replace it.")
     with bars(quiet, lines=True) as progress:

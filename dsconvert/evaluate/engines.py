@@ -27,7 +27,7 @@ def session(model: bytes | Path, threads: int) -> ort.InferenceSession:
     """An ONNX Runtime CPU session."""
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
-    options.log_severity_level = 3
+    options.log_severity_level = 4  # errors are raised anyway; its log shows names of a stranger as they are
     # idle threads of one session would otherwise spin on into the next one's turn
     options.add_session_config_entry("session.force_spinning_stop", "1")
     return ort.InferenceSession(

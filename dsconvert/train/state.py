@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,6 +18,8 @@ from dsconvert.unfinished import resumed
 NAME = "finetuning.safetensors"
 META = "dsconvert.finetuning"
 SETS = ("latents", "average", "best", "first", "second")
+FACTORS = (".cdsw", ".m", ".alpha")  # exp of these latents is a factor
+MOST_CHANGE, MOST_NUMBER = 60.0, 1e30
 
 
 @dataclass
@@ -67,7 +70,25 @@ def read_state(path: Path, key: str, like: Latents) -> State:
             if any(found[k].shape != v.shape for k, v in like.items()):
                 raise ValueError(name)
             setattr(state, name, found)
+        state.steps, state.log = int(about["steps"]), list(about["log"])
+        _check(state)
         for value in state.latents.values():
             value.requires_grad_()
-        state.steps, state.log = int(about["steps"]), list(about["log"])
     return state
+
+
+def _check(state: State) -> None:
+    """Raises ValueError, TypeError or KeyError for numbers that no training ends in."""
+    for name in ("latents", "average", "best"):
+        for key, value in getattr(state, name).items():
+            most = MOST_CHANGE if key.endswith(FACTORS) else MOST_NUMBER
+            if value.dtype != torch.float32 or not bool((value.abs() <= most).all()):
+                raise ValueError(f"{name} of {key}")
+    for key, first in state.first.items():
+        second = state.second[key]
+        if not first.dtype == second.dtype == torch.float32 or not bool((first.isfinite() & (second >= 0)).all()):
+            raise ValueError(f"moments of {key}")
+    if state.steps < 0 or not state.log or not all(math.isfinite(v) for entry in state.log for v in entry.values()):
+        raise ValueError("log")
+    if not all(0 <= entry["map50_95"] <= 1 and ("loss" in entry) == (i > 0) for i, entry in enumerate(state.log)):
+        raise ValueError("log")

@@ -27,6 +27,8 @@ from dsconvert.yolo.checkpoint import load_checkpoint
 Change = Callable[[Opened], Any]
 LAYER = "model.2.cv1.conv"
 CONTAINERS = {"empty": b"", "text": b"hello", "length 2^63": b"\xff" * 7 + b"\x7f{}"}
+# what changes of CDSw, and Adam's moments, cannot be; a factor of exp(100) leaves float32
+BAD = {"latents": (100.0, -100.0), "average": (100.0,), "best": (100.0,), "first": (float("inf"),), "second": (-1.0,)}
 TEXTS = ("[" * 200_000, "5", "null", "[]", "{}", "1" * 5000)
 
 
@@ -158,16 +160,21 @@ def refusal(read: Callable[[], Any]) -> str | None:
 
 def test_a_damaged_finetune_is_one_sentence(tmp_path):
     path = tmp_path / "finetuning.safetensors"
-    like = {f"{LAYER}.cdsw": torch.zeros(8)}
+    like = {f"{LAYER}.{part}": torch.zeros(8) for part in ("cdsw", "cdsb")}
     state = State.new({name: v.clone().requires_grad_() for name, v in like.items()})
-    state.log.append({"map50_95": 0.5})
+    state.log += [{"map50_95": 0.5}, {"map50_95": 0.625, "loss": 1.5}]
     write_state(path, "key", state)
     good = path.read_bytes()
     assert read_state(path, "key", like).log == state.log
     first = f"first/{LAYER}.cdsw"
     changes: dict[str, Change] = {
-        **{f"steps {s}": put(s, "steps") for s in (1e400, "x", None, [1])},
-        "log a number": put(5, "log"), "another key's place": lambda m: m.json.pop("key"),
+        **{f"steps {s}": put(s, "steps") for s in (1e400, "x", None, [1], -1)},
+        **{f"log {v}": put(v, "log") for v in (5, [], [5], [{}], [{"map50_95": "x"}], [{"map50_95": 1e400}],
+           [{"map50_95": 2}], [{"map50_95": 0.5}] * 2, [{"map50_95": 0.5, "loss": 1.0}])},
+        **{f"{n} {v}": floats(f"{n}/{LAYER}.cdsw", v) for n, values in BAD.items() for v in (float("nan"), *values)},
+        "latents of another kind": retyped(f"latents/{LAYER}.cdsw", "I32"),
+        "moments of another kind": retyped(first, "I32"),
+        "another key's place": lambda m: m.json.pop("key"),
         "moments missing": missing(first), "moments of another shape": reshaped(first, [2, 4]),
     }  # fmt: skip
     for what, data in damaged(good, STATE_META, changes).items():
