@@ -55,6 +55,9 @@ __all__ = [
 # pixels: beyond 134 million (400 MB decoded) OpenCV refuses. What it thinks of broken images is said by our own errors.
 os.environ.setdefault("OPENCV_IO_MAX_IMAGE_PIXELS", str(1 << 27))
 os.environ.setdefault("OPENCV_LOG_LEVEL", "SILENT")
+# ONNX Runtime reads this when it is imported. Without it 1.32 writes an identifier of the machine below ~/.cache and
+# sends to Microsoft what models are run.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 
 def __getattr__(name: str) -> Any:
