@@ -120,6 +120,17 @@ def test_precision_and_recall_share_one_confidence_among_classes():
     assert result.recall == pytest.approx(1, **EXACT)
 
 
+def test_precision_is_of_the_detections_shown():
+    # best between 0.3 and 0.8: class 1 shows a right and a wrong one there. COCO's curve, which has the best precision
+    # at that recall or any higher, would say 1
+    result = metrics(
+        [found((A, 0.8, 0), (FAR, 0.3, 0), (B, 0.95, 1), (FAR, 0.9, 1), (C, 0.2, 1))],
+        [true((A, 0), (B, 1), (C, 1), (D, 1))],
+    )
+    assert result.precision == pytest.approx((1 + 1 / 2) / 2, **EXACT)
+    assert result.recall == pytest.approx((1 + 1 / 3) / 2, **EXACT)
+
+
 def test_without_labels_there_is_nothing_to_measure():
     for truths in ([], [true()], [true(), true()]):
         with pytest.raises(InputError, match="no labels"):

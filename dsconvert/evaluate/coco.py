@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,14 +15,15 @@ from numpy.typing import NDArray
 from dsconvert.errors import InputError
 
 Array = NDArray[np.floating[Any]]
+CONFIDENCES = np.linspace(0, 1, 1001)[1:-1]
 
 
 @dataclass(frozen=True)
 class Metrics:
     """mAP over IoU 0.50..0.95 and at 0.50 (COCO's definitions, 100 detections an image); precision and recall at
-    IoU 0.50 and the confidence where mean F1 over classes is best, both on COCO's curve (YOLOv5's val.py chooses so on
-    the raw one, and prints less); AP50-95 by class number; why files could not be read, which are not among the
-    images; and the mAP of masks, where a model has them and the labels are polygons."""
+    IoU 0.50 and the confidence where mean F1 over classes is best, counted in detections; AP50-95 by class number; why
+    files could not be read, which are not among the images; and the mAP of masks, where a model has them and the
+    labels are polygons."""
 
     map50_95: float
     map50: float
@@ -47,10 +48,14 @@ def coco_tables(
     detections: Sequence[Array], truths: Sequence[Array], shapes: Sequence[tuple[int, int]], nc: int
 ) -> dict[str, Any]:
     """The library's result: among others `precision` and `scores`, (IoU, recall level, class, area, limit), -1 for a
-    class that has no object. Arguments and error as `coco_metrics`."""
+    class that has no object; besides, as `best_f1`, the mean precision and recall at one confidence. Arguments and
+    error as `coco_metrics`."""
     if not sum(len(t) for t in truths):
         raise InputError("The images have no labels: there is nothing to measure accuracy against.")
-    return tables_of(ground_truth(truths, shapes, nc), results(detections), "bbox")
+    found = results(detections)
+    tables = tables_of(ground_truth(truths, shapes, nc), found, "bbox")
+    objects = np.bincount(np.concatenate([t[:, 0] for t in truths]).astype(int), minlength=nc)
+    return {**tables, "best_f1": _best_f1(found, tables["matched"], objects)}
 
 
 def tables_of(document: dict[str, Any], found: list[dict[str, Any]], kind: str) -> dict[str, Any]:
@@ -74,7 +79,7 @@ def metrics_of(tables: dict[str, Any], images: int) -> Metrics:
     precision = all_areas(tables)
     present = precision[0, 0] > -1
     per_class = {int(i): float(precision[:, :, i].mean()) for i in np.nonzero(present)[0]}
-    p, r = _best_f1(tables, present)
+    p, r = tables["best_f1"]
     return Metrics(
         float(precision[:, :, present].mean()),
         float(precision[0][:, present].mean()),
@@ -111,22 +116,23 @@ def results(detections: Sequence[Array]) -> list[dict[str, Any]]:
     ]
 
 
-def _best_f1(result: dict[str, Any], present: NDArray[np.bool_]) -> tuple[float, float]:
-    """Mean precision and recall over classes at the one confidence with the best mean F1, at IoU 0.50.
+def _best_f1(
+    found: list[dict[str, Any]], matched: Mapping[str, float], objects: NDArray[np.integer[Any]]
+) -> tuple[float, float]:
+    """Mean precision and recall over classes at the one confidence with the best mean F1.
 
-    The library gives, per class, precision and score at 101 recall levels; at confidence c a class has reached
-    the last level whose score is at least c.
-    """
-    precision = result["precision"][0, :, present, 0, -1]  # class, recall
-    scores = result["scores"][0, :, present, 0, -1]
-    levels = np.asarray(result["params"].recThrs) if "params" in result else np.linspace(0, 1, 101)
-    best = (-1.0, 0.0, 0.0)
-    for confidence in np.linspace(0, 1, 1001)[1:-1]:
-        reached = (scores >= confidence) & (precision > 0)
-        last = np.where(reached.any(1), reached.shape[1] - 1 - reached[:, ::-1].argmax(1), -1)
-        p = np.where(last >= 0, precision[np.arange(len(last)), last], 0.0)
-        r = np.where(last >= 0, levels[last], 0.0)
-        f1 = (2 * p * r / np.maximum(p + r, 1e-16)).mean()
-        if f1 > best[0]:
-            best = (float(f1), float(p.mean()), float(r.mean()))
-    return best[1], best[2]
+    Counted in detections, not read off COCO's curve, whose precision at a recall is the best at any higher one.
+    `matched` is the library's: the IoU by "detection_object", both counted from 1; objects (nc,) of each class."""
+    hits = np.zeros(len(found), bool)
+    hits[[int(pair.partition("_")[0]) - 1 for pair, overlap in matched.items() if overlap >= 0.5]] = True
+    kinds, scores = (np.array([d[key] for d in found], float) for key in ("category_id", "score"))
+    rows = []
+    for kind in np.nonzero(objects)[0]:
+        mine = np.nonzero(kinds == kind)[0]
+        mine = mine[np.argsort(-scores[mine], kind="stable")]
+        right = np.concatenate(([0], hits[mine].cumsum()))
+        shown = np.searchsorted(-scores[mine], -CONFIDENCES, side="right")
+        rows.append((right[shown] / np.maximum(shown, 1), right[shown] / objects[kind]))
+    precision, recall = np.array(rows).transpose(1, 0, 2)  # class, confidence
+    best = (2 * precision * recall / np.maximum(precision + recall, 1e-16)).mean(0).argmax()
+    return float(precision[:, best].mean()), float(recall[:, best].mean())
