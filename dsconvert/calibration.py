@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -27,6 +28,7 @@ from dsconvert.yolo.checkpoint import Checkpoint
 from dsconvert.yolo.decode import detection_measure
 from dsconvert.yolo.images import calibration_batches, none_readable
 from dsconvert.yolo.network import Head
+from dsconvert.yolo.wishes import wished
 
 BATCH = 4
 # What lockstep fitting may keep of both networks' values on one machine: 3 bytes each (half, uint8), or 6 with float
@@ -119,12 +121,13 @@ def decoded(paths: Sequence[Path], side: int, report: Progress) -> Images:
 
 
 def synthetic(checkpoint: Checkpoint, imgsz: int, samples: int, seed: int, report: Progress) -> Images:
-    """Images made up from the checkpoint's BatchNorm statistics. Raises InputError where it has none left."""
+    """Images made up from the checkpoint's BatchNorm statistics, with objects that it detects. Raises InputError where
+    it has no such statistics left."""
     side, count = min(imgsz, SYNTHETIC_SIDE), min(samples, SYNTHETIC_IMAGES)
     try:
         batches = synthesize(
             checkpoint.network, count, side, SYNTHETIC_STEPS, seed,
-            lambda done, total: report("synthesize", done, total),
+            lambda done, total: report("synthesize", done, total), partial(wished, checkpoint.head),
         )  # fmt: skip
     except ValueError:
         raise InputError(

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from torch import nn
 
-from dsconvert.fit.synthesize import _distance, synthesize
+from dsconvert.fit.synthesize import _distance, _smooth_noise, synthesize
+from dsconvert.yolo.network import Head
+from dsconvert.yolo.wishes import OBJECTS, wished
 
 
 def network() -> nn.Sequential:
@@ -31,9 +35,9 @@ def test_distance_is_zero_at_the_statistics_and_known_elsewhere():
     images[0, :, 0, 0] = 0.1
     net[1].running_mean.copy_(torch.full((3,), 0.05))
     net[1].running_var.copy_(torch.full((3,), 0.005))  # unbiased variance of (0.1, 0)
-    assert _distance(net, [net[1]], images).item() == pytest.approx(0, abs=1e-6)  # float32 square roots
+    assert _distance(net, [net[1]], images)[0].item() == pytest.approx(0, abs=1e-6)  # float32 square roots
     net[1].running_mean.copy_(torch.full((3,), 0.05 + 0.005**0.5))  # one deviation off
-    assert _distance(net, [net[1]], images).item() == pytest.approx(1, rel=1e-4)
+    assert _distance(net, [net[1]], images)[0].item() == pytest.approx(1, rel=1e-4)
 
 
 def test_same_seed_same_images_on_the_8_bit_grid():
@@ -44,6 +48,42 @@ def test_same_seed_same_images_on_the_8_bit_grid():
     assert torch.allclose(a * 255, (a * 255).round(), atol=1e-4)  # float32 of k / 255
     assert a.min() >= 0
     assert a.max() <= 1
+
+
+def head(nc: int) -> Head:
+    anchors = tuple(tuple((w, w) for w in widths) for widths in ((8.0, 16.0, 24.0), (32.0, 48.0, 64.0)))
+    return Head(tuple(map(str, range(nc))), (8, 16), anchors)
+
+
+@pytest.mark.parametrize("nc", [1, 5])
+def test_doubt_is_the_cross_entropy_of_the_wished_objects(nc):
+    """Brute force: in maps of one number each, every wish costs softplus(-objectness) + softplus(-class)."""
+    doubt = wished(head(nc), 4, 64, torch.Generator().manual_seed(0))
+    raw = [torch.full((4, 3 * (5 + nc), n, n), -2.0) for n in (8, 4)]
+    one = nn.functional.softplus(torch.tensor(2.0)).item()
+    assert doubt(raw).item() == pytest.approx((1 if nc == 1 else 2) * one, rel=1e-6)
+    for values in raw:
+        values.requires_grad_(True)
+    doubt(raw).backward()
+    touched = [values.grad.unflatten(1, (3, 5 + nc)).nonzero() for values in raw]
+    # of every image OBJECTS objectness and as many class scores (two wishes may meet, not with this seed)
+    assert sum(int((t[:, 2] == 4).sum()) for t in touched) == 4 * OBJECTS
+    assert sum(int((t[:, 2] > 4).sum()) for t in touched) == (0 if nc == 1 else 4 * OBJECTS)
+    assert not any(int((t[:, 2] < 4).sum()) for t in touched)
+    assert all(len(t) for t in touched)
+
+
+def test_a_detector_is_surer_of_images_that_were_asked_for_objects(tiny):
+    detector, its_head = tiny
+    wish = partial(wished, its_head)
+    asked = torch.cat(synthesize(detector, 8, 64, 20, 0, None, wish))
+    plain = torch.cat(synthesize(detector, 8, 64, 20, 0))
+    generator = torch.Generator().manual_seed(0)
+    _smooth_noise(8, 64, generator)  # the numbers drawn before the wishes
+    doubt = wish(8, 64, generator)
+    with torch.no_grad():
+        # little, as the scores of a network that was never trained hardly depend on the image
+        assert doubt(detector(asked)) < 0.98 * doubt(detector(plain))
 
 
 def test_without_batchnorm_there_is_nothing_to_start_from():

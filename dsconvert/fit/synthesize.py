@@ -1,12 +1,15 @@
 """Calibration images from nothing but the network: pictures whose features have the BatchNorm statistics.
 
 Every BatchNorm layer remembers the mean and variance its inputs had in training. Starting from smooth noise, the
-pixels are optimised until the batch shows those statistics at every layer (the idea of ZeroQ, arXiv 2001.00281).
+pixels are optimised until the batch shows those statistics at every layer (the idea of ZeroQ, arXiv 2001.00281). A
+detector's statistics are mostly of background, so the images are asked for objects besides: without any, what few
+positions decide about detections would never be seen.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +17,10 @@ from torch.nn import functional as F
 
 BATCH = 8
 LEARNING_RATE = 0.05
+WISH = 0.1  # what doubting an object weighs against the distance of the statistics
+
+# images, side, generator -> how much the network's output for them doubts what is drawn for them
+Wish = Callable[[int, int, torch.Generator], Callable[[Any], Tensor]]
 
 
 def synthesize(
@@ -23,8 +30,10 @@ def synthesize(
     steps: int,
     seed: int,
     progress: Callable[[int, int], None] | None = None,
+    wish: Wish | None = None,
 ) -> list[Tensor]:
-    """Batches of images (8, 3, side, side), 0..1, `count` images in all (rounded up to whole batches).
+    """Batches of images (8, 3, side, side), 0..1, `count` images in all (rounded up to whole batches), that show what
+    is wished.
 
     Raises ValueError when the network has no BatchNorm left (a fused checkpoint).
     """
@@ -37,9 +46,12 @@ def synthesize(
     rounds = -(-count // BATCH)
     for index in range(rounds):
         pixels = _smooth_noise(BATCH, side, generator).to(device).requires_grad_(True)
+        doubt = wish(BATCH, side, generator) if wish else None
         optimiser = torch.optim.Adam([pixels], LEARNING_RATE)
         for step in range(steps):
-            loss = _distance(network, norms, pixels.sigmoid())
+            loss, output = _distance(network, norms, pixels.sigmoid())
+            if doubt:
+                loss = loss + WISH * doubt(output)
             optimiser.zero_grad()
             loss.backward()
             optimiser.step()
@@ -59,8 +71,9 @@ def _smooth_noise(count: int, side: int, generator: torch.Generator) -> Tensor:
     return total
 
 
-def _distance(network: nn.Module, norms: list[nn.BatchNorm2d], images: Tensor) -> Tensor:
-    """Sum over BatchNorm layers of the squared differences of mean and deviation, in units of the deviation."""
+def _distance(network: nn.Module, norms: list[nn.BatchNorm2d], images: Tensor) -> tuple[Tensor, Any]:
+    """Sum over BatchNorm layers of the squared differences of mean and deviation, in units of the deviation; and the
+    network's output."""
     terms: list[Tensor] = []
 
     def compare(norm: nn.Module, args: tuple[Tensor, ...]) -> None:
@@ -75,8 +88,8 @@ def _distance(network: nn.Module, norms: list[nn.BatchNorm2d], images: Tensor) -
 
     hooks = [norm.register_forward_pre_hook(compare) for norm in norms]
     try:
-        network(images)
+        output = network(images)
     finally:
         for hook in hooks:
             hook.remove()
-    return torch.stack(terms).sum()
+    return torch.stack(terms).sum(), output
