@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -87,4 +90,9 @@ def bootstrap(found: Detections, rounds: int, seed: int = 0) -> Array:
     count = len(found.truths)
     draws = [np.bincount(rng.integers(0, count, count), minlength=count).astype(float) for _ in range(rounds)]
     matched = [match(found, i) for i in range(len(found.found))]
-    return np.array([[mean_ap(classes, draw) for classes in matched] for draw in draws])
+    with ProcessPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        return np.array(list(pool.map(partial(_resampled, draws), matched))).T
+
+
+def _resampled(draws: list[Array], classes: list[ClassMatches]) -> list[float]:
+    return [mean_ap(classes, draw) for draw in draws]
