@@ -280,6 +280,8 @@ def main() -> None:
     described = read_data_yaml(args.data)
     rows = all_rows(args.checkpoint, args.data, args.work, args.groups, args.only_made)
     found = detect_all([r.predict for r in rows], described.val, SIDE, len(described.names))
+    for row, metrics in zip(rows, found.metrics(), strict=True):
+        print(f"{metrics.map50_95:.4f} {row.name}", flush=True)
     command = shlex.join(["python", *sys.argv])
     write(rows, found, bootstrap(found, args.rounds), args.rounds, args.out, command)
 
