@@ -30,6 +30,7 @@ from dsconvert.evaluate.candidates import load_candidate
 from dsconvert.fit.gptq import Moments, fit_layer, fit_weight_gptq, measure_moments
 from dsconvert.fit.least_squares import fit_weight
 from dsconvert.graph.blockfloat import run_block_float
+from dsconvert.model import is_dsconv
 from dsconvert.modelfile import load_model
 from dsconvert.pipeline import QuantizeOptions, onnx_bytes, quantize, save_quantized
 from dsconvert.yolo.checkpoint import load_checkpoint
@@ -44,7 +45,8 @@ SECOND = ", second draw"
 
 @dataclass(frozen=True)
 class Row:
-    """A model of the table: what it is, its file, how its output is computed, stored bits a weight if known."""
+    """A model of the table: what it is, its file, how its output is computed, and if known stored bits a weight and how
+    many times smaller than float32 the weights of DSConv layers are (all but the stem and Detect)."""
 
     name: str
     group: str
@@ -52,6 +54,7 @@ class Row:
     predict: Predictor
     weight_bits: float | None
     seconds: float | None
+    smaller: float | None = None
 
 
 def made(path: Path, make: Callable[[], object]) -> float | None:
@@ -74,8 +77,11 @@ def dsconvert_row(name: str, group: str, checkpoint: Path, work: Path, options: 
         ),
     )
     made(target, lambda: target.write_bytes(onnx_bytes(model, "packed", SIDE)))
-    bits = load_model(model).weight_bits
-    return Row(name, group, target, load_candidate(target, SIDE).predict, bits, seconds)
+    made_of = load_model(model)
+    weights = [c.weight for c in made_of.convs.values() if is_dsconv(c.weight)]
+    stored = sum(w.weight_bits * w.vqk.numel() for w in weights)
+    smaller = 32 * sum(w.vqk.numel() for w in weights) / stored if stored else None
+    return Row(name, group, target, load_candidate(target, SIDE).predict, made_of.weight_bits, seconds, smaller)
 
 
 def folder_of(work: Path, name: str) -> Path:
@@ -181,15 +187,18 @@ def write(rows: list[Row], found: Detections, samples: np.ndarray, images: int, 
     low, high = np.percentile(drops, (2.5, 97.5), axis=0)
 
     def table(names: list[int]) -> list[str]:
-        lines = ["| model | mAP50-95 | mAP50 | drop, points | 95 % interval | file MB | bits a weight |",
-                 "|---|---|---|---|---|---|---|"]  # fmt: skip
+        lines = [
+            "| model | mAP50-95 | mAP50 | drop, points | 95 % interval | file MB | bits a weight | DSConv layers |",
+            "|---|---|---|---|---|---|---|---|",
+        ]
         for i in names:
             row, m = rows[i], scores[i]
             drop = 100 * (scores[0].map50_95 - m.map50_95)
             bits = f"{row.weight_bits:.2f}" if row.weight_bits else ""
+            smaller = f"1/{row.smaller:.1f}" if row.smaller else ""
             lines.append(
                 f"| {row.name} | {m.map50_95:.4f} | {m.map50:.4f} | {drop:.2f} | {low[i]:.2f} to {high[i]:.2f} | "
-                f"{row.path.stat().st_size / 1e6:.2f} | {bits} |"
+                f"{row.path.stat().st_size / 1e6:.2f} | {bits} | {smaller} |"
             )
         return lines
 
@@ -221,8 +230,9 @@ def write(rows: list[Row], found: Detections, samples: np.ndarray, images: int, 
         f"ONNX Runtime, NNCF in OpenVINO. Intervals: paired bootstrap over images, {images} draws; they are wide "
         "because the images are few.", "",
         *table(group("main", "data-free")), "",
-        "The stem and Detect are int8 in every dsconvert row; activations are uint8. *Default* spends the bytes of "
-        "4 bits everywhere where they save most (`dsconvert quantize` without `--bits`). *Exact products*: with ONNX "
+        "The stem and Detect are int8 in every dsconvert row; activations are uint8. *DSConv layers*: their weights "
+        "with all that belongs to them, against float32. *Default* spends the bytes of 4 bits everywhere where "
+        "they save most (`dsconvert quantize` without `--bits`). *Exact products*: with ONNX "
         "Runtime's `session.x64quantprecision`; by default a CPU without VNNI saturates ordinary int8 weights' "
         "products. dsconvert's weights cannot saturate, so its rows are the same on every CPU.", "",
         *(chance() if group("draws") else []),
