@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from bootstrap import bootstrap
 from machine import cpu_name
+from notes import kept
 from numpy.typing import NDArray
 from peers import nncf_int8, openvino_predictor, ort_predictor, ort_static
 
@@ -38,7 +39,6 @@ from dsconvert.yolo.decode import decode
 from dsconvert.yolo.images import calibration_batches, read_data_yaml
 
 SIDE = 640
-NOTES = "<!-- notes -->"  # what stands between two of these in the page is written by hand, and kept
 PACKED = "packed.onnx"
 SECOND = ", second draw"
 
@@ -220,7 +220,6 @@ def write(rows: list[Row], found: Detections, samples: np.ndarray, images: int, 
             *(f"| {name} | {a:.2f} | {b:.2f} | {(a + b) / 2:.2f} |" for name, a, b in pairs), "",
         ]  # fmt: skip
 
-    notes = target.read_text().split(NOTES)[1:2] if target.exists() else []
     four = next(i for i, r in enumerate(rows) if r.name == "dsconvert 4 bit everywhere")
     cpu = cpu_name()
     text = [
@@ -236,7 +235,7 @@ def write(rows: list[Row], found: Detections, samples: np.ndarray, images: int, 
         "Runtime's `session.x64quantprecision`; by default a CPU without VNNI saturates ordinary int8 weights' "
         "products. dsconvert's weights cannot saturate, so its rows are the same on every CPU.", "",
         *(chance() if group("draws") else []),
-        *([f"{NOTES}{notes[0]}{NOTES}", ""] if notes else []),
+        *kept(target),
         *section("What each step is worth (4 bits everywhere; the last row is the product)",
                  [*group("ablation"), four] if group("ablation") else []),
         *section("Block size", sorted([*group("block"), four]) if group("block") else []),

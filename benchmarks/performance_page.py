@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from notes import kept
 
 Results = Mapping[str, Mapping[str, Any]]
 NAMES = {
@@ -77,7 +78,7 @@ def write_page(r: Results, target: Path) -> None:
     lines += [f.row for f in figures(r)]
     lines += [
         "", "Ratios of latencies: calls in turn in one process, medians, bootstrap over rounds. Ratios of load times: "
-        "fresh processes in turn.", "",
+        "fresh processes in turn.", "", *kept(target),
     ]  # fmt: skip
     for name, section in (("sizes", _sizes), ("latency", _latency), ("openvino", _openvino), ("load", _load),
                           ("quantize", _quantize), ("profile", _profile), ("roofline", _roofline)):  # fmt: skip
