@@ -15,13 +15,13 @@ from dsconvert.evaluate.coco import Metrics, coco_metrics
 from dsconvert.evaluate.masks import Encoded, MaskPredictor, look, mask_precision, outlines
 from dsconvert.yolo.boxes import non_max_suppression, suppressed, to_image
 from dsconvert.yolo.images import (
+    as_boxes,
     in_pixels,
     label_path,
     label_rows,
     letterbox,
     none_readable,
     read_image,
-    read_labels,
     to_tensor,
 )
 
@@ -116,10 +116,11 @@ def detect_all(
             if said is not None and encoded is not None:
                 placed = said.placed(rows.tolist(), results[-1], box, side, (h, w))
                 encoded.append([mask.encoded((h, w)) for mask in placed])
-        if outlined:
-            contours.append(outlines(label_rows(label_path(path), nc), (h, w)))
         if labelled:
-            truths.append(in_pixels(read_labels(label_path(path), nc), h, w))
+            labels = label_rows(label_path(path), nc)
+            truths.append(in_pixels(as_boxes(labels), h, w))
+            if outlined:
+                contours.append(outlines(labels, (h, w)))
         else:
             sure = to_image(non_max_suppression(looked[0][0], CONFIDENT, OVERLAP), box, (h, w))
             truths.append(sure[:, [5, 0, 1, 2, 3]].astype(np.float64))

@@ -79,15 +79,16 @@ def metrics_of(tables: dict[str, Any], images: int) -> Metrics:
     precision = all_areas(tables)
     present = precision[0, 0] > -1
     per_class = {int(i): float(precision[:, :, i].mean()) for i in np.nonzero(present)[0]}
+    map50_95, map50 = mean_precision(tables)
     p, r = tables["best_f1"]
-    return Metrics(
-        float(precision[:, :, present].mean()),
-        float(precision[0][:, present].mean()),
-        p,
-        r,
-        images,
-        per_class,
-    )
+    return Metrics(map50_95, map50, p, r, images, per_class)
+
+
+def mean_precision(tables: dict[str, Any]) -> tuple[float, float]:
+    """mAP50-95 and mAP50: the mean of `all_areas` over the classes that have objects."""
+    precision = all_areas(tables)
+    present = precision[0, 0] > -1
+    return float(precision[:, :, present].mean()), float(precision[0][:, present].mean())
 
 
 def ground_truth(truths: Sequence[Array], shapes: Sequence[tuple[int, int]], nc: int) -> dict[str, Any]:

@@ -16,7 +16,7 @@ import numpy as np
 from faster_coco_eval.core import mask as rle
 from numpy.typing import NDArray
 
-from dsconvert.evaluate.coco import all_areas, ground_truth, results, tables_of
+from dsconvert.evaluate.coco import ground_truth, mean_precision, results, tables_of
 from dsconvert.yolo.images import Letterbox
 
 Array = NDArray[np.float32]
@@ -146,6 +146,4 @@ def mask_precision(
     for entry, mask in zip(listed, chain.from_iterable(found), strict=True):
         del entry["bbox"]  # or it would be taken for the mask
         entry["segmentation"] = mask
-    precision = all_areas(tables_of(document, listed, "segm"))
-    present = precision[0, 0] > -1
-    return float(precision[:, :, present].mean()), float(precision[0][:, present].mean())
+    return mean_precision(tables_of(document, listed, "segm"))

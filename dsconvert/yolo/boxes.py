@@ -14,21 +14,10 @@ Array = NDArray[np.float32]
 
 
 def non_max_suppression(
-    predictions: Array,
-    confidence: float = 0.001,
-    iou: float = 0.6,
-    most: int = 300,
-    candidates: int = 30000,
-    *,
-    best_class_only: bool = False,
-    classes_kept: Collection[int] | None = None,
-    agnostic: bool = False,
+    predictions: Array, confidence: float = 0.001, iou: float = 0.6, most: int = 300, candidates: int = 30000
 ) -> Array:
-    """The boxes that `suppressed` keeps."""
-    limits = (confidence, iou, most, candidates)
-    return suppressed(
-        predictions, *limits, best_class_only=best_class_only, classes_kept=classes_kept, agnostic=agnostic
-    )[0]
+    """The boxes that `suppressed` keeps of every class."""
+    return suppressed(predictions, confidence, iou, most, candidates)[0]
 
 
 def suppressed(

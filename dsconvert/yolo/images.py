@@ -176,7 +176,12 @@ def read_labels(path: Path, nc: int) -> Labels:
 
     Raises InputError naming file and line where a row is malformed or its class is not 0..nc-1.
     """
-    return np.array([_as_box(row) for row in label_rows(path, nc)]).reshape(-1, 5)
+    return as_boxes(label_rows(path, nc))
+
+
+def as_boxes(rows: Sequence[list[float]]) -> Labels:
+    """Labels as `label_rows` gives them, as `read_labels` does."""
+    return np.array([_as_box(row) for row in rows]).reshape(-1, 5)
 
 
 def _as_box(row: list[float]) -> list[float]:
