@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 import onnx
 import torch
 
+from dsconvert.dsconv.runs import RUN
 from dsconvert.dsconv.tensor import DSTensor, Width, block_count, used_width
 from dsconvert.errors import InputError
 from dsconvert.export.builder import OnnxBuilder
@@ -39,10 +40,13 @@ def stored_bytes(shape: torch.Size, width: Width) -> int:
 
 
 def empty_weight(shape: torch.Size, width: Width) -> DSTensor:
-    """A weight of zeros of the given kind."""
+    """A weight of the given kind that says nothing."""
     cho, chi, kh, kw = shape
     m = torch.ones(cho, block_count(chi, width.block_size), kh, kw, dtype=torch.int8)
-    return DSTensor(torch.zeros(shape, dtype=torch.int8), m, None, torch.ones(cho), *width)
+    vqk = torch.zeros(shape, dtype=torch.int8)
+    if width.runs:
+        vqk[:, ::RUN] = 1  # zeros are no run
+    return DSTensor(vqk, m, None, torch.ones(cho), width.bits, width.block_size, runs=width.runs)
 
 
 def choices(params: Mapping[str, ConvParams], damage: Damage) -> dict[str, list[Choice]]:

@@ -240,8 +240,8 @@ def _layer_fit(widths: Widths, options: QuantizeOptions, channels: Mapping[str, 
     def fit(node: Node, weight: Tensor, batches: Iterable[Seen]) -> DSTensor:
         width = _width(widths, node.name, weight)
         if options.kds == "float" and node.name in widths:
-            return fit_layer_real(node, weight, *width, batches, options.seed)
-        return fit_layer(node, weight, *width, batches, options.seed, channels.get(node.name))
+            return fit_layer_real(node, weight, width.bits, width.block_size, batches, options.seed)
+        return fit_layer(node, weight, width, batches, options.seed, channels.get(node.name))
 
     return fit
 

@@ -18,8 +18,12 @@ import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
+
+from dsconvert.dsconv.runs import RUN, fits, largest, rows
 
 M_MAX = 15  # the integer multiplier fits four bits
 INT8_MAX = 127  # symmetric: -128 is never used, so that negation is safe on every engine
@@ -28,16 +32,19 @@ INT8_MAX = 127  # symmetric: -128 is never used, so that negation is safe on eve
 PAIR_MAX = 128
 
 
-def vqk_limits(bits: int) -> tuple[int, int]:
-    """Smallest and largest VQK integer: two's complement, except that 8 bits stop at -127 (see INT8_MAX)."""
+def vqk_limits(bits: int, runs: bool = False) -> tuple[int, int]:
+    """Smallest and largest VQK integer: two's complement, except that 8 bits stop at -127 (see INT8_MAX); in runs (see
+    `dsconv.runs`) as far as these go."""
     if not 2 <= bits <= 8:
         raise ValueError(f"bits must be 2 to 8, got {bits}")
+    if runs:
+        return -largest(bits), largest(bits)
     return max(-(2 ** (bits - 1)), -INT8_MAX), 2 ** (bits - 1) - 1
 
 
-def max_multiplier(bits: int) -> int:
+def max_multiplier(bits: int, runs: bool = False) -> int:
     """Largest m for which no two m * VQK of that width can exceed PAIR_MAX together."""
-    return max(1, min(M_MAX, PAIR_MAX // 2 // -vqk_limits(bits)[0]))
+    return max(1, min(M_MAX, PAIR_MAX // 2 // -vqk_limits(bits, runs)[0]))
 
 
 def block_count(chi: int, block_size: int) -> int:
@@ -46,10 +53,12 @@ def block_count(chi: int, block_size: int) -> int:
 
 
 class Width(NamedTuple):
-    """How finely a weight is stored: bits of VQK, and how many input channels share a KDS."""
+    """How finely a weight is stored: bits of VQK, how many input channels share a KDS, and whether VQK come in runs of
+    four (see `dsconv.runs`)."""
 
     bits: int
     block_size: int
+    runs: bool = False
 
 
 def used_width(bits: int, chi: int, block_size: int) -> Width:
@@ -66,8 +75,8 @@ def expand_blocks(kds: Tensor, chi: int, block_size: int) -> Tensor:
 class DSTensor:
     """One DSConv weight. vqk int8 (cho, chi, kh, kw); m int8 and z int8 or None (cho, nblk, kh, kw);
     cds_w float32 (cho,). alpha float32, of the shape of m, is the paper's real multiplier in the place of m (which is
-    1 then, and z None); such a weight has no int8 form. Raises ValueError when the parts do not fit each other or
-    leave int8."""
+    1 then, and z None); such a weight has no int8 form. With `runs`, every four VQK of neighbouring channels are one of
+    `dsconv.runs.vectors`. Raises ValueError when the parts do not fit each other or leave int8."""
 
     vqk: Tensor
     m: Tensor
@@ -76,6 +85,7 @@ class DSTensor:
     bits: int
     block_size: int
     alpha: Tensor | None = None
+    runs: bool = False
 
     def __post_init__(self) -> None:
         cho, chi, kh, kw = self.vqk.shape
@@ -84,15 +94,28 @@ class DSTensor:
             raise ValueError(f"KDS must have shape {blocks}, got {tuple(self.m.shape)}")
         if tuple(self.cds_w.shape) != (cho,):
             raise ValueError(f"CDSw must have shape ({cho},), got {tuple(self.cds_w.shape)}")
-        low, high = vqk_limits(self.bits)
+        if self.runs and (self.alpha is not None or not fits(self.bits, chi, self.block_size)):
+            raise ValueError(f"{chi} channels in blocks of {self.block_size} have no runs of {self.bits} bits")
+        low, high = vqk_limits(self.bits, self.runs)
         if self.vqk.numel() and (int(self.vqk.min()) < low or int(self.vqk.max()) > high):
             raise ValueError(f"VQK leaves {self.bits} bits")
+        if self.runs:
+            self.run_rows()
         if self.alpha is not None and (self.alpha.shape != blocks or self.z is not None or bool((self.m != 1).any())):
             raise ValueError(f"alpha must have shape {blocks} and stand alone")
         if self.m.numel() and (int(self.m.min()) < 1 or int(self.m.max()) > M_MAX):
             raise ValueError(f"m must lie in 1..{M_MAX}")
         if self.vqk.numel() and int(_merge(self).abs().max()) > INT8_MAX:
             raise ValueError("m * VQK + z leaves int8")
+
+    @property
+    def width(self) -> Width:
+        """How finely it is stored."""
+        return Width(self.bits, self.block_size, self.runs)
+
+    def run_rows(self) -> NDArray[np.int32]:
+        """Of a weight in runs: the row in `dsconv.runs.vectors` of each, (cho, chi / 4, kh, kw)."""
+        return rows(by_runs(self.vqk).numpy(), self.bits)
 
     @property
     def weight_bits(self) -> float:
@@ -121,6 +144,11 @@ class DSTensor:
     def weight(self) -> Tensor:
         """W', float32 (cho, chi, kh, kw)."""
         return self.cds_w[:, None, None, None] * self.unscaled()
+
+
+def by_runs(vqk: Tensor) -> Tensor:
+    """(cho, chi, kh, kw) -> (cho, chi / 4, kh, kw, 4): the channels of each run behind one another."""
+    return vqk.unflatten(1, (-1, RUN)).movedim(2, -1).contiguous()
 
 
 def largest_pair(merged: Tensor) -> int:

@@ -27,6 +27,7 @@ from onnx import TensorProto
 
 from dsconvert.dsconv.tensor import DSTensor, block_count
 from dsconvert.export.builder import OnnxBuilder
+from dsconvert.export.runs import add_runs
 
 INT32 = TensorProto.INT32
 LAYOUT_OPSET = {"packed": 21, "fused": 21, "blocked": 21, "int8": 13, "float": 21}
@@ -36,6 +37,8 @@ def add_int8_weight(b: OnnxBuilder, name: str, weight: DSTensor, layout: str) ->
     """Nodes and initializers for m * VQK + z; returns the name of an int8 value (cho, chi, kh, kw)."""
     if layout == "int8" or weight.is_plain_int8:
         return b.tensor(f"{name}.weight", weight.merged().numpy())
+    if weight.runs:
+        return add_runs(b, name, weight)
     if layout == "blocked" and weight.bits == 4:
         return _blocked(b, name, weight)
     shape, blocks, taps = _axes(weight)

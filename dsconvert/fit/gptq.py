@@ -14,8 +14,9 @@ an m), blocks and columns of most energy first; when a block is reached, the m i
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -24,15 +25,19 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dsconvert import workers
-from dsconvert.dsconv.tensor import DSTensor, block_count, expand_blocks, max_multiplier, vqk_limits
+from dsconvert.dsconv.runs import RUN
+from dsconvert.dsconv.tensor import DSTensor, Width, block_count, expand_blocks, max_multiplier, vqk_limits
 from dsconvert.fit import draws
 from dsconvert.fit.channels import damped as damped_channels
 from dsconvert.fit.channels import made_up_for, parts
 from dsconvert.fit.least_squares import fit_weight, from_blocks, relieve_pairs, to_blocks
+from dsconvert.fit.runs import round_group
 from dsconvert.fit.seen import Seen
 from dsconvert.graph.ir import Node
 
 Floats = NDArray[np.float64]
+# columns (starts, cho, n), the factor's part (n, n), CDSw (starts, cho) -> m, VQK, errors: see `_round_group`
+RoundGroup = Callable[[Floats, Floats, Floats], tuple[Floats, Floats, Floats]]
 
 DAMPING = 0.1  # of the mean diagonal of H: ten times GPTQ's, as few positions matter and a hundred images overfit
 STARTS = (1.0, 0.85)  # starting CDSw, as a share of the least-squares one
@@ -104,7 +109,12 @@ def _pick(weights: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
 
 
 def fit_weight_gptq(
-    weight: Tensor, moments: Moments, bits: int, block_size: int, channels: Tensor | None = None
+    weight: Tensor,
+    moments: Moments,
+    bits: int,
+    block_size: int,
+    channels: Tensor | None = None,
+    runs: bool = False,
 ) -> DSTensor:
     """Float weight (cho, chi, kh, kw) and its input moments -> the DSTensor with the least damped J found.
 
@@ -112,10 +122,10 @@ def fit_weight_gptq(
     optimal for its integers: never worse than least squares on J. With `channels`, the second moment (cho, cho) of the
     output's gradients, later channels make up for the errors of earlier ones (see `fit.channels`).
     """
-    plain = fit_weight(weight, bits, block_size)
+    plain = fit_weight(weight, bits, block_size, runs)
     flat = weight.detach().cpu().double().flatten(1)
     damped = moments.damped()
-    groups = _groups(weight, block_size, damped.hessian.diagonal())
+    groups = _groups(weight, block_size, damped.hessian.diagonal(), RUN if runs else 1)
     order = torch.cat(groups)
     try:
         target = torch.linalg.solve(damped.hessian, (flat @ damped.cross).T).T  # W C H^-1, H being symmetric
@@ -123,28 +133,29 @@ def fit_weight_gptq(
         upper = torch.linalg.cholesky((inverse + inverse.T) / 2, upper=True)
     except torch.linalg.LinAlgError:  # constant inputs, as behind a dead layer: H is rounding noise
         return plain
-    start = fit_weight(target.reshape(weight.shape), bits, block_size).cds_w.double()
+    start = fit_weight(target.reshape(weight.shape), bits, block_size, runs).cds_w.double()
     together = None if channels is None else damped_channels(channels)
-    runs = [torch.arange(len(flat))] if together is None else parts(together)
+    turns = [torch.arange(len(flat))] if together is None else parts(together)
+    rounded = partial(round_group if runs else _round_group, bits=bits)
     fitted, errors = [], torch.zeros_like(target)
-    for index, rows in enumerate(runs):
+    for index, rows in enumerate(turns):
         wanted = target[rows]
         if together is not None:
-            decided, rest = (torch.cat(r) if r else rows[:0] for r in (runs[:index], runs[index:]))
+            decided, rest = (torch.cat(r) if r else rows[:0] for r in (turns[:index], turns[index:]))
             wanted = wanted - made_up_for(together, decided, errors, rest)[: len(rows)]
         best = _Best(wanted @ damped.hessian, damped.hessian, _rows(plain, rows))
         shape = (len(rows), *weight.shape[1:])
         cds = start[rows] * torch.tensor(STARTS, dtype=torch.float64)[:, None]
-        for vqk, m in zip(*_round(wanted[:, order], upper, [len(g) for g in groups], cds, bits), strict=True):
+        for vqk, m in zip(*_round(wanted[:, order], upper, [len(g) for g in groups], cds, rounded), strict=True):
             vqk = to_blocks(vqk[:, torch.argsort(order)].reshape(shape), block_size)
             vqk = from_blocks(relieve_pairs(vqk, bits), *weight.shape[1:]).flatten(1)
             best.offer(vqk, _scatter(m, groups, shape, block_size))
-        fitted.append(best.tensor(shape, bits, block_size))
+        fitted.append(best.tensor(shape, plain.width))
         errors[rows] = target[rows] - fitted[-1].weight().double().flatten(1)
-    back = torch.argsort(torch.cat(runs))
+    back = torch.argsort(torch.cat(turns))
     parted = ([f.vqk for f in fitted], [f.m for f in fitted], [f.cds_w for f in fitted])
     all_vqk, all_m, cds = (torch.cat(values)[back] for values in parted)
-    return DSTensor(all_vqk, all_m, None, cds, bits, block_size)
+    return DSTensor(all_vqk, all_m, None, cds, bits, block_size, runs=runs)
 
 
 def _rows(weight: DSTensor, rows: Tensor) -> DSTensor:
@@ -152,17 +163,20 @@ def _rows(weight: DSTensor, rows: Tensor) -> DSTensor:
     return replace(weight, vqk=weight.vqk[rows], m=weight.m[rows], cds_w=weight.cds_w[rows])
 
 
-def _groups(weight: Tensor, block_size: int, energy: Tensor) -> list[Tensor]:
-    """Column indices of every (block, tap), the columns and the groups by falling energy."""
+def _groups(weight: Tensor, block_size: int, energy: Tensor, run: int) -> list[Tensor]:
+    """Column indices of every (block, tap), the runs of so many columns, and the groups, by falling energy."""
     _, chi, kh, kw = weight.shape
     columns = torch.arange(chi * kh * kw).reshape(chi, kh * kw)
     groups = [columns[b * block_size : (b + 1) * block_size, t]
               for b in range(block_count(chi, block_size)) for t in range(kh * kw)]  # fmt: skip
-    groups = [g[torch.argsort(energy[g], descending=True, stable=True)] for g in groups]
+    in_runs = [g.unflatten(0, (-1, run)) for g in groups]
+    groups = [g[torch.argsort(energy[g].mean(1), descending=True, stable=True)].flatten() for g in in_runs]
     return sorted(groups, key=lambda g: -float(energy[g].mean()))
 
 
-def _round(target: Tensor, upper: Tensor, lengths: list[int], cds: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+def _round(
+    target: Tensor, upper: Tensor, lengths: list[int], cds: Tensor, rounded: RoundGroup
+) -> tuple[Tensor, Tensor]:
     """GPTQ's loop over a target (cho, K) from every starting CDSw of cds (starts, cho): VQK (starts, cho, K) in the
     given column order, and m (starts, groups, cho)."""
     w = target.repeat(len(cds), 1, 1)
@@ -171,9 +185,7 @@ def _round(target: Tensor, upper: Tensor, lengths: list[int], cds: Tensor, bits:
     first = 0
     for group, length in enumerate(lengths):
         last = first + length
-        m, integers, errors = _round_group(
-            w[..., first:last].numpy(), upper[first:last, first:last].numpy(), cds.numpy(), bits
-        )
+        m, integers, errors = rounded(w[..., first:last].numpy(), upper[first:last, first:last].numpy(), cds.numpy())
         chosen[:, group], vqk[..., first:last] = torch.from_numpy(m), torch.from_numpy(integers)
         for rest, error in zip(w[..., last:], torch.from_numpy(errors), strict=True):
             rest -= error @ upper[first:last, last:]
@@ -243,22 +255,21 @@ class _Best:
         self.vqk = torch.where(better[:, None], vqk, self.vqk)
         self.m = torch.where(better[:, None, None, None], m, self.m)
 
-    def tensor(self, shape: tuple[int, ...], bits: int, block_size: int) -> DSTensor:
+    def tensor(self, shape: tuple[int, ...], width: Width) -> DSTensor:
         vqk = self.vqk.reshape(shape).to(torch.int8)
-        return DSTensor(vqk, self.m.to(torch.int8), None, self.cds.float(), bits, block_size)
+        return DSTensor(vqk, self.m.to(torch.int8), None, self.cds.float(), *width[:2], runs=width.runs)
 
 
 def fit_layer(
     node: Node,
     weight: Tensor,
-    bits: int,
-    block_size: int,
+    width: Width,
     batches: Iterable[Seen],
     seed: int,
     channels: Tensor | None = None,
 ) -> DSTensor:
     """Fit one layer from what it sees; grouped convolutions by least squares. `channels` as in `fit_weight_gptq`."""
     if node.attrs["groups"] > 1:
-        return fit_weight(weight, bits, block_size)
+        return fit_weight(weight, *width)
     moments = measure_moments(node, weight.shape, batches, seed)
-    return fit_weight_gptq(weight, moments, bits, block_size, channels)
+    return fit_weight_gptq(weight, moments, width.bits, width.block_size, channels, width.runs)

@@ -1,0 +1,99 @@
+"""Fitting VQK in runs of four (see `dsconv.runs`): nearest to a weight, and within GPTQ's loop."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from dsconvert.dsconv.runs import LONGEST, RUN, leaders, vectors
+from dsconvert.dsconv.tensor import max_multiplier
+
+Floats = NDArray[np.float64]
+
+STARTS = (1.0, 0.8, 0.6)  # starting CDSw, as a share of the one at which no run is longer than the longest
+ROUNDS = 3
+
+
+def nearest_blocks(
+    blocks: Tensor, padding: int, bits: int, starts: Sequence[float] = STARTS, rounds: int = ROUNDS
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Weight in blocks (cho, nblk, B, taps), the last block's last `padding` channels being none -> VQK in runs (like
+    blocks), m (cho, nblk, 1, taps) and CDSw (cho,), all float64: locally the least squared error.
+
+    Distance to a run depends on a weight's sizes in falling order alone (see `dsconv.runs.nearest`), so weights are
+    sorted once and all is compared in that order."""
+    cho, nblk, size, taps = blocks.shape
+    runs = blocks.numpy().transpose(0, 1, 3, 2).reshape(cho, nblk, taps, size // RUN, RUN)
+    order = np.argsort(-np.abs(runs), -1, kind="stable")
+    falling = np.take_along_axis(np.abs(runs), order, -1)
+    real = np.ones((nblk, 1, size // RUN))
+    if padding:
+        real[-1, :, -(padding // RUN) :] = 0
+    book, m_max = leaders(bits), max_multiplier(bits, runs=True)
+    half = np.square(book).sum(1) / 2
+    widest = np.sqrt(np.square(falling).sum(-1).max((1, 2, 3)) / LONGEST[bits]).clip(1e-12)
+    best_error = np.full(cho, np.inf)
+    best = np.zeros_like(falling), np.ones((cho, nblk, taps)), np.ones(cho)
+    for start in starts:
+        cds = widest * start / m_max
+        for _ in range(rounds):
+            scaled = falling / cds[:, None, None, None, None]
+            gain, m, chosen = np.full((cho, nblk, taps), -np.inf), best[1].copy(), np.zeros(falling.shape[:-1], np.intp)
+            for tried in range(1, m_max + 1):
+                # |x - m l|^2 = |x|^2 - 2 m^2 (x . l / m - |l|^2 / 2)
+                scores = scaled @ (book.T / tried) - half
+                pick = scores.argmax(-1)
+                reached = np.take_along_axis(scores, pick[..., None], -1)[..., 0]
+                reached = (reached * real).sum(-1) * tried**2
+                better = reached > gain
+                gain, m = np.where(better, reached, gain), np.where(better, tried, m)
+                chosen = np.where(better[..., None], pick, chosen)
+            integers = book[chosen] * (m[..., None] * real)[..., None]
+            power, cross = np.square(integers).sum((1, 2, 3, 4)), (integers * falling).sum((1, 2, 3, 4))
+            cds = np.where(cross > 0, cross / power, cds)
+            error = np.square(falling - cds[:, None, None, None, None] * integers).sum((1, 2, 3, 4))
+            better = error < best_error
+            best_error = np.where(better, error, best_error)
+            found = book[chosen], m, cds
+            best = tuple(
+                np.where(better.reshape(-1, *[1] * (new.ndim - 1)), new, old)
+                for new, old in zip(found, best, strict=True)
+            )
+    values, m, cds = best
+    vqk = np.empty_like(runs)
+    np.put_along_axis(vqk, order, values, -1)
+    vqk = np.copysign(vqk, runs).reshape(cho, nblk, taps, size).transpose(0, 1, 3, 2)
+    return torch.from_numpy(vqk.copy()), torch.from_numpy(m[:, :, None]), torch.from_numpy(cds)
+
+
+def round_group(w: Floats, upper: Floats, cds: Floats, bits: int) -> tuple[Floats, Floats, Floats]:
+    """What `gptq._round_group` does, with VQK in runs: every four columns become the run of least error together.
+
+    With U the run's part of the Cholesky factor, the errors to be made up for are (w - m CDSw v) U^-1 for a run v."""
+    tried = np.arange(1.0, max_multiplier(bits, runs=True) + 1)
+    steps = cds[..., None] * tried
+    columns = np.repeat(np.moveaxis(w, -1, 0)[..., None], len(tried), -1)  # (n, starts, cho, m)
+    integers, errors = np.empty_like(columns), np.empty_like(columns)
+    book = vectors(bits).astype(np.float64)
+    for j in range(0, len(columns), RUN):
+        own = slice(j, j + RUN)
+        back = np.linalg.inv(upper[own, own])
+        wanted = np.moveaxis(columns[own], 0, -1) / steps[..., None] @ back
+        codes = book @ back
+        pick = _most(wanted.reshape(-1, RUN), codes).reshape(steps.shape)
+        integers[own] = np.moveaxis(book[pick], -1, 0)
+        errors[own] = np.moveaxis((wanted - codes[pick]) * steps[..., None], -1, 0)
+        columns[j + RUN :] -= np.einsum("ij,i...->j...", upper[own, j + RUN :], errors[own])
+    best = np.square(errors).sum(0).argmin(-1)[..., None]
+    integers, errors = (np.take_along_axis(v, best[None], -1)[..., 0] for v in (integers, errors))
+    return tried[best[..., 0]], np.moveaxis(integers, 0, -1), np.moveaxis(errors, 0, -1)
+
+
+def _most(wanted: Floats, codes: Floats) -> NDArray[np.intp]:
+    """Which of codes (k, 4) is nearest to each of wanted (n, 4)."""
+    half = (np.square(codes).sum(1) / 2).astype(np.float32)
+    return (wanted.astype(np.float32) @ codes.T.astype(np.float32) - half).argmax(-1)
