@@ -101,21 +101,23 @@ def with_fit(fit: Callable[..., DSTensor], run: Callable[[], None]) -> None:
         pipeline.fit_layer, pipeline.coupled = original
 
 
-def plain_fit(node, weight, bits, block_size, batches, seed, channels):  # type: ignore[no-untyped-def]
+def plain_fit(node, weight, width, batches, seed, channels):  # type: ignore[no-untyped-def]
     """Least squares on the weights alone."""
-    return fit_weight(weight, bits, block_size)
+    return fit_weight(weight, *width)
 
 
-def symmetric_fit(node, weight, bits, block_size, batches, seed, channels):  # type: ignore[no-untyped-def]
+def symmetric_fit(node, weight, width, batches, seed, channels):  # type: ignore[no-untyped-def]
     """GPTQ towards the float weight on the quantized network's inputs."""
     hessian = measure_moments(node, weight.shape, batches, seed).hessian
-    return fit_weight_gptq(weight, Moments(hessian, hessian), bits, block_size)
+    return fit_weight_gptq(weight, Moments(hessian, hessian), width.bits, width.block_size, None, width.runs)
 
 
-def unweighted_fit(node, weight, bits, block_size, batches, seed, channels):  # type: ignore[no-untyped-def]
+def unweighted_fit(node, weight, width, batches, seed, channels):  # type: ignore[no-untyped-def]
     """Asymmetric GPTQ, every position counting the same."""
     even = (replace(seen, weights=torch.ones_like(seen.weights)) for seen in batches)
-    return fit_weight_gptq(weight, measure_moments(node, weight.shape, even, seed), bits, block_size)
+    return fit_weight_gptq(
+        weight, measure_moments(node, weight.shape, even, seed), width.bits, width.block_size, None, width.runs
+    )
 
 
 def all_rows(checkpoint: Path, data: Path, work: Path, groups: Sequence[str], only_made: bool) -> list[Row]:

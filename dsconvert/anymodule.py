@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from dsconvert.dsconv.modules import DSConv
+from dsconvert.dsconv.tensor import Width
 from dsconvert.errors import InputError
 from dsconvert.fit.gptq import fit_layer
 from dsconvert.fit.least_squares import fit_weight
@@ -145,7 +146,7 @@ def _converted(layer: nn.Module, seen: list[Seen], plan: ModulePlan) -> nn.Modul
     bits = plan.bits if conv.weight.shape[1] > 1 else 8
     fitted: QConv
     if seen and node is not None and plan.fit == "gptq":
-        weight = fit_layer(node, conv.weight, bits, plan.block_size, seen, plan.seed)
+        weight = fit_layer(node, conv.weight, Width(bits, plan.block_size), seen, plan.seed)
         fitted = fit_cds(node, weight, seen)
     else:
         fitted = QConv(fit_weight(conv.weight, bits, plan.block_size), bias)

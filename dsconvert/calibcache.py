@@ -66,7 +66,9 @@ def _read(path: Path, check: Callable[[Calibration], None]) -> Calibration | Non
                 tensors["positions"],
                 tensors["channels"],
                 {
-                    name: {Width(int(bits), int(block)): float(damage) for bits, block, damage in rows}
+                    name: {
+                        Width(int(bits), int(block), bool(runs)): float(damage) for bits, block, runs, damage in rows
+                    }
                     for name, rows in about["damage"].items()
                 },
             )

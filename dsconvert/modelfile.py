@@ -1,6 +1,7 @@
 """The converted model on disk: one safetensors file, integers packed to their bits, everything else in its header.
 
-Tensors per convolution: `<name>.vqk` and `<name>.kds` as packed bits (see `dsconv.packing`), or `<name>.alpha` float32
+Tensors per convolution: `<name>.vqk` and `<name>.kds` as packed bits (see `dsconv.packing`); `<name>.runs` in the place
+of `.vqk` holds the rows of VQK in runs (see `dsconv.runs`), four bits for each bit of VQK; `<name>.alpha` float32
 in the place of `.kds`, `<name>.kdsb` int8 where there is one, `<name>.cdsw` and `<name>.cdsb` float32. The header's
 single key `dsconvert` holds JSON: format version, graph, layers (shape, bits, block size), activation grids, head,
 image size, provenance.
@@ -19,7 +20,8 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from dsconvert.dsconv.packing import pack_bits, unpack_bits
+from dsconvert.dsconv.packing import pack_bits, pack_rows, unpack_bits, unpack_rows
+from dsconvert.dsconv.runs import RUN, fits, from_rows
 from dsconvert.dsconv.tensor import DSTensor, block_count, vqk_limits
 from dsconvert.errors import InputError, printable, shown
 from dsconvert.graph.integer import QConv, QParams
@@ -39,7 +41,11 @@ def model_bytes(model: DSModel) -> bytes:
     for name, conv in model.convs.items():
         w = conv.weight
         layers[name] = {"shape": list(w.vqk.shape), "bits": w.bits, "block_size": w.block_size}
-        tensors[f"{name}.vqk"] = pack_bits(w.vqk.numpy(), w.bits)
+        if w.runs:
+            layers[name]["runs"] = True
+            tensors[f"{name}.runs"] = pack_rows(w.run_rows(), w.bits * RUN)
+        else:
+            tensors[f"{name}.vqk"] = pack_bits(w.vqk.numpy(), w.bits)
         if w.alpha is not None:
             tensors[f"{name}.alpha"] = w.alpha.numpy()
         elif not w.is_plain_int8:
@@ -116,13 +122,21 @@ def _conv(name: str, layer: Mapping[str, Any], tensors: Mapping[str, NDArray[Any
     if min(cho, chi, kh, kw) < 1 or not 1 <= block_size <= MAX_BLOCK:
         raise ValueError(f"shape or block size of {name}")
     blocks = (cho, block_count(chi, block_size), kh, kw)
-    vqk = unpack_bits(tensors[f"{name}.vqk"], bits, (cho, chi, kh, kw))
+    runs = layer.get("runs", False)
+    if runs is True and fits(bits, chi, block_size):
+        rows = unpack_rows(tensors[f"{name}.runs"], bits * RUN, (cho, chi // RUN, kh, kw))
+        vqk = from_rows(rows, bits)
+    elif runs is False:
+        vqk = unpack_bits(tensors[f"{name}.vqk"], bits, (cho, chi, kh, kw))
+    else:
+        raise ValueError(f"runs of {name}")
     kds = tensors.get(f"{name}.kds")
     m = np.ones(blocks, np.int8) if kds is None else unpack_bits(kds, KDS_BITS, blocks, signed=False)
     z, alpha = tensors.get(f"{name}.kdsb"), tensors.get(f"{name}.alpha")
     weight = DSTensor(
         torch.from_numpy(vqk), torch.from_numpy(m), None if z is None else torch.from_numpy(z),
-        torch.from_numpy(tensors[f"{name}.cdsw"]), bits, block_size, None if alpha is None else torch.from_numpy(alpha),
+        torch.from_numpy(tensors[f"{name}.cdsw"]), bits, block_size,
+        None if alpha is None else torch.from_numpy(alpha), runs,
     )  # fmt: skip
     bias = torch.from_numpy(tensors[f"{name}.cdsb"])
     if bias.shape != (cho,):

@@ -41,7 +41,7 @@ def write_unfinished(path: Path, key: str, convs: Mapping[str, QConv]) -> None:
         tensors |= {f"{name}.vqk": w.vqk, f"{name}.m": w.m, f"{name}.cdsw": w.cds_w, f"{name}.cdsb": conv.bias}
         if w.alpha is not None:
             tensors[f"{name}.alpha"] = w.alpha
-    widths = {name: [c.weight.bits, c.weight.block_size] for name, c in convs.items()}
+    widths = {name: c.weight.width for name, c in convs.items()}
     data = save({k: v.contiguous() for k, v in tensors.items()}, {META: json.dumps({"key": key, "layers": widths})})
     write_atomic(path, data, force=True)
 
@@ -77,11 +77,11 @@ def read_unfinished(path: Path, key: str, shapes: Mapping[str, Sequence[int]]) -
                 DSTensor(
                     stored.get_tensor(f"{name}.vqk"), stored.get_tensor(f"{name}.m"), None,
                     stored.get_tensor(f"{name}.cdsw"), int(bits), int(block),
-                    stored.get_tensor(f"{name}.alpha") if f"{name}.alpha" in names else None,
+                    stored.get_tensor(f"{name}.alpha") if f"{name}.alpha" in names else None, bool(runs),
                 ),
                 stored.get_tensor(f"{name}.cdsb"),
             )
-            for name, (bits, block) in about["layers"].items()
+            for name, (bits, block, runs) in about["layers"].items()
         }  # fmt: skip
         for name, conv in layers.items():
             _check(conv, shapes[name])
@@ -117,7 +117,7 @@ def usable(kept: Mapping[str, QConv], wanted: Sequence[tuple[str, Width]]) -> di
     taken: dict[str, QConv] = {}
     for name, width in wanted:
         conv = kept.get(name)
-        if conv is None or Width(conv.weight.bits, conv.weight.block_size) != width:
+        if conv is None or conv.weight.width != width:
             break
         taken[name] = conv
     return taken

@@ -63,7 +63,7 @@ def test_stored_bytes_are_those_of_the_weight_and_its_nodes():
     """Twice the output channels are twice the weight, and not one node more."""
     for bits in (2, 3, 4, 5, 6, 8):
         weight = torch.randn(6, 48, 3, 3, generator=torch.Generator().manual_seed(bits))
-        fitted: DSTensor = fit_weight(weight, bits, 32 if bits < 8 else 48)
+        fitted: DSTensor = fit_weight(weight, *used_width(bits, 48, 32))
         once, twice = (budget.stored_bytes(torch.Size((c, 48, 3, 3)), used_width(bits, 48, 32)) for c in (6, 12))
         own = round(fitted.weight_bits * weight.numel() / 8)
         # a piece's last byte may be half empty, and longer lengths are written in more bytes

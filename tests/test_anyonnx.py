@@ -133,6 +133,7 @@ def test_the_resnet_is_close_to_the_float_one(resnet):
 
 
 def test_every_kind_of_layer_is_fitted_and_every_bit_counts(photos, tmp_path):
+    torch.manual_seed(0)  # other weights make a network that hardly depends on the image
     path = exported(Small(), tmp_path / "small.onnx")
     made = [quantize_onnx(path, photos, OnnxPlan(bits, 4)) for bits in (2, 4, 8)]
     errors = [error(path, m, image()) for m in made]

@@ -15,7 +15,7 @@ from conftest import SIDE
 from onnx import numpy_helper
 from onnx.reference import ReferenceEvaluator
 
-from dsconvert.dsconv.tensor import DSTensor
+from dsconvert.dsconv.tensor import DSTensor, used_width
 from dsconvert.errors import InputError
 from dsconvert.export.builder import OnnxBuilder
 from dsconvert.export.compact import compact
@@ -104,7 +104,7 @@ def test_optimised_packed_graph_has_no_weight_arithmetic(widened, tmp_path):
     optimised = onnx.load(saved)
     kinds = Counter(n.op_type for n in optimised.graph.node)
     assert kinds["QLinearConv"] == len(converted.convs)
-    assert not {"Conv", "Cast", "Expand", "Slice", "Split", "Gather", "Mod", "Range"} & set(kinds)
+    assert not {"Conv", "Cast", "Expand", "Slice", "Split", "Gather", "Mod", "Range", "TopK"} & set(kinds)
     floats = [n for n in optimised.graph.node if n.op_type in ("Mul", "DequantizeLinear")]
     initializers = {t.name for t in optimised.graph.initializer}
     assert not [n for n in floats if all(i in initializers for i in n.input)]  # nothing constant is left to compute
@@ -205,6 +205,23 @@ def test_stored_weights_decode_to_the_merged_int8(layout, bits, chi, block, k, s
     assert np.array_equal(ReferenceEvaluator(model).run(None, {})[0], wanted)  # and by ONNX's own definition
 
 
+@pytest.mark.parametrize("bits", [2, 3])
+@pytest.mark.parametrize(
+    ("chi", "block", "k"), [(32, 32, 3), (64, 32, 1), (48, 32, 3), (48, 32, 1), (8, 4, 2), (4, 8, 3)]
+)
+def test_stored_runs_decode_to_the_merged_int8(bits, chi, block, k):
+    """In ONNX Runtime, by ONNX's own definition, and in OpenVINO where it is installed; nothing is stored twice."""
+    weight = fit_weight(torch.randn(3, chi, k, k, generator=torch.Generator().manual_seed(chi)), bits, block, runs=True)
+    b = OnnxBuilder(21)
+    b.node("Cast", [add_int8_weight(b, "w", weight, "packed")], "out", to=onnx.TensorProto.FLOAT)
+    model = b.model({}, {"out": tuple(weight.vqk.shape)}, {})
+    wanted = weight.merged().numpy().astype(np.float32)
+    assert np.array_equal(session(model).run(None, {})[0], wanted)
+    assert np.array_equal(ReferenceEvaluator(model).run(None, {})[0], wanted)
+    (entry,) = [n for n in model.graph.initializer if n.name == "w.vqk"]
+    assert numpy_helper.to_array(entry).size == weight.vqk.numel() // 4
+
+
 @pytest.mark.parametrize("layout", ["packed", "blocked"])
 @pytest.mark.parametrize("shifted", [False, True])
 def test_inspection_finds_the_stored_bits(converted, layout, shifted):
@@ -226,7 +243,7 @@ def test_every_width_is_stored_in_its_own_bits(converted, bits):
     """The file shrinks with the bits: pieces of 4, 2 and 1 bits, padded to multiples of 4."""
     name = next(n for n, c in converted.convs.items() if c.weight.bits == 4)
     old = converted.convs[name]
-    weight = fit_weight(old.weight.weight(), bits, 16)
+    weight = fit_weight(old.weight.weight(), *used_width(bits, old.weight.vqk.shape[1], 16))
     model = replace(converted, convs={**converted.convs, name: replace(old, weight=weight)})
     entry = next(w for w in conv_weights(export_quantized(model, "packed", SIDE)) if w.name + ".conv" == name)
     assert entry.shape == tuple(weight.vqk.shape)

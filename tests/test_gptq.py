@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
 
-from dsconvert.dsconv.tensor import DSTensor, largest_pair
+from dsconvert.dsconv.tensor import DSTensor, Width, largest_pair
 from dsconvert.fit.gptq import DAMPING, Moments, _round, _round_group, fit_layer, fit_weight_gptq, measure_moments
 from dsconvert.fit.least_squares import fit_weight
 from dsconvert.fit.seen import Seen
@@ -174,7 +176,7 @@ def test_errors_squared_are_what_rounding_adds_to_j():
         return torch.from_numpy(errors), torch.from_numpy(errors).square().sum(-1)
 
     def j(lengths: list[int]) -> torch.Tensor:
-        vqk, m = _round(w, upper, lengths, cds, 3)
+        vqk, m = _round(w, upper, lengths, cds, partial(_round_group, bits=3))
         error = w - cds[..., None] * m.mT.repeat_interleave(torch.tensor(lengths), -1) * vqk
         return ((error @ hessian) * error).sum(-1)
 
@@ -206,4 +208,4 @@ def test_the_multiplier_is_the_best_of_all():
 def test_grouped_convolutions_fall_back_to_least_squares():
     node = Node("conv", "c", ("x",), {**CONV.attrs, "groups": 2})
     weight = torch.randn(4, 2, 3, 3)
-    assert torch.equal(fit_layer(node, weight, 4, 2, [], 0).vqk, fit_weight(weight, 4, 2).vqk)
+    assert torch.equal(fit_layer(node, weight, Width(4, 2), [], 0).vqk, fit_weight(weight, 4, 2).vqk)

@@ -17,7 +17,9 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from onnx.reference import ReferenceEvaluator
 
-from dsconvert.dsconv.packing import pack_bits, unpack_bits
+from dsconvert.dsconv import runs
+from dsconvert.dsconv.packing import pack_bits, pack_rows, unpack_bits, unpack_rows
+from dsconvert.dsconv.runs import fits
 from dsconvert.dsconv.tensor import DSTensor, block_count, max_multiplier, vqk_limits
 from dsconvert.export.builder import OnnxBuilder
 from dsconvert.export.layouts import LAYOUT_OPSET, add_int8_weight
@@ -59,6 +61,12 @@ def weights(
         room = most - int(np.abs(merged).max())
         z = torch.from_numpy(rng.integers(-room, room + 1, blocks).astype(np.int8))
     cds = torch.from_numpy(rng.uniform(1e-4, 0.1, cho).astype(np.float32))
+    if fits(bits, chi, block) and draw(st.booleans()):
+        rows = rng.integers(0, len(runs.vectors(bits)), (cho, chi // runs.RUN, k, k)).astype(np.int32)
+        m = rng.integers(1, max_multiplier(bits, runs=True) + 1, blocks).astype(np.int8)
+        return DSTensor(
+            torch.from_numpy(runs.from_rows(rows, bits)), torch.from_numpy(m), None, cds, bits, block, runs=True
+        )
     return DSTensor(torch.from_numpy(vqk), torch.from_numpy(m), z, cds, bits, block)
 
 
@@ -134,6 +142,11 @@ def test_every_weight_survives_every_layout(weight, layout):
 @FEW
 @given(weights())
 def test_packed_bits_come_back_and_are_no_more_than_needed(weight):
+    if weight.runs:
+        rows = weight.run_rows()
+        packed = pack_rows(rows, 4 * weight.bits)
+        assert packed.size == -(-rows.size * weight.bits // 2)
+        assert np.array_equal(unpack_rows(packed, 4 * weight.bits, rows.shape), rows)
     packed = pack_bits(weight.vqk.numpy(), weight.bits)
     assert packed.size == -(-weight.vqk.numel() * weight.bits // 8)
     assert np.array_equal(unpack_bits(packed, weight.bits, tuple(weight.vqk.shape)), weight.vqk.numpy())

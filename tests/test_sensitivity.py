@@ -23,7 +23,7 @@ def test_effect_is_the_gradient_along_the_centred_error():
     gradient = torch.randn(1, 4, 5, 5, generator=generator)
     moved = torch.nn.functional.conv2d(x, error, stride=2, padding=1)
     wanted = ((moved - moved.mean((2, 3), keepdim=True)) * gradient).sum().square().item()
-    assert squared_effects(node, x, gradient, {Width(4, 3): error})[4, 3] == pytest.approx(
+    assert squared_effects(node, x, gradient, {Width(4, 3): error})[Width(4, 3)] == pytest.approx(
         wanted, rel=1e-4
     )  # float32 sums
 
@@ -35,12 +35,12 @@ def test_expected_damage_of_a_linear_layer_is_its_squared_output_error(picture):
     params = {"c": ConvParams(torch.randn(4, 3, 1, 1, generator=generator), torch.zeros(4))}
     errors = weight_errors(params, ["c"], (2, 4, 8), (2, 3))
     found = measure_importance(graph, params, [picture] * 200, lambda raw, _: raw, 0, errors).damage["c"]
-    assert set(errors["c"]) == {(2, 2), (2, 3), (4, 2), (4, 3), (8, 3)}
+    assert set(errors["c"]) == {Width(*w) for w in ((2, 2), (2, 3), (4, 2), (4, 3), (8, 3))}
     for width, error in errors["c"].items():
         moved = run_float(graph, {"c": ConvParams(error, torch.zeros(4))}, picture)[0]
         wanted = (moved - moved.mean((2, 3), keepdim=True)).square().sum().item()
         assert found[width] / 200 == pytest.approx(wanted, rel=4 * (2 / 200) ** 0.5)  # four sigma
-    assert found[2, 3] > found[4, 3] > found[8, 3] > 0
+    assert found[Width(2, 3)] > found[Width(4, 3)] > found[Width(8, 3)] > 0
 
 
 def test_damage_foretells_what_replacing_the_weight_does(tiny, picture):

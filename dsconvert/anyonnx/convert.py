@@ -17,7 +17,7 @@ from dsconvert.anyonnx.layers import Layer, find_layers
 from dsconvert.anyonnx.lockstep import INPUTS, fit_lockstep
 from dsconvert.anyonnx.rewrite import LAYOUTS, with_floats, with_integers
 from dsconvert.anyonnx.source import Array, Source, opset_of, read_source
-from dsconvert.dsconv.tensor import DSTensor
+from dsconvert.dsconv.tensor import DSTensor, Width, used_width
 from dsconvert.errors import CheckError, InputError
 from dsconvert.evaluate.engines import session
 from dsconvert.fit.gptq import fit_weight_gptq, measure_moments
@@ -96,9 +96,8 @@ def quantize_onnx(
     widths = _bits(layers, plan.bits, source)
 
     def fit(layer: Layer, seen: Callable[[int], Iterator[Seen]]) -> DSTensor:
-        bits = widths[layer.index]
-        size = plan.block_size if bits < 8 else layer.weight.shape[1]
-        return _fit(layer, bits, size, seen, plan.seed)
+        width = used_width(widths[layer.index], layer.weight.shape[1], plan.block_size)
+        return _fit(layer, width, seen, plan.seed)
 
     with tempfile.TemporaryDirectory(prefix="dsconvert-") as folder, torch.no_grad():
         fitted = fit_lockstep(
@@ -124,18 +123,18 @@ def _bits(layers: list[Layer], bits: int, source: Source) -> dict[int, int]:
     return {layer.index: 8 if layer.index in edges | depthwise else bits for layer in layers}
 
 
-def _fit(layer: Layer, bits: int, size: int, seen: Callable[[int], Iterator[Seen]], seed: int) -> DSTensor:
+def _fit(layer: Layer, width: Width, seen: Callable[[int], Iterator[Seen]], seed: int) -> DSTensor:
     """VQK and KDS by GPTQ, each group of channels for itself; by least squares where a group has one channel, H is too
     large, or strides or dilations differ."""
     columns = layer.weight[0].numel()
     if layer.weight.shape[1] == 1 or columns > MOST_COLUMNS or isinstance(layer.node.attrs["stride"], tuple):
-        return fit_weight(layer.weight, bits, size)
+        return fit_weight(layer.weight, *width)
     if isinstance(layer.node.attrs["dilation"], tuple):
-        return fit_weight(layer.weight, bits, size)
+        return fit_weight(layer.weight, *width)
     parts = []
     for group, weight in enumerate(layer.weight.chunk(layer.groups)):
         moments = measure_moments(layer.node, weight.shape, seen(group if layer.groups > 1 else INPUTS), seed)
-        parts.append(fit_weight_gptq(weight, moments, bits, size))
+        parts.append(fit_weight_gptq(weight, moments, width.bits, width.block_size, runs=width.runs))
     return replace(
         parts[0], vqk=torch.cat([p.vqk for p in parts]), m=torch.cat([p.m for p in parts]),
         cds_w=torch.cat([p.cds_w for p in parts]),

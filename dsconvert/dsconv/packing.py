@@ -14,6 +14,25 @@ def pack_bits(values: NDArray[np.int8] | NDArray[np.uint8], bits: int) -> NDArra
     return np.packbits(np.unpackbits(flat, axis=1, bitorder="little")[:, :bits].reshape(-1), bitorder="little")
 
 
+def pack_rows(rows: NDArray[np.int32], bits: int) -> NDArray[np.uint8]:
+    """Numbers of 8 or 12 bits: their low bytes, then the half bytes above."""
+    low = (rows & 255).astype(np.uint8).reshape(-1)
+    return low if bits == 8 else np.concatenate((low, pack_bits((rows >> 8).astype(np.uint8), bits - 8)))
+
+
+def unpack_rows(packed: NDArray[np.uint8], bits: int, shape: tuple[int, ...]) -> NDArray[np.int32]:
+    """Inverse of `pack_rows`. Raises ValueError when the length is wrong."""
+    count = math.prod(shape)
+    if packed.dtype != np.uint8 or packed.size < count:
+        raise ValueError(f"{packed.size} bytes cannot hold {count} rows")
+    rows = packed[:count].astype(np.int32).reshape(shape)
+    if bits > 8:
+        return rows + 256 * unpack_bits(packed[count:], bits - 8, shape, signed=False).astype(np.int32)
+    if packed.size != count:
+        raise ValueError(f"{packed.size} bytes are not {count} rows")
+    return rows
+
+
 def unpack_bits(packed: NDArray[np.uint8], bits: int, shape: tuple[int, ...], signed: bool = True) -> NDArray[np.int8]:
     """Inverse of `pack_bits`; `signed` extends the top bit. Raises ValueError when the length is wrong."""
     count = math.prod(shape)

@@ -61,6 +61,15 @@ def rows(runs: NDArray[np.int8], bits: int) -> NDArray[np.int32]:
     return found
 
 
+def from_rows(found: NDArray[np.int32], bits: int) -> NDArray[np.int8]:
+    """Rows (cho, chi / 4, kh, kw) -> VQK (cho, chi, kh, kw). Raises ValueError where there is no such row."""
+    book = vectors(bits)
+    if found.size and (int(found.min()) < 0 or int(found.max()) >= len(book)):
+        raise ValueError(f"rows beyond the runs of {bits} bits")
+    cho, count, kh, kw = found.shape
+    return np.ascontiguousarray(np.moveaxis(book[found], -1, 2)).reshape(cho, count * RUN, kh, kw)
+
+
 @lru_cache
 def leaders(bits: int) -> NDArray[np.float64]:
     """(count, 4): the runs whose values fall and are not negative. All others are these, reordered and with signs."""
@@ -72,11 +81,11 @@ def nearest(x: NDArray[np.float64], bits: int) -> NDArray[np.float64]:
     """x (..., 4) -> the run of least distance to each.
 
     Exact: among all orders and signs of a leader, the nearest has x's own (rearrangement inequality)."""
-    leaders = leaders(bits)
+    book = leaders(bits)
     size = np.abs(x)
     order = np.argsort(-size, -1, kind="stable")
     falling = np.take_along_axis(size, order, -1)
-    best = (falling @ leaders.T - np.square(leaders).sum(1) / 2).argmax(-1)
+    best = (falling @ book.T - np.square(book).sum(1) / 2).argmax(-1)
     out = np.empty_like(x)
-    np.put_along_axis(out, order, leaders[best], -1)
+    np.put_along_axis(out, order, book[best], -1)
     return np.copysign(out, x)

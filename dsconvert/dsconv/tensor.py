@@ -62,8 +62,9 @@ class Width(NamedTuple):
 
 
 def used_width(bits: int, chi: int, block_size: int) -> Width:
-    """The width a layer of chi input channels is fitted with: at 8 bits one block, which makes it plain int8."""
-    return Width(bits, block_size if bits < 8 else chi)
+    """The width a layer of chi input channels is fitted with: at 8 bits one block, which makes it plain int8;
+    at 2 and 3 bits in runs, where they fit."""
+    return Width(bits, block_size if bits < 8 else chi, fits(bits, chi, block_size))
 
 
 def expand_blocks(kds: Tensor, chi: int, block_size: int) -> Tensor:
@@ -76,7 +77,8 @@ class DSTensor:
     """One DSConv weight. vqk int8 (cho, chi, kh, kw); m int8 and z int8 or None (cho, nblk, kh, kw);
     cds_w float32 (cho,). alpha float32, of the shape of m, is the paper's real multiplier in the place of m (which is
     1 then, and z None); such a weight has no int8 form. With `runs`, every four VQK of neighbouring channels are one of
-    `dsconv.runs.vectors`. Raises ValueError when the parts do not fit each other or leave int8."""
+    `dsconv.runs.vectors`, and z and alpha are None. Raises ValueError when the parts do not fit each other or leave
+    int8."""
 
     vqk: Tensor
     m: Tensor
@@ -94,7 +96,7 @@ class DSTensor:
             raise ValueError(f"KDS must have shape {blocks}, got {tuple(self.m.shape)}")
         if tuple(self.cds_w.shape) != (cho,):
             raise ValueError(f"CDSw must have shape ({cho},), got {tuple(self.cds_w.shape)}")
-        if self.runs and (self.alpha is not None or not fits(self.bits, chi, self.block_size)):
+        if self.runs and (self.alpha is not None or self.z is not None or not fits(self.bits, chi, self.block_size)):
             raise ValueError(f"{chi} channels in blocks of {self.block_size} have no runs of {self.bits} bits")
         low, high = vqk_limits(self.bits, self.runs)
         if self.vqk.numel() and (int(self.vqk.min()) < low or int(self.vqk.max()) > high):

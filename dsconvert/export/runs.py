@@ -2,16 +2,17 @@
 
 A run is stored as its row among all runs: UINT8 at 2 bits, UINT8 and UINT4 at 3. One Gather from the table of all runs
 gives VQK, behind the taps; a Transpose puts the taps last again. The table is computed at load, so that no file has to
-hold it: all vectors of the cube around the ball, of which a NonZero finds those in the ball with an odd sum.
+hold it: all vectors of the cube around the ball, of which a TopK finds those in the ball with an odd sum, in order
+(a NonZero would, too, but ONNX Runtime does not fold it).
 """
 
 from __future__ import annotations
 
 import ml_dtypes
 import numpy as np
-from onnx import TensorProto
+from onnx import TensorProto, helper
 
-from dsconvert.dsconv.runs import LONGEST, RUN, largest
+from dsconvert.dsconv.runs import LONGEST, RUN, largest, vectors
 from dsconvert.dsconv.tensor import DSTensor, block_count
 from dsconvert.export.builder import OnnxBuilder
 
@@ -53,8 +54,8 @@ def _table(b: OnnxBuilder, bits: int) -> str:
     if not b.has(name):
         side = 2 * most + 1
         first, end, one = (b.constant(np.array(v, np.int32)) for v in (0, side**RUN, 1))
-        value = b.node("Range", [first, end, one], f"{name}.n")
-        value = b.node("Reshape", [value, b.shape(-1, 1)], f"{name}.column")
+        number = b.node("Range", [first, end, one], f"{name}.n")
+        value = b.node("Reshape", [number, b.shape(-1, 1)], f"{name}.column")
         places = (side ** np.arange(RUN - 1, -1, -1)).astype(np.int32)
         value = b.node("Div", [value, b.constant(places)], f"{name}.shifted")
         value = b.node("Mod", [value, b.constant(np.array(side, np.int32))], f"{name}.digits")
@@ -65,7 +66,9 @@ def _table(b: OnnxBuilder, bits: int) -> str:
         # an odd sum of squares is an odd sum; what is beyond the ball counts as even
         inside = b.node("Less", [length, b.constant(np.array(LONGEST[bits] + 1, np.int32))], f"{name}.inside")
         kept = b.node("Mul", [odd, b.node("Cast", [inside], f"{name}.one", to=INT32)], f"{name}.kept")
-        at = b.node("NonZero", [kept], f"{name}.at")
-        at = b.node("Reshape", [at, b.shape(-1)], f"{name}.flat")
-        b.node("Gather", [value, at], name)
+        falling = b.node("Sub", [end, number], f"{name}.falling")
+        score = b.node("Mul", [kept, falling], f"{name}.score")
+        count = b.shape(len(vectors(bits)))
+        b.nodes.append(helper.make_node("TopK", [score, count], [f"{name}.scores", f"{name}.at"], axis=0))
+        b.node("Gather", [value, f"{name}.at"], name)
     return name

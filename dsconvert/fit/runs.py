@@ -37,7 +37,7 @@ def nearest_blocks(
     half = np.square(book).sum(1) / 2
     widest = np.sqrt(np.square(falling).sum(-1).max((1, 2, 3)) / LONGEST[bits]).clip(1e-12)
     best_error = np.full(cho, np.inf)
-    best = np.zeros_like(falling), np.ones((cho, nblk, taps)), np.ones(cho)
+    best: tuple[Floats, ...] = (np.zeros_like(falling), np.ones((cho, nblk, taps)), np.ones(cho))
     for start in starts:
         cds = widest * start / m_max
         for _ in range(rounds):

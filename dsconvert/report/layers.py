@@ -44,10 +44,13 @@ class Layer:
 @dataclass(frozen=True)
 class WeightView:
     """A layer's weights in steps of their own block, (W / CDSw - z) / m: `counts` of the float weights between
-    `edges`, and of the integers `levels` (VQK) they became; `outside` is the share of weights beyond the grid."""
+    `edges`, and of the integers `levels` (VQK, which may be `low` to `high`) they became; `outside` is the share of
+    weights beyond the grid."""
 
     name: str
     bits: int
+    low: int
+    high: int
     edges: NDArray[np.float64]
     counts: Counts
     levels: Counts
@@ -132,7 +135,7 @@ def worst_first(rows: Sequence[Layer]) -> list[Layer]:
 
 def weight_view(name: str, weight: torch.Tensor, fitted: DSTensor) -> WeightView:
     """The weights of one layer, float (cho, chi, kh, kw) and as fitted. Channels whose CDSw is 0 are left out."""
-    chi, low, high = weight.shape[1], *vqk_limits(fitted.bits)
+    chi, low, high = weight.shape[1], *vqk_limits(fitted.bits, fitted.runs)
     alive = fitted.cds_w != 0
     m = expand_blocks(fitted.m.double(), chi, fitted.block_size)[alive]
     z = 0.0 if fitted.z is None else expand_blocks(fitted.z.double(), chi, fitted.block_size)[alive]
@@ -141,7 +144,7 @@ def weight_view(name: str, weight: torch.Tensor, fitted: DSTensor) -> WeightView
     edges = _level_edges(low, high)
     counts, _ = np.histogram(steps.flatten().numpy().clip(edges[0], edges[-1]), edges)
     outside = float(((steps < low - 0.5) | (steps > high + 0.5)).double().mean()) if steps.numel() else 0.0
-    return WeightView(name, fitted.bits, edges, counts, levels.astype(np.int64), level_counts, outside)
+    return WeightView(name, fitted.bits, low, high, edges, counts, levels.astype(np.int64), level_counts, outside)
 
 
 def _level_edges(low: int, high: int) -> NDArray[np.float64]:

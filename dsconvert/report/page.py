@@ -204,7 +204,7 @@ def _layers_alt(layers: Sequence[Layer]) -> str:
 
 def _weights(view: WeightView, index: int) -> dict[str, Any]:
     alt = (
-        f"Histogram of the weights of {plain(view.name)} over its grid of {2**view.bits} levels; "
+        f"Histogram of the weights of {plain(view.name)} over its grid of {view.high - view.low + 1} levels; "
         f"{100 * view.outside:.2g} % lie beyond the grid."
     )
     return {"view": view, "svg": Markup(plots.weight_chart(view, f"weights{index}", alt)), "name": plain(view.name)}

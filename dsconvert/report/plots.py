@@ -11,7 +11,6 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter
 from numpy.typing import NDArray
 
-from dsconvert.dsconv.tensor import vqk_limits
 from dsconvert.evaluate.curves import RECALLS, ClassCurve
 from dsconvert.report.layers import ActivationView, Layer, WeightView
 from dsconvert.report.svg import ALARM, CONVERTED, FLOAT, LINE, MUTED, PEERS, new_figure, styled, to_svg
@@ -90,7 +89,7 @@ def weight_chart(view: WeightView, name: str, alt: str) -> str:
     with styled():
         figure = new_figure(*SMALL)
         ax = figure.subplots()
-        low, high = vqk_limits(view.bits)
+        low, high = view.low, view.high
         few = high - low < FEW_LEVELS
         _grid_lines(ax, np.arange(low, high + 1) if few else np.array([low, high]))
         ax.stairs(_density(view.counts, view.edges), view.edges, fill=True, color=FLOAT, alpha=0.55)
