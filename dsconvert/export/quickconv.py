@@ -5,7 +5,8 @@ The fast kernel (MLAS: MlasConvSymPackWSize) takes input channels in multiples o
 kinds of convolution in these networks are anything else, and both can be had in the right shape with equal numbers:
 
 - the first, of an image's 3 channels: four pixels in a row are one pixel of 12 channels, which costs no copy when
-  channels are last. Its kernel then makes all outputs that begin within four pixels, side by side as channels.
+  channels are last. Its kernel then makes all outputs that begin within four pixels, side by side as channels. Where it
+  fits, two rows are one too.
 - the last, of so many channels a class: zero weights fill them up to a multiple of 16, and a Slice drops what they
   make.
 
@@ -69,7 +70,7 @@ def add_conv(b: OnnxBuilder, conv: Conv, x: str, output: str) -> None:
 def add_first_conv(b: OnnxBuilder, conv: Conv, image: str, size: tuple[int, int], output: str) -> bool:
     """The convolution of an image (n, 3, h, w), channels first, as `output` (n, h', w', cho); False if it is not of
     the kind that this can do."""
-    cho, chi, _, kernel = conv.weight
+    cho, chi, high, kernel = conv.weight
     (top, left, bottom, right), (down, step) = conv.attribute("pads", [0] * 4), conv.attribute("strides", [1, 1])
     outputs = (size[1] + left + right - kernel) // step + 1
     made = RUN // step  # side by side, by one kernel
@@ -80,22 +81,37 @@ def add_first_conv(b: OnnxBuilder, conv: Conv, image: str, size: tuple[int, int]
     width = RUN * (outputs // made - 1 + pixels)
     if width < size[1] + left:
         return False
-    pads = b.shape(0, 0, 0, left, 0, 0, 0, width - left - size[1])
-    padded = b.node("Pad", [image, pads, inputs[2]], f"{output}.padded")
-    last = b.node("Transpose", [padded], f"{output}.image", perm=[0, 2, 3, 1])
-    inputs[0] = b.node("Reshape", [last, b.shape(0, size[0], width // RUN, RUN * chi)], f"{output}.runs")
-    inputs[3] = _side_by_side(b, conv, made, step, pixels, f"{output}.weight")
+    rows = down if not any(n % down for n in (size[0], high, top, bottom)) else 1
+    inputs[0] = _in_runs(b, image, output, inputs[2], (chi, *size), rows, (left, width - left - size[1]))
+    inputs[3] = _side_by_side(b, conv, made, step, pixels, rows, f"{output}.weight")
     for place in (4, 8):
         if place < len(inputs) and inputs[place]:
             inputs[place] = b.node("Concat", [inputs[place]] * made, f"{output}.{place}", axis=0)
-    _emit(b, conv, inputs, f"{output}.wide", pads=[top, 0, bottom, 0], strides=[down, 1])
-    rows = (size[0] + top + bottom - conv.weight[2]) // down + 1
-    b.node("Reshape", [f"{output}.wide", b.shape(0, rows, outputs, cho)], output)
+    _emit(b, conv, inputs, f"{output}.wide", pads=[top // rows, 0, bottom // rows, 0], strides=[down // rows, 1])
+    b.node("Reshape", [f"{output}.wide", b.shape(0, (size[0] + top + bottom - high) // down + 1, outputs, cho)], output)
     return True
 
 
-def _side_by_side(b: OnnxBuilder, conv: Conv, made: int, step: int, pixels: int, name: str) -> str:
-    """Weights (cho, chi, kh, kw) -> (made * cho, RUN * chi, kh, pixels), one copy moved on by `step` a time."""
+def _in_runs(
+    b: OnnxBuilder, image: str, name: str, zero: str, shape: tuple[int, int, int], rows: int, pads: tuple[int, int]
+) -> str:
+    """The image (n, *shape), padded at both sides, as (n, h / rows, w' / RUN, RUN * rows * chi): pixels, rows and
+    channels in that order."""
+    chi, high, wide = shape
+    if rows > 1:  # whole rows are moved, which is cheap, and make as many times more channels
+        apart = b.node("Reshape", [image, b.shape(0, chi, high // rows, rows, wide)], f"{name}.rows")
+        turned = b.node("Transpose", [apart], f"{name}.apart", perm=[0, 3, 1, 2, 4])
+        image = b.node("Reshape", [turned, b.shape(0, rows * chi, high // rows, wide)], f"{name}.planes")
+    padded = b.node("Pad", [image, b.shape(0, 0, 0, pads[0], 0, 0, 0, pads[1]), zero], f"{name}.padded")
+    last = b.node("Transpose", [padded], f"{name}.image", perm=[0, 2, 3, 1])
+    return b.node(
+        "Reshape", [last, b.shape(0, high // rows, (wide + sum(pads)) // RUN, RUN * rows * chi)], f"{name}.runs"
+    )
+
+
+def _side_by_side(b: OnnxBuilder, conv: Conv, made: int, step: int, pixels: int, rows: int, name: str) -> str:
+    """Weights (cho, chi, kh, kw) -> (made * cho, RUN * rows * chi, kh / rows, pixels), one copy moved on by `step` a
+    time."""
     cho, chi, high, kernel = conv.weight
     rest = RUN * pixels - kernel
     copies = [
@@ -103,9 +119,10 @@ def _side_by_side(b: OnnxBuilder, conv: Conv, made: int, step: int, pixels: int,
         for i in range(made)
     ]
     joined = b.node("Concat", copies, f"{name}.copies", axis=0)
-    runs = b.node("Reshape", [joined, b.shape(made * cho, chi, high, pixels, RUN)], f"{name}.runs")
-    last = b.node("Transpose", [runs], f"{name}.last", perm=[0, 4, 1, 2, 3])
-    return b.node("Reshape", [last, b.shape(made * cho, RUN * chi, high, pixels)], name)
+    shape = b.shape(made * cho, chi, high // rows, rows, pixels, RUN)
+    apart = b.node("Reshape", [joined, shape], f"{name}.runs")
+    last = b.node("Transpose", [apart], f"{name}.last", perm=[0, 5, 3, 1, 2, 4])
+    return b.node("Reshape", [last, b.shape(made * cho, RUN * rows * chi, high // rows, pixels)], name)
 
 
 def _emit(b: OnnxBuilder, conv: Conv, inputs: list[str], output: str, **changed: list[int]) -> None:
