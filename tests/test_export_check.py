@@ -95,7 +95,7 @@ ENDS = (
 )
 
 
-@pytest.mark.parametrize("layout", ["packed", "blocked", "int8"])
+@pytest.mark.parametrize("layout", ["packed", "fused", "blocked", "int8"])
 @pytest.mark.parametrize("ends", ENDS)
 def test_right_files_pass(converted, layout, ends):
     data = export_quantized(converted, layout, SIDE, ends).SerializeToString()

@@ -9,9 +9,9 @@ from torch.nn import functional as F
 
 from dsconvert.fit.clipping import LEVELS
 from dsconvert.fit.importance import measure_importance
-from dsconvert.fit.ranges import HIGHS, best_range, choose_grids, least, on_grids
+from dsconvert.fit.ranges import HIGHS, Seen, best_range, choose_grids, least, on_grids, share_grids
 from dsconvert.graph.integer import QParams, grid_of
-from dsconvert.graph.ir import INPUT
+from dsconvert.graph.ir import INPUT, Graph, Node
 from dsconvert.yolo.lower import lower
 
 
@@ -112,3 +112,50 @@ def test_values_that_are_cut_together_are_not_cut():
     together = (torch.full((1000,), 7.0).sum() - 1000 * LEVELS.clamp_max(7.0)).square()
     assert range_of(values, weights).scale * 255 < 6.5
     assert best_range(values, weights, lambda x: x, together).scale * 255 > 6.9
+
+
+def seen_of(high: float, weight: float = 1.0, low: float = 0.0) -> Seen:
+    values = torch.linspace(low, high, 1001)
+    weights = torch.full_like(values, weight)
+    return Seen(values, weights, apart(values, weights))
+
+
+def joins(*nodes: tuple[str, str, tuple[str, ...]]) -> Graph:
+    return Graph(tuple(Node(op, name, inputs, {}) for op, name, inputs in nodes), (nodes[-1][1],))
+
+
+def shared(graph: Graph, seen: dict[str, Seen]) -> dict[str, QParams]:
+    own = {name: best_range(s.values, s.weights, lambda x: x, s.clipping) for name, s in seen.items()}
+    own[INPUT] = QParams(1 / 255, 0)
+    return share_grids(graph, seen, own)
+
+
+def test_what_is_only_joined_has_the_grid_of_the_whole():
+    graph = joins(("act", "a", (INPUT,)), ("add", "b", ("a", "a")), ("concat", "c", ("a", "b")))
+    grids = shared(graph, {"a": seen_of(9.0), "b": seen_of(10.0, low=-2.0), "c": seen_of(10.0, low=-2.0)})
+    assert grids["a"] == grids["b"] == grids["c"] == QParams.of_range(-2.0, 10.0)
+    assert grids[INPUT] == QParams(1 / 255, 0)
+
+
+def test_a_coarse_grid_is_not_shared_with_what_needs_a_fine_one():
+    """Rounding errors of a grid s: s^2 / 12 a value, by weight. Shared, a's would be 100^2 times as large."""
+    graph = joins(("act", "a", (INPUT,)), ("act", "b", (INPUT,)), ("concat", "c", ("a", "b")))
+    for weight, equal in ((1.0, False), (1e-8, True)):
+        # rounding a once more costs as much as rounding it once: the concatenation counts b alone here
+        grids = shared(graph, {"a": seen_of(1.0, weight), "b": seen_of(100.0, 1e-6), "c": seen_of(100.0, 1e-6)})
+        assert (grids["a"] == grids["b"]) == equal
+        assert grids["c"] == QParams.of_range(0.0, 100.0)
+        assert grids["a"] == QParams.of_range(0.0, 100.0 if equal else 1.0)
+
+
+def test_pools_and_groups_are_joined_through_what_they_come_from():
+    graph = joins(
+        ("act", "a", (INPUT,)), ("maxpool", "p", ("a",)), ("concat", "c", ("a", "p")), ("upsample", "u", ("c",)),
+        ("act", "b", (INPUT,)), ("concat", "d", ("u", "b")), ("concat", "e", ("b", INPUT)),
+    )  # fmt: skip
+    seen = {name: seen_of(high) for name, high in (("a", 8.0), ("c", 8.5), ("b", 10.0), ("d", 10.0), ("e", 10.0))}
+    grids = shared(graph, seen)
+    assert set(grids) == {INPUT, "a", "b", "c", "d", "e"}
+    assert {grids[name] for name in "abcd"} == {QParams.of_range(0.0, 10.0)}
+    assert grids[INPUT] == QParams(1 / 255, 0)  # the image's grid is exact, and stays
+    assert grids["e"] == QParams.of_range(0.0, 10.0)

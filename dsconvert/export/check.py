@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dsconvert.errors import CheckError
+from dsconvert.export.lastchannels import LAST
 from dsconvert.export.onnx import Ends
 from dsconvert.graph.integer import grid_of, integer_step, real_params, run_integer
 from dsconvert.graph.ir import INPUT, ConvParams, Graph, Node
@@ -193,10 +194,13 @@ def _first_wrong(data: bytes, reference: Reference, feed: Array, real: Tensor) -
     """The first node that, given what the file gives it, does not make what torch makes of that."""
     kind = onnx.TensorProto.UINT8 if reference.exact else onnx.TensorProto.FLOAT
     there = {name for node in onnx.load_from_string(data).graph.node for name in node.output}
-    names = [n for n in _value_names(reference) if n in there]
+    # layout fused has maps with channels last, under names of their own
+    names = [n if n in there else f"{n}{LAST}" for n in _value_names(reference) if {n, f"{n}{LAST}"} & there]
     values = _run(_session(_exposed(data, names, kind)), feed)[-len(names) :]
-    made = dict(zip(names, values, strict=True))
-    got = {name.removesuffix(reference.suffix): torch.from_numpy(value).float() for name, value in made.items()}
+    got: dict[str, Tensor] = {}
+    for name, value in zip(names, map(torch.from_numpy, values), strict=True):
+        first = value.permute(0, 3, 1, 2) if name.endswith(LAST) else value
+        got[name.removesuffix(LAST).removesuffix(reference.suffix)] = first.contiguous().float()
     if INPUT not in got:  # bytes are the integers of the image
         got[INPUT] = torch.from_numpy(feed).float() if reference.exact else real
     for node in reference.graph.nodes:

@@ -15,6 +15,8 @@ from pathlib import Path
 import onnx
 import onnxruntime as ort
 
+from dsconvert.export.lastchannels import channels_last
+
 
 def fuse(packed: onnx.ModelProto) -> onnx.ModelProto:
     """The packed model as ONNX Runtime would run it on any CPU, constants as they were."""
@@ -31,6 +33,7 @@ def fuse(packed: onnx.ModelProto) -> onnx.ModelProto:
     made.graph.node.extend(optimised.graph.node)
     made.graph.initializer.extend(stored[name] for name in needed if name in stored)
     made.graph.initializer.extend(new[name] for name in needed if name in new)
+    channels_last(made, _shapes(packed), {t.name: tuple(t.dims) for t in optimised.graph.initializer})
     used = {node.domain for node in made.graph.node}
     # the optimiser lists every domain it knows
     made.opset_import.extend(o for o in optimised.opset_import if o.domain in used)
@@ -48,6 +51,12 @@ def _optimised(model: onnx.ModelProto) -> onnx.ModelProto:
         options.optimized_model_filepath = str(path)
         ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
         return onnx.load(path)
+
+
+def _shapes(model: onnx.ModelProto) -> dict[str, tuple[int, ...]]:
+    """Shapes of inputs and all values, 0 where a dimension is open."""
+    graph = onnx.shape_inference.infer_shapes(model).graph
+    return {v.name: tuple(d.dim_value for d in v.type.tensor_type.shape.dim) for v in (*graph.input, *graph.value_info)}
 
 
 def _constant_makers(model: onnx.ModelProto, stored: set[str]) -> dict[str, onnx.NodeProto]:

@@ -94,7 +94,8 @@ def _shape(
     node = makers.get(value)
     if node is None:
         return None
-    if node.op_type in ("DequantizeLinear", "QuantizeLinear", "Cast", "Add", "Mul"):
+    through = ("DequantizeLinear", "QuantizeLinear", "Cast", "Add", "Mul", "Pad", "Transpose")
+    if node.op_type in through or _rearranges(node, makers):
         return _shape(node.input[0], makers, tensors, seen)
     if node.op_type == "Concat":  # along the input channels
         parts = [_shape(name, makers, tensors, seen) for name in node.input]
@@ -104,6 +105,14 @@ def _shape(
         return None
     shape = tuple(int(n) for n in numpy_helper.to_array(tensors[node.input[1]]))
     return shape if all(n > 0 for n in shape) else None
+
+
+def _rearranges(node: onnx.NodeProto, makers: dict[str, onnx.NodeProto]) -> bool:
+    """Whether it is part of what `export.quickconv` makes of a weight: copies side by side, in another order."""
+    if node.op_type == "Concat":
+        return any(a.name == "axis" and a.i == 0 for a in node.attribute)
+    source = makers.get(node.input[0]) if node.op_type == "Reshape" and node.input else None
+    return source is not None and (source.op_type == "Transpose" or _rearranges(source, makers))
 
 
 def _count(tensor: onnx.TensorProto) -> int:

@@ -3,18 +3,24 @@
 The squared rounding error of every calibration value is weighted by what `importance` says of it; what cutting the
 upper end costs is measured as a whole (`fit.clipping`). A convolution's output that feeds an activation is judged
 after that activation: the far negative side of SiLU's input is all alike and deserves no grid points.
+
+What is concatenated shares one grid where that errs less. An engine that joins maps on different grids rounds them
+again, to the grid of the whole, and is slow at it: a table is looked up for every byte, where equal grids are one copy.
+What is only joined, as in a C3 block, loses nothing by having that grid from the start; what other layers read too, as
+the backbone's maps, is rounded for the range of all, so the squared errors decide.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from dsconvert.fit.clipping import LEAST_SHARE, effect_at
 from dsconvert.fit.importance import judged
-from dsconvert.graph.integer import QMAX, QParams
+from dsconvert.graph.integer import QMAX, QParams, keeps_grid
 from dsconvert.graph.ir import INPUT, Graph
 from dsconvert.graph.run import ACTIVATIONS
 
@@ -26,6 +32,22 @@ TOGETHER = 8  # ranges tried at once: their rounded values still fit the cache
 IMAGE_GRID = QParams.of_range(0.0, 1.0)  # exact for 8-bit images: scale 1/255, zero point 0
 
 
+@dataclass(frozen=True)
+class Seen:
+    """Calibration values (k,), their weights, and what clipping them costs by `clipping.LEVELS`."""
+
+    values: Tensor
+    weights: Tensor
+    clipping: Tensor
+
+    def error(self, grid: QParams) -> float:
+        """The weighted squared error of having the values on a grid."""
+        high = (QMAX - grid.zero_point) * grid.scale
+        off = grid.dequantize(grid.quantize(self.values)).sub_(self.values).square_().mul_(self.weights)
+        cut = effect_at(self.clipping, high) if float(self.values.max()) > high else 0.0
+        return float((off * (self.values <= high)).sum()) + cut
+
+
 def choose_grids(
     graph: Graph, samples: Mapping[str, tuple[Tensor, Tensor]], clipping: Mapping[str, Tensor], seed: int
 ) -> dict[str, QParams]:
@@ -35,13 +57,44 @@ def choose_grids(
     behind = judged(graph)
     generator = torch.Generator().manual_seed(seed)
     grids = {INPUT: IMAGE_GRID}
+    seen: dict[str, Seen] = {}
     for name, (values, weights) in samples.items():
         judge = ACTIVATIONS[kinds[behind[name]]] if name in behind else lambda x: x
         if values.numel() > SEARCH_SAMPLES:
             picks = torch.randint(values.numel(), (SEARCH_SAMPLES,), generator=generator)
             picks = torch.cat((picks, values.argmin()[None], values.argmax()[None]))
             values, weights = values[picks], weights[picks] * (values.numel() / SEARCH_SAMPLES)
-        grids[name] = best_range(values, weights, judge, clipping[behind.get(name, name)])
+        effects = clipping[behind.get(name, name)]
+        grids[name] = best_range(values, weights, judge, effects)
+        if name not in behind:
+            seen[name] = Seen(values, weights, effects)
+    return share_grids(graph, seen, grids)
+
+
+def share_grids(graph: Graph, seen: Mapping[str, Seen], own: Mapping[str, QParams]) -> dict[str, QParams]:
+    """The grids, those of a concatenation and of what it joins made one where the joined values' errors add up to less
+    on it than on their own grids and once more on the concatenation's. `seen` has all values but convolutions' that
+    one activation reads (see `judged`)."""
+    sources = {INPUT: INPUT}  # value -> the value whose grid it has
+    grids = dict(own)
+    # what has the same grid, without concatenations of it
+    groups: dict[str, tuple[str, ...]] = {name: (name,) for name in seen}
+    for node in graph.nodes:
+        sources[node.name] = sources[node.inputs[0]] if keeps_grid(node.op) else node.name
+        names = [sources[name] for name in node.inputs]
+        if node.op != "concat" or not all(name in seen for name in names):
+            continue
+        parts = {groups[name] for name in names}
+        members = tuple(dict.fromkeys(m for name in names for m in groups[name]))
+        values, weights = (
+            torch.cat(t) for t in zip(*((seen[m].values, seen[m].weights) for m in members), strict=True)
+        )
+        grid = best_range(values, weights, lambda x: x, torch.stack([seen[m].clipping for m in members]).sum(0))
+        apart = sum(seen[m].error(grids[m]) for m in members) + seen[node.name].error(grids[node.name])
+        if sum(seen[m].error(grid) for m in members) > apart:
+            continue
+        for name in [node.name, *(n for n, part in groups.items() if part in parts)]:
+            groups[name], grids[name] = members, grid
     return grids
 
 
