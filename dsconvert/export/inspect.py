@@ -15,6 +15,10 @@ BITS: dict[int, int] = {
 }  # fmt: skip
 
 
+NOTHING = onnx.NodeProto()
+LONGEST = 3  # Reshape, Transpose and Reshape of `export.quickconv`
+
+
 @dataclass(frozen=True)
 class OnnxWeight:
     """A convolution's weight as stored: its largest initializer's shape and type, and all its bits together."""
@@ -109,10 +113,10 @@ def _shape(
 
 def _rearranges(node: onnx.NodeProto, makers: dict[str, onnx.NodeProto]) -> bool:
     """Whether it is part of what `export.quickconv` makes of a weight: copies side by side, in another order."""
-    if node.op_type == "Concat":
-        return any(a.name == "axis" and a.i == 0 for a in node.attribute)
-    source = makers.get(node.input[0]) if node.op_type == "Reshape" and node.input else None
-    return source is not None and (source.op_type == "Transpose" or _rearranges(source, makers))
+    source, steps = node, 0
+    while source.op_type in ("Reshape", "Transpose") and source.input and steps < LONGEST:
+        source, steps = makers.get(source.input[0], NOTHING), steps + 1
+    return source.op_type == "Concat" and any(a.name == "axis" and a.i == 0 for a in source.attribute)
 
 
 def _count(tensor: onnx.TensorProto) -> int:
