@@ -9,9 +9,10 @@ from dsconvert.dsconv.tensor import Width
 from dsconvert.fit.channels import PARTS, SHRINK, damped, is_moment, made_up_for, parts, second_moment
 from dsconvert.fit.gptq import Moments, fit_weight_gptq
 from dsconvert.fit.least_squares import fit_weight
-from dsconvert.fit.lockstep import fit_cds
+from dsconvert.fit.lockstep import fit_bias, fit_cds
 from dsconvert.fit.seen import Seen
 from dsconvert.graph.ir import Graph, Node
+from dsconvert.graph.run import conv
 from dsconvert.pipeline import coupled
 
 POINT = Node("conv", "c", ("x",), {"stride": 1, "padding": 0, "dilation": 1, "groups": 1})
@@ -100,6 +101,23 @@ def test_a_scaled_weight_gets_its_bias_alone():
     assert float(refitted.weight.weight()) == pytest.approx(0.8, rel=1e-4)
     # the mean is right in either case
     assert float(kept.bias) == pytest.approx(1 - 0.2 * float(x.mean()), rel=1e-4)
+
+
+@pytest.mark.parametrize(("kernel", "stride", "dilation"), [(1, 1, 1), (3, 2, 1), (3, 1, 2)])
+def test_a_bias_without_a_convolution_is_the_one_with(kernel, stride, dilation):
+    generator = torch.Generator().manual_seed(kernel)
+    padding = dilation * (kernel // 2)
+    node = Node("conv", "c", ("x",), {"stride": stride, "padding": padding, "dilation": dilation, "groups": 1})
+    fitted = fit_weight(torch.randn(5, 6, kernel, kernel, generator=generator), 4, 4)
+    batches = []
+    for first in (0, 2):
+        x = torch.rand(2, 6, 9, 8, generator=generator)
+        y = conv(node, x, torch.randn(5, 6, kernel, kernel, generator=generator), None)
+        batches.append(Seen(x, x, y, torch.rand(2, y[0, 0].numel(), generator=generator), first))
+    met = [(s.float_output - conv(node, s.input, fitted.weight(), None)).double().flatten(2) for s in batches]
+    wanted = sum((m * s.weights[:, None]).sum((0, 2)) for m, s in zip(met, batches, strict=True))
+    wanted /= sum(s.weights.double().sum() for s in batches)
+    torch.testing.assert_close(fit_bias(node, fitted, batches).bias.double(), wanted, rtol=1e-5, atol=1e-5)  # float32
 
 
 def test_only_narrow_layers_without_groups_and_with_integer_shifts_are_coupled():

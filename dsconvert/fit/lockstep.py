@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from torch.nn.grad import conv2d_weight
 
 from dsconvert import workers
 from dsconvert.dsconv.tensor import DSTensor
@@ -128,6 +129,24 @@ def _inputs(node: Node, values: Mapping[str, list[Tensor]]) -> list[list[Tensor]
     return [list(xs) for xs in zip(*(values[name] for name in node.inputs), strict=True)]
 
 
+def fit_bias(node: Node, weight: DSTensor, batches: Iterable[Seen]) -> QConv:
+    """CDSb = mean(y) - CDSw mean(a) of the accumulators a and float outputs y of `fit_cds`, CDSw as it is. No groups.
+
+    The mean of a is the weight on the mean of what it meets, so no convolution is computed: the weighted sum of a
+    layer's unfolded inputs is the gradient of its weights for an output of one channel."""
+    shape, a = (1, *weight.vqk.shape[1:]), node.attrs
+    inputs, outputs = torch.zeros(shape, dtype=torch.float64), torch.zeros(len(weight.vqk), dtype=torch.float64)
+    total = torch.zeros((), dtype=torch.float64)
+    for seen in batches:
+        w = seen.weights.to(seen.input).unflatten(1, seen.float_output.shape[2:])[:, None]
+        inputs += conv2d_weight(seen.input, shape, w, a["stride"], a["padding"], a["dilation"]).double().cpu()
+        outputs += torch.einsum("ncp,np->c", seen.float_output.flatten(2), w.flatten(1)).double().cpu()
+        total += w.sum(dtype=torch.float64).cpu()
+    inputs, outputs, total = (workers.summed(t) for t in (inputs, outputs, total))
+    mean = (weight.unscaled().double() * inputs / total).sum((1, 2, 3))
+    return QConv(weight, (outputs / total - weight.cds_w.double() * mean).float())
+
+
 def fit_cds(node: Node, weight: DSTensor, batches: Iterable[Seen], scaled: bool = False) -> QConv:
     """CDSw and CDSb as the weighted regression of float outputs y on accumulators a = conv(x, m VQK + z), per channel.
 
@@ -135,6 +154,8 @@ def fit_cds(node: Node, weight: DSTensor, batches: Iterable[Seen], scaled: bool 
     stays where the accumulator is constant or the regression would move it by more than a factor of two, and where the
     weight is `scaled` already.
     """
+    if scaled:
+        return fit_bias(node, weight, batches)
     merged = weight.unscaled()
     sums = torch.zeros(5, weight.vqk.shape[0], dtype=torch.float64)
     for seen in batches:
@@ -147,6 +168,6 @@ def fit_cds(node: Node, weight: DSTensor, batches: Iterable[Seen], scaled: bool 
     var, cov = saa / n - (sa / n) ** 2, sat / n - (sa / n) * (st / n)
     old = weight.cds_w.double()
     cds = cov / var.clamp_min(1e-30)
-    usable = (not scaled) & (var > 1e-12) & (cds > 0.5 * old) & (cds < 2 * old)
+    usable = (var > 1e-12) & (cds > 0.5 * old) & (cds < 2 * old)
     cds = torch.where(usable, cds, old)
     return QConv(replace(weight, cds_w=cds.float()), ((st - cds * sa) / n).float())
