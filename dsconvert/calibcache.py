@@ -5,19 +5,17 @@ A file's name is the key of everything that decides its content, so a cache is n
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 
 from safetensors import safe_open
-from safetensors.torch import save
 from torch import Tensor
 
 from dsconvert.calibration import Calibration
 from dsconvert.dsconv.tensor import Width
 from dsconvert.files import write_atomic
 from dsconvert.graph.integer import QParams
-from dsconvert.unfinished import DAMAGE
+from dsconvert.unfinished import DAMAGE, sealed, unsealed
 
 META = "dsconvert.calibration"
 
@@ -49,18 +47,18 @@ def calibration_bytes(calibration: Calibration) -> bytes:
         },
     }
     kinds = {"positions": calibration.positions, "channels": calibration.channels}
-    tensors = {f"{kind}/{name}": t.contiguous() for kind, named in kinds.items() for name, t in named.items()}
-    return save(tensors, {META: json.dumps(about)})
+    tensors = {f"{kind}/{name}": t for kind, named in kinds.items() for name, t in named.items()}
+    return sealed(tensors, META, about)
 
 
 def _read(path: Path, check: Callable[[Calibration], None]) -> Calibration | None:
     try:
         with safe_open(path, framework="pt") as stored:
-            about = json.loads((stored.metadata() or {})[META])
+            about, stored_tensors = unsealed(stored, META)
             tensors: dict[str, dict[str, Tensor]] = {"positions": {}, "channels": {}}
-            for key in stored.keys():  # noqa: SIM118 (no mapping)
+            for key, value in stored_tensors.items():
                 kind, name = key.split("/", 1)
-                tensors[kind][name] = stored.get_tensor(key)
+                tensors[kind][name] = value
             found = Calibration(
                 {name: QParams(float(scale), int(zero)) for name, (scale, zero) in about["own"].items()},
                 tensors["positions"],

@@ -27,6 +27,7 @@ from dsconvert.graph.integer import QConv
 
 NAME = "unfinished.safetensors"
 META = "dsconvert.unfinished"
+DIGEST = "digest"
 # what reading a safetensors file, and making something of it, may raise when it is damaged
 DAMAGE = (
     SafetensorError, OSError, KeyError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError,
@@ -42,22 +43,48 @@ def write_unfinished(path: Path, key: str, convs: Mapping[str, QConv]) -> None:
         if w.alpha is not None:
             tensors[f"{name}.alpha"] = w.alpha
     widths = {name: c.weight.width for name, c in convs.items()}
-    data = save({k: v.contiguous() for k, v in tensors.items()}, {META: json.dumps({"key": key, "layers": widths})})
-    write_atomic(path, data, force=True)
+    write_atomic(path, sealed(tensors, META, {"key": key, "layers": widths}), force=True)
+
+
+def sealed(tensors: Mapping[str, Tensor], meta: str, about: Mapping[str, Any]) -> bytes:
+    """A safetensors file with JSON under `meta`, and in it a digest of everything: a flipped bit that leaves plausible
+    numbers is found when the file is read."""
+    kept = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+    return save(kept, {meta: json.dumps({**about, DIGEST: digest(kept, about)})})
+
+
+def unsealed(stored: Any, meta: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The JSON and the tensors of an open file made of `sealed`. Raises ValueError or KeyError where they are not those
+    that were written."""
+    about = json.loads((stored.metadata() or {})[meta])
+    tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 (no mapping)
+    if about.pop(DIGEST) != digest(tensors, about):
+        raise ValueError(DIGEST)
+    return about, tensors
+
+
+def digest(tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> str:
+    """SHA-256 of names, kinds, shapes and numbers, and of plain JSON values."""
+    found = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
+    for name in sorted(tensors):
+        t = tensors[name]
+        found.update(f"{name} {t.dtype} {tuple(t.shape)}".encode())
+        found.update(t.numpy().tobytes())
+    return found.hexdigest()
 
 
 @contextmanager
-def resumed(path: Path, meta: str, key: str, deciding: str) -> Iterator[tuple[dict[str, Any], Any]]:
-    """What a stopped run left in a safetensors file, while it is read: the JSON under `meta`, and the open file.
+def resumed(path: Path, meta: str, key: str, deciding: str) -> Iterator[tuple[dict[str, Any], dict[str, Tensor]]]:
+    """What a stopped run left in a file made of `sealed`, while it is read: the JSON under `meta`, and the tensors.
 
     Raises InputError when there is no file, when its key is another, `deciding` being what the key stands for, and in
     place of whatever damage makes of the reading."""
     try:
         with safe_open(path, framework="pt") as stored:
-            about = json.loads((stored.metadata() or {})[meta])
-            if about["key"] != key:
-                raise InputError(f"{path} was left by a run with other {deciding}; it cannot be resumed with these.")
-            yield about, stored
+            about, tensors = unsealed(stored, meta)
+        if about["key"] != key:
+            raise InputError(f"{path} was left by a run with other {deciding}; it cannot be resumed with these.")
+        yield about, tensors
     except FileNotFoundError:
         raise InputError(f"There is nothing to resume: {path} does not exist.") from None
     except DAMAGE as error:
@@ -70,16 +97,14 @@ def read_unfinished(path: Path, key: str, shapes: Mapping[str, Sequence[int]]) -
     """The layers kept, by convolution name; `shapes` are those of the network's weights. Raises InputError when there
     are none, or of another run than `key`, or they cannot be this network's."""
     deciding = "options, images, checkpoint, threads or version"
-    with resumed(path, META, key, deciding) as (about, stored):
-        names = set(stored.keys())
+    with resumed(path, META, key, deciding) as (about, tensors):
         layers = {
             name: QConv(
                 DSTensor(
-                    stored.get_tensor(f"{name}.vqk"), stored.get_tensor(f"{name}.m"), None,
-                    stored.get_tensor(f"{name}.cdsw"), int(bits), int(block),
-                    stored.get_tensor(f"{name}.alpha") if f"{name}.alpha" in names else None, bool(runs),
+                    tensors[f"{name}.vqk"], tensors[f"{name}.m"], None, tensors[f"{name}.cdsw"], int(bits), int(block),
+                    tensors.get(f"{name}.alpha"), bool(runs),
                 ),
-                stored.get_tensor(f"{name}.cdsb"),
+                tensors[f"{name}.cdsb"],
             )
             for name, (bits, block, runs) in about["layers"].items()
         }  # fmt: skip

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from safetensors.torch import save
 from torch import Tensor
 
 from dsconvert.files import write_atomic
 from dsconvert.train.latents import Latents
-from dsconvert.unfinished import resumed
+from dsconvert.unfinished import resumed, sealed
 
 NAME = "finetuning.safetensors"
 META = "dsconvert.finetuning"
@@ -54,19 +52,19 @@ def write_state(path: Path, key: str, state: State) -> None:
     """Replace what was kept before."""
     tensors: dict[str, Tensor] = {}
     for name in SETS:
-        tensors |= {f"{name}/{k}": v.detach().cpu().contiguous() for k, v in getattr(state, name).items()}
+        tensors |= {f"{name}/{k}": v for k, v in getattr(state, name).items()}
     about = {"key": key, "steps": state.steps, "log": state.log}
-    write_atomic(path, save(tensors, {META: json.dumps(about)}), force=True)
+    write_atomic(path, sealed(tensors, META, about), force=True)
 
 
 def read_state(path: Path, key: str, like: Latents) -> State:
     """What `write_state` kept, on the devices of `like`. Raises InputError when there is nothing, or it is of a run
     with another key."""
     deciding = "options, images, labels, model, threads, processes or version"
-    with resumed(path, META, key, deciding) as (about, stored):
+    with resumed(path, META, key, deciding) as (about, tensors):
         state = State.new(like)
         for name in SETS:
-            found = {k: stored.get_tensor(f"{name}/{k}").to(v.device) for k, v in like.items()}
+            found = {k: tensors[f"{name}/{k}"].to(v.device) for k, v in like.items()}
             if any(found[k].shape != v.shape for k, v in like.items()):
                 raise ValueError(name)
             setattr(state, name, found)

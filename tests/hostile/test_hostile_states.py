@@ -3,6 +3,7 @@ sentence. Neither ends in a traceback or, worse, in another model."""
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import write_work
+from fuzz_damage import resealed
 from modelfiles import Opened, floats, put
 
 from dsconvert import pipeline
@@ -58,14 +60,25 @@ def run(tiny, tmp_path) -> Callable[..., None]:
 
 
 def damaged(good: bytes, key: str, changes: dict[str, Change]) -> dict[str, bytes]:
-    """The file with each thing wrong, by what."""
+    """The file with each thing wrong, by what, and with a digest that is right (see `flips` for one that is not)."""
     files = {**CONTAINERS, "half": good[: len(good) // 2]}
     for text in TEXTS:
-        files[f"header {text[:4]}"] = Opened(good, key).bytes(text)
+        files[f"header {text[:4]}"] = resealed(Opened(good, key).bytes(text), key)
     for what, change in changes.items():
         opened = Opened(good, key)
         change(opened)
-        files[what] = opened.bytes()
+        files[what] = resealed(opened.bytes(), key)
+    return files
+
+
+def flips(good: bytes) -> list[bytes]:
+    """One bit the other way, the least of a byte, at 40 places of the numbers: what is left is plausible."""
+    (length,) = struct.unpack("<Q", good[:8])
+    files = []
+    for place in np.linspace(8 + length, len(good) - 1, 40).astype(int):
+        file = bytearray(good)
+        file[place] ^= 1
+        files.append(bytes(file))
     return files
 
 
@@ -98,10 +111,11 @@ def test_a_damaged_calibration_is_made_again(run, tmp_path, monkeypatch):
            [float("nan"), 0], ["a", 0], [0.1], 5, None)},
         "a grid missing": lambda m: m.json["own"].pop(LAYER),
         "a grid too many": put([0.1, 0], "own", "x"),
-        **{f"damage {d}": put([[4, 16, d]], "damage", LAYER) for d in (-1, float("nan"), float("inf"), "x", None)},
+        **{f"damage {d}": put([[4, 16, False, d]], "damage", LAYER)
+           for d in (-1, float("nan"), float("inf"), "x", None)},
         "a width missing": lambda m: m.json["damage"][LAYER].pop(),
-        "a width too many": lambda m: m.json["damage"][LAYER].append([7, 16, 0.1]),
-        "a width of infinity": lambda m: m.json["damage"][LAYER].append([1e400, 16, 0.1]),
+        "a width too many": lambda m: m.json["damage"][LAYER].append([7, 16, False, 0.1]),
+        "a width of infinity": lambda m: m.json["damage"][LAYER].append([1e400, 16, False, 0.1]),
         "a layer without widths": lambda m: m.json["damage"].pop(LAYER),
         "own a list": put([], "own"), "damage a text": put("x", "damage"),
         **{f"{name} {v}": floats(name, v) for name in (positions, channels)
@@ -113,7 +127,7 @@ def test_a_damaged_calibration_is_made_again(run, tmp_path, monkeypatch):
         "a tensor of no kind": renamed(positions, LAYER), "a tensor of another kind": renamed(positions, f"x/{LAYER}"),
     }  # fmt: skip
     files = damaged(good, CACHE_META, changes)
-    for what, data in files.items():
+    for what, data in [*files.items(), *enumerate(flips(good))]:
         path.write_bytes(data)
         assert not read(), what
         assert path.read_bytes() == good, what
@@ -129,9 +143,9 @@ def test_a_damaged_unfinished_run_is_one_sentence(run, tmp_path):
     vqk = f"{LAYER}.vqk"
     shape = Opened(good, UNFINISHED_META).tensors[vqk][1]
     changes: dict[str, Change] = {
-        **{f"width {w}": put(w, "layers", LAYER) for w in ([4], [0, 16], [64, 16], [4, 0], [1e400, 16], [4, 1e400],
-           ["4", {}], 5, None)},
-        "layers a text": put("x", "layers"), "an unknown layer": put([8, 16], "layers", "x"),
+        **{f"width {w}": put(w, "layers", LAYER) for w in ([4], [4, 16], [0, 16, False], [64, 16, False], [4, 0, False],
+           [1e400, 16, False], [4, 1e400, False], ["4", {}, False], [4, 16, True], 5, None)},
+        "layers a text": put("x", "layers"), "an unknown layer": put([8, 16, False], "layers", "x"),
         **{f"{part} {v}": floats(f"{LAYER}.{part}", v) for part in ("cdsw", "cdsb")
            for v in (float("nan"), float("-inf"))},
         **{f"{part} of another kind": retyped(f"{LAYER}.{part}", "I32") for part in ("cdsw", "cdsb")},
@@ -142,7 +156,7 @@ def test_a_damaged_unfinished_run_is_one_sentence(run, tmp_path):
         **{f"{part} missing": missing(f"{LAYER}.{part}") for part in ("vqk", "m", "cdsw", "cdsb")},
     }  # fmt: skip
     files = damaged(good, UNFINISHED_META, changes)
-    for what, data in files.items():
+    for what, data in [*files.items(), *enumerate(flips(good))]:
         path.write_bytes(data)
         assert (
             refusal(lambda: read_unfinished(path, key, shapes)) == f"{path} is damaged; start again without --resume."
@@ -177,7 +191,7 @@ def test_a_damaged_finetune_is_one_sentence(tmp_path):
         "another key's place": lambda m: m.json.pop("key"),
         "moments missing": missing(first), "moments of another shape": reshaped(first, [2, 4]),
     }  # fmt: skip
-    for what, data in damaged(good, STATE_META, changes).items():
+    for what, data in [*damaged(good, STATE_META, changes).items(), *enumerate(flips(good))]:
         path.write_bytes(data)
         refused = refusal(lambda: read_state(path, "key", like))
         assert refused == f"{path} is damaged; start again without --resume.", what
