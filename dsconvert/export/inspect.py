@@ -108,11 +108,9 @@ def _shape(
 
 
 def _rearranges(node: onnx.NodeProto, makers: dict[str, onnx.NodeProto]) -> bool:
-    """Whether it is part of what `export.quickconv` makes of a weight: copies side by side, in another order."""
-    if node.op_type == "Concat":
-        return any(a.name == "axis" and a.i == 0 for a in node.attribute)
+    """Whether it is part of what `export.quickconv` makes of the first convolution's weight."""
     source = makers.get(node.input[0]) if node.op_type == "Reshape" and node.input else None
-    return source is not None and (source.op_type == "Transpose" or _rearranges(source, makers))
+    return source is not None and source.op_type in ("Pad", "Transpose")
 
 
 def _count(tensor: onnx.TensorProto) -> int:
