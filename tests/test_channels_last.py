@@ -9,14 +9,16 @@ import onnx
 import onnxruntime as ort
 import pytest
 import torch
+from conftest import TINY, convert, randomise, smooth_picture
 from onnx import TensorProto, helper, numpy_helper
 
 from dsconvert.errors import CheckError
 from dsconvert.export.builder import OnnxBuilder
 from dsconvert.export.check import check_export, check_images, reference_of
 from dsconvert.export.lastchannels import channels_last
-from dsconvert.export.onnx import PLAIN, export_quantized
+from dsconvert.export.onnx import PLAIN, Ends, export_quantized
 from dsconvert.export.quickconv import Conv, add_conv, add_first_conv
+from dsconvert.yolo.network import Network, head_from_detect
 
 SIDE = 64
 ZERO, OUT_ZERO = 3, 100
@@ -173,6 +175,26 @@ def test_maps_are_turned_around_once_and_boxes_once(converted, tmp_path):
         )
     used = {name for node in made.graph.node for name in node.input}
     assert {t.name for t in made.graph.initializer} <= used
+
+
+@pytest.mark.parametrize(("nc", "pieces", "rest"), [(20, [21, 21, 21, 1], 1), (31, [32, 32, 32], 0)])
+def test_boxes_of_many_classes_are_cut_out_by_anchor(nc, pieces, rest):
+    """63 channels are computed as 64, and the one more is cut off with the anchors; 96 are as they are."""
+    network = Network(TINY, nc=nc, na=3).eval()
+    randomise(network)
+    network.requires_grad_(False)
+    head = head_from_detect(network.detect, [4, 8], [str(i) for i in range(nc)])
+    model = convert(network, head, smooth_picture())
+    packed, fused = (export_quantized(model, layout, SIDE, Ends(dynamic_batch=True)) for layout in ("packed", "fused"))
+    x = np.random.default_rng(0).random((2, 3, SIDE, SIDE), np.float32)
+    found, wanted = (session(made).run(None, {"images": x})[0] for made in (fused, packed))
+    assert np.array_equal(found, wanted)
+    tensors = {t.name: numpy_helper.to_array(t).tolist() for t in fused.graph.initializer if t.data_type == 7}
+    splits = [n for n in fused.graph.node if n.op_type == "Split" and n.input[0].endswith((".wide", ".q.last"))]
+    assert [tensors[n.input[1]] for n in splits] == [pieces] * 2
+    assert {n.input[0].endswith(".wide") for n in splits} == {bool(rest)}
+    slices = [n for n in fused.graph.node if n.op_type == "Slice"]  # of weights; nothing else reads the 63
+    assert not [n for n in slices if n.input[0].endswith(".wide")]
 
 
 @pytest.mark.parametrize("layer", ["model.0", "model.2.m.0.cv1", "model.7.cv3"])

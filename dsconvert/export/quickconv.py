@@ -50,20 +50,22 @@ class Conv:
         )
 
 
-def add_conv(b: OnnxBuilder, conv: Conv, x: str, output: str) -> None:
-    """The convolution of x (n, h, w, chi), as `output` (n, h', w', cho)."""
-    cho = conv.weight[0]
+def add_conv(b: OnnxBuilder, conv: Conv, x: str, output: str) -> tuple[str, int]:
+    """The convolution of x (n, h, w, chi), as `output` (n, h', w', cho). Returns that, or the map of more channels it
+    is cut out of, and how many more these are."""
+    cho, inputs = conv.weight[0], [x, *conv.node.input[1:]]
     if cho <= FEW or cho % 4 == 0 or not conv.plain:
-        _emit(b, conv, [x, *conv.node.input[1:]], output)
-        return
+        _emit(b, conv, inputs, output)
+        return output, 0
     more = -cho % FULL
-    inputs = [x, *conv.node.input[1:]]
     inputs[3] = b.node("Pad", [inputs[3], b.shape(*[0] * 4, more, *[0] * 3)], f"{output}.weight")
     for place in (4, 8):  # scales and biases
         if place < len(inputs) and inputs[place]:
             inputs[place] = b.node("Pad", [inputs[place], b.shape(0, more)], f"{output}.{place}")
-    _emit(b, conv, inputs, f"{output}.wide")
-    b.node("Slice", [f"{output}.wide", b.shape(0), b.shape(cho), b.shape(3)], output)
+    wide = f"{output}.wide"
+    _emit(b, conv, inputs, wide)
+    b.node("Slice", [wide, b.shape(0), b.shape(cho), b.shape(3)], output)
+    return wide, more
 
 
 def add_first_conv(b: OnnxBuilder, conv: Conv, image: str, size: tuple[int, int], output: str) -> bool:
