@@ -35,7 +35,7 @@ BATCH = 4
 # activations (half, float32). More images than fit in are left out.
 LOCKSTEP_BYTES = 5 << 28
 MOST_VALUE = 60000  # of activations, which are kept as halves
-SYNTHETIC_IMAGES, SYNTHETIC_SIDE, SYNTHETIC_STEPS = 16, 320, 80
+SYNTHETIC_IMAGES, SYNTHETIC_SIDE, SYNTHETIC_STEPS = 48, 320, 80
 
 Progress = Callable[[str, int, int], None]
 

@@ -9,14 +9,16 @@ import onnx
 import onnxruntime as ort
 import pytest
 import torch
+from conftest import TINY, convert, randomise, smooth_picture
 from onnx import TensorProto, helper, numpy_helper
 
 from dsconvert.errors import CheckError
 from dsconvert.export.builder import OnnxBuilder
 from dsconvert.export.check import check_export, check_images, reference_of
 from dsconvert.export.lastchannels import channels_last
-from dsconvert.export.onnx import PLAIN, export_quantized
+from dsconvert.export.onnx import PLAIN, Ends, export_quantized
 from dsconvert.export.quickconv import Conv, add_conv, add_first_conv
+from dsconvert.yolo.network import Network, head_from_detect
 
 SIDE = 64
 ZERO, OUT_ZERO = 3, 100
@@ -64,9 +66,16 @@ class Case:
         return (np.clip(np.rint(real) + OUT_ZERO, 0, 255)).astype(np.uint8).transpose(0, 2, 3, 1)
 
 
-@pytest.mark.parametrize(("kernel", "stride", "pad"), [(6, 2, 2), (3, 2, 1), (3, 1, 1), (1, 4, 0), (5, 1, 2)])
+@pytest.mark.parametrize(
+    ("kernel", "stride", "pad", "taken"),
+    [
+        (6, 2, 2, (12, 3, 3)), (3, 2, 1, (12, 2, 2)), (5, 2, 2, (12, 3, 3)), (4, 2, 0, (12, 2, 2)),
+        (1, 2, 0, (12, 1, 1)),
+        (6, 2, 1, (12, 4, 4)), (3, 2, 2, (12, 2, 2)), (3, 1, 1, (4, 3, 3)), (7, 3, 2, (4, 7, 7)),
+    ],
+)  # fmt: skip
 @pytest.mark.parametrize("count", [1, 2])
-def test_the_first_convolution_of_four_pixels_at_a_time(kernel, stride, pad, count, tmp_path):
+def test_the_first_convolution_in_channels_that_are_a_multiple_of_four(kernel, stride, pad, taken, count, tmp_path):
     case = Case((8, 3, kernel, kernel), stride, pad)
     assert add_first_conv(case.b, case.conv, "x", (24, 32), "y")
     x = np.random.default_rng(1).integers(0, 256, (count, 3, 24, 32)).astype(np.uint8)
@@ -75,23 +84,28 @@ def test_the_first_convolution_of_four_pixels_at_a_time(kernel, stride, pad, cou
     folded = onnx.load(tmp_path / "optimised.onnx").graph
     node = next(n for n in folded.node if n.op_type == "QLinearConv")
     weight = next(t for t in folded.initializer if t.name == node.input[3])  # known at load, or it is slow
-    rows = 2 if (kernel, stride, pad) == (6, 2, 2) else 1  # two rows at a time
-    assert list(weight.dims[:2]) == [8 * 4 // stride, 12 * rows]
+    assert tuple(weight.dims) == (8, *taken)
     assert node.name.startswith("it")
 
 
+def test_an_odd_image_has_its_channels_filled_up():
+    case = Case((8, 3, 3, 3), 2, 1)
+    assert add_first_conv(case.b, case.conv, "x", (23, 32), "y")
+    x = np.random.default_rng(1).integers(0, 256, (1, 3, 23, 32)).astype(np.uint8)
+    assert np.array_equal(session(model_of(case.b, x.shape)).run(None, {"x": x})[0], case.answer(x))
+
+
 @pytest.mark.parametrize(
-    ("case", "width"),
+    "case",
     [
-        (Case((8, 4, 3, 3), 2, 1), 32), (Case((8, 3, 3, 3), 3, 1), 32), (Case((8, 3, 3, 3), 2, 1), 34),
-        (Case((8, 3, 3, 3), 2, 0), 32), (Case((8, 3, 3, 3), 1, 2, dilations=[2, 2]), 32),
-        (Case((9, 1, 3, 3), 1, 1, group=3), 32),
+        Case((8, 4, 3, 3), 2, 1), Case((8, 3, 3, 3), 1, 2, dilations=[2, 2]), Case((9, 1, 3, 3), 1, 1, group=3),
+        Case((8, 3, 3, 3), 1, 0, auto_pad="SAME_UPPER"),
     ],
-    ids=["channels", "stride", "width", "padding", "dilation", "groups"],
+    ids=["channels", "dilation", "groups", "auto_pad"],
 )  # fmt: skip
-def test_other_first_convolutions_are_left_alone(case, width):
+def test_other_first_convolutions_are_left_alone(case):
     before = list(case.b.nodes)
-    assert not add_first_conv(case.b, case.conv, "x", (24, width), "y")
+    assert not add_first_conv(case.b, case.conv, "x", (24, 32), "y")
     assert case.b.nodes == before
 
 
@@ -161,6 +175,26 @@ def test_maps_are_turned_around_once_and_boxes_once(converted, tmp_path):
         )
     used = {name for node in made.graph.node for name in node.input}
     assert {t.name for t in made.graph.initializer} <= used
+
+
+@pytest.mark.parametrize(("nc", "pieces", "rest"), [(20, [21, 21, 21, 1], 1), (31, [32, 32, 32], 0)])
+def test_boxes_of_many_classes_are_cut_out_by_anchor(nc, pieces, rest):
+    """63 channels are computed as 64, and the one more is cut off with the anchors; 96 are as they are."""
+    network = Network(TINY, nc=nc, na=3).eval()
+    randomise(network)
+    network.requires_grad_(False)
+    head = head_from_detect(network.detect, [4, 8], [str(i) for i in range(nc)])
+    model = convert(network, head, smooth_picture())
+    packed, fused = (export_quantized(model, layout, SIDE, Ends(dynamic_batch=True)) for layout in ("packed", "fused"))
+    x = np.random.default_rng(0).random((2, 3, SIDE, SIDE), np.float32)
+    found, wanted = (session(made).run(None, {"images": x})[0] for made in (fused, packed))
+    assert np.array_equal(found, wanted)
+    tensors = {t.name: numpy_helper.to_array(t).tolist() for t in fused.graph.initializer if t.data_type == 7}
+    splits = [n for n in fused.graph.node if n.op_type == "Split" and n.input[0].endswith((".wide", ".q.last"))]
+    assert [tensors[n.input[1]] for n in splits] == [pieces] * 2
+    assert {n.input[0].endswith(".wide") for n in splits} == {bool(rest)}
+    slices = [n for n in fused.graph.node if n.op_type == "Slice"]  # of weights; nothing else reads the 63
+    assert not [n for n in slices if n.input[0].endswith(".wide")]
 
 
 @pytest.mark.parametrize("layer", ["model.0", "model.2.m.0.cv1", "model.7.cv3"])

@@ -22,7 +22,7 @@ from dsconvert.modelfile import load_model
 @click.argument("model", type=PATH, required=False)
 @click.option("--onnx", "to_onnx", is_flag=True, help="Write ONNX (the one format so far).")
 @click.option("--layout", type=click.Choice(list(LAYOUT_OPSET)), default="packed", show_default=True,
-              help="packed: smallest file. fused: the same for ONNX Runtime alone, loads faster. "
+              help="packed: smallest file. fused: the same for ONNX Runtime alone, faster. "
               "blocked: ONNX block scales. int8: runs on old engines. float: for --kds float.")  # fmt: skip
 @click.option("--imgsz", type=int, help="Side of the input, pixels (default: as calibrated).")
 @click.option("--dynamic-batch", is_flag=True, help="Leave the batch size open.")

@@ -4,6 +4,7 @@ ONNX Runtime turns quantize and dequantize pairs around float operators into ope
 QLinearSigmoid, ...) every time it loads a packed file, which is most of the loading. Here that is done once, at export.
 What the optimiser also folds, weights above all, is put back as the constants it was folded from: the file stays as
 small, loads in about half the time and gives the same integers, in ONNX Runtime alone (operators of `com.microsoft`).
+Then it is turned around to channels last (see `lastchannels`), as ONNX Runtime would at every load too.
 """
 
 from __future__ import annotations

@@ -112,11 +112,11 @@ def _shape(
 
 
 def _rearranges(node: onnx.NodeProto, makers: dict[str, onnx.NodeProto]) -> bool:
-    """Whether it is part of what `export.quickconv` makes of a weight: copies side by side, in another order."""
+    """Whether it is part of what `export.quickconv` makes of the first convolution's weight, which is padded first."""
     source, steps = node, 0
     while source.op_type in ("Reshape", "Transpose") and source.input and steps < LONGEST:
         source, steps = makers.get(source.input[0], NOTHING), steps + 1
-    return source.op_type == "Concat" and any(a.name == "axis" and a.i == 0 for a in source.attribute)
+    return node.op_type == "Reshape" and source.op_type == "Pad"
 
 
 def _count(tensor: onnx.TensorProto) -> int:

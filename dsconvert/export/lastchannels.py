@@ -26,6 +26,7 @@ PLACEWISE = (
     "LeakyRelu", "HardSigmoid", "Sigmoid", "Mul", "Add",
 )  # fmt: skip
 JOINING = ("QLinearConcat", "Concat")
+SHORT = 16  # bytes of a box that a Transpose moves faster than a Split
 Shapes = Mapping[str, tuple[int, ...]]
 
 
@@ -35,10 +36,14 @@ def channels_last(model: onnx.ModelProto, values: Shapes, constants: Shapes) -> 
     walk = _Walk(model, values, constants)
     for node in model.graph.node:
         walk.add(node)
-    used = {name for node in walk.b.nodes for name in node.input}
+    used, nodes = set(walk.outputs), []
+    for node in reversed(walk.b.nodes):
+        if used & set(node.output):
+            used |= set(node.input)
+            nodes.append(node)
     kept = [t for t in (*model.graph.initializer, *walk.b.initializers.values()) if t.name in used]
     del model.graph.node[:], model.graph.initializer[:]
-    model.graph.node.extend(walk.b.nodes)
+    model.graph.node.extend(reversed(nodes))
     model.graph.initializer.extend(kept)
 
 
@@ -50,16 +55,16 @@ class _Walk:
         self.values, self.constants = values, constants
         self.outputs = {v.name for v in model.graph.output}
         self.last: dict[str, str] = {}
-        self.split: dict[str, tuple[str, list[int]]] = {}
+        self.wider: dict[str, tuple[str, int]] = {}  # map -> what it is cut out of, and how many channels more
+        self.boxes: dict[str, tuple[str, list[int]]] = {}  # value of decoding -> map, (0, na, columns, h, w)
+        self.pieces: dict[str, list[str]] = {}  # value of decoding -> one for each anchor, to be joined along axis 1
         self.tensors = {t.name: t for t in model.graph.initializer}
 
     def add(self, node: onnx.NodeProto) -> None:
         """Emit one node, turned around if it has to do with maps."""
         if node.op_type == "QLinearConv":
             self._conv(node)
-        elif node.op_type == "Transpose" and node.input[0] in self.split:
-            self._boxes(node)
-        elif not (self._turned(node) or self._splits_boxes(node)):
+        elif not (self._turned(node) or self._decodes(node)):
             for name in node.input:
                 self._first(name)
             self.b.nodes.append(node)
@@ -118,7 +123,7 @@ class _Walk:
         size = self.values.get(source, ())[2:]
         known = source not in self.last and len(size) == 2 and all(size)
         if not (known and add_first_conv(self.b, conv, source, (size[0], size[1]), output)):
-            add_conv(self.b, conv, self._turn(source), output)
+            self.wider[node.output[0]] = add_conv(self.b, conv, self._turn(source), output)
         self.last[node.output[0]] = output
 
     def _upsample(self, node: onnx.NodeProto) -> bool:
@@ -138,24 +143,42 @@ class _Walk:
         self.b.node("Gather", [wide, rows], output, axis=1)
         return True
 
-    def _splits_boxes(self, node: onnx.NodeProto) -> bool:
-        """Remember (n, na * columns, h, w) -> (n, na, columns, h, w), which a Transpose of `decode` brings into order:
-        from channels last, that is one Transpose too."""
-        if node.op_type != "Reshape" or node.input[0] not in self.last or node.input[1] not in self.tensors:
-            return False
-        source, shape = node.input[0], self.tensors[node.input[1]]
-        dims = numpy_helper.to_array(shape).tolist()
-        if len(dims) != 5 or dims[0] != 0:
-            return False
-        self.split[node.output[0]] = source, dims
-        return True
+    def _decodes(self, node: onnx.NodeProto) -> bool:
+        """The four nodes with which `decode` makes a table of a map: (n, na * columns, h, w) -> Reshape (n, na,
+        columns, h, w) -> Transpose (n, na, h, w, columns) -> Reshape to runs of boxes -> Concat of all levels."""
+        source, output = node.input[0], node.output[0]
+        if node.op_type == "Reshape" and node.input[1] in self.tensors:
+            shape = numpy_helper.to_array(self.tensors[node.input[1]]).tolist()
+            if source in self.last and len(shape) == 5 and shape[0] == 0:
+                self.boxes[output] = source, shape
+                return True
+            if source in self.boxes:
+                self._rows(*self.boxes[source], shape, output)
+                return True
+        if node.op_type == "Transpose" and source in self.boxes:
+            self.boxes[output] = self.boxes[source]
+            return True
+        if node.op_type == "Concat" and source in self.pieces:
+            self.b.node("Concat", [p for name in node.input for p in self.pieces[name]], output, axis=1)
+            return True
+        return False
 
-    def _boxes(self, node: onnx.NodeProto) -> None:
-        source, (_, na, columns, high, wide) = self.split[node.input[0]]
-        apart = self.b.node(
-            "Reshape", [self.last[source], self.b.shape(0, high, wide, na, columns)], f"{node.output[0]}.apart"
-        )
-        self.b.node("Transpose", [apart], node.output[0], perm=[0, 3, 1, 2, 4])
+    def _rows(self, source: str, split: list[int], runs: list[int], output: str) -> None:
+        """From channels last that is one Transpose too; or, quicker where each box has many bytes, an anchor's columns
+        are cut out, and joined when the levels are."""
+        b, (_, na, columns, high, wide) = self.b, split
+        if columns <= SHORT:
+            apart = b.node("Reshape", [self.last[source], b.shape(0, high, wide, na, columns)], f"{output}.apart")
+            turned = b.node("Transpose", [apart], f"{output}.turned", perm=[0, 3, 1, 2, 4])
+            self.pieces[output] = [b.node("Reshape", [turned, b.shape(*runs)], output)]
+            return
+        whole, more = self.wider.get(source, (self.last[source], 0))
+        parts = [f"{output}.{i}" for i in range(na)]
+        sizes = [columns] * na + ([more] if more else [])
+        ends = [f"{part}.columns" for part in parts] + ([f"{output}.rest"] if more else [])
+        b.nodes.append(helper.make_node("Split", [whole, b.shape(*sizes)], ends, axis=3))
+        shape = b.shape(0, runs[1] // na, runs[2])
+        self.pieces[output] = [b.node("Reshape", [f"{part}.columns", shape], part) for part in parts]
 
 
 class _Builder(OnnxBuilder):

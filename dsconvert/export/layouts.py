@@ -9,7 +9,7 @@ blocked 4-bit VQK -> DequantizeLinear in blocks of channels, its scale m -> Cast
         tensor of its own (OpenVINO refuses ragged blocks). Other widths are spelled as in packed: OpenVINO folds
         those too, but a blocked DequantizeLinear of INT8 it leaves beside a float convolution. Opset 21.
 int8    the merged int8 tensor itself. Opset 13 (per-channel DequantizeLinear); runs anywhere, file twice as big.
-fused   packed with ONNX Runtime's own operators around the weights (see `fused`).
+fused   packed with ONNX Runtime's own operators around the weights, channels last (see `fused`).
 float   the paper's real-valued shifts, in float (see `real`): the one layout that is not int8. Opset 21.
 
 OpenVINO folds constants of 4 bits and casts of them, but leaves INT8 and UINT8 constants as they are where a

@@ -4,9 +4,8 @@ The fast kernel (MLAS: MlasConvSymPackWSize) takes input channels in multiples o
 4, and computes 16 of them at once; anything else is unrolled, multiplied and rounded in three passes over memory. Two
 kinds of convolution in these networks are anything else, and both can be had in the right shape with equal numbers:
 
-- the first, of an image's 3 channels: four pixels in a row are one pixel of 12 channels, which costs no copy when
-  channels are last. Its kernel then makes all outputs that begin within four pixels, side by side as channels. Where it
-  fits, two rows are one too.
+- the first, of an image's 3 channels: where it takes every second pixel, two by two pixels are one of 12 channels, and
+  its kernel as much smaller; else the channels are filled up to 4.
 - the last, of so many channels a class: zero weights fill them up to a multiple of 16, and a Slice drops what they
   make.
 
@@ -22,7 +21,7 @@ from onnx import NodeProto, helper
 
 from dsconvert.export.builder import OnnxBuilder
 
-RUN = 4  # pixels in one
+RUN = 4  # input channels taken together
 FULL = 16  # output channels computed at once
 FEW = 32  # up to so many, filling them up gains no time
 MICROSOFT = "com.microsoft"
@@ -51,78 +50,69 @@ class Conv:
         )
 
 
-def add_conv(b: OnnxBuilder, conv: Conv, x: str, output: str) -> None:
-    """The convolution of x (n, h, w, chi), as `output` (n, h', w', cho)."""
-    cho = conv.weight[0]
+def add_conv(b: OnnxBuilder, conv: Conv, x: str, output: str) -> tuple[str, int]:
+    """The convolution of x (n, h, w, chi), as `output` (n, h', w', cho). Returns that, or the map of more channels it
+    is cut out of, and how many more these are."""
+    cho, inputs = conv.weight[0], [x, *conv.node.input[1:]]
     if cho <= FEW or cho % 4 == 0 or not conv.plain:
-        _emit(b, conv, [x, *conv.node.input[1:]], output)
-        return
+        _emit(b, conv, inputs, output)
+        return output, 0
     more = -cho % FULL
-    inputs = [x, *conv.node.input[1:]]
     inputs[3] = b.node("Pad", [inputs[3], b.shape(*[0] * 4, more, *[0] * 3)], f"{output}.weight")
     for place in (4, 8):  # scales and biases
         if place < len(inputs) and inputs[place]:
             inputs[place] = b.node("Pad", [inputs[place], b.shape(0, more)], f"{output}.{place}")
-    _emit(b, conv, inputs, f"{output}.wide")
-    b.node("Slice", [f"{output}.wide", b.shape(0), b.shape(cho), b.shape(3)], output)
+    wide = f"{output}.wide"
+    _emit(b, conv, inputs, wide)
+    b.node("Slice", [wide, b.shape(0), b.shape(cho), b.shape(3)], output)
+    return wide, more
 
 
 def add_first_conv(b: OnnxBuilder, conv: Conv, image: str, size: tuple[int, int], output: str) -> bool:
     """The convolution of an image (n, 3, h, w), channels first, as `output` (n, h', w', cho); False if it is not of
     the kind that this can do."""
-    cho, chi, high, kernel = conv.weight
-    (top, left, bottom, right), (down, step) = conv.attribute("pads", [0] * 4), conv.attribute("strides", [1, 1])
-    outputs = (size[1] + left + right - kernel) // step + 1
-    made = RUN // step  # side by side, by one kernel
-    if not conv.plain or chi % 4 == 0 or RUN % step or size[1] % RUN or outputs * step != size[1]:
+    chi = conv.weight[1]
+    if not conv.plain or chi % RUN == 0:
         return False
-    pixels = -(-((made - 1) * step + kernel) // RUN)  # of RUN each, that the kernel covers
     inputs = list(conv.node.input)
-    width = RUN * (outputs // made - 1 + pixels)
-    if width < size[1] + left:
-        return False
-    rows = down if not any(n % down for n in (size[0], high, top, bottom)) else 1
-    inputs[0] = _in_runs(b, image, output, inputs[2], (chi, *size), rows, (left, width - left - size[1]))
-    inputs[3] = _side_by_side(b, conv, made, step, pixels, rows, f"{output}.weight")
-    for place in (4, 8):
-        if place < len(inputs) and inputs[place]:
-            inputs[place] = b.node("Concat", [inputs[place]] * made, f"{output}.{place}", axis=0)
-    _emit(b, conv, inputs, f"{output}.wide", pads=[top // rows, 0, bottom // rows, 0], strides=[down // rows, 1])
-    b.node("Reshape", [f"{output}.wide", b.shape(0, (size[0] + top + bottom - high) // down + 1, outputs, cho)], output)
+    if conv.attribute("strides", [1, 1]) == [2, 2] and size[0] % 2 == size[1] % 2 == 0:
+        inputs[0] = _by_twos(b, image, (chi, *size), output)
+        inputs[3], pads = _kernel_by_twos(b, conv, size, output)
+        _emit(b, conv, inputs, output, pads=pads, strides=[1, 1])
+        return True
+    more = b.shape(0, 0, 0, 0, 0, -chi % RUN, 0, 0)
+    filled = b.node("Pad", [image, more], f"{output}.filled")
+    inputs[0] = b.node("Transpose", [filled], f"{output}.image", perm=[0, 2, 3, 1])
+    inputs[3] = b.node("Pad", [conv.node.input[3], more], f"{output}.weight")
+    _emit(b, conv, inputs, output)
     return True
 
 
-def _in_runs(
-    b: OnnxBuilder, image: str, name: str, zero: str, shape: tuple[int, int, int], rows: int, pads: tuple[int, int]
-) -> str:
-    """The image (n, *shape), padded at both sides, as (n, h / rows, w' / RUN, RUN * rows * chi): pixels, rows and
-    channels in that order."""
+def _by_twos(b: OnnxBuilder, image: str, shape: tuple[int, int, int], name: str) -> str:
+    """(n, chi, h, w) -> (n, h / 2, w / 2, 4 chi): columns, rows and channels of two by two pixels, in that order. Rows
+    are moved as they are, and columns not at all, which is cheap."""
     chi, high, wide = shape
-    if rows > 1:  # whole rows are moved, which is cheap, and make as many times more channels
-        apart = b.node("Reshape", [image, b.shape(0, chi, high // rows, rows, wide)], f"{name}.rows")
-        turned = b.node("Transpose", [apart], f"{name}.apart", perm=[0, 3, 1, 2, 4])
-        image = b.node("Reshape", [turned, b.shape(0, rows * chi, high // rows, wide)], f"{name}.planes")
-    padded = b.node("Pad", [image, b.shape(0, 0, 0, pads[0], 0, 0, 0, pads[1]), zero], f"{name}.padded")
-    last = b.node("Transpose", [padded], f"{name}.image", perm=[0, 2, 3, 1])
-    return b.node(
-        "Reshape", [last, b.shape(0, high // rows, (wide + sum(pads)) // RUN, RUN * rows * chi)], f"{name}.runs"
-    )
+    rows = b.node("Reshape", [image, b.shape(0, chi, high // 2, 2, wide)], f"{name}.rows")
+    apart = b.node("Transpose", [rows], f"{name}.apart", perm=[0, 3, 1, 2, 4])
+    planes = b.node("Reshape", [apart, b.shape(0, 2 * chi, high // 2, wide)], f"{name}.planes")
+    last = b.node("Transpose", [planes], f"{name}.image", perm=[0, 2, 3, 1])
+    return b.node("Reshape", [last, b.shape(0, high // 2, wide // 2, 4 * chi)], f"{name}.twos")
 
 
-def _side_by_side(b: OnnxBuilder, conv: Conv, made: int, step: int, pixels: int, rows: int, name: str) -> str:
-    """Weights (cho, chi, kh, kw) -> (made * cho, RUN * rows * chi, kh / rows, pixels), one copy moved on by `step` a
-    time."""
-    cho, chi, high, kernel = conv.weight
-    rest = RUN * pixels - kernel
-    copies = [
-        b.node("Pad", [conv.node.input[3], b.shape(0, 0, 0, i * step, 0, 0, 0, rest - i * step)], f"{name}.{i}")
-        for i in range(made)
-    ]
-    joined = b.node("Concat", copies, f"{name}.copies", axis=0)
-    shape = b.shape(made * cho, chi, high // rows, rows, pixels, RUN)
-    apart = b.node("Reshape", [joined, shape], f"{name}.runs")
-    last = b.node("Transpose", [apart], f"{name}.last", perm=[0, 5, 3, 1, 2, 4])
-    return b.node("Reshape", [last, b.shape(made * cho, RUN * rows * chi, high // rows, pixels)], name)
+def _kernel_by_twos(b: OnnxBuilder, conv: Conv, size: tuple[int, int], name: str) -> tuple[str, list[int]]:
+    """Weights (cho, chi, kh, kw) -> (cho, 4 chi, kh', kw') for such an image, and the pads in its pixels."""
+    cho, chi, *kernel = conv.weight
+    pads = conv.attribute("pads", [0] * 4)
+    before = [-(-pad // 2) for pad in pads[:2]]
+    shift = [2 * n - pad for n, pad in zip(before, pads, strict=False)]  # zeros before the kernel
+    smaller = [-(-(s + k) // 2) for s, k in zip(shift, kernel, strict=True)]
+    outputs = [(n + pads[i] + pads[i + 2] - kernel[i]) // 2 + 1 for i, n in enumerate(size)]
+    after = [o - 1 + k - n - s // 2 for o, k, n, s in zip(outputs, smaller, before, size, strict=True)]
+    behind = [2 * k - s - n for k, s, n in zip(smaller, shift, kernel, strict=True)]
+    whole = b.node("Pad", [conv.node.input[3], b.shape(0, 0, *shift, 0, 0, *behind)], f"{name}.whole")
+    apart = b.node("Reshape", [whole, b.shape(cho, chi, smaller[0], 2, smaller[1], 2)], f"{name}.pairs")
+    last = b.node("Transpose", [apart], f"{name}.turned", perm=[0, 5, 3, 1, 2, 4])
+    return b.node("Reshape", [last, b.shape(cho, 4 * chi, *smaller)], f"{name}.weight"), [*before, *after]
 
 
 def _emit(b: OnnxBuilder, conv: Conv, inputs: list[str], output: str, **changed: list[int]) -> None:
