@@ -52,9 +52,9 @@ def test_every_byte_is_its_own_integer(converted):
 
 
 def test_bytes_need_no_quantizer(converted):
-    model = export_quantized(converted, "packed", SIDE, Ends(input_type="uint8"))
-    readers = [n.op_type for n in model.graph.node if "images" in n.input]
-    assert readers == ["DequantizeLinear"]  # which the engine joins with the first convolution
+    for layout, reader in (("int8", "DequantizeLinear"), ("packed", "Reshape")):  # the latter to two by two pixels
+        model = export_quantized(converted, layout, SIDE, Ends(input_type="uint8"))
+        assert [n.op_type for n in model.graph.node if "images" in n.input] == [reader]
     plain = [n.op_type for n in export_quantized(converted, "packed", SIDE).graph.node]
     assert plain.count("QuantizeLinear") == [n.op_type for n in model.graph.node].count("QuantizeLinear") + 1
 

@@ -26,6 +26,7 @@ from dsconvert.export.fused import fuse
 from dsconvert.export.inputs import BYTES, INPUT_TYPES, add_real_image
 from dsconvert.export.layouts import LAYOUT_OPSET, add_int8_weight
 from dsconvert.export.nms import Nms, add_nms
+from dsconvert.export.quickconv import by_twos, kernel_by_twos
 from dsconvert.export.real import add_real_weight, check_layout
 from dsconvert.graph.integer import SIGMOID, QParams, grid_of, keeps_grid
 from dsconvert.graph.ir import INPUT, ConvParams, Graph, Node
@@ -52,12 +53,17 @@ def export_quantized(model: DSModel, layout: str, imgsz: int, ends: Ends = PLAIN
     """The converted network with integer weights in the given layout (see `layouts`)."""
     check_layout(model, layout)
     if layout == "fused":
-        made = fuse(export_quantized(model, "packed", imgsz, ends))
+        made = fuse(_written(model, "packed", imgsz, ends, None))
         onnx.helper.set_model_props(made, {p.key: p.value for p in made.metadata_props} | {"dsconvert.layout": layout})
         return made
+    return _written(model, layout, imgsz, ends, imgsz if layout == "packed" else None)
+
+
+def _written(model: DSModel, layout: str, imgsz: int, ends: Ends, side: int | None) -> onnx.ModelProto:
+    """The file operator by operator; with the image's `side`, its first convolution as ONNX Runtime is fast at it."""
     b = OnnxBuilder(LAYOUT_OPSET[layout])
     if model.activations:
-        q = _Quantized(b, model, layout, ends.input_type)
+        q = _Quantized(b, model, layout, ends.input_type, side)
         for node in model.graph.nodes:
             q.add(node)
         q.biases.finish()
@@ -217,8 +223,8 @@ def _space_to_depth(b: OnnxBuilder, x: str, output: str) -> str:
 class _Quantized:
     """Walks the graph keeping, for every value, its uint8 name and (made when first asked for) its float name."""
 
-    def __init__(self, b: OnnxBuilder, model: DSModel, layout: str, input_type: str) -> None:
-        self.b, self.model, self.layout, self.biases = b, model, layout, Biases(b)
+    def __init__(self, b: OnnxBuilder, model: DSModel, layout: str, input_type: str, side: int | None) -> None:
+        self.b, self.model, self.layout, self.biases, self.side = b, model, layout, Biases(b), side
         self.grids = grid_of(model.graph, model.activations)
         self.uint8: dict[str, str] = {}
         self.floats: dict[str, str] = {}
@@ -234,9 +240,10 @@ class _Quantized:
         if keeps_grid(node.op) or (node.op == "concat" and same):
             self.uint8[node.name] = _float_op(b, node, [self.uint8[x] for x in node.inputs], f"{node.name}.q")
             return
-        inputs = [self.real(x) for x in node.inputs]
+        twos = node.op == "conv" and self._takes_twos(node)
+        inputs = [] if twos else [self.real(x) for x in node.inputs]
         if node.op == "conv":
-            out = self._conv(node, inputs[0])
+            out = self._conv_by_twos(node) if twos else self._conv(node, inputs[0])
         elif node.op == "act" and node.attrs["kind"] == "SiLU":
             gate = b.node("Sigmoid", inputs, f"{node.name}.s")
             gate = self._dq(self._q(gate, f"{node.name}.sq", SIGMOID), f"{node.name}.sd", SIGMOID)
@@ -264,13 +271,35 @@ class _Quantized:
         return self.b.node("DequantizeLinear", [x, *self._grid(p)], out)
 
     def _conv(self, node: Node, x: str) -> str:
+        name = display_name(node)
+        weight, cds = _real_weight(self.b, name, self.model.convs[node.name].weight, self.layout)
+        return _conv(self.b, node, [x, weight, self._bias(node, cds)])
+
+    def _takes_twos(self, node: Node) -> bool:
+        """Whether it convolves every second pixel of an image whose channels no kernel likes (see `quickconv`)."""
+        a, channels = node.attrs, self.model.convs[node.name].weight.vqk.shape[1]
+        at_image = node.inputs == (INPUT,) and self.side is not None and self.side % 2 == 0
+        return at_image and channels % 4 != 0 and (a["stride"], a["dilation"], a["groups"]) == (2, 1, 1)
+
+    def _conv_by_twos(self, node: Node) -> str:
+        """The same convolution of two by two pixels as one."""
+        assert self.side is not None
+        b, name, w = self.b, display_name(node), self.model.convs[node.name].weight
+        size, shape = (self.side, self.side), tuple(w.vqk.shape)
+        last = by_twos(b, self.uint8[INPUT], (shape[1], *size), INPUT)
+        first = b.node("Transpose", [last], f"{INPUT}.first", perm=[0, 3, 1, 2])
+        integers = add_int8_weight(b, name, w, self.layout)
+        integers, pads = kernel_by_twos(b, integers, shape, [node.attrs["padding"]] * 4, size, name)
+        cds = b.tensor(f"{name}.cds", w.cds_w.numpy().astype(np.float32))
+        weight = b.node("DequantizeLinear", [integers, cds], f"{name}.w", axis=0)
+        real = self._dq(first, f"{INPUT}.first.d", self.grids[INPUT])
+        return b.node("Conv", [real, weight, self._bias(node, cds)], node.name, name=name, pads=pads)
+
+    def _bias(self, node: Node, cds: str) -> str:
         b, name, conv = self.b, display_name(node), self.model.convs[node.name]
         source = self.grids[node.inputs[0]]
-        weight, cds = _real_weight(b, name, conv.weight, self.layout)
         integers = conv.bias_int(source.scale).numpy()
         if self.layout == "int8":
             unit = b.node("Mul", [cds, b.scalar(source.scale)], f"{name}.unit")
-            bias = b.node("DequantizeLinear", [b.tensor(f"{name}.bias", integers), unit], f"{name}.b", axis=0)
-        else:
-            bias = self.biases.add(name, integers, cds, source.scale)
-        return _conv(b, node, [x, weight, bias])
+            return b.node("DequantizeLinear", [b.tensor(f"{name}.bias", integers), unit], f"{name}.b", axis=0)
+        return self.biases.add(name, integers, cds, source.scale)

@@ -9,7 +9,8 @@ kinds of convolution in these networks are anything else, and both can be had in
 - the last, of so many channels a class: zero weights fill them up to a multiple of 16, and a Slice drops what they
   make.
 
-Both are made of the stored weights by nodes that are folded at load.
+Both are made of the stored weights by nodes that are folded at load. Layout packed has the first of them too, in
+standard operators: ONNX Runtime, which turns the map to channels last, leaves out the Transpose that turns it back.
 """
 
 from __future__ import annotations
@@ -76,8 +77,8 @@ def add_first_conv(b: OnnxBuilder, conv: Conv, image: str, size: tuple[int, int]
         return False
     inputs = list(conv.node.input)
     if conv.attribute("strides", [1, 1]) == [2, 2] and size[0] % 2 == size[1] % 2 == 0:
-        inputs[0] = _by_twos(b, image, (chi, *size), output)
-        inputs[3], pads = _kernel_by_twos(b, conv, size, output)
+        inputs[0] = by_twos(b, image, (chi, *size), output)
+        inputs[3], pads = kernel_by_twos(b, inputs[3], conv.weight, conv.attribute("pads", [0] * 4), size, output)
         _emit(b, conv, inputs, output, pads=pads, strides=[1, 1])
         return True
     more = b.shape(0, 0, 0, 0, 0, -chi % RUN, 0, 0)
@@ -88,7 +89,7 @@ def add_first_conv(b: OnnxBuilder, conv: Conv, image: str, size: tuple[int, int]
     return True
 
 
-def _by_twos(b: OnnxBuilder, image: str, shape: tuple[int, int, int], name: str) -> str:
+def by_twos(b: OnnxBuilder, image: str, shape: tuple[int, int, int], name: str) -> str:
     """(n, chi, h, w) -> (n, h / 2, w / 2, 4 chi): columns, rows and channels of two by two pixels, in that order. Rows
     are moved as they are, and columns not at all, which is cheap."""
     chi, high, wide = shape
@@ -99,20 +100,22 @@ def _by_twos(b: OnnxBuilder, image: str, shape: tuple[int, int, int], name: str)
     return b.node("Reshape", [last, b.shape(0, high // 2, wide // 2, 4 * chi)], f"{name}.twos")
 
 
-def _kernel_by_twos(b: OnnxBuilder, conv: Conv, size: tuple[int, int], name: str) -> tuple[str, list[int]]:
-    """Weights (cho, chi, kh, kw) -> (cho, 4 chi, kh', kw') for such an image, and the pads in its pixels."""
-    cho, chi, *kernel = conv.weight
-    pads = conv.attribute("pads", [0] * 4)
+def kernel_by_twos(
+    b: OnnxBuilder, weight: str, shape: tuple[int, ...], pads: list[int], size: tuple[int, int], name: str
+) -> tuple[str, list[int]]:
+    """The weight of a convolution of every second pixel, (cho, chi, kh, kw), as (cho, 4 chi, kh', kw') for such an
+    image of `size` before, and the pads in its pixels."""
+    cho, chi, *kernel = shape
     before = [-(-pad // 2) for pad in pads[:2]]
     shift = [2 * n - pad for n, pad in zip(before, pads, strict=False)]  # zeros before the kernel
     smaller = [-(-(s + k) // 2) for s, k in zip(shift, kernel, strict=True)]
     outputs = [(n + pads[i] + pads[i + 2] - kernel[i]) // 2 + 1 for i, n in enumerate(size)]
     after = [o - 1 + k - n - s // 2 for o, k, n, s in zip(outputs, smaller, before, size, strict=True)]
     behind = [2 * k - s - n for k, s, n in zip(smaller, shift, kernel, strict=True)]
-    whole = b.node("Pad", [conv.node.input[3], b.shape(0, 0, *shift, 0, 0, *behind)], f"{name}.whole")
+    whole = b.node("Pad", [weight, b.shape(0, 0, *shift, 0, 0, *behind)], f"{name}.whole")
     apart = b.node("Reshape", [whole, b.shape(cho, chi, smaller[0], 2, smaller[1], 2)], f"{name}.pairs")
     last = b.node("Transpose", [apart], f"{name}.turned", perm=[0, 5, 3, 1, 2, 4])
-    return b.node("Reshape", [last, b.shape(cho, 4 * chi, *smaller)], f"{name}.weight"), [*before, *after]
+    return b.node("Reshape", [last, b.shape(cho, 4 * chi, *smaller)], f"{name}.by.twos"), [*before, *after]
 
 
 def _emit(b: OnnxBuilder, conv: Conv, inputs: list[str], output: str, **changed: list[int]) -> None:
