@@ -26,6 +26,7 @@ class _Bias:
     integers: NDArray[np.int32]
     cds: str
     scale: float
+    more: int
 
 
 class Biases:
@@ -35,10 +36,13 @@ class Biases:
         self.b = b
         self.found: list[_Bias] = []
 
-    def add(self, name: str, integers: NDArray[np.int32], cds: str, scale: float) -> str:
-        """The real bias's name: integers (cho,) * scale * CDSw, CDSw the initializer `cds` (cho,)."""
-        self.found.append(_Bias(name, integers, cds, scale))
-        return self.b.node("DequantizeLinear", [f"{name}.bias", f"{name}.unit"], f"{name}.b", axis=0)
+    def add(self, name: str, integers: NDArray[np.int32], cds: str, scale: float, more: int = 0) -> str:
+        """The real bias's name: integers (cho,) * scale * CDSw, CDSw the initializer `cds` (cho + more,)."""
+        self.found.append(_Bias(name, integers, cds, scale, more))
+        bias = f"{name}.bias"
+        if more:
+            bias = self.b.node("Pad", [bias, self.b.shape(0, more)], f"{name}.bias.wide")
+        return self.b.node("DequantizeLinear", [bias, f"{name}.unit"], f"{name}.b", axis=0)
 
     def finish(self) -> None:
         """Make the integers and units of all biases."""
@@ -46,7 +50,7 @@ class Biases:
             return
         before, self.b.nodes = self.b.nodes, []
         self._integers()
-        joint = [x for x in self.found if len(x.integers) % RUN == 0]
+        joint = [x for x in self.found if len(x.integers) % RUN == 0 and not x.more]
         self._units(joint)
         for x in self.found:
             if x not in joint:

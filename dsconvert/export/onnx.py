@@ -26,7 +26,7 @@ from dsconvert.export.fused import fuse
 from dsconvert.export.inputs import BYTES, INPUT_TYPES, add_real_image
 from dsconvert.export.layouts import LAYOUT_OPSET, add_int8_weight
 from dsconvert.export.nms import Nms, add_nms
-from dsconvert.export.quickconv import by_twos, kernel_by_twos
+from dsconvert.export.quickconv import by_twos, kernel_by_twos, more_channels
 from dsconvert.export.real import add_real_weight, check_layout
 from dsconvert.graph.integer import SIGMOID, QParams, grid_of, keeps_grid
 from dsconvert.graph.ir import INPUT, ConvParams, Graph, Node
@@ -250,7 +250,12 @@ class _Quantized:
             out = b.node("Mul", [inputs[0], gate], node.name)
         else:
             out = _float_op(b, node, inputs, node.name)
-        self._quantize(node.name, out)
+        if node.op == "conv" and self._more(node):
+            wide = self._q(out, f"{node.name}.wide", self.grids[node.name])
+            cut = [b.shape(0), b.shape(len(self.model.convs[node.name].bias)), b.shape(1)]
+            self.uint8[node.name] = b.node("Slice", [wide, *cut], f"{node.name}.q")
+        else:
+            self._quantize(node.name, out)
 
     def real(self, value: str) -> str:
         """The dequantized name of a value."""
@@ -271,9 +276,21 @@ class _Quantized:
         return self.b.node("DequantizeLinear", [x, *self._grid(p)], out)
 
     def _conv(self, node: Node, x: str) -> str:
-        name = display_name(node)
-        weight, cds = _real_weight(self.b, name, self.model.convs[node.name].weight, self.layout)
-        return _conv(self.b, node, [x, weight, self._bias(node, cds)])
+        b, name, w, more = self.b, display_name(node), self.model.convs[node.name].weight, self._more(node)
+        if not more:
+            weight, cds = _real_weight(b, name, w, self.layout)
+            return _conv(b, node, [x, weight, self._bias(node, cds)])
+        # the scales of channels that are not there are stored, their weights and biases made at load
+        cds = b.tensor(f"{name}.cds", np.append(w.cds_w.numpy(), np.ones(more)).astype(np.float32))
+        integers = add_int8_weight(b, name, w, self.layout)
+        integers = b.node("Pad", [integers, b.shape(*[0] * 4, more, 0, 0, 0)], f"{name}.all")
+        weight = b.node("DequantizeLinear", [integers, cds], f"{name}.w", axis=0)
+        return _conv(b, node, [x, weight, self._bias(node, cds, more)])
+
+    def _more(self, node: Node) -> int:
+        """How many output channels of zeros make the convolution one that ONNX Runtime is fast at (see `quickconv`)."""
+        quick = self.side is not None and node.attrs["groups"] == 1
+        return more_channels(len(self.model.convs[node.name].bias)) if quick else 0
 
     def _takes_twos(self, node: Node) -> bool:
         """Whether it convolves every second pixel of an image whose channels no kernel likes (see `quickconv`)."""
@@ -295,11 +312,11 @@ class _Quantized:
         real = self._dq(first, f"{INPUT}.first.d", self.grids[INPUT])
         return b.node("Conv", [real, weight, self._bias(node, cds)], node.name, name=name, pads=pads)
 
-    def _bias(self, node: Node, cds: str) -> str:
+    def _bias(self, node: Node, cds: str, more: int = 0) -> str:
         b, name, conv = self.b, display_name(node), self.model.convs[node.name]
         source = self.grids[node.inputs[0]]
         integers = conv.bias_int(source.scale).numpy()
         if self.layout == "int8":
             unit = b.node("Mul", [cds, b.scalar(source.scale)], f"{name}.unit")
             return b.node("DequantizeLinear", [b.tensor(f"{name}.bias", integers), unit], f"{name}.b", axis=0)
-        return self.biases.add(name, integers, cds, source.scale)
+        return self.biases.add(name, integers, cds, source.scale, more)

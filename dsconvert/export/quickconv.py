@@ -9,8 +9,8 @@ kinds of convolution in these networks are anything else, and both can be had in
 - the last, of so many channels a class: zero weights fill them up to a multiple of 16, and a Slice drops what they
   make.
 
-Both are made of the stored weights by nodes that are folded at load. Layout packed has the first of them too, in
-standard operators: ONNX Runtime, which turns the map to channels last, leaves out the Transpose that turns it back.
+Both are made of the stored weights by nodes that are folded at load. Layout packed has both too, in standard
+operators: ONNX Runtime, which turns maps to channels last, leaves out the Transpose that turns the image back.
 """
 
 from __future__ import annotations
@@ -55,10 +55,10 @@ def add_conv(b: OnnxBuilder, conv: Conv, x: str, output: str) -> tuple[str, int]
     """The convolution of x (n, h, w, chi), as `output` (n, h', w', cho). Returns that, or the map of more channels it
     is cut out of, and how many more these are."""
     cho, inputs = conv.weight[0], [x, *conv.node.input[1:]]
-    if cho <= FEW or cho % 4 == 0 or not conv.plain:
+    more = more_channels(cho) if conv.plain else 0
+    if not more:
         _emit(b, conv, inputs, output)
         return output, 0
-    more = -cho % FULL
     inputs[3] = b.node("Pad", [inputs[3], b.shape(*[0] * 4, more, *[0] * 3)], f"{output}.weight")
     for place in (4, 8):  # scales and biases
         if place < len(inputs) and inputs[place]:
@@ -67,6 +67,11 @@ def add_conv(b: OnnxBuilder, conv: Conv, x: str, output: str) -> tuple[str, int]
     _emit(b, conv, inputs, wide)
     b.node("Slice", [wide, b.shape(0), b.shape(cho), b.shape(3)], output)
     return wide, more
+
+
+def more_channels(cho: int) -> int:
+    """How many output channels the fast kernel should have more than so many."""
+    return 0 if cho <= FEW or cho % 4 == 0 else -cho % FULL
 
 
 def add_first_conv(b: OnnxBuilder, conv: Conv, image: str, size: tuple[int, int], output: str) -> bool:
