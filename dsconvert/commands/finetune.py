@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import shlex
 import time
@@ -13,6 +12,7 @@ from typing import Any
 import click
 
 from dsconvert import workers
+from dsconvert.commands.folders import run_folder
 from dsconvert.commands.shared import (
     PATH,
     RUNS,
@@ -30,7 +30,7 @@ from dsconvert.commands.shared import (
     warn,
 )
 from dsconvert.errors import InputError
-from dsconvert.files import check_writable, claim_folder, write_atomic
+from dsconvert.files import check_writable, write_atomic
 from dsconvert.modelfile import model_bytes
 from dsconvert.pipeline import MODEL_FILE
 from dsconvert.train.finetune import Finetuned, FinetuneOptions, finetune
@@ -92,17 +92,10 @@ def finetune_command(
         raise InputError(f"{out / MODEL_FILE} already exists; give --force to replace it, or another --out.")
     if out is not None and (out / MODEL_FILE).resolve() == model.resolve():
         raise InputError("--out is the folder of the model itself; name another one.")
-    folder = out or (_stopped(base) if resume else claim_folder(base))
     command = typed_command()
     note: Callable[[str], None] = (lambda line: None) if quiet else say
-    try:
-        with bars(quiet, lines=True) as progress:
-            result = finetune(model, chosen, command, progress, note, folder / UNFINISHED, resume)
-    except BaseException:
-        if out is None:
-            with contextlib.suppress(OSError):
-                folder.rmdir()  # only when empty: no epoch was done
-        raise
+    with run_folder(out, base, UNFINISHED, resume) as folder, bars(quiet, lines=True) as progress:
+        result = finetune(model, chosen, command, progress, note, folder / UNFINISHED, resume)
     record = _record(result, model, chosen, folder)
     write_atomic(folder / RECORD_FILE, (json.dumps(record, indent=1) + "\n").encode(), force=True)
     write_atomic(folder / MODEL_FILE, model_bytes(result.model), force)
@@ -118,14 +111,6 @@ def finetune_command(
         tell(str(folder / MODEL_FILE))
     else:
         _print(result, folder / MODEL_FILE, seconds)
-
-
-def _stopped(base: Path) -> Path:
-    """The folder of this model's runs where a finetune was stopped last."""
-    found = [p for p in base.parent.glob("*/" + UNFINISHED) if p.parent.name.rstrip("0123456789") == base.name]
-    if not found:
-        raise InputError(f"There is nothing to resume: no finetune under {base.parent} was stopped.")
-    return max(found, key=lambda p: p.stat().st_mtime_ns).parent
 
 
 def _record(result: Finetuned, model: Path, options: FinetuneOptions, folder: Path) -> dict[str, Any]:

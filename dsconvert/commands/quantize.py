@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import glob
 import re
 import shlex
 import time
@@ -18,6 +16,7 @@ from dsconvert import pipeline, workers
 from dsconvert.advice import advice, bits_of_layers
 from dsconvert.anyonnx.rewrite import LAYOUTS
 from dsconvert.commands import quantize_onnx
+from dsconvert.commands.folders import run_folder
 from dsconvert.commands.shared import (
     PATH,
     RUNS,
@@ -37,8 +36,7 @@ from dsconvert.commands.shared import (
 )
 from dsconvert.config import read_config, recipe_names
 from dsconvert.errors import InputError
-from dsconvert.files import check_writable, claim_folder
-from dsconvert.text import printable
+from dsconvert.files import check_writable
 from dsconvert.unfinished import NAME as UNFINISHED
 from dsconvert.yolo.cfgfile import chosen_blocks
 from dsconvert.yolo.checkpoint import Checkpoint, load_checkpoint
@@ -164,16 +162,11 @@ def quantize(
             "(no labels needed) with --calib FOLDER would lose less accuracy."
         )
     command = typed_command()
-    folder = out or (_stopped(checkpoint.stem) if resume else claim_folder(RUNS / checkpoint.stem))
-    try:
-        with bars(quiet, lines=True) as progress:
-            result = pipeline.quantize(loaded, chosen, command, progress, folder / UNFINISHED, resume, cache)
-    except BaseException:
-        if out is None:
-            with contextlib.suppress(OSError):
-                for made in (folder, *folder.parents[:2]):
-                    made.rmdir()  # only what is empty: nothing was fitted yet
-        raise
+    with (
+        run_folder(out, RUNS / checkpoint.stem, UNFINISHED, resume) as folder,
+        bars(quiet, lines=True) as progress,
+    ):
+        result = pipeline.quantize(loaded, chosen, command, progress, folder / UNFINISHED, resume, cache)
     written = pipeline.save_quantized(result, folder, force)
     (folder / UNFINISHED).unlink(missing_ok=True)
     seconds = time.perf_counter() - began
@@ -191,14 +184,6 @@ def quantize(
         if verbose:
             _print_layers(result)
         _print_quantized(result, loaded, written, seconds)
-
-
-def _stopped(stem: str) -> Path:
-    """The folder of the checkpoint's runs where a run was stopped last."""
-    left = sorted(RUNS.glob(f"{glob.escape(stem)}*/{UNFINISHED}"), key=lambda p: p.stat().st_mtime_ns)
-    if not left:
-        raise InputError(f"There is nothing to resume: no run of {printable(stem)} under {RUNS} was stopped.")
-    return left[-1].parent
 
 
 def _refuse_two_choices() -> None:

@@ -1,0 +1,40 @@
+"""The folder a run writes to: a new one, the one given, or the one where a run was stopped."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+from dsconvert.errors import InputError, printable
+from dsconvert.files import claim_folder
+
+
+@contextlib.contextmanager
+def run_folder(out: Path | None, base: Path, unfinished: str, resume: bool) -> Iterator[Path]:
+    """`out`, else a new folder named after `base` (`base`, `base2`, ...), or with `resume` that of them where a file
+    `unfinished` was written last. One that the run leaves empty is removed again, and so are empty ones above it.
+
+    Raises InputError when there is nothing to resume."""
+    folder = out or (stopped(base, unfinished) if resume else claim_folder(base))
+    try:
+        yield folder
+    except BaseException:
+        if out is None:
+            with contextlib.suppress(OSError):
+                for made in (folder, *folder.parents[:2]):
+                    made.rmdir()  # only what is empty: nothing was kept yet
+        raise
+
+
+def stopped(base: Path, unfinished: str) -> Path:
+    """The last of the folders named after `base` where a run was stopped. Raises InputError when there is none."""
+    found = [p for p in base.parent.glob(f"*/{unfinished}") if _is_named_after(p.parent.name, base.name)]
+    if not found:
+        where = printable(str(base.parent))
+        raise InputError(f"There is nothing to resume: no run of {printable(base.name)} under {where} was stopped.")
+    return max(found, key=lambda p: p.stat().st_mtime_ns).parent
+
+
+def _is_named_after(name: str, base: str) -> bool:
+    return name == base or (name.startswith(base) and name[len(base) :].isdecimal())
