@@ -30,8 +30,8 @@ def test_a_folder_that_a_failed_run_left_empty_is_gone_and_any_other_stays(tmp_p
         raise KeyboardInterrupt
     assert folder == base
     assert not (tmp_path / "runs").exists()
-    with pytest.raises(ZeroDivisionError), run_folder(None, base, "left", False) as folder:
-        (folder / "left").write_text("")
+    leave(base, 1)
+    with pytest.raises(ZeroDivisionError), run_folder(None, base, "left", True):
         raise ZeroDivisionError
     assert (base / "left").exists()
     with run_folder(None, base, "left", True) as folder:
