@@ -34,24 +34,13 @@ def nearest_blocks(
     if padding:
         real[-1, :, -(padding // RUN) :] = 0
     book, m_max = leaders(bits), max_multiplier(bits, runs=True)
-    half = np.square(book).sum(1) / 2
     widest = np.sqrt(np.square(falling).sum(-1).max((1, 2, 3)) / LONGEST[bits]).clip(1e-12)
     best_error = np.full(cho, np.inf)
     best: tuple[Floats, ...] = (np.zeros_like(falling), np.ones((cho, nblk, taps)), np.ones(cho))
     for start in starts:
         cds = widest * start / m_max
         for _ in range(rounds):
-            scaled = falling / cds[:, None, None, None, None]
-            gain, m, chosen = np.full((cho, nblk, taps), -np.inf), best[1].copy(), np.zeros(falling.shape[:-1], np.intp)
-            for tried in range(1, m_max + 1):
-                # |x - m l|^2 = |x|^2 - 2 m^2 (x . l / m - |l|^2 / 2)
-                scores = scaled @ (book.T / tried) - half
-                pick = scores.argmax(-1)
-                reached = np.take_along_axis(scores, pick[..., None], -1)[..., 0]
-                reached = (reached * real).sum(-1) * tried**2
-                better = reached > gain
-                gain, m = np.where(better, reached, gain), np.where(better, tried, m)
-                chosen = np.where(better[..., None], pick, chosen)
+            m, chosen = _nearest_leaders(falling / cds[:, None, None, None, None], real, book, m_max)
             integers = book[chosen] * (m[..., None] * real)[..., None]
             power, cross = np.square(integers).sum((1, 2, 3, 4)), (integers * falling).sum((1, 2, 3, 4))
             cds = np.where(cross > 0, cross / power, cds)
@@ -68,6 +57,24 @@ def nearest_blocks(
     np.put_along_axis(vqk, order, values, -1)
     vqk = np.copysign(vqk, runs).reshape(cho, nblk, taps, size).transpose(0, 1, 3, 2)
     return torch.from_numpy(vqk.copy()), torch.from_numpy(m[:, :, None]), torch.from_numpy(cds)
+
+
+def _nearest_leaders(scaled: Floats, real: Floats, book: Floats, m_max: int) -> tuple[Floats, NDArray[np.intp]]:
+    """Of every block the m of least error, (cho, nblk, taps), and with it the leader nearest to each run, (cho, nblk,
+    taps, runs), for runs in falling order and steps of CDSw; those that are not `real` do not count."""
+    half = np.square(book).sum(1) / 2
+    gain = np.full(scaled.shape[:3], -np.inf)
+    m, chosen = np.ones(scaled.shape[:3]), np.zeros(scaled.shape[:-1], np.intp)
+    for tried in range(1, m_max + 1):
+        # |x - m l|^2 = |x|^2 - 2 m^2 (x . l / m - |l|^2 / 2)
+        scores = scaled @ (book.T / tried) - half
+        pick = scores.argmax(-1)
+        reached = np.take_along_axis(scores, pick[..., None], -1)[..., 0]
+        reached = (reached * real).sum(-1) * tried**2
+        better = reached > gain
+        gain, m = np.where(better, reached, gain), np.where(better, tried, m)
+        chosen = np.where(better[..., None], pick, chosen)
+    return m, chosen
 
 
 def round_group(w: Floats, upper: Floats, cds: Floats, bits: int) -> tuple[Floats, Floats, Floats]:
