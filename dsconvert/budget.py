@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 import onnx
 import torch
 
-from dsconvert.dsconv.runs import RUN
+from dsconvert.dsconv.runs import least
 from dsconvert.dsconv.tensor import DSTensor, Width, block_count, used_width
 from dsconvert.errors import InputError
 from dsconvert.export.builder import OnnxBuilder
@@ -21,7 +21,7 @@ from dsconvert.graph.ir import ConvParams, Graph
 from dsconvert.model import DSModel
 from dsconvert.yolo.network import Head
 
-BITS = (2, 3, 4, 5, 6, 8)
+BITS = (1, 2, 3, 4, 5, 6, 8)
 BLOCK_SIZES = (16, 32)  # tried where the user names none
 UNIFORM = Width(4, 32)  # what is allocated by default: as many bytes as this width everywhere would take
 Damage = Mapping[str, Mapping[Width, float]]
@@ -43,9 +43,7 @@ def empty_weight(shape: torch.Size, width: Width) -> DSTensor:
     """A weight of the given kind that says nothing."""
     cho, chi, kh, kw = shape
     m = torch.ones(cho, block_count(chi, width.block_size), kh, kw, dtype=torch.int8)
-    vqk = torch.zeros(shape, dtype=torch.int8)
-    if width.runs:
-        vqk[:, ::RUN] = 1  # zeros are no run
+    vqk = torch.from_numpy(least(width.bits, shape)) if width.runs else torch.zeros(shape, dtype=torch.int8)
     return DSTensor(vqk, m, None, torch.ones(cho), width.bits, width.block_size, runs=width.runs)
 
 

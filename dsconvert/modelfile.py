@@ -117,12 +117,11 @@ def _model(header: Mapping[str, Any], tensors: Mapping[str, NDArray[Any]]) -> DS
 
 def _conv(name: str, layer: Mapping[str, Any], tensors: Mapping[str, NDArray[Any]]) -> QConv:
     cho, chi, kh, kw = (int(n) for n in layer["shape"])
-    bits, block_size = int(layer["bits"]), int(layer["block_size"])
-    vqk_limits(bits)
+    bits, block_size, runs = int(layer["bits"]), int(layer["block_size"]), layer.get("runs", False)
+    vqk_limits(bits, runs is True)
     if min(cho, chi, kh, kw) < 1 or not 1 <= block_size <= MAX_BLOCK:
         raise ValueError(f"shape or block size of {name}")
     blocks = (cho, block_count(chi, block_size), kh, kw)
-    runs = layer.get("runs", False)
     if runs is True and fits(bits, chi, block_size):
         rows = unpack_rows(tensors[f"{name}.runs"], bits * RUN, (cho, chi // RUN, kh, kw))
         vqk = from_rows(rows, bits)

@@ -213,7 +213,7 @@ def test_stored_weights_decode_to_the_merged_int8(layout, bits, chi, block, k, s
     assert np.array_equal(ReferenceEvaluator(model).run(None, {})[0], wanted)  # and by ONNX's own definition
 
 
-@pytest.mark.parametrize("bits", [2, 3])
+@pytest.mark.parametrize("bits", [1, 2, 3])
 @pytest.mark.parametrize(
     ("chi", "block", "k"), [(32, 32, 3), (64, 32, 1), (48, 32, 3), (48, 32, 1), (8, 4, 2), (4, 8, 3)]
 )

@@ -44,24 +44,24 @@ def weights(
     draw: st.DrawFn, cho: int | None = None, chi: int | None = None, k: int | None = None, most: int = 127
 ) -> DSTensor:
     """Any DSConv weight: every width, block size, ragged last block, with and without z; merged at most `most`."""
-    bits = draw(st.integers(2, 8))
     chi = chi or draw(st.integers(1, 20))
     block = draw(st.integers(1, 24))
+    bits = draw(st.integers(1 if fits(1, chi, block) else 2, 8))
     k = k or draw(st.integers(1, 4))
     cho = cho or draw(st.integers(1, 6))
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
-    low, high = vqk_limits(bits)
+    low, high = vqk_limits(bits, bits == 1)
     low, high = max(low, -most), min(high, most)
     vqk = rng.integers(low, high + 1, (cho, chi, k, k)).astype(np.int8)
     blocks = (cho, block_count(chi, block), k, k)
-    m = rng.integers(1, min(max_multiplier(bits), max(1, most // -low)) + 1, blocks).astype(np.int8)
+    m = rng.integers(1, min(max_multiplier(bits, bits == 1), max(1, most // -low)) + 1, blocks).astype(np.int8)
     merged = np.repeat(m, block, 1)[:, :chi].astype(int) * vqk
     z = None
     if draw(st.booleans()):
         room = most - int(np.abs(merged).max())
         z = torch.from_numpy(rng.integers(-room, room + 1, blocks).astype(np.int8))
     cds = torch.from_numpy(rng.uniform(1e-4, 0.1, cho).astype(np.float32))
-    if fits(bits, chi, block) and draw(st.booleans()):
+    if bits == 1 or (fits(bits, chi, block) and draw(st.booleans())):
         rows = rng.integers(0, len(runs.vectors(bits)), (cho, chi // runs.RUN, k, k)).astype(np.int32)
         m = rng.integers(1, max_multiplier(bits, runs=True) + 1, blocks).astype(np.int8)
         return DSTensor(
@@ -147,9 +147,10 @@ def test_packed_bits_come_back_and_are_no_more_than_needed(weight):
         packed = pack_rows(rows, 4 * weight.bits)
         assert packed.size == -(-rows.size * weight.bits // 2)
         assert np.array_equal(unpack_rows(packed, 4 * weight.bits, rows.shape), rows)
-    packed = pack_bits(weight.vqk.numpy(), weight.bits)
-    assert packed.size == -(-weight.vqk.numel() * weight.bits // 8)
-    assert np.array_equal(unpack_bits(packed, weight.bits, tuple(weight.vqk.shape)), weight.vqk.numpy())
+    else:
+        packed = pack_bits(weight.vqk.numpy(), weight.bits)
+        assert packed.size == -(-weight.vqk.numel() * weight.bits // 8)
+        assert np.array_equal(unpack_bits(packed, weight.bits, tuple(weight.vqk.shape)), weight.vqk.numpy())
     kds = pack_bits(weight.m.numpy(), 4)
     assert np.array_equal(unpack_bits(kds, 4, tuple(weight.m.shape), signed=False), weight.m.numpy())
 

@@ -5,6 +5,7 @@ corners are vectors no weights look like, and its points are not as evenly sprea
 instead the integer vectors of odd sum whose squares sum to at most 9 (there are exactly 256 of them), or to at most 39
 (3992): a ball cut from the lattice D4 around a hole of it (Conway and Sloane, Sphere Packings, Lattices and Groups,
 chapters 4 and 20). For Gaussian weights that is 1.6 dB (2 bits) and 1.3 dB (3 bits) less error from the same bytes.
+At 1 bit, for large layers on which little depends, they are the 16 vectors of signs.
 """
 
 from __future__ import annotations
@@ -16,12 +17,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 RUN = 4  # VQK in a run
-LONGEST = {2: 9, 3: 39}  # bits -> largest sum of squares of a run
+LONGEST = {1: 4, 2: 9, 3: 39}  # bits -> largest sum of squares of a run
 
 
 def largest(bits: int) -> int:
     """Largest |VQK| in runs of that many bits. Raises KeyError for bits that have none."""
-    return int(LONGEST[bits] ** 0.5)
+    return 1 if bits == 1 else int(LONGEST[bits] ** 0.5)
 
 
 def fits(bits: int, chi: int, block_size: int) -> bool:
@@ -29,9 +30,17 @@ def fits(bits: int, chi: int, block_size: int) -> bool:
     return bits in LONGEST and chi % RUN == 0 and block_size % RUN == 0
 
 
+def least(bits: int, shape: tuple[int, ...]) -> NDArray[np.int8]:
+    """VQK (cho, chi, kh, kw) of runs that do as little as any, as zeros are none."""
+    run = (1, -1, 1, -1) if bits == 1 else (1, 0, 0, 0)
+    return np.broadcast_to(np.resize(run, shape[1])[:, None, None], shape).astype(np.int8)
+
+
 @lru_cache
 def vectors(bits: int) -> NDArray[np.int8]:
     """(count, 4): all runs, in lexicographic order. A run is stored as its row."""
+    if bits == 1:
+        return np.array(list(product((-1, 1), repeat=RUN)), np.int8)
     most = largest(bits)
     every = np.array(list(product(range(-most, most + 1), repeat=RUN)), np.int8)
     squares = every.astype(np.int64) ** 2

@@ -23,7 +23,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dsconvert.dsconv.runs import RUN, fits, largest, rows
+from dsconvert.dsconv.runs import LONGEST, RUN, fits, largest, rows
 
 M_MAX = 15  # the integer multiplier fits four bits
 INT8_MAX = 127  # symmetric: -128 is never used, so that negation is safe on every engine
@@ -35,10 +35,10 @@ PAIR_MAX = 128
 def vqk_limits(bits: int, runs: bool = False) -> tuple[int, int]:
     """Smallest and largest VQK integer: two's complement, except that 8 bits stop at -127 (see INT8_MAX); in runs (see
     `dsconv.runs`) as far as these go."""
-    if not 2 <= bits <= 8:
-        raise ValueError(f"bits must be 2 to 8, got {bits}")
-    if runs:
+    if runs and bits in LONGEST:
         return -largest(bits), largest(bits)
+    if not 2 <= bits <= 8 or runs:
+        raise ValueError(f"bits must be 2 to 8, or 1 to 3 in runs, got {bits}")
     return max(-(2 ** (bits - 1)), -INT8_MAX), 2 ** (bits - 1) - 1
 
 
@@ -63,7 +63,7 @@ class Width(NamedTuple):
 
 def used_width(bits: int, chi: int, block_size: int) -> Width:
     """The width a layer of chi input channels is fitted with: at 8 bits one block, which makes it plain int8;
-    at 2 and 3 bits in runs, where they fit."""
+    at 1, 2 and 3 bits in runs, where they fit."""
     return Width(bits, block_size if bits < 8 else chi, fits(bits, chi, block_size))
 
 

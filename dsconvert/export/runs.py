@@ -1,9 +1,9 @@
 """How VQK in runs of four (see `dsconv.runs`) are spelled in ONNX.
 
-A run is stored as its row among all runs: UINT8 at 2 bits, UINT8 and UINT4 at 3. One Gather from the table of all runs
-gives VQK, behind the taps; a Transpose puts the taps last again. The table is computed at load, so that no file has to
-hold it: all vectors of the cube around the ball, of which a TopK finds those in the ball with an odd sum, in order
-(a NonZero would, too, but ONNX Runtime does not fold it).
+A run is stored as its row among all runs: UINT4 at 1 bit, UINT8 at 2 bits, UINT8 and UINT4 at 3. One Gather from the
+table of all runs gives VQK, behind the taps; a Transpose puts the taps last again. Large tables are computed at load, so
+that no file has to hold them: all vectors of the cube around the ball, of which a TopK finds those in the ball with an
+odd sum, in order (a NonZero would, too, but ONNX Runtime does not fold it).
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ def add_runs(b: OnnxBuilder, name: str, weight: DSTensor) -> str:
     ragged = chi // RUN != nblk * in_block
     shape = (cho, chi // RUN, taps) if ragged else (cho, nblk, in_block, taps)
     stored = weight.run_rows().reshape(shape)
-    rows = b.node("Cast", [b.tensor(f"{name}.vqk", (stored & 255).astype(np.uint8))], f"{name}.vqk32", to=INT32)
+    low = (stored & 255).astype(ml_dtypes.uint4 if weight.bits == 1 else np.uint8)
+    rows = b.node("Cast", [b.tensor(f"{name}.vqk", low)], f"{name}.vqk32", to=INT32)
     if weight.bits == 3:
         high = b.tensor(f"{name}.vqk.high", (stored >> 8).astype(ml_dtypes.uint4))
         high = b.node("Cast", [high], f"{name}.high32", to=INT32)
@@ -51,6 +52,8 @@ def add_runs(b: OnnxBuilder, name: str, weight: DSTensor) -> str:
 def _table(b: OnnxBuilder, bits: int) -> str:
     """(count, 4) INT32: `dsconv.runs.vectors`."""
     name, most = f"runs{bits}", largest(bits)
+    if bits == 1:
+        return b.constant(vectors(bits).astype(np.int32))
     if not b.has(name):
         side = 2 * most + 1
         first, end, one = (b.constant(np.array(v, np.int32)) for v in (0, side**RUN, 1))

@@ -28,6 +28,7 @@ def weight_errors(
         weight = params[name].weight
         # a dict, as all block sizes are the same width at 8 bits
         widths = dict.fromkeys(used_width(b, weight.shape[1], size) for b in bits for size in block_sizes)
+        widths = {w: None for w in widths if w.bits > 1 or w.runs}  # one bit is for runs alone
         made[name] = {w: fit_weight(weight, *w, starts=(0.8,), rounds=1).weight().to(weight) - weight for w in widths}
     return made
 

@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dsconvert.dsconv.runs import RUN
+from dsconvert.dsconv.runs import least
 from dsconvert.dsconv.tensor import DSTensor
 from dsconvert.graph import run
 from dsconvert.graph.ir import INPUT, ConvParams, Graph, Node
@@ -68,7 +68,7 @@ class QConv:
 
         Such channels (pruned, or switched off by their BatchNorm) are constant but for a few per cent: they get zero
         weights, and a scale in which their bias is an integer of 20 bits. Runs know no zeros: there it is a scale in
-        which the bias has 29 bits and a run's one weight of 1 is nothing."""
+        which the bias has 29 bits and the least run is nothing."""
         needed = self.bias.double().abs() / input_scale / self.weight.cds_w.double()
         lost = ~(needed < BIAS_MOST)
         if not bool(lost.any()):
@@ -76,11 +76,9 @@ class QConv:
         w = self.weight
         scale = self.bias.double().abs() / input_scale / (BIAS_MOST if w.runs else 1 << 20)
         kept = torch.where(lost, 0, 1).to(torch.int8)[:, None, None, None]
-        least = torch.zeros_like(w.vqk)
-        if w.runs:
-            least[:, ::RUN] = 1
+        nothing = torch.from_numpy(least(w.bits, tuple(w.vqk.shape))) if w.runs else torch.zeros_like(w.vqk)
         weight = replace(
-            w, vqk=torch.where(kept > 0, w.vqk, least), m=torch.where(kept > 0, w.m, 1),
+            w, vqk=torch.where(kept > 0, w.vqk, nothing), m=torch.where(kept > 0, w.m, 1),
             z=None if w.z is None else w.z * kept,
             cds_w=torch.where(lost, scale, w.cds_w.double()).clamp_min(1e-30).float(),
         )  # fmt: skip
