@@ -1,9 +1,9 @@
 """How VQK in runs of four (see `dsconv.runs`) are spelled in ONNX.
 
 A run is stored as its row among all runs: UINT4 at 1 bit, UINT8 at 2 bits, UINT8 and UINT4 at 3. One Gather from the
-table of all runs gives VQK, behind the taps; a Transpose puts the taps last again. Large tables are computed at load, so
-that no file has to hold them: all vectors of the cube around the ball, of which a TopK finds those in the ball with an
-odd sum, in order (a NonZero would, too, but ONNX Runtime does not fold it).
+table of all runs gives VQK, behind the taps; a Transpose puts the taps last again. Large tables are computed at load:
+all vectors of the cube around the ball, of which a TopK finds those in the ball with an odd sum, in order (a NonZero
+would, too, but ONNX Runtime does not fold it).
 """
 
 from __future__ import annotations
