@@ -150,6 +150,11 @@ def all_rows(checkpoint: Path, data: Path, work: Path, groups: Sequence[str], on
         size = (folder_of(work, "dsconvert 3 bit everywhere") / PACKED).stat().st_size
         add(f"dsconvert mixed, 3 bit size{suffix}", group, replace(drawn, target_bytes=size))
     add("dsconvert default, data-free", "data-free", replace(options, calib=None))
+    for name, other in (
+        ("dsconvert default, data-free", replace(options, calib=None)),
+        ("dsconvert mixed, 0.72 MB", replace(options, target_bytes=720_000)),
+    ):
+        add(f"{name}{SECOND}", "draws", replace(other, seed=1))
     for size in (720_000, 800_000, 1_400_000):
         add(f"dsconvert mixed, {size / 1e6:.2f} MB", "frontier", replace(options, target_bytes=size))
     four = replace(options, bits=4)

@@ -54,9 +54,11 @@ def figures(r: Results) -> list[Figure]:
             Figure("packed file", "the checkpoint `.pt`", 0.28, size["packed"] / size["checkpoint"]),
         ]
     if "latency" in r:
-        timed("latency, packed, ONNX Runtime", "float32", 0.50, r["latency"]["ratios"]["packed"])
         peer_name = "quantize_static, the faster: " + r["latency"]["faster peer"]
-        timed("latency, packed, ONNX Runtime", peer_name, 0.85, r["latency"]["packed / faster peer"])
+        for name in ("packed", "fused"):
+            if f"{name} / faster peer" in r["latency"]:
+                timed(f"latency, {name}, ONNX Runtime", "float32", 0.50, r["latency"]["ratios"][name])
+                timed(f"latency, {name}, ONNX Runtime", peer_name, 0.85, r["latency"][f"{name} / faster peer"])
     if "openvino" in r:
         timed("latency, blocked, OpenVINO", "NNCF int8", 1.00, r["openvino"]["ratios"]["blocked"])
     if "load" in r:

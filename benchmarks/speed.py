@@ -127,11 +127,11 @@ def _compared(times: Mapping[str, Times], base: str) -> dict[str, Any]:
 
 
 def measure_latency(b: Bench) -> dict[str, Any]:
-    """All ONNX files in ONNX Runtime, against float32; packed also against the faster of the peers."""
+    """All ONNX files in ONNX Runtime, against float32; ours also against the faster of the peers."""
     times = _interleaved(b, ONNX_RUNTIME, "onnxruntime")
     faster = min(("ort-convs", "ort-all"), key=lambda n: float(np.median(times[n])))
-    against = asdict(ratio(times["packed"], times[faster]))
-    return {**_compared(times, "float32"), "faster peer": faster, "packed / faster peer": against}
+    against = {f"{n} / faster peer": asdict(ratio(times[n], times[faster])) for n in ("packed", "fused")}
+    return {**_compared(times, "float32"), "faster peer": faster, **against}
 
 
 def measure_openvino(b: Bench) -> dict[str, Any]:
