@@ -89,7 +89,13 @@ def test_folded_packed_graph_is_all_qlinearconv_with_the_same_integers(yolov5n, 
         assert not [n for n in graph.node if n.op_type in ("Conv", "Cast")]
         for node in convs:
             key = node.name if node.name in model.convs else f"{node.name}.conv"
-            assert np.array_equal(weights[node.input[3]], model.convs[key].weight.merged().numpy())
+            wanted, found = model.convs[key].weight.merged().numpy(), weights[node.input[3]]
+            if layout == "packed" and key == "model.0.conv":  # two by two pixels are one of 12 channels
+                wanted = wanted.reshape(16, 3, 3, 2, 3, 2).transpose(0, 5, 3, 1, 2, 4).reshape(16, 12, 3, 3)
+            if layout == "packed" and len(found) > len(wanted):  # 243 scores filled up to 256 with zeros
+                assert not found[len(wanted) :].any()
+                found = found[: len(wanted)]
+            assert np.array_equal(found, wanted)
 
 
 def test_head_bottlenecks_alone_lose_under_one_point(tmp_path):
@@ -101,7 +107,9 @@ def test_head_bottlenecks_alone_lose_under_one_point(tmp_path):
 
 
 def test_custom_checkpoint_without_calibration_images(tmp_path):
-    dsconvert("quantize", SHARED / "checkpoints/ppe_best.pt", cwd=tmp_path)
+    dsconvert(
+        "quantize", SHARED / "checkpoints/ppe_best.pt", "--samples", "16", cwd=tmp_path
+    )  # 48 take three times as long
     dsconvert("export", "--onnx", cwd=tmp_path)
     folder = tmp_path / "runs/dsconvert/ppe_best"
     model = load_model(folder / "model.safetensors")
