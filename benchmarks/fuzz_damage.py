@@ -14,9 +14,8 @@ from pathlib import Path
 import numpy as np
 import onnx
 from safetensors import safe_open
-from safetensors.torch import save
 
-from dsconvert.unfinished import DAMAGE, DIGEST, digest
+from dsconvert.unfinished import DAMAGE, DIGEST, sealed
 
 INTERESTING = (b"\x00", b"\xff", b"\x7f", b"\x80", b"\xff" * 4, b"\xff" * 8, b"\x7f" + b"\xff" * 7, b"-1", b"1e999",
                b"nan", b"[" * 50, b"\x1b[31m", b"../../", b"&a *a", b"<<: ", b"!!python/name:os.system ")  # fmt: skip
@@ -95,7 +94,7 @@ def resealed(data: bytes, key: str) -> bytes:
                 about = json.loads((stored.metadata() or {})[key])
                 tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 (no mapping)
         del about[DIGEST]
-        return save(tensors, {key: json.dumps({**about, DIGEST: digest(tensors, about)})})
+        return sealed(tensors, key, about)
     except DAMAGE:
         return data
 

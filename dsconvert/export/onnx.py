@@ -151,10 +151,13 @@ def _conv(b: OnnxBuilder, node: Node, inputs: list[str]) -> str:
     return b.node("Conv", inputs, node.name, name=display_name(node), **attributes)
 
 
-def _real_weight(b: OnnxBuilder, name: str, weight: DSTensor, layout: str) -> tuple[str, str]:
-    """The dequantized weight's name, and that of CDSw."""
-    cds = b.tensor(f"{name}.cds", weight.cds_w.numpy().astype(np.float32))
+def _real_weight(b: OnnxBuilder, name: str, weight: DSTensor, layout: str, more: int = 0) -> tuple[str, str]:
+    """The dequantized weight's name, and that of CDSw, with `more` output channels of zeros: their scales are stored,
+    their weights made at load."""
+    cds = b.tensor(f"{name}.cds", np.append(weight.cds_w.numpy(), np.ones(more)).astype(np.float32))
     integers = add_int8_weight(b, name, weight, layout)
+    if more:
+        integers = b.node("Pad", [integers, b.shape(*[0] * 4, more, 0, 0, 0)], f"{name}.all")
     return b.node("DequantizeLinear", [integers, cds], f"{name}.w", axis=0), cds
 
 
@@ -276,16 +279,9 @@ class _Quantized:
         return self.b.node("DequantizeLinear", [x, *self._grid(p)], out)
 
     def _conv(self, node: Node, x: str) -> str:
-        b, name, w, more = self.b, display_name(node), self.model.convs[node.name].weight, self._more(node)
-        if not more:
-            weight, cds = _real_weight(b, name, w, self.layout)
-            return _conv(b, node, [x, weight, self._bias(node, cds)])
-        # the scales of channels that are not there are stored, their weights and biases made at load
-        cds = b.tensor(f"{name}.cds", np.append(w.cds_w.numpy(), np.ones(more)).astype(np.float32))
-        integers = add_int8_weight(b, name, w, self.layout)
-        integers = b.node("Pad", [integers, b.shape(*[0] * 4, more, 0, 0, 0)], f"{name}.all")
-        weight = b.node("DequantizeLinear", [integers, cds], f"{name}.w", axis=0)
-        return _conv(b, node, [x, weight, self._bias(node, cds, more)])
+        more = self._more(node)
+        weight, cds = _real_weight(self.b, display_name(node), self.model.convs[node.name].weight, self.layout, more)
+        return _conv(self.b, node, [x, weight, self._bias(node, cds, more)])
 
     def _more(self, node: Node) -> int:
         """How many output channels of zeros make the convolution one that ONNX Runtime is fast at (see `quickconv`)."""

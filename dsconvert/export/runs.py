@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ml_dtypes
 import numpy as np
+from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
 from dsconvert.dsconv.runs import LONGEST, RUN, largest, vectors
@@ -27,13 +28,7 @@ def add_runs(b: OnnxBuilder, name: str, weight: DSTensor) -> str:
     ragged = chi // RUN != nblk * in_block
     shape = (cho, chi // RUN, taps) if ragged else (cho, nblk, in_block, taps)
     stored = weight.run_rows().reshape(shape)
-    low = (stored & 255).astype(ml_dtypes.uint4 if weight.bits == 1 else np.uint8)
-    rows = b.node("Cast", [b.tensor(f"{name}.vqk", low)], f"{name}.vqk32", to=INT32)
-    if weight.bits == 3:
-        high = b.tensor(f"{name}.vqk.high", (stored >> 8).astype(ml_dtypes.uint4))
-        high = b.node("Cast", [high], f"{name}.high32", to=INT32)
-        high = b.node("Mul", [high, b.constant(np.array(256, np.int32))], f"{name}.up")
-        rows = b.node("Add", [rows, high], f"{name}.rows")
+    rows = add_number(b, f"{name}.vqk", stored, RUN * weight.bits)
     value = b.node("Gather", [_table(b, weight.bits), rows], f"{name}.runs")
     kds = weight.m.numpy().reshape(cho, nblk, 1, taps, 1).astype(ml_dtypes.uint4)
     m = b.node("Cast", [b.tensor(f"{name}.kds", kds)], f"{name}.kds32", to=INT32)
@@ -47,6 +42,18 @@ def add_runs(b: OnnxBuilder, name: str, weight: DSTensor) -> str:
         axes = list(range(len(shape) - 1))
         value = b.node("Transpose", [value], f"{name}.taps", perm=[*axes, len(shape), len(shape) - 1])
     return b.node("Reshape", [value, b.shape(cho, chi, kh, kw)], f"{name}.weight")
+
+
+def add_number(b: OnnxBuilder, name: str, numbers: NDArray[np.int32], bits: int) -> str:
+    """Numbers of 4, 8 or 12 bits as an INT32 value: UINT4, UINT8, or both."""
+    kind = ml_dtypes.uint4 if bits == 4 else np.uint8
+    low = b.node("Cast", [b.tensor(name, (numbers & 255).astype(kind))], f"{name}.i", to=INT32)
+    if bits <= 8:
+        return low
+    stored = b.tensor(f"{name}.high", (numbers >> 8).astype(ml_dtypes.uint4))
+    high = b.node("Cast", [stored], f"{name}.high32", to=INT32)
+    high = b.node("Mul", [high, b.constant(np.array(256, np.int32))], f"{name}.up")
+    return b.node("Add", [low, high], f"{name}.number")
 
 
 def _table(b: OnnxBuilder, bits: int) -> str:
