@@ -11,7 +11,7 @@ from dsconvert.dsconv import runs
 from dsconvert.dsconv.tensor import DSTensor, Width, largest_pair, max_multiplier, used_width
 from dsconvert.fit.gptq import Moments, fit_weight_gptq
 from dsconvert.fit.least_squares import fit_weight, to_blocks
-from dsconvert.fit.runs import nearest_blocks, round_group
+from dsconvert.fit.runs import _nearest_leaders, nearest_blocks, round_group
 from dsconvert.graph.integer import QConv
 
 rng = np.random.default_rng
@@ -61,7 +61,13 @@ def test_the_nearest_run_is_that_of_brute_force(bits):
     x = rng(1).normal(0, 2.5, (500, 4))
     book = runs.vectors(bits).astype(float)
     least = np.square(x[:, None] - book).sum(-1).min(1)
-    found = runs.nearest(x, bits)
+    order = np.argsort(-np.abs(x), -1)
+    leaders = runs.leaders(bits)
+    falling = np.take_along_axis(np.abs(x), order, -1)
+    _, chosen = _nearest_leaders(falling[:, None, None, None], np.ones((1, 1, 1)), leaders, 1)
+    found = np.empty_like(x)
+    np.put_along_axis(found, order, leaders[chosen[:, 0, 0, 0]], -1)
+    found = np.copysign(found, x)
     assert np.allclose(np.square(x - found).sum(-1), least, rtol=1e-12)  # float64, another order of sums
     runs.rows(found.astype(np.int8), bits)  # raises where one is no run
 

@@ -84,17 +84,3 @@ def leaders(bits: int) -> NDArray[np.float64]:
     """(count, 4): the runs whose values fall and are not negative. All others are these, reordered and with signs."""
     v = vectors(bits)
     return v[(v >= 0).all(1) & (np.diff(v, axis=1) <= 0).all(1)].astype(np.float64)
-
-
-def nearest(x: NDArray[np.float64], bits: int) -> NDArray[np.float64]:
-    """x (..., 4) -> the run of least distance to each.
-
-    Exact: among all orders and signs of a leader, the nearest has x's own (rearrangement inequality)."""
-    book = leaders(bits)
-    size = np.abs(x)
-    order = np.argsort(-size, -1, kind="stable")
-    falling = np.take_along_axis(size, order, -1)
-    best = (falling @ book.T - np.square(book).sum(1) / 2).argmax(-1)
-    out = np.empty_like(x)
-    np.put_along_axis(out, order, book[best], -1)
-    return np.copysign(out, x)

@@ -24,8 +24,8 @@ def nearest_blocks(
     """Weight in blocks (cho, nblk, B, taps), the last block's last `padding` channels being none -> VQK in runs (like
     blocks), m (cho, nblk, 1, taps) and CDSw (cho,), all float64: locally the least squared error.
 
-    Distance to a run depends on a weight's sizes in falling order alone (see `dsconv.runs.nearest`), so weights are
-    sorted once and all is compared in that order."""
+    Among all orders and signs of a leader, the nearest to some weights has their own (rearrangement inequality). So
+    weights are sorted by size once, and all is compared in that order."""
     cho, nblk, size, taps = blocks.shape
     runs = blocks.numpy().transpose(0, 1, 3, 2).reshape(cho, nblk, taps, size // RUN, RUN)
     order = np.argsort(-np.abs(runs), -1, kind="stable")
