@@ -6,6 +6,7 @@ process ends with the same sums and so fits the same layers.
 
 from __future__ import annotations
 
+import atexit
 import os
 from typing import Any, TypeVar
 
@@ -22,6 +23,9 @@ def start() -> None:
     """Meet the other processes, where torchrun has started this one with others."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
         dist.init_process_group("gloo")
+        # gloo's threads hold tensors a moment longer than the sum they made; they must let go while Python still runs,
+        # or the process that ends first is aborted now and then, all its work done
+        atexit.register(dist.destroy_process_group)
 
 
 def count() -> int:

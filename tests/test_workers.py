@@ -85,6 +85,23 @@ def test_two_processes_fit_what_one_fits(folder):
         np.testing.assert_allclose(conv.bias, other.bias, rtol=3e-6, atol=1e-6)
 
 
+def test_a_process_leaves_the_others_before_python_ends(tmp_path):
+    # what is registered first runs last, so after the leaving that start has registered
+    (tmp_path / "ends.py").write_text(
+        "import atexit, os, torch\n"
+        "from torch import distributed as dist\n"
+        "from dsconvert import workers\n"
+        "atexit.register(lambda: os.write(1, f'{len(sums)} sums, with others: {dist.is_initialized()}\\n'.encode()))\n"
+        "workers.start()\n"
+        "sums = [workers.summed(torch.ones(3)) for _ in range(20)]\n"
+        "assert all(s.tolist() == [2.0] * 3 for s in sums)\n"
+    )
+    line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "ends.py"]
+    done = subprocess.run(line, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == ["20 sums, with others: False"] * 2
+
+
 def test_two_processes_measure_what_one_measures(folder):
     found = []
     for processes in (1, 2):
