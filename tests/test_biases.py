@@ -29,7 +29,7 @@ def test_biases_and_units_are_exact(bits, stored_bits):
         integers[:2] = -edge, edge - 1
         cds, scale = rng.random(count, np.float32), float(np.float32(rng.random()))
         stored = b.tensor(f"m.{i}.cds", cds)
-        names.append(biases.add(f"m.{i}", integers, stored, scale))
+        names.append(b.node("DequantizeLinear", [*biases.add(f"m.{i}", integers, stored, scale)], f"m.{i}.b", axis=0))
         wanted.append(integers.astype(np.float32) * (cds * np.float32(scale)))
     biases.finish()
     for found, expected in zip(values(b, names), wanted, strict=True):
@@ -41,7 +41,8 @@ def test_biases_and_units_are_exact(bits, stored_bits):
 def test_small_biases_take_two_bytes():
     b = OnnxBuilder(21)
     biases = Biases(b)
-    name = biases.add("m", np.array([0, 65535], np.int32), b.tensor("m.cds", np.ones(2, np.float32)), 0.5)
+    parts = biases.add("m", np.array([0, 65535], np.int32), b.tensor("m.cds", np.ones(2, np.float32)), 0.5)
+    name = b.node("DequantizeLinear", [*parts], "m.b", axis=0)
     biases.finish()
     model = b.model({}, {name: (2,)}, {})
     assert ort.InferenceSession(model.SerializeToString()).run(None, {})[0].tolist() == [0, 32767.5]

@@ -56,7 +56,7 @@ def test_names_that_stay_are_never_given_again():
 
 
 def test_optional_inputs_stay_empty_and_so_does_the_original(converted):
-    before = export_quantized(converted, "packed", SIDE, Ends(dynamic_batch=True))
+    before = export_quantized(converted, "blocked", SIDE, Ends(dynamic_batch=True))
     text = before.SerializeToString()
     resize = next(n for n in compact(before).graph.node if n.op_type == "Resize")
     assert resize.input[1] == ""

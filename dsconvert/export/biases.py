@@ -36,13 +36,10 @@ class Biases:
         self.b = b
         self.found: list[_Bias] = []
 
-    def add(self, name: str, integers: NDArray[np.int32], cds: str, scale: float, more: int = 0) -> str:
-        """The real bias's name: integers (cho,) * scale * CDSw, CDSw the initializer `cds` (cho + more,)."""
+    def add(self, name: str, integers: NDArray[np.int32], cds: str, scale: float, more: int = 0) -> tuple[str, str]:
+        """The names of integers (cho,) and their units, scale * CDSw (cho + more,), CDSw the initializer `cds`."""
         self.found.append(_Bias(name, integers, cds, scale, more))
-        bias = f"{name}.bias"
-        if more:
-            bias = self.b.node("Pad", [bias, self.b.shape(0, more)], f"{name}.bias.wide")
-        return self.b.node("DequantizeLinear", [bias, f"{name}.unit"], f"{name}.b", axis=0)
+        return f"{name}.bias", f"{name}.unit"
 
     def finish(self) -> None:
         """Make the integers and units of all biases."""

@@ -17,6 +17,19 @@ from dsconvert.export.builder import OnnxBuilder
 from dsconvert.graph.integer import QParams
 from dsconvert.yolo.network import Head
 
+SHORT = 16  # bytes of a box that a Transpose moves faster than a Split
+
+
+@dataclass(frozen=True)
+class RawMap:
+    """A map that boxes are decoded of: float, or uint8 on a grid; (n, channels, ny, nx), or with its channels last and
+    some more of them, which nobody asks for."""
+
+    name: str
+    grid: QParams | None = None
+    last: bool = False
+    more: int = 0
+
 
 @dataclass(frozen=True)
 class Decoded:
@@ -28,22 +41,20 @@ class Decoded:
     masks: tuple[str, ...] = ()
 
 
-def add_decode(
-    b: OnnxBuilder, raw: Sequence[str], head: Head, imgsz: int, grids: Sequence[QParams] | None = None
-) -> Decoded:
+def add_decode(b: OnnxBuilder, raw: Sequence[RawMap], head: Head, imgsz: int) -> Decoded:
     """Raw maps -> boxes.
 
-    `raw` is one map a level (n, na * no, ny, nx), or a map a level of each of a box's parts (see
-    `lower.split_detect`): float, or uint8 on the given grids."""
+    `raw` is one map a level of na * no channels, or a map a level of each of a box's parts (see
+    `lower.split_detect`)."""
     sides = [imgsz // stride for stride in head.strides]
     step = len(head.parts)
     if len(raw) > len(head.strides):
         box, conf, *masks = (
-            _table(b, raw[i::step], f"detect.{part}", head.na, columns, sides, grids and grids[i::step], part != "mask")
+            _table(b, raw[i::step], f"detect.{part}", head.na, columns, sides, part != "mask")
             for i, (part, columns) in enumerate(zip(("box", "score", "mask"), head.parts, strict=False))
         )
     else:
-        whole = _table(b, raw, "detect", head.na, sum(head.parts), sides, grids, not head.nm)
+        whole = _table(b, raw, "detect", head.na, sum(head.parts), sides, not head.nm)
         box, conf, *masks = names = ["detect.box", "detect.conf", "detect.mask"][:step]
         b.nodes.append(helper.make_node("Split", [whole, b.shape(*head.parts)], names, axis=2))
         if masks:
@@ -64,18 +75,21 @@ def _pixels(b: OnnxBuilder, box: str, head: Head, sides: Sequence[int]) -> str:
 
 
 def _table(
-    b: OnnxBuilder, maps: Sequence[str], name: str, na: int, columns: int, sides: Sequence[int],
-    grids: Sequence[QParams] | None, sigmoid: bool = True,
-) -> str:  # fmt: skip
-    """Raw maps (n, na * columns, ny, nx), one a level -> (n, boxes, columns), their sigmoids unless not wanted."""
+    b: OnnxBuilder, maps: Sequence[RawMap], name: str, na: int, columns: int, sides: Sequence[int], sigmoid: bool = True
+) -> str:
+    """Raw maps of na * columns channels, one a level -> (n, boxes, columns), their sigmoids unless not wanted."""
     run, runs = _runs(sides)
-    levels = []
-    for i, (value, side) in enumerate(zip(maps, sides, strict=True)):
-        split = b.node("Reshape", [value, b.shape(0, na, columns, side, side)], f"{name}.{i}.split")
+    levels: list[str] = []
+    for i, (raw, side) in enumerate(zip(maps, sides, strict=True)):
+        if raw.last:
+            levels += _by_anchor(b, raw, f"{name}.{i}", na, columns, (side, run, runs[i]))
+            continue
+        split = b.node("Reshape", [raw.name, b.shape(0, na, columns, side, side)], f"{name}.{i}.split")
         last = b.node("Transpose", [split], f"{name}.{i}.last", perm=[0, 1, 3, 4, 2])
         levels.append(b.node("Reshape", [last, b.shape(0, na * runs[i], run * columns)], f"{name}.{i}.runs"))
     joined = b.node("Concat", levels, f"{name}.raw", axis=1)
-    if grids is not None:
+    grids = [raw.grid for raw in maps if raw.grid is not None]
+    if grids:
         repeats = [na * count for count in runs]
         scale = b.constant(np.repeat(np.array([g.scale for g in grids], np.float32), repeats))
         zero = b.constant(np.repeat(np.array([g.zero_point for g in grids], np.uint8), repeats))
@@ -83,6 +97,25 @@ def _table(
     if sigmoid:
         joined = b.node("Sigmoid", [joined], f"{name}.sigmoid")
     return b.node("Reshape", [joined, b.shape(0, -1, columns)], f"{name}.rows")
+
+
+def _by_anchor(
+    b: OnnxBuilder, raw: RawMap, name: str, na: int, columns: int, places: tuple[int, int, int]
+) -> list[str]:
+    """A map with its channels last -> its anchors' boxes in runs, to be joined along axis 1: turned around together,
+    or, quicker where each box has many bytes, cut out one by one. `places` are (side, run, runs)."""
+    side, run, runs = places
+    if columns <= SHORT and not raw.more:
+        apart = b.node("Reshape", [raw.name, b.shape(0, side, side, na, columns)], f"{name}.split")
+        turned = b.node("Transpose", [apart], f"{name}.last", perm=[0, 3, 1, 2, 4])
+        return [b.node("Reshape", [turned, b.shape(0, na * runs, run * columns)], f"{name}.runs")]
+    ends, sizes = [f"{name}.{i}.columns" for i in range(na)], [columns] * na
+    shape = b.shape(0, runs, run * columns)
+    pieces = [b.node("Reshape", [end, shape], f"{name}.{i}.runs") for i, end in enumerate(ends)]
+    if raw.more:
+        ends, sizes = [*ends, f"{name}.rest"], [*sizes, raw.more]
+    b.nodes.insert(-na, helper.make_node("Split", [raw.name, b.shape(*sizes)], ends, axis=3))
+    return pieces
 
 
 def _runs(sides: Sequence[int]) -> tuple[int, list[int]]:

@@ -16,7 +16,7 @@ BITS: dict[int, int] = {
 
 
 NOTHING = onnx.NodeProto()
-LONGEST = 3  # Reshape, Transpose and Reshape of `export.quickconv`
+LONGEST = 4  # Reshape, Transpose, Reshape and Concat of `export.quads`
 
 
 @dataclass(frozen=True)
@@ -101,6 +101,8 @@ def _shape(
     through = ("DequantizeLinear", "QuantizeLinear", "Cast", "Add", "Mul", "Pad", "Transpose")
     if node.op_type in through or _rearranges(node, makers):
         return _shape(node.input[0], makers, tensors, seen)
+    if node.op_type == "Concat" and _twice(node, makers):
+        return _shape(node.input[0], makers, tensors, seen)
     if node.op_type == "Concat":  # along the input channels
         parts = [_shape(name, makers, tensors, seen) for name in node.input]
         known = [p for p in parts if p is not None and len(p) > 1]
@@ -112,11 +114,17 @@ def _shape(
 
 
 def _rearranges(node: onnx.NodeProto, makers: dict[str, onnx.NodeProto]) -> bool:
-    """Whether it is part of what `export.quickconv` makes of the first convolution's weight, which is padded first."""
+    """Whether it is part of what `export.quads` makes of the first convolution's weight, which is padded first."""
     source, steps = node, 0
-    while source.op_type in ("Reshape", "Transpose") and source.input and steps < LONGEST:
+    while source.op_type in ("Reshape", "Transpose", "Concat") and source.input and steps < LONGEST:
         source, steps = makers.get(source.input[0], NOTHING), steps + 1
     return node.op_type == "Reshape" and source.op_type == "Pad"
+
+
+def _twice(node: onnx.NodeProto, makers: dict[str, onnx.NodeProto]) -> bool:
+    """Whether it joins one weight with itself, each time between other zeros."""
+    padded = [makers.get(name, NOTHING) for name in node.input]
+    return all(p.op_type == "Pad" for p in padded) and len({p.input[0] for p in padded}) == 1
 
 
 def _count(tensor: onnx.TensorProto) -> int:

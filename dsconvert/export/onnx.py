@@ -21,15 +21,17 @@ from dsconvert.dsconv.tensor import DSTensor
 from dsconvert.errors import InputError
 from dsconvert.export.biases import Biases
 from dsconvert.export.builder import OnnxBuilder
-from dsconvert.export.decode import add_decode, box_count
+from dsconvert.export.decode import RawMap, add_decode, box_count
 from dsconvert.export.fused import fuse
 from dsconvert.export.inputs import BYTES, INPUT_TYPES, add_real_image
 from dsconvert.export.layouts import LAYOUT_OPSET, add_int8_weight
 from dsconvert.export.nms import Nms, add_nms
-from dsconvert.export.quickconv import by_twos, kernel_by_twos, more_channels
+from dsconvert.export.quads import Quads, image_by_quads, kernel_by_quads, outputs_apart, quads_of, twice
+from dsconvert.export.quickconv import more_channels
 from dsconvert.export.real import add_real_weight, check_layout
 from dsconvert.graph.integer import SIGMOID, QParams, grid_of, keeps_grid
 from dsconvert.graph.ir import INPUT, ConvParams, Graph, Node
+from dsconvert.graph.shapes import value_shapes
 from dsconvert.model import DSModel, display_name
 from dsconvert.yolo.network import Head
 
@@ -61,25 +63,27 @@ def export_quantized(model: DSModel, layout: str, imgsz: int, ends: Ends = PLAIN
 
 def _written(model: DSModel, layout: str, imgsz: int, ends: Ends, side: int | None) -> onnx.ModelProto:
     """The file operator by operator; with the image's `side`, its first convolution as ONNX Runtime is fast at it."""
+    _check_side(imgsz, model.head)
     b = OnnxBuilder(LAYOUT_OPSET[layout])
     if model.activations:
         q = _Quantized(b, model, layout, ends.input_type, side)
         for node in model.graph.nodes:
             q.add(node)
         q.biases.finish()
-        raw, grids = [q.uint8[name] for name in model.graph.outputs], [q.grids[name] for name in model.graph.outputs]
+        raw = [q.raw(name) for name in model.graph.outputs]
     else:
         image = add_real_image(b, ends.input_type)
         for node in model.graph.nodes:
             _weight_only(b, _reading(node, image), model, layout)
-        raw, grids = list(model.graph.outputs), None
-    return _finish(b, raw, grids, model.head, imgsz, ends, {"dsconvert.layout": layout})
+        raw = [RawMap(name) for name in model.graph.outputs]
+    return _finish(b, raw, model.head, imgsz, ends, {"dsconvert.layout": layout})
 
 
 def export_float(
     graph: Graph, params: Mapping[str, ConvParams], head: Head, imgsz: int, ends: Ends = PLAIN
 ) -> onnx.ModelProto:
     """The float32 network, for comparison."""
+    _check_side(imgsz, head)
     b = OnnxBuilder(FLOAT_OPSET)
     image = add_real_image(b, ends.input_type)
     for node in (_reading(n, image) for n in graph.nodes):
@@ -90,7 +94,12 @@ def export_float(
             _conv(b, node, [node.inputs[0], weight, bias])
         else:
             _float_op(b, node, list(node.inputs), node.name)
-    return _finish(b, list(graph.outputs), None, head, imgsz, ends, {})
+    return _finish(b, [RawMap(name) for name in graph.outputs], head, imgsz, ends, {})
+
+
+def _check_side(imgsz: int, head: Head) -> None:
+    if imgsz % head.stride:
+        raise InputError(f"The image size {imgsz} is not a multiple of the model's stride {head.stride}.")
 
 
 def _reading(node: Node, image: str) -> Node:
@@ -99,22 +108,14 @@ def _reading(node: Node, image: str) -> Node:
 
 
 def _finish(
-    b: OnnxBuilder,
-    raw: list[str],
-    grids: list[QParams] | None,
-    head: Head,
-    imgsz: int,
-    ends: Ends,
-    extra: Mapping[str, str],
+    b: OnnxBuilder, raw: list[RawMap], head: Head, imgsz: int, ends: Ends, extra: Mapping[str, str]
 ) -> onnx.ModelProto:
-    """Raw maps (uint8 on grids, or float) -> the model: decoding, NMS if wanted, metadata."""
-    if imgsz % head.stride:
-        raise InputError(f"The image size {imgsz} is not a multiple of the model's stride {head.stride}.")
+    """Raw maps -> the model: decoding, NMS if wanted, metadata."""
     n: int | str = "batch" if ends.dynamic_batch else 1
     # YOLOv5 reads exactly these two keys: int(stride) and the names as a Python dictionary
     metadata = {"stride": str(head.stride), "names": str(dict(enumerate(head.names))), **extra}
     maps = len(raw) - bool(head.nm)
-    decoded = add_decode(b, raw[:maps], head, imgsz, grids and grids[:maps])
+    decoded = add_decode(b, raw[:maps], head, imgsz)
     output: dict[str, tuple[int | str, ...]]
     if ends.nms and head.nm:
         raise InputError("--nms is for detectors: a segmentation model's masks need every box's coefficients.")
@@ -126,18 +127,18 @@ def _finish(
         b.node("Concat", [decoded.box, decoded.conf, *decoded.masks], OUTPUT, axis=2)
         output = {OUTPUT: (n, box_count(head, imgsz), sum(head.parts))}
         if head.nm:
-            _prototypes(b, raw[-1], grids[-1] if grids else None)
+            _prototypes(b, raw[-1])
             output[PROTOTYPES] = (n, head.nm, *[2 * imgsz // head.strides[0]] * 2)
     return b.model({INPUT: (n, 3, imgsz, imgsz)}, output, metadata, INPUT_TYPES[ends.input_type])
 
 
-def _prototypes(b: OnnxBuilder, raw: str, grid: QParams | None) -> None:
+def _prototypes(b: OnnxBuilder, raw: RawMap) -> None:
     """The last output, real."""
-    if grid is None:
-        b.node("Identity", [raw], PROTOTYPES)
+    if raw.grid is None:
+        b.node("Identity", [raw.name], PROTOTYPES)
     else:
-        ends = [b.scalar(grid.scale), b.constant(np.array(grid.zero_point, np.uint8))]
-        b.node("DequantizeLinear", [raw, *ends], PROTOTYPES)
+        ends = [b.scalar(raw.grid.scale), b.constant(np.array(raw.grid.zero_point, np.uint8))]
+        b.node("DequantizeLinear", [raw.name, *ends], PROTOTYPES)
 
 
 def _conv(b: OnnxBuilder, node: Node, inputs: list[str]) -> str:
@@ -229,8 +230,11 @@ class _Quantized:
     def __init__(self, b: OnnxBuilder, model: DSModel, layout: str, input_type: str, side: int | None) -> None:
         self.b, self.model, self.layout, self.biases, self.side = b, model, layout, Biases(b), side
         self.grids = grid_of(model.graph, model.activations)
+        weights = {name: tuple(conv.weight.vqk.shape) for name, conv in model.convs.items()}
+        self.shapes = value_shapes(model.graph, weights, (3, side, side)) if side is not None else {}
         self.uint8: dict[str, str] = {}
         self.floats: dict[str, str] = {}
+        self.wide: dict[str, tuple[str, int]] = {}  # raw map -> the map it is the first channels of, and how many more
         if input_type == "uint8" and self.grids[INPUT] == BYTES:
             self.uint8[INPUT] = INPUT  # the bytes are the quantized image
         else:
@@ -240,25 +244,46 @@ class _Quantized:
         """Emit one node."""
         b = self.b
         same = all(self.grids[x] == self.grids[node.name] for x in node.inputs)
+        if node.op == "upsample" and self.side is not None:
+            self.uint8[node.name] = self._upsample(node)
+            return
         if keeps_grid(node.op) or (node.op == "concat" and same):
             self.uint8[node.name] = _float_op(b, node, [self.uint8[x] for x in node.inputs], f"{node.name}.q")
             return
-        twos = node.op == "conv" and self._takes_twos(node)
-        inputs = [] if twos else [self.real(x) for x in node.inputs]
+        quads = self._quads(node) if node.op == "conv" else None
+        if quads:
+            self.uint8[node.name] = self._conv_by_quads(node, quads)
+            return
+        inputs = [self.real(x) for x in node.inputs]
         if node.op == "conv":
-            out = self._conv_by_twos(node) if twos else self._conv(node, inputs[0])
+            out = self._conv(node, inputs[0])
         elif node.op == "act" and node.attrs["kind"] == "SiLU":
             gate = b.node("Sigmoid", inputs, f"{node.name}.s")
             gate = self._dq(self._q(gate, f"{node.name}.sq", SIGMOID), f"{node.name}.sd", SIGMOID)
             out = b.node("Mul", [inputs[0], gate], node.name)
         else:
             out = _float_op(b, node, inputs, node.name)
-        if node.op == "conv" and self._more(node):
+        more = self._more(node) if node.op == "conv" else 0
+        if more:
             wide = self._q(out, f"{node.name}.wide", self.grids[node.name])
+            if node.name in self.model.graph.outputs:
+                self.wide[node.name] = wide, more
+                return
             cut = [b.shape(0), b.shape(len(self.model.convs[node.name].bias)), b.shape(1)]
             self.uint8[node.name] = b.node("Slice", [wide, *cut], f"{node.name}.q")
         else:
             self._quantize(node.name, out)
+
+    def raw(self, value: str) -> RawMap:
+        """An output of the graph, as `decode` shall have it."""
+        grid, boxes = (
+            self.grids[value],
+            self.model.graph.outputs[: len(self.model.graph.outputs) - bool(self.model.head.nm)],
+        )
+        if self.side is None or value not in boxes:
+            return RawMap(self.uint8[value], grid)
+        name, more = self.wide.get(value) or (self.uint8[value], 0)
+        return RawMap(self.b.node("Transpose", [name], f"{value}.last", perm=[0, 2, 3, 1]), grid, True, more)
 
     def real(self, value: str) -> str:
         """The dequantized name of a value."""
@@ -280,39 +305,63 @@ class _Quantized:
 
     def _conv(self, node: Node, x: str) -> str:
         more = self._more(node)
-        weight, cds = _real_weight(self.b, display_name(node), self.model.convs[node.name].weight, self.layout, more)
-        return _conv(self.b, node, [x, weight, self._bias(node, cds, more)])
+        b, name = self.b, display_name(node)
+        weight, cds = _real_weight(b, name, self.model.convs[node.name].weight, self.layout, more)
+        bias, unit = self._bias(node, cds, more)
+        if more:
+            bias = b.node("Pad", [bias, b.shape(0, more)], f"{name}.bias.wide")
+        return _conv(b, node, [x, weight, b.node("DequantizeLinear", [bias, unit], f"{name}.b", axis=0)])
 
     def _more(self, node: Node) -> int:
         """How many output channels of zeros make the convolution one that ONNX Runtime is fast at (see `quickconv`)."""
         quick = self.side is not None and node.attrs["groups"] == 1
         return more_channels(len(self.model.convs[node.name].bias)) if quick else 0
 
-    def _takes_twos(self, node: Node) -> bool:
-        """Whether it convolves every second pixel of an image whose channels no kernel likes (see `quickconv`)."""
-        a, channels = node.attrs, self.model.convs[node.name].weight.vqk.shape[1]
-        at_image = node.inputs == (INPUT,) and self.side is not None and self.side % 2 == 0
-        return at_image and channels % 4 != 0 and (a["stride"], a["dilation"], a["groups"]) == (2, 1, 1)
+    def _quads(self, node: Node) -> Quads | None:
+        """For a convolution of every second pixel of an image whose channels no kernel likes (see `quads`)."""
+        a, (_, channels, *kernel) = node.attrs, self.model.convs[node.name].weight.vqk.shape
+        if node.inputs != (INPUT,) or self.side is None or channels % 4 == 0:
+            return None
+        if (a["stride"], a["dilation"], a["groups"]) != (2, 1, 1):
+            return None
+        return quads_of((kernel[0], kernel[1]), [a["padding"]] * 4, (self.side, self.side))
 
-    def _conv_by_twos(self, node: Node) -> str:
-        """The same convolution of two by two pixels as one."""
+    def _conv_by_quads(self, node: Node, q: Quads) -> str:
+        """The same convolution of two rows of four pixels as one; the quantized result's name."""
         assert self.side is not None
         b, name, w = self.b, display_name(node), self.model.convs[node.name].weight
-        size, shape = (self.side, self.side), tuple(w.vqk.shape)
-        last = by_twos(b, self.uint8[INPUT], (shape[1], *size), INPUT)
+        cho, chi = w.vqk.shape[:2]
+        _, zero = self._grid(self.grids[INPUT])
+        last = image_by_quads(b, self.uint8[INPUT], (chi, self.side), q, zero, INPUT)
         first = b.node("Transpose", [last], f"{INPUT}.first", perm=[0, 3, 1, 2])
-        integers = add_int8_weight(b, name, w, self.layout)
-        integers, pads = kernel_by_twos(b, integers, shape, [node.attrs["padding"]] * 4, size, name)
+        integers = kernel_by_quads(b, add_int8_weight(b, name, w, self.layout), tuple(w.vqk.shape), q, name)
         cds = b.tensor(f"{name}.cds", w.cds_w.numpy().astype(np.float32))
-        weight = b.node("DequantizeLinear", [integers, cds], f"{name}.w", axis=0)
+        weight = b.node("DequantizeLinear", [integers, twice(b, cds, cds)], f"{name}.w", axis=0)
         real = self._dq(first, f"{INPUT}.first.d", self.grids[INPUT])
-        return b.node("Conv", [real, weight, self._bias(node, cds)], node.name, name=name, pads=pads)
+        bias = b.node("DequantizeLinear", [twice(b, x, x) for x in self._bias(node, cds)], f"{name}.b", axis=0)
+        pads = [q.pads[0], 0, q.pads[1], 0]
+        paired = b.node("Conv", [real, weight, bias], f"{node.name}.pairs", name=name, pads=pads)
+        paired = self._q(paired, f"{node.name}.paired", self.grids[node.name])
+        last = b.node("Transpose", [paired], f"{node.name}.pairs.last", perm=[0, 2, 3, 1])
+        apart = outputs_apart(b, last, cho, q, f"{node.name}.last")
+        return b.node("Transpose", [apart], f"{node.name}.q", perm=[0, 3, 1, 2])
 
-    def _bias(self, node: Node, cds: str, more: int = 0) -> str:
+    def _upsample(self, node: Node) -> str:
+        """Every pixel so many times, along one side after the other, channels last: quicker than a Resize."""
+        b, name, scale = self.b, node.name, node.attrs["scale"]
+        high, wide = self.shapes[node.inputs[0]][1:]
+        rows, columns = (b.constant(np.repeat(np.arange(n, dtype=np.int32), scale)) for n in (high, wide))
+        last = b.node("Transpose", [self.uint8[node.inputs[0]]], f"{name}.last", perm=[0, 2, 3, 1])
+        broad = b.node("Gather", [last, columns], f"{name}.wide", axis=2)
+        tall = b.node("Gather", [broad, rows], f"{name}.tall", axis=1)
+        return b.node("Transpose", [tall], f"{name}.q", perm=[0, 3, 1, 2])
+
+    def _bias(self, node: Node, cds: str, more: int = 0) -> tuple[str, str]:
+        """Names of the bias's integers and of their units; the latter with as many more as CDSw."""
         b, name, conv = self.b, display_name(node), self.model.convs[node.name]
         source = self.grids[node.inputs[0]]
         integers = conv.bias_int(source.scale).numpy()
         if self.layout == "int8":
             unit = b.node("Mul", [cds, b.scalar(source.scale)], f"{name}.unit")
-            return b.node("DequantizeLinear", [b.tensor(f"{name}.bias", integers), unit], f"{name}.b", axis=0)
+            return b.tensor(f"{name}.bias", integers), unit
         return self.biases.add(name, integers, cds, source.scale, more)

@@ -4,8 +4,8 @@ The fast kernel (MLAS: MlasConvSymPackWSize) takes input channels in multiples o
 4, and computes 16 of them at once; anything else is unrolled, multiplied and rounded in three passes over memory. Two
 kinds of convolution in these networks are anything else, and both can be had in the right shape with equal numbers:
 
-- the first, of an image's 3 channels: where it takes every second pixel, two by two pixels are one of 12 channels, and
-  its kernel as much smaller; else the channels are filled up to 4.
+- the first, of an image's 3 channels: where it takes every second pixel, two rows of four pixels are one of 24 channels
+  (see `quads`); else the channels are filled up to 4.
 - the last, of so many channels a class: zero weights fill them up to a multiple of 16, and a Slice drops what they
   make.
 
@@ -21,6 +21,7 @@ import numpy as np
 from onnx import NodeProto, helper
 
 from dsconvert.export.builder import OnnxBuilder
+from dsconvert.export.quads import image_by_quads, kernel_by_quads, outputs_apart, quads_of, twice
 
 RUN = 4  # input channels taken together
 FULL = 16  # output channels computed at once
@@ -77,14 +78,20 @@ def more_channels(cho: int) -> int:
 def add_first_conv(b: OnnxBuilder, conv: Conv, image: str, size: tuple[int, int], output: str) -> bool:
     """The convolution of an image (n, 3, h, w), channels first, as `output` (n, h', w', cho); False if it is not of
     the kind that this can do."""
-    chi = conv.weight[1]
+    cho, chi, *kernel = conv.weight
     if not conv.plain or chi % RUN == 0:
         return False
     inputs = list(conv.node.input)
-    if conv.attribute("strides", [1, 1]) == [2, 2] and size[0] % 2 == size[1] % 2 == 0:
-        inputs[0] = by_twos(b, image, (chi, *size), output)
-        inputs[3], pads = kernel_by_twos(b, inputs[3], conv.weight, conv.attribute("pads", [0] * 4), size, output)
-        _emit(b, conv, inputs, output, pads=pads, strides=[1, 1])
+    pads = conv.attribute("pads", [0] * 4)
+    quads = quads_of((kernel[0], kernel[1]), pads, size) if conv.attribute("strides", [1, 1]) == [2, 2] else None
+    if quads:
+        inputs[0] = image_by_quads(b, image, (chi, size[0]), quads, inputs[2], output)
+        inputs[3] = kernel_by_quads(b, inputs[3], conv.weight, quads, output)
+        for place in (4, 8):  # scales and biases
+            if place < len(inputs) and inputs[place]:
+                inputs[place] = twice(b, inputs[place], f"{output}.{place}")
+        _emit(b, conv, inputs, f"{output}.pairs", pads=[quads.pads[0], 0, quads.pads[1], 0], strides=[1, 1])
+        outputs_apart(b, f"{output}.pairs", cho, quads, output)
         return True
     more = b.shape(0, 0, 0, 0, 0, -chi % RUN, 0, 0)
     filled = b.node("Pad", [image, more], f"{output}.filled")
@@ -92,35 +99,6 @@ def add_first_conv(b: OnnxBuilder, conv: Conv, image: str, size: tuple[int, int]
     inputs[3] = b.node("Pad", [conv.node.input[3], more], f"{output}.weight")
     _emit(b, conv, inputs, output)
     return True
-
-
-def by_twos(b: OnnxBuilder, image: str, shape: tuple[int, int, int], name: str) -> str:
-    """(n, chi, h, w) -> (n, h / 2, w / 2, 4 chi): columns, rows and channels of two by two pixels, in that order. Rows
-    are moved as they are, and columns not at all, which is cheap."""
-    chi, high, wide = shape
-    rows = b.node("Reshape", [image, b.shape(0, chi, high // 2, 2, wide)], f"{name}.rows")
-    apart = b.node("Transpose", [rows], f"{name}.apart", perm=[0, 3, 1, 2, 4])
-    planes = b.node("Reshape", [apart, b.shape(0, 2 * chi, high // 2, wide)], f"{name}.planes")
-    last = b.node("Transpose", [planes], f"{name}.image", perm=[0, 2, 3, 1])
-    return b.node("Reshape", [last, b.shape(0, high // 2, wide // 2, 4 * chi)], f"{name}.twos")
-
-
-def kernel_by_twos(
-    b: OnnxBuilder, weight: str, shape: tuple[int, ...], pads: list[int], size: tuple[int, int], name: str
-) -> tuple[str, list[int]]:
-    """The weight of a convolution of every second pixel, (cho, chi, kh, kw), as (cho, 4 chi, kh', kw') for such an
-    image of `size` before, and the pads in its pixels."""
-    cho, chi, *kernel = shape
-    before = [-(-pad // 2) for pad in pads[:2]]
-    shift = [2 * n - pad for n, pad in zip(before, pads, strict=False)]  # zeros before the kernel
-    smaller = [-(-(s + k) // 2) for s, k in zip(shift, kernel, strict=True)]
-    outputs = [(n + pads[i] + pads[i + 2] - kernel[i]) // 2 + 1 for i, n in enumerate(size)]
-    after = [o - 1 + k - n - s // 2 for o, k, n, s in zip(outputs, smaller, before, size, strict=True)]
-    behind = [2 * k - s - n for k, s, n in zip(smaller, shift, kernel, strict=True)]
-    whole = b.node("Pad", [weight, b.shape(0, 0, *shift, 0, 0, *behind)], f"{name}.whole")
-    apart = b.node("Reshape", [whole, b.shape(cho, chi, smaller[0], 2, smaller[1], 2)], f"{name}.pairs")
-    last = b.node("Transpose", [apart], f"{name}.turned", perm=[0, 5, 3, 1, 2, 4])
-    return b.node("Reshape", [last, b.shape(cho, 4 * chi, *smaller)], f"{name}.by.twos"), [*before, *after]
 
 
 def _emit(b: OnnxBuilder, conv: Conv, inputs: list[str], output: str, **changed: list[int]) -> None:
