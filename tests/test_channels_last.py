@@ -1,4 +1,4 @@
-"""Layout fused with channels last: convolutions in other shapes, and upsampling by Gather, give the same integers."""
+"""Convolutions in other shapes, and maps with channels last, give the same integers."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from onnx import TensorProto, helper, numpy_helper
 from dsconvert.errors import CheckError
 from dsconvert.export.builder import OnnxBuilder
 from dsconvert.export.check import check_export, check_images, reference_of
-from dsconvert.export.lastchannels import channels_last
 from dsconvert.export.onnx import PLAIN, Ends, export_quantized
-from dsconvert.export.quickconv import Conv, add_conv, add_first_conv
+from dsconvert.export.quickconv import image_by_quads, kernel_by_quads, more_channels, outputs_apart, quads_of, twice
+from dsconvert.model import DSModel
 from dsconvert.yolo.network import Network, head_from_detect
 
 SIDE = 64
@@ -40,9 +40,9 @@ def model_of(b: OnnxBuilder, shape: tuple[int, ...], kind: int = TensorProto.UIN
 
 
 class Case:
-    """A convolution with random integers, as a node and as numbers."""
+    """A convolution with random integers: its inputs as QLinearConv has them, and its answer."""
 
-    def __init__(self, shape: tuple[int, int, int, int], stride: int = 1, pad: int = 0, **attrs: object) -> None:
+    def __init__(self, shape: tuple[int, int, int, int], stride: int, pad: int) -> None:
         rng = np.random.default_rng(0)
         self.stride, self.pad = stride, pad
         self.weight = rng.integers(-30, 30, shape).astype(np.int8)
@@ -50,13 +50,11 @@ class Case:
         self.scale = (rng.random(shape[0]) * 0.02 + 0.001).astype(np.float32)
         self.b = OnnxBuilder(21)
         one, zero = self.b.scalar(1.0), self.b.constant(np.array(ZERO, np.uint8))
-        inputs = [
+        self.inputs = [
             "x", one, zero, self.b.tensor("w", self.weight), self.b.tensor("s", self.scale),
             self.b.constant(np.array(0, np.int8)), one, self.b.constant(np.array(OUT_ZERO, np.uint8)),
             self.b.tensor("b", self.bias),
         ]  # fmt: skip
-        node = helper.make_node("QLinearConv", inputs, ["y"], name="it", pads=[pad] * 4, strides=[stride] * 2, **attrs)
-        self.conv = Conv(node, shape)
 
     def answer(self, x: np.ndarray) -> np.ndarray:
         """x (n, chi, h, w) -> (n, h', w', cho), in 64-bit integers until the one rounding."""
@@ -67,95 +65,64 @@ class Case:
 
 
 @pytest.mark.parametrize(
-    ("kernel", "stride", "pad", "taken"),
+    ("kernel", "pad", "taken"),
+    [(6, 2, (3, 2)), (3, 1, (2, 2)), (5, 2, (3, 2)), (4, 1, (3, 2)), (1, 0, (1, 1)), (8, 3, (5, 3))],
+)
+@pytest.mark.parametrize("count", [1, 2])
+def test_every_second_pixel_by_quads(kernel, pad, taken, count):
+    case = Case((8, 3, kernel, kernel), 2, pad)
+    b, inputs = case.b, case.inputs
+    quads = quads_of((kernel, kernel), [pad] * 4, (24, 32))
+    assert quads is not None
+    assert quads.kernel == taken
+    inputs[0] = image_by_quads(b, "x", (3, 24), quads, inputs[2], "i")
+    inputs[3] = kernel_by_quads(b, inputs[3], (8, 3, kernel, kernel), quads, "k")
+    inputs[4], inputs[8] = twice(b, inputs[4], "t4"), twice(b, inputs[8], "t8")
+    pads = [quads.pads[0], 0, quads.pads[1], 0]
+    paired = b.node("QLinearConv", inputs, "c", pads=pads, channels_last=1, domain="com.microsoft")
+    outputs_apart(b, paired, 8, quads, "y")
+    x = np.random.default_rng(1).integers(0, 256, (count, 3, 24, 32)).astype(np.uint8)
+    found = session(model_of(b, ("n", 3, 24, 32))).run(None, {"x": x})[0]
+    assert np.array_equal(found, case.answer(x))
+
+
+@pytest.mark.parametrize(("kernel", "pad", "size"), [(6, 1, (24, 32)), (3, 1, (23, 32)), (4, 0, (24, 32))])
+def test_no_quads_of_what_comes_in_no_pairs(kernel, pad, size):
+    assert quads_of((kernel, kernel), [pad] * 4, size) is None
+
+
+def network_of(stem: list[int], nc: int = 2) -> DSModel:
+    """The small network with another first convolution, quantized; every map's side is a multiple of two."""
+    layers = [[-1, 1, "Conv", stem], *TINY["backbone"][1:]]
+    network = Network({**TINY, "backbone": layers}, nc=nc, na=3).eval()
+    randomise(network)
+    network.requires_grad_(False)
+    strides = [4, 8] if stem[2] == 2 else [2, 4]
+    return convert(network, head_from_detect(network.detect, strides, [str(i) for i in range(nc)]), smooth_picture())
+
+
+@pytest.mark.parametrize(
+    ("stem", "taken"),
     [
-        (6, 2, 2, (16, 24, 3, 2)), (3, 2, 1, (16, 24, 2, 2)), (5, 2, 2, (16, 24, 3, 2)), (4, 2, 1, (16, 24, 3, 2)),
-        (1, 2, 0, (16, 24, 1, 1)), (8, 2, 3, (16, 24, 5, 3)),
-        # outputs that come in no pairs, and every pixel or every third
-        (6, 2, 1, (8, 4, 6, 6)), (4, 2, 0, (8, 4, 4, 4)), (3, 1, 1, (8, 4, 3, 3)), (7, 3, 2, (8, 4, 7, 7)),
+        ([32, 6, 2, 2], (16, 24, 3, 2)), ([32, 3, 2], (16, 24, 2, 2)), ([32, 5, 2], (16, 24, 3, 2)),
+        ([32, 3, 1], (8, 4, 3, 3)),  # every pixel: the image's channels filled up
     ],
 )  # fmt: skip
-@pytest.mark.parametrize("count", [1, 2])
-def test_the_first_convolution_in_channels_that_are_a_multiple_of_four(kernel, stride, pad, taken, count, tmp_path):
-    case = Case((8, 3, kernel, kernel), stride, pad)
-    assert add_first_conv(case.b, case.conv, "x", (24, 32), "y")
-    x = np.random.default_rng(1).integers(0, 256, (count, 3, 24, 32)).astype(np.uint8)
-    found = session(model_of(case.b, ("n", 3, 24, 32)), tmp_path).run(None, {"x": x})[0]
-    assert np.array_equal(found, case.answer(x))
+@pytest.mark.parametrize("layout", ["packed", "fused"])
+def test_first_convolutions_in_channels_that_are_a_multiple_of_four(stem, taken, layout, tmp_path):
+    model = network_of(stem)
+    made = export_quantized(model, layout, SIDE)
+    check_export(made.SerializeToString(), reference_of(model), PLAIN, check_images(SIDE))
+    session(made, tmp_path)
     folded = onnx.load(tmp_path / "optimised.onnx").graph
     node = next(n for n in folded.node if n.op_type == "QLinearConv")
     weight = next(t for t in folded.initializer if t.name == node.input[3])  # known at load, or it is slow
     assert tuple(weight.dims) == taken
-    assert node.name.startswith("it")
-
-
-def test_an_odd_image_has_its_channels_filled_up():
-    case = Case((8, 3, 3, 3), 2, 1)
-    assert add_first_conv(case.b, case.conv, "x", (23, 32), "y")
-    x = np.random.default_rng(1).integers(0, 256, (1, 3, 23, 32)).astype(np.uint8)
-    assert np.array_equal(session(model_of(case.b, x.shape)).run(None, {"x": x})[0], case.answer(x))
-
-
-@pytest.mark.parametrize(
-    "case",
-    [
-        Case((8, 4, 3, 3), 2, 1), Case((8, 3, 3, 3), 1, 2, dilations=[2, 2]), Case((9, 1, 3, 3), 1, 1, group=3),
-        Case((8, 3, 3, 3), 1, 0, auto_pad="SAME_UPPER"),
-    ],
-    ids=["channels", "dilation", "groups", "auto_pad"],
-)  # fmt: skip
-def test_other_first_convolutions_are_left_alone(case):
-    before = list(case.b.nodes)
-    assert not add_first_conv(case.b, case.conv, "x", (24, 32), "y")
-    assert case.b.nodes == before
 
 
 @pytest.mark.parametrize(("cho", "computed"), [(243, 256), (33, 48), (63, 64), (36, 36), (21, 21), (64, 64)])
-def test_channels_are_filled_up_where_that_is_faster(cho, computed, tmp_path):
-    case = Case((cho, 8, 1, 1))
-    add_conv(case.b, case.conv, "x", "y")
-    x = np.random.default_rng(1).integers(0, 256, (1, 5, 7, 8)).astype(np.uint8)
-    found = session(model_of(case.b, (1, 5, 7, 8)), tmp_path).run(None, {"x": x})[0]
-    assert np.array_equal(found, case.answer(x.transpose(0, 3, 1, 2)))
-    folded = onnx.load(tmp_path / "optimised.onnx").graph
-    node = next(n for n in folded.node if n.op_type == "QLinearConv")
-    assert next(t for t in folded.initializer if t.name == node.input[3]).dims[0] == computed
-
-
-def turned(scales: tuple[float, float], **attrs: str) -> tuple[onnx.ModelProto, np.ndarray, np.ndarray]:
-    """Convolution, Resize, and an answer channels first: the model turned around, and what it says before and after."""
-    case = Case((16, 4, 1, 1))
-    case.conv.node.output[0] = "c"
-    case.b.nodes.append(case.conv.node)
-    b = case.b
-    how = {"mode": "nearest", "nearest_mode": "floor", "coordinate_transformation_mode": "asymmetric"} | attrs
-    b.node("Resize", ["c", "", b.constant(np.array([1, 1, *scales], np.float32))], "y", **how)
-    high, wide = (int(5 * s) for s in scales)
-    model = model_of(b, (1, 4, 5, 5))
-    x = np.random.default_rng(1).integers(0, 256, (1, 4, 5, 5)).astype(np.uint8)
-    before = session(model).run(None, {"x": x})[0]
-    values = {"x": (0, 4, 5, 5), "c": (0, 16, 5, 5), "y": (0, 16, high, wide)}
-    b.node("Identity", ["y"], "z")  # an output is never turned
-    del model.graph.node[:]
-    model.graph.node.extend(b.nodes)
-    model.graph.output[0].name = "z"
-    channels_last(model, values, {t.name: tuple(t.dims) for t in model.graph.initializer})
-    after = session(model).run(None, {"x": x})[0]
-    return model, before, after
-
-
-@pytest.mark.parametrize(
-    ("scales", "attrs", "gathers"),
-    [
-        ((2, 2), {}, 2), ((3, 1), {}, 2), ((1.4, 2), {}, 0), ((2, 2), {"nearest_mode": "ceil"}, 0),
-        ((2, 2), {"mode": "linear", "coordinate_transformation_mode": "half_pixel"}, 0),
-    ],
-)  # fmt: skip
-def test_upsampling_repeats_pixels_or_stays_a_resize(scales, attrs, gathers):
-    model, before, after = turned(scales, **attrs)
-    assert np.array_equal(before, after)
-    ops = Counter(node.op_type for node in model.graph.node)
-    assert (ops["Gather"], ops["Resize"]) == (gathers, 0 if gathers else 1)
+def test_channels_are_filled_up_where_that_is_faster(cho, computed):
+    assert cho + more_channels(cho) == computed
 
 
 def test_maps_are_turned_around_once_and_boxes_once(converted, tmp_path):
@@ -165,7 +132,7 @@ def test_maps_are_turned_around_once_and_boxes_once(converted, tmp_path):
     levels = len(converted.head.strides)
     for model in (made, loaded):  # and ONNX Runtime sees nothing to turn either
         ops = Counter(node.op_type for node in model.graph.node)
-        folded = 1 if model is made else 0  # the weight of the first convolution
+        folded = 1 if model is made else 0  # of the first convolution's weight
         assert ops["Transpose"] - folded == 2 + 2 * levels  # two turn the image
         assert not ops["Resize"]
         assert not ops["MaxPool"]
@@ -191,9 +158,9 @@ def test_boxes_of_many_classes_are_cut_out_by_anchor(nc, pieces, rest):
     found, wanted = (session(made).run(None, {"images": x})[0] for made in (fused, packed))
     assert np.array_equal(found, wanted)
     tensors = {t.name: numpy_helper.to_array(t).tolist() for t in fused.graph.initializer if t.data_type == 7}
-    splits = [n for n in fused.graph.node if n.op_type == "Split" and n.input[0].endswith((".wide", ".q.last"))]
+    splits = [n for n in fused.graph.node if n.op_type == "Split" and "score" in n.input[0]]
     assert [tensors[n.input[1]] for n in splits] == [pieces] * 2
-    assert {n.input[0].endswith(".wide") for n in splits} == {bool(rest)}
+    assert {n.input[0].endswith(".wide.last") for n in splits} == {bool(rest)}
     slices = [n for n in fused.graph.node if n.op_type == "Slice"]  # of weights; nothing else reads the 63
     assert not [n for n in slices if n.input[0].endswith(".wide")]
 

@@ -34,7 +34,7 @@ def fuse(packed: onnx.ModelProto) -> onnx.ModelProto:
     made.graph.node.extend(optimised.graph.node)
     made.graph.initializer.extend(stored[name] for name in needed if name in stored)
     made.graph.initializer.extend(new[name] for name in needed if name in new)
-    channels_last(made, _shapes(packed), {t.name: tuple(t.dims) for t in optimised.graph.initializer})
+    channels_last(made, {t.name: tuple(t.dims) for t in optimised.graph.initializer})
     used = {node.domain for node in made.graph.node}
     # the optimiser lists every domain it knows
     made.opset_import.extend(o for o in optimised.opset_import if o.domain in used)
@@ -50,14 +50,12 @@ def _optimised(model: onnx.ModelProto) -> onnx.ModelProto:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "optimised.onnx"
         options.optimized_model_filepath = str(path)
-        ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+        # what the file turns around stays where it is: `lastchannels` needs it there
+        kept = ["TransposeOptimizer", "TransposeOptimizer_CPUExecutionProvider"]
+        ort.InferenceSession(
+            model.SerializeToString(), options, providers=["CPUExecutionProvider"], disabled_optimizers=kept
+        )
         return onnx.load(path)
-
-
-def _shapes(model: onnx.ModelProto) -> dict[str, tuple[int, ...]]:
-    """Shapes of inputs and all values, 0 where a dimension is open."""
-    graph = onnx.shape_inference.infer_shapes(model).graph
-    return {v.name: tuple(d.dim_value for d in v.type.tensor_type.shape.dim) for v in (*graph.input, *graph.value_info)}
 
 
 def _constant_makers(model: onnx.ModelProto, stored: set[str]) -> dict[str, onnx.NodeProto]:

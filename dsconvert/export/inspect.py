@@ -16,7 +16,7 @@ BITS: dict[int, int] = {
 
 
 NOTHING = onnx.NodeProto()
-LONGEST = 4  # Reshape, Transpose, Reshape and Concat of `export.quads`
+LONGEST = 4  # Reshape, Transpose, Reshape and Concat of `export.quickconv`
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ def _shape(
 
 
 def _rearranges(node: onnx.NodeProto, makers: dict[str, onnx.NodeProto]) -> bool:
-    """Whether it is part of what `export.quads` makes of the first convolution's weight, which is padded first."""
+    """Whether it is part of what `export.quickconv` makes of the first convolution's weight, which is padded first."""
     source, steps = node, 0
     while source.op_type in ("Reshape", "Transpose", "Concat") and source.input and steps < LONGEST:
         source, steps = makers.get(source.input[0], NOTHING), steps + 1
