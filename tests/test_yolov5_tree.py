@@ -57,6 +57,14 @@ def work(tree, tmp_path_factory) -> Path:
     return folder
 
 
+def overlap(boxes: np.ndarray, one: np.ndarray) -> np.ndarray:
+    """Intersection over union of rows (class, centre x, y, width, height, ...) with one of them."""
+    low = np.maximum(boxes[:, 1:3] - boxes[:, 3:5] / 2, one[1:3] - one[3:5] / 2)
+    high = np.minimum(boxes[:, 1:3] + boxes[:, 3:5] / 2, one[1:3] + one[3:5] / 2)
+    both = (high - low).clip(0).prod(1)
+    return both / (boxes[:, 3:5].prod(1) + one[3:5].prod() - both)
+
+
 def run_detect(tree: Tree, work: Path, layout: str, *more: str) -> Path:
     tree.run(
         "detect.py", "--weights", work / f"{layout}.onnx", "--source", work / "images", "--imgsz", SIDE, "--save-txt",
@@ -67,28 +75,32 @@ def run_detect(tree: Tree, work: Path, layout: str, *more: str) -> Path:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_detect_finds_what_dsconvert_detect_finds(tree, work, layout, tmp_path, call):
-    """detect.py rounds corners to whole pixels: each side of a box moves by half a pixel at most."""
+    """detect.py rounds corners to whole pixels: each side of a box moves by half a pixel at most. Integer scores tie,
+    and of two boxes that overlap each suppression then keeps the one that it sorts first, a pixel or two beside."""
     found = run_detect(tree, work, layout)
     done = call("detect", work / f"{layout}.onnx", work / "images", "--save-txt", "--save-conf", "--nosave", "--out",
                 tmp_path / "ours", cwd=tmp_path)  # fmt: skip
     assert done.code == 0, done.err
-    counted = 0
+    counted = beside = 0
     for path in sorted((work / "images").iterdir()):
         ours, theirs = (read_boxes(folder, path.stem, (HEIGHT, SIDE)) for folder in (tmp_path / "ours", found))
         assert len(ours) == len(theirs)
-        assert unmatched(ours, theirs, 1.01) == 0
-        counted += len(ours)
-    assert counted > 10
+        assert unmatched(ours, theirs, 2.5) == 0
+        counted += len(ours) + len(theirs)
+        beside += unmatched(ours, theirs, 1.01)
+    assert counted > 20
+    assert beside <= 0.05 * counted
 
 
 def test_detect_with_opencv_finds_the_same_objects_in_int8(tree, work):
-    """--dnn: OpenCV's sums are rounded differently, so scores differ; every sure object is there."""
+    """--dnn: OpenCV's sums are rounded differently, so scores and boxes differ; every sure object is there."""
     plain, other = run_detect(tree, work, "int8"), run_detect(tree, work, "int8", "--dnn")
     for path in sorted((work / "images").iterdir()):
         ours, theirs = (read_boxes(folder, path.stem, (HEIGHT, SIDE)) for folder in (plain, other))
         for a, b in ((ours, theirs), (theirs, ours)):
             for row in a[a[:, 5] > 0.4]:
-                assert (np.abs(b[:, :5] - row[:5]) <= [0, 8, 8, 8, 8]).all(1).any(), (path, row)
+                same = b[b[:, 0] == row[0]]
+                assert (overlap(same, row) > 0.6).any(), (path, row)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
