@@ -109,7 +109,8 @@ def plain_fit(node, weight, width, batches, seed, channels):  # type: ignore[no-
 def symmetric_fit(node, weight, width, batches, seed, channels):  # type: ignore[no-untyped-def]
     """GPTQ towards the float weight on the quantized network's inputs."""
     hessian = measure_moments(node, weight.shape, batches, seed).hessian
-    return fit_weight_gptq(weight, Moments(hessian, hessian), width.bits, width.block_size, None, width.runs)
+    cross = weight.cpu().double().flatten(1) @ hessian
+    return fit_weight_gptq(weight, Moments(hessian, cross), width.bits, width.block_size, None, width.runs)
 
 
 def unweighted_fit(node, weight, width, batches, seed, channels):  # type: ignore[no-untyped-def]

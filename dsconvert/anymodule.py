@@ -119,7 +119,7 @@ def _seen(source: nn.Module, made: nn.Module, name: str, batches: Sequence[Any])
         for x, q in zip(*(_inputs(m, name, batch) for m in (source, made)), strict=True):
             x, q = _as_images(x, layer), _as_images(q, layer)
             y = _as_images(layer(x if isinstance(layer, nn.Conv2d) else x.flatten(1)), layer)
-            yield Seen(x, q, y, torch.ones(len(y), y.shape[2] * y.shape[3]))
+            yield Seen(q, y, torch.ones(len(y), y.shape[2] * y.shape[3]))
 
 
 def _inputs(module: nn.Module, name: str, batch: Any) -> list[Tensor]:

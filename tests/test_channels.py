@@ -75,8 +75,9 @@ def test_channels_that_pull_together_are_fitted_together(bits, cho):
     generator = torch.Generator().manual_seed(bits)
     weight = torch.randn(cho, 16, 1, 1, generator=generator)
     h, g = moment(16, 3), moment(cho, 4)
-    moments = Moments(h, h)
-    hessian = moments.damped().hessian
+    flat = weight.double().flatten(1)
+    moments = Moments(h, flat @ h)
+    hessian = moments.damped(flat).hessian
 
     def objective(channels):
         error = fit_weight_gptq(weight, moments, bits, 8, channels).weight().double().flatten(1) - weight.flatten(1)
@@ -95,7 +96,7 @@ def test_a_scaled_weight_gets_its_bias_alone():
     """y = 0.8 x + 1: the regression would find the 0.8."""
     x = torch.randn(2, 1, 4, 4, generator=torch.Generator().manual_seed(0))
     fitted = fit_weight(torch.ones(1, 1, 1, 1), 4, 1)
-    seen = Seen(x, x, 0.8 * x + 1, torch.ones(2, 16))
+    seen = Seen(x, 0.8 * x + 1, torch.ones(2, 16))
     kept, refitted = (fit_cds(POINT, fitted, [seen], scaled) for scaled in (True, False))
     assert torch.equal(kept.weight.cds_w, fitted.cds_w)
     assert float(refitted.weight.weight()) == pytest.approx(0.8, rel=1e-4)
@@ -113,7 +114,7 @@ def test_a_bias_without_a_convolution_is_the_one_with(kernel, stride, dilation):
     for first in (0, 2):
         x = torch.rand(2, 6, 9, 8, generator=generator)
         y = conv(node, x, torch.randn(5, 6, kernel, kernel, generator=generator), None)
-        batches.append(Seen(x, x, y, torch.rand(2, y[0, 0].numel(), generator=generator), first))
+        batches.append(Seen(x, y, torch.rand(2, y[0, 0].numel(), generator=generator), first))
     met = [(s.float_output - conv(node, s.input, fitted.weight(), None)).double().flatten(2) for s in batches]
     wanted = sum((m * s.weights[:, None]).sum((0, 2)) for m, s in zip(met, batches, strict=True))
     wanted /= sum(s.weights.double().sum() for s in batches)

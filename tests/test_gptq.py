@@ -28,8 +28,14 @@ def inputs(seed: int, channels: int = 8, noise: float = 0.1) -> tuple[torch.Tens
 
 
 def seen(x: torch.Tensor, q: torch.Tensor, weights: torch.Tensor | None = None, first: int = 0) -> Seen:
-    """A batch as the layer sees it; moments do not look at its float outputs."""
-    return Seen(x, q, x, torch.ones(len(x), x.shape[2] * x.shape[3]) if weights is None else weights, first)
+    """A batch as the layer sees it, its float outputs twice its float inputs; positions count the same by default."""
+    return Seen(q, 2 * x, torch.ones(len(x), x.shape[2] * x.shape[3]) if weights is None else weights, first)
+
+
+def moments_of(weight: torch.Tensor, x: torch.Tensor, q: torch.Tensor) -> Moments:
+    """Moments of a convolution by CONV of x, seen as q."""
+    seen = Seen(q, F.conv2d(x, weight, padding=1), torch.ones(len(x), x.shape[2] * x.shape[3]))
+    return measure_moments(CONV, weight.shape, [seen], seed=0)
 
 
 def objective(
@@ -46,14 +52,14 @@ def objective(
     return (y - cds[:, None] * a).square().sum(1) / (y.shape[1] - weight[0].numel())
 
 
-def test_moments_are_the_covariances_of_the_unfolded_inputs():
+def test_moments_are_the_covariances_of_the_unfolded_inputs_and_the_outputs():
     x, q = inputs(0, 3)
-    got = measure_moments(CONV, torch.Size((5, 3, 3, 3)), [seen(x[:2], q[:2]), seen(x[2:], q[2:])], seed=0)
-    columns = [F.unfold(v, 3, padding=1).transpose(0, 1).flatten(1).double().numpy() for v in (x, q)]
-    cx, cq = (c - c.mean(1, keepdims=True) for c in columns)
+    got = measure_moments(CONV, torch.Size((3, 3, 3, 3)), [seen(x[:2], q[:2]), seen(x[2:], q[2:])], seed=0)
+    columns = [v.transpose(0, 1).flatten(1).double().numpy() for v in (2 * x, F.unfold(q, 3, padding=1))]
+    cy, cq = (c - c.mean(1, keepdims=True) for c in columns)
     # sums of float32 products over 576 positions
     np.testing.assert_allclose(got.hessian.numpy(), cq @ cq.T / cq.shape[1], atol=1e-5)
-    np.testing.assert_allclose(got.cross.numpy(), cx @ cq.T / cq.shape[1], atol=1e-5)
+    np.testing.assert_allclose(got.cross.numpy(), cy @ cq.T / cq.shape[1], atol=1e-5)
 
 
 def test_moments_weight_positions_by_importance():
@@ -62,11 +68,11 @@ def test_moments_weight_positions_by_importance():
     twice = torch.zeros(4, 144)
     twice[0], twice[1, 5] = 1.0, 2.0
     node = Node("conv", "c", ("x",), {**CONV.attrs, "padding": 0})
-    got = measure_moments(node, torch.Size((5, 4, 1, 1)), [seen(x, q, twice)], seed=0)
-    columns = [torch.cat((v[0].flatten(1), v[1].flatten(1)[:, [5, 5]]), 1).double().numpy() for v in (x, q)]
-    cx, cq = (c - c.mean(1, keepdims=True) for c in columns)
+    got = measure_moments(node, torch.Size((4, 4, 1, 1)), [seen(x, q, twice)], seed=0)
+    columns = [torch.cat((v[0].flatten(1), v[1].flatten(1)[:, [5, 5]]), 1).double().numpy() for v in (2 * x, q)]
+    cy, cq = (c - c.mean(1, keepdims=True) for c in columns)
     np.testing.assert_allclose(got.hessian.numpy(), cq @ cq.T / 146, atol=1e-5)
-    np.testing.assert_allclose(got.cross.numpy(), cx @ cq.T / 146, atol=1e-5)
+    np.testing.assert_allclose(got.cross.numpy(), cy @ cq.T / 146, atol=1e-5)
 
 
 def test_many_positions_are_drawn_by_weight():
@@ -86,7 +92,7 @@ def test_an_image_is_drawn_from_alike_in_any_batch():
 
     def hessian(*parts: tuple[slice, int]) -> torch.Tensor:
         batches = [seen(x[part], x[part], weights[part], first) for part, first in parts]
-        return measure_moments(node, torch.Size((1, 2, 1, 1)), batches, seed=0).hessian
+        return measure_moments(node, torch.Size((2, 2, 1, 1)), batches, seed=0).hessian
 
     both = hessian((slice(1, 3), 1))
     # float32 sums in another order
@@ -99,7 +105,7 @@ def test_an_image_is_drawn_from_alike_in_any_batch():
 def test_never_worse_than_least_squares_and_clearly_better_at_few_bits(bits, block):
     x, q = inputs(bits)
     weight = torch.randn(6, 8, 3, 3, generator=torch.Generator().manual_seed(bits))
-    moments = measure_moments(CONV, weight.shape, [seen(x, q)], seed=0)
+    moments = moments_of(weight, x, q)
     ridge = DAMPING * float(moments.hessian.diagonal().mean())
     ours, plain = (
         objective(weight, f, x, q, ridge)
@@ -115,24 +121,25 @@ def test_never_worse_than_least_squares_and_clearly_better_at_few_bits(bits, blo
 def test_no_fitted_pair_can_saturate_sixteen_bits(bits):
     x, q = inputs(11, noise=0.4)
     weight = torch.randn(6, 8, 3, 3, generator=torch.Generator().manual_seed(11)) ** 3
-    moments = measure_moments(CONV, weight.shape, [seen(x, q)], seed=0)
+    moments = moments_of(weight, x, q)
     assert 255 * largest_pair(fit_weight_gptq(weight, moments, bits, 8).merged()) <= 32767
 
 
 def test_asymmetric_targets_beat_symmetric_ones():
     x, q = inputs(7, noise=0.4)
     weight = torch.randn(6, 8, 3, 3, generator=torch.Generator().manual_seed(7))
-    m = measure_moments(CONV, weight.shape, [seen(x, q)], seed=0)
+    m = moments_of(weight, x, q)
     asymmetric = objective(weight, fit_weight_gptq(weight, m, 4, 8), x, q)
-    symmetric = objective(weight, fit_weight_gptq(weight, Moments(m.hessian, m.hessian), 4, 8), x, q)
-    assert asymmetric.sum() < symmetric.sum()
+    symmetric = Moments(m.hessian, weight.double().flatten(1) @ m.hessian)
+    unaware = objective(weight, fit_weight_gptq(weight, symmetric, 4, 8), x, q)
+    assert asymmetric.sum() < unaware.sum()
 
 
 def test_independent_inputs_leave_nothing_to_compensate():
-    """With H = C = 1 every column is on its own: rounding at a given CDSw is already optimal."""
+    """With H = 1 and C = W every column is on its own: rounding at a given CDSw is already optimal."""
     weight = torch.randn(4, 8, 1, 1, generator=torch.Generator().manual_seed(1))
     eye = torch.eye(8, dtype=torch.float64)
-    ours = fit_weight_gptq(weight, Moments(eye, eye), 4, 8)
+    ours = fit_weight_gptq(weight, Moments(eye, weight.double().flatten(1)), 4, 8)
     plain = fit_weight(weight, 4, 8)
     error = (ours.weight() - weight).square().sum((1, 2, 3))
     # J is then ||W - W'||^2 itself; float32 storage of CDSw
@@ -145,7 +152,7 @@ def test_brute_force_on_two_weights():
     generator = torch.Generator().manual_seed(2)
     weight = torch.randn(40, 2, 1, 1, generator=generator)
     flat = weight.double().flatten(1)
-    fitted = fit_weight_gptq(weight, Moments(hessian, hessian), 2, 2)
+    fitted = fit_weight_gptq(weight, Moments(hessian, flat @ hessian), 2, 2)
     error = fitted.weight().double().flatten(1) - flat
     got = ((error @ hessian) * error).sum(1)
     candidates = torch.tensor([[a, b] for a in range(-2, 2) for b in range(-2, 2) if a or b], dtype=torch.float64)

@@ -29,7 +29,8 @@ def layer(seed: int, cho: int, chi: int, k: int, columns: int = 400) -> tuple[to
     weight, size = randn(cho, chi, k, k, seed=seed), chi * k * k
     x = (randn(size, size, seed=seed + 1) @ randn(size, columns, seed=seed + 2)).double()
     q = 0.9 * x + randn(size, columns, seed=seed + 3)
-    return weight, Moments(q @ q.T / columns, x @ q.T / columns), torch.cat((q, weight.double().flatten(1) @ x))
+    y = weight.double().flatten(1) @ x
+    return weight, Moments(q @ q.T / columns, y @ q.T / columns), torch.cat((q, y))
 
 
 def test_alpha_of_given_integers_is_the_least_squares_scale():
@@ -116,7 +117,7 @@ def test_fit_layer_uses_what_the_layer_sees_and_keeps_groups_apart():
     x = randn(2, 8, 10, 10)
     weight = randn(4, 8, 3, 3)
     y = torch.nn.functional.conv2d(x, weight, padding=1)
-    seen = [Seen(x, x + 0.3 * randn(2, 8, 10, 10, seed=9), y, torch.ones(2, 100))]
+    seen = [Seen(x + 0.3 * randn(2, 8, 10, 10, seed=9), y, torch.ones(2, 100))]
     real = fit_layer_real(node, weight, 4, 8, seen, 0)
     done = fit_cds(node, real, seen)
     assert torch.equal(done.weight.alpha, real.alpha)

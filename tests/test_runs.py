@@ -135,8 +135,9 @@ def test_gptq_in_runs_is_never_worse_than_least_squares_and_mostly_much_better(b
     weight = randn(8, 16, 3, 3)
     q = randn(144, 600, seed=1).double()
     q[1:] += 0.7 * q[:-1]  # inputs that go together, or there is nothing to make up for
-    moments = Moments(q @ q.T / 600, q @ q.T / 600)
-    damped = moments.damped().hessian
+    hessian, flat = q @ q.T / 600, weight.double().flatten(1)
+    moments = Moments(hessian, flat @ hessian)
+    damped = moments.damped(flat).hessian
 
     def j(t: DSTensor) -> torch.Tensor:
         d = (weight - t.weight()).double().flatten(1)

@@ -14,7 +14,7 @@ import torch
 
 from dsconvert.anyonnx.images import Normalisation, as_input, batches, pictures
 from dsconvert.anyonnx.layers import Layer, find_layers
-from dsconvert.anyonnx.lockstep import INPUTS, fit_lockstep
+from dsconvert.anyonnx.lockstep import fit_lockstep
 from dsconvert.anyonnx.rewrite import LAYOUTS, with_floats, with_integers
 from dsconvert.anyonnx.source import Array, Source, opset_of, read_source
 from dsconvert.dsconv.tensor import DSTensor, Width, used_width
@@ -133,7 +133,7 @@ def _fit(layer: Layer, width: Width, seen: Callable[[int], Iterator[Seen]], seed
         return fit_weight(layer.weight, *width)
     parts = []
     for group, weight in enumerate(layer.weight.chunk(layer.groups)):
-        moments = measure_moments(layer.node, weight.shape, seen(group if layer.groups > 1 else INPUTS), seed)
+        moments = measure_moments(layer.node, weight.shape, seen(group), seed)
         parts.append(fit_weight_gptq(weight, moments, width.bits, width.block_size, runs=width.runs))
     return replace(
         parts[0], vqk=torch.cat([p.vqk for p in parts]), m=torch.cat([p.m for p in parts]),

@@ -15,7 +15,6 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import torch
-from torch import Tensor
 
 from dsconvert.anyonnx.layers import Layer
 from dsconvert.anyonnx.rewrite import float_tensors, replaced
@@ -28,7 +27,7 @@ from dsconvert.fit.seen import Seen
 from dsconvert.graph.integer import QConv
 from dsconvert.graph.run import conv
 
-WHOLE, INPUTS = -1, -2
+WHOLE = -1
 # (the layer, what it sees of each group of channels: batches as often as they are asked for) -> the fitted weight
 FitLayer = Callable[[Layer, Callable[[int], Iterator[Seen]]], DSTensor]
 
@@ -147,30 +146,23 @@ def _forget(source: Source, sides: Sequence[_Side], layers: Sequence[Layer], lef
 
 
 def _watcher(layer: Layer, floats: _Side, quants: _Side, count: int) -> Callable[[int], Iterator[Seen]]:
-    """What the layer sees in one group of its channels; with `WHOLE` and `INPUTS` in all of them, with and without the
-    float outputs (before the bias)."""
+    """What the layer sees in one group of its channels, or with `WHOLE` in all; float outputs before the bias."""
 
     def seen(group: int) -> Iterator[Seen]:
         chi = layer.weight.shape[1]
+        one = replace(layer.node, attrs={**layer.node.attrs, "groups": 1})
+        node, weight = (layer.node, layer.weight) if group == WHOLE else (one, layer.weight.chunk(layer.groups)[group])
         first = 0
         for image in range(count):
             arrays = [side.read(layer.value, image) for side in (floats, quants)]
             if group >= 0:
                 arrays = [a[:, group * chi : (group + 1) * chi] for a in arrays]
             x, q = (layer.images(a) for a in arrays)
-            y = conv(layer.node, x, layer.weight, None) if group == WHOLE else torch.empty(0)
-            places = _places(layer, x)
-            yield Seen(x, q, y, torch.ones(len(x), places), first)
+            y = conv(node, x, weight, None)
+            yield Seen(q, y, torch.ones(len(y), y.shape[2] * y.shape[3]), first)
             first += len(x)
 
     return seen
-
-
-def _places(layer: Layer, x: Tensor) -> int:
-    """Output positions of one image."""
-    sizes = [(side - d * (k - 1) - 1) // s + 1 for side, k, s, d in
-             zip(x.shape[2:], layer.weight.shape[2:], layer.stride, layer.dilation, strict=True)]  # fmt: skip
-    return sizes[0] * sizes[1]
 
 
 def _bias_only(layer: Layer, weight: DSTensor, batches: Iterator[Seen]) -> QConv:

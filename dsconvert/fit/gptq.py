@@ -3,11 +3,11 @@
 One layer, unfolded: W is (cho, K) with K = chi kh kw, x the float network's input column, q the quantized network's.
 We look for W' = CDSw (m VQK) minimising, per output channel,
 
-    J(W') = E || (W x - W' q) centred ||^2 = const - 2 W C W'^T + W' H W'^T,   H = E[q q^T],  C = E[x q^T]
+    J(W') = E || (y - W' q) centred ||^2 = const - 2 C W'^T + W' H W'^T,   y = W x,  H = E[q q^T],  C = E[y q^T]
 
 (means taken out: CDSb takes care of them; E weights every position by its importance to the network's result). A
-hundred images overfit, so r ||W' - W||^2 is added to it: H and C both get r on their diagonals, which is GPTQ's
-damping. The real-valued optimum is then W C H^-1; GPTQ rounds it one column at a time, each column's rounding error
+hundred images overfit, so r ||W' - W||^2 is added to it: H gets r on its diagonal, which is GPTQ's damping, and C gets
+r W. The real-valued optimum is then C H^-1; GPTQ rounds it one column at a time, each column's rounding error
 being made up for by the columns still to come. Columns go block by block (the channels of one block at one tap share
 an m), blocks and columns of most energy first; when a block is reached, the m is chosen that adds least to J.
 """
@@ -46,44 +46,45 @@ POSITIONS = 512  # columns taken from each image, the important ones more often
 
 @dataclass(frozen=True)
 class Moments:
-    """Second moments of a layer's unfolded inputs, means taken out: hessian H = cov(q, q), cross C = cov(x, q),
-    each (K, K) float64, K in the weight's own order (channel, row, column)."""
+    """Second moments of a layer's unfolded inputs q and float outputs y, means taken out: hessian H = cov(q, q) (K, K),
+    cross C = cov(y, q) (cho, K), float64, K in the weight's own order (channel, row, column)."""
 
     hessian: Tensor
     cross: Tensor
 
-    def damped(self) -> Moments:
-        """The moments of J with DAMPING's share of the mean diagonal of H as r."""
+    def damped(self, weight: Tensor) -> Moments:
+        """The moments of J for the float weight (cho, K), with DAMPING's share of the mean diagonal of H as r."""
         ridge = DAMPING * self.hessian.diagonal().mean().clamp_min(1e-12)
-        eye = ridge * torch.eye(len(self.hessian), dtype=torch.float64)
-        return Moments(self.hessian + eye, self.cross + eye)
+        eye = torch.eye(len(self.hessian), dtype=torch.float64)
+        return Moments(self.hessian + ridge * eye, self.cross + ridge * weight)
 
 
 def measure_moments(node: Node, weight_shape: torch.Size, batches: Iterable[Seen], seed: int) -> Moments:
     """H and C from batches of what the layer sees (in all processes), groups 1.
 
     Of each image at most `POSITIONS` output positions are taken, at random in proportion to their weight."""
-    _, channels, *kernel = weight_shape
-    size = channels * kernel[0] * kernel[1]
-    hessian, cross = torch.zeros(2, size, size, dtype=torch.float64)
-    sums, total = torch.zeros(2, size, dtype=torch.float64), 0.0
+    kernel, size = weight_shape[2:], weight_shape[1:].numel()
+    hessian, cross = (torch.zeros(n, size, dtype=torch.float64) for n in (size, weight_shape[0]))
+    sums_q, sums_y = (torch.zeros(n, dtype=torch.float64) for n in (size, weight_shape[0]))
+    total = 0.0
     for seen in batches:
         columns = []
-        inputs = zip(seen.float_input, seen.input, seen.weights, strict=True)
-        for index, (x, q, weights) in enumerate(inputs, seen.first):
+        given = zip(seen.input, seen.float_output, seen.weights, strict=True)
+        for index, (q, y, weights) in enumerate(given, seen.first):
             picks, w = _pick(weights.double(), draws.of_image(seed, index))
-            picks, w = picks.to(x.device), w.to(x)
-            columns.append((*(_columns(v, tuple(kernel), node, picks) for v in (x, q)), w))
-        x, q, w = (torch.cat(parts, -1) for parts in zip(*columns, strict=True))
+            picks, w = picks.to(q.device), w.to(q)
+            columns.append((_columns(q, tuple(kernel), node, picks), y.flatten(1)[:, picks], w))
+        q, y, w = (torch.cat(parts, -1) for parts in zip(*columns, strict=True))
         weighted = q * w
         hessian += (weighted @ q.T).cpu()
-        cross += (x @ weighted.T).cpu()
-        sums += torch.stack(((x @ w).double(), (q @ w).double())).cpu()
+        cross += (y @ weighted.T).cpu()
+        sums_q += (q @ w).double().cpu()
+        sums_y += (y @ w).double().cpu()
         total += float(w.double().sum())
-    hessian, cross, sums = (workers.summed(t) for t in (hessian, cross, sums))
+    hessian, cross, sums_q, sums_y = (workers.summed(t) for t in (hessian, cross, sums_q, sums_y))
     total = float(workers.summed(torch.tensor(total, dtype=torch.float64)))
-    mean_x, mean_q = sums / total
-    return Moments(hessian / total - torch.outer(mean_q, mean_q), cross / total - torch.outer(mean_x, mean_q))
+    mean_q, mean_y = sums_q / total, sums_y / total
+    return Moments(hessian / total - torch.outer(mean_q, mean_q), cross / total - torch.outer(mean_y, mean_q))
 
 
 def _columns(x: Tensor, kernel: tuple[int, ...], node: Node, picks: Tensor) -> Tensor:
@@ -124,11 +125,11 @@ def fit_weight_gptq(
     """
     plain = fit_weight(weight, bits, block_size, runs)
     flat = weight.detach().cpu().double().flatten(1)
-    damped = moments.damped()
+    damped = moments.damped(flat)
     groups = _groups(weight, block_size, damped.hessian.diagonal(), RUN if runs else 1)
     order = torch.cat(groups)
     try:
-        target = torch.linalg.solve(damped.hessian, (flat @ damped.cross).T).T  # W C H^-1, H being symmetric
+        target = torch.linalg.solve(damped.hessian, damped.cross.T).T  # C H^-1, H being symmetric
         inverse = torch.linalg.inv(damped.hessian[order][:, order])
         upper = torch.linalg.cholesky((inverse + inverse.T) / 2, upper=True)
     except torch.linalg.LinAlgError:  # constant inputs, as behind a dead layer: H is rounding noise
@@ -228,7 +229,7 @@ def _scatter(chosen: Tensor, groups: list[Tensor], shape: tuple[int, ...], block
 
 
 class _Best:
-    """The best integers so far, per output channel, by J with its optimal CDSw. linear (cho, K) is W C."""
+    """The best integers so far, per output channel, by J with its optimal CDSw. linear (cho, K) is C."""
 
     def __init__(self, linear: Tensor, hessian: Tensor, plain: DSTensor) -> None:
         self.linear, self.hessian = linear, hessian
@@ -239,7 +240,7 @@ class _Best:
         self.cds, self.gain = self._judge(self.vqk, self.m, plain.cds_w.double())
 
     def _judge(self, vqk: Tensor, m: Tensor, fallback: Tensor) -> tuple[Tensor, Tensor]:
-        """Optimal CDSw = (W C I^T) / (I H I^T) and how much of J it takes away, for I = m VQK."""
+        """Optimal CDSw = (C I^T) / (I H I^T) and how much of J it takes away, for I = m VQK."""
         shape = (len(vqk), self.chi, *m.shape[2:])
         integers = (expand_blocks(m, self.chi, self.block_size) * vqk.reshape(shape)).flatten(1)
         cross = (self.linear * integers).sum(1)

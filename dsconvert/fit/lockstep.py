@@ -115,10 +115,10 @@ def _seen(
 
     def batches() -> Iterator[Seen]:
         first = 0
-        for x, q, y in zip(floats[source], quants[source], floats[node.name], strict=True):
-            last = first + len(x)
+        for q, y in zip(quants[source], floats[node.name], strict=True):
+            last = first + len(q)
             weights = torch.ones(len(y), y.shape[2] * y.shape[3], device=y.device) if w is None else w[first:last]
-            yield Seen(x.float(), side.real(source, q), y.float(), weights, place + first)
+            yield Seen(side.real(source, q), y.float(), weights, place + first)
             first = last
 
     return batches

@@ -64,15 +64,15 @@ def fit_weight_real(weight: Tensor, bits: int, block_size: int) -> DSTensor:
 
 
 def with_best_alpha(weight: Tensor, fitted: DSTensor, moments: Moments) -> DSTensor:
-    """The same VQK with the alpha that minimise J(W') = const - 2 W C W'^T + W' H W'^T (see `gptq`), CDSw = 1.
+    """The same VQK with the alpha that minimise J(W') = const - 2 C W'^T + W' H W'^T (see `gptq`), CDSw = 1.
 
     W' is linear in an output channel's alpha: with the columns of VQK in one matrix V (K, groups), a column for every
-    block and tap, the best are (V^T H V)^-1 V^T C^T W^T. Never worse than `fitted` itself, up to rounding."""
+    block and tap, the best are (V^T H V)^-1 V^T C^T. Never worse than `fitted` itself, up to rounding."""
     cho, chi, kh, kw = weight.shape
     nblk = block_count(chi, fitted.block_size)
     group = (torch.arange(chi)[:, None] // fitted.block_size * (kh * kw) + torch.arange(kh * kw)).flatten()
     vqk = fitted.vqk.double().flatten(1)
-    linear = vqk * (weight.detach().cpu().double().flatten(1) @ moments.cross)
+    linear = vqk * moments.cross
     alpha = torch.zeros(cho, nblk * kh * kw, dtype=torch.float64)
     wanted = alpha.clone().index_add_(1, group, linear)
     for o, v in enumerate(vqk):

@@ -9,11 +9,10 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Seen:
-    """One batch of n images at one convolution, all real-valued: what it gets in the float network and in the
-    quantized one (n, chi, h, w), what it makes in the float network (n, cho, h', w'), and how much each of its output
-    positions matters (n, h' w'). first: the place of the batch's first image in the calibration set."""
+    """One batch of n images at one convolution, all real-valued: what it gets in the quantized network (n, chi, h, w),
+    what it makes in the float one (n, cho, h', w'), and how much each of its output positions matters (n, h' w').
+    first: the place of the batch's first image in the calibration set."""
 
-    float_input: Tensor
     input: Tensor
     float_output: Tensor
     weights: Tensor
