@@ -24,14 +24,29 @@ def moment(size: int, seed: int) -> torch.Tensor:
     return mix @ mix.T + 0.05 * torch.eye(size, dtype=torch.float64)
 
 
+def moment_of(gradient: torch.Tensor) -> torch.Tensor:
+    return second_moment(gradient, gradient.square().sum(0).sqrt(), torch.Generator().manual_seed(0))
+
+
 def test_a_position_counts_as_its_gradient_is_long():
     gradient = torch.tensor([[3.0, 0.0, 0.0], [4.0, 2.0, 0.0]])  # lengths 5, 2 and nothing
     wanted = torch.tensor([[9 / 5, 12 / 5], [12 / 5, 16 / 5 + 2]], dtype=torch.float64)
-    torch.testing.assert_close(second_moment(gradient), wanted)
+    torch.testing.assert_close(moment_of(gradient), wanted)
+
+
+def test_of_many_positions_some_stand_for_all():
+    gradient = torch.randn(4, 20_000, generator=torch.Generator().manual_seed(1))
+    gradient[1] = gradient[0] + 0.1 * gradient[1]
+    gradient[2] *= 5
+    length = gradient.square().sum(0).sqrt()
+    wanted = ((gradient / length) @ gradient.T).double()
+    # 512 draws of unit vectors times the sum of lengths: an entry's deviation is at most that sum / sqrt(512)
+    torch.testing.assert_close(moment_of(gradient), wanted, rtol=0, atol=4 * float(length.sum()) / 512**0.5)
+    assert float(moment_of(gradient).trace()) == pytest.approx(float(length.sum()), rel=1e-4)  # of unit vectors: exact
 
 
 def test_what_is_no_second_moment_is_told():
-    good = second_moment(torch.randn(5, 40, generator=torch.Generator().manual_seed(0))).float()
+    good = moment_of(torch.randn(5, 40, generator=torch.Generator().manual_seed(0))).float()
     assert is_moment(good)
     assert is_moment(torch.zeros(3, 3))
     skewed, correlated = good.clone(), good.clone()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dsconvert.fit.clipping import BELOW, LEAST_SHARE, LEVELS, PER_OCTAVE, clip_effects, effect_at
+from dsconvert.fit.clipping import LEAST_SHARE, LEVELS, clip_effects, effect_at, levels_below
 
 
 def test_effects_are_those_of_really_clipping():
@@ -22,10 +22,12 @@ def test_effects_are_those_of_really_clipping():
 
 
 def test_floats_are_above_the_levels_that_doubles_are_above():
-    """At each level rounded to float32, and the float32 on either side of it."""
-    nearest = LEVELS.float()
-    v = torch.cat((nearest, nearest.nextafter(torch.tensor(0.0)), nearest.nextafter(torch.tensor(1e9))))
-    assert torch.equal(torch.bucketize(v, BELOW), torch.bucketize(v.double(), LEVELS))
+    """At each level, which is a float32, and the float32 on either side of it; and far beyond all."""
+    level = LEVELS.float()
+    ends = torch.tensor([1e-30, 1e30])
+    v = torch.cat((level, level.nextafter(torch.tensor(0.0)), level.nextafter(torch.tensor(1e9)), ends))
+    assert torch.equal(level.double(), LEVELS)
+    assert levels_below(v.numpy()).tolist() == torch.bucketize(v.double(), LEVELS).tolist()
 
 
 def test_nothing_above_zero_costs_nothing():
@@ -36,6 +38,6 @@ def test_nothing_above_zero_costs_nothing():
 def test_effects_are_read_off_between_levels():
     effects = torch.arange(len(LEVELS), dtype=torch.float64)
     assert effect_at(effects, float(LEVELS[20])) == pytest.approx(20)
-    assert effect_at(effects, float(LEVELS[20]) * 2 ** (0.25 / PER_OCTAVE)) == pytest.approx(20.25)
+    assert effect_at(effects, float(0.75 * LEVELS[20] + 0.25 * LEVELS[21])) == pytest.approx(20.25)
     assert effect_at(effects, 0.0) == 0
     assert effect_at(effects, 1e9) == len(LEVELS) - 1

@@ -12,15 +12,27 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from dsconvert.fit import draws
+
 SHRINK = 0.1  # of G's off-diagonal part: what a hundred images say of it is not exact
 PARTS = 16  # runs of channels decided together: a layer of few channels is early, and matters most
 
 
-def second_moment(gradient: Tensor) -> Tensor:
-    """Sum over positions of g g^T / |g| for g (cho, positions), float64 on CPU: every position counts as `positions` of
-    `importance` has it, which is |g|."""
-    length = gradient.square().sum(0).sqrt().clamp_min(1e-30)
-    return ((gradient / length) @ gradient.T).double().cpu()
+def second_moment(gradient: Tensor, length: Tensor, generator: torch.Generator) -> Tensor:
+    """Sum over positions of g g^T / |g| for g (cho, positions) of length |g|, float64 on CPU: every position counts as
+    `positions` of `importance` has it, which is |g|. Of many positions a draw by |g| stands for all."""
+    picks, weights = draws.positions(length.double().cpu(), generator)
+    g = gradient[:, picks.to(gradient.device)] / length[picks].clamp_min(1e-30)
+    g = g * weights.sqrt().to(g)
+    return gram(g).double().cpu()
+
+
+def gram(columns: Tensor) -> Tensor:
+    """columns columns^T, half of the work of a product: numpy sees that it is symmetric."""
+    if columns.is_cuda:
+        return columns @ columns.T
+    a = columns.numpy()
+    return torch.from_numpy(a @ a.T)
 
 
 def damped(moment: Tensor) -> Tensor:

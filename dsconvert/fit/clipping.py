@@ -9,15 +9,20 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 PER_OCTAVE = 8
 LOWEST, HIGHEST = -8, 12  # powers of two
-LEVELS = 2.0 ** torch.linspace(LOWEST, HIGHEST, (HIGHEST - LOWEST) * PER_OCTAVE + 1, dtype=torch.float64)
-NEAREST = LEVELS.float()
-# a float32 is above a level when it is above the largest float32 not above that level
-BELOW = torch.where(NEAREST.double() > LEVELS, NEAREST.nextafter(torch.zeros(())), NEAREST)
+COUNT = (HIGHEST - LOWEST) * PER_OCTAVE + 1
+# evenly spaced from a power of two to the next: of a float32's bits, those above SHIFT are the number of its level
+LEVELS = torch.tensor(
+    [math.ldexp(1 + i % PER_OCTAVE / PER_OCTAVE, LOWEST + i // PER_OCTAVE) for i in range(COUNT)],
+    dtype=torch.float64,
+)
+SHIFT = 23 - int(math.log2(PER_OCTAVE))
 LEAST_SHARE = 0.1  # of the largest value: nobody cuts below that
 
 
@@ -25,24 +30,25 @@ def clip_effects(values: Tensor, gradient: Tensor) -> Tensor:
     """<g, min(v, level) - v>^2 for every level of LEVELS, float64, on CPU; v and g of one image, any shape.
 
     Levels below LEAST_SHARE of the largest value get too little: their values are not looked at."""
-    v, g = values.flatten(), gradient.flatten()
-    picks = (v > LEAST_SHARE * v.max().clamp_min(0)).nonzero().flatten()
-    v, g = v[picks].cpu(), g[picks].cpu()
-    over = torch.bucketize(v.float(), BELOW)  # how many levels each value is above
-    v, g = v.double(), g.double()
-    slope, total = (_above(over, weights) for weights in (g, g * v))
+    v, g = values.flatten().cpu().numpy(), gradient.flatten().cpu().numpy()
+    picks = np.flatnonzero(v > LEAST_SHARE * max(float(v.max()), 0.0))
+    v, g = v[picks], g[picks]
+    over = levels_below(v)
+    sums = (np.bincount(over, weights, minlength=COUNT + 1) for weights in (g, g.astype(np.float64) * v))
+    slope, total = (torch.from_numpy(s[::-1].cumsum()[-2::-1].copy()) for s in sums)
     return (LEVELS * slope - total).square()
 
 
-def _above(over: Tensor, weights: Tensor) -> Tensor:
-    """Sum of the weights of the values above each level."""
-    sums = torch.bincount(over, weights, minlength=len(LEVELS) + 1)
-    return sums.flip(0).cumsum(0).flip(0)[1:]
+def levels_below(values: NDArray[np.float32]) -> NDArray[np.int32]:
+    """How many of LEVELS each value is above."""
+    first = int(LEVELS[:1].float().view(torch.int32)) >> SHIFT
+    return np.clip((values.view(np.int32) - 1 >> SHIFT) - (first - 1), 0, COUNT)
 
 
 def effect_at(effects: Tensor, level: float) -> float:
-    """Effects by LEVELS, read off at any level (linear in its logarithm)."""
-    at = (math.log2(max(level, 1e-30)) - LOWEST) * PER_OCTAVE
+    """Effects by LEVELS, read off at any level (linear from each to the next)."""
+    fraction, exponent = math.frexp(max(level, 1e-30))
+    at = (exponent - 1 - LOWEST + 2 * fraction - 1) * PER_OCTAVE
     below = min(max(math.floor(at), 0), len(effects) - 2)
     share = min(max(at - below, 0.0), 1.0)
     return float(effects[below] * (1 - share) + effects[below + 1] * share)

@@ -29,7 +29,7 @@ from dsconvert.dsconv.runs import RUN
 from dsconvert.dsconv.tensor import DSTensor, Width, block_count, expand_blocks, max_multiplier, vqk_limits
 from dsconvert.fit import draws
 from dsconvert.fit.channels import damped as damped_channels
-from dsconvert.fit.channels import made_up_for, parts
+from dsconvert.fit.channels import gram, made_up_for, parts
 from dsconvert.fit.least_squares import fit_weight, from_blocks, relieve_pairs, to_blocks
 from dsconvert.fit.runs import round_group
 from dsconvert.fit.seen import Seen
@@ -41,7 +41,6 @@ RoundGroup = Callable[[Floats, Floats, Floats], tuple[Floats, Floats, Floats]]
 
 DAMPING = 0.1  # of the mean diagonal of H: ten times GPTQ's, as few positions matter and a hundred images overfit
 STARTS = (1.0, 0.85)  # starting CDSw, as a share of the least-squares one
-POSITIONS = 512  # columns taken from each image, the important ones more often
 
 
 @dataclass(frozen=True)
@@ -62,7 +61,7 @@ class Moments:
 def measure_moments(node: Node, weight_shape: torch.Size, batches: Iterable[Seen], seed: int) -> Moments:
     """H and C from batches of what the layer sees (in all processes), groups 1.
 
-    Of each image at most `POSITIONS` output positions are taken, at random in proportion to their weight."""
+    Of each image at most `draws.POSITIONS` output positions are taken, at random in proportion to their weight."""
     kernel, size = weight_shape[2:], weight_shape[1:].numel()
     hessian, cross = (torch.zeros(n, size, dtype=torch.float64) for n in (size, weight_shape[0]))
     sums_q, sums_y = (torch.zeros(n, dtype=torch.float64) for n in (size, weight_shape[0]))
@@ -71,15 +70,16 @@ def measure_moments(node: Node, weight_shape: torch.Size, batches: Iterable[Seen
         columns = []
         given = zip(seen.input, seen.float_output, seen.weights, strict=True)
         for index, (q, y, weights) in enumerate(given, seen.first):
-            picks, w = _pick(weights.double(), draws.of_image(seed, index))
+            picks, w = draws.positions(weights.double(), draws.of_image(seed, index))
             picks, w = picks.to(q.device), w.to(q)
             columns.append((_columns(q, tuple(kernel), node, picks), y.flatten(1)[:, picks], w))
         q, y, w = (torch.cat(parts, -1) for parts in zip(*columns, strict=True))
-        weighted = q * w
-        hessian += (weighted @ q.T).cpu()
-        cross += (y @ weighted.T).cpu()
-        sums_q += (q @ w).double().cpu()
-        sums_y += (y @ w).double().cpu()
+        root = w.sqrt()
+        q, y = q * root, y * root
+        hessian += gram(q).cpu()
+        cross += (y @ q.T).cpu()
+        sums_q += (q @ root).double().cpu()
+        sums_y += (y @ root).double().cpu()
         total += float(w.double().sum())
     hessian, cross, sums_q, sums_y = (workers.summed(t) for t in (hessian, cross, sums_q, sums_y))
     total = float(workers.summed(torch.tensor(total, dtype=torch.float64)))
@@ -97,16 +97,6 @@ def _columns(x: Tensor, kernel: tuple[int, ...], node: Node, picks: Tensor) -> T
     taps_y, taps_x = (torch.arange(k, device=x.device) * dilation for k in (kh, kw))
     at = (rows + taps_y[:, None])[:, None] * padded.shape[2] + (columns + taps_x[:, None])[None]
     return padded.flatten(1)[:, at.flatten()].reshape(-1, len(picks))
-
-
-def _pick(weights: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Positions and the weights to give them: all when they are few, else a draw with chances by weight."""
-    count = len(weights)
-    if count <= POSITIONS:
-        return torch.arange(count), weights
-    at = torch.rand(POSITIONS, generator=generator, dtype=torch.float64) * weights.sum()
-    picks = torch.searchsorted(weights.cumsum(0), at).clamp_max(count - 1)
-    return picks, weights.sum().expand(POSITIONS) / POSITIONS
 
 
 def fit_weight_gptq(

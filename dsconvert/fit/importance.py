@@ -9,7 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -23,8 +25,9 @@ from dsconvert.graph.integer import keeps_grid
 from dsconvert.graph.ir import INPUT, ConvParams, Graph, Node
 from dsconvert.graph.run import execute, float_step
 
-SAMPLES_PER_IMAGE = 1024
-SEARCHED = 16384  # values of a map that samples are drawn from
+SAMPLES_PER_IMAGE = 512
+SEARCHED = 4096  # values of a map that samples are drawn from
+EVERY = 2  # of so many images one says what widths and clipping cost
 # (raw maps, the float network's raw maps, which give the constants) -> numbers whose squared change is the damage
 Measure = Callable[[list[Tensor], list[Tensor]], list[Tensor]]
 
@@ -35,8 +38,9 @@ class Importance:
     (images, h' w') weights of its output positions: the root of the squared gradients summed over channels; not for
     those that nothing depends on. channels: for the same names the second moment (cho, cho) of the gradients of its
     output channels (see `fit.channels`). damage: convolution name -> width -> squared change of the measured numbers,
-    over all images. clipping: the same for cutting a value at each of `clipping.LEVELS`, by value name, for values that
-    `samples` judges where they are. Of several processes all have the same, but for the positions of their images."""
+    over all images, as every EVERYth has it. clipping: the same for cutting a value at each of `clipping.LEVELS`, by
+    value name, for values that `samples` judges where they are. Of several processes all have the same, but for the
+    positions of their images."""
 
     samples: Mapping[str, tuple[Tensor, Tensor]]
     positions: Mapping[str, Tensor]
@@ -50,11 +54,12 @@ def gradients(
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """Every value of the float network on batch x (n, 3, h, w), and the gradient g of the module's docstring."""
     values: dict[str, Tensor] = {}
+    found: dict[str, Tensor] = {}
 
     def step(node: Node, inputs: list[Tensor]) -> Tensor:
         value = float_step(node, inputs, params)
         value.requires_grad_(True)  # the image's own gradient, which nobody asks for, is not computed
-        value.retain_grad()
+        value.register_hook(partial(found.__setitem__, node.name))  # no copy, unlike retain_grad
         values[node.name] = value
         return value
 
@@ -63,12 +68,16 @@ def gradients(
         measured = measure(raw, [t.detach() for t in raw])
         total = torch.zeros((), device=x.device)
         for v in measured:
-            signs = torch.randint(0, 2, v.shape, generator=generator).to(v) * 2 - 1
-            total = total + (v * signs).sum()
+            total = total + (v * _signs(v, generator)).sum()
         total.backward()
-    return {
-        name: (v.detach(), torch.zeros_like(v) if v.grad is None else v.grad.detach()) for name, v in values.items()
-    }
+    return {name: (v.detach(), found[name] if name in found else torch.zeros_like(v)) for name, v in values.items()}
+
+
+def _signs(like: Tensor, generator: torch.Generator) -> Tensor:
+    """1 or -1, evenly; eight from every byte that is drawn."""
+    drawn = torch.randint(256, (-(-like.numel() // 8),), generator=generator, dtype=torch.uint8)
+    bits = torch.from_numpy(np.unpackbits(drawn.numpy(), count=like.numel())).reshape(like.shape)
+    return bits.to(like).mul_(2).sub_(1)
 
 
 def measure_importance(
@@ -92,16 +101,22 @@ def measure_importance(
     }
     damage = {name: dict.fromkeys(by_width, 0.0) for name, by_width in (errors or {}).items()}
     clipping = {name: torch.zeros_like(LEVELS) for name in samples if name not in behind}
+    looked = torch.zeros(2, dtype=torch.float64)  # images, and those that damage and clipping are measured on
     for index, image in enumerate(images, first):
         generator = draws.of_image(seed, index)
         found = gradients(graph, params, image, measure, generator)
         for name, kept in samples.items():
             kept.append(_sample(found[name][0], found[behind.get(name, name)][1], generator))
+        for name, weights in positions.items():
+            gradient = found[name][1][0].flatten(1)
+            length = gradient.square().sum(0).sqrt()
+            weights.append(length[None].cpu())
+            channels[name] += second_moment(gradient, length, generator)
+        looked += torch.tensor((1, index % EVERY == 0))
+        if index % EVERY:
+            continue
         for name, effects in clipping.items():
             effects += clip_effects(*found[name])
-        for name, weights in positions.items():
-            weights.append(found[name][1].square().sum(1).flatten(1).sqrt().cpu())
-            channels[name] += second_moment(found[name][1][0].flatten(1))
         for node in graph.convs():
             if node.name in damage and errors:
                 x = image if node.inputs[0] == INPUT else found[node.inputs[0]][0]
@@ -111,7 +126,9 @@ def measure_importance(
     # where nothing depends on a layer, no process has anything to say about its positions
     counts = workers.summed(torch.tensor([float(w.any()) for w in together.values()]))
     single = torch.tensor([d for by_width in damage.values() for d in by_width.values()], dtype=torch.float64)
-    shared = iter(workers.summed(single).tolist())
+    every, some = workers.summed(looked).tolist()
+    scale = every / some
+    shared = iter((workers.summed(single) * scale).tolist())
 
     def joined(parts: list[Tensor]) -> Tensor:
         return workers.joined(torch.cat(parts))
@@ -121,7 +138,7 @@ def measure_importance(
         {name: w for (name, w), count in zip(together.items(), counts, strict=True) if count},
         {name: workers.summed(c).float() for (name, c), count in zip(channels.items(), counts, strict=True) if count},
         {name: {width: next(shared) for width in by_width} for name, by_width in damage.items()},
-        {name: workers.summed(effects) for name, effects in clipping.items()},
+        {name: workers.summed(effects) * scale for name, effects in clipping.items()},
     )
 
 

@@ -85,8 +85,8 @@ def nearest_integers(blocks: Tensor, cds: Tensor, bits: int) -> tuple[Tensor, Te
     best_error = torch.full_like(scaled[:, :, :1], torch.inf)
     best_m, best_vqk = torch.ones_like(best_error), torch.zeros_like(scaled)
     for m in range(1, max_multiplier(bits) + 1):
-        vqk = torch.round(scaled / m).clamp_(low, high)
-        error = (scaled - m * vqk).square().sum(2, keepdim=True)
+        vqk = (scaled / m).round_().clamp_(low, high)
+        error = scaled.sub(vqk, alpha=m).square_().sum(2, keepdim=True)
         better = error < best_error
         best_error = torch.where(better, error, best_error)
         best_m = torch.where(better, float(m), best_m)

@@ -6,12 +6,11 @@ should have made; what is fitted there therefore also makes up for errors of the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
-from torch.nn.grad import conv2d_weight
 
 from dsconvert import workers
 from dsconvert.dsconv.tensor import DSTensor
@@ -36,7 +35,10 @@ class _Side:
         return self.grids[INPUT].quantize(x).to(torch.uint8) if self.grids else x
 
     def real(self, name: str, value: Tensor) -> Tensor:
-        return self.grids[name].dequantize(value.float()) if self.grids else value
+        if not self.grids:
+            return value
+        grid = self.grids[name]
+        return value.float().sub_(grid.zero_point).mul_(grid.scale)
 
     def roomy(self, node: Node, conv: QConv) -> QConv:
         """The convolution with every bias expressible in its accumulator, where there is one."""
@@ -44,7 +46,8 @@ class _Side:
 
     def step(self, node: Node, inputs: list[Tensor], convs: Mapping[str, QConv]) -> Tensor:
         if self.grids:
-            return integer_step(node, [x.float() for x in inputs], convs, self.grids).to(torch.uint8)
+            whole = inputs if node.op == "act" else [x.float() for x in inputs]  # a table is read by any integers
+            return integer_step(node, whole, convs, self.grids).to(torch.uint8)
         if node.op == "conv":
             c = convs[node.name]
             return conv(node, inputs[0], c.weight.weight().to(inputs[0]), c.bias.to(inputs[0]))
@@ -84,7 +87,7 @@ def fit_lockstep(
     with torch.no_grad():
         for index, node in enumerate(graph.nodes):
             made = (float_step(node, [x.float() for x in xs], params) for xs in _inputs(node, floats))
-            floats[node.name] = [y.clamp(-HALF_MAX, HALF_MAX).half() for y in made]
+            floats[node.name] = [y.clamp_(-HALF_MAX, HALF_MAX).half() for y in made]
             if node.op == "conv" and known and node.name in known:
                 fitted[node.name] = known[node.name]
             elif node.op == "conv":
@@ -132,19 +135,32 @@ def _inputs(node: Node, values: Mapping[str, list[Tensor]]) -> list[list[Tensor]
 def fit_bias(node: Node, weight: DSTensor, batches: Iterable[Seen]) -> QConv:
     """CDSb = mean(y) - CDSw mean(a) of the accumulators a and float outputs y of `fit_cds`, CDSw as it is. No groups.
 
-    The mean of a is the weight on the mean of what it meets, so no convolution is computed: the weighted sum of a
-    layer's unfolded inputs is the gradient of its weights for an output of one channel."""
-    shape, a = (1, *weight.vqk.shape[1:]), node.attrs
-    inputs, outputs = torch.zeros(shape, dtype=torch.float64), torch.zeros(len(weight.vqk), dtype=torch.float64)
-    total = torch.zeros((), dtype=torch.float64)
+    The mean of a is the weight on the mean of what it meets, so no convolution is computed."""
+    chi, *kernel = weight.vqk.shape[1:]
+    inputs = torch.zeros(chi, kernel[0] * kernel[1], dtype=torch.float64)
+    outputs, total = torch.zeros(len(weight.vqk), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
     for seen in batches:
-        w = seen.weights.to(seen.input).unflatten(1, seen.float_output.shape[2:])[:, None]
-        inputs += conv2d_weight(seen.input, shape, w, a["stride"], a["padding"], a["dilation"]).double().cpu()
-        outputs += torch.einsum("ncp,np->c", seen.float_output.flatten(2), w.flatten(1)).double().cpu()
+        w = seen.weights.to(seen.input).unflatten(1, seen.float_output.shape[2:])
+        met = _met_by_taps(node, kernel, w, seen.input.shape[2:])
+        inputs += torch.bmm(seen.input.flatten(2), met).sum(0).double().cpu()
+        outputs += torch.bmm(seen.float_output.flatten(2), w.flatten(1)[..., None]).sum((0, 2)).double().cpu()
         total += w.sum(dtype=torch.float64).cpu()
     inputs, outputs, total = (workers.summed(t) for t in (inputs, outputs, total))
-    mean = (weight.unscaled().double() * inputs / total).sum((1, 2, 3))
+    mean = (weight.unscaled().double().flatten(2) * inputs / total).sum((1, 2))
     return QConv(weight, (outputs / total - weight.cds_w.double() * mean).float())
+
+
+def _met_by_taps(node: Node, kernel: Sequence[int], weights: Tensor, size: Sequence[int]) -> Tensor:
+    """How much what every tap meets at an input position (h, w) counts, given the weights (n, h', w') of output
+    positions: (n, h w, taps)."""
+    a = node.attrs
+    pad, (h, w), (rows, columns) = a["padding"], size, weights.shape[1:]
+    met = weights.new_zeros(len(weights), kernel[0], kernel[1], h + 2 * pad, w + 2 * pad)
+    for y in range(kernel[0]):
+        for x in range(kernel[1]):
+            at = met[:, y, x, y * a["dilation"] :: a["stride"], x * a["dilation"] :: a["stride"]]
+            at[:, :rows, :columns] = weights
+    return met[..., pad : pad + h, pad : pad + w].flatten(3).flatten(1, 2).mT
 
 
 def fit_cds(node: Node, weight: DSTensor, batches: Iterable[Seen], scaled: bool = False) -> QConv:

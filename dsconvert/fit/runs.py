@@ -102,5 +102,7 @@ def round_group(w: Floats, upper: Floats, cds: Floats, bits: int) -> tuple[Float
 
 def _most(wanted: Floats, codes: Floats) -> NDArray[np.intp]:
     """Which of codes (k, 4) is nearest to each of wanted (n, 4)."""
-    half = (np.square(codes).sum(1) / 2).astype(np.float32)
-    return (wanted.astype(np.float32) @ codes.T.astype(np.float32) - half).argmax(-1)
+    # |w - c|^2 = |w|^2 - 2 (w . c - |c|^2 / 2), and what is in brackets is one product
+    against = np.hstack((codes, -np.square(codes).sum(1, keepdims=True) / 2)).astype(np.float32)
+    given = np.hstack((wanted, np.ones((len(wanted), 1)))).astype(np.float32)
+    return (given @ against.T).argmax(-1)

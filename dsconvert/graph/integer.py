@@ -44,7 +44,7 @@ class QParams:
 
     def quantize(self, x: Tensor) -> Tensor:
         """Real -> integers 0..255, carried as float32."""
-        return (torch.round(x / self.scale) + self.zero_point).clamp_(0, QMAX)
+        return (x / self.scale).round_().add_(self.zero_point).clamp_(0, QMAX)
 
     def dequantize(self, q: Tensor) -> Tensor:
         """Integers -> real."""
@@ -139,11 +139,11 @@ def integer_conv(node: Node, q: Tensor, conv: QConv, source: QParams, target: QP
     converts its int32."""
     exact = int(conv.largest_sum(source.scale).max()) <= FLOAT_EXACT
     kind = torch.float32 if exact else torch.float64
-    acc = run.conv(node, (q - source.zero_point).to(kind), conv.weight.merged().to(q.device, kind), None)
-    acc = (acc + conv.bias_int(source.scale).to(acc)[:, None, None]).float()
+    given = q.to(kind, copy=True).sub_(source.zero_point)
+    weight, bias = conv.weight.merged().to(q.device, kind), conv.bias_int(source.scale).to(q.device, kind)
+    acc = run.conv(node, given, weight, bias).float()
     multiplier = torch.tensor(source.scale, dtype=torch.float32) * conv.weight.cds_w.float() / target.scale
-    out = torch.round(acc * multiplier.to(acc)[:, None, None]) + target.zero_point
-    return out.clamp_(0, QMAX)
+    return acc.mul_(multiplier.to(acc)[:, None, None]).round_().add_(target.zero_point).clamp_(0, QMAX)
 
 
 def integer_add(inputs: list[Tensor], source: list[QParams], target: QParams) -> Tensor:
@@ -155,8 +155,8 @@ def integer_add(inputs: list[Tensor], source: list[QParams], target: QParams) ->
     ra, rb = (np.float32(g.scale) / np.float32(target.scale) for g in (ga, gb))
     inner = np.float32(float(ra) * ga.zero_point + float(rb * np.float32(gb.zero_point)))
     fixed = np.float32(target.zero_point) - inner
-    total = (b.double() * float(rb) + float(fixed)).float()
-    return torch.round((a.double() * float(ra) + total.double()).float()).clamp_(0, QMAX)
+    total = b.double().mul_(float(rb)).add_(float(fixed)).float()
+    return a.double().mul_(float(ra)).add_(total).float().round_().clamp_(0, QMAX)
 
 
 def integer_step(node: Node, inputs: list[Tensor], convs: Mapping[str, QConv], grids: Mapping[str, QParams]) -> Tensor:
@@ -166,7 +166,7 @@ def integer_step(node: Node, inputs: list[Tensor], convs: Mapping[str, QConv], g
         return integer_conv(node, inputs[0], convs[node.name], source[0], target)
     if node.op == "act":
         table = torch.from_numpy(activation_table(node.attrs["kind"], source[0], SIGMOID, target))
-        return table.to(inputs[0])[inputs[0].long()]
+        return table.to(inputs[0]).index_select(0, inputs[0].flatten().int()).view(inputs[0].shape)
     if node.op == "add":
         return integer_add(inputs, source, target)
     if node.op == "concat":
