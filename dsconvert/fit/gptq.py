@@ -124,7 +124,7 @@ def fit_weight_gptq(
         upper = torch.linalg.cholesky((inverse + inverse.T) / 2, upper=True)
     except torch.linalg.LinAlgError:  # constant inputs, as behind a dead layer: H is rounding noise
         return plain
-    start = fit_weight(target.reshape(weight.shape), bits, block_size, runs).cds_w.double()
+    start = fit_weight(target.reshape(weight.shape), bits, block_size, runs, (0.8,), 2).cds_w.double()
     together = None if channels is None else damped_channels(channels)
     turns = [torch.arange(len(flat))] if together is None else parts(together)
     rounded = partial(round_group if runs else _round_group, bits=bits)

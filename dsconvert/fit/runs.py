@@ -62,15 +62,13 @@ def nearest_blocks(
 def _nearest_leaders(scaled: Floats, real: Floats, book: Floats, m_max: int) -> tuple[Floats, NDArray[np.intp]]:
     """Of every block the m of least error, (cho, nblk, taps), and with it the leader nearest to each run, (cho, nblk,
     taps, runs), for runs in falling order and steps of CDSw; those that are not `real` do not count."""
-    half = np.square(book).sum(1) / 2
+    flat = scaled.reshape(-1, RUN)
     gain = np.full(scaled.shape[:3], -np.inf)
     m, chosen = np.ones(scaled.shape[:3]), np.zeros(scaled.shape[:-1], np.intp)
     for tried in range(1, m_max + 1):
-        # |x - m l|^2 = |x|^2 - 2 m^2 (x . l / m - |l|^2 / 2)
-        scores = scaled @ (book.T / tried) - half
-        pick = scores.argmax(-1)
-        reached = np.take_along_axis(scores, pick[..., None], -1)[..., 0]
-        reached = (reached * real).sum(-1) * tried**2
+        pick, reached = _most(flat / tried, book)
+        pick = pick.reshape(chosen.shape)
+        reached = (reached.reshape(chosen.shape) * real).sum(-1) * tried**2  # of m^2 |x / m - l|^2
         better = reached > gain
         gain, m = np.where(better, reached, gain), np.where(better, tried, m)
         chosen = np.where(better[..., None], pick, chosen)
@@ -91,7 +89,7 @@ def round_group(w: Floats, upper: Floats, cds: Floats, bits: int) -> tuple[Float
         back = np.linalg.inv(upper[own, own])
         wanted = np.moveaxis(columns[own], 0, -1) / steps[..., None] @ back
         codes = book @ back
-        pick = _most(wanted.reshape(-1, RUN), codes).reshape(steps.shape)
+        pick = _most(wanted.reshape(-1, RUN), codes)[0].reshape(steps.shape)
         integers[own] = np.moveaxis(book[pick], -1, 0)
         errors[own] = np.moveaxis((wanted - codes[pick]) * steps[..., None], -1, 0)
         columns[j + RUN :] -= np.einsum("ij,i...->j...", upper[own, j + RUN :], errors[own])
@@ -100,9 +98,11 @@ def round_group(w: Floats, upper: Floats, cds: Floats, bits: int) -> tuple[Float
     return tried[best[..., 0]], np.moveaxis(integers, 0, -1), np.moveaxis(errors, 0, -1)
 
 
-def _most(wanted: Floats, codes: Floats) -> NDArray[np.intp]:
-    """Which of codes (k, 4) is nearest to each of wanted (n, 4)."""
+def _most(wanted: Floats, codes: Floats) -> tuple[NDArray[np.intp], NDArray[np.float32]]:
+    """Which of codes (k, 4) is nearest to each of wanted (n, 4), and w . c - |c|^2 / 2 of it, which is then largest."""
     # |w - c|^2 = |w|^2 - 2 (w . c - |c|^2 / 2), and what is in brackets is one product
     against = np.hstack((codes, -np.square(codes).sum(1, keepdims=True) / 2)).astype(np.float32)
     given = np.hstack((wanted, np.ones((len(wanted), 1)))).astype(np.float32)
-    return (given @ against.T).argmax(-1)
+    scores = given @ against.T
+    pick = scores.argmax(-1)
+    return pick, scores[np.arange(len(pick)), pick]
