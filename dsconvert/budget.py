@@ -4,6 +4,7 @@ lost."""
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import lru_cache
 
 import onnx
 import torch
@@ -28,6 +29,7 @@ Damage = Mapping[str, Mapping[Width, float]]
 Widths = Mapping[str, Width]
 
 
+@lru_cache(4096)
 def stored_bytes(shape: torch.Size, width: Width) -> int:
     """Bytes that a weight (cho, chi, kh, kw) adds to the packed file: VQK, KDS and the nodes that unpack them."""
     b = OnnxBuilder(LAYOUT_OPSET["packed"])

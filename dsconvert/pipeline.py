@@ -164,10 +164,11 @@ def quantize(
         report("widths", 1, 1)
         wanted = [(n.name, _width(widths, n.name, params[n.name].weight)) for n in graph.convs()]
         together = coupled(graph, widths, calibration.channels, options.kds)
+        scaled = [n.name for n in graph.convs() if n.attrs["groups"] == 1 and options.kds == "int"]
         convs = fit_lockstep(
             graph, params, _layer_fit(widths, options, together), own, images.real(device),
             lambda done, total: report("fit", done, total), calibration.positions, usable(left, wanted), keep,
-            images.first, together,
+            images.first, scaled,
         )  # fmt: skip
         return DSModel(graph, convs, own, head, options.imgsz, _provenance(checkpoint, options, command, damage))
 

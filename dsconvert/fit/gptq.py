@@ -71,8 +71,9 @@ def measure_moments(node: Node, weight_shape: torch.Size, batches: Iterable[Seen
         given = zip(seen.input, seen.float_output, seen.weights, strict=True)
         for index, (q, y, weights) in enumerate(given, seen.first):
             picks, w = draws.positions(weights.double(), draws.of_image(seed, index))
-            picks, w = picks.to(q.device), w.to(q)
-            columns.append((_columns(q, tuple(kernel), node, picks), y.flatten(1)[:, picks], w))
+            picks, w = picks.to(q.device), w.to(q.device, torch.float32)
+            taken = seen.real(_columns(q, seen.zero, tuple(kernel), node, picks))
+            columns.append((taken, y.flatten(1)[:, picks].float(), w))
         q, y, w = (torch.cat(parts, -1) for parts in zip(*columns, strict=True))
         root = w.sqrt()
         q, y = q * root, y * root
@@ -87,11 +88,12 @@ def measure_moments(node: Node, weight_shape: torch.Size, batches: Iterable[Seen
     return Moments(hessian / total - torch.outer(mean_q, mean_q), cross / total - torch.outer(mean_y, mean_q))
 
 
-def _columns(x: Tensor, kernel: tuple[int, ...], node: Node, picks: Tensor) -> Tensor:
-    """Columns `picks` (p,) of the unfolded x (c, h, w): (c * kh * kw, p), without unfolding the others."""
+def _columns(x: Tensor, zero: int, kernel: tuple[int, ...], node: Node, picks: Tensor) -> Tensor:
+    """Columns `picks` (p,) of the unfolded x (c, h, w): (c * kh * kw, p), without unfolding the others. `zero` is
+    around x."""
     a = node.attrs
     (kh, kw), stride, dilation, pad = kernel, a["stride"], a["dilation"], a["padding"]
-    padded = F.pad(x, (pad, pad, pad, pad))
+    padded = F.pad(x, (pad, pad, pad, pad), value=zero)
     width = (padded.shape[2] - dilation * (kw - 1) - 1) // stride + 1
     rows, columns = picks // width * stride, picks % width * stride
     taps_y, taps_x = (torch.arange(k, device=x.device) * dilation for k in (kh, kw))
@@ -124,7 +126,7 @@ def fit_weight_gptq(
         upper = torch.linalg.cholesky((inverse + inverse.T) / 2, upper=True)
     except torch.linalg.LinAlgError:  # constant inputs, as behind a dead layer: H is rounding noise
         return plain
-    start = fit_weight(target.reshape(weight.shape), bits, block_size, runs, (0.8,), 2).cds_w.double()
+    start = fit_weight(target.reshape(weight.shape), bits, block_size, runs).cds_w.double()
     together = None if channels is None else damped_channels(channels)
     turns = [torch.arange(len(flat))] if together is None else parts(together)
     rounded = partial(round_group if runs else _round_group, bits=bits)

@@ -25,22 +25,22 @@ from dsconvert.graph.integer import keeps_grid
 from dsconvert.graph.ir import INPUT, ConvParams, Graph, Node
 from dsconvert.graph.run import execute, float_step
 
-SAMPLES_PER_IMAGE = 512
-SEARCHED = 4096  # values of a map that samples are drawn from
-EVERY = 2  # of so many images one says what widths and clipping cost
+SAMPLES_PER_IMAGE = 1024
+SEARCHED = 8192  # values of a map that samples are drawn from
+EVERY = 2  # of so many images one has samples, and says what widths and clipping cost
 # (raw maps, the float network's raw maps, which give the constants) -> numbers whose squared change is the damage
 Measure = Callable[[list[Tensor], list[Tensor]], list[Tensor]]
 
 
 @dataclass(frozen=True)
 class Importance:
-    """samples: value name -> (calibration values, their weights), both (k,). positions: convolution name ->
+    """samples: value name -> (values of every EVERYth image, their weights), both (k,). positions: convolution name ->
     (images, h' w') weights of its output positions: the root of the squared gradients summed over channels; not for
     those that nothing depends on. channels: for the same names the second moment (cho, cho) of the gradients of its
     output channels (see `fit.channels`). damage: convolution name -> width -> squared change of the measured numbers,
-    over all images, as every EVERYth has it. clipping: the same for cutting a value at each of `clipping.LEVELS`, by
-    value name, for values that `samples` judges where they are. Of several processes all have the same, but for the
-    positions of their images."""
+    over all images, as every EVERYth has it. clipping: the same for cutting a value at each of `clipping.LEVELS`, over
+    the images of `samples`, by value name, for values that `samples` judges where they are. Of several processes all
+    have the same, but for the positions of their images."""
 
     samples: Mapping[str, tuple[Tensor, Tensor]]
     positions: Mapping[str, Tensor]
@@ -105,8 +105,6 @@ def measure_importance(
     for index, image in enumerate(images, first):
         generator = draws.of_image(seed, index)
         found = gradients(graph, params, image, measure, generator)
-        for name, kept in samples.items():
-            kept.append(_sample(found[name][0], found[behind.get(name, name)][1], generator))
         for name, weights in positions.items():
             gradient = found[name][1][0].flatten(1)
             length = gradient.square().sum(0).sqrt()
@@ -115,6 +113,8 @@ def measure_importance(
         looked += torch.tensor((1, index % EVERY == 0))
         if index % EVERY:
             continue
+        for name, kept in samples.items():
+            kept.append(_sample(found[name][0], found[behind.get(name, name)][1], generator))
         for name, effects in clipping.items():
             effects += clip_effects(*found[name])
         for node in graph.convs():
@@ -138,7 +138,7 @@ def measure_importance(
         {name: w for (name, w), count in zip(together.items(), counts, strict=True) if count},
         {name: workers.summed(c).float() for (name, c), count in zip(channels.items(), counts, strict=True) if count},
         {name: {width: next(shared) for width in by_width} for name, by_width in damage.items()},
-        {name: workers.summed(effects) * scale for name, effects in clipping.items()},
+        {name: workers.summed(effects) for name, effects in clipping.items()},
     )
 
 

@@ -34,12 +34,6 @@ class _Side:
     def enter(self, x: Tensor) -> Tensor:
         return self.grids[INPUT].quantize(x).to(torch.uint8) if self.grids else x
 
-    def real(self, name: str, value: Tensor) -> Tensor:
-        if not self.grids:
-            return value
-        grid = self.grids[name]
-        return value.float().sub_(grid.zero_point).mul_(grid.scale)
-
     def roomy(self, node: Node, conv: QConv) -> QConv:
         """The convolution with every bias expressible in its accumulator, where there is one."""
         return conv.with_room(self.grids[node.inputs[0]].scale) if self.grids else conv
@@ -47,7 +41,8 @@ class _Side:
     def step(self, node: Node, inputs: list[Tensor], convs: Mapping[str, QConv]) -> Tensor:
         if self.grids:
             whole = inputs if node.op == "act" else [x.float() for x in inputs]  # a table is read by any integers
-            return integer_step(node, whole, convs, self.grids).to(torch.uint8)
+            # by way of int16: torch's own conversion takes twice as long
+            return integer_step(node, whole, convs, self.grids).to(torch.int16).to(torch.uint8)
         if node.op == "conv":
             c = convs[node.name]
             return conv(node, inputs[0], c.weight.weight().to(inputs[0]), c.bias.to(inputs[0]))
@@ -121,7 +116,7 @@ def _seen(
         for q, y in zip(quants[source], floats[node.name], strict=True):
             last = first + len(q)
             weights = torch.ones(len(y), y.shape[2] * y.shape[3], device=y.device) if w is None else w[first:last]
-            yield Seen(side.real(source, q), y.float(), weights, place + first)
+            yield Seen(q, y, weights, place + first, side.grids.get(source))
             first = last
 
     return batches
@@ -140,10 +135,10 @@ def fit_bias(node: Node, weight: DSTensor, batches: Iterable[Seen]) -> QConv:
     inputs = torch.zeros(chi, kernel[0] * kernel[1], dtype=torch.float64)
     outputs, total = torch.zeros(len(weight.vqk), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
     for seen in batches:
-        w = seen.weights.to(seen.input).unflatten(1, seen.float_output.shape[2:])
-        met = _met_by_taps(node, kernel, w, seen.input.shape[2:])
-        inputs += torch.bmm(seen.input.flatten(2), met).sum(0).double().cpu()
-        outputs += torch.bmm(seen.float_output.flatten(2), w.flatten(1)[..., None]).sum((0, 2)).double().cpu()
+        x, y = seen.real(seen.input), seen.float_output.float()
+        w = seen.weights.to(x).unflatten(1, y.shape[2:])
+        inputs += torch.bmm(x.flatten(2), _met_by_taps(node, kernel, w, x.shape[2:])).sum(0).double().cpu()
+        outputs += torch.bmm(y.flatten(2), w.flatten(1)[..., None]).sum((0, 2)).double().cpu()
         total += w.sum(dtype=torch.float64).cpu()
     inputs, outputs, total = (workers.summed(t) for t in (inputs, outputs, total))
     mean = (weight.unscaled().double().flatten(2) * inputs / total).sum((1, 2))
@@ -175,7 +170,8 @@ def fit_cds(node: Node, weight: DSTensor, batches: Iterable[Seen], scaled: bool 
     merged = weight.unscaled()
     sums = torch.zeros(5, weight.vqk.shape[0], dtype=torch.float64)
     for seen in batches:
-        acc = conv(node, seen.input, merged.to(seen.input), None)
+        x = seen.real(seen.input)
+        acc = conv(node, x, merged.to(x), None)
         a, t = (v.transpose(0, 1).flatten(1).double() for v in (acc, seen.float_output))
         w = seen.weights.flatten().to(a)
         total = w.sum().expand(len(a))

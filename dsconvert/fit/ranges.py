@@ -24,7 +24,7 @@ from dsconvert.graph.integer import QMAX, QParams, keeps_grid
 from dsconvert.graph.ir import INPUT, Graph
 from dsconvert.graph.run import ACTIVATIONS
 
-SEARCH_SAMPLES = 16384
+SEARCH_SAMPLES = 8192
 LOWS = torch.logspace(-1.3, 0, 40).tolist()  # shares of the observed extremes that are tried as ends of the range
 HIGHS = [LEAST_SHARE ** (1 - i / 48) for i in range(49)]
 ROUNDS = 3
