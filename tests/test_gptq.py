@@ -62,6 +62,17 @@ def test_moments_are_the_covariances_of_the_unfolded_inputs_and_the_outputs():
     np.testing.assert_allclose(got.cross.numpy(), cy @ cq.T / cq.shape[1], atol=1e-5)
 
 
+def test_moments_of_inputs_that_vary_little_around_much():
+    x, q = inputs(4, 3)
+    node = Node("conv", "c", ("x",), {**CONV.attrs, "padding": 0})
+    x, q = x + 1000, (q + 500).half().float()
+    got = measure_moments(node, torch.Size((3, 3, 1, 1)), [seen(x[:2], q[:2]), seen(x[2:], q[2:])], seed=0)
+    y, c = ((v - v.mean(1, keepdim=True)).numpy() for v in (t.transpose(0, 1).flatten(1).double() for t in (2 * x, q)))
+    # without care float32 would err by 500^2 * 6e-8 = 0.015 and more
+    np.testing.assert_allclose(got.hessian.numpy(), c @ c.T / c.shape[1], atol=1e-5)
+    np.testing.assert_allclose(got.cross.numpy(), y @ c.T / c.shape[1], atol=1e-4)
+
+
 def test_moments_weight_positions_by_importance():
     """A weight of 2 counts as the position twice over, a weight of 0 as none."""
     x, q = inputs(3, 4)

@@ -75,17 +75,26 @@ def measure_moments(node: Node, weight_shape: torch.Size, batches: Iterable[Seen
             taken = seen.real(_columns(q, seen.zero, tuple(kernel), node, picks))
             columns.append((taken, y.flatten(1)[:, picks].float(), w))
         q, y, w = (torch.cat(parts, -1) for parts in zip(*columns, strict=True))
-        root = w.sqrt()
-        q, y = q * root, y * root
-        hessian += gram(q).cpu()
-        cross += (y @ q.T).cpu()
-        sums_q += (q @ root).double().cpu()
-        sums_y += (y @ root).double().cpu()
-        total += float(w.double().sum())
+        # about the batch's mean, or float32 would lose what varies little around much
+        (q, mean_q), (y, mean_y) = (_centred(v, w) for v in (q, y))
+        root, share = w.sqrt(), float(w.double().sum())
+        left_q, left_y = ((v @ w).double().cpu() for v in (q, y))
+        q, y = q.mul_(root), y.mul_(root)
+        hessian.add_(gram(q).cpu()).addr_(mean_q, left_q + share * mean_q).addr_(left_q, mean_q)
+        cross.add_((y @ q.T).cpu()).addr_(mean_y, left_q + share * mean_q).addr_(left_y, mean_q)
+        sums_q += left_q + share * mean_q
+        sums_y += left_y + share * mean_y
+        total += share
     hessian, cross, sums_q, sums_y = (workers.summed(t) for t in (hessian, cross, sums_q, sums_y))
     total = float(workers.summed(torch.tensor(total, dtype=torch.float64)))
     mean_q, mean_y = sums_q / total, sums_y / total
     return Moments(hessian / total - torch.outer(mean_q, mean_q), cross / total - torch.outer(mean_y, mean_q))
+
+
+def _centred(values: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """Values (n, p), in place, less their weighted mean (n,), and that, float64 on CPU; both as good as float32 is."""
+    mean = (values @ weights) / weights.sum().clamp_min(1e-30)
+    return values.sub_(mean[:, None]), mean.double().cpu()
 
 
 def _columns(x: Tensor, zero: int, kernel: tuple[int, ...], node: Node, picks: Tensor) -> Tensor:
