@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
 
 from dsconvert.dsconv.tensor import DSTensor, Width, largest_pair
-from dsconvert.fit.gptq import DAMPING, Moments, _round, _round_group, fit_layer, fit_weight_gptq, measure_moments
+from dsconvert.fit.gptq import (
+    DAMPING,
+    Moments,
+    _round,
+    _round_group,
+    _rounders,
+    fit_layer,
+    fit_weight_gptq,
+    measure_moments,
+)
 from dsconvert.fit.least_squares import fit_weight
 from dsconvert.fit.seen import Seen
 from dsconvert.graph.ir import Node
@@ -183,27 +190,25 @@ def correlated(columns: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def test_errors_squared_are_what_rounding_adds_to_j():
-    """sum errors^2 over all groups = (w - W') H (w - W')^T, whatever m were chosen, from every start."""
+    """sum errors^2 over all groups = (w - W') H (w - W')^T, whatever m were chosen, one by one at every CDSw."""
     hessian, upper = correlated(12)
     w = torch.randn(5, 12, generator=torch.Generator().manual_seed(6), dtype=torch.float64)
-    cds = torch.full((2, 5), 0.08, dtype=torch.float64)
-    cds[1] *= 0.7
+    cds = torch.tensor([0.08, 0.07, 0.06, 0.05, 0.04], dtype=torch.float64)
 
     def adds(w: torch.Tensor, upper: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        _, _, errors = _round_group(w.numpy(), upper.numpy(), cds.numpy(), 3)
+        _, _, errors = _round_group(w.numpy(), cds.numpy(), upper.numpy(), 3)
         return torch.from_numpy(errors), torch.from_numpy(errors).square().sum(-1)
 
     def j(lengths: list[int]) -> torch.Tensor:
-        vqk, m = _round(w, upper, lengths, cds, partial(_round_group, bits=3))
-        error = w - cds[..., None] * m.mT.repeat_interleave(torch.tensor(lengths), -1) * vqk
+        made = _round(w.numpy(), upper.numpy(), _rounders(upper.numpy(), lengths, 3, False), cds.numpy())
+        vqk, m = (torch.from_numpy(v) for v in made)
+        error = w - cds[:, None] * m.mT.repeat_interleave(torch.tensor(lengths), -1) * vqk
         return ((error @ hessian) * error).sum(-1)
 
-    both = w.expand(2, -1, -1)
-    torch.testing.assert_close(adds(both, upper)[1], j([12]))
-    first, added = adds(both[..., :5], upper[:5, :5])
-    _, then = adds(both[..., 5:] - first @ upper[:5, 5:], upper[5:, 5:])
+    torch.testing.assert_close(adds(w, upper)[1], j([12]))
+    first, added = adds(w[:, :5], upper[:5, :5])
+    _, then = adds(w[:, 5:] - first @ upper[:5, 5:], upper[5:, 5:])
     torch.testing.assert_close(added + then, j([5, 7]))
-    assert not torch.equal(*j([5, 7]))
 
 
 def test_the_multiplier_is_the_best_of_all():
@@ -218,7 +223,7 @@ def test_the_multiplier_is_the_best_of_all():
             moved = w[:, j:] + error @ hessian[:j, j:] @ torch.linalg.inv(hessian[j:, j:])
             made[:, j] = 0.06 * m * (moved[:, 0] / (0.06 * m)).round().clamp(-4, 3)
         costs.append((((w - made) @ hessian) * (w - made)).sum(1))
-    (got,), _, _ = _round_group(w[None].numpy(), upper.numpy(), np.full((1, 9), 0.06), 3)
+    got, _, _ = _round_group(w.numpy(), np.full(9, 0.06), upper.numpy(), 3)
     assert got.tolist() == (torch.stack(costs).argmin(0) + 1.0).tolist()
     assert len(set(got)) > 3
 

@@ -11,7 +11,7 @@ from dsconvert.dsconv import runs
 from dsconvert.dsconv.tensor import DSTensor, Width, largest_pair, max_multiplier, used_width
 from dsconvert.fit.gptq import Moments, fit_weight_gptq
 from dsconvert.fit.least_squares import fit_weight, to_blocks
-from dsconvert.fit.runs import _nearest_leaders, nearest_blocks, round_group
+from dsconvert.fit.runs import Factor, _nearest_leaders, nearest_blocks, round_runs
 from dsconvert.graph.integer import QConv
 
 rng = np.random.default_rng
@@ -117,17 +117,17 @@ def test_a_group_of_one_run_is_rounded_to_the_least_error_under_h(bits):
     a = rng(5).normal(size=(4, 9))
     h = a @ a.T + 0.1 * np.eye(4)
     upper = torch.linalg.cholesky(torch.from_numpy(np.linalg.inv(h)), upper=True).numpy()
-    w, cds = rng(6).normal(0, 3, (1, 5, 4)), np.full((1, 5), 0.4)
-    m, vqk, errors = round_group(w, upper, cds, bits)
+    w, cds = rng(6).normal(0, 3, (5, 4)), np.full(5, 0.4)
+    m, vqk, errors = round_runs(w, cds, Factor.of(upper, bits), bits)
     book = runs.vectors(bits).astype(float)
     for o in range(5):
         best = np.inf
         for k in range(1, max_multiplier(bits, runs=True) + 1):
-            d = w[0, o] - cds[0, o] * k * book
+            d = w[o] - cds[o] * k * book
             best = min(best, float(((d @ h) * d).sum(1).min()))
-        d = w[0, o] - cds[0, o] * m[0, o] * vqk[0, o]
+        d = w[o] - cds[o] * m[o] * vqk[o]
         assert float(d @ h @ d) == pytest.approx(best, rel=1e-6)  # runs are compared in float32
-        assert float(np.square(errors[0, o]).sum()) == pytest.approx(best, rel=1e-6)
+        assert float(np.square(errors[o]).sum()) == pytest.approx(best, rel=1e-6)
 
 
 @pytest.mark.parametrize("bits", [1, 2, 3])

@@ -14,7 +14,7 @@ an m), blocks and columns of most energy first; when a block is reached, the m i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -31,16 +31,15 @@ from dsconvert.fit import draws
 from dsconvert.fit.channels import damped as damped_channels
 from dsconvert.fit.channels import gram, made_up_for, parts
 from dsconvert.fit.least_squares import fit_weight, from_blocks, relieve_pairs, to_blocks
-from dsconvert.fit.runs import round_group
+from dsconvert.fit.runs import Factor, least_of, round_runs
 from dsconvert.fit.seen import Seen
 from dsconvert.graph.ir import Node
 
 Floats = NDArray[np.float64]
-# columns (starts, cho, n), the factor's part (n, n), CDSw (starts, cho) -> m, VQK, errors: see `_round_group`
-RoundGroup = Callable[[Floats, Floats, Floats], tuple[Floats, Floats, Floats]]
+# columns (cho, n) of one group, CDSw (cho,) -> m (cho,), VQK and errors (cho, n): see `_round_group`
+RoundGroup = Callable[[Floats, Floats], tuple[Floats, Floats, Floats]]
 
 DAMPING = 0.1  # of the mean diagonal of H: ten times GPTQ's, as few positions matter and a hundred images overfit
-STARTS = (1.0, 0.85)  # starting CDSw, as a share of the least-squares one
 
 
 @dataclass(frozen=True)
@@ -64,37 +63,30 @@ def measure_moments(node: Node, weight_shape: torch.Size, batches: Iterable[Seen
     Of each image at most `draws.POSITIONS` output positions are taken, at random in proportion to their weight."""
     kernel, size = weight_shape[2:], weight_shape[1:].numel()
     hessian, cross = (torch.zeros(n, size, dtype=torch.float64) for n in (size, weight_shape[0]))
-    sums_q, sums_y = (torch.zeros(n, dtype=torch.float64) for n in (size, weight_shape[0]))
-    total = 0.0
+    sums, total = torch.zeros(size + weight_shape[0], dtype=torch.float64), torch.zeros((), dtype=torch.float64)
+    offset: Tensor | None = None
     for seen in batches:
-        columns = []
+        columns, counts = [], []
         given = zip(seen.input, seen.float_output, seen.weights, strict=True)
         for index, (q, y, weights) in enumerate(given, seen.first):
             picks, w = draws.positions(weights.double(), draws.of_image(seed, index))
-            picks, w = picks.to(q.device), w.to(q.device, torch.float32)
+            picks = picks.to(q.device)
             taken = seen.real(_columns(q, seen.zero, tuple(kernel), node, picks))
-            columns.append((taken, y.flatten(1)[:, picks].float(), w))
-        q, y, w = (torch.cat(parts, -1) for parts in zip(*columns, strict=True))
-        # about the batch's mean, or float32 would lose what varies little around much
-        (q, mean_q), (y, mean_y) = (_centred(v, w) for v in (q, y))
-        root, share = w.sqrt(), float(w.double().sum())
-        left_q, left_y = ((v @ w).double().cpu() for v in (q, y))
-        q, y = q.mul_(root), y.mul_(root)
-        hessian.add_(gram(q).cpu()).addr_(mean_q, left_q + share * mean_q).addr_(left_q, mean_q)
-        cross.add_((y @ q.T).cpu()).addr_(mean_y, left_q + share * mean_q).addr_(left_y, mean_q)
-        sums_q += left_q + share * mean_q
-        sums_y += left_y + share * mean_y
-        total += share
-    hessian, cross, sums_q, sums_y = (workers.summed(t) for t in (hessian, cross, sums_q, sums_y))
-    total = float(workers.summed(torch.tensor(total, dtype=torch.float64)))
-    mean_q, mean_y = sums_q / total, sums_y / total
+            columns.append(torch.cat((taken, y.flatten(1)[:, picks].float())))
+            counts.append(w.to(q.device, torch.float32))
+        both, w = torch.cat(columns, 1), torch.cat(counts)
+        if offset is None:  # float32 would lose what varies little around much; the same offset in all processes
+            mean = (both @ w) / w.sum().clamp_min(1e-30)
+            offset = workers.gathered(mean.cpu())[0].to(mean)
+        root = w.sqrt()
+        both.sub_(offset[:, None]).mul_(root)
+        hessian += gram(both[:size]).cpu()
+        cross += (both[size:] @ both[:size].T).cpu()
+        sums += (both @ root).double().cpu()
+        total += w.double().sum().cpu()
+    hessian, cross, sums, total = (workers.summed(t) for t in (hessian, cross, sums, total))
+    mean_q, mean_y = (sums / total).split((size, weight_shape[0]))
     return Moments(hessian / total - torch.outer(mean_q, mean_q), cross / total - torch.outer(mean_y, mean_q))
-
-
-def _centred(values: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-    """Values (n, p), in place, less their weighted mean (n,), and that, float64 on CPU; both as good as float32 is."""
-    mean = (values @ weights) / weights.sum().clamp_min(1e-30)
-    return values.sub_(mean[:, None]), mean.double().cpu()
 
 
 def _columns(x: Tensor, zero: int, kernel: tuple[int, ...], node: Node, picks: Tensor) -> Tensor:
@@ -120,8 +112,8 @@ def fit_weight_gptq(
 ) -> DSTensor:
     """Float weight (cho, chi, kh, kw) and its input moments -> the DSTensor with the least damped J found.
 
-    Per output channel the best of least squares and of GPTQ from every start is kept, each with the CDSw that is
-    optimal for its integers: never worse than least squares on J. With `channels`, the second moment (cho, cho) of the
+    Per output channel the better of least squares and of GPTQ is kept, each with the CDSw that is optimal for its
+    integers: never worse than least squares on J. With `channels`, the second moment (cho, cho) of the
     output's gradients, later channels make up for the errors of earlier ones (see `fit.channels`).
     """
     plain = fit_weight(weight, bits, block_size, runs)
@@ -138,7 +130,7 @@ def fit_weight_gptq(
     start = fit_weight(target.reshape(weight.shape), bits, block_size, runs).cds_w.double()
     together = None if channels is None else damped_channels(channels)
     turns = [torch.arange(len(flat))] if together is None else parts(together)
-    rounded = partial(round_group if runs else _round_group, bits=bits)
+    rounders = _rounders(upper.numpy(), [len(g) for g in groups], bits, runs)
     fitted, errors = [], torch.zeros_like(target)
     for index, rows in enumerate(turns):
         wanted = target[rows]
@@ -147,11 +139,11 @@ def fit_weight_gptq(
             wanted = wanted - made_up_for(together, decided, errors, rest)[: len(rows)]
         best = _Best(wanted @ damped.hessian, damped.hessian, _rows(plain, rows))
         shape = (len(rows), *weight.shape[1:])
-        cds = start[rows] * torch.tensor(STARTS, dtype=torch.float64)[:, None]
-        for vqk, m in zip(*_round(wanted[:, order], upper, [len(g) for g in groups], cds, rounded), strict=True):
-            vqk = to_blocks(vqk[:, torch.argsort(order)].reshape(shape), block_size)
-            vqk = from_blocks(relieve_pairs(vqk, bits), *weight.shape[1:]).flatten(1)
-            best.offer(vqk, _scatter(m, groups, shape, block_size))
+        made = _round(wanted[:, order].numpy(), upper.numpy(), rounders, start[rows].numpy())
+        vqk, m = (torch.from_numpy(v) for v in made)
+        vqk = to_blocks(vqk[:, torch.argsort(order)].reshape(shape), block_size)
+        vqk = from_blocks(relieve_pairs(vqk, bits), *weight.shape[1:]).flatten(1)
+        best.offer(vqk, _scatter(m, groups, shape, block_size))
         fitted.append(best.tensor(shape, plain.width))
         errors[rows] = target[rows] - fitted[-1].weight().double().flatten(1)
     back = torch.argsort(torch.cat(turns))
@@ -176,36 +168,38 @@ def _groups(weight: Tensor, block_size: int, energy: Tensor, run: int) -> list[T
     return sorted(groups, key=lambda g: -float(energy[g].mean()))
 
 
+def _rounders(upper: Floats, lengths: Sequence[int], bits: int, runs: bool) -> list[tuple[slice, RoundGroup]]:
+    """Every group's columns, and what rounds them, given the Cholesky factor (K, K) of H^-1."""
+    ends = np.cumsum(lengths)
+    groups = [slice(int(end) - length, int(end)) for end, length in zip(ends, lengths, strict=True)]
+    if runs:
+        return [(g, partial(round_runs, factor=Factor.of(upper[g, g], bits), bits=bits)) for g in groups]
+    return [(g, partial(_round_group, upper=upper[g, g], bits=bits)) for g in groups]
+
+
 def _round(
-    target: Tensor, upper: Tensor, lengths: list[int], cds: Tensor, rounded: RoundGroup
-) -> tuple[Tensor, Tensor]:
-    """GPTQ's loop over a target (cho, K) from every starting CDSw of cds (starts, cho): VQK (starts, cho, K) in the
-    given column order, and m (starts, groups, cho)."""
-    w = target.repeat(len(cds), 1, 1)
-    vqk = torch.zeros_like(w)
-    chosen = torch.zeros(len(cds), len(lengths), w.shape[1], dtype=w.dtype)
-    first = 0
-    for group, length in enumerate(lengths):
-        last = first + length
-        m, integers, errors = rounded(w[..., first:last].numpy(), upper[first:last, first:last].numpy(), cds.numpy())
-        chosen[:, group], vqk[..., first:last] = torch.from_numpy(m), torch.from_numpy(integers)
-        for rest, error in zip(w[..., last:], torch.from_numpy(errors), strict=True):
-            rest -= error @ upper[first:last, last:]
-        first = last
+    target: Floats, upper: Floats, rounders: Sequence[tuple[slice, RoundGroup]], cds: Floats
+) -> tuple[Floats, Floats]:
+    """GPTQ's loop over a target (cho, K), CDSw as given: VQK (cho, K), columns in that order, and m (groups, cho)."""
+    w, vqk = target.copy(), np.empty_like(target)
+    chosen = np.empty((len(rounders), len(w)))
+    for m, (group, rounded) in zip(chosen, rounders, strict=True):
+        m[:], vqk[:, group], errors = rounded(w[:, group], cds)
+        w[:, group.stop :] -= errors @ upper[group, group.stop :]
     return vqk, chosen
 
 
-def _round_group(w: Floats, upper: Floats, cds: Floats, bits: int) -> tuple[Floats, Floats, Floats]:
-    """One group's columns w (starts, cho, n) rounded with every m; of each start and output channel the m of least J:
-    m (starts, cho), VQK and the errors to be made up for by later columns, both (starts, cho, n).
+def _round_group(w: Floats, cds: Floats, upper: Floats, bits: int) -> tuple[Floats, Floats, Floats]:
+    """One group's columns w (cho, n) rounded with every m, given their part of the Cholesky factor; of each output
+    channel the m of least J: m (cho,), VQK and the errors to be made up for by later columns, both (cho, n).
 
     Those errors are in units of what the later columns leave, so what a group adds to J is the sum of their squares.
     In numpy: most of the fit's time is spent here on a few numbers at once, and torch takes five times as long to get
     to them."""
     low, high = vqk_limits(bits)
     tried = np.arange(1.0, max_multiplier(bits) + 1)
-    steps = cds[..., None] * tried
-    columns = np.repeat(np.moveaxis(w, -1, 0)[..., None], len(tried), -1)
+    steps = cds[:, None] * tried
+    columns = np.repeat(w.T[..., None], len(tried), -1)
     integers, errors = np.empty_like(columns), np.empty_like(columns)
     for j, (column, integer, error) in enumerate(zip(columns, integers, errors, strict=True)):
         np.rint(column / steps, out=integer)
@@ -213,10 +207,8 @@ def _round_group(w: Floats, upper: Floats, cds: Floats, bits: int) -> tuple[Floa
         np.minimum(integer, high, out=integer)
         np.subtract(column, steps * integer, out=error)
         error /= upper[j, j]
-        columns[j + 1 :] -= upper[j, j + 1 :, None, None, None] * error
-    best = np.square(errors).sum(0).argmin(-1)[..., None]
-    integers, errors = (np.take_along_axis(v, best[None], -1)[..., 0] for v in (integers, errors))
-    return tried[best[..., 0]], np.moveaxis(integers, 0, -1), np.moveaxis(errors, 0, -1)
+        columns[j + 1 :] -= upper[j, j + 1 :, None, None] * error
+    return least_of(tried, integers, errors)
 
 
 def _scatter(chosen: Tensor, groups: list[Tensor], shape: tuple[int, ...], block_size: int) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -62,11 +63,11 @@ def nearest_blocks(
 def _nearest_leaders(scaled: Floats, real: Floats, book: Floats, m_max: int) -> tuple[Floats, NDArray[np.intp]]:
     """Of every block the m of least error, (cho, nblk, taps), and with it the leader nearest to each run, (cho, nblk,
     taps, runs), for runs in falling order and steps of CDSw; those that are not `real` do not count."""
-    flat = scaled.reshape(-1, RUN)
+    flat, codes = scaled.reshape(-1, RUN), _codes(book)
     gain = np.full(scaled.shape[:3], -np.inf)
     m, chosen = np.ones(scaled.shape[:3]), np.zeros(scaled.shape[:-1], np.intp)
     for tried in range(1, m_max + 1):
-        pick, reached = _most(flat / tried, book)
+        pick, reached = _most(flat / tried, codes)
         pick = pick.reshape(chosen.shape)
         reached = (reached.reshape(chosen.shape) * real).sum(-1) * tried**2  # of m^2 |x / m - l|^2
         better = reached > gain
@@ -75,34 +76,61 @@ def _nearest_leaders(scaled: Floats, real: Floats, book: Floats, m_max: int) -> 
     return m, chosen
 
 
-def round_group(w: Floats, upper: Floats, cds: Floats, bits: int) -> tuple[Floats, Floats, Floats]:
+@dataclass(frozen=True)
+class Factor:
+    """A group's part (n, n) of the Cholesky factor, and for each of its runs the inverse of the run's own part (4, 4)
+    and all vectors in the terms in which their errors count, as `_codes` has them."""
+
+    upper: Floats
+    back: list[Floats]
+    codes: list[NDArray[np.float32]]
+
+    @staticmethod
+    def of(upper: Floats, bits: int) -> Factor:
+        book = vectors(bits).astype(np.float64)
+        own = [upper[j : j + RUN, j : j + RUN] for j in range(0, len(upper), RUN)]
+        back = [np.linalg.inv(part).astype(np.float64) for part in own]
+        return Factor(upper, back, [_codes(book @ b) for b in back])
+
+
+def round_runs(w: Floats, cds: Floats, factor: Factor, bits: int) -> tuple[Floats, Floats, Floats]:
     """What `gptq._round_group` does, with VQK in runs: every four columns become the run of least error together.
 
     With U the run's part of the Cholesky factor, the errors to be made up for are (w - m CDSw v) U^-1 for a run v."""
     tried = np.arange(1.0, max_multiplier(bits, runs=True) + 1)
-    steps = cds[..., None] * tried
-    columns = np.repeat(np.moveaxis(w, -1, 0)[..., None], len(tried), -1)  # (n, starts, cho, m)
+    steps = cds[:, None] * tried
+    columns = np.repeat(w.T[..., None], len(tried), -1)  # (n, cho, m)
     integers, errors = np.empty_like(columns), np.empty_like(columns)
     book = vectors(bits).astype(np.float64)
-    for j in range(0, len(columns), RUN):
+    for j, back, codes in zip(range(0, len(columns), RUN), factor.back, factor.codes, strict=True):
         own = slice(j, j + RUN)
-        back = np.linalg.inv(upper[own, own])
-        wanted = np.moveaxis(columns[own], 0, -1) / steps[..., None] @ back
-        codes = book @ back
-        pick = _most(wanted.reshape(-1, RUN), codes)[0].reshape(steps.shape)
-        integers[own] = np.moveaxis(book[pick], -1, 0)
-        errors[own] = np.moveaxis((wanted - codes[pick]) * steps[..., None], -1, 0)
-        columns[j + RUN :] -= np.einsum("ij,i...->j...", upper[own, j + RUN :], errors[own])
-    best = np.square(errors).sum(0).argmin(-1)[..., None]
-    integers, errors = (np.take_along_axis(v, best[None], -1)[..., 0] for v in (integers, errors))
-    return tried[best[..., 0]], np.moveaxis(integers, 0, -1), np.moveaxis(errors, 0, -1)
+        wanted = (columns[own] / steps).reshape(RUN, -1).T
+        found = book[_most(wanted @ back, codes)[0]]
+        integers[own] = found.T.reshape(RUN, *steps.shape)
+        errors[own] = ((wanted - found) @ back).T.reshape(RUN, *steps.shape) * steps
+        after = factor.upper[own, j + RUN :].T @ errors[own].reshape(RUN, -1)
+        columns[j + RUN :] -= after.reshape(-1, *steps.shape)
+    return least_of(tried, integers, errors)
 
 
-def _most(wanted: Floats, codes: Floats) -> tuple[NDArray[np.intp], NDArray[np.float32]]:
-    """Which of codes (k, 4) is nearest to each of wanted (n, 4), and w . c - |c|^2 / 2 of it, which is then largest."""
-    # |w - c|^2 = |w|^2 - 2 (w . c - |c|^2 / 2), and what is in brackets is one product
-    against = np.hstack((codes, -np.square(codes).sum(1, keepdims=True) / 2)).astype(np.float32)
-    given = np.hstack((wanted, np.ones((len(wanted), 1)))).astype(np.float32)
-    scores = given @ against.T
+def least_of(tried: Floats, integers: Floats, errors: Floats) -> tuple[Floats, Floats, Floats]:
+    """Of each output channel the m of least squared error: m (cho,), integers and errors (cho, n), given all m that
+    were tried and both with each of them (n, cho, m)."""
+    best = np.square(errors).sum(0).argmin(-1)
+    channels = np.arange(len(best))
+    return tried[best], integers[:, channels, best].T, errors[:, channels, best].T
+
+
+def _codes(book: Floats) -> NDArray[np.float32]:
+    """Vectors c (k, 4) beside -|c|^2 / 2 (k, 5), turned around: what `_most` multiplies by."""
+    return np.hstack((book, -np.square(book).sum(1, keepdims=True) / 2)).T.astype(np.float32, order="C")
+
+
+def _most(wanted: Floats, codes: NDArray[np.float32]) -> tuple[NDArray[np.intp], NDArray[np.float32]]:
+    """Which of the `_codes` is nearest to each of wanted (n, 4), and w . c - |c|^2 / 2 of it, which is then largest as
+    |w - c|^2 = |w|^2 - 2 (w . c - |c|^2 / 2)."""
+    given = np.ones((len(wanted), RUN + 1), np.float32)
+    given[:, :RUN] = wanted
+    scores = given @ codes
     pick = scores.argmax(-1)
     return pick, scores[np.arange(len(pick)), pick]
