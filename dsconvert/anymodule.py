@@ -19,7 +19,7 @@ from dsconvert.dsconv.tensor import Width
 from dsconvert.errors import InputError
 from dsconvert.fit.gptq import fit_layer
 from dsconvert.fit.least_squares import fit_weight
-from dsconvert.fit.lockstep import fit_cds
+from dsconvert.fit.lockstep import with_shifts
 from dsconvert.fit.seen import Seen
 from dsconvert.graph.integer import QConv, QParams
 from dsconvert.graph.ir import Node
@@ -146,8 +146,8 @@ def _converted(layer: nn.Module, seen: list[Seen], plan: ModulePlan) -> nn.Modul
     bits = plan.bits if conv.weight.shape[1] > 1 else 8
     fitted: QConv
     if seen and node is not None and plan.fit == "gptq":
-        weight = fit_layer(node, conv.weight, Width(bits, plan.block_size), seen, plan.seed)
-        fitted = fit_cds(node, weight, seen)
+        found = fit_layer(node, conv.weight, Width(bits, plan.block_size), seen, plan.seed)
+        fitted = with_shifts(node, found, seen)
     else:
         fitted = QConv(fit_weight(conv.weight, bits, plan.block_size), bias)
     made: nn.Module = DSConv.from_conv(conv, fitted.weight, fitted.bias.detach()).eval()

@@ -164,11 +164,10 @@ def quantize(
         report("widths", 1, 1)
         wanted = [(n.name, _width(widths, n.name, params[n.name].weight)) for n in graph.convs()]
         together = coupled(graph, widths, calibration.channels, options.kds)
-        scaled = [n.name for n in graph.convs() if n.attrs["groups"] == 1 and options.kds == "int"]
         convs = fit_lockstep(
             graph, params, _layer_fit(widths, options, together), own, images.real(device),
             lambda done, total: report("fit", done, total), calibration.positions, usable(left, wanted), keep,
-            images.first, scaled,
+            images.first,
         )  # fmt: skip
         return DSModel(graph, convs, own, head, options.imgsz, _provenance(checkpoint, options, command, damage))
 
@@ -241,7 +240,7 @@ def coupled(graph: Graph, widths: Widths, channels: Mapping[str, Tensor], kds: s
 def _layer_fit(widths: Widths, options: QuantizeOptions, channels: Mapping[str, Tensor]) -> FitLayer:
     """DSConv with its width for the chosen convolutions, plain int8 per channel for the others."""
 
-    def fit(node: Node, weight: Tensor, batches: Iterable[Seen]) -> DSTensor:
+    def fit(node: Node, weight: Tensor, batches: Iterable[Seen]) -> DSTensor | QConv:
         width = _width(widths, node.name, weight)
         if options.kds == "float" and node.name in widths:
             return fit_layer_real(node, weight, width.bits, width.block_size, batches, options.seed)

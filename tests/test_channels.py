@@ -7,10 +7,11 @@ import torch
 
 from dsconvert.dsconv.tensor import Width
 from dsconvert.fit.channels import PARTS, SHRINK, damped, is_moment, made_up_for, parts, second_moment
-from dsconvert.fit.gptq import Moments, fit_weight_gptq
+from dsconvert.fit.gptq import Moments, fit_layer, fit_weight_gptq
 from dsconvert.fit.least_squares import fit_weight
-from dsconvert.fit.lockstep import fit_bias, fit_cds
+from dsconvert.fit.lockstep import with_shifts
 from dsconvert.fit.seen import Seen
+from dsconvert.graph.integer import QParams
 from dsconvert.graph.ir import Graph, Node
 from dsconvert.graph.run import conv
 from dsconvert.pipeline import coupled
@@ -107,33 +108,38 @@ def test_channels_that_pull_together_are_fitted_together(bits, cho):
     torch.testing.assert_close(alone.cds_w, together.cds_w)
 
 
-def test_a_scaled_weight_gets_its_bias_alone():
-    """y = 0.8 x + 1: the regression would find the 0.8."""
-    x = torch.randn(2, 1, 4, 4, generator=torch.Generator().manual_seed(0))
-    fitted = fit_weight(torch.ones(1, 1, 1, 1), 4, 1)
+def test_a_fitted_layer_keeps_its_scale_and_has_the_right_mean():
+    """y = 0.8 x + 1, fitted by moments, and for a weight alone by regression."""
+    x = torch.rand(2, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+    weight = torch.ones(1, 1, 1, 1)
     seen = Seen(x, 0.8 * x + 1, torch.ones(2, 16))
-    kept, refitted = (fit_cds(POINT, fitted, [seen], scaled) for scaled in (True, False))
-    assert torch.equal(kept.weight.cds_w, fitted.cds_w)
+    kept = fit_layer(POINT, weight, Width(4, 1), [seen], 0)
+    refitted = with_shifts(POINT, fit_weight(weight, 4, 1), [seen])
+    assert with_shifts(POINT, kept, []) is kept
+    # damped by a tenth towards the weight's 1: (0.8 + 0.1) / 1.1
+    assert float(kept.weight.weight()) == pytest.approx(0.9 / 1.1, rel=1e-4)
     assert float(refitted.weight.weight()) == pytest.approx(0.8, rel=1e-4)
-    # the mean is right in either case
-    assert float(kept.bias) == pytest.approx(1 - 0.2 * float(x.mean()), rel=1e-4)
+    for made in (kept, refitted):  # the mean is right in either case
+        assert float(made.weight.weight() * x.mean() + made.bias) == pytest.approx(float(0.8 * x.mean() + 1), rel=1e-5)
 
 
 @pytest.mark.parametrize(("kernel", "stride", "dilation"), [(1, 1, 1), (3, 2, 1), (3, 1, 2)])
-def test_a_bias_without_a_convolution_is_the_one_with(kernel, stride, dilation):
+def test_a_bias_makes_the_means_equal_that_a_convolution_has(kernel, stride, dilation):
     generator = torch.Generator().manual_seed(kernel)
     padding = dilation * (kernel // 2)
     node = Node("conv", "c", ("x",), {"stride": stride, "padding": padding, "dilation": dilation, "groups": 1})
-    fitted = fit_weight(torch.randn(5, 6, kernel, kernel, generator=generator), 4, 4)
-    batches = []
+    weight, batches, grid = torch.randn(5, 8, kernel, kernel, generator=generator), [], QParams(0.02, 50)
     for first in (0, 2):
-        x = torch.rand(2, 6, 9, 8, generator=generator)
-        y = conv(node, x, torch.randn(5, 6, kernel, kernel, generator=generator), None)
-        batches.append(Seen(x, y, torch.rand(2, y[0, 0].numel(), generator=generator), first))
-    met = [(s.float_output - conv(node, s.input, fitted.weight(), None)).double().flatten(2) for s in batches]
-    wanted = sum((m * s.weights[:, None]).sum((0, 2)) for m, s in zip(met, batches, strict=True))
-    wanted /= sum(s.weights.double().sum() for s in batches)
-    torch.testing.assert_close(fit_bias(node, fitted, batches).bias.double(), wanted, rtol=1e-5, atol=1e-5)  # float32
+        q = torch.randint(0, 256, (2, 8, 9, 8), generator=generator).to(torch.uint8)
+        y = conv(node, grid.dequantize(q.float()), weight, None) + torch.randn(5, generator=generator)[:, None, None]
+        batches.append(Seen(q, y, torch.rand(2, y[0, 0].numel(), generator=generator), first, grid))
+    made = fit_layer(node, weight, Width(4, 8), batches, 0)
+    total = torch.zeros(5, dtype=torch.float64)
+    for s in batches:
+        met = conv(node, grid.dequantize(s.input.float()), made.weight.weight(), made.bias)
+        total += ((s.float_output - met).double().flatten(2) * s.weights[:, None]).sum((0, 2))
+    total /= sum(s.weights.double().sum() for s in batches)
+    torch.testing.assert_close(total, torch.zeros_like(total), rtol=0, atol=1e-5)  # of float32 values about 10
 
 
 def test_only_narrow_layers_without_groups_and_with_integer_shifts_are_coupled():

@@ -43,8 +43,8 @@ def test_the_same_bytes_wherever_it_stopped(folder, stop_after, monkeypatch):
     with pytest.raises(Killed):
         run(folder, stop_after)
     fits = []
-    original = lockstep.fit_cds
-    monkeypatch.setattr(lockstep, "fit_cds", lambda node, *rest: fits.append(node.name) or original(node, *rest))
+    original = lockstep.with_shifts
+    monkeypatch.setattr(lockstep, "with_shifts", lambda node, *rest: fits.append(node.name) or original(node, *rest))
     assert run(folder, resume=True) == whole
     assert fits
     assert "model.0.conv" not in fits  # what was fitted is not fitted again

@@ -15,7 +15,7 @@ an m), blocks and columns of most energy first; when a block is reached, the m i
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import numpy as np
@@ -33,6 +33,7 @@ from dsconvert.fit.channels import gram, made_up_for, parts
 from dsconvert.fit.least_squares import fit_weight, from_blocks, relieve_pairs, to_blocks
 from dsconvert.fit.runs import Factor, least_of, round_runs
 from dsconvert.fit.seen import Seen
+from dsconvert.graph.integer import QConv
 from dsconvert.graph.ir import Node
 
 Floats = NDArray[np.float64]
@@ -45,16 +46,24 @@ DAMPING = 0.1  # of the mean diagonal of H: ten times GPTQ's, as few positions m
 @dataclass(frozen=True)
 class Moments:
     """Second moments of a layer's unfolded inputs q and float outputs y, means taken out: hessian H = cov(q, q) (K, K),
-    cross C = cov(y, q) (cho, K), float64, K in the weight's own order (channel, row, column)."""
+    cross C = cov(y, q) (cho, K), and the means (K,) and (cho,) themselves, float64, K in the weight's own order
+    (channel, row, column)."""
 
     hessian: Tensor
     cross: Tensor
+    mean_q: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.float64))
+    mean_y: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.float64))
 
     def damped(self, weight: Tensor) -> Moments:
         """The moments of J for the float weight (cho, K), with DAMPING's share of the mean diagonal of H as r."""
         ridge = DAMPING * self.hessian.diagonal().mean().clamp_min(1e-12)
         eye = torch.eye(len(self.hessian), dtype=torch.float64)
-        return Moments(self.hessian + ridge * eye, self.cross + ridge * weight)
+        return replace(self, hessian=self.hessian + ridge * eye, cross=self.cross + ridge * weight)
+
+    def with_bias(self, weight: DSTensor) -> QConv:
+        """The weight with the CDSb that makes the mean of its outputs the float network's."""
+        made = (weight.weight().double().flatten(1) * self.mean_q).sum(1)
+        return QConv(weight, (self.mean_y - made).float())
 
 
 def measure_moments(node: Node, weight_shape: torch.Size, batches: Iterable[Seen], seed: int) -> Moments:
@@ -85,8 +94,13 @@ def measure_moments(node: Node, weight_shape: torch.Size, batches: Iterable[Seen
         sums += (both @ root).double().cpu()
         total += w.double().sum().cpu()
     hessian, cross, sums, total = (workers.summed(t) for t in (hessian, cross, sums, total))
-    mean_q, mean_y = (sums / total).split((size, weight_shape[0]))
-    return Moments(hessian / total - torch.outer(mean_q, mean_q), cross / total - torch.outer(mean_y, mean_q))
+    left = sums / total
+    left_q, left_y = left.split((size, weight_shape[0]))
+    means = left if offset is None else left + offset.double().cpu()
+    return Moments(
+        hessian / total - torch.outer(left_q, left_q), cross / total - torch.outer(left_y, left_q),
+        *means.split((size, weight_shape[0])),
+    )  # fmt: skip
 
 
 def _columns(x: Tensor, zero: int, kernel: tuple[int, ...], node: Node, picks: Tensor) -> Tensor:
@@ -261,9 +275,10 @@ def fit_layer(
     batches: Iterable[Seen],
     seed: int,
     channels: Tensor | None = None,
-) -> DSTensor:
-    """Fit one layer from what it sees; grouped convolutions by least squares. `channels` as in `fit_weight_gptq`."""
+) -> DSTensor | QConv:
+    """Fit one layer from what it sees; of grouped convolutions the weight alone, by least squares. `channels` as in
+    `fit_weight_gptq`."""
     if node.attrs["groups"] > 1:
         return fit_weight(weight, *width)
     moments = measure_moments(node, weight.shape, batches, seed)
-    return fit_weight_gptq(weight, moments, width.bits, width.block_size, channels, width.runs)
+    return moments.with_bias(fit_weight_gptq(weight, moments, width.bits, width.block_size, channels, width.runs))

@@ -6,7 +6,7 @@ should have made; what is fitted there therefore also makes up for errors of the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -21,8 +21,8 @@ from dsconvert.graph.run import conv, float_step
 
 HALF_MAX = torch.finfo(torch.half).max
 Progress = Callable[[int, int], None]
-# (node, its weight, what it sees) -> the fitted weight
-FitLayer = Callable[[Node, Tensor, Iterable[Seen]], DSTensor]
+# (node, its weight, what it sees) -> the fitted convolution, or its weight alone
+FitLayer = Callable[[Node, Tensor, Iterable[Seen]], DSTensor | QConv]
 
 
 @dataclass(frozen=True)
@@ -60,14 +60,12 @@ def fit_lockstep(
     known: Mapping[str, QConv] | None = None,
     finished: Callable[[Mapping[str, QConv]], None] | None = None,
     first: int = 0,
-    scaled: Collection[str] = (),
 ) -> dict[str, QConv]:
-    """Fit every convolution: VQK and KDS by `fit_layer`, then CDSw and CDSb to the float network's outputs.
+    """Fit every convolution by `fit_layer`, and what has no CDSb from there by `fit_cds`.
 
     `batches` are image batches (n, 3, h, w), read once; `first` is the place of the first image in the calibration set.
     `own` are the activation grids; without any, activations stay float on both sides. `positions` weights every
-    convolution's output positions, (images, h' w'); by default all count the same. Convolutions that are `scaled` keep
-    the CDSw that `fit_layer` gave them, and get CDSb alone. What is `known` is taken as it is;
+    convolution's output positions, (images, h' w'); by default all count the same. What is `known` is taken as it is;
     `finished` sees all that is fitted so far, after every convolution that is fitted. Values are kept for all batches
     at once, the float side's in half precision (a hundredth of an activation step), and released after their last use.
     """
@@ -81,14 +79,14 @@ def fit_lockstep(
     fitted: dict[str, QConv] = {}
     with torch.no_grad():
         for index, node in enumerate(graph.nodes):
-            made = (float_step(node, [x.float() for x in xs], params) for xs in _inputs(node, floats))
-            floats[node.name] = [y.clamp_(-HALF_MAX, HALF_MAX).half() for y in made]
+            steps = (float_step(node, [x.float() for x in xs], params) for xs in _inputs(node, floats))
+            floats[node.name] = [y.clamp_(-HALF_MAX, HALF_MAX).half() for y in steps]
             if node.op == "conv" and known and node.name in known:
                 fitted[node.name] = known[node.name]
             elif node.op == "conv":
                 seen = _seen(node, floats, quants, side, (positions or {}).get(node.name), first)
-                weight = fit_layer(node, params[node.name].weight, seen())
-                fitted[node.name] = side.roomy(node, fit_cds(node, weight, seen(), node.name in scaled))
+                made = fit_layer(node, params[node.name].weight, seen())
+                fitted[node.name] = side.roomy(node, with_shifts(node, made, seen()))
                 if finished:
                     finished(fitted)
             quants[node.name] = [side.step(node, xs, fitted) for xs in _inputs(node, quants)]
@@ -127,46 +125,17 @@ def _inputs(node: Node, values: Mapping[str, list[Tensor]]) -> list[list[Tensor]
     return [list(xs) for xs in zip(*(values[name] for name in node.inputs), strict=True)]
 
 
-def fit_bias(node: Node, weight: DSTensor, batches: Iterable[Seen]) -> QConv:
-    """CDSb = mean(y) - CDSw mean(a) of the accumulators a and float outputs y of `fit_cds`, CDSw as it is. No groups.
-
-    The mean of a is the weight on the mean of what it meets, so no convolution is computed."""
-    chi, *kernel = weight.vqk.shape[1:]
-    inputs = torch.zeros(chi, kernel[0] * kernel[1], dtype=torch.float64)
-    outputs, total = torch.zeros(len(weight.vqk), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
-    for seen in batches:
-        x, y = seen.real(seen.input), seen.float_output.float()
-        w = seen.weights.to(x).unflatten(1, y.shape[2:])
-        inputs += torch.bmm(x.flatten(2), _met_by_taps(node, kernel, w, x.shape[2:])).sum(0).double().cpu()
-        outputs += torch.bmm(y.flatten(2), w.flatten(1)[..., None]).sum((0, 2)).double().cpu()
-        total += w.sum(dtype=torch.float64).cpu()
-    inputs, outputs, total = (workers.summed(t) for t in (inputs, outputs, total))
-    mean = (weight.unscaled().double().flatten(2) * inputs / total).sum((1, 2))
-    return QConv(weight, (outputs / total - weight.cds_w.double() * mean).float())
+def with_shifts(node: Node, made: DSTensor | QConv, batches: Iterable[Seen]) -> QConv:
+    """What is fitted already as it is, and a weight alone with the shifts of `fit_cds`."""
+    return made if isinstance(made, QConv) else fit_cds(node, made, batches)
 
 
-def _met_by_taps(node: Node, kernel: Sequence[int], weights: Tensor, size: Sequence[int]) -> Tensor:
-    """How much what every tap meets at an input position (h, w) counts, given the weights (n, h', w') of output
-    positions: (n, h w, taps)."""
-    a = node.attrs
-    pad, (h, w), (rows, columns) = a["padding"], size, weights.shape[1:]
-    met = weights.new_zeros(len(weights), kernel[0], kernel[1], h + 2 * pad, w + 2 * pad)
-    for y in range(kernel[0]):
-        for x in range(kernel[1]):
-            at = met[:, y, x, y * a["dilation"] :: a["stride"], x * a["dilation"] :: a["stride"]]
-            at[:, :rows, :columns] = weights
-    return met[..., pad : pad + h, pad : pad + w].flatten(3).flatten(1, 2).mT
-
-
-def fit_cds(node: Node, weight: DSTensor, batches: Iterable[Seen], scaled: bool = False) -> QConv:
+def fit_cds(node: Node, weight: DSTensor, batches: Iterable[Seen]) -> QConv:
     """CDSw and CDSb as the weighted regression of float outputs y on accumulators a = conv(x, m VQK + z), per channel.
 
     argmin sum w (CDSw a + CDSb - y)^2 gives CDSw = cov(a, y) / var(a), CDSb = mean(y) - CDSw mean(a). The old CDSw
-    stays where the accumulator is constant or the regression would move it by more than a factor of two, and where the
-    weight is `scaled` already.
+    stays where the accumulator is constant or the regression would move it by more than a factor of two.
     """
-    if scaled:
-        return fit_bias(node, weight, batches)
     merged = weight.unscaled()
     sums = torch.zeros(5, weight.vqk.shape[0], dtype=torch.float64)
     for seen in batches:

@@ -15,6 +15,7 @@ from dsconvert.dsconv.tensor import DSTensor, block_count, vqk_limits
 from dsconvert.fit.gptq import Moments, fit_weight_gptq, measure_moments
 from dsconvert.fit.least_squares import from_blocks, to_blocks
 from dsconvert.fit.seen import Seen
+from dsconvert.graph.integer import QConv
 from dsconvert.graph.ir import Node
 
 STARTS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5)  # starting alpha, as a share of the one that just avoids clipping
@@ -24,12 +25,12 @@ RIDGE = 1e-9  # of the mean diagonal: only against blocks whose VQK are all zero
 
 def fit_layer_real(
     node: Node, weight: Tensor, bits: int, block_size: int, batches: Iterable[Seen], seed: int
-) -> DSTensor:
+) -> DSTensor | QConv:
     """As `gptq.fit_layer`, with real alpha: its VQK, and the alpha that are best for them on the same objective."""
     if node.attrs["groups"] > 1:
         return fit_weight_real(weight, bits, block_size)
     moments = measure_moments(node, weight.shape, batches, seed)
-    return with_best_alpha(weight, fit_weight_gptq(weight, moments, bits, block_size), moments)
+    return moments.with_bias(with_best_alpha(weight, fit_weight_gptq(weight, moments, bits, block_size), moments))
 
 
 def project_alpha(blocks: Tensor, vqk: Tensor) -> Tensor:
