@@ -31,6 +31,7 @@ from dsconvert.evaluate.candidates import load_candidate
 from dsconvert.fit.gptq import Moments, fit_layer, fit_weight_gptq, measure_moments
 from dsconvert.fit.least_squares import fit_weight
 from dsconvert.graph.blockfloat import run_block_float
+from dsconvert.graph.integer import QConv
 from dsconvert.model import is_dsconv
 from dsconvert.modelfile import load_model
 from dsconvert.pipeline import QuantizeOptions, onnx_bytes, quantize, save_quantized
@@ -89,7 +90,7 @@ def folder_of(work: Path, name: str) -> Path:
     return work / name.replace(" ", "-").replace(",", "")
 
 
-def with_fit(fit: Callable[..., DSTensor], run: Callable[[], None]) -> None:
+def with_fit(fit: Callable[..., DSTensor | QConv], run: Callable[[], None]) -> None:
     """Make a row whose output channels are fitted on their own, by `fit` in the place of `fit.gptq.fit_layer`."""
     import dsconvert.pipeline as pipeline
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from dsconvert.dsconv.tensor import Width
 
-STATES = 1 << 19  # budgets distinguished; below that many bytes the result is exact to the byte
+STATES = 1 << 17  # budgets distinguished; below that many bytes the result is exact to the byte
 
 
 @dataclass(frozen=True)
