@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from dsconvert.dsconv.tensor import Width
+from dsconvert.fit import draws
 from dsconvert.fit.channels import PARTS, SHRINK, damped, is_moment, made_up_for, parts, second_moment
 from dsconvert.fit.gptq import Moments, fit_layer, fit_weight_gptq
 from dsconvert.fit.least_squares import fit_weight
@@ -41,8 +42,8 @@ def test_of_many_positions_some_stand_for_all():
     gradient[2] *= 5
     length = gradient.square().sum(0).sqrt()
     wanted = ((gradient / length) @ gradient.T).double()
-    # 512 draws of unit vectors times the sum of lengths: an entry's deviation is at most that sum / sqrt(512)
-    torch.testing.assert_close(moment_of(gradient), wanted, rtol=0, atol=4 * float(length.sum()) / 512**0.5)
+    # draws of unit vectors times the sum of lengths: an entry's deviation is at most that sum / sqrt(draws)
+    torch.testing.assert_close(moment_of(gradient), wanted, rtol=0, atol=4 * float(length.sum()) / draws.POSITIONS**0.5)
     assert float(moment_of(gradient).trace()) == pytest.approx(float(length.sum()), rel=1e-4)  # of unit vectors: exact
 
 

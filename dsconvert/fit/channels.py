@@ -28,11 +28,14 @@ def second_moment(gradient: Tensor, length: Tensor, generator: torch.Generator) 
 
 
 def gram(columns: Tensor) -> Tensor:
-    """columns columns^T, half of the work of a product: numpy sees that it is symmetric."""
-    if columns.is_cuda:
-        return columns @ columns.T
-    a = columns.numpy()
-    return torch.from_numpy(a @ a.T)
+    """columns columns^T for (n, p): what is below the diagonal's blocks is not computed twice."""
+    made = columns.new_empty(len(columns), len(columns))
+    size = -(-len(columns) // 4)
+    for first in range(0, len(columns), size):
+        rows = slice(first, first + size)
+        made[rows, first:] = columns[rows] @ columns[first:].T
+        made[rows.stop :, rows] = made[rows, rows.stop :].T
+    return made
 
 
 def damped(moment: Tensor) -> Tensor:

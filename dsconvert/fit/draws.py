@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-POSITIONS = 512  # taken from each image, the important ones more often
+POSITIONS = 256  # taken from each image, the important ones more often
 
 
 def of_image(seed: int, index: int) -> torch.Generator:

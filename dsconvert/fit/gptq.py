@@ -33,6 +33,7 @@ from dsconvert.fit.channels import gram, made_up_for, parts
 from dsconvert.fit.least_squares import fit_weight, from_blocks, relieve_pairs, to_blocks
 from dsconvert.fit.runs import Factor, least_of, round_runs
 from dsconvert.fit.seen import Seen
+from dsconvert.fit.threads import one_thread
 from dsconvert.graph.integer import QConv
 from dsconvert.graph.ir import Node
 
@@ -116,6 +117,7 @@ def _columns(x: Tensor, zero: int, kernel: tuple[int, ...], node: Node, picks: T
     return padded.flatten(1)[:, at.flatten()].reshape(-1, len(picks))
 
 
+@one_thread()
 def fit_weight_gptq(
     weight: Tensor,
     moments: Moments,
@@ -199,7 +201,8 @@ def _round(
     chosen = np.empty((len(rounders), len(w)))
     for m, (group, rounded) in zip(chosen, rounders, strict=True):
         m[:], vqk[:, group], errors = rounded(w[:, group], cds)
-        w[:, group.stop :] -= errors @ upper[group, group.stop :]
+        rest, factor = torch.from_numpy(w)[:, group.stop :], torch.from_numpy(upper)[group, group.stop :]
+        rest.addmm_(torch.from_numpy(errors), factor, alpha=-1)
     return vqk, chosen
 
 

@@ -131,6 +131,8 @@ def _most(wanted: Floats, codes: NDArray[np.float32]) -> tuple[NDArray[np.intp],
     |w - c|^2 = |w|^2 - 2 (w . c - |c|^2 / 2)."""
     given = np.ones((len(wanted), RUN + 1), np.float32)
     given[:, :RUN] = wanted
-    scores = given @ codes
+    scores = np.empty((len(given), codes.shape[1]), np.float32)
+    # numpy's threads for matrix products and torch's get in each other's way
+    torch.mm(torch.from_numpy(given), torch.from_numpy(codes), out=torch.from_numpy(scores))
     pick = scores.argmax(-1)
     return pick, scores[np.arange(len(pick)), pick]

@@ -13,12 +13,14 @@ from torch.nn.grad import conv2d_weight
 
 from dsconvert.dsconv.tensor import Width, used_width
 from dsconvert.fit.least_squares import fit_weight
+from dsconvert.fit.threads import one_thread
 from dsconvert.graph.ir import ConvParams, Node
 
 # convolution name -> width -> W' - W (cho, chi, kh, kw)
 WeightErrors = Mapping[str, Mapping[Width, Tensor]]
 
 
+@one_thread()
 def weight_errors(
     params: Mapping[str, ConvParams], names: Sequence[str], bits: Sequence[int], block_sizes: Sequence[int]
 ) -> dict[str, dict[Width, Tensor]]:
