@@ -140,6 +140,19 @@ def convert(network: Network, head: Head, picture: torch.Tensor) -> DSModel:
     return DSModel(graph, convs, own, head, SIDE, {})
 
 
+def by_quads(weight: np.ndarray) -> np.ndarray:
+    """A kernel (cho, 3, 6, 6) at every second pixel as layout packed has it: of two outputs side by side, on pixels
+    that are two rows of four: (2 cho, 2 rows * 3 * 4 columns, 3, 2)."""
+    sides = []
+    for first in (0, 2):
+        made = np.zeros((len(weight), 2, weight.shape[1], 4, 3, 2), weight.dtype)
+        for row in range(6):
+            for column in range(first, first + 6):
+                made[:, row % 2, :, column % 4, row // 2, column // 4] = weight[:, :, row, column - first]
+        sides.append(made.reshape(len(weight), -1, 3, 2))
+    return np.concatenate(sides)
+
+
 def write_pictures(folder: Path) -> None:
     """Four labelled pictures and data.yaml."""
     for kind in ("images", "labels"):

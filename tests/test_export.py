@@ -11,7 +11,7 @@ import onnx
 import onnxruntime as ort
 import pytest
 import torch
-from conftest import SIDE
+from conftest import SIDE, by_quads
 from onnx import numpy_helper
 from onnx.reference import ReferenceEvaluator
 
@@ -97,16 +97,6 @@ def test_without_optimisation_the_maps_are_the_same_but_for_rounding(converted, 
         assert np.abs(a.astype(int) - b).mean() < 1
 
 
-def by_quads(weight: np.ndarray, first: int) -> np.ndarray:
-    """A kernel (cho, chi, 6, 6) whose first column is that of two quads: (cho, 2 rows * chi * 4 columns, 3, 2)."""
-    made = np.zeros((len(weight), 2, weight.shape[1], 4, 3, 2), weight.dtype)
-    for row in range(6):
-        for column in range(6):
-            place = first + column
-            made[:, row % 2, :, place % 4, row // 2, place // 4] = weight[:, :, row, column]
-    return made.reshape(len(weight), -1, 3, 2)
-
-
 def test_optimised_packed_graph_has_no_weight_arithmetic(widened, tmp_path):
     converted = widened
     saved = str(tmp_path / "optimised.onnx")
@@ -125,7 +115,7 @@ def test_optimised_packed_graph_has_no_weight_arithmetic(widened, tmp_path):
         key = name if name in converted.convs else f"{name}.conv"
         wanted = converted.convs[key].weight.merged().numpy()
         if wanted.shape[1] == 3:  # two rows of four pixels are one of 24 channels, and two outputs one of twice as many
-            wanted = np.concatenate([by_quads(wanted, column) for column in (0, 2)])
+            wanted = by_quads(wanted)
         assert np.array_equal(weights[node.input[3]], wanted)
     # the map is handed over as it is: only the image's rows and channels are moved
     kinds_at = [n.op_type for n in optimised.graph.node]
