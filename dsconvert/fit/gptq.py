@@ -33,7 +33,7 @@ from dsconvert.fit.channels import gram, made_up_for, parts
 from dsconvert.fit.least_squares import fit_weight, from_blocks, relieve_pairs, to_blocks
 from dsconvert.fit.runs import Factor, least_of, round_runs
 from dsconvert.fit.seen import Seen
-from dsconvert.fit.threads import one_thread
+from dsconvert.fit.threads import threads_for
 from dsconvert.graph.integer import QConv
 from dsconvert.graph.ir import Node
 
@@ -117,7 +117,6 @@ def _columns(x: Tensor, zero: int, kernel: tuple[int, ...], node: Node, picks: T
     return padded.flatten(1)[:, at.flatten()].reshape(-1, len(picks))
 
 
-@one_thread()
 def fit_weight_gptq(
     weight: Tensor,
     moments: Moments,
@@ -132,6 +131,11 @@ def fit_weight_gptq(
     integers: never worse than least squares on J. With `channels`, the second moment (cho, cho) of the
     output's gradients, later channels make up for the errors of earlier ones (see `fit.channels`).
     """
+    with threads_for(weight.numel()):
+        return _fit(weight, moments, bits, block_size, channels, runs)
+
+
+def _fit(weight: Tensor, moments: Moments, bits: int, block_size: int, channels: Tensor | None, runs: bool) -> DSTensor:
     plain = fit_weight(weight, bits, block_size, runs)
     flat = weight.detach().cpu().double().flatten(1)
     damped = moments.damped(flat)

@@ -13,14 +13,13 @@ from torch.nn.grad import conv2d_weight
 
 from dsconvert.dsconv.tensor import Width, used_width
 from dsconvert.fit.least_squares import fit_weight
-from dsconvert.fit.threads import one_thread
+from dsconvert.fit.threads import threads_for
 from dsconvert.graph.ir import ConvParams, Node
 
 # convolution name -> width -> W' - W (cho, chi, kh, kw)
 WeightErrors = Mapping[str, Mapping[Width, Tensor]]
 
 
-@one_thread()
 def weight_errors(
     params: Mapping[str, ConvParams], names: Sequence[str], bits: Sequence[int], block_sizes: Sequence[int]
 ) -> dict[str, dict[Width, Tensor]]:
@@ -31,7 +30,9 @@ def weight_errors(
         # a dict, as all block sizes are the same width at 8 bits
         widths = dict.fromkeys(used_width(b, weight.shape[1], size) for b in bits for size in block_sizes)
         widths = {w: None for w in widths if w.bits > 1 or w.runs}  # one bit is for runs alone
-        made[name] = {w: fit_weight(weight, *w, starts=(0.8,), rounds=1).weight().to(weight) - weight for w in widths}
+        with threads_for(weight.numel()):
+            fits = {w: fit_weight(weight, *w, starts=(0.8,), rounds=1) for w in widths}
+        made[name] = {w: fit.weight().to(weight) - weight for w, fit in fits.items()}
     return made
 
 

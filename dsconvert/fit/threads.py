@@ -7,12 +7,14 @@ from contextlib import contextmanager
 
 import torch
 
+FEW = 1 << 19  # numbers of a weight: all of yolov5n's have fewer
+
 
 @contextmanager
-def one_thread() -> Iterator[None]:
-    """For operations on few numbers each, which several threads only slow down."""
+def threads_for(count: int) -> Iterator[None]:
+    """One thread for operations on so many numbers at most, where they are few: several only slow those down."""
     before = torch.get_num_threads()
-    torch.set_num_threads(1)
+    torch.set_num_threads(1 if count < FEW else before)
     try:
         yield
     finally:
