@@ -13,9 +13,11 @@ def test_threads_by_the_size_of_the_weight(count, inside):
     before = torch.get_num_threads()
     torch.set_num_threads(3)
     try:
-        with pytest.raises(ZeroDivisionError), threads_for(count):
+        with threads_for(count):
             assert torch.get_num_threads() == inside
-            raise ZeroDivisionError
+        assert torch.get_num_threads() == 3
+        with pytest.raises(ZeroDivisionError), threads_for(1):
+            count / 0
         assert torch.get_num_threads() == 3
     finally:
         torch.set_num_threads(before)
