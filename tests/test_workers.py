@@ -85,6 +85,32 @@ def test_two_processes_fit_what_one_fits(folder):
         np.testing.assert_allclose(conv.bias, other.bias, rtol=3e-6, atol=1e-6)
 
 
+def test_two_processes_with_an_image_each(tiny, tmp_path):
+    # every second image says what widths cost: here one process has none of those
+    write_work(tmp_path, tiny, 2)
+    for processes in (1, 2):
+        status, _, err = run(
+            tmp_path,
+            processes,
+            "quantize",
+            "best.pt",
+            "--calib",
+            "images",
+            "--imgsz",
+            "64",
+            "--out",
+            f"m{processes}",
+            "-q",
+        )
+        assert status == 0, err
+    one, two = (json.loads((tmp_path / f"m{n}/quantize.json").read_text()) for n in (1, 2))
+    assert two["calibration_images"] == 2
+    # moments are taken about process 0's first batch, one image or both: of so few, integers round another way
+    kept = [[{k: v for k, v in layer.items() if k != "sqnr_db"} for layer in made["layers"]] for made in (one, two)]
+    assert kept[1] == kept[0]
+    assert any("damage" in layer for layer in kept[0])
+
+
 def test_a_process_leaves_the_others_before_python_ends(tmp_path):
     # what is registered first runs last, so after the leaving that start has registered
     (tmp_path / "ends.py").write_text(
