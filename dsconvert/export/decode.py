@@ -109,13 +109,11 @@ def _by_anchor(
         apart = b.node("Reshape", [raw.name, b.shape(0, side, side, na, columns)], f"{name}.split")
         turned = b.node("Transpose", [apart], f"{name}.last", perm=[0, 3, 1, 2, 4])
         return [b.node("Reshape", [turned, b.shape(0, na * runs, run * columns)], f"{name}.runs")]
-    ends, sizes = [f"{name}.{i}.columns" for i in range(na)], [columns] * na
-    shape = b.shape(0, runs, run * columns)
-    pieces = [b.node("Reshape", [end, shape], f"{name}.{i}.runs") for i, end in enumerate(ends)]
-    if raw.more:
-        ends, sizes = [*ends, f"{name}.rest"], [*sizes, raw.more]
-    b.nodes.insert(-na, helper.make_node("Split", [raw.name, b.shape(*sizes)], ends, axis=3))
-    return pieces
+    cut, shape = [f"{name}.{i}.columns" for i in range(na)], b.shape(0, runs, run * columns)
+    rest = ([f"{name}.rest"], [raw.more]) if raw.more else ([], [])
+    sizes = b.shape(*[columns] * na, *rest[1])
+    b.nodes.append(helper.make_node("Split", [raw.name, sizes], [*cut, *rest[0]], axis=3))
+    return [b.node("Reshape", [part, shape], f"{name}.{i}.runs") for i, part in enumerate(cut)]
 
 
 def _runs(sides: Sequence[int]) -> tuple[int, list[int]]:

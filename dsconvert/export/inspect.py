@@ -99,9 +99,7 @@ def _shape(
     if node is None:
         return None
     through = ("DequantizeLinear", "QuantizeLinear", "Cast", "Add", "Mul", "Pad", "Transpose")
-    if node.op_type in through or _rearranges(node, makers):
-        return _shape(node.input[0], makers, tensors, seen)
-    if node.op_type == "Concat" and _twice(node, makers):
+    if node.op_type in through or _rearranges(node, makers) or _twice(node, makers):
         return _shape(node.input[0], makers, tensors, seen)
     if node.op_type == "Concat":  # along the input channels
         parts = [_shape(name, makers, tensors, seen) for name in node.input]
@@ -124,7 +122,9 @@ def _rearranges(node: onnx.NodeProto, makers: dict[str, onnx.NodeProto]) -> bool
 def _twice(node: onnx.NodeProto, makers: dict[str, onnx.NodeProto]) -> bool:
     """Whether it joins one weight with itself, each time between other zeros."""
     padded = [makers.get(name, NOTHING) for name in node.input]
-    return all(p.op_type == "Pad" for p in padded) and len({p.input[0] for p in padded}) == 1
+    return (
+        node.op_type == "Concat" and all(p.op_type == "Pad" for p in padded) and len({p.input[0] for p in padded}) == 1
+    )
 
 
 def _count(tensor: onnx.TensorProto) -> int:

@@ -116,13 +116,13 @@ class _Walk:
     def _turn(self, name: str) -> str:
         """The map, channels last."""
         if name not in self.last:
-            self.b.node("Transpose", [name], self._named(name), perm=[0, 2, 3, 1])
+            self.b.node("Transpose", [name], self._named(name), perm=TO_LAST)
         return self.last[name]
 
     def _first(self, name: str) -> None:
         """Make the map under its old name, channels first, if it is wanted so."""
         if name in self.last and not self.b.has(name):
-            self.b.node("Transpose", [self.last[name]], name, perm=[0, 3, 1, 2])
+            self.b.node("Transpose", [self.last[name]], name, perm=TO_FIRST)
 
     def _conv(self, node: onnx.NodeProto) -> None:
         inputs = [self._turn(node.input[0]), *node.input[1:]]

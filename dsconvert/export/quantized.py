@@ -10,7 +10,7 @@ from dsconvert.export.biases import Biases
 from dsconvert.export.builder import OnnxBuilder
 from dsconvert.export.decode import RawMap
 from dsconvert.export.inputs import BYTES, add_real_image
-from dsconvert.export.lastchannels import LAST
+from dsconvert.export.lastchannels import LAST, TO_FIRST, TO_LAST
 from dsconvert.export.layouts import add_int8_weight
 from dsconvert.export.operators import add_conv, add_float, real_weight
 from dsconvert.export.quickconv import (
@@ -89,7 +89,7 @@ class Quantized:
         if self.side is None or prototypes:
             return RawMap(self.uint8[value], grid)
         name, more = self.wide.get(value) or (self.uint8[value], 0)
-        return RawMap(self.b.node("Transpose", [name], f"{value}.last", perm=[0, 2, 3, 1]), grid, True, more)
+        return RawMap(self.b.node("Transpose", [name], f"{value}.last", perm=TO_LAST), grid, True, more)
 
     def real(self, value: str) -> str:
         """The dequantized name of a value."""
@@ -153,7 +153,7 @@ class Quantized:
         cho, chi = w.vqk.shape[:2]
         _, zero = self._grid(self.grids[INPUT])
         last = image_by_quads(b, self.uint8[INPUT], (chi, self.side), q, zero, INPUT)
-        first = b.node("Transpose", [last], f"{INPUT}.first", perm=[0, 3, 1, 2])
+        first = b.node("Transpose", [last], f"{INPUT}.first", perm=TO_FIRST)
         integers = kernel_by_quads(b, add_int8_weight(b, name, w, self.layout), tuple(w.vqk.shape), q, name)
         cds = b.tensor(f"{name}.cds", w.cds_w.numpy().astype(np.float32))
         weight = b.node("DequantizeLinear", [integers, twice(b, cds, cds)], f"{name}.w", axis=0)
@@ -162,19 +162,19 @@ class Quantized:
         pads = [q.pads[0], 0, q.pads[1], 0]
         paired = b.node("Conv", [real, weight, bias], f"{node.name}.pairs", name=name, pads=pads)
         paired = self._q(paired, f"{node.name}.paired", self.grids[node.name])
-        last = b.node("Transpose", [paired], f"{node.name}.pairs.last", perm=[0, 2, 3, 1])
+        last = b.node("Transpose", [paired], f"{node.name}.pairs.last", perm=TO_LAST)
         apart = outputs_apart(b, last, cho, q, f"{node.name}.q{LAST}")
-        return b.node("Transpose", [apart], f"{node.name}.q", perm=[0, 3, 1, 2])
+        return b.node("Transpose", [apart], f"{node.name}.q", perm=TO_FIRST)
 
     def _upsample(self, node: Node) -> str:
         """Every pixel so many times, along one side after the other, channels last: quicker than a Resize."""
         b, name, scale = self.b, node.name, node.attrs["scale"]
         high, wide = self.shapes[node.inputs[0]][1:]
         rows, columns = (b.constant(np.repeat(np.arange(n, dtype=np.int32), scale)) for n in (high, wide))
-        last = b.node("Transpose", [self.uint8[node.inputs[0]]], f"{name}.last", perm=[0, 2, 3, 1])
+        last = b.node("Transpose", [self.uint8[node.inputs[0]]], f"{name}.last", perm=TO_LAST)
         broad = b.node("Gather", [last, columns], f"{name}.wide", axis=2)
         tall = b.node("Gather", [broad, rows], f"{name}.q{LAST}", axis=1)
-        return b.node("Transpose", [tall], f"{name}.q", perm=[0, 3, 1, 2])
+        return b.node("Transpose", [tall], f"{name}.q", perm=TO_FIRST)
 
     def _bias(self, node: Node, cds: str, more: int = 0) -> tuple[str, str]:
         """Names of the bias's integers and of their units; the latter with as many more as CDSw."""
