@@ -11,7 +11,6 @@ from dsconvert.export.builder import OnnxBuilder
 from dsconvert.export.decode import RawMap
 from dsconvert.export.inputs import BYTES, add_real_image
 from dsconvert.export.lastchannels import LAST, TO_FIRST, TO_LAST
-from dsconvert.export.layouts import add_int8_weight
 from dsconvert.export.operators import add_conv, add_float, real_weight
 from dsconvert.export.quickconv import (
     RUN,
@@ -23,6 +22,7 @@ from dsconvert.export.quickconv import (
     quads_of,
     twice,
 )
+from dsconvert.export.weights import Weights
 from dsconvert.graph.integer import SIGMOID, QParams, grid_of, keeps_grid
 from dsconvert.graph.ir import INPUT, Node
 from dsconvert.graph.shapes import value_shapes
@@ -37,6 +37,7 @@ class Quantized:
 
     def __init__(self, b: OnnxBuilder, model: DSModel, layout: str, input_type: str, side: int | None) -> None:
         self.b, self.model, self.layout, self.biases, self.side = b, model, layout, Biases(b), side
+        self.weights = Weights(b, layout)
         self.grids = grid_of(model.graph, model.activations)
         weights = {name: tuple(conv.weight.vqk.shape) for name, conv in model.convs.items()}
         self.shapes = value_shapes(model.graph, weights, (3, side, side)) if side is not None else {}
@@ -82,6 +83,11 @@ class Quantized:
         else:
             self._quantize(node.name, out)
 
+    def finish(self) -> None:
+        """After the last node: put what biases and weights are made of in front."""
+        self.biases.finish()
+        self.weights.finish()
+
     def raw(self, value: str) -> RawMap:
         """An output of the graph, as `decode` shall have it."""
         grid, graph = self.grids[value], self.model.graph
@@ -113,7 +119,7 @@ class Quantized:
         """In layout packed with zeros for the channels that its kernel lacks (see `quickconv`)."""
         b, name = self.b, display_name(node)
         more, fill = self._more(node), self._fill(node)
-        weight, cds = real_weight(b, name, self.model.convs[node.name].weight, self.layout, more, fill)
+        weight, cds = real_weight(b, name, self.model.convs[node.name].weight, self.weights, more, fill)
         bias, unit = self._bias(node, cds, more)
         if more:
             bias = b.node("Pad", [bias, b.shape(0, more)], f"{name}.bias.wide")
@@ -154,7 +160,7 @@ class Quantized:
         _, zero = self._grid(self.grids[INPUT])
         last = image_by_quads(b, self.uint8[INPUT], (chi, self.side), q, zero, INPUT)
         first = b.node("Transpose", [last], f"{INPUT}.first", perm=TO_FIRST)
-        integers = kernel_by_quads(b, add_int8_weight(b, name, w, self.layout), tuple(w.vqk.shape), q, name)
+        integers = kernel_by_quads(b, self.weights.add(name, w), tuple(w.vqk.shape), q, name)
         cds = b.tensor(f"{name}.cds", w.cds_w.numpy().astype(np.float32))
         weight = b.node("DequantizeLinear", [integers, twice(b, cds, cds)], f"{name}.w", axis=0)
         real = self._dq(first, f"{INPUT}.first.d", self.grids[INPUT])
