@@ -1,12 +1,11 @@
-"""Layout packed: the weights of all layers decoded together. What a file costs to load is the nodes that are folded, and
-above all the memory that they fill: every result stays until all are there, and a new page costs as much as 10 kB copied.
+"""Layout packed: the weights of many layers decoded together. What a file costs to load is the nodes that are folded,
+and above all the memory they fill: every result stays until all are there, and a new page costs as much as 10 kB copied.
 
-Every layer keeps initializers under its own name (`.vqk` or its pieces, and `.kds`, two m a byte), but VQK stand in rows
-that share an m, block by block and tap by tap, each row `unit` VQK long, the largest number that divides every block.
-All layers of a kind (bits, in runs or not) are then one value of int8, multiplied at once: |m * VQK| <= 127. Nibbles are
-cast, layer by layer, as no node joins nibbles; bits above them, eight or four VQK a byte, and runs are looked up.
-
-Rows of a 1x1 convolution are its weight; of larger ones taps are put last.
+Layers of as many bits, in runs or not, in blocks of one size, are a group. Each keeps initializers under its own name,
+as bytes that a node can join: `.kds`, two m a byte, and `.vqk`, words of a byte, or of 10 or 12 bits, what is above the
+byte together in `.vqk.high`. VQK stand in rows that share an m: block by block, and tap by tap. To a word 256 times its
+m (or more) is added, and what stands there in a table of all words times all m is int8 already: no number of 32 bits is
+made of a single VQK. OpenVINO folds all of this; products of int8, or of what was just cast from 4 bits, it would not.
 """
 
 from __future__ import annotations
@@ -60,10 +59,10 @@ class _Layer:
     def taps(self) -> int:
         return math.prod(self.weight.vqk.shape[2:])
 
-    def rows(self, unit: int) -> NDArray[np.int8]:
-        """VQK (rows, unit)."""
+    def rows(self) -> NDArray[np.int8]:
+        """VQK (rows, size): what shares an m."""
         vqk = self.weight.vqk.numpy().reshape(len(self.weight.vqk), -1, self.size, self.taps)
-        return np.ascontiguousarray(vqk.transpose(0, 1, 3, 2)).reshape(-1, unit)
+        return np.ascontiguousarray(vqk.transpose(0, 1, 3, 2)).reshape(-1, self.size)
 
 
 def joins(weight: DSTensor) -> bool:
@@ -90,44 +89,27 @@ class JointWeights:
         if not self.found:
             return
         before, self.b.nodes = self.b.nodes, []
-        unit = math.gcd(*(x.size for x in self.found))
-        kinds = {
-            kind: sorted((x for x in self.found if x.kind == kind), key=lambda x: x.size)
-            for kind in MEMBERS
-            if any(x.kind == kind for x in self.found)
-        }
-        m = self._m(kinds, unit)
-        for kind, layers in kinds.items():
+        for kind in MEMBERS:
+            layers = [x for x in self.found if x.kind == kind]
+            if not layers:
+                continue
             levels = 1 + max(int(x.weight.m.max()) for x in layers)
-            places = self._places(kind, layers, unit, m[kind], levels)
-            value = self.b.node("Gather", [self._table(kind, levels), places], f"{_label(kind)}.scaled")
-            counts = [x.weight.vqk.numel() // unit for x in layers]
-            for x, part in zip(layers, self._split(value, counts, f"{_label(kind)}.scaled"), strict=True):
-                self._weight(part, x)
+            table = self._table(kind, levels)
+            for size in sorted({x.size for x in layers}):
+                group = [x for x in layers if x.size == size]
+                places = self._places(kind, group, levels)
+                value = self.b.node("Gather", [table, places], f"{_label(kind)}x{size}.int8")
+                for x, part in zip(group, self._split(value, group), strict=True):
+                    self._weight(part, x)
         self.b.nodes += before
 
-    def _m(self, kinds: dict[Kind, list[_Layer]], unit: int) -> dict[Kind, str]:
-        """256 m of every row, INT32 (rows, 1), by kind: a block's is repeated where it is several rows."""
-        b, parts = self.b, dict[Kind, list[str]]()
-        for size in sorted({x.size for x in self.found}):
-            here = {kind: [x for x in layers if x.size == size] for kind, layers in kinds.items()}
-            here = {kind: layers for kind, layers in here.items() if layers}
-            stored = [b.tensor(f"{x.name}.kds", _pairs(x)) for layers in here.values() for x in layers]
-            joined = b.node("Cast", [self._joined(stored, f"kds{size}")], f"kds{size}.i", to=INT32)
-            places = b.constant(np.repeat(np.arange(2, dtype=np.int32), size // unit))
-            table = b.node("Gather", [self._pieces(2), places], f"kds{size}.pieces", axis=1)
-            table = b.node("Mul", [table, self._number(BYTE)], f"kds{size}.table")
-            value = b.node("Gather", [table, joined], f"kds{size}.m")
-            value = b.node("Reshape", [value, b.shape(-1, 1)], f"kds{size}.rows")
-            counts = [sum(x.weight.vqk.numel() for x in layers) // unit for layers in here.values()]
-            for kind, part in zip(here, self._split(value, counts, f"kds{size}.rows"), strict=True):
-                parts.setdefault(kind, []).append(part)
-        return {kind: self._joined(names, f"{_label(kind)}.m") for kind, names in parts.items()}
-
-    def _places(self, kind: Kind, layers: Sequence[_Layer], unit: int, m: str, levels: int) -> str:
-        """Where in the table the words stand, INT32, rows first."""
-        b, label, high = self.b, _label(kind), HIGH[kind]
-        words = [_words(x, unit) for x in layers]
+    def _places(self, kind: Kind, layers: Sequence[_Layer], levels: int) -> str:
+        """Where in the table the words of layers in equal blocks stand: INT32, by pairs of rows."""
+        b, label, high = self.b, f"{_label(kind)}x{layers[0].size}", HIGH[kind]
+        stored = [b.tensor(f"{x.name}.kds", _bytes(x.weight.m.numpy().reshape(-1, 2), 4)) for x in layers]
+        pairs = b.node("Cast", [self._joined(stored, f"{label}.kds")], f"{label}.pairs", to=INT32)
+        m = b.node("Gather", [self._shifts(), pairs], f"{label}.m")
+        words = [_words(x) for x in layers]
         low = [b.tensor(f"{x.name}.vqk", w[0]) for x, w in zip(layers, words, strict=True)]
         value = b.node("Cast", [self._joined(low, label)], f"{label}.low", to=INT32)
         if not high:
@@ -138,9 +120,20 @@ class JointWeights:
         taken = b.node("Gather", [self._above(kind, levels), number], f"{label}.above")
         return b.node("Add", [value, taken], f"{label}.places")
 
+    def _shifts(self) -> str:
+        """INT32 (256, 2, 1): 256 times a byte's two m."""
+        if not self.b.has("shifts"):
+            pairs = self.b.node(
+                "Gather", [self._pieces(2), self.b.constant(np.array([[0], [1]], np.int32))], "pairs", axis=1
+            )
+            self.b.node("Mul", [pairs, self._number(BYTE)], "shifts")
+        return "shifts"
+
     def _above(self, kind: Kind, levels: int) -> str:
         """INT32 (256 levels, words of a byte): what a byte and m add to the low bytes of the words they belong to."""
         b, label, count = self.b, _label(kind), 8 // HIGH[kind]
+        if b.has(f"{label}.shift"):
+            return f"{label}.shift"
         m = (np.arange(levels, dtype=np.int32) << HIGH[kind]).reshape(-1, 1, 1)
         value = b.node("Add", [self._pieces(count), b.constant(m)], f"{label}.digits")
         value = b.node("Mul", [value, self._number(BYTE)], f"{label}.shifts")
@@ -201,12 +194,12 @@ class JointWeights:
     def _joined(self, names: list[str], label: str) -> str:
         return names[0] if len(names) == 1 else self.b.node("Concat", names, f"{label}.joined", axis=0)
 
-    def _split(self, value: str, counts: list[int], label: str) -> list[str]:
-        """The value's parts along its first axis."""
-        if len(counts) == 1:
+    def _split(self, value: str, layers: Sequence[_Layer]) -> list[str]:
+        """Each layer's rows."""
+        if len(layers) == 1:
             return [value]
-        names = [f"{label}.{i}" for i in range(len(counts))]
-        self.b.nodes.append(helper.make_node("Split", [value, self.b.shape(*counts)], names, axis=0))
+        names, pairs = [f"{x.name}.rows" for x in layers], [x.weight.m.numel() // 2 for x in layers]
+        self.b.nodes.append(helper.make_node("Split", [value, self.b.shape(*pairs)], names, axis=0))
         return names
 
 
@@ -214,15 +207,10 @@ def _label(kind: Kind) -> str:
     return f"{'runs' if kind.runs else 'bits'}{kind.bits}"
 
 
-def _pairs(layer: _Layer) -> NDArray[np.uint8]:
-    """m, two a byte."""
-    return _bytes(layer.weight.m.numpy().reshape(-1, 2), 4)
-
-
-def _words(layer: _Layer, unit: int) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
-    """The low bytes of VQK's words (rows, words), and bytes (rows, n) of what is above; where there is any, the former
-    are (rows, n, words of a byte)."""
-    rows, kind = layer.rows(unit), layer.kind
+def _words(layer: _Layer) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+    """The low bytes of VQK's words (pairs of rows, 2, words), and bytes (pairs, 2, n) of what is above; where there is
+    any, the former are (pairs, 2, n, words of such a byte)."""
+    rows, kind = layer.rows(), layer.kind
     members, high = MEMBERS[kind], HIGH[kind]
     if kind.runs:
         words = run_rows(rows.reshape(len(rows), -1, RUN), kind.bits)
@@ -230,8 +218,7 @@ def _words(layer: _Layer, unit: int) -> tuple[NDArray[np.uint8], NDArray[np.uint
     else:
         unsigned = rows.reshape(len(rows), -1, members).astype(np.int32) + (1 << kind.bits - 1)
         words = _bytes(unsigned & 15, 4) + BYTE * _bytes(unsigned >> 4, high // members).astype(np.int32)
-    if high:
-        words = words.reshape(len(rows), -1, 8 // high)
+    words = words.reshape(len(rows) // 2, 2, -1, *([8 // high] if high else []))
     return (words % BYTE).astype(np.uint8), _bytes(words // BYTE, high)
 
 

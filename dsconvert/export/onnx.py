@@ -50,18 +50,16 @@ def export_quantized(model: DSModel, layout: str, imgsz: int, ends: Ends = PLAIN
     """The converted network with integer weights in the given layout (see `layouts`)."""
     check_layout(model, layout)
     if layout == "fused":
-        made = fuse(_written(model, "packed", imgsz, ends))
-        onnx.helper.set_model_props(made, {p.key: p.value for p in made.metadata_props} | {"dsconvert.layout": layout})
-        return made
+        return fuse(_written(model, layout, imgsz, ends))
     return _written(model, layout, imgsz, ends)
 
 
 def _written(model: DSModel, layout: str, imgsz: int, ends: Ends) -> onnx.ModelProto:
-    """The file operator by operator; in layout packed in the shapes ONNX Runtime is fast at."""
+    """The file operator by operator; in layouts packed and fused (to be) in the shapes ONNX Runtime is fast at."""
     _check_side(imgsz, model.head)
     b = OnnxBuilder(LAYOUT_OPSET[layout])
     if model.activations:
-        q = Quantized(b, model, layout, ends.input_type, imgsz if layout == "packed" else None)
+        q = Quantized(b, model, layout, ends.input_type, imgsz if layout in ("packed", "fused") else None)
         for node in model.graph.nodes:
             q.add(node)
         q.finish()

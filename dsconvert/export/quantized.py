@@ -4,11 +4,13 @@ from which engines build their int8 kernels. Max-pool, upsampling and same-grid 
 
 from __future__ import annotations
 
+from collections import Counter
+
 import numpy as np
 
 from dsconvert.export.biases import Biases
 from dsconvert.export.builder import OnnxBuilder
-from dsconvert.export.decode import RawMap
+from dsconvert.export.decode import SHORT, RawMap
 from dsconvert.export.inputs import BYTES, add_real_image
 from dsconvert.export.lastchannels import LAST, TO_FIRST, TO_LAST
 from dsconvert.export.operators import add_conv, add_float, real_weight
@@ -30,7 +32,8 @@ from dsconvert.model import DSModel, display_name
 
 
 class Quantized:
-    """Walks the graph keeping, for every value, its uint8 name and (made when first asked for) its float name.
+    """Walks the graph keeping the uint8 name of every value. Each reader dequantizes it anew: ONNX Runtime would copy
+    what readers share, and then look at the whole graph once more.
 
     Given the image's `side`, it writes what ONNX Runtime is fast at, with equal integers: convolutions in other shapes
     (see `quickconv`), upsampling by Gather, and maps for `decode` with their channels last."""
@@ -42,7 +45,7 @@ class Quantized:
         weights = {name: tuple(conv.weight.vqk.shape) for name, conv in model.convs.items()}
         self.shapes = value_shapes(model.graph, weights, (3, side, side)) if side is not None else {}
         self.uint8: dict[str, str] = {}
-        self.floats: dict[str, str] = {}
+        self.readers: Counter[str] = Counter()
         self.wide: dict[str, tuple[str, int]] = {}  # raw map -> the map it is the first channels of, and how many more
         if input_type == "uint8" and self.grids[INPUT] == BYTES:
             self.uint8[INPUT] = INPUT  # the bytes are the quantized image
@@ -66,10 +69,9 @@ class Quantized:
         if node.op == "conv":
             out = self._conv(node)
         elif node.op == "act" and node.attrs["kind"] == "SiLU":
-            real = self.real(node.inputs[0])
-            gate = b.node("Sigmoid", [real], f"{node.name}.s")
+            gate = b.node("Sigmoid", [self.real(node.inputs[0])], f"{node.name}.s")
             gate = self._dq(self._q(gate, f"{node.name}.sq", SIGMOID), f"{node.name}.sd", SIGMOID)
-            out = b.node("Mul", [real, gate], node.name)
+            out = b.node("Mul", [self.real(node.inputs[0]), gate], node.name)
         else:
             out = add_float(b, node, [self.real(x) for x in node.inputs], node.name)
         more = self._more(node) if node.op == "conv" else 0
@@ -95,13 +97,15 @@ class Quantized:
         if self.side is None or prototypes:
             return RawMap(self.uint8[value], grid)
         name, more = self.wide.get(value) or (self.uint8[value], 0)
+        if self.layout == "packed" and not more and self.shapes[value][0] <= SHORT * self.model.head.na:
+            # decoding turns it around by itself; ONNX Runtime would make one Transpose of the two
+            return RawMap(name, grid)
         return RawMap(self.b.node("Transpose", [name], f"{value}.last", perm=TO_LAST), grid, True, more)
 
     def real(self, value: str) -> str:
-        """The dequantized name of a value."""
-        if value not in self.floats:
-            self.floats[value] = self._dq(self.uint8[value], f"{value}.d", self.grids[value])
-        return self.floats[value]
+        """A dequantized name of a value, another one every time."""
+        self.readers[value] += 1
+        return self._dq(self.uint8[value], f"{value}.d{self.readers[value]}", self.grids[value])
 
     def _quantize(self, value: str, real: str) -> None:
         self.uint8[value] = self._q(real, f"{value}.q", self.grids[value])
@@ -137,13 +141,12 @@ class Quantized:
         return -self.shapes[INPUT][0] % RUN if quick else 0
 
     def _filled_image(self, fill: int) -> str:
-        if f"{INPUT}.filled" not in self.floats:
+        filled = f"{INPUT}.filled"
+        if not self.b.has(filled):
             _, zero = self._grid(self.grids[INPUT])
-            filled = self.b.node(
-                "Pad", [self.uint8[INPUT], self.b.shape(*[0] * 5, fill, 0, 0), zero], f"{INPUT}.filled"
-            )
-            self.floats[filled] = self._dq(filled, f"{filled}.d", self.grids[INPUT])
-        return self.floats[f"{INPUT}.filled"]
+            self.b.node("Pad", [self.uint8[INPUT], self.b.shape(*[0] * 5, fill, 0, 0), zero], filled)
+        self.readers[filled] += 1
+        return self._dq(filled, f"{filled}.d{self.readers[filled]}", self.grids[INPUT])
 
     def _quads(self, node: Node) -> Quads | None:
         """For a convolution of every second pixel of an image whose channels no kernel likes (see `quickconv`)."""

@@ -16,7 +16,7 @@ class Weights:
 
     def add(self, name: str, weight: DSTensor) -> str:
         """The name of m * VQK + z as an int8 value (cho, chi, kh, kw)."""
-        if self.layout == "packed" and joins(weight):
+        if self.layout in ("packed", "fused") and joins(weight):
             return self.joint.add(name, weight)
         return add_int8_weight(self.b, name, weight, self.layout)
 
