@@ -1,5 +1,5 @@
 """Layout packed: the weights of many layers decoded together. What a file costs to load is the nodes that are folded,
-and above all the memory they fill: every result stays until all are there, and a new page costs as much as 10 kB copied.
+above all the memory they fill: every result stays until all are there, and a new page costs as much as copying 10 kB.
 
 Layers of as many bits, in runs or not, in blocks of one size, are a group. Each keeps initializers under its own name,
 as bytes that a node can join: `.kds`, two m a byte, and `.vqk`, words of a byte, or of 10 or 12 bits, what is above the
