@@ -20,6 +20,7 @@ from dsconvert.dsconv.tensor import DSTensor, Width, max_multiplier, vqk_limits
 from dsconvert.export.builder import OnnxBuilder
 from dsconvert.export.joint import JointWeights, joins
 from dsconvert.export.onnx import export_quantized
+from dsconvert.export.weights import Weights
 
 KINDS = [(1, True), (2, True), (3, True), (4, False), (5, False), (6, False)]
 FLOAT = onnx.TensorProto.FLOAT
@@ -144,3 +145,18 @@ def test_onnx_runtime_finds_nothing_to_change_but_constants(widened, tmp_path):
 
 def _orders(nodes: Iterable[onnx.NodeProto]) -> Counter[tuple[int, ...]]:
     return Counter(tuple(n.attribute[0].ints) for n in nodes if n.op_type == "Transpose")
+
+
+@pytest.mark.parametrize(("bits", "runs"), KINDS)
+def test_beside_layers_that_are_decoded_by_themselves(bits, runs):
+    b = OnnxBuilder(21)
+    weights = Weights(b, "packed")
+    width = Width(bits, 16, runs)
+    both = {"w": weight_of((4, 32, 3, 3), width), "ragged": weight_of((3, 40, 3, 3), width)}
+    assert [joins(w) for w in both.values()] == [True, False]
+    for name, weight in both.items():
+        b.node("Cast", [weights.add(name, weight)], f"{name}.out", to=FLOAT)
+    weights.finish()
+    for values in decoded(b.model({}, {f"{name}.out": tuple(w.vqk.shape) for name, w in both.items()}, {})):
+        for weight, value in zip(both.values(), values, strict=True):
+            assert np.array_equal(value, weight.merged().numpy())

@@ -122,12 +122,12 @@ class JointWeights:
 
     def _shifts(self) -> str:
         """INT32 (256, 2, 1): 256 times a byte's two m."""
-        if not self.b.has("shifts"):
+        if not self.b.has("joint.shifts"):
             pairs = self.b.node(
-                "Gather", [self._pieces(2), self.b.constant(np.array([[0], [1]], np.int32))], "pairs", axis=1
+                "Gather", [self._pieces(2), self.b.constant(np.array([[0], [1]], np.int32))], "joint.pairs", axis=1
             )
-            self.b.node("Mul", [pairs, self._number(BYTE)], "shifts")
-        return "shifts"
+            self.b.node("Mul", [pairs, self._number(BYTE)], "joint.shifts")
+        return "joint.shifts"
 
     def _above(self, kind: Kind, levels: int) -> str:
         """INT32 (256 levels, words of a byte): what a byte and m add to the low bytes of the words they belong to."""
@@ -162,19 +162,21 @@ class JointWeights:
         Half is stored: the other half are their opposites, last to first."""
         b, book = self.b, vectors(bits)
         if bits == 1:
-            return b.node("Gather", [b.constant(book.astype(np.int32)), self._pieces(2)], "signs")
-        first = b.node("Cast", [b.constant(book[: len(book) // 2].astype(ml_dtypes.int4))], f"runs{bits}.h", to=INT32)
+            return b.node("Gather", [b.constant(book.astype(np.int32)), self._pieces(2)], "joint.signs")
+        first = b.node(
+            "Cast", [b.constant(book[: len(book) // 2].astype(ml_dtypes.int4))], f"joint.book{bits}.h", to=INT32
+        )
         ends = b.shape(-1), b.shape(-1 - len(book) // 2), b.shape(0), b.shape(-1)
-        turned = b.node("Slice", [first, *ends], f"runs{bits}.turned")
-        halves = [first, b.node("Neg", [turned], f"runs{bits}.last")]
+        turned = b.node("Slice", [first, *ends], f"joint.book{bits}.turned")
+        halves = [first, b.node("Neg", [turned], f"joint.book{bits}.last")]
         unused = (BYTE << HIGH[Kind(bits, True)]) - len(book)
         if unused:
             halves.append(b.constant(np.zeros((unused, RUN), np.int32)))
-        return b.node("Concat", halves, f"runs{bits}", axis=0)
+        return b.node("Concat", halves, f"joint.book{bits}", axis=0)
 
     def _pieces(self, count: int) -> str:
         """INT32 (256, count): every byte's pieces, the lowest first."""
-        name, width = f"pieces{count}", 8 // count
+        name, width = f"joint.pieces{count}", 8 // count
         if not self.b.has(name):
             pieces = np.arange(BYTE)[:, None] >> np.arange(count) * width & (1 << width) - 1
             self.b.node("Cast", [self.b.constant(pieces.astype(ml_dtypes.uint4))], name, to=INT32)
@@ -204,7 +206,7 @@ class JointWeights:
 
 
 def _label(kind: Kind) -> str:
-    return f"{'runs' if kind.runs else 'bits'}{kind.bits}"
+    return f"joint.{'runs' if kind.runs else 'bits'}{kind.bits}"
 
 
 def _words(layer: _Layer) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
