@@ -159,20 +159,16 @@ class JointWeights:
 
     def _book(self, bits: int) -> str:
         """INT32 (words, VQK of a word), or with an axis of two before the last: the runs (see `dsconv.runs.vectors`).
-        Half is stored: the other half are their opposites, last to first."""
+        Half is stored: the other half are their opposites, last to first. Words that are none stand at both ends."""
         b, book = self.b, vectors(bits)
         if bits == 1:
             return b.node("Gather", [b.constant(book.astype(np.int32)), self._pieces(2)], "joint.signs")
-        first = b.node(
-            "Cast", [b.constant(book[: len(book) // 2].astype(ml_dtypes.int4))], f"joint.book{bits}.h", to=INT32
-        )
-        ends = b.shape(-1), b.shape(-1 - len(book) // 2), b.shape(0), b.shape(-1)
+        half = np.pad(book[: len(book) // 2], ((_unused(bits), 0), (0, 0))).astype(ml_dtypes.int4)
+        first = b.node("Cast", [b.constant(half)], f"joint.book{bits}.first", to=INT32)
+        ends = b.shape(-1), b.shape(-1 - len(half)), b.shape(0), b.shape(-1)
         turned = b.node("Slice", [first, *ends], f"joint.book{bits}.turned")
-        halves = [first, b.node("Neg", [turned], f"joint.book{bits}.last")]
-        unused = (BYTE << HIGH[Kind(bits, True)]) - len(book)
-        if unused:
-            halves.append(b.constant(np.zeros((unused, RUN), np.int32)))
-        return b.node("Concat", halves, f"joint.book{bits}", axis=0)
+        last = b.node("Neg", [turned], f"joint.book{bits}.last")
+        return b.node("Concat", [first, last], f"joint.book{bits}", axis=0)
 
     def _pieces(self, count: int) -> str:
         """INT32 (256, count): every byte's pieces, the lowest first."""
@@ -209,13 +205,18 @@ def _label(kind: Kind) -> str:
     return f"joint.{'runs' if kind.runs else 'bits'}{kind.bits}"
 
 
+def _unused(bits: int) -> int:
+    """How many words before the first run, and how many behind the last, name none: at 3 bits 52 of 4096."""
+    return 0 if bits == 1 else ((BYTE << HIGH[Kind(bits, True)]) - len(vectors(bits))) // 2
+
+
 def _words(layer: _Layer) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
     """The low bytes of VQK's words (pairs of rows, 2, words), and bytes (pairs, 2, n) of what is above; where there is
     any, the former are (pairs, 2, n, words of such a byte)."""
     rows, kind = layer.rows(), layer.kind
     members, high = MEMBERS[kind], HIGH[kind]
     if kind.runs:
-        words = run_rows(rows.reshape(len(rows), -1, RUN), kind.bits)
+        words = run_rows(rows.reshape(len(rows), -1, RUN), kind.bits) + _unused(kind.bits)
         words = _bytes(words.reshape(len(rows), -1, 2), 4).astype(np.int32) if kind.bits == 1 else words
     else:
         unsigned = rows.reshape(len(rows), -1, members).astype(np.int32) + (1 << kind.bits - 1)
