@@ -29,7 +29,8 @@ def randomise(model: torch.nn.Module) -> None:
                 value.data.copy_(low + torch.rand(value.shape, generator=generator))
     for name, value in model.named_parameters():
         if value.dim() > 1:
-            spread = (2 / value[0].numel()) ** 0.5 if "implicit" not in name else 0.2
+            gain = 2 if value.dim() > 2 else 0.5  # large values make the softmax of attention's linear layers a step
+            spread = (gain / value[0].numel()) ** 0.5 if "implicit" not in name else 0.2
             value.data.copy_(torch.randn(value.shape, generator=generator) * spread + ("im." in name))
 
 

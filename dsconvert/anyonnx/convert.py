@@ -124,8 +124,8 @@ def _bits(layers: list[Layer], bits: int, source: Source) -> dict[int, int]:
 
 
 def _fit(layer: Layer, width: Width, seen: Callable[[int], Iterator[Seen]], seed: int) -> DSTensor | QConv:
-    """By GPTQ, each group of channels for itself; the weight alone, by least squares, where a group has one channel, H is
-    too large, or strides or dilations differ."""
+    """By GPTQ, each group of channels for itself; where a group has one channel, H is too large, or strides or
+    dilations differ, the weight alone by least squares."""
     columns = layer.weight[0].numel()
     if layer.weight.shape[1] == 1 or columns > MOST_COLUMNS or isinstance(layer.node.attrs["stride"], tuple):
         return fit_weight(layer.weight, *width)
@@ -136,8 +136,11 @@ def _fit(layer: Layer, width: Width, seen: Callable[[int], Iterator[Seen]], seed
         moments = measure_moments(layer.node, weight.shape, seen(group), seed)
         parts.append(moments.with_bias(fit_weight_gptq(weight, moments, width.bits, width.block_size, runs=width.runs)))
     weights = [part.weight for part in parts]
-    joined = {name: torch.cat([getattr(w, name) for w in weights]) for name in ("vqk", "m", "cds_w")}
-    return QConv(replace(weights[0], **joined), torch.cat([part.bias for part in parts]))
+    joined = replace(
+        weights[0], vqk=torch.cat([w.vqk for w in weights]), m=torch.cat([w.m for w in weights]),
+        cds_w=torch.cat([w.cds_w for w in weights]),
+    )  # fmt: skip
+    return QConv(joined, torch.cat([part.bias for part in parts]))
 
 
 def _raised(path: Path, given: Source, layout: str, probe: Array) -> Source:

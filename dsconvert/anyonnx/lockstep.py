@@ -74,9 +74,8 @@ def fit_lockstep(
     threads: int,
     progress: Callable[[int, int], None],
 ) -> dict[int, QConv]:
-    """The layers by the index of their node, as `fit_layer` has them, and what is a weight alone from there with CDSw and
-    CDSb by `fit_cds`; CDSb comes on top of the bias that the layer has. A weight that several nodes read is fitted where
-    it is read first.
+    """The layers by the index of their node, as `fit_layer` has them; a weight alone gets CDSw and CDSb by `fit_cds`.
+    CDSb comes on top of the bias that the layer has. A weight that several nodes read is fitted where it is read first.
 
     Raises InputError when ONNX Runtime fails on the images, or values are not finite."""
     sides = [_Side(folder / name, {i: [n] for i, n in enumerate(source.nodes)}) for name in ("float", "quantized")]
