@@ -6,17 +6,20 @@ import math
 
 import pytest
 import torch
-from conftest import randomise
+from conftest import convert, randomise, smooth_picture
 from tables import SHORT, meta, parameters, yolov5
 from torch.nn import functional as F
 
 from dsconvert.errors import InputError
 from dsconvert.graph import run
+from dsconvert.graph.integer import run_integer
 from dsconvert.graph.ir import INPUT, Graph, Node
 from dsconvert.graph.shapes import check_node, value_shapes
+from dsconvert.train.latents import start
+from dsconvert.train.simulate import simulate
 from dsconvert.yolo.attention import QKV, TransformerBlock, TransformerLayer
 from dsconvert.yolo.lower import lower
-from dsconvert.yolo.network import Network
+from dsconvert.yolo.network import Network, head_from_detect
 from dsconvert.yolo.plan import choose_convs
 
 TWO = Node("attention", "a", ("q", "k", "v"), {"heads": 2, "size": 3})
@@ -97,3 +100,22 @@ def test_its_layers_are_those_of_a_bottleneck():
     names = choose_convs(network, graph, "4", "bottleneck")
     inner = {f"model.4.m.tr.{i}.{part}" for i in (0, 1) for part in (*QKV, "out", "fc")}
     assert names == {"model.4.m.linear", *inner}
+
+
+def test_training_runs_on_the_exported_files_numbers_and_reaches_what_attention_reads():
+    """What differs is rounded to the other side of a tie, in few places; gradients go through the softmax."""
+    config, strides = SHORT["attention"]
+    network = Network(config, 3, 3).eval()
+    randomise(network)
+    network.requires_grad_(False)
+    x = smooth_picture()
+    model = convert(network, head_from_detect(network.detect, strides, ["a", "b", "c"]), x)
+    layers, latents = start(model, "shifts", "cpu")
+    parts = {name: layer.parts(name, latents) for name, layer in layers.items()}
+    found = simulate(model.graph, parts, model.activations, x)
+    wanted = run_integer(model.graph, model.convs, model.activations, x)
+    for f, w in zip(found, wanted, strict=True):
+        assert float((f.detach() - w).abs().mean()) < 0.01 * float(w.abs().mean())
+    torch.stack([f.square().mean() for f in found]).sum().backward()
+    for part in QKV:
+        assert float(latents[f"model.4.m.tr.0.{part}.cdsw"].grad.abs().max()) > 0
