@@ -153,3 +153,30 @@ def test_rows_of_dsconv_train_in_the_tree(tree, tmp_path):
     checkpoint, apart = worst(tmp_path, cfg.stem, image)
     assert apart < 1e-5
     assert len(checkpoint.head.names) == 6
+
+
+BEGIN = """
+import models.yolo
+import dsconvert.torch
+
+dsconvert.torch.register(models.yolo, block_size=32, bits=4)
+
+import train
+
+train.run(cfg={cfg!r}, weights="", data={data!r}, epochs=1, imgsz=64, batch_size=4, device="cpu", workers=0,
+          project={project!r}, name="run", noplots=True)
+"""
+
+
+def test_train_py_trains_rows_of_dsconv(tree, work, tmp_path):
+    """As docs/training.md says: a few lines around the tree's own train.py, whose best.pt is then read."""
+    cfg = ROOT / "dsconvert/yolo/cfg/yolov5s_DSConv2D_C3.yaml"
+    begin = tmp_path / "begin.py"
+    begin.write_text(BEGIN.format(cfg=str(cfg), data=str(work / "data.yaml"), project=str(tmp_path)))
+    tree.run(begin)
+    checkpoint = load_checkpoint(tmp_path / "run/weights/best.pt")
+    rows = [*checkpoint.network.config["backbone"], *checkpoint.network.config["head"]]
+    assert [i for i, row in enumerate(rows) if row[2] == "DSConv2D_C3"] == [13, 17, 20, 23]
+    # its DSConv weights count as the numbers that they stand for: of 4 bits, 16 in every block of a channel and tap
+    weight = checkpoint.network.get_submodule("model.23.m.0.cv2.conv").weight
+    assert all(len(block.unique()) <= 16 for block in weight[:4, :32].permute(0, 2, 3, 1).reshape(-1, 32))
