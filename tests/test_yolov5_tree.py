@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import yaml
 from conftest import DEMO, ROOT, SHARED
-from trees import Tree, noise, read_boxes, unmatched, worst
+from trees import Tree, difference, noise, read_boxes, unmatched, worst
 
 import dsconvert
 from dsconvert.evaluate.accuracy import detect_all
@@ -140,6 +140,15 @@ def test_the_trees_models_load_as_they_are(tree, tmp_path):
     tree.inside("build", image, tmp_path, [tree.path / cfg for cfg in cfgs])
     apart = {cfg: worst(tmp_path, Path(cfg).stem, image)[1] for cfg in cfgs}
     assert max(apart.values()) < 1e-5, apart
+
+
+def test_trained_weights_give_the_trees_maps(tree, tmp_path):
+    """The published yolov5n, somebody's own, and the demo's."""
+    image = noise(1, 128)
+    paths = [DEMO / "demo.pt", *sorted((SHARED / "checkpoints").glob("*.pt"))]
+    tree.inside("load", image, tmp_path, paths)
+    found = {path.name: difference(path, tmp_path, image)[1] for path in paths}
+    assert max(found.values()) < 1e-5, found
 
 
 def test_rows_of_dsconv_train_in_the_tree(tree, tmp_path):
