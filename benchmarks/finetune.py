@@ -59,11 +59,9 @@ def converted(work: Path) -> Path:
     return folder / MODEL_FILE
 
 
-def row(work: Path, look: str, train: str, epochs: int, batch: int) -> dict[str, Any]:
+def row(work: Path, look: str, name: str, options: FinetuneOptions) -> dict[str, Any]:
     """Train on a look, and measure."""
-    name = f"{look}-{train}-{epochs}-{batch}"
     target, state = work / f"{name}.safetensors", work / f"{name}.state"
-    options = FinetuneOptions(work / look / "data.yaml", train, epochs, batch)
     began = time.process_time()
     result = finetune(
         converted(work), options, note=lambda line: print(name, line, flush=True), unfinished=state,
@@ -72,6 +70,12 @@ def row(work: Path, look: str, train: str, epochs: int, batch: int) -> dict[str,
     seconds = time.process_time() - began
     write_atomic(target, model_bytes(result.model), force=True)
     return {"map50_95": measured(target, work / look), "share": result.share, "seconds": seconds, "log": result.log}
+
+
+def spread(values: list[float], form: str) -> str:
+    """Their mean, and where there are several the lowest and the highest."""
+    low, mean, high = (form.format(v) for v in (min(values), sum(values) / len(values), max(values)))
+    return mean if len(values) == 1 else f"{mean} ({low} to {high})"
 
 
 def main() -> None:
@@ -84,6 +88,8 @@ def main() -> None:
     parser.add_argument("--train", nargs="+", choices=TRAINED, default=list(TRAINED))
     parser.add_argument("--epochs", type=int, default=FinetuneOptions.epochs)
     parser.add_argument("--batch", type=int, default=FinetuneOptions.batch)
+    parser.add_argument("--rate", type=float, default=FinetuneOptions.rate)
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="of the order and changes of training images")
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -100,12 +106,18 @@ def main() -> None:
     lines += [f"| {look} | {name} | | {value:.4f} | |" for (look, name), value in before.items()]
     for look in args.looks:
         for train in args.train:
-            path = work / f"{look}-{train}-{args.epochs}-{args.batch}.json"
-            found = kept(path, lambda k=look, t=train: row(work, k, t, args.epochs, args.batch))
-            lost, value = before["day", "4 bits"] - before[look, "4 bits"], found["map50_95"]
-            recovered = 100 * (value - before[look, "4 bits"]) / lost
-            share = f"{100 * found['share']:.2f} %"
-            lines.append(f"| {look} | 4 bits, {train} | {share} | {value:.4f} | {recovered:.0f} % |")
+            runs = []
+            for seed in args.seeds:
+                name = f"{look}-{train}-{args.epochs}-{args.batch}-{args.rate}-{seed}"
+                options = FinetuneOptions(
+                    work / look / "data.yaml", train, args.epochs, args.batch, args.rate, seed=seed
+                )  # fmt: skip
+                runs.append(kept(work / f"{name}.json", lambda k=look, n=name, o=options: row(work, k, n, o)))
+            lost = before["day", "4 bits"] - before[look, "4 bits"]
+            values = [run["map50_95"] for run in runs]
+            recovered = spread([100 * (v - before[look, "4 bits"]) / lost for v in values], "{:.0f} %")
+            share = f"{100 * runs[0]['share']:.2f} %"
+            lines.append(f"| {look} | 4 bits, {train} | {share} | {spread(values, '{:.4f}')} | {recovered} |")
     print("\n".join(lines))
 
 

@@ -81,7 +81,9 @@ def randomise(network: Network, seed: int = 0) -> None:
             value.copy_(1 + 4 * noise)
         else:
             fan_in = value[0].numel()
-            value.copy_(torch.randn(value.shape, generator=generator) * (2 / fan_in) ** 0.5)
+            # linear layers, which are attention's, have no activation behind them; large values make its softmax a step
+            gain = 2 if value.dim() > 2 else 0.5
+            value.copy_(torch.randn(value.shape, generator=generator) * (gain / fan_in) ** 0.5)
 
 
 def tiny_network() -> tuple[Network, Head]:

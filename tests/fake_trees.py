@@ -101,8 +101,32 @@ class C3SPP(C3):
         super().__init__(c1, c2)
         self.m = SPP(c2 // 2, c2 // 2, k)
 
+class TransformerLayer(nn.Module):
+    def __init__(self, c, num_heads):
+        super().__init__()
+        for name in ("q", "k", "v", "fc1", "fc2"):
+            setattr(self, name, nn.Linear(c, c, bias=False))
+        self.ma = nn.MultiheadAttention(embed_dim=c, num_heads=num_heads)
+    def forward(self, tokens):
+        seen, _ = self.ma(self.q(tokens), self.k(tokens), self.v(tokens))
+        tokens = seen + tokens
+        return tokens + self.fc2(self.fc1(tokens))
+
+class TransformerBlock(nn.Module):
+    def __init__(self, c, num_heads, n):
+        super().__init__()
+        self.conv, self.c2 = None, c
+        self.linear = nn.Linear(c, c)
+        self.tr = nn.Sequential(*[TransformerLayer(c, num_heads) for _ in range(n)])
+    def forward(self, x):
+        n, c, high, wide = x.shape
+        tokens = x.reshape(n, c, high * wide).permute(2, 0, 1)
+        made = self.tr(self.linear(tokens) + tokens)
+        return made.permute(1, 2, 0).reshape(n, c, high, wide)
+
 class C3TR(C3):
-    pass
+    def inner(self, c, n, shortcut):
+        return TransformerBlock(c, 4, n)
 
 class CBAM(nn.Module):
     pass

@@ -2,6 +2,7 @@
 
     python in_yolo_tree.py build IMAGE OUT CFG...    each CFG's model with random numbers -> OUT/NAME.pt, as the trees
                                                      save checkpoints, and OUT/NAME.maps.pt, what it gives for the image
+    python in_yolo_tree.py load IMAGE OUT PT...      each checkpoint as the tree loads it -> OUT/NAME.maps.pt
     python in_yolo_tree.py train IMAGE OUT CFG       DSConv2D_C3 rows: built, trained by the tree's loss, saved, loaded
 
 Nothing of a tree is copied here: its modules are imported and called."""
@@ -29,7 +30,8 @@ def randomise(model: torch.nn.Module) -> None:
                 value.data.copy_(low + torch.rand(value.shape, generator=generator))
     for name, value in model.named_parameters():
         if value.dim() > 1:
-            spread = (2 / value[0].numel()) ** 0.5 if "implicit" not in name else 0.2
+            gain = 2 if value.dim() > 2 else 0.5  # large values make the softmax of attention's linear layers a step
+            spread = (gain / value[0].numel()) ** 0.5 if "implicit" not in name else 0.2
             value.data.copy_(torch.randn(value.shape, generator=generator) * spread + ("im." in name))
 
 
@@ -63,6 +65,14 @@ def build_all(image: torch.Tensor, out: Path, cfgs: list[Path]) -> None:
         model = build(cfg)
         save(model, out / f"{cfg.stem}.pt")
         torch.save(maps(model, image), out / f"{cfg.stem}.maps.pt")
+
+
+def load_all(image: torch.Tensor, out: Path, checkpoints: list[Path]) -> None:
+    from models.experimental import attempt_load
+
+    for path in checkpoints:
+        model = attempt_load(str(path), device=torch.device("cpu"), fuse=False)
+        torch.save(maps(model, image), out / f"{path.stem}.maps.pt")
 
 
 def train(image: torch.Tensor, out: Path, cfg: Path) -> None:
@@ -104,5 +114,7 @@ if __name__ == "__main__":
     given = torch.load(image, weights_only=True)
     if job == "build":
         build_all(given, Path(out), [Path(c) for c in cfgs])
+    elif job == "load":
+        load_all(given, Path(out), [Path(c) for c in cfgs])
     else:
         train(given, Path(out), Path(cfgs[0]))

@@ -37,17 +37,18 @@ class Table:
 
 def yolov5(
     depth: float, width: float, nc: int = 80, channels: Sequence[int] = (128, 256, 512, 1024), conv: str = "Conv",
-    block: str = "C3", spp: str = "SPPF",
+    block: str = "C3", spp: str = "SPPF", deepest: str | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """YOLOv5 v6: a C3 block for each of `channels`, a pyramid down and up again, one level fewer than blocks; with five
-    `channels` the P6 models, with GhostConv and C3Ghost YOLOv5-ghost."""
+    `channels` the P6 models, with GhostConv and C3Ghost YOLOv5-ghost, with `deepest` (the backbone's last block) C3TR
+    YOLOv5-transformer."""
     t = Table()
     repeats = [3, 6, 9, 3, 3][: len(channels)]
     t.add("Conv", 64, 6, 2, 2)
     stages = []
     for c, n in zip(channels, repeats, strict=True):
         t.add(conv, c, 3, 2)
-        stages.append(t.add(block, c, n=n))
+        stages.append(t.add(deepest or block if len(stages) == len(channels) - 1 else block, c, n=n))
     last = channels[-1]
     if spp == "C3SPP":
         t.add("C3SPP", last, [5, 9, 13])
@@ -221,12 +222,24 @@ def short_ghost() -> Table:
     return t
 
 
+def short_transformer() -> Table:
+    t = Table()
+    t.add("Conv", 32, 6, 4, 1)
+    t.add("Conv", 32, 3, 2)
+    t.add("C3", 32)
+    t.add("Conv", 48, 3, 2)
+    t.add("C3TR", 48, n=2)
+    t.add("Detect", "nc", "anchors", source=(2, 4))
+    return t
+
+
 # Few layers of every kind: (model yaml, strides).
 SHORT = {
     "P6": (short_p6().config(4, 2, 1.0, 1.0, 4), [8, 16, 32, 64]),
     "YOLOv7": (short_yolov7().config(6, 2, 1.0, 1.0, 2), [8, 16]),
     "YOLOv7-tiny": (short_tiny().config(3, 2, 1.0, 1.0, 2), [8, 16]),
     "ghost": (short_ghost().config(3, 2, 1.0, 1.0, 2), [8, 16]),
+    "attention": (short_transformer().config(3, 2, 1.0, 1.0, 2), [8, 16]),
 }
 
 

@@ -108,7 +108,7 @@ def bad(**changes) -> dict:
         ({}, "no usable"),
         (bad(width_multiple=0), "impossible"),
         (bad(head=[]), "not Detect"),
-        (bad(backbone=[[-1, 1, "C3TR", [64]]]), "C3TR is not supported"),
+        (bad(backbone=[[-1, 1, "CBAM", [64]]]), "CBAM is not supported"),
         (bad(backbone=[[5, 1, "Conv", [64]]]), "not before it"),
         (bad(backbone=[[-1, 1, "Conv", [-64, 3]]]), "gives -64, which is not a number"),
         (bad(backbone=[[-1, 1, "Conv", ["__import__('os')", 3]]]), "does not know"),

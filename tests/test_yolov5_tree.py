@@ -11,10 +11,9 @@ import numpy as np
 import pytest
 import yaml
 from conftest import DEMO, ROOT, SHARED
-from trees import Tree, noise, read_boxes, unmatched, worst
+from trees import Tree, difference, noise, read_boxes, unmatched, worst
 
 import dsconvert
-from dsconvert.errors import InputError
 from dsconvert.evaluate.accuracy import detect_all
 from dsconvert.evaluate.candidates import load_candidate
 from dsconvert.evaluate.detect import yolo_lines
@@ -24,9 +23,8 @@ SIDE, HEIGHT = 320, 240  # of the pictures: 40 rows of padding above and below, 
 LAYOUTS = ("packed", "int8")
 SIZES = [f"models/yolov5{size}.yaml" for size in "nsmlx"]
 P6 = [f"models/hub/yolov5{size}6.yaml" for size in "nsmlx"]
-OTHERS = [f"models/hub/yolov5{name}.yaml" for name in ("s-ghost", "s-LeakyReLU", "-p2", "-p34", "-p6", "-p7", "-fpn",
-                                                       "-bifpn", "-panet")]  # fmt: skip
-ATTENTION = "models/hub/yolov5s-transformer.yaml"
+OTHERS = [f"models/hub/yolov5{name}.yaml" for name in ("s-ghost", "s-LeakyReLU", "s-transformer", "-p2", "-p34", "-p6",
+                                                       "-p7", "-fpn", "-bifpn", "-panet")]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -139,11 +137,18 @@ def test_the_trees_models_load_as_they_are(tree, tmp_path):
     """Every detection yaml with random numbers, saved as train.py saves it: the same maps."""
     image = noise(1, 128)
     cfgs = [*SIZES, *P6, *OTHERS]
-    tree.inside("build", image, tmp_path, [tree.path / cfg for cfg in [*cfgs, ATTENTION]])
+    tree.inside("build", image, tmp_path, [tree.path / cfg for cfg in cfgs])
     apart = {cfg: worst(tmp_path, Path(cfg).stem, image)[1] for cfg in cfgs}
     assert max(apart.values()) < 1e-5, apart
-    with pytest.raises(InputError, match="C3TR"):
-        load_checkpoint(tmp_path / f"{Path(ATTENTION).stem}.pt")
+
+
+def test_trained_weights_give_the_trees_maps(tree, tmp_path):
+    """The published yolov5n, somebody's own, and the demo's."""
+    image = noise(1, 128)
+    paths = [DEMO / "demo.pt", *sorted((SHARED / "checkpoints").glob("*.pt"))]
+    tree.inside("load", image, tmp_path, paths)
+    found = {path.name: difference(path, tmp_path, image)[1] for path in paths}
+    assert max(found.values()) < 1e-5, found
 
 
 def test_rows_of_dsconv_train_in_the_tree(tree, tmp_path):
@@ -157,3 +162,30 @@ def test_rows_of_dsconv_train_in_the_tree(tree, tmp_path):
     checkpoint, apart = worst(tmp_path, cfg.stem, image)
     assert apart < 1e-5
     assert len(checkpoint.head.names) == 6
+
+
+BEGIN = """
+import models.yolo
+import dsconvert.torch
+
+dsconvert.torch.register(models.yolo, block_size=32, bits=4)
+
+import train
+
+train.run(cfg={cfg!r}, weights="", data={data!r}, epochs=1, imgsz=64, batch_size=4, device="cpu", workers=0,
+          project={project!r}, name="run", noplots=True)
+"""
+
+
+def test_train_py_trains_rows_of_dsconv(tree, work, tmp_path):
+    """As docs/training.md says: a few lines around the tree's own train.py, whose best.pt is then read."""
+    cfg = ROOT / "dsconvert/yolo/cfg/yolov5s_DSConv2D_C3.yaml"
+    begin = tmp_path / "begin.py"
+    begin.write_text(BEGIN.format(cfg=str(cfg), data=str(work / "data.yaml"), project=str(tmp_path)))
+    tree.run(begin)
+    checkpoint = load_checkpoint(tmp_path / "run/weights/best.pt")
+    rows = [*checkpoint.network.config["backbone"], *checkpoint.network.config["head"]]
+    assert [i for i, row in enumerate(rows) if row[2] == "DSConv2D_C3"] == [13, 17, 20, 23]
+    # its DSConv weights count as the numbers that they stand for: of 4 bits, 16 in every block of a channel and tap
+    weight = checkpoint.network.get_submodule("model.23.m.0.cv2.conv").weight
+    assert all(len(block.unique()) <= 16 for block in weight[:4, :32].permute(0, 2, 3, 1).reshape(-1, 32))

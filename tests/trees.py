@@ -64,7 +64,12 @@ def noise(images: int, side: int) -> torch.Tensor:
 def worst(out: Path, name: str, image: torch.Tensor) -> tuple[Checkpoint, float]:
     """A checkpoint that the tree wrote, and how far dsconvert's raw maps are from the tree's, as a share of each map's
     largest number."""
-    checkpoint = load_checkpoint(out / f"{name}.pt")
+    return difference(out / f"{name}.pt", out, image)
+
+
+def difference(path: Path, out: Path, image: torch.Tensor) -> tuple[Checkpoint, float]:
+    """The same of a checkpoint elsewhere, whose maps are in OUT."""
+    checkpoint, name = load_checkpoint(path), path.stem
     theirs = [m.permute(0, 1, 4, 2, 3).flatten(1, 2) for m in torch.load(out / f"{name}.maps.pt", weights_only=True)]
     ours = checkpoint.network(image)
     assert all(float(t.std()) > 0.1 for t in theirs)

@@ -95,7 +95,7 @@ def quantize_onnx(
     layers = find_layers(source)
     widths = _bits(layers, plan.bits, source)
 
-    def fit(layer: Layer, seen: Callable[[int], Iterator[Seen]]) -> DSTensor:
+    def fit(layer: Layer, seen: Callable[[int], Iterator[Seen]]) -> DSTensor | QConv:
         width = used_width(widths[layer.index], layer.weight.shape[1], plan.block_size)
         return _fit(layer, width, seen, plan.seed)
 
@@ -123,9 +123,9 @@ def _bits(layers: list[Layer], bits: int, source: Source) -> dict[int, int]:
     return {layer.index: 8 if layer.index in edges | depthwise else bits for layer in layers}
 
 
-def _fit(layer: Layer, width: Width, seen: Callable[[int], Iterator[Seen]], seed: int) -> DSTensor:
-    """VQK and KDS by GPTQ, each group of channels for itself; by least squares where a group has one channel, H is too
-    large, or strides or dilations differ."""
+def _fit(layer: Layer, width: Width, seen: Callable[[int], Iterator[Seen]], seed: int) -> DSTensor | QConv:
+    """By GPTQ, each group of channels for itself; where a group has one channel, H is too large, or strides or
+    dilations differ, the weight alone by least squares."""
     columns = layer.weight[0].numel()
     if layer.weight.shape[1] == 1 or columns > MOST_COLUMNS or isinstance(layer.node.attrs["stride"], tuple):
         return fit_weight(layer.weight, *width)
@@ -134,11 +134,13 @@ def _fit(layer: Layer, width: Width, seen: Callable[[int], Iterator[Seen]], seed
     parts = []
     for group, weight in enumerate(layer.weight.chunk(layer.groups)):
         moments = measure_moments(layer.node, weight.shape, seen(group), seed)
-        parts.append(fit_weight_gptq(weight, moments, width.bits, width.block_size, runs=width.runs))
-    return replace(
-        parts[0], vqk=torch.cat([p.vqk for p in parts]), m=torch.cat([p.m for p in parts]),
-        cds_w=torch.cat([p.cds_w for p in parts]),
+        parts.append(moments.with_bias(fit_weight_gptq(weight, moments, width.bits, width.block_size, runs=width.runs)))
+    weights = [part.weight for part in parts]
+    joined = replace(
+        weights[0], vqk=torch.cat([w.vqk for w in weights]), m=torch.cat([w.m for w in weights]),
+        cds_w=torch.cat([w.cds_w for w in weights]),
     )  # fmt: skip
+    return QConv(joined, torch.cat([part.bias for part in parts]))
 
 
 def _raised(path: Path, given: Source, layout: str, probe: Array) -> Source:

@@ -22,14 +22,15 @@ from dsconvert.anyonnx.source import Array, Source, used
 from dsconvert.dsconv.tensor import DSTensor
 from dsconvert.errors import InputError
 from dsconvert.evaluate.engines import session
-from dsconvert.fit.lockstep import fit_cds
+from dsconvert.fit.lockstep import with_shifts
 from dsconvert.fit.seen import Seen
 from dsconvert.graph.integer import QConv
 from dsconvert.graph.run import conv
 
 WHOLE = -1
-# (the layer, what it sees of each group of channels: batches as often as they are asked for) -> the fitted weight
-FitLayer = Callable[[Layer, Callable[[int], Iterator[Seen]]], DSTensor]
+# (the layer, what it sees of each group of channels: batches as often as they are asked for) -> the fitted convolution,
+# or its weight alone
+FitLayer = Callable[[Layer, Callable[[int], Iterator[Seen]]], DSTensor | QConv]
 
 
 @dataclass
@@ -73,8 +74,8 @@ def fit_lockstep(
     threads: int,
     progress: Callable[[int, int], None],
 ) -> dict[int, QConv]:
-    """The layers by the index of their node: VQK and KDS by `fit_layer`, then CDSw and CDSb to the float outputs, CDSb
-    on top of the bias that the layer has. A weight that several nodes read is fitted where it is read first.
+    """The layers by the index of their node, as `fit_layer` has them; a weight alone gets CDSw and CDSb by `fit_cds`.
+    CDSb comes on top of the bias that the layer has. A weight that several nodes read is fitted where it is read first.
 
     Raises InputError when ONNX Runtime fails on the images, or values are not finite."""
     sides = [_Side(folder / name, {i: [n] for i, n in enumerate(source.nodes)}) for name in ("float", "quantized")]
@@ -93,7 +94,7 @@ def fit_lockstep(
         earlier = next((e for e in layers[:done] if e.stored == layer.stored and _alike(e, layer)), None)
         seen = _watcher(layer, sides[0], sides[1], count)
         if earlier is None:
-            made = fit_cds(layer.node, fit_layer(layer, seen), seen(WHOLE))
+            made = with_shifts(layer.node, fit_layer(layer, seen), seen(WHOLE))
         else:
             made = _bias_only(layer, fitted[earlier.index].weight, seen(WHOLE))
         fitted[layer.index] = replace(made, bias=made.bias + layer.bias)

@@ -69,7 +69,22 @@ def add_float(b: OnnxBuilder, node: Node, inputs: list[str], output: str) -> str
         )  # fmt: skip
     if node.op == "space_to_depth":
         return _space_to_depth(b, inputs[0], output)
+    if node.op == "attention":
+        return _attention(b, a["heads"], a["size"], inputs, output)
     raise ValueError(f"unknown op {node.op}")
+
+
+def _attention(b: OnnxBuilder, heads: int, size: int, inputs: list[str], output: str) -> str:
+    """`graph.run.attention` of q, k and v."""
+    apart = b.shape(0, heads, size, -1)
+    names = ("query", "key", "value")
+    q, k, v = (b.node("Reshape", [x, apart], f"{output}.{part}") for part, x in zip(names, inputs, strict=True))
+    keys = b.node("Transpose", [k], f"{output}.keys", perm=[0, 1, 3, 2])
+    scores = b.node(
+        "Mul", [b.node("MatMul", [keys, q], f"{output}.products"), b.scalar(size**-0.5)], f"{output}.scores"
+    )
+    weighed = b.node("MatMul", [v, b.node("Softmax", [scores], f"{output}.shares", axis=2)], f"{output}.heads")
+    return b.node("Reshape", [weighed, b.node("Shape", [inputs[0]], f"{output}.shape")], output)
 
 
 def _space_to_depth(b: OnnxBuilder, x: str, output: str) -> str:

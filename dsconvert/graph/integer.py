@@ -169,6 +169,8 @@ def integer_step(node: Node, inputs: list[Tensor], convs: Mapping[str, QConv], g
         return table.to(inputs[0]).index_select(0, inputs[0].flatten().int()).view(inputs[0].shape)
     if node.op == "add":
         return integer_add(inputs, source, target)
+    if node.op == "attention":  # engines have no integers for it either
+        return target.quantize(run.attention(node, [g.dequantize(q) for q, g in zip(inputs, source, strict=True)]))
     if node.op == "concat":
         inputs = [q if g == target else target.quantize(g.dequantize(q)) for q, g in zip(inputs, source, strict=True)]
     return run.move(node, inputs)

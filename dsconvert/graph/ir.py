@@ -12,14 +12,14 @@ from typing import Any
 
 from torch import Tensor
 
-OPS = ("conv", "act", "add", "concat", "maxpool", "upsample", "space_to_depth")
+OPS = ("conv", "act", "add", "concat", "maxpool", "upsample", "space_to_depth", "attention")
 INPUT = "images"
 
 
 @dataclass(frozen=True)
 class Node:
     """One operation. `attrs` per op: conv stride, padding, dilation, groups (ints); act kind; maxpool kernel,
-    stride, padding; upsample scale; the others none."""
+    stride, padding; upsample scale; attention heads and their size (channels a head); the others none."""
 
     op: str
     name: str

@@ -13,8 +13,11 @@ MAX_POOL = 99  # YOLOv5 pools over 13 at most
 # What each operation's attributes may be: least and most. Other attributes are an error, too.
 _CONV = {"stride": (1, 64), "padding": (0, 256), "dilation": (1, 64), "groups": (1, 1 << 16)}
 _POOL = {"kernel": (1, MAX_POOL), "stride": (1, 64), "padding": (0, MAX_POOL // 2)}
-_RANGES: dict[str, dict[str, tuple[int, int]]] = {"conv": _CONV, "maxpool": _POOL, "upsample": {"scale": (1, 16)}}
-_INPUTS = {"add": (2, 2), "concat": (1, 1000)}  # of the others one
+_HEADS = {"heads": (1, 1 << 10), "size": (1, 1 << 16)}
+_RANGES: dict[str, dict[str, tuple[int, int]]] = {
+    "conv": _CONV, "maxpool": _POOL, "upsample": {"scale": (1, 16)}, "attention": _HEADS,
+}  # fmt: skip
+_INPUTS = {"add": (2, 2), "concat": (1, 1000), "attention": (3, 3)}  # of the others one
 
 
 def check_node(node: Node) -> None:
@@ -64,6 +67,8 @@ def _after(node: Node, inputs: list[Shape], weights: Mapping[str, Sequence[int]]
             raise ValueError(f"odd image of {node.name}")
         return 4 * c, h // 2, w // 2
     if node.op == "add" and inputs[0] != inputs[1]:
+        raise ValueError(f"shapes at {node.name}")
+    if node.op == "attention" and {(a["heads"] * a["size"], h, w)} != set(inputs):
         raise ValueError(f"shapes at {node.name}")
     if node.op == "concat":
         if any(shape[1:] != (h, w) for shape in inputs):

@@ -74,6 +74,8 @@ def step(node: Node, inputs: list[Tensor], parts: Mapping[str, Parts], grids: Ma
         out = run.ACTIVATIONS[node.attrs["kind"]](inputs[0])
     elif node.op == "add":
         out = inputs[0] + inputs[1]
+    elif node.op == "attention":
+        out = run.attention(node, inputs)
     else:
         out = run.move(node, inputs)
         if grids is None or all(grids[name] == grids[node.name] for name in node.inputs):

@@ -85,16 +85,16 @@ class Storage:
 
 LAYERS = (
     "Conv", "DWConv", "Bottleneck", "C3", "SPP", "SPPF", "Focus", "Concat",
-    "GhostConv", "GhostBottleneck", "C3Ghost", "C3SPP",
+    "GhostConv", "GhostBottleneck", "C3Ghost", "C3SPP", "C3TR", "TransformerBlock", "TransformerLayer",
     "Proto", "MP", "SP", "SPPCSPC", "RepConv", "ImplicitA", "ImplicitM",
 )  # fmt: skip
 SEGMENTATION = ("SegmentationModel", "Segment")
 _TORCH = {
-    "activation": ("SiLU", "ReLU", "LeakyReLU", "Hardswish"),
+    "activation": ("SiLU", "ReLU", "LeakyReLU", "Hardswish", "MultiheadAttention"),
     "batchnorm": ("BatchNorm2d",),
     "container": ("ModuleList", "Sequential"),
     "conv": ("Conv2d",),
-    "linear": ("Identity",),
+    "linear": ("Identity", "Linear", "NonDynamicallyQuantizableLinear", "_LinearWithBias"),
     "loss": ("BCEWithLogitsLoss",),
     "pooling": ("MaxPool2d",),
     "upsampling": ("Upsample",),
@@ -140,7 +140,6 @@ _KNOWN_OTHERS = (
     ("ultralytics.", "a checkpoint of the ultralytics package (YOLOv8 or later)"),
     ("models.yolo.IAuxDetect", "a YOLOv7 checkpoint with auxiliary heads (W6, E6, D6)"),
     ("models.yolo.IKeypoint", "a YOLOv7 pose checkpoint"),
-    ("models.common.C3TR", "a network with attention (C3TR), which dsconvert cannot convert"),
     ("models.common.CBAM", "a network with attention (CBAM), which dsconvert cannot convert"),
     ("models.experimental.Ensemble", "an ensemble of models"),
     ("__torch__.", "a TorchScript export"),

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from dsconvert.errors import InputError, printable, shown
-from dsconvert.yolo import ghost, segment, yolov7
+from dsconvert.yolo import attention, ghost, segment, yolov7
 from dsconvert.yolo import modules as ours
 from dsconvert.yolo.archive import LAYERS, PARAMETER, TENSOR, Archive, Record, open_archive
 from dsconvert.yolo.layers import DETECTS
@@ -79,6 +79,7 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
         _take_epsilons(network, modules, path)
         bits = _fill(network, left, made, archive)
         _check_activations(network, modules, path)
+        _check_attention(network, modules, path)
     _take_epsilons(network, modules, path)
     network.eval().requires_grad_(False)
     head = head_from_detect(network.detect, strides, _names(record, nc))
@@ -149,7 +150,9 @@ def _last_layer(record: Record) -> Record:
 
 def _activation(modules: Iterable[Record], path: Path) -> str:
     """The activation of layers whose row of the yaml names none."""
-    found = {r.kind.removeprefix(_ACTIVATION) for r in modules if r.kind.startswith(_ACTIVATION)}
+    found = {r.kind.removeprefix(_ACTIVATION) for r in modules if r.kind.startswith(_ACTIVATION)} - {
+        "MultiheadAttention"
+    }
     if len(found) != 1 and "SiLU" not in found:
         raise InputError(f"{path} mixes the activations {sorted(found)}; dsconvert expects one kind.")
     return "SiLU" if "SiLU" in found else found.pop()
@@ -168,6 +171,17 @@ def _check_activations(network: Network, modules: Mapping[str, Record], path: Pa
         slope = getattr(record, "negative_slope", LEAKY_SLOPE)
         if kind == "LeakyReLU" and slope != LEAKY_SLOPE:
             raise InputError(f"{path}: {name} is a LeakyReLU of slope {shown(slope)}; dsconvert knows {LEAKY_SLOPE}.")
+
+
+def _check_attention(network: Network, modules: Mapping[str, Record], path: Path) -> None:
+    """Raises InputError where stored attention is of another kind than YOLOv5's: other heads, or another order."""
+    usual = {"num_heads": attention.HEADS, "batch_first": False, "add_zero_attn": False}
+    for name, module in network.named_modules():
+        if isinstance(module, nn.MultiheadAttention):
+            for key, value in usual.items():
+                found = getattr(modules.get(f"{name}."), key, value)
+                if type(found) is not type(value) or found != value:
+                    raise InputError(f"{path}: {name} has {key} {shown(found)}; dsconvert knows {value} alone.")
 
 
 def _take_epsilons(network: Network, modules: Mapping[str, Record], path: Path) -> None:
@@ -247,7 +261,7 @@ _CLASS_NAMES: dict[type[nn.Module], str] = {
     ours.Detect: "models.yolo.Detect",
     yolov7.IDetect: "models.yolo.IDetect",
     segment.Segment: "models.yolo.Segment",
-    **{getattr(home, n): f"models.common.{n}" for home in (ours, ghost, segment, yolov7) for n in LAYERS
+    **{getattr(home, n): f"models.common.{n}" for home in (ours, ghost, attention, segment, yolov7) for n in LAYERS
        if hasattr(home, n)},
 }  # fmt: skip
 

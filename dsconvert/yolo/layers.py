@@ -10,6 +10,7 @@ from torch import nn
 
 from dsconvert.errors import InputError, shown
 from dsconvert.graph.shapes import MAX_POOL
+from dsconvert.yolo.attention import C3TR
 from dsconvert.yolo.ghost import C3SPP, C3Ghost, DWConv, GhostBottleneck, GhostConv
 from dsconvert.yolo.modules import C3, SPP, SPPF, Bottleneck, Concat, Conv, Detect, Focus
 from dsconvert.yolo.segment import Segment
@@ -19,7 +20,7 @@ MAX_ARGUMENT = 1 << 16  # of any number in a row's args
 
 DETECTS = {"Detect": Detect, "IDetect": IDetect, "Segment": Segment}
 MAX_MASKS = 1024  # coefficients a box; the published heads have 32
-C3S = {"C3": C3, "C3Ghost": C3Ghost}  # the number of repeats is theirs
+C3S = {"C3": C3, "C3Ghost": C3Ghost, "C3TR": C3TR}  # the number of repeats is theirs
 C3_BLOCKS = (*C3S, "C3SPP")
 _SIMPLE: dict[str, Any] = {  # channels first, then what the module takes
     "SPP": SPP, "SPPF": SPPF, "Focus": Focus, "Bottleneck": Bottleneck, "GhostConv": GhostConv,

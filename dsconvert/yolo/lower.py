@@ -6,11 +6,12 @@ import copy
 from collections.abc import Sequence
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from dsconvert.errors import InputError
 from dsconvert.graph.ir import INPUT, ConvParams, Graph, Node
 from dsconvert.graph.shapes import check_node, value_shapes
+from dsconvert.yolo.attention import HEADS, QKV, TransformerBlock, TransformerLayer
 from dsconvert.yolo.ghost import GhostBottleneck, GhostConv
 from dsconvert.yolo.modules import C3, SPP, SPPF, Bottleneck, Concat, Conv, Detect, Focus
 from dsconvert.yolo.network import Head, Network
@@ -69,6 +70,26 @@ class _Builder:
         both = self.add("concat", f"{name}.both", y, self.conv(module.cv2, f"{name}.cv2", x))
         return self.conv(module.cv7, f"{name}.cv7", both)
 
+    def linear(self, weight: Tensor, bias: Tensor, name: str, x: str) -> str:
+        """A linear layer of every pixel's channels."""
+        self.params[name] = ConvParams(weight.detach()[:, :, None, None], bias.detach())
+        return self.add("conv", name, x, stride=1, padding=0, dilation=1, groups=1)
+
+    def attention(self, module: TransformerLayer, name: str, x: str) -> str:
+        p = module.projections()
+        size = len(p["out"][0]) // HEADS
+        qkv = [self.linear(*p[part], f"{name}.{part}", x) for part in QKV]
+        y = self.linear(*p["out"], f"{name}.out", self.add("attention", f"{name}.ma", *qkv, heads=HEADS, size=size))
+        x = self.add("add", f"{name}.add", x, y)
+        return self.add("add", f"{name}.add2", x, self.linear(*p["fc"], f"{name}.fc", x))
+
+    def transformer(self, module: TransformerBlock, name: str, x: str) -> str:
+        placed = self.linear(module.linear.weight, module.linear.bias, f"{name}.linear", x)
+        x = self.add("add", f"{name}.add", x, placed)
+        for i, layer in enumerate(module.tr):
+            x = self.attention(layer, f"{name}.tr.{i}", x)  # type: ignore[arg-type]
+        return x
+
     def proto(self, module: Proto, name: str, x: str) -> str:
         x = self.layer(module.upsample, f"{name}.upsample", [self.conv(module.cv1, f"{name}.cv1", x)])
         return self.conv(module.cv3, f"{name}.cv3", self.conv(module.cv2, f"{name}.cv2", x))
@@ -114,6 +135,8 @@ class _Builder:
         if isinstance(module, GhostBottleneck):
             y = self.layer(module.conv, f"{name}.conv", [x])
             return self.add("add", f"{name}.add", y, self.layer(module.shortcut, f"{name}.shortcut", [x]))
+        if isinstance(module, TransformerBlock):
+            return self.transformer(module, name, x)
         if isinstance(module, nn.Identity):
             return x
         raise TypeError(f"no lowering for {type(module).__name__}")

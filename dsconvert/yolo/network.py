@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dsconvert.errors import InputError
+from dsconvert.yolo.attention import TransformerLayer
 from dsconvert.yolo.layers import DETECTS, literal, make_layer, positive
 from dsconvert.yolo.modules import ACTIVATIONS, Concat, Conv, Detect
 from dsconvert.yolo.yolov7 import IDetect, RepConv
@@ -98,9 +99,9 @@ class Network(nn.Module):
         return self.eval()
 
     def overflowing(self) -> str | None:
-        """Name of a convolution that `fuse` would give infinite numbers, None when there is none."""
+        """Name of a layer that `fuse` (`lower`, of attention) would give infinite numbers, None when there is none."""
         for name, module in self.named_modules():
-            if isinstance(module, FOLDS) and not bool(torch.isfinite(module.fused_bounds()).all()):
+            if isinstance(module, (*FOLDS, TransformerLayer)) and not bool(torch.isfinite(module.fused_bounds()).all()):
                 return name
         return None
 

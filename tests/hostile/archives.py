@@ -110,7 +110,7 @@ def other_models() -> Iterator[Case]:
         "models.yolo.ClassificationModel": "classification",
         "models.common.Classify": "classification",
         "ultralytics.nn.tasks.DetectionModel": "YOLOv8 or later", "ultralytics.nn.tasks.SegmentationModel": "YOLOv8",
-        "models.yolo.IAuxDetect": "YOLOv7", "models.common.C3TR": "attention", "models.common.CBAM": "attention",
+        "models.yolo.IAuxDetect": "YOLOv7", "models.common.CBAM": "attention",
         "models.experimental.Ensemble": "ensemble",
         "torchvision.models.resnet.ResNet": "torchvision.models.resnet.ResNet",
         "models.common.CoordAtt": "CoordAtt, a layer",

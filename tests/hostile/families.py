@@ -22,7 +22,12 @@ FIT, UNKNOWN, USED = "do not fit each other", "does not know", "cannot be used"
 def families() -> Iterator[Case]:
     """Each entry changes one thing of a checkpoint that loads."""
     with tempfile.TemporaryDirectory() as folder:
-        for name, changes in (("YOLOv7", yolov7()), ("YOLOv7-tiny", tiny()), ("ghost", ghost())):
+        for name, changes in (
+            ("YOLOv7", yolov7()),
+            ("YOLOv7-tiny", tiny()),
+            ("ghost", ghost()),
+            ("attention", attention()),
+        ):
             config, strides = SHORT[name]
             good = Path(folder) / f"{name}.pt"
             good.write_bytes(trained(copy.deepcopy(config), strides, randomise, old=True)[0])
@@ -105,6 +110,33 @@ def tiny() -> dict[str, tuple[Change, str | None]]:
         "an even pool": (row(3, [-1, 1, "SP", [4]]), FIT),
         "a pool of an activation": (row(3, [-1, 1, "SP", ["nn.SiLU()"]]), USED),
     }
+
+
+def attention() -> dict[str, tuple[Change, str | None]]:
+    def said(key: str, value: Any) -> Change:
+        return lambda f: setattr(inside(f), key, value)
+
+    def inside(f: Forged) -> Any:
+        module = f.layers[4]
+        for part in ("m", "tr", "1", "ma"):
+            module = module._modules[part]
+        return module
+
+    big = torch.full((24, 24), 3e38)
+    return {
+        "other heads": (said("num_heads", 8), "num_heads 8; dsconvert knows 4 alone"),
+        "heads of text": (said("num_heads", "4"), "num_heads '4'"),
+        "another order of tokens": (said("batch_first", True), "batch_first True"),
+        "a token of zeros": (said("add_zero_attn", True), "add_zero_attn True"),
+        "one layer fewer": (row(4, [-1, 1, "C3TR", [48]]), "unexpected"),
+        "100 repeats": (row(4, [-1, 100, "C3TR", [48]]), "does not match"),
+        "65536 channels": (row(4, [-1, 2, "C3TR", [65536]]), "has shape"),
+        "no channels": (row(4, [-1, 2, "C3TR", [0]]), "not a number"),
+        "a projection missing": (stored(4, "m.tr.1.ma.in_proj_weight", None), "1 tensors missing"),
+        "a projection of another shape": (stored(4, "m.tr.0.q.weight", torch.zeros(24, 48)), "has shape"),
+        "NaN": (stored(4, "m.tr.0.fc1.weight", big * float("nan")), "NaN or infinite"),
+        "products that overflow": (stored(4, "m.tr.0.fc1.weight", big), "becomes infinite"),
+    }  # fmt: skip
 
 
 def ghost() -> dict[str, tuple[Change, str | None]]:
