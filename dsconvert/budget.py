@@ -31,7 +31,8 @@ Widths = Mapping[str, Width]
 
 @lru_cache(4096)
 def stored_bytes(shape: torch.Size, width: Width) -> int:
-    """Bytes that a weight (cho, chi, kh, kw) adds to the packed file: VQK, KDS and the nodes that unpack them."""
+    """Bytes that a weight (cho, chi, kh, kw) adds to the packed file: VQK, KDS and the nodes that unpack them, if it is
+    unpacked by itself. Of those unpacked together nodes are fewer bytes; what it counts for must not hang on others."""
     b = OnnxBuilder(LAYOUT_OPSET["packed"])
     name = "model.00.m.0.cv0"
     add_int8_weight(b, name, empty_weight(shape, width), "packed")

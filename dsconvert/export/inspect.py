@@ -47,6 +47,8 @@ def conv_weights(model: onnx.ModelProto) -> list[OnnxWeight]:
             continue
         sources = _sources(node.input[place], makers, tensors, set())
         parts = [t for t in sources if t.dims and t.data_type not in NO_WEIGHT]
+        # where all weights are made together, those of the convolution's name are its own
+        parts = [t for t in parts if node.name and t.name.startswith(f"{node.name}.")] or parts
         if not parts:
             continue
         # where each weight has a shift of its own, the integers are the weight

@@ -25,6 +25,7 @@ from dsconvert.export.nms import Nms, add_nms
 from dsconvert.export.operators import add_conv, add_float, real_weight
 from dsconvert.export.quantized import Quantized
 from dsconvert.export.real import add_real_weight, check_layout
+from dsconvert.export.weights import Weights
 from dsconvert.graph.ir import INPUT, ConvParams, Graph, Node
 from dsconvert.model import DSModel, display_name
 from dsconvert.yolo.network import Head
@@ -49,26 +50,25 @@ def export_quantized(model: DSModel, layout: str, imgsz: int, ends: Ends = PLAIN
     """The converted network with integer weights in the given layout (see `layouts`)."""
     check_layout(model, layout)
     if layout == "fused":
-        made = fuse(_written(model, "packed", imgsz, ends))
-        onnx.helper.set_model_props(made, {p.key: p.value for p in made.metadata_props} | {"dsconvert.layout": layout})
-        return made
+        return fuse(_written(model, layout, imgsz, ends))
     return _written(model, layout, imgsz, ends)
 
 
 def _written(model: DSModel, layout: str, imgsz: int, ends: Ends) -> onnx.ModelProto:
-    """The file operator by operator; in layout packed in the shapes ONNX Runtime is fast at."""
+    """The file operator by operator; in layouts packed and fused (to be) in the shapes ONNX Runtime is fast at."""
     _check_side(imgsz, model.head)
     b = OnnxBuilder(LAYOUT_OPSET[layout])
     if model.activations:
-        q = Quantized(b, model, layout, ends.input_type, imgsz if layout == "packed" else None)
+        q = Quantized(b, model, layout, ends.input_type, imgsz if layout in ("packed", "fused") else None)
         for node in model.graph.nodes:
             q.add(node)
-        q.biases.finish()
+        q.finish()
         raw = [q.raw(name) for name in model.graph.outputs]
     else:
-        image = add_real_image(b, ends.input_type)
+        image, weights = add_real_image(b, ends.input_type), Weights(b, layout)
         for node in model.graph.nodes:
-            _weight_only(b, _reading(node, image), model, layout)
+            _weight_only(b, _reading(node, image), model, weights)
+        weights.finish()
         raw = [RawMap(name) for name in model.graph.outputs]
     return _finish(b, raw, model.head, imgsz, ends, {"dsconvert.layout": layout})
 
@@ -135,15 +135,15 @@ def _prototypes(b: OnnxBuilder, raw: RawMap) -> None:
         b.node("DequantizeLinear", [raw.name, *ends], PROTOTYPES)
 
 
-def _weight_only(b: OnnxBuilder, node: Node, model: DSModel, layout: str) -> None:
+def _weight_only(b: OnnxBuilder, node: Node, model: DSModel, weights: Weights) -> None:
     """Integer weights in a float graph."""
     if node.op != "conv":
         add_float(b, node, list(node.inputs), node.name)
         return
     conv, name = model.convs[node.name], display_name(node)
-    if layout == "float":
+    if weights.layout == "float":
         weight = add_real_weight(b, name, conv.weight)
     else:
-        weight, _ = real_weight(b, name, conv.weight, layout)
+        weight, _ = real_weight(b, name, conv.weight, weights)
     bias = b.tensor(f"{name}.bias", conv.bias.numpy())
     add_conv(b, node, [node.inputs[0], weight, bias])

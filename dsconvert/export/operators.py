@@ -6,7 +6,7 @@ import numpy as np
 
 from dsconvert.dsconv.tensor import DSTensor
 from dsconvert.export.builder import OnnxBuilder
-from dsconvert.export.layouts import add_int8_weight
+from dsconvert.export.weights import Weights
 from dsconvert.graph.ir import Node
 from dsconvert.model import display_name
 
@@ -24,12 +24,12 @@ def add_conv(b: OnnxBuilder, node: Node, inputs: list[str]) -> str:
 
 
 def real_weight(
-    b: OnnxBuilder, name: str, weight: DSTensor, layout: str, more: int = 0, fill: int = 0
+    b: OnnxBuilder, name: str, weight: DSTensor, weights: Weights, more: int = 0, fill: int = 0
 ) -> tuple[str, str]:
     """The dequantized weight's name, and that of CDSw, with `more` output and `fill` input channels of zeros: their
     scales are stored, their weights made at load."""
     cds = b.tensor(f"{name}.cds", np.append(weight.cds_w.numpy(), np.ones(more)).astype(np.float32))
-    integers = add_int8_weight(b, name, weight, layout)
+    integers = weights.add(name, weight)
     if more or fill:
         integers = b.node("Pad", [integers, b.shape(*[0] * 4, more, fill, 0, 0)], f"{name}.all")
     return b.node("DequantizeLinear", [integers, cds], f"{name}.w", axis=0), cds

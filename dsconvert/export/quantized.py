@@ -4,14 +4,15 @@ from which engines build their int8 kernels. Max-pool, upsampling and same-grid 
 
 from __future__ import annotations
 
+from collections import Counter
+
 import numpy as np
 
 from dsconvert.export.biases import Biases
 from dsconvert.export.builder import OnnxBuilder
-from dsconvert.export.decode import RawMap
+from dsconvert.export.decode import SHORT, RawMap
 from dsconvert.export.inputs import BYTES, add_real_image
 from dsconvert.export.lastchannels import LAST, TO_FIRST, TO_LAST
-from dsconvert.export.layouts import add_int8_weight
 from dsconvert.export.operators import add_conv, add_float, real_weight
 from dsconvert.export.quickconv import (
     RUN,
@@ -23,6 +24,7 @@ from dsconvert.export.quickconv import (
     quads_of,
     twice,
 )
+from dsconvert.export.weights import Weights
 from dsconvert.graph.integer import SIGMOID, QParams, grid_of, keeps_grid
 from dsconvert.graph.ir import INPUT, Node
 from dsconvert.graph.shapes import value_shapes
@@ -30,18 +32,20 @@ from dsconvert.model import DSModel, display_name
 
 
 class Quantized:
-    """Walks the graph keeping, for every value, its uint8 name and (made when first asked for) its float name.
+    """Walks the graph keeping the uint8 name of every value. Each reader dequantizes it anew: ONNX Runtime would copy
+    what readers share, and then look at the whole graph once more.
 
     Given the image's `side`, it writes what ONNX Runtime is fast at, with equal integers: convolutions in other shapes
     (see `quickconv`), upsampling by Gather, and maps for `decode` with their channels last."""
 
     def __init__(self, b: OnnxBuilder, model: DSModel, layout: str, input_type: str, side: int | None) -> None:
         self.b, self.model, self.layout, self.biases, self.side = b, model, layout, Biases(b), side
+        self.weights = Weights(b, layout)
         self.grids = grid_of(model.graph, model.activations)
         weights = {name: tuple(conv.weight.vqk.shape) for name, conv in model.convs.items()}
         self.shapes = value_shapes(model.graph, weights, (3, side, side)) if side is not None else {}
         self.uint8: dict[str, str] = {}
-        self.floats: dict[str, str] = {}
+        self.readers: Counter[str] = Counter()
         self.wide: dict[str, tuple[str, int]] = {}  # raw map -> the map it is the first channels of, and how many more
         if input_type == "uint8" and self.grids[INPUT] == BYTES:
             self.uint8[INPUT] = INPUT  # the bytes are the quantized image
@@ -65,10 +69,9 @@ class Quantized:
         if node.op == "conv":
             out = self._conv(node)
         elif node.op == "act" and node.attrs["kind"] == "SiLU":
-            real = self.real(node.inputs[0])
-            gate = b.node("Sigmoid", [real], f"{node.name}.s")
+            gate = b.node("Sigmoid", [self.real(node.inputs[0])], f"{node.name}.s")
             gate = self._dq(self._q(gate, f"{node.name}.sq", SIGMOID), f"{node.name}.sd", SIGMOID)
-            out = b.node("Mul", [real, gate], node.name)
+            out = b.node("Mul", [self.real(node.inputs[0]), gate], node.name)
         else:
             out = add_float(b, node, [self.real(x) for x in node.inputs], node.name)
         more = self._more(node) if node.op == "conv" else 0
@@ -82,6 +85,11 @@ class Quantized:
         else:
             self._quantize(node.name, out)
 
+    def finish(self) -> None:
+        """After the last node: put what biases and weights are made of in front."""
+        self.biases.finish()
+        self.weights.finish()
+
     def raw(self, value: str) -> RawMap:
         """An output of the graph, as `decode` shall have it."""
         grid, graph = self.grids[value], self.model.graph
@@ -89,13 +97,15 @@ class Quantized:
         if self.side is None or prototypes:
             return RawMap(self.uint8[value], grid)
         name, more = self.wide.get(value) or (self.uint8[value], 0)
+        if self.layout == "packed" and not more and self.shapes[value][0] <= SHORT * self.model.head.na:
+            # decoding turns it around by itself; ONNX Runtime would make one Transpose of the two
+            return RawMap(name, grid)
         return RawMap(self.b.node("Transpose", [name], f"{value}.last", perm=TO_LAST), grid, True, more)
 
     def real(self, value: str) -> str:
-        """The dequantized name of a value."""
-        if value not in self.floats:
-            self.floats[value] = self._dq(self.uint8[value], f"{value}.d", self.grids[value])
-        return self.floats[value]
+        """A dequantized name of a value, another one every time."""
+        self.readers[value] += 1
+        return self._dq(self.uint8[value], f"{value}.d{self.readers[value]}", self.grids[value])
 
     def _quantize(self, value: str, real: str) -> None:
         self.uint8[value] = self._q(real, f"{value}.q", self.grids[value])
@@ -113,7 +123,7 @@ class Quantized:
         """In layout packed with zeros for the channels that its kernel lacks (see `quickconv`)."""
         b, name = self.b, display_name(node)
         more, fill = self._more(node), self._fill(node)
-        weight, cds = real_weight(b, name, self.model.convs[node.name].weight, self.layout, more, fill)
+        weight, cds = real_weight(b, name, self.model.convs[node.name].weight, self.weights, more, fill)
         bias, unit = self._bias(node, cds, more)
         if more:
             bias = b.node("Pad", [bias, b.shape(0, more)], f"{name}.bias.wide")
@@ -131,13 +141,12 @@ class Quantized:
         return -self.shapes[INPUT][0] % RUN if quick else 0
 
     def _filled_image(self, fill: int) -> str:
-        if f"{INPUT}.filled" not in self.floats:
+        filled = f"{INPUT}.filled"
+        if not self.b.has(filled):
             _, zero = self._grid(self.grids[INPUT])
-            filled = self.b.node(
-                "Pad", [self.uint8[INPUT], self.b.shape(*[0] * 5, fill, 0, 0), zero], f"{INPUT}.filled"
-            )
-            self.floats[filled] = self._dq(filled, f"{filled}.d", self.grids[INPUT])
-        return self.floats[f"{INPUT}.filled"]
+            self.b.node("Pad", [self.uint8[INPUT], self.b.shape(*[0] * 5, fill, 0, 0), zero], filled)
+        self.readers[filled] += 1
+        return self._dq(filled, f"{filled}.d{self.readers[filled]}", self.grids[INPUT])
 
     def _quads(self, node: Node) -> Quads | None:
         """For a convolution of every second pixel of an image whose channels no kernel likes (see `quickconv`)."""
@@ -154,7 +163,7 @@ class Quantized:
         _, zero = self._grid(self.grids[INPUT])
         last = image_by_quads(b, self.uint8[INPUT], (chi, self.side), q, zero, INPUT)
         first = b.node("Transpose", [last], f"{INPUT}.first", perm=TO_FIRST)
-        integers = kernel_by_quads(b, add_int8_weight(b, name, w, self.layout), tuple(w.vqk.shape), q, name)
+        integers = kernel_by_quads(b, self.weights.add(name, w), tuple(w.vqk.shape), q, name)
         cds = b.tensor(f"{name}.cds", w.cds_w.numpy().astype(np.float32))
         weight = b.node("DequantizeLinear", [integers, twice(b, cds, cds)], f"{name}.w", axis=0)
         real = self._dq(first, f"{INPUT}.first.d", self.grids[INPUT])

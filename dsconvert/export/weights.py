@@ -1,0 +1,25 @@
+"""Which weights of a file are decoded one by one (see `layouts`), and which together (see `joint`)."""
+
+from __future__ import annotations
+
+from dsconvert.dsconv.tensor import DSTensor
+from dsconvert.export.builder import OnnxBuilder
+from dsconvert.export.joint import JointWeights, joins
+from dsconvert.export.layouts import add_int8_weight
+
+
+class Weights:
+    """Collects a file's weights in one layout; `finish` puts what decodes several in front of what reads them."""
+
+    def __init__(self, b: OnnxBuilder, layout: str) -> None:
+        self.b, self.layout, self.joint = b, layout, JointWeights(b)
+
+    def add(self, name: str, weight: DSTensor) -> str:
+        """The name of m * VQK + z as an int8 value (cho, chi, kh, kw)."""
+        if self.layout in ("packed", "fused") and joins(weight):
+            return self.joint.add(name, weight)
+        return add_int8_weight(self.b, name, weight, self.layout)
+
+    def finish(self) -> None:
+        """After the last weight."""
+        self.joint.finish()

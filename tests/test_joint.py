@@ -1,0 +1,162 @@
+"""Weights decoded together: every integer comes back, in its own bits, and a layer more costs few nodes."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import replace
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+import torch
+from conftest import SIDE
+from onnx import numpy_helper
+from onnx.reference import ReferenceEvaluator
+
+from dsconvert.dsconv.runs import vectors
+from dsconvert.dsconv.tensor import DSTensor, Width, max_multiplier, vqk_limits
+from dsconvert.export.builder import OnnxBuilder
+from dsconvert.export.joint import JointWeights, joins
+from dsconvert.export.onnx import export_quantized
+from dsconvert.export.weights import Weights
+
+KINDS = [(1, True), (2, True), (3, True), (4, False), (5, False), (6, False)]
+FLOAT = onnx.TensorProto.FLOAT
+
+
+def weight_of(shape: tuple[int, int, int, int], width: Width, seed: int = 0) -> DSTensor:
+    """Random integers up to both ends of their range, and all m."""
+    rng = np.random.default_rng(seed)
+    cho, chi, kh, kw = shape
+    if width.runs:
+        book = vectors(width.bits)
+        runs = book[rng.integers(0, len(book), (cho, chi // 4, kh, kw))]
+        runs[0, 0, 0, 0], runs[-1, -1, -1, -1] = book[0], book[-1]
+        vqk = np.moveaxis(runs, -1, 2).reshape(shape)
+    else:
+        low, high = vqk_limits(width.bits)
+        vqk = rng.integers(low, high + 1, shape)
+        vqk.flat[:2] = low, high
+    m = rng.integers(1, max_multiplier(width.bits, width.runs) + 1, (cho, -(-chi // width.block_size), kh, kw))
+    m.flat[-1] = max_multiplier(width.bits, width.runs)
+    tensors = (torch.from_numpy(np.ascontiguousarray(a)).to(torch.int8) for a in (vqk, m))
+    return DSTensor(*tensors, None, torch.ones(cho), width.bits, width.block_size, runs=width.runs)
+
+
+def model_of(weights: dict[str, DSTensor]) -> onnx.ModelProto:
+    """A file that is nothing but these weights, as floats."""
+    b = OnnxBuilder(21)
+    joint = JointWeights(b)
+    for name, weight in weights.items():
+        b.node("Cast", [joint.add(name, weight)], f"{name}.out", to=FLOAT)
+    joint.finish()
+    return b.model({}, {f"{name}.out": tuple(w.vqk.shape) for name, w in weights.items()}, {})
+
+
+def decoded(model: onnx.ModelProto) -> list[list[np.ndarray]]:
+    """By ONNX Runtime, by ONNX's own definition, and by OpenVINO where it is installed."""
+    found = [ort.InferenceSession(model.SerializeToString()).run(None, {}), ReferenceEvaluator(model).run(None, {})]
+    try:
+        import openvino
+    except ImportError:
+        return found
+    core = openvino.Core()
+    return [*found, list(core.compile_model(core.read_model(model.SerializeToString()), "CPU")({}).values())]
+
+
+@pytest.mark.parametrize(("bits", "runs"), KINDS)
+@pytest.mark.parametrize("shapes", [[(6, 16, 1, 1)], [(2, 32, 3, 3), (6, 16, 1, 1), (4, 32, 1, 1), (3, 64, 3, 3)]])
+def test_all_come_back(bits, runs, shapes):
+    sizes = (16, 16, 32, 8)
+    weights = {
+        f"layer{i}": weight_of(shape, Width(bits, size, runs), i)
+        for i, (shape, size) in enumerate(zip(shapes, sizes, strict=False))
+    }
+    model = model_of(weights)
+    for values in decoded(model):
+        for weight, value in zip(weights.values(), values, strict=True):
+            assert np.array_equal(value, weight.merged().numpy())
+    for name, weight in weights.items():  # in as many bits as it has
+        stored = [numpy_helper.to_array(t) for t in model.graph.initializer if t.name.startswith(f"{name}.")]
+        assert {a.dtype for a in stored} == {np.dtype(np.uint8)}
+        assert sum(8 * a.size for a in stored) == round(weight.weight_bits * weight.vqk.numel())
+
+
+def test_all_kinds_in_one_file():
+    weights = {f"w{bits}": weight_of((4, 32, 3, 3), Width(bits, 16, runs)) for bits, runs in KINDS}
+    for values in decoded(model_of(weights)):
+        for weight, value in zip(weights.values(), values, strict=True):
+            assert np.array_equal(value, weight.merged().numpy())
+
+
+def test_words_are_as_documented():
+    """5 bits: -16 and 15, the ends, are 0 and 31 above the lowest; their lower nibbles are a byte, their upper bits two
+    of the eight that four words have above theirs. m 1 and 4 are one byte."""
+    vqk = torch.tensor([[-16, 15, 0, -16, -16, -16, -16, -16]] * 2, dtype=torch.int8).reshape(2, 8, 1, 1)
+    m = torch.tensor([1, 4], dtype=torch.int8).reshape(2, 1, 1, 1)
+    model = model_of({"w": DSTensor(vqk, m, None, torch.ones(2), 5, 8)})
+    stored = {t.name: numpy_helper.to_array(t) for t in model.graph.initializer}
+    assert stored["w.vqk"].tolist() == [[[[0xF0, 0x00, 0x00, 0x00]], [[0xF0, 0x00, 0x00, 0x00]]]]
+    assert stored["w.vqk.high"].tolist() == [[[0b0110], [0b0110]]]
+    assert stored["w.kds"].tolist() == [0x41]
+
+
+def test_what_does_not_join():
+    good = weight_of((4, 32, 3, 3), Width(4, 16))
+    assert joins(good)
+    assert not joins(replace(good, z=torch.zeros_like(good.m)))
+    for shape, width in [
+        ((4, 40, 1, 1), Width(4, 16)),  # a short last block
+        ((4, 12, 1, 1), Width(4, 4)),  # a block is no whole bytes
+        ((3, 16, 1, 1), Width(4, 16)),  # an odd number of m
+        ((4, 16, 1, 1), Width(7, 16)), ((4, 16, 1, 1), Width(8, 16)),
+    ]:  # fmt: skip
+        assert not joins(weight_of(shape, width))
+
+
+@pytest.mark.parametrize(("bits", "runs"), KINDS)
+@pytest.mark.parametrize(("kernel", "nodes"), [(1, 1), (3, 3)])
+def test_a_layer_more_is_one_node_or_three(bits, runs, kernel, nodes):
+    """Reshape; where the kernel is larger Reshape, Transpose, Reshape. What all share is not more for more of them."""
+    layers = {f"w{i}": weight_of((4, 16, kernel, kernel), Width(bits, 16, runs), i) for i in range(4)}
+    three, four = (len(model_of(dict(list(layers.items())[:count])).graph.node) for count in (3, 4))
+    assert four - three - 1 == nodes  # and the Cast of this test
+
+
+def test_onnx_runtime_finds_nothing_to_change_but_constants(widened, tmp_path):
+    """It copies what several read, and makes one Transpose of two: each time it looks at the whole graph again."""
+    made = export_quantized(widened, "packed", SIDE)
+    options = ort.SessionOptions()
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
+    options.optimized_model_filepath = str(tmp_path / "basic.onnx")
+    ort.InferenceSession(made.SerializeToString(), options)
+    known, left = {t.name for t in made.graph.initializer}, list[onnx.NodeProto]()
+    for node in made.graph.node:
+        if node.op_type != "DequantizeLinear" and node.input and known.issuperset(node.input):
+            known.update(node.output)
+        else:
+            left.append(node)
+    found = onnx.load(tmp_path / "basic.onnx").graph.node
+    assert Counter(n.op_type for n in found) == Counter(n.op_type for n in left)
+    assert _orders(found) == _orders(left)
+
+
+def _orders(nodes: Iterable[onnx.NodeProto]) -> Counter[tuple[int, ...]]:
+    return Counter(tuple(n.attribute[0].ints) for n in nodes if n.op_type == "Transpose")
+
+
+@pytest.mark.parametrize(("bits", "runs"), KINDS)
+def test_beside_layers_that_are_decoded_by_themselves(bits, runs):
+    b = OnnxBuilder(21)
+    weights = Weights(b, "packed")
+    width = Width(bits, 16, runs)
+    both = {"w": weight_of((4, 32, 3, 3), width), "ragged": weight_of((3, 40, 3, 3), width)}
+    assert [joins(w) for w in both.values()] == [True, False]
+    for name, weight in both.items():
+        b.node("Cast", [weights.add(name, weight)], f"{name}.out", to=FLOAT)
+    weights.finish()
+    for values in decoded(b.model({}, {f"{name}.out": tuple(w.vqk.shape) for name, w in both.items()}, {})):
+        for weight, value in zip(both.values(), values, strict=True):
+            assert np.array_equal(value, weight.merged().numpy())
