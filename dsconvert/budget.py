@@ -3,6 +3,7 @@ lost."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from functools import lru_cache
 
@@ -25,6 +26,8 @@ from dsconvert.yolo.network import Head
 BITS = (1, 2, 3, 4, 5, 6, 8)
 BLOCK_SIZES = (16, 32)  # tried where the user names none
 UNIFORM = Width(4, 32)  # what is allocated by default: as many bytes as this width everywhere would take
+TRIES = 8  # files that are looked at for one of a given size
+FULL = 0.002  # what may be left of it
 Damage = Mapping[str, Mapping[Width, float]]
 Widths = Mapping[str, Width]
 
@@ -79,13 +82,23 @@ def widths_for_file(
             f"--target-size {target / 1e6:.2f}MB is out of reach: the smallest file is {floor / 1e6:.2f} MB."
         )
     least_bytes = sum(c.size for c in least.values())
+    fits, over, best = least_bytes, math.inf, smallest
     budget = target - floor + least_bytes
-    while True:
+    for _ in range(TRIES):
         widths = {name: c.width for name, c in allocate(options, budget).items()}
-        excess = file_size(widths) - target  # lengths within lengths: a few bytes either way
-        if excess <= 0 or widths == smallest:
-            return widths
-        budget = max(budget - excess, least_bytes)
+        room = target - file_size(widths)
+        if room < 0:
+            over = budget
+        else:
+            unchanged, fits, best = widths == best, budget, widths
+            if room <= FULL * target or (unchanged and math.isinf(over)):
+                break
+        budget += room  # right where layers are as many bytes as counted; else between what fits and what does not
+        if not fits < budget < over:
+            budget = int(fits + over) // 2
+        if over - fits <= FULL * target:
+            break
+    return best
 
 
 def packed_size(

@@ -103,3 +103,17 @@ def test_a_file_size_is_kept_whatever_the_widths_add_to_it():
         assert file_size(budget.widths_for_file(params, damage, target, file_size)) <= target
     with pytest.raises(InputError, match="out of reach"):
         budget.widths_for_file(params, damage, 10_000, file_size)
+
+
+@pytest.mark.parametrize("shared", [0, 4000])  # bytes that layers of 3 bits have in common
+def test_what_a_file_has_room_for_is_used(shared):
+    """Where layers are a tenth less than what is counted for each."""
+    params = {f"l{i}": ConvParams(torch.zeros(64, 64, 1, 1), torch.zeros(64)) for i in range(40)}
+    damage = {name: {used_width(b, 64, 32): (i + 1) * 4.0**-b for b in budget.BITS} for i, name in enumerate(params)}
+
+    def file_size(widths):
+        parts = (budget.stored_bytes(torch.Size((64, 64, 1, 1)), w) for w in widths.values())
+        return 500 + shared * any(w.bits == 3 for w in widths.values()) + sum(parts) * 9 // 10
+
+    for target in (60_000, 90_000):
+        assert 0.98 * target < file_size(budget.widths_for_file(params, damage, target, file_size)) <= target
