@@ -16,6 +16,7 @@ from dsconvert.dsconv.tensor import Width
 from dsconvert.errors import InputError
 from dsconvert.fit.channels import is_moment
 from dsconvert.fit.importance import measure_importance
+from dsconvert.fit.leftover import left_over
 from dsconvert.fit.ranges import choose_grids
 from dsconvert.fit.sensitivity import WeightErrors
 from dsconvert.fit.synthesize import synthesize
@@ -197,4 +198,14 @@ def calibrate(
 
     found = measure_importance(graph, params, singles(), measure, seed, errors, images.first)
     own = choose_grids(graph, found.samples, found.clipping, seed) if quantized else {}
-    return Calibration(own, found.positions, found.channels, found.damage)
+    damage = found.damage
+    if damage:
+        singles_again = (image for batch in images.real(device) for image in batch.split(1))
+        left = left_over(
+            graph, params, singles_again, found.positions, found.channels, images.count, seed, images.first
+        )
+        damage = {
+            name: {width: d * left[name].of(width) if name in left else d for width, d in by_width.items()}
+            for name, by_width in damage.items()
+        }
+    return Calibration(own, found.positions, found.channels, damage)

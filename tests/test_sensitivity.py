@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 
 from dsconvert.dsconv.tensor import Width
 from dsconvert.fit.importance import measure_importance
-from dsconvert.fit.sensitivity import squared_effects, weight_errors
+from dsconvert.fit.sensitivity import squared_effects, unshrunk, weight_errors
 from dsconvert.graph.ir import INPUT, ConvParams, Graph, Node
 from dsconvert.graph.run import run_float
 from dsconvert.yolo.lower import lower
@@ -15,32 +17,55 @@ from dsconvert.yolo.lower import lower
 POINT = {"stride": 1, "padding": 0, "dilation": 1, "groups": 1}
 
 
-def test_effect_is_the_gradient_along_the_centred_error():
-    """conv(x, D), its channel means taken out, times the gradient, summed: by definition."""
+def test_effect_is_the_mean_over_the_signs_of_the_error():
+    """conv(x, D), its channel means taken out, times the gradient, summed and squared: by definition, for every sign
+    that D's entries can have."""
     generator = torch.Generator().manual_seed(0)
     node = Node("conv", "c", (INPUT,), {"stride": 2, "padding": 1, "dilation": 1, "groups": 1})
-    x, error = torch.randn(1, 3, 9, 9, generator=generator), torch.randn(4, 3, 3, 3, generator=generator)
-    gradient = torch.randn(1, 4, 5, 5, generator=generator)
-    moved = torch.nn.functional.conv2d(x, error, stride=2, padding=1)
-    wanted = ((moved - moved.mean((2, 3), keepdim=True)) * gradient).sum().square().item()
+    x, error = torch.randn(1, 1, 9, 9, generator=generator), torch.randn(1, 1, 3, 3, generator=generator)
+    gradient = torch.randn(1, 1, 5, 5, generator=generator)
+    squares = []
+    for signs in itertools.product((-1.0, 1.0), repeat=9):
+        moved = torch.nn.functional.conv2d(x, error * torch.tensor(signs).reshape(1, 1, 3, 3), stride=2, padding=1)
+        squares.append(((moved - moved.mean((2, 3), keepdim=True)) * gradient).sum().square().item())
+    wanted = sum(squares) / len(squares)
     assert squared_effects(node, x, gradient, {Width(4, 3): error})[Width(4, 3)] == pytest.approx(
         wanted, rel=1e-4
     )  # float32 sums
 
 
-def test_expected_damage_of_a_linear_layer_is_its_squared_output_error(picture):
-    """One pass of random signs gives it right in the mean: 200 passes, each with a relative deviation of sqrt(2)."""
+def test_expected_damage_of_a_linear_layer_is_its_noise_at_the_output(picture):
+    """Of a 1x1 convolution: every error's square times its input's energy around the mean. One pass of random signs
+    gives it right in the mean: 200 passes, each with a relative deviation of at most sqrt(2)."""
     generator = torch.Generator().manual_seed(0)
     graph = Graph((Node("conv", "c", (INPUT,), POINT),), ("c",))
     params = {"c": ConvParams(torch.randn(4, 3, 1, 1, generator=generator), torch.zeros(4))}
     errors = weight_errors(params, ["c"], (2, 4, 8), (2, 3))
+    # what columns and channels make up for is no concern of it
     found = measure_importance(graph, params, [picture] * 200, lambda raw, _: raw, 0, errors).damage["c"]
     assert set(errors["c"]) == {Width(*w) for w in ((2, 2), (2, 3), (4, 2), (4, 3), (8, 3))}
+    energy = (picture - picture.mean((2, 3), keepdim=True)).square().sum((0, 2, 3))
     for width, error in errors["c"].items():
-        moved = run_float(graph, {"c": ConvParams(error, torch.zeros(4))}, picture)[0]
-        wanted = (moved - moved.mean((2, 3), keepdim=True)).square().sum().item()
+        wanted = float((error.flatten(1).square() * energy).sum())
         assert found[width] / 200 == pytest.approx(wanted, rel=4 * (2 / 200) ** 0.5)  # four sigma
     assert found[Width(2, 3)] > found[Width(4, 3)] > found[Width(8, 3)] > 0
+
+
+def test_errors_shrink_about_by_four_with_every_bit():
+    """From 4 bits on, where rounding is all the error there is; 8 bits are one scale an output channel."""
+    weight = torch.randn(16, 64, 3, 3, generator=torch.Generator().manual_seed(0))
+    errors = weight_errors({"c": ConvParams(weight, torch.zeros(16))}, ["c"], (4, 5, 6), (16,))["c"]
+    squares = [float(errors[Width(bits, 16)].square().sum()) for bits in (4, 5, 6)]
+    for more, less in itertools.pairwise(squares):
+        assert 2.5 < more / less < 5  # m has fewer values at more bits
+
+
+def test_fitted_channels_are_made_as_long_as_they_were():
+    weight = torch.tensor([[3.0, 4.0], [1.0, 0.0], [1.0, 0.0]]).reshape(3, 2, 1, 1)
+    fitted = torch.tensor([[0.0, 5.0], [0.1, 0.0], [-1.0, 0.0]]).reshape(3, 2, 1, 1)
+    made = unshrunk(weight, fitted).flatten(1)
+    # <(0, 5), (3, 4)> = 20 of 25; at most four times; nothing to make of what points the other way
+    assert made.flatten().tolist() == pytest.approx([0, 6.25, 0.4, 0, -1, 0])  # float32
 
 
 def test_damage_foretells_what_replacing_the_weight_does(tiny, picture):

@@ -57,14 +57,22 @@ class Moments:
 
     def damped(self, weight: Tensor) -> Moments:
         """The moments of J for the float weight (cho, K), with DAMPING's share of the mean diagonal of H as r."""
-        ridge = DAMPING * self.hessian.diagonal().mean().clamp_min(1e-12)
-        eye = torch.eye(len(self.hessian), dtype=torch.float64)
-        return replace(self, hessian=self.hessian + ridge * eye, cross=self.cross + ridge * weight)
+        return replace(self, hessian=damped_hessian(self.hessian), cross=self.cross + ridge(self.hessian) * weight)
 
     def with_bias(self, weight: DSTensor) -> QConv:
         """The weight with the CDSb that makes the mean of its outputs the float network's."""
         made = (weight.weight().double().flatten(1) * self.mean_q).sum(1)
         return QConv(weight, (self.mean_y - made).float())
+
+
+def ridge(hessian: Tensor) -> Tensor:
+    """r for H (K, K)."""
+    return DAMPING * hessian.diagonal().mean().clamp_min(1e-12)
+
+
+def damped_hessian(hessian: Tensor) -> Tensor:
+    """H (K, K) with r on its diagonal."""
+    return hessian + ridge(hessian) * torch.eye(len(hessian), dtype=hessian.dtype)
 
 
 def measure_moments(node: Node, weight_shape: torch.Size, batches: Iterable[Seen], seed: int) -> Moments:
@@ -81,7 +89,7 @@ def measure_moments(node: Node, weight_shape: torch.Size, batches: Iterable[Seen
         for index, (q, y, weights) in enumerate(given, seen.first):
             picks, w = draws.positions(weights.double(), draws.of_image(seed, index))
             picks = picks.to(q.device)
-            taken = seen.real(_columns(q, seen.zero, tuple(kernel), node, picks))
+            taken = seen.real(unfolded(q, seen.zero, tuple(kernel), node, picks))
             columns.append(torch.cat((taken, y.flatten(1)[:, picks].float())))
             counts.append(w.to(q.device, torch.float32))
         both, w = torch.cat(columns, 1), torch.cat(counts)
@@ -104,7 +112,7 @@ def measure_moments(node: Node, weight_shape: torch.Size, batches: Iterable[Seen
     )  # fmt: skip
 
 
-def _columns(x: Tensor, zero: int, kernel: tuple[int, ...], node: Node, picks: Tensor) -> Tensor:
+def unfolded(x: Tensor, zero: int, kernel: tuple[int, ...], node: Node, picks: Tensor) -> Tensor:
     """Columns `picks` (p,) of the unfolded x (c, h, w): (c * kh * kw, p), without unfolding the others. `zero` is
     around x."""
     a = node.attrs

@@ -1,0 +1,66 @@
+"""What compensation leaves of rounding errors: by hand, and against rounding itself."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from dsconvert.dsconv.tensor import Width
+from dsconvert.fit.gptq import DAMPING
+from dsconvert.fit.leftover import Left, left_by, left_over
+from dsconvert.graph.ir import INPUT, ConvParams, Graph, Node
+
+POINT = {"stride": 1, "padding": 0, "dilation": 1, "groups": 1}
+
+
+def test_nothing_makes_up_for_columns_that_have_nothing_in_common():
+    assert left_by(torch.diag(torch.tensor([3.0, 7.0, 1.0]).double())) == 1
+
+
+def test_of_two_columns_the_first_keeps_what_the_second_cannot_make_up_for():
+    """D is 1 - r^2 for the first, 1 for the second."""
+    h = torch.tensor([[1.0, 0.8], [0.8, 1.0]]).double()
+    assert left_by(h) == pytest.approx((1 - 0.64 + 1) / 2)
+
+
+def test_the_share_is_what_rounding_column_by_column_leaves():
+    """Rounded to integers: 4000 rows of errors evenly within half a step, so both J are good to a few per cent."""
+    generator = torch.Generator().manual_seed(0)
+    factor = torch.randn(40, 12, generator=generator).double()
+    h = factor.T @ factor / 40 + 0.9  # the rows' mean: columns alike
+    h = h[torch.argsort(h.diagonal(), descending=True)][:, torch.argsort(h.diagonal(), descending=True)]
+    w = torch.randn(4000, 12, generator=generator).double() * 10
+    left, rounded = w.clone(), torch.empty_like(w)
+    for j in range(12):
+        rounded[:, j] = left[:, j].round()
+        if j < 11:  # the rest moves to where J is least, given the error
+            pull = torch.linalg.solve(h[j + 1 :, j + 1 :], h[j + 1 :, j])
+            left[:, j + 1 :] += (left[:, j] - rounded[:, j])[:, None] * pull
+
+    def objective(made):
+        error = w - made
+        return float(((error @ h) * error).sum())
+
+    assert left_by(h) == pytest.approx(objective(rounded) / objective(w.round()), rel=0.05)
+
+
+def test_equal_inputs_of_a_layer_make_up_for_each_other():
+    """Both channels of the input are the same x: H is var(x) everywhere, and DAMPING of it more on the diagonal."""
+    graph = Graph((Node("conv", "c", (INPUT,), POINT),), ("c",))
+    params = {"c": ConvParams(torch.ones(2, 2, 1, 1), torch.zeros(2))}
+    x = torch.randn(6, 1, 10, 10, generator=torch.Generator().manual_seed(0)).expand(-1, 2, -1, -1)
+    alone = torch.eye(2).double()
+
+    def found(images, first):
+        return left_over(graph, params, images.split(1), {"c": torch.ones(len(images), 100)}, {"c": alone}, 6, 0, first)
+
+    d = 1 + DAMPING - 1 / (1 + DAMPING)
+    left = found(x, 0)["c"]
+    assert left.columns == pytest.approx((d + 1 + DAMPING) / (2 + 2 * DAMPING), rel=1e-3)  # x is kept as half
+    assert left.channels == pytest.approx(1)
+    assert left.of(Width(4, 2)) == pytest.approx(left.columns)
+
+
+def test_channels_of_8_bits_are_on_their_own():
+    left = Left(0.5, 0.25)
+    assert (left.of(Width(8, 64)), left.of(Width(4, 16))) == (0.5, 0.125)
