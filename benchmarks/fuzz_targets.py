@@ -22,6 +22,7 @@ from dsconvert.anyonnx.convert import OnnxPlan, quantize_onnx
 from dsconvert.calibcache import META as CACHE_META
 from dsconvert.calibcache import remembered
 from dsconvert.errors import InputError
+from dsconvert.evaluate.bounds import enforced
 from dsconvert.evaluate.candidates import load_candidate
 from dsconvert.export.check import check_accumulators
 from dsconvert.export.onnx import export_quantized
@@ -72,7 +73,7 @@ def targets(folder: Path) -> dict[str, Target]:
     archive, stored = checkpoint.read_bytes(), made.read_bytes()
     runs, shifted = (
         model_bytes(pipeline.quantize(loaded, replace(options, **other)).model)
-        for other in ({"bits": 2}, {"bits": 4, "kds": "float"})
+        for other in ({"bits": 2}, {"bits": 4, "kds": "float", "activations": "float"})
     )
     families = other_families()
     cfgs = [(OURS / name).read_bytes() for name in cfg_names()]
@@ -88,7 +89,8 @@ def targets(folder: Path) -> dict[str, Target]:
         "cfg yaml": Target(lambda p: chosen_blocks(p, kinds), ".yaml", cfgs),
         "labels": Target(lambda p: read_labels(p, 6), ".txt", labels),
         "images": Target(read_image, ".jpg", photos),
-        "onnx": Target(lambda p: load_candidate(p, None), ".onnx", graphs),
+        "onnx": Target(run_onnx, ".onnx", graphs),
+        "onnx graph": Target(run_onnx, ".onnx", graphs, inside_graph),
         "float onnx": Target(float_onnx(folder), ".onnx", floats),
         "float onnx graph": Target(float_onnx(folder), ".onnx", floats, inside_graph),
         **both("finetune", STATE_META, *finetunes(model, folder)),
@@ -173,6 +175,13 @@ def cached(given: tuple[Any, ...], folder: Path) -> tuple[Callable[[Path], Any],
     return read, [(folder / "cache" / f"{key}.safetensors").read_bytes()]
 
 
+def run_onnx(path: Path) -> None:
+    """What `eval` and `detect` do with an exported file, on one image, within the command line's bounds."""
+    with enforced():
+        candidate = load_candidate(path, None)
+        candidate.predict(np.full((1, 3, candidate.side, candidate.side), 0.5, np.float32))
+
+
 def float_onnx(folder: Path) -> Callable[[Path], Any]:
     """`quantize model.onnx` on two images."""
     photos = folder / "photos"
@@ -182,7 +191,8 @@ def float_onnx(folder: Path) -> Callable[[Path], Any]:
             shutil.copy(source, photos)
 
     def read(path: Path) -> None:
-        quantize_onnx(path, photos, OnnxPlan(block_size=4, imgsz=16, samples=2))
+        with enforced():
+            quantize_onnx(path, photos, OnnxPlan(block_size=4, imgsz=16, samples=2))
 
     return read
 
