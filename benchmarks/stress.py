@@ -2,7 +2,7 @@
 
     python benchmarks/stress.py --runs 200
 
-Every run is a forked process (torch is loaded once) that works on the demo model with one of the commands. It is ended by
+Every run is a forked process (torch is loaded once) that works on the demo model by one of the commands. It is ended by
 SIGKILL either after a random time, or at a random one of its calls that change files: opening, syncing, linking,
 renaming, removing. Afterwards every file must be whole: the bytes an undisturbed run writes, or the bytes that were
 there before. Every fourth quantize or finetune that was killed with layers fitted, or epochs done, is resumed, killed
@@ -30,6 +30,7 @@ from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # a forked process cannot use the threads of the one it came from
 
+import yaml
 from safetensors import SafetensorError, safe_open
 
 from dsconvert.cli import main as command_line
@@ -178,7 +179,7 @@ def stages(checkpoint: Path, data: Path, imgsz: int, folder: Path) -> list[Stage
     add("export --force", [*export, "--force"], old)
     add("export int8 nms", [*export, "--layout", "int8", "--nms", "--uint8-input"], exported)
     add("export fused", [*export, "--layout", "fused"], exported)
-    photos = few_images(folder.parent / "few")
+    photos = few_images(data, folder.parent / "few")
     add("detect", ["detect", "q/model-packed.onnx", str(photos.parent / "images" / "val"), "--save-txt", "--save-json",
                    "--out", "d"], exported)  # fmt: skip
     add("report", ["report", "q/model.safetensors", "--data", str(photos), "--no-latency"], four)
@@ -188,14 +189,21 @@ def stages(checkpoint: Path, data: Path, imgsz: int, folder: Path) -> list[Stage
     return made
 
 
-def few_images(folder: Path) -> Path:
-    """The demo's first images with their labels, four to train on and two to look at; the data.yaml that says so."""
-    for kind, count in (("train", 4), ("val", 2)):
-        for part, suffix in (("images", ".jpg"), ("labels", ".txt")):
+def few_images(data: Path, folder: Path) -> Path:
+    """Of a data.yaml's val images the first, with their labels, four to train on and two to look at; the data.yaml that
+    says so."""
+    said = yaml.safe_load(data.read_text())
+    images = data.parent / said["path"] / said["val"]
+    labels = images.parents[1] / "labels" / images.name
+    found = sorted(images.iterdir())
+    for kind, chosen in (("train", found[:4]), ("val", found[-2:])):
+        for part in ("images", "labels"):
             (folder / part / kind).mkdir(parents=True)
-            for path in sorted((DEMO / part / kind).glob(f"*{suffix}"))[:count]:
-                shutil.copy(path, folder / part / kind)
-    shutil.copy(DEMO / "data.yaml", folder)
+        for image in chosen:
+            shutil.copy(image, folder / "images" / kind)
+            shutil.copy(labels / f"{image.stem}.txt", folder / "labels" / kind)
+    made = {"path": ".", "train": "images/train", "val": "images/val", "names": said["names"]}
+    (folder / "data.yaml").write_text(yaml.safe_dump(made))
     return folder / "data.yaml"
 
 
@@ -312,7 +320,7 @@ def stress(checkpoint: Path, data: Path, imgsz: int, runs: int, seed: int) -> Ta
 def main() -> int:
     """Parse, run, print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--checkpoint", type=Path, default=DEMO / "demo.pt", help="of the demo's classes")
+    parser.add_argument("--checkpoint", type=Path, default=DEMO / "demo.pt")
     parser.add_argument("--data", type=Path, default=DEMO / "data.yaml")
     parser.add_argument("--imgsz", type=int, default=128)
     parser.add_argument("--runs", type=int, default=200)
