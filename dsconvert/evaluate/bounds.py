@@ -121,17 +121,18 @@ def in_time(call: Callable[[], T], seconds: float) -> T:
     cannot be stopped, so the thread then goes on."""
     returned: list[T] = []
     raised: list[BaseException] = []
+    done = threading.Event()
 
     def run() -> None:
         try:
             returned.append(call())
         except BaseException as error:
             raised.append(error)
+        finally:
+            done.set()
 
-    thread = threading.Thread(target=run, name=THREAD, daemon=True)
-    thread.start()
-    thread.join(max(seconds, 0.0))
-    if thread.is_alive():
+    threading.Thread(target=run, name=THREAD, daemon=True).start()
+    if not done.wait(max(seconds, 0.0)):  # an interrupted `join` would take the thread for one that has ended
         raise TimeoutError
     if raised:
         raise raised[0]

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
+import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -149,6 +151,28 @@ def test_an_endless_file_ends(work):
         r"Error: greedy.onnx takes over \d s to load and run once, more than a network of its size should, so it was "
         r"stopped\.\n", done.stderr,
     )  # fmt: skip
+
+
+def test_an_interrupt_reaches_even_an_endless_file(work):
+    """Python does nothing of Ctrl-C while native code runs in its main thread."""
+    (work / "greedy.onnx").write_bytes(greedy(ENDLESS))
+    code = """
+import sys
+from dsconvert.evaluate import bounds
+in_time = bounds.in_time
+bounds.in_time = lambda *given: sys.stdout.write("begun\\n") and sys.stdout.flush() or in_time(*given)
+from dsconvert.cli import main
+main(sys.argv[1:])
+"""
+    line = [sys.executable, "-c", code, *COMMANDS["detect"]]
+    with subprocess.Popen(line, cwd=work, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as run:
+        assert run.stdout is not None
+        assert run.stderr is not None
+        assert [run.stdout.readline() for _ in range(2)] == ["begun\n"] * 2  # loading, and the first image
+        time.sleep(0.3)
+        run.send_signal(signal.SIGINT)
+        assert run.wait(15) == 130, run.stderr.read()
+        assert run.stderr.read().splitlines()[-1] == "Error: Interrupted."
 
 
 def test_large_images_are_for_those_who_ask_for_them(work):
