@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 
 from dsconvert.errors import InputError, printable
 from dsconvert.evaluate.accuracy import Predictor
-from dsconvert.evaluate.engines import TYPES, Session, as_input, check_image_input, load_file, session
+from dsconvert.evaluate.bounds import Bounds
+from dsconvert.evaluate.engines import TYPES, Session, as_input, check_image_input, check_pixels, load_file, session
 from dsconvert.evaluate.masks import MaskPredictor
 from dsconvert.evaluate.predictors import float_predictor, model_predictor
 from dsconvert.export.external import check_external_data
@@ -99,22 +100,24 @@ def _float(path: Path, side: int) -> Candidate:
     graph, params = lower(checkpoint.network.fuse())
 
     def running() -> Session:
-        return session(export_float(graph, params, head, side).SerializeToString(), torch.get_num_threads())
+        return session(export_float(graph, params, head, side).SerializeToString(), torch.get_num_threads(), str(path))
 
     bits = float(checkpoint.stored_bits)
-    return Candidate(path, "pt", head.names, side, bits, float_predictor(graph, params, head), _once(running, side))
+    predict = float_predictor(graph, params, head, bounds=Bounds(str(path), path.stat().st_size))
+    return Candidate(path, "pt", head.names, side, bits, predict, _once(running, side))
 
 
 def _converted(path: Path, side: int | None) -> Candidate:
     model = load_model(path)
+    check_pixels(path, (3, side or model.imgsz, side or model.imgsz), side)
     side = side or model.imgsz
     _check_side(path, side, model.head.stride)
     layout = "float" if model.has_real_alpha else "packed"
 
     def running() -> Session:
-        return session(export_quantized(model, layout, side).SerializeToString(), torch.get_num_threads())
+        return session(export_quantized(model, layout, side).SerializeToString(), torch.get_num_threads(), str(path))
 
-    predict = model_predictor(model)
+    predict = model_predictor(model, bounds=Bounds(str(path), path.stat().st_size))
     return Candidate(path, "safetensors", model.head.names, side, model.weight_bits, predict, _once(running, side))
 
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,8 @@ from dsconvert.errors import InputError
 from dsconvert.evaluate import bounds
 from dsconvert.evaluate.bounds import Bounds, enforced, growth, in_time
 from dsconvert.evaluate.engines import session
+from dsconvert.graph.ir import INPUT, Node
+from dsconvert.modelfile import model_bytes
 
 TOO_MUCH = r"needs over 8\d\d MB of memory, more than a network of its size should or than there are\.$"
 COMMANDS = {
@@ -183,3 +186,17 @@ def test_large_images_are_for_those_who_ask_for_them(work):
             assert code == 2, command
             assert "--imgsz to have it nevertheless." in err, command
             assert peak < MOST_BYTES
+
+
+@pytest.mark.parametrize("command", ["eval", "detect", "compare"])
+def test_a_model_file_that_unfolds_into_gigabytes(work, converted, command):
+    """Bytes of a graph: the image enlarged three times in turn; the last has 201 million numbers."""
+    steps = [(8, INPUT, "a"), (8, "a", "b"), (2, "b", "c")]
+    more = tuple(Node("upsample", name, (source,), {"scale": scale}) for scale, source, name in steps)
+    grown = replace(converted, graph=replace(converted.graph, nodes=(*more, *converted.graph.nodes)))
+    (work / "greedy.safetensors").write_bytes(model_bytes(grown))
+    given = [a.replace(".onnx", ".safetensors") for a in COMMANDS[command]]
+    peak, (code, _, err) = peak_of(lambda: dsconvert(work, *given))
+    assert code == 2
+    assert re.search(TOO_MUCH, err.strip()), err
+    assert peak < MOST_BYTES
