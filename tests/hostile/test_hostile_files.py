@@ -63,6 +63,20 @@ def test_every_kind_of_bad_file(model, tmp_path):
     assert not unharmed(last, None)
 
 
+def test_info_reads_bad_files_harmlessly(model, tmp_path):
+    """It parses ONNX files without an engine: what ONNX Runtime would refuse may pass."""
+    graph = export_quantized(model, "packed", SIDE)
+    (tmp_path / "onnx").mkdir()
+    files = [("info", p) for p in write_cases(onnx_files(graph, tmp_path / "onnx"), tmp_path / "onnx", ".onnx")]
+    files += [("info", p) for p in write_cases(model_files(model_bytes(model)), tmp_path / "model", ".safetensors")]
+    warm = [("info", tmp_path / f"good{suffix}") for suffix in (".onnx", ".safetensors")]
+    for (_, path), data in zip(warm, (graph.SerializeToString(), model_bytes(model)), strict=True):
+        path.write_bytes(data)
+    for result in run_child(warm, files):
+        assert not unharmed(result, "" if result["error"] else None), result
+        assert result["error"] or not result["text"], result
+
+
 def flipped_headers(good: bytes, folder: Path) -> list[Path]:
     """Copies of a model file with one bit of the header flipped, where it has a digest that is right again where it can
     be read at all: they load or are refused."""
