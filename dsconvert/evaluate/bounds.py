@@ -6,6 +6,7 @@ line does (`enforced`): a limit of memory is the whole process's, and a program 
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -26,6 +27,8 @@ T = TypeVar("T")
 # Measured: yolov5n and yolov5x in float32 take up to 2.4 times their size to load (small ones 40 MB more than nothing),
 # and 5 to 15 times their image to run, at 640 to 2560 pixels.
 BASE_BYTES, SIZES, IMAGES = 768 << 20, 4, 16
+# Stacks of threads, 8 MB each, count as soon as they are there, and engines start one for each CPU.
+THREAD_BYTES, MOST_CPUS = 10 << 20, 64
 BASE_SECONDS, SECONDS_A_MB, SECONDS_AN_IMAGE_MB = 20.0, 1.0, 0.2
 THREAD = "dsconvert-bounded"
 _ENFORCED: ContextVar[bool] = ContextVar("enforced", default=False)
@@ -56,7 +59,8 @@ class Bounds:
 
     def most_bytes(self, image: int) -> int:
         """What the process may gain in one call, given images of so many bytes."""
-        return BASE_BYTES + SIZES * self.size + IMAGES * image
+        threads = THREAD_BYTES * min(os.cpu_count() or 1, MOST_CPUS)
+        return BASE_BYTES + threads + SIZES * self.size + IMAGES * image
 
     def most_seconds(self, image: int) -> float:
         """For loading and the first call together."""
