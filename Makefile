@@ -58,8 +58,10 @@ lock: .venv/.audit
 	  --find-links $(TORCH_WHEELS) --constraints - --extra dev --extra report --no-emit-find-links \
 	  --custom-compile-command 'make lock' --upgrade pyproject.toml --output-file requirements.lock
 
+# faster-coco-eval names its licence in a file alone: Apache 2.0
 audit: .venv/.audit
-	$(BIN)/pip-licenses --from=mixed --partial-match --allow-only='$(LICENCES)' --ignore-packages faster-coco-eval \
+	$(BIN)/pip-licenses --with-system --from=mixed --partial-match --allow-only='$(LICENCES)' \
+	  --ignore-packages faster-coco-eval \
 	  --packages $$(sed -n 's/^\([A-Za-z0-9._-]*\)==.*/\1/p' requirements.lock)
 	$(BIN)/pip-audit --strict --disable-pip --require-hashes --requirement requirements.lock
 

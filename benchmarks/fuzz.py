@@ -64,8 +64,8 @@ def judge(target: Target, path: Path) -> str:
     return "loaded"
 
 
-def run_batch(name: str, target: Target, first: int, folder: Path, found: Found) -> None:
-    """Read up to BATCH cases in a forked process, within BATCH_SECONDS. When it dies, the case it died of is bad, and
+def run_batch(name: str, target: Target, first: int, folder: Path, found: Found, most: int = BATCH) -> None:
+    """Read up to `most` cases in a forked process, within BATCH_SECONDS. When it dies, the case it died of is bad, and
     the next batch follows it."""
     read, write = os.pipe()
     child = os.fork()
@@ -78,7 +78,7 @@ def run_batch(name: str, target: Target, first: int, folder: Path, found: Found)
         path = folder / f"case{target.suffix}"
         start = time.perf_counter()
         with os.fdopen(write, "w") as out:
-            for number in range(first, first + BATCH):
+            for number in range(first, first + most):
                 if time.perf_counter() - start > BATCH_SECONDS:
                     break
                 path.write_bytes(case_bytes(name, target, number))
@@ -125,6 +125,7 @@ def main() -> int:
     """Parse, run, print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--seconds", type=float, default=300.0, help="for all targets together")
+    parser.add_argument("--cases", type=int, help="in place of --seconds: so many of each target, always the same ones")
     parser.add_argument("--target", help="this one only")
     parser.add_argument("--case", type=int, help="with --target: show what this case ends in")
     given = parser.parse_args()
@@ -140,11 +141,15 @@ def main() -> int:
             return 0
         results = {n: Found() for n in chosen}
         spent, told = dict.fromkeys(chosen, 0.0), dict.fromkeys(chosen, 0)
-        while min(spent.values()) < given.seconds / len(chosen):
-            n = min(spent, key=lambda key: spent[key])  # equal time for all
+        left = set(chosen)
+        while left:
+            n = min(left, key=lambda key: spent[key])  # equal time for all
             began = time.perf_counter()
-            run_batch(n, chosen[n], results[n].next, folder, results[n])
+            first = results[n].next
+            run_batch(n, chosen[n], first, folder, results[n], min(BATCH, (given.cases or first + BATCH) - first))
             spent[n] += time.perf_counter() - began
+            if results[n].next >= given.cases if given.cases else spent[n] >= given.seconds / len(chosen):
+                left.remove(n)
             for line in results[n].bad[told[n] :]:
                 print(line, file=sys.stderr, flush=True)
             told[n] = len(results[n].bad)

@@ -14,8 +14,10 @@ from pathlib import Path
 import numpy as np
 import onnx
 from safetensors import safe_open
+from safetensors.numpy import save
 
-from dsconvert.unfinished import DAMAGE, DIGEST, sealed
+from dsconvert.seal import DIGEST, seal
+from dsconvert.unfinished import DAMAGE
 
 INTERESTING = (b"\x00", b"\xff", b"\x7f", b"\x80", b"\xff" * 4, b"\xff" * 8, b"\x7f" + b"\xff" * 7, b"-1", b"1e999",
                b"nan", b"[" * 50, b"\x1b[31m", b"../../", b"&a *a", b"<<: ", b"!!python/name:os.system ")  # fmt: skip
@@ -85,18 +87,28 @@ def inside_header(key: str) -> Callable[[bytes, random.Random], bytes]:
 
 
 def resealed(data: bytes, key: str) -> bytes:
-    """A file of `unfinished.sealed` whose digest is right again, so that what it says is looked at; any other file, and
-    one that cannot be read, as it is."""
+    """A file with a digest (see `dsconvert.seal`) made right again, so that what it says is looked at; any other file,
+    and one that cannot be read, as it is."""
     try:
         with tempfile.NamedTemporaryFile(suffix=".safetensors") as file:
             Path(file.name).write_bytes(data)
-            with safe_open(file.name, framework="pt") as stored:
+            with safe_open(file.name, framework="numpy") as stored:
                 about = json.loads((stored.metadata() or {})[key])
                 tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 (no mapping)
         del about[DIGEST]
-        return sealed(tensors, key, about)
+        return save(tensors, {key: seal(about, tensors)})
     except DAMAGE:
         return data
+
+
+def anywhere(key: str) -> Callable[[bytes, random.Random], bytes]:
+    """Damage anywhere in a safetensors file, every second time with its digest made right again."""
+
+    def inside(data: bytes, rng: random.Random) -> bytes:
+        changed = damage(data, [data], rng)
+        return resealed(changed, key) if rng.random() < 0.5 else changed
+
+    return inside
 
 
 def inside_graph(data: bytes, rng: random.Random) -> bytes:

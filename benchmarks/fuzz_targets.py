@@ -14,7 +14,7 @@ from unittest.mock import patch
 
 import numpy as np
 import onnx
-from fuzz_damage import inside_archive, inside_graph, inside_header
+from fuzz_damage import anywhere, inside_archive, inside_graph, inside_header
 from onnx import numpy_helper
 
 from dsconvert import pipeline
@@ -22,6 +22,7 @@ from dsconvert.anyonnx.convert import OnnxPlan, quantize_onnx
 from dsconvert.calibcache import META as CACHE_META
 from dsconvert.calibcache import remembered
 from dsconvert.errors import InputError
+from dsconvert.evaluate.bounds import enforced
 from dsconvert.evaluate.candidates import load_candidate
 from dsconvert.export.check import check_accumulators
 from dsconvert.export.onnx import export_quantized
@@ -63,11 +64,17 @@ def targets(folder: Path) -> dict[str, Target]:
         quantized = pipeline.quantize(loaded, options, cache=folder / "cache")
     made = pipeline.save_quantized(quantized, folder / "q", False)
     model = load_model(made)
-    graphs = [export_quantized(model, layout, 64).SerializeToString() for layout in ("packed", "int8")]
+    graphs = [
+        export_quantized(model, layout, 64).SerializeToString() for layout in ("packed", "fused", "blocked", "int8")
+    ]
     labels = [p.read_bytes() for p in sorted((DEMO / "labels").rglob("*.txt"))[:8]]
     photos = [p.read_bytes() for p in sorted((DEMO / "images").rglob("*.jpg"))[:4]]
     yamls = [(DEMO / "data.yaml").read_bytes(), b"a: &a [1, *a]\nnames: {0: x, 1: y}\nnc: 2\ntrain: [a, b]\n"]
     archive, stored = checkpoint.read_bytes(), made.read_bytes()
+    runs, shifted = (
+        model_bytes(pipeline.quantize(loaded, replace(options, **other)).model)
+        for other in ({"bits": 2}, {"bits": 4, "kds": "float", "activations": "float"})
+    )
     families = other_families()
     cfgs = [(OURS / name).read_bytes() for name in cfg_names()]
     cfgs.append((DEMO / "model.yaml").read_bytes().replace(b" C3,", b" DSConv2D_C3,", 1))
@@ -77,13 +84,13 @@ def targets(folder: Path) -> dict[str, Target]:
         "checkpoint": Target(load_checkpoint, ".pt", [archive]),
         "checkpoint pickle": Target(load_checkpoint, ".pt", [archive], inside_archive),
         "YOLOv7 and Ghost": Target(load_checkpoint, ".pt", families, inside_archive),
-        "model": Target(load_model, ".safetensors", [stored]),
-        "model header": Target(load_model, ".safetensors", [stored], inside_header("dsconvert")),
+        **both("model", "dsconvert", load_model, [stored, runs, shifted]),
         "data.yaml": Target(read_data_yaml, ".yaml", yamls),
         "cfg yaml": Target(lambda p: chosen_blocks(p, kinds), ".yaml", cfgs),
         "labels": Target(lambda p: read_labels(p, 6), ".txt", labels),
         "images": Target(read_image, ".jpg", photos),
-        "onnx": Target(lambda p: load_candidate(p, None), ".onnx", graphs),
+        "onnx": Target(run_onnx, ".onnx", graphs),
+        "onnx graph": Target(run_onnx, ".onnx", graphs, inside_graph),
         "float onnx": Target(float_onnx(folder), ".onnx", floats),
         "float onnx graph": Target(float_onnx(folder), ".onnx", floats, inside_graph),
         **both("finetune", STATE_META, *finetunes(model, folder)),
@@ -92,11 +99,11 @@ def targets(folder: Path) -> dict[str, Target]:
     }
 
 
-def both(name: str, meta: str, read: Callable[[Path], Any], good: bytes) -> dict[str, Target]:
-    """A safetensors file damaged anywhere, and in its JSON alone."""
+def both(name: str, meta: str, read: Callable[[Path], Any], good: list[bytes]) -> dict[str, Target]:
+    """Safetensors files damaged anywhere, and in their JSON alone."""
     return {
-        name: Target(read, ".safetensors", [good]),
-        f"{name} header": Target(read, ".safetensors", [good], inside_header(meta)),
+        name: Target(read, ".safetensors", good, anywhere(meta)),
+        f"{name} header": Target(read, ".safetensors", good, inside_header(meta)),
     }
 
 
@@ -110,7 +117,7 @@ def other_families() -> list[bytes]:
     return [trained(copy.deepcopy(config), strides, randomise, old=True)[0] for config, strides in SHORT.values()]
 
 
-def finetunes(model: DSModel, folder: Path) -> tuple[Callable[[Path], Any], bytes]:
+def finetunes(model: DSModel, folder: Path) -> tuple[Callable[[Path], Any], list[bytes]]:
     """A finetune that is past its last epoch: only the model that it learned is to be written."""
     layers, latents = start(model, "all", "cpu")
     small = {name for name, conv in model.convs.items() if conv.weight.vqk.numel() < SMALL}
@@ -127,10 +134,10 @@ def finetunes(model: DSModel, folder: Path) -> tuple[Callable[[Path], Any], byte
         check_accumulators(best)
         usable(best, damaged)
 
-    return read, path.read_bytes()
+    return read, [path.read_bytes()]
 
 
-def unfinished(model: DSModel, folder: Path) -> tuple[Callable[[Path], Any], bytes]:
+def unfinished(model: DSModel, folder: Path) -> tuple[Callable[[Path], Any], list[bytes]]:
     """What a quantize run keeps until it is done: layers, of which a model is made."""
     path = folder / "unfinished.safetensors"
     write_unfinished(path, "key", model.convs)
@@ -139,7 +146,7 @@ def unfinished(model: DSModel, folder: Path) -> tuple[Callable[[Path], Any], byt
     def read(damaged: Path) -> None:
         usable(replace(model, convs={**model.convs, **read_unfinished(damaged, "key", shapes)}), damaged)
 
-    return read, path.read_bytes()
+    return read, [path.read_bytes()]
 
 
 def usable(model: DSModel, beside: Path) -> None:
@@ -152,7 +159,7 @@ def usable(model: DSModel, beside: Path) -> None:
         raise RuntimeError(f"makes a model that says: {error}") from None
 
 
-def cached(given: tuple[Any, ...], folder: Path) -> tuple[Callable[[Path], Any], bytes]:
+def cached(given: tuple[Any, ...], folder: Path) -> tuple[Callable[[Path], Any], list[bytes]]:
     """A calibration, kept under a key; a damaged one is made again, which counts as refused here."""
     _, key, _, check = given
     again = folder / "again"
@@ -165,7 +172,14 @@ def cached(given: tuple[Any, ...], folder: Path) -> tuple[Callable[[Path], Any],
         shutil.copyfile(damaged, again / f"{key}.safetensors")
         remembered(again, key, make, check)
 
-    return read, (folder / "cache" / f"{key}.safetensors").read_bytes()
+    return read, [(folder / "cache" / f"{key}.safetensors").read_bytes()]
+
+
+def run_onnx(path: Path) -> None:
+    """What `eval` and `detect` do with an exported file, on one image, within the command line's bounds."""
+    with enforced():
+        candidate = load_candidate(path, None)
+        candidate.predict(np.full((1, 3, candidate.side, candidate.side), 0.5, np.float32))
 
 
 def float_onnx(folder: Path) -> Callable[[Path], Any]:
@@ -177,7 +191,8 @@ def float_onnx(folder: Path) -> Callable[[Path], Any]:
             shutil.copy(source, photos)
 
     def read(path: Path) -> None:
-        quantize_onnx(path, photos, OnnxPlan(block_size=4, imgsz=16, samples=2))
+        with enforced():
+            quantize_onnx(path, photos, OnnxPlan(block_size=4, imgsz=16, samples=2))
 
     return read
 

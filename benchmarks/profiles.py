@@ -35,7 +35,7 @@ def op_times(path: Path, threads: int, runs: int) -> dict[str, float]:
         options.intra_op_num_threads, options.log_severity_level = threads, 3
         options.enable_profiling, options.profile_file_prefix = True, f"{folder}/profile"
         running = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-        entry = running.get_inputs()[0]
+        entry = running.inner.get_inputs()[0]
         image = np.random.default_rng(0).random(entry.shape, np.float32)
         for _ in range(WARMUP + runs):
             running.run(None, {entry.name: image})
@@ -70,9 +70,9 @@ def int8_peak(threads: int, runs: int) -> dict[str, float]:
     calls = []
     for made in models.values():
         running = session(made.SerializeToString(), threads)
-        entry = running.get_inputs()[0]
+        entry = running.inner.get_inputs()[0]
         feed = {entry.name: np.random.default_rng(0).integers(0, 256, entry.shape).astype(np.uint8)}
-        calls.append(lambda running=running, feed=feed: running.run(None, feed))
+        calls.append(lambda running=running, feed=feed: running.inner.run(None, feed))
     times = interleaved_times(calls, runs, WARMUP)
     found = {name: count / t.min() / 1e6 for name, count, t in zip(models, macs, times, strict=True)}
     return dict(sorted(found.items(), key=lambda item: -item[1]))

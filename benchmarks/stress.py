@@ -2,11 +2,11 @@
 
     python benchmarks/stress.py --runs 200
 
-Every run is a forked process (torch is loaded once) that quantizes, exports or evaluates the demo model. It is ended by
+Every run is a forked process (torch is loaded once) that works on the demo model by one of the commands. It is ended by
 SIGKILL either after a random time, or at a random one of its calls that change files: opening, syncing, linking,
 renaming, removing. Afterwards every file must be whole: the bytes an undisturbed run writes, or the bytes that were
-there before. Every fourth quantize that was killed with layers fitted is resumed, killed and resumed
-again, up to three times, and must end in those bytes, too.
+there before. Every fourth quantize or finetune that was killed with layers fitted, or epochs done, is resumed, killed
+and resumed again, up to three times, and must end in those bytes, too.
 Runs at once into one folder, and without a folder, end the list. Exit code 1 when anything was lost.
 """
 
@@ -30,12 +30,15 @@ from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # a forked process cannot use the threads of the one it came from
 
+import yaml
 from safetensors import SafetensorError, safe_open
 
 from dsconvert.cli import main as command_line
+from dsconvert.train.state import NAME as FINETUNING
 from dsconvert.unfinished import NAME as UNFINISHED
 
 DEMO = Path(__file__).resolve().parents[1] / "calib" / "demo"
+KEPT = (UNFINISHED, FINETUNING)
 EVENTS = ("open", "os.link", "os.rename", "os.remove", "os.mkdir", "os.chmod", "fsync")
 
 
@@ -170,13 +173,38 @@ def stages(checkpoint: Path, data: Path, imgsz: int, folder: Path) -> list[Stage
         return made[-1].after
 
     four = add("quantize", [*common, "--bits", "4"], {})
-    add("quantize --force", [*common, "--bits", "8", "--force"], four)
+    add("quantize --force", [*common, "--bits", "2", "--force"], four)
     exported = add("export", export, four)
     old = {**exported, "q/model-packed.onnx": b"an earlier result"}
     add("export --force", [*export, "--force"], old)
     add("export int8 nms", [*export, "--layout", "int8", "--nms", "--uint8-input"], exported)
+    add("export fused", [*export, "--layout", "fused"], exported)
+    photos = few_images(data, folder.parent / "few")
+    add("detect", ["detect", "q/model-packed.onnx", str(photos.parent / "images" / "val"), "--save-txt", "--save-json",
+                   "--out", "d"], exported)  # fmt: skip
+    add("report", ["report", "q/model.safetensors", "--data", str(photos), "--no-latency"], four)
+    add("finetune", ["finetune", "q/model.safetensors", "--data", str(photos), "--epochs", "3", "--batch", "2",
+                     "--threads", "1", "--out", "f"], four)  # fmt: skip
     add("eval", ["eval", "q/model.safetensors", "--data", str(data), "--samples", "2", "--threads", "1"], four)
     return made
+
+
+def few_images(data: Path, folder: Path) -> Path:
+    """Of a data.yaml's val images the first, with their labels, four to train on and two to look at; the data.yaml that
+    says so."""
+    said = yaml.safe_load(data.read_text())
+    images = data.parent / said["path"] / said["val"]
+    labels = images.parents[1] / "labels" / images.name
+    found = sorted(images.iterdir())
+    for kind, chosen in (("train", found[:4]), ("val", found[-2:])):
+        for part in ("images", "labels"):
+            (folder / part / kind).mkdir(parents=True)
+        for image in chosen:
+            shutil.copy(image, folder / "images" / kind)
+            shutil.copy(labels / f"{image.stem}.txt", folder / "labels" / kind)
+    made = {"path": ".", "train": "images/train", "val": "images/val", "names": said["names"]}
+    (folder / "data.yaml").write_text(yaml.safe_dump(made))
+    return folder / "data.yaml"
 
 
 def kill_one(stage: Stage, folder: Path, rng: random.Random, tally: Tally) -> None:
@@ -201,9 +229,10 @@ def kill_one(stage: Stage, folder: Path, rng: random.Random, tally: Tally) -> No
 
 
 def unfinished(stage: Stage, left: dict[str, bytes]) -> bool:
-    """True when layers were kept and the model is not written yet."""
-    model = "q/model.safetensors"
-    return f"q/{UNFINISHED}" in left and left.get(model) == stage.before.get(model)
+    """True when layers or epochs were kept and the model is not written yet."""
+    kept = {Path(name).parent for name in left if name.endswith(KEPT)}
+    models = [str(folder / "model.safetensors") for folder in kept]
+    return bool(kept) and all(left.get(model) == stage.before.get(model) for model in models)
 
 
 def judge(stage: Stage, folder: Path, tally: Tally) -> dict[str, bytes]:
@@ -212,7 +241,7 @@ def judge(stage: Stage, folder: Path, tally: Tally) -> dict[str, bytes]:
     for name, data in left.items():
         if name.endswith(".part"):
             tally.left_over += 1
-        elif name.endswith(UNFINISHED) and name not in stage.before:
+        elif name.endswith(KEPT) and name not in stage.before:
             tally.kept_layers += 1
             if not readable(folder / name):
                 tally.problems.append(f"{stage.name}: {name} is not whole")
@@ -232,7 +261,7 @@ def readable(path: Path) -> bool:
 
 
 def resume(stage: Stage, folder: Path, rng: random.Random, tally: Tally) -> None:
-    """Go on with a quantize that was killed, and kill it again: it must end as if nothing had happened."""
+    """Go on with what was killed, and kill it again: it must end as if nothing had happened."""
     for _ in range(3):
         child = start([*stage.args, "--resume"], folder)
         time.sleep(rng.uniform(0, stage.seconds))

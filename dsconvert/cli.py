@@ -22,6 +22,7 @@ from dsconvert.commands.quantize import quantize
 from dsconvert.commands.report import report
 from dsconvert.commands.shared import say
 from dsconvert.errors import CheckError, InputError, LimitMissed, is_out_of_memory, system_fault
+from dsconvert.evaluate.bounds import enforced, left_running
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 80})
@@ -63,7 +64,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             stream.reconfigure(errors="backslashreplace")  # better an escape than no output
     said, exhausted = None, False
     try:
-        cli.main(arguments, prog_name="dsconvert", standalone_mode=False)
+        with enforced():
+            cli.main(arguments, prog_name="dsconvert", standalone_mode=False)
     except InputError as error:
         _fail(str(error), 2)
     except LimitMissed as missed:
@@ -105,4 +107,7 @@ def _was_interrupted(error: BaseException) -> bool:
 
 def _fail(message: str, code: int) -> None:
     say(f"Error: {message}")
+    if left_running():  # the libraries' own way to end would wait for it, or take away what it uses
+        sys.stdout.flush()
+        os._exit(code)
     sys.exit(code)

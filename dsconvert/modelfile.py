@@ -4,7 +4,7 @@ Tensors per convolution: `<name>.vqk` and `<name>.kds` as packed bits (see `dsco
 of `.vqk` holds the rows of VQK in runs (see `dsconv.runs`), four bits for each bit of VQK; `<name>.alpha` float32
 in the place of `.kds`, `<name>.kdsb` int8 where there is one, `<name>.cdsw` and `<name>.cdsb` float32. The header's
 single key `dsconvert` holds JSON: format version, graph, layers (shape, bits, block size), activation grids, head,
-image size, provenance.
+image size, provenance, and last a digest of all of it and of the tensors (see `seal`), which older files lack.
 """
 
 from __future__ import annotations
@@ -28,9 +28,12 @@ from dsconvert.graph.integer import QConv, QParams
 from dsconvert.graph.ir import Graph
 from dsconvert.model import DSModel
 from dsconvert.modelcheck import check_model
+from dsconvert.seal import DIGEST, NotAsWritten, seal, unseal
 from dsconvert.yolo.network import Head
 
 KEY, VERSION, KDS_BITS = "dsconvert", 1, 4
+# no others: one bit away from its name, the digest would not be seen, and the file taken for an older one
+PARTS = {"version", "imgsz", "head", "provenance", "graph", "layers", "activations", DIGEST}
 MAX_HEADER, MAX_BLOCK = 16 << 20, 1 << 16  # characters of JSON (a yolov5n has 40 kB); channels
 
 
@@ -63,7 +66,7 @@ def model_bytes(model: DSModel) -> bytes:
         "layers": layers,
         "activations": {name: [p.scale, p.zero_point] for name, p in model.activations.items()},
     }
-    return save(tensors, {KEY: json.dumps(header, separators=(",", ":"))})
+    return save(tensors, {KEY: seal(header, tensors)})
 
 
 def _head(head: Head) -> dict[str, Any]:
@@ -73,7 +76,8 @@ def _head(head: Head) -> dict[str, Any]:
 
 
 def load_model(path: Path) -> DSModel:
-    """Read a model file. Raises InputError, one sentence, for anything else."""
+    """Read a model file. Raises InputError, one sentence, for anything else, and for one that is not as it was written
+    (where it has a digest)."""
     try:
         with safe_open(path, framework="numpy") as stored:
             text = (stored.metadata() or {}).get(KEY)
@@ -92,11 +96,17 @@ def load_model(path: Path) -> DSModel:
         header = json.loads(text)
         if header["version"] != VERSION:
             raise InputError(f"{path} has format version {shown(header['version'])}; this dsconvert reads {VERSION}.")
+        if DIGEST in header:
+            unseal(text, tensors)
+        if not PARTS.issuperset(header):
+            raise ValueError("parts")
         model = _model(header, tensors)
         check_model(model)
     except (KeyError, TypeError, ValueError, AttributeError, IndexError, ArithmeticError, RecursionError) as error:
         if isinstance(error, InputError):
             raise
+        if isinstance(error, NotAsWritten):
+            raise InputError(f"{path} is damaged: {error}.") from None
         why = printable(str(error), 100)
         raise InputError(f"{path} is damaged: its header and tensors do not fit ({why}).") from None
     return model

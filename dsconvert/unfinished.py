@@ -24,10 +24,10 @@ from dsconvert.dsconv.tensor import DSTensor, Width
 from dsconvert.errors import InputError
 from dsconvert.files import write_atomic
 from dsconvert.graph.integer import QConv
+from dsconvert.seal import seal, unseal
 
 NAME = "unfinished.safetensors"
 META = "dsconvert.unfinished"
-DIGEST = "digest"
 # what reading a safetensors file, and making something of it, may raise when it is damaged
 DAMAGE = (
     SafetensorError, OSError, KeyError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError,
@@ -47,30 +47,17 @@ def write_unfinished(path: Path, key: str, convs: Mapping[str, QConv]) -> None:
 
 
 def sealed(tensors: Mapping[str, Tensor], meta: str, about: Mapping[str, Any]) -> bytes:
-    """A safetensors file with JSON under `meta`, and in it a digest of everything: a flipped bit that leaves plausible
-    numbers is found when the file is read."""
+    """A safetensors file with JSON under `meta` that ends in a digest of everything (see `seal`)."""
     kept = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
-    return save(kept, {meta: json.dumps({**about, DIGEST: digest(kept, about)})})
+    return save(kept, {meta: seal(about, {name: t.numpy() for name, t in kept.items()})})
 
 
 def unsealed(stored: Any, meta: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The JSON and the tensors of an open file made of `sealed`. Raises ValueError or KeyError where they are not those
     that were written."""
-    about = json.loads((stored.metadata() or {})[meta])
+    text = (stored.metadata() or {})[meta]
     tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 (no mapping)
-    if about.pop(DIGEST) != digest(tensors, about):
-        raise ValueError(DIGEST)
-    return about, tensors
-
-
-def digest(tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> str:
-    """SHA-256 of names, kinds, shapes and numbers, and of plain JSON values."""
-    found = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
-    for name in sorted(tensors):
-        t = tensors[name]
-        found.update(f"{name} {t.dtype} {tuple(t.shape)}".encode())
-        found.update(t.numpy().tobytes())
-    return found.hexdigest()
+    return unseal(text, {name: t.numpy() for name, t in tensors.items()}), tensors
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import onnx
@@ -12,11 +13,12 @@ import torch
 from conftest import TINY, convert, randomise, smooth_picture
 from onnx import TensorProto, helper, numpy_helper
 
-from dsconvert.errors import CheckError
+from dsconvert.errors import CheckError, InputError
 from dsconvert.export.builder import OnnxBuilder
 from dsconvert.export.check import check_export, check_images, reference_of
 from dsconvert.export.onnx import PLAIN, Ends, export_quantized
 from dsconvert.export.quickconv import image_by_quads, kernel_by_quads, more_channels, outputs_apart, quads_of, twice
+from dsconvert.graph.ir import INPUT, Node
 from dsconvert.model import DSModel
 from dsconvert.yolo.network import Network, head_from_detect
 
@@ -176,3 +178,43 @@ def test_the_check_names_a_wrong_layer(converted, layer):
     stored.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(stored) * np.float32(1.5), stored.name))
     with pytest.raises(CheckError, match=rf"at layer {layer},"):
         check_export(made.SerializeToString(), reference_of(converted), PLAIN, check_images(SIDE))
+
+
+def also_of_the_image(model: DSModel, kernels: list[tuple[int, int, int]], end: str = "sum") -> DSModel:
+    """The model with further convolutions of the image, (kernel, padding, dilation) each, added to its first."""
+    first, act = model.graph.nodes[:2]
+    assert (first.inputs, act.inputs) == ((INPUT,), (first.name,))
+    nodes, convs, grids, total = [first, act], dict(model.convs), dict(model.activations), act.name
+    for i, (kernel, padding, dilation) in enumerate(kernels):
+        conv = Node("conv", f"more{i}", (INPUT,), {**first.attrs, "padding": padding, "dilation": dilation})
+        silu = Node("act", f"more{i}.act", (conv.name,), act.attrs)
+        both = Node("add", f"more{i}.{end}", (total, silu.name))
+        nodes += [conv, silu, both]
+        own, at = convs[first.name], (6 - kernel) // 2
+        cut = [t[:, :, at : at + kernel, at : at + kernel].clone() for t in (own.weight.vqk, own.weight.m)]
+        convs[conv.name] = replace(own, weight=replace(own.weight, vqk=cut[0], m=cut[1]))
+        grids |= {n.name: grids[first.name if n is conv else act.name] for n in (conv, silu, both)}
+        total = both.name
+    rest = [replace(n, inputs=tuple(total if x == act.name else x for x in n.inputs)) for n in model.graph.nodes[2:]]
+    return replace(model, graph=replace(model.graph, nodes=(*nodes, *rest)), convs=convs, activations=grids)
+
+
+@pytest.mark.parametrize("layout", ["packed", "fused"])
+@pytest.mark.parametrize("kind", ["float32", "uint8"])
+def test_several_convolutions_read_the_image(layout, kind):
+    """One in the same quads, one in others, two with the image's channels filled up."""
+    model = also_of_the_image(network_of([32, 6, 2, 2]), [(6, 2, 1), (2, 0, 1), (2, 1, 2), (2, 1, 2)])
+    made = export_quantized(model, layout, SIDE, Ends(input_type=kind))
+    names = [out for node in made.graph.node for out in node.output if out]
+    assert len(names) == len(set(names))
+    pads = [n for n in made.graph.node if n.op_type == "Pad" and n.output[0].endswith(f"{INPUT}.filled")]
+    assert len(pads) == 3  # the first two share the image that they read
+    check_export(made.SerializeToString(), reference_of(model), Ends(input_type=kind), check_images(SIDE))
+
+
+@pytest.mark.parametrize("name", ["both", "act.q", "split"])
+def test_names_of_layers_that_the_file_needs_itself_are_refused(name):
+    """As only a forged model file has them."""
+    model = also_of_the_image(network_of([32, 6, 2, 2]), [(6, 2, 1)], name)
+    with pytest.raises(InputError, match=rf"^Two values of the exported file would be called more0\.{name}, as"):
+        export_quantized(model, "packed", SIDE)

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
-from safetensors.numpy import save_file
+from flips import refused
+from safetensors import safe_open
+from safetensors.numpy import save, save_file
 
 from dsconvert.errors import InputError
 from dsconvert.modelfile import load_model, model_bytes
@@ -71,3 +75,44 @@ def test_damage_is_one_sentence(model, tmp_path):
     path.write_bytes(data.replace(b'\\"version\\":1', b'\\"version\\":9'))
     with pytest.raises(InputError, match="format version 9"):
         load_model(path)
+
+
+def test_any_one_bit_the_other_way_is_refused(model, tmp_path):
+    """One bit of every 17th byte; `benchmarks/flips.py` turns every one."""
+    data = model_bytes(model)
+    path = tmp_path / "m.safetensors"
+    path.write_bytes(data)
+    assert load_model(path).imgsz == model.imgsz
+    places = [8 * byte + byte // 17 % 8 for byte in range(0, len(data), 17)]
+    assert {bit % 8 for bit in places} == set(range(8))
+    assert refused(path, places) == len(places)
+
+
+def test_a_number_written_otherwise_is_refused(model, tmp_path):
+    """1e-05 and 1E-05 are one number and one bit apart."""
+    name = next(iter(model.convs))
+    small = replace(model, activations={**model.activations, name: replace(model.activations[name], scale=1e-5)})
+    data = model_bytes(small)
+    assert data.count(b"[1e-05,") == 1
+    path = tmp_path / "m.safetensors"
+    path.write_bytes(data.replace(b"[1e-05,", b"[1E-05,"))
+    with pytest.raises(InputError, match=r"is damaged: its content is not what its checksum was made of\.$"):
+        load_model(path)
+
+
+def test_a_file_from_before_digests_loads(model, tmp_path):
+    path = tmp_path / "m.safetensors"
+    path.write_bytes(without_digest(model_bytes(model)))
+    assert b"digest" not in path.read_bytes()
+    assert model_bytes(load_model(path)) == model_bytes(model)
+
+
+def without_digest(data: bytes) -> bytes:
+    """As dsconvert wrote it before there were any."""
+    with tempfile.NamedTemporaryFile(suffix=".safetensors") as file:
+        Path(file.name).write_bytes(data)
+        with safe_open(file.name, framework="numpy") as stored:
+            about = json.loads(stored.metadata()["dsconvert"])
+            tensors = {key: stored.get_tensor(key) for key in stored.keys()}  # noqa: SIM118 (no mapping)
+    assert len(about.pop("digest")) == 64
+    return save(tensors, {"dsconvert": json.dumps(about, separators=(",", ":"))})

@@ -222,10 +222,22 @@ def conv_int64(x: np.ndarray, weight: np.ndarray, attrs) -> np.ndarray:
 
 @FEW
 @given(models(), st.integers(0, 99))
-def test_onnxs_reference_evaluator_agrees_but_for_ties(model, seed):
+def test_layout_fused_gives_packeds_numbers(model, seed):
+    """Its operators are ONNX Runtime's own; the exported file is what it makes of packed when it loads that."""
+    x = image_of(model, seed)
+    packed, fused = (
+        ort.InferenceSession(onnx_bytes(model, layout), providers=["CPUExecutionProvider"])
+        for layout in ("packed", "fused")
+    )
+    assert np.array_equal(packed.run(None, {INPUT: x.numpy()})[0], fused.run(None, {INPUT: x.numpy()})[0])
+
+
+@FEW
+@given(models(), st.sampled_from(["packed", "blocked"]), st.integers(0, 99))
+def test_onnxs_reference_evaluator_agrees_but_for_ties(model, layout, seed):
     """It computes in float between the quantizers: a value within float32 rounding of a tie may fall the other way."""
     x = image_of(model, seed)
-    file = exposed(model, "packed")
+    file = exposed(model, layout)
     found = ReferenceEvaluator(file).run(None, {INPUT: x.numpy()})[1]  # the first convolution: no error before it
     mine: dict[str, torch.Tensor] = {}
     run_integer(model.graph, model.convs, model.activations, x, lambda n, v: mine.__setitem__(n, v.clone()))
@@ -307,6 +319,31 @@ def test_a_fit_is_never_worse_than_rounding_to_the_largest_weight(weight, bits, 
 @given(layers(), st.integers(4, 40))
 def test_every_further_bit_fits_better(weight, block):
     errors = [error(weight, fit_weight(weight, bits, block)) for bits in range(2, 8)]
+    assert all(b < a for a, b in itertools.pairwise(errors)), errors
+
+
+@FITS
+@given(layers(), st.integers(1, 3), st.integers(1, 10))
+def test_a_fit_in_runs_is_never_worse_than_one_scale_a_channel(weight, bits, quarter):
+    """Above one bit the baseline is the one above; of one bit, signs times the channel's mean size: the best scale."""
+    weight = weight[:, : weight.shape[1] // runs.RUN * runs.RUN]
+    fitted = fit_weight(weight, bits, runs.RUN * quarter, runs=True)
+    assert fitted.runs
+    if bits == 1:
+        rounded = weight.sign() * weight.abs().mean((1, 2, 3), keepdim=True)
+    else:
+        scale = weight.abs().amax((1, 2, 3), keepdim=True) / vqk_limits(bits)[1]
+        rounded = torch.round(weight / scale) * scale
+    assert error(weight, fitted) <= float((rounded - weight).double().square().sum())
+
+
+@FITS
+@given(layers(), st.integers(1, 10))
+def test_every_further_bit_in_runs_fits_better(weight, quarter):
+    """And four bits, which are free, better than three in runs."""
+    weight, block = weight[:, : weight.shape[1] // runs.RUN * runs.RUN], runs.RUN * quarter
+    fits_of = [fit_weight(weight, bits, block, runs=True) for bits in (1, 2, 3)]
+    errors = [error(weight, fitted) for fitted in (*fits_of, fit_weight(weight, 4, block))]
     assert all(b < a for a, b in itertools.pairwise(errors)), errors
 
 

@@ -50,6 +50,15 @@ def test_the_same_bytes_wherever_it_stopped(folder, stop_after, monkeypatch):
     assert "model.0.conv" not in fits  # what was fitted is not fitted again
 
 
+@pytest.mark.parametrize("bits", [2, 3])
+def test_runs_are_kept_too(folder, bits):
+    whole = run(folder, bits=bits)
+    assert b".runs" in whole
+    with pytest.raises(Killed):
+        run(folder, 9, bits=bits)
+    assert run(folder, resume=True, bits=bits) == whole
+
+
 def test_real_shifts_are_kept_too(folder):
     options = {"activations": "float", "kds": "float"}
     whole = run(folder, **options)

@@ -182,9 +182,11 @@ def _outputs(
         copied.graph.output.extend(onnx.ValueInfoProto(name=name) for name in more if name not in there)
         model = copied
     try:
-        running = session(model.SerializeToString(), torch.get_num_threads())
+        running = session(model.SerializeToString(), torch.get_num_threads(), str(path or "The file"))
         found = list(running.run(None, {source.image.name: probe}))
         again = found if path is None else running.run(None, {source.image.name: probe})
+    except InputError:
+        raise
     except Exception:  # onnxruntime raises many kinds
         if path is None:
             raise CheckError("ONNX Runtime fails on the file that was made, so it was not written.") from None

@@ -107,6 +107,8 @@ def _constants(source: Source, names: list[str]) -> dict[str, Array]:
         nodes = [source.nodes[i] for i in source.needed(made)]
         try:
             values = session(source.part(nodes, made, {}).SerializeToString(), 1).run(None, {})
+        except InputError:
+            raise
         except Exception:  # onnxruntime raises many kinds
             raise InputError("ONNX Runtime cannot compute the file's constants.") from None
         found |= {n: v for n, v in zip(made, values, strict=True) if isinstance(v, np.ndarray) and v.dtype.kind == "f"}

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-import onnxruntime as ort
 import torch
 
 from dsconvert.anyonnx.layers import Layer
@@ -21,7 +20,7 @@ from dsconvert.anyonnx.rewrite import float_tensors, replaced
 from dsconvert.anyonnx.source import Array, Source, used
 from dsconvert.dsconv.tensor import DSTensor
 from dsconvert.errors import InputError
-from dsconvert.evaluate.engines import session
+from dsconvert.evaluate.engines import Session, session
 from dsconvert.fit.lockstep import with_shifts
 from dsconvert.fit.seen import Seen
 from dsconvert.graph.integer import QConv
@@ -124,12 +123,14 @@ def _advance(
     outputs = [out for i in now for out in source.nodes[i].output if out in later]
     nodes = [node for i in indices for node in side.nodes[i]]
     reads = [v for v in side.stored if any(v in used(n) for n in nodes)]
-    running: ort.InferenceSession | None = None
+    running: Session | None = None
     for image in range(count):
         given = {v: side.read(v, image) for v in reads}
         try:
             running = running or session(source.part(nodes, outputs, given, side.tensors).SerializeToString(), threads)
             values = running.run(outputs, given)
+        except InputError:
+            raise
         except Exception:  # onnxruntime raises many kinds
             raise InputError(f"ONNX Runtime fails on the calibration images before layer {layer.name}.") from None
         for name, value in zip(outputs, values, strict=True):

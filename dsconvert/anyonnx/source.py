@@ -16,7 +16,7 @@ import onnx
 from numpy.typing import NDArray
 
 from dsconvert.errors import InputError
-from dsconvert.evaluate.engines import MAX_SIDE, TYPES, session
+from dsconvert.evaluate.engines import MAX_SIDE, TYPES, check_pixels, session
 from dsconvert.export.external import check_external_data
 
 Array = NDArray[Any]
@@ -160,12 +160,14 @@ def read_source(path: Path, imgsz: int | None, threads: int) -> Source:
     try:
         model = onnx.load(path)
         large = model.ByteSize() > MAX_BYTES
-        running = None if large else session(model.SerializeToString(), threads)
+        running = None if large else session(model.SerializeToString(), threads, str(path))
+    except InputError:
+        raise
     except Exception:  # onnx and onnxruntime raise many kinds on malformed files
         raise InputError(f"{path} is not an ONNX file ONNX Runtime can run.") from None
     if running is None:
         raise InputError(f"{path} is larger than the 2 GB an ONNX model can have in memory.")
-    entries = running.get_inputs()
+    entries = running.inner.get_inputs()
     if len(entries) != 1:
         raise InputError(f"{path} has {len(entries)} inputs; only files with one, an image, can be converted.")
     image = _image(path, entries[0].name, entries[0].shape, entries[0].type, imgsz)
@@ -198,4 +200,5 @@ def _image(path: Path, name: str, shape: list[Any], kind: str, imgsz: int | None
         raise InputError(f"{path} takes images of {sides[1]} by {sides[0]} pixels; --imgsz {imgsz} does not fit it.")
     if channels not in (1, 3) or not 1 <= batch <= MAX_BATCH or not all(1 <= n <= MAX_SIDE for n in sides):
         raise refused
+    check_pixels(path, [batch, channels, *sides], imgsz)
     return ImageInput(name, TYPES[kind], batch, channels, sides[0], sides[1], last)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,11 +47,10 @@ def bench(
     versions = {engine: engine_version(engine) for engine in engines}
     entries = [(path, engine) for engine in engines for path in paths]
     with only_cpus(threads):
-        for path in paths:
-            if path.is_file():  # `open_model` says when it is not
-                check_external_data(path)
-        calls = [open_model(path, engine, threads, side) for path, engine in entries]
-        feet = _footprints(entries, threads, side, report)
+        # `open_model` says when there is no file
+        sizes = {path: check_external_data(path) for path in paths if path.is_file()}
+        calls = [open_model(path, engine, threads, side, sizes.get(path)) for path, engine in entries]
+        feet = _footprints(entries, threads, side, sizes, report)
         times = interleaved_times(calls, runs, progress=lambda done, total: report("bench", done, total))
     return [
         Benchmarked(path, engine, versions[engine], path.stat().st_size, summary(t), ratio(t, times[0]), foot)
@@ -73,13 +72,13 @@ def only_cpus(count: int) -> Iterator[None]:
 
 
 def _footprints(
-    entries: Sequence[tuple[Path, str]], threads: int, side: int | None, report: Progress
+    entries: Sequence[tuple[Path, str]], threads: int, side: int | None, sizes: Mapping[Path, int], report: Progress
 ) -> list[Footprint]:
     """The median of LOADS measurements of each, taken in turn."""
     found: list[list[Footprint]] = [[] for _ in entries]
     for turn in range(LOADS):
         for index, (path, engine) in enumerate(entries):
-            found[index].append(measure_footprint(path, engine, threads, side))
+            found[index].append(measure_footprint(path, engine, threads, side, sizes[path]))
             report("load", turn * len(entries) + index + 1, LOADS * len(entries))
     return [
         Footprint(

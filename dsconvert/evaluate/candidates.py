@@ -11,13 +11,13 @@ from typing import Any
 
 import numpy as np
 import onnx
-import onnxruntime as ort
 import torch
 from numpy.typing import NDArray
 
 from dsconvert.errors import InputError, printable
 from dsconvert.evaluate.accuracy import Predictor
-from dsconvert.evaluate.engines import TYPES, as_input, check_image_input, session
+from dsconvert.evaluate.bounds import Bounds
+from dsconvert.evaluate.engines import TYPES, Session, as_input, check_image_input, check_pixels, load_file, session
 from dsconvert.evaluate.masks import MaskPredictor
 from dsconvert.evaluate.predictors import float_predictor, model_predictor
 from dsconvert.export.external import check_external_data
@@ -74,16 +74,16 @@ def load_candidates(paths: Sequence[Path], side: int | None) -> list[Candidate]:
     return [sized[p] if p in sized else load_candidate(p, side) for p in paths]
 
 
-def _once(make: Callable[[], ort.InferenceSession], side: int) -> Callable[[], object]:
+def _once(make: Callable[[], Session], side: int) -> Callable[[], object]:
     """One inference on a fixed random image; the session is made on the first call, as not everyone measures speed."""
 
     @functools.cache
     def prepared() -> Callable[[], object]:
         running = make()
-        entry = running.get_inputs()[0]
+        entry = running.inner.get_inputs()[0]
         kind = TYPES.get(entry.type, np.float32)
         image = as_input(np.random.default_rng(0).random((1, 3, side, side), np.float32), kind)
-        return lambda: running.run(None, {entry.name: image})
+        return running.repeated({entry.name: image})
 
     return lambda: prepared()()
 
@@ -99,44 +99,46 @@ def _float(path: Path, side: int) -> Candidate:
     _check_side(path, side, head.stride)
     graph, params = lower(checkpoint.network.fuse())
 
-    def running() -> ort.InferenceSession:
-        return session(export_float(graph, params, head, side).SerializeToString(), torch.get_num_threads())
+    def running() -> Session:
+        return session(export_float(graph, params, head, side).SerializeToString(), torch.get_num_threads(), str(path))
 
     bits = float(checkpoint.stored_bits)
-    return Candidate(path, "pt", head.names, side, bits, float_predictor(graph, params, head), _once(running, side))
+    predict = float_predictor(graph, params, head, bounds=Bounds(str(path), path.stat().st_size))
+    return Candidate(path, "pt", head.names, side, bits, predict, _once(running, side))
 
 
 def _converted(path: Path, side: int | None) -> Candidate:
     model = load_model(path)
+    check_pixels(path, (3, side or model.imgsz, side or model.imgsz), side)
     side = side or model.imgsz
     _check_side(path, side, model.head.stride)
     layout = "float" if model.has_real_alpha else "packed"
 
-    def running() -> ort.InferenceSession:
-        return session(export_quantized(model, layout, side).SerializeToString(), torch.get_num_threads())
+    def running() -> Session:
+        return session(export_quantized(model, layout, side).SerializeToString(), torch.get_num_threads(), str(path))
 
-    predict = model_predictor(model)
+    predict = model_predictor(model, bounds=Bounds(str(path), path.stat().st_size))
     return Candidate(path, "safetensors", model.head.names, side, model.weight_bits, predict, _once(running, side))
 
 
 def _onnx(path: Path, side: int | None) -> Candidate:
     if not path.is_file():
         raise InputError(f"There is no ONNX file at {path}.")
-    check_external_data(path)
+    size = check_external_data(path)
     try:
         weights = conv_weights(onnx.load(path, load_external_data=False))
-        running = session(path, torch.get_num_threads())
-    except Exception:  # onnx and onnxruntime raise many kinds on malformed files
+    except Exception:  # onnx raises many kinds on malformed files
         raise InputError(f"{path} is not an ONNX file ONNX Runtime can run.") from None
-    entries = running.get_inputs()
-    check_image_input(path, [e.shape for e in entries], [e.type for e in entries])
+    running = load_file(path, torch.get_num_threads(), size)
+    entries = running.inner.get_inputs()
+    check_image_input(path, [e.shape for e in entries], [e.type for e in entries], side)
     entry = entries[0]
     given = entry.shape[-1]
     if isinstance(given, int) and side is not None and given != side:
         raise InputError(f"{path} was exported for {given} pixels; --imgsz {side} does not fit it.")
     side = given if isinstance(given, int) else side or 640
     kind = TYPES.get(entry.type, np.float32)
-    meta = running.get_modelmeta().custom_metadata_map
+    meta = running.inner.get_modelmeta().custom_metadata_map
     names = _names(meta.get("names", ""), path)
     count = sum(w.count for w in weights)
 
@@ -157,16 +159,18 @@ def _onnx(path: Path, side: int | None) -> Candidate:
             raise InputError(f"{path} does not have the outputs of YOLOv5's segmentation: boxes and prototypes.")
         return out, protos
 
-    makes_masks = [len(o.shape) for o in running.get_outputs()] == [3, 4]
+    makes_masks = [len(o.shape) for o in running.inner.get_outputs()] == [3, 4]
     bits = sum(w.bits for w in weights) / count if count else 32.0
     limits = _limits(meta.get(NMS_KEY, ""), path)
     made: Predictor = MaskPredictor(predict_masks, len(names)) if makes_masks else predict
     return Candidate(path, "onnx", names, side, bits, made, _once(lambda: running, side), limits)
 
 
-def _outputs(path: Path, running: ort.InferenceSession, feed: dict[str, NDArray[Any]]) -> list[Any]:
+def _outputs(path: Path, running: Session, feed: dict[str, NDArray[Any]]) -> list[Any]:
     try:
-        return list(running.run(None, feed))
+        return running.run(None, feed)
+    except InputError:
+        raise
     except Exception:  # onnxruntime raises many kinds
         raise InputError(f"{path} fails in ONNX Runtime on an image of {feed.popitem()[1].shape[-1]} pixels.") from None
 

@@ -3,7 +3,8 @@ in processes that import this module and nothing heavier (see `footprint`)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,11 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from dsconvert.errors import InputError
+from dsconvert.evaluate.bounds import Bounds
 
 ENGINES = ("onnxruntime", "openvino")
 MAX_SIDE = 8192
+LARGE = 2048**2  # pixels
 SIDE = 640  # of an input that leaves its side open
 TYPES: dict[str, type[Any]] = {
     "tensor(float)": np.float32,
@@ -23,8 +26,32 @@ TYPES: dict[str, type[Any]] = {
 }
 
 
-def session(model: bytes | Path, threads: int) -> ort.InferenceSession:
-    """An ONNX Runtime CPU session."""
+class Session:
+    """An ONNX Runtime CPU session within `bounds`."""
+
+    def __init__(self, inner: ort.InferenceSession, bounds: Bounds) -> None:
+        self.inner, self.bounds, self.ran = inner, bounds, False
+
+    def run(self, outputs: Sequence[str] | None, feed: Mapping[str, NDArray[Any]]) -> list[Any]:
+        """What ONNX Runtime makes of the arrays. Raises InputError beyond the bounds, anything for faulty files."""
+        call = self.bounds.later if self.ran else self.bounds.first
+        made = call(lambda: self.inner.run(outputs, feed), sum(a.nbytes for a in feed.values()))
+        self.ran = True
+        return list(made)
+
+    def repeated(self, feed: Mapping[str, NDArray[Any]]) -> Callable[[], object]:
+        """For timing: only the first inference is within the bounds, which would cost the others some time."""
+        return lambda: self.inner.run(None, feed) if self.ran else self.run(None, feed)
+
+
+def session(model: bytes | Path, threads: int, what: str = "The file", size: int | None = None) -> Session:
+    """A session of a file in memory or on disk, of so many bytes with all that belongs to it (None: its own). Raises
+    InputError about `what` when it takes more than such a file should, anything when it is faulty."""
+    bounds = Bounds(what, size or (model.stat().st_size if isinstance(model, Path) else len(model)))
+    return Session(bounds.first(lambda: _inference_session(model, threads)), bounds)
+
+
+def _inference_session(model: bytes | Path, threads: int) -> ort.InferenceSession:
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 4  # errors are raised anyway; its log shows names of a stranger as they are
@@ -40,13 +67,16 @@ def as_input(batch: NDArray[np.float32], kind: type[Any]) -> NDArray[Any]:
     return np.rint(batch * 255).astype(np.uint8) if kind is np.uint8 else batch.astype(kind)
 
 
-def open_model(path: Path, engine: str, threads: int, side: int | None) -> Callable[[], object]:
-    """Load the file and return one inference on a fixed random image; `side` is for inputs that leave theirs open.
+def open_model(
+    path: Path, engine: str, threads: int, side: int | None, size: int | None = None
+) -> Callable[[], object]:
+    """Load the file and return one inference on a fixed random image; `side` is for inputs that leave theirs open,
+    `size` are the file's bytes with its external data (None: it has none).
 
     Raises InputError when the engine cannot load it or it takes anything but one image."""
     if not path.is_file():
         raise InputError(f"There is no ONNX file at {path}.")
-    return (_openvino if engine == "openvino" else _onnxruntime)(path, threads, side)
+    return (_openvino if engine == "openvino" else _onnxruntime)(path, threads, side, size or path.stat().st_size)
 
 
 def engine_version(engine: str) -> str:
@@ -60,25 +90,34 @@ def engine_version(engine: str) -> str:
     return str(openvino.__version__)
 
 
-def _onnxruntime(path: Path, threads: int, side: int | None) -> Callable[[], object]:
+def _onnxruntime(path: Path, threads: int, side: int | None, size: int) -> Callable[[], object]:
+    running = load_file(path, threads, size)
+    entries = running.inner.get_inputs()
+    image = _image(path, [e.shape for e in entries], [e.type for e in entries], side)
+    return running.repeated({entries[0].name: image})
+
+
+def load_file(path: Path, threads: int, size: int) -> Session:
+    """A session of a stranger's file, `size` bytes with its external data. Raises InputError when there can be none."""
     try:
-        running = session(path, threads)
+        return session(path, threads, str(path), size)
+    except InputError:
+        raise
     except Exception:  # onnxruntime raises many kinds on malformed files
         raise InputError(f"{path} is not an ONNX file ONNX Runtime can run.") from None
-    entries = running.get_inputs()
-    image = _image(path, [e.shape for e in entries], [e.type for e in entries], side)
-    feed = {entries[0].name: image}
-    return lambda: running.run(None, feed)
 
 
-def _openvino(path: Path, threads: int, side: int | None) -> Callable[[], object]:
+def _openvino(path: Path, threads: int, side: int | None, size: int) -> Callable[[], object]:
     engine_version("openvino")
     import openvino
 
     core = openvino.Core()
     settings = {"INFERENCE_NUM_THREADS": threads, "NUM_STREAMS": 1, "PERFORMANCE_HINT": "LATENCY"}
+    bounds = Bounds(str(path), size)
     try:
-        compiled = core.compile_model(core.read_model(path), "CPU", settings)
+        compiled = bounds.first(lambda: core.compile_model(core.read_model(path), "CPU", settings))
+    except InputError:
+        raise
     except Exception:  # openvino raises many kinds on malformed files
         raise InputError(f"{path} is not an ONNX file OpenVINO can run.") from None
     names = {"u8": "tensor(uint8)", "f16": "tensor(float16)", "f32": "tensor(float)"}
@@ -86,21 +125,42 @@ def _openvino(path: Path, threads: int, side: int | None) -> Callable[[], object
     kinds = [names.get(entry.get_element_type().get_type_name(), "other") for entry in compiled.inputs]
     image = _image(path, shapes, kinds, side)
     request = compiled.create_infer_request()
-    return lambda: request.infer([image])
+    ran: list[object] = []
+
+    def infer() -> object:
+        if not ran:
+            ran.append(bounds.first(lambda: request.infer([image]), image.nbytes))
+        return request.infer([image])
+
+    return infer
 
 
-def check_image_input(path: Path, shapes: Sequence[Sequence[object]], types: Sequence[str]) -> None:
-    """Raises InputError unless the inputs are one image (n, 3, height, width) of up to MAX_SIDE pixels."""
+def check_image_input(
+    path: Path, shapes: Sequence[Sequence[object]], types: Sequence[str], asked: int | None = None
+) -> None:
+    """Raises InputError unless the inputs are one image (n, 3, height, width) of up to MAX_SIDE pixels, and not more
+    than LARGE pixels together, unless that side was `asked` for."""
     if len(shapes) != 1 or len(shapes[0]) != 4 or types[0] not in TYPES:
         raise InputError(f"{path} does not take one image (n, 3, height, width) of float or bytes.")
     most = (64, 3, MAX_SIDE, MAX_SIDE)
     if any(isinstance(n, int) and not 1 <= n <= m for n, m in zip(shapes[0], most, strict=True)):
         raise InputError(f"{path} takes images of another size than any detector's: {list(shapes[0])}.")
+    check_pixels(path, [n for n in shapes[0] if isinstance(n, int)], asked)
+
+
+def check_pixels(path: Path, numbers: Sequence[int], asked: int | None) -> None:
+    """Raises InputError for an input that takes gigabytes, with all that is made of it, unless one of its dimensions
+    was asked for: a file of a few bytes may say that it has one."""
+    if math.prod(numbers) > 3 * LARGE and asked not in numbers:
+        raise InputError(
+            f"{path} takes {list(numbers)} numbers at once, gigabytes with all that is made of them; give its --imgsz "
+            "to have it nevertheless."
+        )
 
 
 def _image(path: Path, shapes: Sequence[Sequence[object]], types: Sequence[str], side: int | None) -> NDArray[Any]:
     """A random image for the one input; its open dimensions are one image, three channels, `side` pixels."""
-    check_image_input(path, shapes, types)
+    check_image_input(path, shapes, types, side)
     usual = (1, 3, side or SIDE, side or SIDE)
     shape = [given if isinstance(given, int) else other for given, other in zip(shapes[0], usual, strict=True)]
     return as_input(np.random.default_rng(0).random(shape, np.float32), TYPES[types[0]])

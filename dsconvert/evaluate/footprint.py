@@ -6,6 +6,7 @@ and a second model would hide behind the first. VmHWM is read, not getrusage's m
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dsconvert.errors import InputError
+from dsconvert.evaluate.bounds import enforced
 
 RUNS = 3  # inferences before the peak is read: buffers are allocated by the first
 
@@ -27,9 +29,11 @@ class Footprint:
     base_bytes: int
 
 
-def measure_footprint(path: Path, engine: str, threads: int, side: int | None) -> Footprint:
-    """Load and run the model in a fresh process. Raises InputError when that process cannot use it."""
-    command = [sys.executable, "-m", "dsconvert.evaluate.footprint", str(path), engine, str(threads), str(side or 0)]
+def measure_footprint(path: Path, engine: str, threads: int, side: int | None, size: int | None = None) -> Footprint:
+    """Load and run the model, of `size` bytes with its external data, in a fresh process. Raises InputError when that
+    process cannot use it."""
+    numbers = [str(n or 0) for n in (threads, side, size)]
+    command = [sys.executable, "-m", "dsconvert.evaluate.footprint", str(path), engine, *numbers]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         last = (done.stderr.strip().splitlines() or [f"it ended with {done.returncode}"])[-1]
@@ -37,14 +41,14 @@ def measure_footprint(path: Path, engine: str, threads: int, side: int | None) -
     return Footprint(**json.loads(done.stdout.splitlines()[-1]))
 
 
-def _here(path: Path, engine: str, threads: int, side: int | None) -> Footprint:
+def _here(path: Path, engine: str, threads: int, side: int | None, size: int | None) -> Footprint:
     """The measurement, in this process."""
     from dsconvert.evaluate.engines import engine_version, open_model
 
     engine_version(engine)  # imports it
     base = _peak_bytes()
     began = time.perf_counter()
-    run = open_model(path, engine, threads, side)
+    run = open_model(path, engine, threads, side, size)
     load_ms = (time.perf_counter() - began) * 1e3
     for _ in range(RUNS):
         run()
@@ -59,9 +63,12 @@ def _peak_bytes() -> int:
 
 
 if __name__ == "__main__":
-    path, engine, threads, side = sys.argv[1:]
+    path, engine, threads, side, size = sys.argv[1:]
     try:
-        result = _here(Path(path), engine, int(threads), int(side) or None)
+        with enforced():
+            result = _here(Path(path), engine, int(threads), int(side) or None, int(size) or None)
     except InputError as error:
-        sys.exit(str(error))
+        sys.stderr.write(f"{error}\n")
+        sys.stderr.flush()
+        os._exit(1)  # what took too long may run still
     sys.stdout.write(json.dumps(vars(result)) + "\n")

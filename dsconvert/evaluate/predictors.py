@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 
 import numpy as np
 import torch
@@ -10,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dsconvert.evaluate.accuracy import Predictor
+from dsconvert.evaluate.bounds import Bounds
 from dsconvert.evaluate.masks import MaskPredictor
 from dsconvert.graph.integer import real_params, run_integer
 from dsconvert.graph.ir import ConvParams, Graph
@@ -19,22 +21,28 @@ from dsconvert.yolo.decode import decode
 from dsconvert.yolo.network import Head
 
 
-def float_predictor(graph: Graph, params: Mapping[str, ConvParams], head: Head, device: str = "cpu") -> Predictor:
-    """The network in float, its `params` on the device."""
-    return _predictor(lambda x: run_float(graph, params, x), head, device)
+def float_predictor(
+    graph: Graph, params: Mapping[str, ConvParams], head: Head, device: str = "cpu", bounds: Bounds | None = None
+) -> Predictor:
+    """The network in float, its `params` on the device, within the bounds of the file that it is from."""
+    return _predictor(lambda x: run_float(graph, params, x), head, device, bounds)
 
 
-def model_predictor(model: DSModel, device: str = "cpu") -> Predictor:
+def model_predictor(model: DSModel, device: str = "cpu", bounds: Bounds | None = None) -> Predictor:
     """A converted model's own arithmetic: integers, or real weights where activations are float."""
     if model.activations:
-        return _predictor(lambda x: run_integer(model.graph, model.convs, model.activations, x), model.head, device)
+        run = partial(run_integer, model.graph, model.convs, model.activations)
+        return _predictor(run, model.head, device, bounds)
     params = {n: ConvParams(p.weight.to(device), p.bias.to(device)) for n, p in real_params(model.convs).items()}
-    return float_predictor(model.graph, params, model.head, device)
+    return float_predictor(model.graph, params, model.head, device, bounds)
 
 
-def _predictor(raw: Callable[[Tensor], list[Tensor]], head: Head, device: str) -> Predictor:
-    def run(batch: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+def _predictor(raw: Callable[[Tensor], list[Tensor]], head: Head, device: str, bounds: Bounds | None) -> Predictor:
+    def within(batch: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         maps = [t.cpu() for t in raw(torch.from_numpy(batch).to(device))]
         return decode(maps, head).numpy(), maps[-1].numpy()
+
+    def run(batch: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        return bounds.later(lambda: within(batch), batch.nbytes) if bounds else within(batch)
 
     return MaskPredictor(run, head.nc) if head.nm else lambda batch: run(batch)[0]

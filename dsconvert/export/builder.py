@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,6 +12,7 @@ from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
 import dsconvert
+from dsconvert.errors import InputError
 
 # The IR version that introduced each opset: old runtimes refuse files whose IR is newer than they know.
 IR_VERSION = {13: 7, 21: 10}
@@ -61,7 +63,12 @@ class OnnxBuilder:
         metadata: Mapping[str, str],
         input_type: int = onnx.TensorProto.FLOAT,
     ) -> onnx.ModelProto:
-        """The finished model, checked by onnx. Inputs are of the given type, outputs float32."""
+        """The finished model, checked by onnx. Inputs are of the given type, outputs float32. Raises InputError when
+        two values have one name, as they can when the names of a model file's layers were made up for it."""
+        made = Counter([*inputs, *self.initializers, *(name for node in self.nodes for name in node.output)])
+        twice = next((name for name, count in made.items() if count > 1), None)
+        if twice is not None:
+            raise InputError(f"Two values of the exported file would be called {twice}, as its layers' names have it.")
 
         def values(named: Mapping[str, tuple[int | str, ...]], kind: int) -> list[onnx.ValueInfoProto]:
             return [helper.make_tensor_value_info(n, kind, s) for n, s in named.items()]

@@ -10,20 +10,26 @@ import onnx
 from dsconvert.errors import InputError, printable
 
 
-def check_external_data(path: Path) -> None:
-    """Raises InputError when the file cannot be parsed, or keeps data outside of its own folder."""
+def check_external_data(path: Path) -> int:
+    """Bytes of the file and of those where it keeps data. Raises InputError when the file cannot be parsed, or keeps
+    data outside of its own folder."""
     try:
         model = onnx.load(path, load_external_data=False)
     except Exception:  # onnx raises many kinds on malformed files
         raise InputError(f"{path} is not an ONNX file ONNX Runtime can run.") from None
     folder = path.resolve().parent
+    files = {path.resolve()}
     for tensor in _tensors(model):
         if tensor.data_location != onnx.TensorProto.EXTERNAL:
             continue
         for entry in tensor.external_data:
-            if entry.key == "location" and not _inside(folder, entry.value):
+            if entry.key != "location":
+                continue
+            if not _inside(folder, entry.value):
                 where = printable(entry.value, 100)
                 raise InputError(f"{path} keeps weights outside of its own folder, at {where}, so it was not loaded.")
+            files.add((folder / entry.value).resolve())
+    return sum(file.stat().st_size for file in files if file.is_file())
 
 
 def _inside(folder: Path, location: str) -> bool:

@@ -46,6 +46,7 @@ class Quantized:
         self.shapes = value_shapes(model.graph, weights, (3, side, side)) if side is not None else {}
         self.uint8: dict[str, str] = {}
         self.readers: Counter[str] = Counter()
+        self.images: dict[tuple[int, ...], str] = {}  # the image in other shapes, bytes
         self.wide: dict[str, tuple[str, int]] = {}  # raw map -> the map it is the first channels of, and how many more
         if input_type == "uint8" and self.grids[INPUT] == BYTES:
             self.uint8[INPUT] = INPUT  # the bytes are the quantized image
@@ -127,7 +128,7 @@ class Quantized:
         bias, unit = self._bias(node, cds, more)
         if more:
             bias = b.node("Pad", [bias, b.shape(0, more)], f"{name}.bias.wide")
-        x = self._filled_image(fill) if fill else self.real(node.inputs[0])
+        x = self._filled_image(node, fill) if fill else self.real(node.inputs[0])
         return add_conv(b, node, [x, weight, b.node("DequantizeLinear", [bias, unit], f"{name}.b", axis=0)])
 
     def _more(self, node: Node) -> int:
@@ -140,13 +141,28 @@ class Quantized:
         quick = self.side is not None and node.inputs == (INPUT,) and node.attrs["groups"] == 1
         return -self.shapes[INPUT][0] % RUN if quick else 0
 
-    def _filled_image(self, fill: int) -> str:
-        filled = f"{INPUT}.filled"
-        if not self.b.has(filled):
-            _, zero = self._grid(self.grids[INPUT])
-            self.b.node("Pad", [self.uint8[INPUT], self.b.shape(*[0] * 5, fill, 0, 0), zero], filled)
-        self.readers[filled] += 1
-        return self._dq(filled, f"{filled}.d{self.readers[filled]}", self.grids[INPUT])
+    def _filled_image(self, node: Node, fill: int) -> str:
+        if (fill,) not in self.images:
+            name, (_, zero) = self._image_name(node), self._grid(self.grids[INPUT])
+            pads = self.b.shape(*[0] * 5, fill, 0, 0)
+            self.images[fill,] = self.b.node("Pad", [self.uint8[INPUT], pads, zero], f"{name}.filled")
+        return self._real_image(self.images[fill,])
+
+    def _image_by_quads(self, node: Node, q: Quads) -> str:
+        key = (q.left, q.right, q.units)
+        if key not in self.images:
+            name, (_, zero) = self._image_name(node), self._grid(self.grids[INPUT])
+            last = image_by_quads(self.b, self.uint8[INPUT], self.shapes[INPUT][:2], q, zero, name)
+            self.images[key] = self.b.node("Transpose", [last], f"{name}.first", perm=TO_FIRST)
+        return self._real_image(self.images[key])
+
+    def _real_image(self, name: str) -> str:
+        self.readers[name] += 1
+        return self._dq(name, f"{name}.d{self.readers[name]}", self.grids[INPUT])
+
+    def _image_name(self, node: Node) -> str:
+        """What the image in another shape is called: a network with several convolutions of it may need several."""
+        return f"{node.name}.{INPUT}" if self.images else INPUT
 
     def _quads(self, node: Node) -> Quads | None:
         """For a convolution of every second pixel of an image whose channels no kernel likes (see `quickconv`)."""
@@ -157,16 +173,12 @@ class Quantized:
 
     def _conv_by_quads(self, node: Node, q: Quads) -> str:
         """The same convolution of two rows of four pixels as one; the quantized result's name."""
-        assert self.side is not None
         b, name, w = self.b, display_name(node), self.model.convs[node.name].weight
-        cho, chi = w.vqk.shape[:2]
-        _, zero = self._grid(self.grids[INPUT])
-        last = image_by_quads(b, self.uint8[INPUT], (chi, self.side), q, zero, INPUT)
-        first = b.node("Transpose", [last], f"{INPUT}.first", perm=TO_FIRST)
+        cho = len(w.vqk)
+        real = self._image_by_quads(node, q)
         integers = kernel_by_quads(b, self.weights.add(name, w), tuple(w.vqk.shape), q, name)
         cds = b.tensor(f"{name}.cds", w.cds_w.numpy().astype(np.float32))
         weight = b.node("DequantizeLinear", [integers, twice(b, cds, cds)], f"{name}.w", axis=0)
-        real = self._dq(first, f"{INPUT}.first.d", self.grids[INPUT])
         bias = b.node("DequantizeLinear", [twice(b, x, x) for x in self._bias(node, cds)], f"{name}.b", axis=0)
         pads = [q.pads[0], 0, q.pads[1], 0]
         paired = b.node("Conv", [real, weight, bias], f"{node.name}.pairs", name=name, pads=pads)

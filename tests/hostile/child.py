@@ -9,6 +9,7 @@ from __future__ import annotations
 import codecs
 import contextlib
 import hashlib
+import io
 import json
 import os
 import pickle
@@ -62,15 +63,18 @@ def readers() -> dict[str, Callable[[Path], Any]]:
             made.update(name.encode() + value.numpy().tobytes())
         return made.hexdigest()
 
-    def cli(path: Path) -> Any:
-        from dsconvert.cli import facts
+    def info(path: Path) -> Any:
+        from dsconvert.commands.info import info as command
 
-        return facts(path)
+        with contextlib.redirect_stdout(io.StringIO()) as shown:
+            command.callback(path, False)
+        bad = {c for c in shown.getvalue() if not c.isprintable() and c != "\n"}
+        return f"showed {bad}" if bad else ""
 
     return {
         "checkpoint": names, "model": lambda p: load_model(p).head.names, "yaml": read_data_yaml,
         "labels": lambda p: read_labels(p, 80).shape, "image": lambda p: read_image(p).shape,
-        "paths": lambda p: len(calibration_images(p)), "onnx": lambda p: load_candidate(p, None).names, "info": cli,
+        "paths": lambda p: len(calibration_images(p)), "onnx": lambda p: load_candidate(p, None).names, "info": info,
         "digest": digest, "plain pickle": lambda p: None if p.suffix == ".pt" else pickle.loads(p.read_bytes()),
     }  # fmt: skip
 

@@ -34,7 +34,8 @@ def onnx_files(good: onnx.ModelProto, folder: Path) -> Iterator[Case]:
         yield Case(f"onnx: {what}", data, f"{unusable}|does not take one image")
     yield Case("onnx: a circle of weights", circle(good), unusable)
     yield Case("onnx: 2^60 paths to a weight", doubled(good), unusable)
-    yield Case("onnx: weights of 2^60", large(good), unusable)
+    yield Case("onnx: weights of 2^60", large(good, [1 << 30, 1 << 30]), unusable)
+    yield Case("onnx: weights of 2^1240", large(good, [1 << 62] * 20), unusable)
     for what, model, words in ends():
         yield Case(f"onnx: {what}", model.SerializeToString(), words)
     for what, names, words in (
@@ -128,10 +129,10 @@ def doubled(good: onnx.ModelProto) -> bytes:
     return model.SerializeToString()
 
 
-def large(good: onnx.ModelProto) -> bytes:
+def large(good: onnx.ModelProto, dims: list[int]) -> bytes:
     model = copy.deepcopy(good)
     tensor = max(model.graph.initializer, key=lambda t: len(t.raw_data))
-    tensor.dims[:] = [1 << 30, 1 << 30]
+    tensor.dims[:] = dims
     return model.SerializeToString()
 
 

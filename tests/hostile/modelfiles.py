@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 from case import Case
+from fuzz_damage import resealed
 
 
 def raw_safetensors(header: bytes, data: bytes = b"") -> bytes:
@@ -51,7 +52,14 @@ def model_files(good: bytes) -> Iterator[Case]:
         yield Case(f"safetensors {what}", data, unreadable)
     yield Case("safetensors of another kind", raw_safetensors(b'{"a":{"dtype":"U8","shape":[1],"data_offsets":[0,1]}}',
                b"1"), "not one made by dsconvert")  # fmt: skip
-    yield Case("safetensors untouched", Opened(good).bytes(), None)
+    yield Case("safetensors untouched", good, None)
+    yield Case("safetensors with its digest made again", changed(good, lambda m: None), None)
+    yield Case("safetensors of the time before digests", changed(good, lambda m: m.json.pop("digest")), None)
+    yield Case("a digest of another file", Opened(good).bytes(), "is damaged: its content is not what its checksum")
+    yield Case(
+        "a digest of no kind", Opened(good).bytes(json.dumps({**Opened(good).json, "digest": [1]})), "is damaged"
+    )
+    yield Case("a part of no kind", changed(good, put({}, "digesu")), "is damaged")
     for what, text in {"text": "hello", "nothing": "", "deep": "[" * 200_000, "a list": "[]", "a number": "5",
                        "10^5000": "1" * 5000}.items():  # fmt: skip
         yield Case(f"header {what}", Opened(good).bytes(text), "is damaged")
@@ -62,9 +70,10 @@ def model_files(good: bytes) -> Iterator[Case]:
 
 
 def changed(good: bytes, change: Callable[[Opened], Any]) -> bytes:
+    """With a digest that is right, so that what it says is looked at."""
     opened = Opened(good)
     change(opened)
-    return opened.bytes()
+    return resealed(opened.bytes(), opened.key)
 
 
 def put(value: Any, *path: Any) -> Callable[[Opened], None]:

@@ -72,12 +72,15 @@ def damaged(good: bytes, key: str, changes: dict[str, Change]) -> dict[str, byte
 
 
 def flips(good: bytes) -> list[bytes]:
-    """One bit the other way, the least of a byte, at 40 places of the numbers: what is left is plausible."""
+    """One bit the other way: the least of a byte at 40 places of the numbers, where what is left is plausible, and any
+    at 80 places of the whole file."""
     (length,) = struct.unpack("<Q", good[:8])
+    turned = [(place, 0) for place in np.linspace(8 + length, len(good) - 1, 40).astype(int)]
+    turned += [(place, i % 8) for i, place in enumerate(np.linspace(0, len(good) - 1, 80).astype(int))]
     files = []
-    for place in np.linspace(8 + length, len(good) - 1, 40).astype(int):
+    for place, bit in turned:
         file = bytearray(good)
-        file[place] ^= 1
+        file[place] ^= 1 << bit
         files.append(bytes(file))
     return files
 

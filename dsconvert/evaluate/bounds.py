@@ -1,0 +1,143 @@
+"""How much memory and time a stranger's ONNX file may take: in proportion to its own size, and to its image's.
+
+A file of some kilobytes may ask for any amount of either. Bounds hold in processes that ask for them, as the command
+line does (`enforced`): a limit of memory is the whole process's, and a program that uses dsconvert may need more.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+from typing import TypeVar
+
+from dsconvert.errors import InputError, is_out_of_memory
+
+resource: ModuleType | None = None
+with suppress(ImportError):  # Windows has none
+    import resource
+
+T = TypeVar("T")
+# Measured: yolov5n and yolov5x in float32 take up to 2.4 times their size to load (small ones 40 MB more than nothing),
+# and 5 to 15 times their image to run, at 640 to 2560 pixels.
+BASE_BYTES, SIZES, IMAGES = 768 << 20, 4, 16
+# Stacks of threads, 8 MB each, count as soon as they are there, and engines start one for each CPU.
+THREAD_BYTES, MOST_CPUS = 10 << 20, 64
+BASE_SECONDS, SECONDS_A_MB, SECONDS_AN_IMAGE_MB = 20.0, 1.0, 0.2
+THREAD = "dsconvert-bounded"
+_ENFORCED: ContextVar[bool] = ContextVar("enforced", default=False)
+
+
+@contextmanager
+def enforced() -> Iterator[None]:
+    """Bounds hold within."""
+    token = _ENFORCED.set(True)
+    try:
+        yield
+    finally:
+        _ENFORCED.reset(token)
+
+
+def left_running() -> bool:
+    """Whether something that took too long runs still: the process cannot end in the usual way then."""
+    return any(t.name == THREAD and t.is_alive() for t in threading.enumerate())
+
+
+@dataclass
+class Bounds:
+    """Of a file of so many bytes, called `what` in messages; `spent` are the seconds that it took in `first`."""
+
+    what: str
+    size: int
+    spent: float = field(default=0.0, init=False)
+
+    def most_bytes(self, image: int) -> int:
+        """What the process may gain in one call, given images of so many bytes."""
+        threads = THREAD_BYTES * min(os.cpu_count() or 1, MOST_CPUS)
+        return BASE_BYTES + threads + SIZES * self.size + IMAGES * image
+
+    def most_seconds(self, image: int) -> float:
+        """For loading and the first call together."""
+        return BASE_SECONDS + (SECONDS_A_MB * self.size + SECONDS_AN_IMAGE_MB * image) / 1e6
+
+    def first(self, call: Callable[[], T], image: int = 0) -> T:
+        """Loading, or the first call, within both bounds. Raises InputError beyond them."""
+        if not _ENFORCED.get():
+            return call()
+        most, began = self.most_seconds(image), time.perf_counter()
+        try:
+            return in_time(lambda: self._within(call, image), most - self.spent)
+        except TimeoutError:
+            raise InputError(
+                f"{self.what} takes over {most:.0f} s to load and run once, more than a network of its size should, so "
+                "it was stopped."
+            ) from None
+        finally:
+            self.spent += time.perf_counter() - began
+
+    def later(self, call: Callable[[], T], image: int = 0) -> T:
+        """A call within the bound of memory. Raises InputError beyond it."""
+        return self._within(call, image) if _ENFORCED.get() else call()
+
+    def _within(self, call: Callable[[], T], image: int) -> T:
+        most = self.most_bytes(image)
+        try:
+            with growth(most):
+                return call()
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            raise InputError(
+                f"{self.what} needs over {most / 1e6:.0f} MB of memory, more than a network of its size should or than "
+                "there are."
+            ) from None
+
+
+@contextmanager
+def growth(most: int) -> Iterator[None]:
+    """This process's data may grow by so many bytes within: what asks for more is told that there are none. Nothing
+    where the system does not say how much data there is, or knows no such limit."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[5])
+    except (OSError, ValueError, IndexError):
+        pages = -1
+    if pages < 0 or resource is None:
+        yield
+        return
+    before = resource.getrlimit(resource.RLIMIT_DATA)
+    wanted = pages * resource.getpagesize() + most
+    lower = [limit for limit in before if limit != resource.RLIM_INFINITY]
+    resource.setrlimit(resource.RLIMIT_DATA, (min([wanted, *lower]), before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, before)
+
+
+def in_time(call: Callable[[], T], seconds: float) -> T:
+    """What the call returns or raises, in a thread of its own. Raises TimeoutError when it takes longer; native code
+    cannot be stopped, so the thread then goes on."""
+    returned: list[T] = []
+    raised: list[BaseException] = []
+    done = threading.Event()
+
+    def run() -> None:
+        try:
+            returned.append(call())
+        except BaseException as error:
+            raised.append(error)
+        finally:
+            done.set()
+
+    threading.Thread(target=run, name=THREAD, daemon=True).start()
+    if not done.wait(max(seconds, 0.0)):  # an interrupted `join` would take the thread for one that has ended
+        raise TimeoutError
+    if raised:
+        raise raised[0]
+    return returned[0]
