@@ -4,7 +4,7 @@ Rounding the columns of W one after the other, each error made up for by the col
 form of J: with H = L^T D L, L unit lower triangular in their order, J is the sum of D_ii e_ii^2 over the errors e of
 each column alone (LDLQ, arXiv 2307.13304, section 3), where rounding to the nearest has that of H_ii. Errors are alike
 from column to column, so tr D / tr H of J is left; of output channels fitted together, the same share of G besides.
-From layer to layer it goes from a tenth to two thirds: a large input map's columns are nearly linear in each other.
+From layer to layer it goes from a sixth to two thirds: a large input map's columns are nearly linear in each other.
 """
 
 from __future__ import annotations
