@@ -16,6 +16,7 @@ from watched import dsconvert, problems, run_child, write_cases
 
 from dsconvert.errors import InputError
 from dsconvert.evaluate.accuracy import detect_all
+from dsconvert.yolo import images
 from dsconvert.yolo.checkpoint import yolov5_bytes
 from dsconvert.yolo.images import calibration_batches, image_paths, letterbox, read_image
 
@@ -94,6 +95,18 @@ def test_links_in_circles_and_names_of_any_kind(tmp_path):
     loop.symlink_to(loop)
     with pytest.raises(InputError, match="no file or folder"):
         image_paths(loop)
+
+
+def test_a_whole_disk_is_not_looked_through(tmp_path, monkeypatch):
+    """Files count, whatever they are called, in all folders together."""
+    (tmp_path / "sub").mkdir()
+    for name in ("a.txt", "b.png", "sub/c.txt"):
+        (tmp_path / name).touch()
+    monkeypatch.setattr(images, "MOST_FILES", 3)
+    assert image_paths(tmp_path) == [tmp_path / "b.png"]
+    monkeypatch.setattr(images, "MOST_FILES", 2)
+    with pytest.raises(InputError, match="more than 2 files"):
+        image_paths(tmp_path)
 
 
 def test_what_may_not_be_read_is_skipped(tmp_path, monkeypatch):
