@@ -35,7 +35,7 @@ def op_times(path: Path, threads: int, runs: int) -> dict[str, float]:
         options.intra_op_num_threads, options.log_severity_level = threads, 3
         options.enable_profiling, options.profile_file_prefix = True, f"{folder}/profile"
         running = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-        entry = running.inner.get_inputs()[0]
+        entry = running.get_inputs()[0]
         image = np.random.default_rng(0).random(entry.shape, np.float32)
         for _ in range(WARMUP + runs):
             running.run(None, {entry.name: image})

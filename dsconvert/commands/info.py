@@ -17,7 +17,7 @@ from dsconvert.modelfile import load_model
 from dsconvert.yolo.checkpoint import load_checkpoint
 from dsconvert.yolo.lower import lower
 
-MAX_COUNT = 1 << 40  # weights of one layer
+MAX_COUNT = 1 << 40  # weights of one layer, and bytes
 
 
 @click.command()
@@ -73,7 +73,7 @@ def _facts(path: Path) -> dict[str, Any]:
             weights = conv_weights(onnx.load(path, load_external_data=False))
         except Exception:  # onnx raises many kinds on malformed files
             raise InputError(f"{path} is not a readable ONNX file.") from None
-        if any(w.count > MAX_COUNT for w in weights):
+        if any(max(w.count, w.bits // 8) > MAX_COUNT for w in weights):
             raise InputError(f"{path} declares larger weights than any file holds.")
         rows = [{**_plain_row(w.name, w.shape, w.type, 0), "bits": round(w.bits / max(w.count, 1), 3),
                  "bytes": w.bits // 8} for w in weights]  # fmt: skip

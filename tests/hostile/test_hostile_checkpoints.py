@@ -54,7 +54,9 @@ def corpus(tmp_path_factory) -> Corpus:
     (folder / "evil.pkl").write_bytes(HEAD + call("os.system", "true") + END)
     files = [("checkpoint", p) for p in (*cases, *cuts)] + [("digest", p) for p in (good, *flips)]
     files.append(("plain pickle", folder / "evil.pkl"))
-    return Corpus(good, canary, cases, cuts, flips, run_child([("checkpoint", good)], files))
+    # torch imports more of itself when it first makes attention
+    warm = [good, *(p for p, case in cases.items() if case.name == "attention: untouched")]
+    return Corpus(good, canary, cases, cuts, flips, run_child([("checkpoint", p) for p in warm], files))
 
 
 def test_every_kind_of_bad_checkpoint(corpus):
