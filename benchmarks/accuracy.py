@@ -80,16 +80,15 @@ def dsconvert_row(name: str, group: str, checkpoint: Path, work: Path, options: 
     )
     made(target, lambda: target.write_bytes(onnx_bytes(model, "packed", SIDE)))
     made_of = load_model(model)
-    stored = layer_bits(made_of)
-    smaller = 32 * sum(c.weight.vqk.numel() for n, c in made_of.convs.items() if n in stored) / sum(stored.values())
+    weights = inner_weights(made_of)
+    smaller = 32 * sum(w.vqk.numel() for w in weights) / sum(w.weight_bits * w.vqk.numel() for w in weights)
     return Row(name, group, target, load_candidate(target, SIDE).predict, made_of.weight_bits, seconds, smaller)
 
 
-def layer_bits(model: DSModel) -> dict[str, float]:
-    """Bits of VQK and KDS of every layer but the stem and Detect, also of those that were given 8 bits, by name."""
+def inner_weights(model: DSModel) -> list[DSTensor]:
+    """Of every layer but the stem and Detect, also of those that were given 8 bits."""
     ends = {n.name for n in model.graph.convs() if INPUT in n.inputs} | set(model.graph.outputs)
-    weights = {name: c.weight for name, c in model.convs.items() if name not in ends}
-    return {name: w.weight_bits * w.vqk.numel() for name, w in weights.items()}
+    return [c.weight for name, c in model.convs.items() if name not in ends]
 
 
 def folder_of(work: Path, name: str) -> Path:

@@ -55,6 +55,10 @@ class Images:
         """The batches as the network reads them, 0..1, made one at a time."""
         return (b.to(device).float() / 255 for b in self.batches)
 
+    def singles(self, device: str) -> Iterator[Tensor]:
+        """The same, one image (1, 3, side, side) at a time."""
+        return (image for batch in self.real(device) for image in batch.split(1))
+
 
 @dataclass(frozen=True)
 class Calibration:
@@ -186,12 +190,9 @@ def calibrate(
     mine = sum(map(len, images.batches))
 
     def singles() -> Iterable[Tensor]:
-        done = 0
-        for batch in images.real(device):
-            for image in batch.split(1):
-                yield image
-                done += 1
-                report("importance", done, mine)
+        for done, image in enumerate(images.singles(device), 1):
+            yield image
+            report("importance", done, mine)
 
     def measure(raw: list[Tensor], reference: list[Tensor]) -> list[Tensor]:
         return detection_measure(raw, reference, head)
@@ -200,10 +201,8 @@ def calibrate(
     own = choose_grids(graph, found.samples, found.clipping, seed) if quantized else {}
     damage = found.damage
     if damage:
-        singles_again = (image for batch in images.real(device) for image in batch.split(1))
-        left = left_over(
-            graph, params, singles_again, found.positions, found.channels, images.count, seed, images.first
-        )
+        again, count = images.singles(device), images.count
+        left = left_over(graph, params, again, found.positions, found.channels, count, seed, images.first)
         damage = {
             name: {width: d * left[name].of(width) if name in left else d for width, d in by_width.items()}
             for name, by_width in damage.items()

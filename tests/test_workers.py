@@ -53,21 +53,15 @@ def test_shares_are_all_items_once_and_in_order(monkeypatch, share):
                 assert all(taken)
 
 
+def quantized(folder, processes):
+    """`run` of quantize on all images, to the folder m1 or m2."""
+    options = ("--calib", "images", "--imgsz", "64", "--out", f"m{processes}", "-q")
+    return run(folder, processes, "quantize", "best.pt", *options)
+
+
 def test_two_processes_fit_what_one_fits(folder):
     for processes in (1, 2):
-        status, out, err = run(
-            folder,
-            processes,
-            "quantize",
-            "best.pt",
-            "--calib",
-            "images",
-            "--imgsz",
-            "64",
-            "--out",
-            f"m{processes}",
-            "-q",
-        )
+        status, out, err = quantized(folder, processes)
         assert status == 0, err
         assert out.split() == [f"m{processes}/model.safetensors"]  # one speaks for both
         assert "1 images could not be read" in err
@@ -89,19 +83,7 @@ def test_two_processes_with_an_image_each(tiny, tmp_path):
     # every second image says what widths cost: here one process has none of those
     write_work(tmp_path, tiny, 2)
     for processes in (1, 2):
-        status, _, err = run(
-            tmp_path,
-            processes,
-            "quantize",
-            "best.pt",
-            "--calib",
-            "images",
-            "--imgsz",
-            "64",
-            "--out",
-            f"m{processes}",
-            "-q",
-        )
+        status, _, err = quantized(tmp_path, processes)
         assert status == 0, err
     one, two = (json.loads((tmp_path / f"m{n}/quantize.json").read_text()) for n in (1, 2))
     assert two["calibration_images"] == 2

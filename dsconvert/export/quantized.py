@@ -105,8 +105,11 @@ class Quantized:
 
     def real(self, value: str) -> str:
         """A dequantized name of a value, another one every time."""
+        return self._read(value, self.uint8[value], self.grids[value])
+
+    def _read(self, value: str, integers: str, grid: QParams) -> str:
         self.readers[value] += 1
-        return self._dq(self.uint8[value], f"{value}.d{self.readers[value]}", self.grids[value])
+        return self._dq(integers, f"{value}.d{self.readers[value]}", grid)
 
     def _quantize(self, value: str, real: str) -> None:
         self.uint8[value] = self._q(real, f"{value}.q", self.grids[value])
@@ -146,7 +149,7 @@ class Quantized:
             name, (_, zero) = self._image_name(node), self._grid(self.grids[INPUT])
             pads = self.b.shape(*[0] * 5, fill, 0, 0)
             self.images[fill,] = self.b.node("Pad", [self.uint8[INPUT], pads, zero], f"{name}.filled")
-        return self._real_image(self.images[fill,])
+        return self._read(self.images[fill,], self.images[fill,], self.grids[INPUT])
 
     def _image_by_quads(self, node: Node, q: Quads) -> str:
         key = (q.left, q.right, q.units)
@@ -154,11 +157,7 @@ class Quantized:
             name, (_, zero) = self._image_name(node), self._grid(self.grids[INPUT])
             last = image_by_quads(self.b, self.uint8[INPUT], self.shapes[INPUT][:2], q, zero, name)
             self.images[key] = self.b.node("Transpose", [last], f"{name}.first", perm=TO_FIRST)
-        return self._real_image(self.images[key])
-
-    def _real_image(self, name: str) -> str:
-        self.readers[name] += 1
-        return self._dq(name, f"{name}.d{self.readers[name]}", self.grids[INPUT])
+        return self._read(self.images[key], self.images[key], self.grids[INPUT])
 
     def _image_name(self, node: Node) -> str:
         """What the image in another shape is called: a network with several convolutions of it may need several."""

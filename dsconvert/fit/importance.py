@@ -131,9 +131,8 @@ def measure_importance(
     shared = iter((workers.summed(single) * scale).tolist())
 
     def joined(parts: list[Tensor]) -> Tensor:
-        return workers.joined(
-            torch.cat([torch.empty(0), *parts])
-        )  # a process may have none of the images that are looked at
+        # a process may have none of the images that are looked at
+        return workers.joined(torch.cat([torch.empty(0), *parts]))
 
     return Importance(
         {name: (joined([v for v, _ in s]), joined([w for _, w in s])) for name, s in samples.items()},

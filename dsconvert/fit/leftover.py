@@ -21,9 +21,9 @@ from dsconvert.fit import draws
 from dsconvert.fit.channels import damped as damped_channels
 from dsconvert.fit.channels import gram
 from dsconvert.fit.gptq import damped_hessian, unfolded
+from dsconvert.fit.lockstep import float_values
 from dsconvert.fit.threads import threads_for
 from dsconvert.graph.ir import INPUT, ConvParams, Graph, Node
-from dsconvert.graph.run import float_step
 
 IMAGES = 32  # looked at, evenly spread
 
@@ -73,8 +73,7 @@ def left_over(
                     by_columns = left_by(damped_hessian(hessian))
                     by_channels = left_by(damped_channels(channels[node.name]))
                 found[node.name] = Left(by_columns, by_channels)
-            inputs = zip(*(values[name] for name in node.inputs), strict=True)
-            values[node.name] = [float_step(node, [x.float() for x in xs], params).half() for xs in inputs]
+            values[node.name] = float_values(node, values, params)
             for name in set(node.inputs):
                 if last[name] == index:
                     del values[name]

@@ -79,8 +79,7 @@ def fit_lockstep(
     fitted: dict[str, QConv] = {}
     with torch.no_grad():
         for index, node in enumerate(graph.nodes):
-            steps = (float_step(node, [x.float() for x in xs], params) for xs in _inputs(node, floats))
-            floats[node.name] = [y.clamp_(-HALF_MAX, HALF_MAX).half() for y in steps]
+            floats[node.name] = float_values(node, floats, params)
             if node.op == "conv" and known and node.name in known:
                 fitted[node.name] = known[node.name]
             elif node.op == "conv":
@@ -96,6 +95,12 @@ def fit_lockstep(
             if progress:
                 progress(index + 1, len(graph.nodes))
     return fitted
+
+
+def float_values(node: Node, floats: Mapping[str, list[Tensor]], params: Mapping[str, ConvParams]) -> list[Tensor]:
+    """What a node of the float network makes of values kept in half precision, batch by batch, in half precision."""
+    steps = (float_step(node, [x.float() for x in xs], params) for xs in _inputs(node, floats))
+    return [y.clamp_(-HALF_MAX, HALF_MAX).half() for y in steps]
 
 
 def _seen(
