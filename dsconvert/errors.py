@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from dsconvert.text import printable
 
 MOST = 2000  # characters of a message
@@ -42,6 +45,18 @@ class InputError(ValueError):
 
     def __init__(self, message: str) -> None:
         super().__init__(printable(message, MOST))
+
+
+@contextmanager
+def refusing(message: str) -> Iterator[None]:
+    """Raises InputError with that message for whatever is raised within, but for InputErrors: native libraries raise
+    many kinds on malformed files."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception:
+        raise InputError(message) from None
 
 
 class CheckError(RuntimeError):

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dsconvert.anyonnx.source import Array, Source, used
-from dsconvert.errors import InputError, printable
+from dsconvert.errors import InputError, printable, refusing
 from dsconvert.evaluate.engines import session
 from dsconvert.graph.ir import Node
 
@@ -105,12 +105,8 @@ def _constants(source: Source, names: list[str]) -> dict[str, Array]:
     made = [n for n in names if n not in source.initializers]
     if made:
         nodes = [source.nodes[i] for i in source.needed(made)]
-        try:
+        with refusing("ONNX Runtime cannot compute the file's constants."):
             values = session(source.part(nodes, made, {}).SerializeToString(), 1).run(None, {})
-        except InputError:
-            raise
-        except Exception:  # onnxruntime raises many kinds
-            raise InputError("ONNX Runtime cannot compute the file's constants.") from None
         found |= {n: v for n, v in zip(made, values, strict=True) if isinstance(v, np.ndarray) and v.dtype.kind == "f"}
     return found
 

@@ -19,7 +19,7 @@ from dsconvert.anyonnx.layers import Layer
 from dsconvert.anyonnx.rewrite import float_tensors, replaced
 from dsconvert.anyonnx.source import Array, Source, used
 from dsconvert.dsconv.tensor import DSTensor
-from dsconvert.errors import InputError
+from dsconvert.errors import InputError, refusing
 from dsconvert.evaluate.engines import Session, session
 from dsconvert.fit.lockstep import with_shifts
 from dsconvert.fit.seen import Seen
@@ -126,13 +126,9 @@ def _advance(
     running: Session | None = None
     for image in range(count):
         given = {v: side.read(v, image) for v in reads}
-        try:
+        with refusing(f"ONNX Runtime fails on the calibration images before layer {layer.name}."):
             running = running or session(source.part(nodes, outputs, given, side.tensors).SerializeToString(), threads)
             values = running.run(outputs, given)
-        except InputError:
-            raise
-        except Exception:  # onnxruntime raises many kinds
-            raise InputError(f"ONNX Runtime fails on the calibration images before layer {layer.name}.") from None
         for name, value in zip(outputs, values, strict=True):
             if not isinstance(value, np.ndarray) or not (value.dtype.kind != "f" or np.isfinite(value).all()):
                 raise InputError(f"A value before layer {layer.name} is not finite, or no tensor: it cannot be fitted.")

@@ -15,7 +15,7 @@ from typing import Any
 import onnx
 from numpy.typing import NDArray
 
-from dsconvert.errors import InputError
+from dsconvert.errors import InputError, refusing
 from dsconvert.evaluate.engines import MAX_SIDE, TYPES, check_pixels, session
 from dsconvert.export.external import check_external_data
 
@@ -157,14 +157,10 @@ def read_source(path: Path, imgsz: int | None, threads: int) -> Source:
     if not path.is_file():
         raise InputError(f"There is no ONNX file at {path}.")
     check_external_data(path)
-    try:
+    with refusing(f"{path} is not an ONNX file ONNX Runtime can run."):
         model = onnx.load(path)
         large = model.ByteSize() > MAX_BYTES
         running = None if large else session(model.SerializeToString(), threads, str(path))
-    except InputError:
-        raise
-    except Exception:  # onnx and onnxruntime raise many kinds on malformed files
-        raise InputError(f"{path} is not an ONNX file ONNX Runtime can run.") from None
     if running is None:
         raise InputError(f"{path} is larger than the 2 GB an ONNX model can have in memory.")
     entries = running.inner.get_inputs()

@@ -14,7 +14,7 @@ import onnx
 import torch
 from numpy.typing import NDArray
 
-from dsconvert.errors import InputError, printable
+from dsconvert.errors import InputError, printable, refusing
 from dsconvert.evaluate.accuracy import Predictor
 from dsconvert.evaluate.bounds import Bounds
 from dsconvert.evaluate.engines import TYPES, Session, as_input, check_image_input, check_pixels, load_file, session
@@ -167,12 +167,9 @@ def _onnx(path: Path, side: int | None) -> Candidate:
 
 
 def _outputs(path: Path, running: Session, feed: dict[str, NDArray[Any]]) -> list[Any]:
-    try:
+    side = next(iter(feed.values())).shape[-1]
+    with refusing(f"{path} fails in ONNX Runtime on an image of {side} pixels."):
         return running.run(None, feed)
-    except InputError:
-        raise
-    except Exception:  # onnxruntime raises many kinds
-        raise InputError(f"{path} fails in ONNX Runtime on an image of {feed.popitem()[1].shape[-1]} pixels.") from None
 
 
 def _floats(path: Path, out: Any) -> NDArray[np.float32]:

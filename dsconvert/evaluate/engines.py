@@ -12,7 +12,7 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from dsconvert.errors import InputError
+from dsconvert.errors import InputError, refusing
 from dsconvert.evaluate.bounds import Bounds
 
 ENGINES = ("onnxruntime", "openvino")
@@ -99,12 +99,8 @@ def _onnxruntime(path: Path, threads: int, side: int | None, size: int) -> Calla
 
 def load_file(path: Path, threads: int, size: int) -> Session:
     """A session of a stranger's file, `size` bytes with its external data. Raises InputError when there can be none."""
-    try:
+    with refusing(f"{path} is not an ONNX file ONNX Runtime can run."):
         return session(path, threads, str(path), size)
-    except InputError:
-        raise
-    except Exception:  # onnxruntime raises many kinds on malformed files
-        raise InputError(f"{path} is not an ONNX file ONNX Runtime can run.") from None
 
 
 def _openvino(path: Path, threads: int, side: int | None, size: int) -> Callable[[], object]:
@@ -114,12 +110,8 @@ def _openvino(path: Path, threads: int, side: int | None, size: int) -> Callable
     core = openvino.Core()
     settings = {"INFERENCE_NUM_THREADS": threads, "NUM_STREAMS": 1, "PERFORMANCE_HINT": "LATENCY"}
     bounds = Bounds(str(path), size)
-    try:
+    with refusing(f"{path} is not an ONNX file OpenVINO can run."):
         compiled = bounds.first(lambda: core.compile_model(core.read_model(path), "CPU", settings))
-    except InputError:
-        raise
-    except Exception:  # openvino raises many kinds on malformed files
-        raise InputError(f"{path} is not an ONNX file OpenVINO can run.") from None
     names = {"u8": "tensor(uint8)", "f16": "tensor(float16)", "f32": "tensor(float)"}
     shapes = [[d.get_length() if d.is_static else None for d in entry.get_partial_shape()] for entry in compiled.inputs]
     kinds = [names.get(entry.get_element_type().get_type_name(), "other") for entry in compiled.inputs]
