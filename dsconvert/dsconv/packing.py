@@ -14,6 +14,12 @@ def pack_bits(values: NDArray[np.int8] | NDArray[np.uint8], bits: int) -> NDArra
     return np.packbits(np.unpackbits(flat, axis=1, bitorder="little")[:, :bits].reshape(-1), bitorder="little")
 
 
+def numbers_of(pieces: NDArray[np.integer], width: int) -> NDArray[np.int32]:
+    """(..., n) unsigned integers of `width` bits -> (...) numbers, the first integer lowest."""
+    places = np.arange(pieces.shape[-1], dtype=np.int32) * width
+    return (pieces.astype(np.int32) << places).sum(-1, dtype=np.int32)
+
+
 def pack_rows(rows: NDArray[np.int32], bits: int) -> NDArray[np.uint8]:
     """Numbers of 4 bits, or of 8 or 12: their low bytes, then the half bytes above."""
     if bits < 8:

@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
+from dsconvert.dsconv.packing import numbers_of
 from dsconvert.dsconv.runs import RUN, vectors
 from dsconvert.dsconv.runs import rows as run_rows
 from dsconvert.dsconv.tensor import DSTensor
@@ -227,5 +228,4 @@ def _words(layer: _Layer) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
 
 def _bytes(pieces: NDArray[np.integer], width: int) -> NDArray[np.uint8]:
     """(..., n) unsigned integers of so many bits -> (...) bytes, the first lowest."""
-    places = np.arange(pieces.shape[-1]) * width
-    return (pieces.astype(np.int32) << places).sum(-1).astype(np.uint8)
+    return numbers_of(pieces, width).astype(np.uint8)

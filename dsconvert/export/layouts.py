@@ -27,6 +27,7 @@ import numpy as np
 from numpy.typing import NDArray
 from onnx import TensorProto
 
+from dsconvert.dsconv.packing import numbers_of
 from dsconvert.dsconv.tensor import DSTensor, block_count
 from dsconvert.export.builder import OnnxBuilder
 from dsconvert.export.runs import add_number, add_runs
@@ -138,7 +139,7 @@ def _piece(b: OnnxBuilder, name: str, piece: NDArray[np.int32], width: int, unit
             return value
         return b.node("Gather", [b.constant(np.arange(16, dtype=np.int32) * unit + bottom), value], f"{name}.t")
     runs = np.pad(piece.reshape(-1), (0, -piece.size % 4)).reshape(-1, 4)
-    numbers = (runs << np.arange(4, dtype=np.int32) * width).sum(1, dtype=np.int32)
+    numbers = numbers_of(runs, width)
     if piece.shape[-1] == 4:
         number = add_number(b, name, numbers.reshape(piece.shape[:-1]), 4 * width)
         return b.node("Gather", [_table(b, width, unit, bottom), number], f"{name}.t")
