@@ -11,6 +11,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from hypothesis import settings
 
 from dsconvert.cli import main
 from dsconvert.dsconv.runs import fits
@@ -23,6 +24,10 @@ from dsconvert.model import DSModel
 from dsconvert.yolo.checkpoint import yolov5_bytes
 from dsconvert.yolo.lower import lower, split_detect
 from dsconvert.yolo.network import Head, Network, head_from_detect
+
+# the same examples every time, so that a failure is the change's; `--hypothesis-profile=default` looks for others
+settings.register_profile("same", derandomize=True)
+settings.load_profile("same")
 
 if worker := os.environ.get("PYTEST_XDIST_WORKER"):
     # each process of `pytest -n 2` keeps to one core, and what it starts too: torch's threads starve each other
