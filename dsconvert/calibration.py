@@ -126,19 +126,21 @@ def decoded(paths: Sequence[Path], side: int, report: Progress) -> Images:
 
 
 def synthetic(checkpoint: Checkpoint, imgsz: int, samples: int, seed: int, report: Progress) -> Images:
-    """Images made up from the checkpoint's BatchNorm statistics, with objects that it detects. Raises InputError where
-    it has no such statistics left."""
-    side, count = min(imgsz, SYNTHETIC_SIDE), min(samples, SYNTHETIC_IMAGES)
+    """Images made up from the checkpoint's BatchNorm statistics, with objects that it detects; as far as `samples`
+    allows, each once more as its mirror image. Raises InputError where it has no such statistics left."""
+    side, drawn = min(imgsz, SYNTHETIC_SIDE), min(samples, SYNTHETIC_IMAGES)
     try:
         batches = synthesize(
-            checkpoint.network, count, side, SYNTHETIC_STEPS, seed,
+            checkpoint.network, drawn, side, SYNTHETIC_STEPS, seed,
             lambda done, total: report("synthesize", done, total), partial(wished, checkpoint.head),
         )  # fmt: skip
     except ValueError:
         raise InputError(
             f"{checkpoint.path} has its BatchNorm fused away, so images cannot be synthesised from it; give --calib."
         ) from None
-    made = torch.cat(list(batches))
+    made = torch.cat(list(batches))[:drawn]
+    made = torch.cat((made, made.flip(3)))[:samples]
+    count = len(made)
     mine = made[workers.share(count, BATCH)]
     if count < workers.count():
         raise InputError(f"{count} calibration images are too few for {workers.count()} processes.")
