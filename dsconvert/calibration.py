@@ -18,8 +18,9 @@ from dsconvert.fit.channels import is_moment
 from dsconvert.fit.importance import measure_importance
 from dsconvert.fit.leftover import left_over
 from dsconvert.fit.ranges import choose_grids
-from dsconvert.fit.sensitivity import WeightErrors
+from dsconvert.fit.sensitivity import damage_of
 from dsconvert.fit.synthesize import synthesize
+from dsconvert.fit.threads import in_order
 from dsconvert.graph.integer import QParams, keeps_grid
 from dsconvert.graph.ir import INPUT, ConvParams, Graph
 from dsconvert.graph.run import run_float
@@ -77,7 +78,7 @@ def check_calibration(
     graph: Graph,
     params: Mapping[str, ConvParams],
     images: Images,
-    errors: WeightErrors,
+    widths: Mapping[str, Sequence[Width]],
     quantized: bool,
 ) -> None:
     """Raises ValueError or KeyError unless `found` can be what `calibrate` makes of the rest: it comes from a file."""
@@ -101,7 +102,7 @@ def check_calibration(
     for moment in found.channels.values():
         if moment.dtype != torch.float32 or not is_moment(moment):
             raise ValueError("channels")
-    if {name: set(by_width) for name, by_width in found.damage.items()} != {n: set(e) for n, e in errors.items()}:
+    if {name: set(by_width) for name, by_width in found.damage.items()} != {n: set(w) for n, w in widths.items()}:
         raise ValueError("widths")
     if not all(math.isfinite(d) and d >= 0 for by_width in found.damage.values() for d in by_width.values()):
         raise ValueError("damage")
@@ -182,13 +183,14 @@ def calibrate(
     params: Mapping[str, ConvParams],
     head: Head,
     images: Images,
-    errors: WeightErrors,
+    widths: Mapping[str, Sequence[Width]],
     seed: int,
     device: str,
     quantized: bool,
     report: Progress,
 ) -> Calibration:
-    """Look at the images once. `errors` are those whose damage is wanted; `quantized`: whether activations will be."""
+    """Look at the images once. `widths` are those of each layer whose damage is wanted; `quantized`: whether
+    activations will be."""
     mine = sum(map(len, images.batches))
 
     def singles() -> Iterable[Tensor]:
@@ -199,14 +201,17 @@ def calibrate(
     def measure(raw: list[Tensor], reference: list[Tensor]) -> list[Tensor]:
         return detection_measure(raw, reference, head)
 
-    found = measure_importance(graph, params, singles(), measure, seed, errors, images.first)
+    chosen, count = list(widths), images.count
+    found = measure_importance(graph, params, singles(), measure, seed, chosen, images.first, count)
     own = choose_grids(graph, found.samples, found.clipping, seed) if quantized else {}
-    damage = found.damage
-    if damage:
-        again, count = images.singles(device), images.count
+    damage: dict[str, dict[Width, float]] = {}
+    if widths:
+        again = images.singles(device)
         left = left_over(graph, params, again, found.positions, found.channels, count, seed, images.first)
-        damage = {
-            name: {width: d * left[name].of(width) if name in left else d for width, d in by_width.items()}
-            for name, by_width in damage.items()
-        }
+
+        def foretold(name: str) -> dict[Width, float]:
+            made = damage_of(params[name].weight.cpu(), widths[name], found.squares[name])
+            return {width: d * left[name].of(width) if name in left else d for width, d in made.items()}
+
+        damage = dict(zip(chosen, in_order(foretold, chosen), strict=True))
     return Calibration(own, found.positions, found.channels, damage)

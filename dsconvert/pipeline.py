@@ -41,7 +41,7 @@ from dsconvert.fit.gptq import fit_layer
 from dsconvert.fit.lockstep import FitLayer, fit_lockstep
 from dsconvert.fit.real_alpha import fit_layer_real
 from dsconvert.fit.seen import Seen
-from dsconvert.fit.sensitivity import weight_errors
+from dsconvert.fit.sensitivity import widths_of
 from dsconvert.graph.integer import QConv, QParams
 from dsconvert.graph.ir import ConvParams, Graph, Node
 from dsconvert.model import DSModel, damage_by_bits, display_name, is_dsconv
@@ -142,14 +142,15 @@ def quantize(
     images = bounded(graph, params, images, device, 3 if quantized else 6)
     key = {**asdict(options), "calib": None, "images": [images.first, images.count]}
     sizes = [options.block_size] if options.block_size else BLOCK_SIZES
-    errors = weight_errors(params, chosen if options.bits is None else [], BITS, sizes)
+    wanted = chosen if options.bits is None else []
+    judged = {name: widths_of(params[name].weight.shape[1], BITS, sizes) for name in wanted}
     seen = {k: key[k] for k in ("images", "imgsz", "seed", "device", "activations")}
-    seen["widths"] = {name: list(by_width) for name, by_width in errors.items()}
+    seen["widths"] = judged
     pixels = run_key(*images.batches) if cache is not None or unfinished is not None else ""
     calibration = remembered(
         cache, run_key(seen, checkpoint.sha256, pixels),
-        lambda: calibrate(graph, params, head, images, errors, options.seed, device, quantized, report),
-        lambda kept: check_calibration(kept, graph, params, images, errors, quantized),
+        lambda: calibrate(graph, params, head, images, judged, options.seed, device, quantized, report),
+        lambda kept: check_calibration(kept, graph, params, images, judged, quantized),
     )  # fmt: skip
     own, damage = calibration.own, calibration.damage
 

@@ -9,7 +9,7 @@ import torch
 
 from dsconvert.dsconv.tensor import Width
 from dsconvert.fit.importance import measure_importance
-from dsconvert.fit.sensitivity import squared_effects, unshrunk, weight_errors
+from dsconvert.fit.sensitivity import damage_of, squared_gradient, unshrunk, weight_error, widths_of
 from dsconvert.graph.ir import INPUT, ConvParams, Graph, Node
 from dsconvert.graph.run import run_float
 from dsconvert.yolo.lower import lower
@@ -29,9 +29,8 @@ def test_effect_is_the_mean_over_the_signs_of_the_error():
         moved = torch.nn.functional.conv2d(x, error * torch.tensor(signs).reshape(1, 1, 3, 3), stride=2, padding=1)
         squares.append(((moved - moved.mean((2, 3), keepdim=True)) * gradient).sum().square().item())
     wanted = sum(squares) / len(squares)
-    assert squared_effects(node, x, gradient, {Width(4, 3): error})[Width(4, 3)] == pytest.approx(
-        wanted, rel=1e-4
-    )  # float32 sums
+    found = (squared_gradient(node, x, gradient, error.shape) * error.square()).sum().item()
+    assert found == pytest.approx(wanted, rel=1e-4)  # float32 sums
 
 
 def test_expected_damage_of_a_linear_layer_is_its_noise_at_the_output(picture):
@@ -40,13 +39,14 @@ def test_expected_damage_of_a_linear_layer_is_its_noise_at_the_output(picture):
     generator = torch.Generator().manual_seed(0)
     graph = Graph((Node("conv", "c", (INPUT,), POINT),), ("c",))
     params = {"c": ConvParams(torch.randn(4, 3, 1, 1, generator=generator), torch.zeros(4))}
-    errors = weight_errors(params, ["c"], (2, 4, 8), (2, 3))
+    weight, widths = params["c"].weight, widths_of(3, (2, 4, 8), (2, 3))
+    assert set(widths) == {Width(*w) for w in ((2, 2), (2, 3), (4, 2), (4, 3), (8, 3))}
     # what columns and channels make up for is no concern of it
-    found = measure_importance(graph, params, [picture] * 200, lambda raw, _: raw, 0, errors).damage["c"]
-    assert set(errors["c"]) == {Width(*w) for w in ((2, 2), (2, 3), (4, 2), (4, 3), (8, 3))}
+    squares = measure_importance(graph, params, [picture] * 200, lambda raw, _: raw, 0, ["c"]).squares["c"]
+    found = damage_of(weight, widths, squares)
     energy = (picture - picture.mean((2, 3), keepdim=True)).square().sum((0, 2, 3))
-    for width, error in errors["c"].items():
-        wanted = float((error.flatten(1).square() * energy).sum())
+    for width in widths:
+        wanted = float((weight_error(weight, width).flatten(1).square() * energy).sum())
         assert found[width] / 200 == pytest.approx(wanted, rel=4 * (2 / 200) ** 0.5)  # four sigma
     assert found[Width(2, 3)] > found[Width(4, 3)] > found[Width(8, 3)] > 0
 
@@ -54,8 +54,7 @@ def test_expected_damage_of_a_linear_layer_is_its_noise_at_the_output(picture):
 def test_errors_shrink_about_by_four_with_every_bit():
     """From 4 bits on, where rounding is all the error there is; 8 bits are one scale an output channel."""
     weight = torch.randn(16, 64, 3, 3, generator=torch.Generator().manual_seed(0))
-    errors = weight_errors({"c": ConvParams(weight, torch.zeros(16))}, ["c"], (4, 5, 6), (16,))["c"]
-    squares = [float(errors[Width(bits, 16)].square().sum()) for bits in (4, 5, 6)]
+    squares = [float(weight_error(weight, Width(bits, 16)).square().sum()) for bits in (4, 5, 6)]
     for more, less in itertools.pairwise(squares):
         assert 2.5 < more / less < 5  # m has fewer values at more bits
 
@@ -77,8 +76,9 @@ def test_damage_foretells_what_replacing_the_weight_does(tiny, picture):
     def measure(raw, reference):
         return [t.sigmoid() for t in raw]
 
-    errors = weight_errors(params, names, (8,), (16,))
-    found = measure_importance(graph, params, [picture] * 30, measure, 0, errors).damage
+    widths = {name: widths_of(params[name].weight.shape[1], (8,), (16,)) for name in names}
+    squares = measure_importance(graph, params, [picture] * 30, measure, 0, names).squares
+    found = {name: damage_of(params[name].weight, widths[name], squares[name]) for name in names}
     before = measure(run_float(graph, params, picture), None)
     values: dict[str, torch.Tensor] = {}
     run_float(graph, params, picture, values.__setitem__)
@@ -87,7 +87,8 @@ def test_damage_foretells_what_replacing_the_weight_does(tiny, picture):
         moved = {
             **params,
             node.name: ConvParams(
-                params[node.name].weight + next(iter(errors[node.name].values())), params[node.name].bias
+                params[node.name].weight + weight_error(params[node.name].weight, *widths[node.name]),
+                params[node.name].bias,
             ),
         }
         changed: dict[str, torch.Tensor] = {}

@@ -7,8 +7,8 @@ signs s, the gradient g of sum(s v) has E[g^2] = sum over v of (dv / dvalue)^2: 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 
 import numpy as np
@@ -16,42 +16,44 @@ import torch
 from torch import Tensor
 
 from dsconvert import workers
-from dsconvert.dsconv.tensor import Width
 from dsconvert.fit import draws
 from dsconvert.fit.channels import second_moment
 from dsconvert.fit.clipping import LEVELS, clip_effects
-from dsconvert.fit.sensitivity import WeightErrors, squared_effects
+from dsconvert.fit.sensitivity import squared_gradient
+from dsconvert.fit.threads import in_order
 from dsconvert.graph.integer import keeps_grid
 from dsconvert.graph.ir import INPUT, ConvParams, Graph, Node
 from dsconvert.graph.run import execute, float_step
 
 SAMPLES_PER_IMAGE = 1024
 SEARCHED = 8192  # values of a map that samples are drawn from
-EVERY = 2  # of so many images one has samples, and says what widths and clipping cost
+THOROUGH = 32  # images, evenly spread, that have samples and say what widths and clipping cost
 # (raw maps, the float network's raw maps, which give the constants) -> numbers whose squared change is the damage
 Measure = Callable[[list[Tensor], list[Tensor]], list[Tensor]]
+Found = dict[str, tuple[Tensor, Tensor]]  # value name -> the value, and its gradient
 
 
 @dataclass(frozen=True)
 class Importance:
-    """samples: value name -> (values of every EVERYth image, their weights), both (k,). positions: convolution name ->
+    """samples: value name -> (values of the THOROUGH images, their weights), both (k,). positions: convolution name ->
     (images, h' w') weights of its output positions: the root of the squared gradients summed over channels; not for
     those that nothing depends on. channels: for the same names the second moment (cho, cho) of the gradients of its
-    output channels (see `fit.channels`). damage: convolution name -> width -> squared change of the measured numbers,
-    over all images, as every EVERYth has it. clipping: the same for cutting a value at each of `clipping.LEVELS`, over
-    the images of `samples`, by value name, for values that `samples` judges where they are. Of several processes all
-    have the same, but for the positions of their images."""
+    output channels (see `fit.channels`). squares: for the convolutions that were asked for, the squared gradients of
+    the weight (see `fit.sensitivity`), summed over all images, as the THOROUGH ones have them. clipping: the squared
+    effects of cutting a value at each of `clipping.LEVELS`, over the images of `samples`, by value name, for values
+    that `samples` judges where they are. Of several processes all have the same, but for the positions of their
+    images."""
 
     samples: Mapping[str, tuple[Tensor, Tensor]]
     positions: Mapping[str, Tensor]
     channels: Mapping[str, Tensor]
-    damage: Mapping[str, Mapping[Width, float]]
+    squares: Mapping[str, Tensor]
     clipping: Mapping[str, Tensor]
 
 
 def gradients(
     graph: Graph, params: Mapping[str, ConvParams], x: Tensor, measure: Measure, generator: torch.Generator
-) -> dict[str, tuple[Tensor, Tensor]]:
+) -> Found:
     """Every value of the float network on batch x (n, 3, h, w), and the gradient g of the module's docstring."""
     values: dict[str, Tensor] = {}
     found: dict[str, Tensor] = {}
@@ -86,49 +88,46 @@ def measure_importance(
     images: Iterable[Tensor],
     measure: Measure,
     seed: int,
-    errors: WeightErrors | None = None,
+    chosen: Sequence[str] = (),
     first: int = 0,
+    count: int = 1,
 ) -> Importance:
-    """Importance over images (1, 3, h, w) each, the first of them at place `first` of the calibration set; `damage` is
-    that of the weight `errors`.
+    """Importance over images (1, 3, h, w) each, the first of them at place `first` among the `count` of the calibration
+    set; `squares` of the `chosen` convolutions.
 
     Values are weighted where they count: before an activation by the gradient behind it (see `judged`)."""
-    behind = judged(graph)
+    step = max(1, count // THOROUGH)
     samples: dict[str, list[tuple[Tensor, Tensor]]] = {n.name: [] for n in graph.nodes if not keeps_grid(n.op)}
     positions: dict[str, list[Tensor]] = {n.name: [] for n in graph.convs()}
-    channels = {
-        n.name: torch.zeros(len(params[n.name].weight), len(params[n.name].weight)).double() for n in graph.convs()
-    }
-    damage = {name: dict.fromkeys(by_width, 0.0) for name, by_width in (errors or {}).items()}
+    sizes = {name: len(p.weight) for name, p in params.items()}
+    channels = {n.name: torch.zeros(sizes[n.name], sizes[n.name], dtype=torch.float64) for n in graph.convs()}
+    squares = {name: torch.zeros(params[name].weight.shape) for name in chosen}
+    behind = judged(graph)
     clipping = {name: torch.zeros_like(LEVELS) for name in samples if name not in behind}
-    looked = torch.zeros(2, dtype=torch.float64)  # images, and those that damage and clipping are measured on
-    for index, image in enumerate(images, first):
+    looked = torch.zeros(2, dtype=torch.float64)  # images, and those that were looked at thoroughly
+
+    def look(numbered: tuple[int, Tensor]) -> _Look:
+        index, image = numbered
         generator = draws.of_image(seed, index)
         found = gradients(graph, params, image, measure, generator)
+        made = _Look.at_gradients(graph, found, generator)
+        return made if index % step else made.thoroughly(graph, params, image, found, clipping, chosen, generator)
+
+    for look_at in in_order(look, enumerate(images, first)):
+        looked += torch.tensor((1, look_at.thorough))
         for name, weights in positions.items():
-            gradient = found[name][1][0].flatten(1)
-            length = gradient.square().sum(0).sqrt()
-            weights.append(length[None].cpu())
-            channels[name] += second_moment(gradient, length, generator)
-        looked += torch.tensor((1, index % EVERY == 0))
-        if index % EVERY:
-            continue
-        for name, kept in samples.items():
-            kept.append(_sample(found[name][0], found[behind.get(name, name)][1], generator))
-        for name, effects in clipping.items():
-            effects += clip_effects(*found[name])
-        for node in graph.convs():
-            if node.name in damage and errors:
-                x = image if node.inputs[0] == INPUT else found[node.inputs[0]][0]
-                for width, effect in squared_effects(node, x, found[node.name][1], errors[node.name]).items():
-                    damage[node.name][width] += effect
+            weights.append(look_at.positions[name])
+            channels[name] += look_at.channels[name]
+        for name, pair in look_at.samples.items():
+            samples[name].append(pair)
+        for name, effects in look_at.clipping.items():
+            clipping[name] += effects
+        for name, square in look_at.squares.items():
+            squares[name] += square
     together = {name: torch.cat(w) for name, w in positions.items()}
     # where nothing depends on a layer, no process has anything to say about its positions
     counts = workers.summed(torch.tensor([float(w.any()) for w in together.values()]))
-    single = torch.tensor([d for by_width in damage.values() for d in by_width.values()], dtype=torch.float64)
     every, some = workers.summed(looked).tolist()
-    scale = every / some
-    shared = iter((workers.summed(single) * scale).tolist())
 
     def joined(parts: list[Tensor]) -> Tensor:
         # a process may have none of the images that are looked at
@@ -138,9 +137,55 @@ def measure_importance(
         {name: (joined([v for v, _ in s]), joined([w for _, w in s])) for name, s in samples.items()},
         {name: w for (name, w), count in zip(together.items(), counts, strict=True) if count},
         {name: workers.summed(c).float() for (name, c), count in zip(channels.items(), counts, strict=True) if count},
-        {name: {width: next(shared) for width in by_width} for name, by_width in damage.items()},
+        {name: workers.summed(square) * (every / some) for name, square in squares.items()},
         {name: workers.summed(effects) for name, effects in clipping.items()},
     )
+
+
+@dataclass(frozen=True)
+class _Look:
+    """What one image adds to each part of `Importance`; to the last three only when it is looked at thoroughly."""
+
+    positions: Mapping[str, Tensor]
+    channels: Mapping[str, Tensor]
+    samples: Mapping[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    clipping: Mapping[str, Tensor] = field(default_factory=dict)
+    squares: Mapping[str, Tensor] = field(default_factory=dict)
+    thorough: bool = False
+
+    @staticmethod
+    def at_gradients(graph: Graph, found: Found, generator: torch.Generator) -> _Look:
+        """What every image tells, from its values and gradients."""
+        positions, channels = {}, {}
+        for node in graph.convs():
+            gradient = found[node.name][1][0].flatten(1)
+            length = gradient.square().sum(0).sqrt()
+            positions[node.name] = length[None].cpu()
+            channels[node.name] = second_moment(gradient, length, generator)
+        return _Look(positions, channels)
+
+    def thoroughly(
+        self,
+        graph: Graph,
+        params: Mapping[str, ConvParams],
+        image: Tensor,
+        found: Found,
+        clipped: Iterable[str],
+        chosen: Sequence[str],
+        generator: torch.Generator,
+    ) -> _Look:
+        """And the rest: clipping of the `clipped` values, squares of the `chosen` convolutions."""
+        behind = judged(graph)
+        names = [n.name for n in graph.nodes if not keeps_grid(n.op)]
+        samples = {name: _sample(found[name][0], found[behind.get(name, name)][1], generator) for name in names}
+        squares = {}
+        for node in graph.convs():
+            if node.name in chosen:
+                x = image if node.inputs[0] == INPUT else found[node.inputs[0]][0]
+                shape = params[node.name].weight.shape
+                squares[node.name] = squared_gradient(node, x, found[node.name][1], shape).cpu()
+        clipping = {name: clip_effects(*found[name]) for name in clipped}
+        return _Look(self.positions, self.channels, samples, clipping, squares, True)
 
 
 def judged(graph: Graph) -> dict[str, str]:

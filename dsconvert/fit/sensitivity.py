@@ -8,7 +8,7 @@ backward pass an image judges every layer at every width at once.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -17,28 +17,28 @@ from torch.nn.grad import conv2d_weight
 from dsconvert.dsconv.tensor import Width, used_width
 from dsconvert.fit.least_squares import fit_weight
 from dsconvert.fit.threads import threads_for
-from dsconvert.graph.ir import ConvParams, Node
+from dsconvert.graph.ir import Node
 
-# convolution name -> width -> W' - W (cho, chi, kh, kw)
-WeightErrors = Mapping[str, Mapping[Width, Tensor]]
 MOST = 4.0  # times as long a fitted channel may become
 
 
-def weight_errors(
-    params: Mapping[str, ConvParams], names: Sequence[str], bits: Sequence[int], block_sizes: Sequence[int]
-) -> dict[str, dict[Width, Tensor]]:
-    """Least-squares errors from two starting scales; at 8 bits of plain per-channel int8."""
-    made: dict[str, dict[Width, Tensor]] = {}
-    for name in names:
-        weight = params[name].weight
-        # a dict, as all block sizes are the same width at 8 bits
-        widths = dict.fromkeys(used_width(b, weight.shape[1], size) for b in bits for size in block_sizes)
-        widths = {w: None for w in widths if w.bits > 1 or w.runs}  # one bit is for runs alone
-        with threads_for(weight.numel()):
-            # many bits are best at 1, where nothing is clipped, few at 0.8
-            fits = {w: fit_weight(weight, *w, starts=(1.0, 0.8), rounds=1) for w in widths}
-        made[name] = {w: unshrunk(weight, fit.weight().to(weight)) - weight for w, fit in fits.items()}
-    return made
+def widths_of(channels: int, bits: Sequence[int], block_sizes: Sequence[int]) -> list[Width]:
+    """What a layer of so many input channels can be stored in: of 8 bits one, as all block sizes are the same there."""
+    widths = dict.fromkeys(used_width(b, channels, size) for b in bits for size in block_sizes)
+    return [w for w in widths if w.bits > 1 or w.runs]  # one bit is for runs alone
+
+
+def damage_of(weight: Tensor, widths: Sequence[Width], squares: Tensor) -> dict[Width, float]:
+    """sum g^2 D^2 by width, for the sum of g^2 over images, of the weight's shape (cho, chi, kh, kw)."""
+    return {w: float(squares.flatten() @ weight_error(weight, w).flatten().square()) for w in widths}
+
+
+def weight_error(weight: Tensor, width: Width) -> Tensor:
+    """W' - W (cho, chi, kh, kw) by least squares, from two starting scales; at 8 bits of plain per-channel int8."""
+    with threads_for(weight.numel()):
+        # many bits are best at 1, where nothing is clipped, few at 0.8
+        fitted = fit_weight(weight, *width, starts=(1.0, 0.8), rounds=1).weight().to(weight)
+        return unshrunk(weight, fitted) - weight
 
 
 def unshrunk(weight: Tensor, fitted: Tensor) -> Tensor:
@@ -52,13 +52,11 @@ def unshrunk(weight: Tensor, fitted: Tensor) -> Tensor:
     return fitted * scale.clamp_max(MOST)[:, None, None, None]
 
 
-def squared_effects(node: Node, x: Tensor, gradient: Tensor, errors: Mapping[Width, Tensor]) -> dict[Width, float]:
-    """sum g^2 D^2 by width, for one image: x (1, chi, h, w) the layer's input, gradient (1, cho, h', w') of its output.
+def squared_gradient(node: Node, x: Tensor, gradient: Tensor, shape: torch.Size) -> Tensor:
+    """g^2 of the weight (cho, chi, kh, kw) for one image: x (1, chi, h, w) the layer's input, gradient (1, cho, h', w')
+    of its output.
 
-    The error's mean over an output channel is left out (the gradient is centred), as CDSb will correct it."""
+    A weight error's mean over an output channel is left out (the gradient is centred), as CDSb will correct it."""
     centred = gradient - gradient.mean((2, 3), keepdim=True)
     a = node.attrs
-    shape = next(iter(errors.values())).shape
-    g = conv2d_weight(x, shape, centred, a["stride"], a["padding"], a["dilation"], a["groups"])
-    squares = g.flatten().square()
-    return {width: float(squares @ error.flatten().square()) for width, error in errors.items()}
+    return conv2d_weight(x, shape, centred, a["stride"], a["padding"], a["dilation"], a["groups"]).square_()
