@@ -65,6 +65,49 @@ def test_an_image_draws_the_same_wherever_it_is_looked_at():
     assert not torch.equal(measure(images[1:], 0).samples["a"][0], parts[1].samples["a"][0])  # draws of other images
 
 
+def test_of_many_images_some_stand_for_all():
+    """Of 3 * THOROUGH images every third has samples; squares count three times."""
+    images = [torch.full((1, 1, 1, 2), float(i + 1)) for i in range(6)]
+
+    def measure(count):
+        return measure_importance(CHAIN, PARAMS, images, lambda raw, _: [raw[0]], 0, ["c"], 0, count)
+
+    every, third = measure(6), measure(3 * importance.THOROUGH)
+    assert every.samples["c"][0].unique().tolist() == [3 * (i + 1) for i in range(6)]
+    assert third.samples["c"][0].unique().tolist() == [3, 12]
+    assert len(every.positions["c"]) == len(third.positions["c"]) == 6
+    # the gradients' signs belong to the image; of the channel that ReLU cuts off nothing is left
+    single = [measure_importance(CHAIN, PARAMS, [x], lambda raw, _: [raw[0]], 0, ["c"], i).squares["c"]
+              for i, x in enumerate(images)]  # fmt: skip
+    torch.testing.assert_close(every.squares["c"], torch.stack(single).sum(0))
+    torch.testing.assert_close(third.squares["c"], 3 * (single[0] + single[3]))
+
+
+def test_any_number_of_threads_finds_the_same(tiny, picture):
+    network, head = tiny
+    graph, params = split_detect(*lower(network.fuse()), head)
+    images = [picture, picture.flip(2), picture.flip(3), picture.flip(2, 3)]
+    before = torch.get_num_threads()
+    found = []
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            names = [n.name for n in graph.convs()]
+            found.append(
+                measure_importance(graph, params, images, lambda a, b: detection_measure(a, b, head), 0, names)
+            )
+    finally:
+        torch.set_num_threads(before)
+    one, three = found
+    for name, square in one.squares.items():
+        assert torch.equal(square, three.squares[name])
+        assert torch.equal(one.channels[name], three.channels[name])
+        assert torch.equal(one.positions[name], three.positions[name])
+    for name, (values, weights) in one.samples.items():
+        assert torch.equal(values, three.samples[name][0])
+        assert torch.equal(weights, three.samples[name][1])
+
+
 @pytest.mark.parametrize("searched", [1 << 16, 5000])
 def test_samples_are_unbiased_and_hold_the_extremes(monkeypatch, searched):
     monkeypatch.setattr(importance, "SAMPLES_PER_IMAGE", 2000)

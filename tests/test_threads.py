@@ -1,23 +1,66 @@
-"""One thread for small weights, all for large ones, and as before afterwards."""
+"""Threads by the size of the work, and as before afterwards."""
 
 from __future__ import annotations
+
+import threading
 
 import pytest
 import torch
 
-from dsconvert.fit.threads import FEW, threads_for
+from dsconvert.fit.threads import FEW, in_order, threads_for
+
+
+@pytest.fixture
+def three():
+    """Torch with three threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize(("count", "inside"), [(1, 1), (FEW - 1, 1), (FEW, 3)])
-def test_threads_by_the_size_of_the_weight(count, inside):
-    before = torch.get_num_threads()
-    torch.set_num_threads(3)
-    try:
-        with threads_for(count):
-            assert torch.get_num_threads() == inside
-        assert torch.get_num_threads() == 3
-        with pytest.raises(ZeroDivisionError), threads_for(1):
-            count / 0
-        assert torch.get_num_threads() == 3
-    finally:
-        torch.set_num_threads(before)
+def test_threads_by_the_size_of_the_weight(three, count, inside):
+    with threads_for(count):
+        assert torch.get_num_threads() == inside
+    assert torch.get_num_threads() == 3
+    with pytest.raises(ZeroDivisionError), threads_for(1):
+        count / 0
+    assert torch.get_num_threads() == 3
+
+
+def test_side_by_side_and_in_order(three):
+    """The first waits until the third runs; what is made on one thread has the caller's setting for gradients."""
+    met = threading.Barrier(3)
+    given: list[int] = []
+
+    def items():
+        for item in range(12):
+            given.append(item)
+            yield item
+
+    def make(item):
+        if item < 3:
+            met.wait(timeout=20)
+        return item, torch.get_num_threads(), torch.is_grad_enabled()
+
+    with torch.no_grad():
+        made = in_order(make, items())
+        assert next(made) == (0, 1, False)
+        assert len(given) <= 5  # no more are asked for than run or wait
+        assert list(made) == [(item, 1, False) for item in range(1, 12)]
+    assert torch.get_num_threads() == 3
+
+
+def test_what_goes_wrong_side_by_side_is_raised(three):
+    made = in_order(lambda item: 1 // item, (1, 0, 1))
+    assert next(made) == 1
+    with pytest.raises(ZeroDivisionError):
+        next(made)
+    assert torch.get_num_threads() == 3
+
+
+def test_one_thread_needs_no_others(three):
+    torch.set_num_threads(1)
+    here = threading.get_ident()
+    assert list(in_order(lambda item: threading.get_ident(), range(3))) == [here] * 3

@@ -11,7 +11,8 @@ from typing import TypeVar
 import torch
 
 FEW = 1 << 19  # numbers of a weight: all of yolov5n's have fewer
-Item, Made = TypeVar("Item"), TypeVar("Made")
+Item = TypeVar("Item")
+Made = TypeVar("Made")
 
 
 @contextmanager
