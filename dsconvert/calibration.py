@@ -202,7 +202,7 @@ def calibrate(
         return detection_measure(raw, reference, head)
 
     chosen, count = list(widths), images.count
-    found = measure_importance(graph, params, singles(), measure, seed, chosen, images.first, count)
+    found = measure_importance(graph, params, singles(), measure, seed, chosen, images.first)
     own = choose_grids(graph, found.samples, found.clipping, seed) if quantized else {}
     damage: dict[str, dict[Width, float]] = {}
     if widths:

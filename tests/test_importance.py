@@ -65,22 +65,18 @@ def test_an_image_draws_the_same_wherever_it_is_looked_at():
     assert not torch.equal(measure(images[1:], 0).samples["a"][0], parts[1].samples["a"][0])  # draws of other images
 
 
-def test_of_many_images_some_stand_for_all():
-    """Of 3 * THOROUGH images every third has samples; squares count three times."""
+def test_every_second_image_stands_for_two():
+    """Only they have samples, and all squares are theirs; every image has positions."""
     images = [torch.full((1, 1, 1, 2), float(i + 1)) for i in range(6)]
 
-    def measure(count):
-        return measure_importance(CHAIN, PARAMS, images, lambda raw, _: [raw[0]], 0, ["c"], 0, count)
+    def measure(images, first):
+        return measure_importance(CHAIN, PARAMS, images, lambda raw, _: [raw[0]], 0, ["c"], first)
 
-    every, third = measure(6), measure(3 * importance.THOROUGH)
-    assert every.samples["c"][0].unique().tolist() == [3 * (i + 1) for i in range(6)]
-    assert third.samples["c"][0].unique().tolist() == [3, 12]
-    assert len(every.positions["c"]) == len(third.positions["c"]) == 6
-    # the gradients' signs belong to the image; of the channel that ReLU cuts off nothing is left
-    single = [measure_importance(CHAIN, PARAMS, [x], lambda raw, _: [raw[0]], 0, ["c"], i).squares["c"]
-              for i, x in enumerate(images)]  # fmt: skip
-    torch.testing.assert_close(every.squares["c"], torch.stack(single).sum(0))
-    torch.testing.assert_close(third.squares["c"], 3 * (single[0] + single[3]))
+    found = measure(images, 0)
+    assert found.samples["c"][0].unique().tolist() == [3, 9, 15]
+    assert len(found.positions["c"]) == 6
+    single = [measure(images[i : i + 1], i).squares["c"] for i in (0, 2, 4)]  # the draws belong to an image
+    torch.testing.assert_close(found.squares["c"], 2 * torch.stack(single).sum(0))
 
 
 def test_any_number_of_threads_finds_the_same(tiny, picture):

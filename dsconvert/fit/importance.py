@@ -27,7 +27,7 @@ from dsconvert.graph.run import execute, float_step
 
 SAMPLES_PER_IMAGE = 1024
 SEARCHED = 8192  # values of a map that samples are drawn from
-THOROUGH = 32  # images, evenly spread, that have samples and say what widths and clipping cost
+EVERY = 2  # of so many images one is looked at thoroughly: it has samples, and says what widths and clipping cost
 # (raw maps, the float network's raw maps, which give the constants) -> numbers whose squared change is the damage
 Measure = Callable[[list[Tensor], list[Tensor]], list[Tensor]]
 Found = dict[str, tuple[Tensor, Tensor]]  # value name -> the value, and its gradient
@@ -35,11 +35,11 @@ Found = dict[str, tuple[Tensor, Tensor]]  # value name -> the value, and its gra
 
 @dataclass(frozen=True)
 class Importance:
-    """samples: value name -> (values of the THOROUGH images, their weights), both (k,). positions: convolution name ->
+    """samples: value name -> (values of every EVERYth image, their weights), both (k,). positions: convolution name ->
     (images, h' w') weights of its output positions: the root of the squared gradients summed over channels; not for
     those that nothing depends on. channels: for the same names the second moment (cho, cho) of the gradients of its
     output channels (see `fit.channels`). squares: for the convolutions that were asked for, the squared gradients of
-    the weight (see `fit.sensitivity`), summed over all images, as the THOROUGH ones have them. clipping: the squared
+    the weight (see `fit.sensitivity`), summed over all images, as every EVERYth has them. clipping: the squared
     effects of cutting a value at each of `clipping.LEVELS`, over the images of `samples`, by value name, for values
     that `samples` judges where they are. Of several processes all have the same, but for the positions of their
     images."""
@@ -90,13 +90,11 @@ def measure_importance(
     seed: int,
     chosen: Sequence[str] = (),
     first: int = 0,
-    count: int = 1,
 ) -> Importance:
-    """Importance over images (1, 3, h, w) each, the first of them at place `first` among the `count` of the calibration
-    set; `squares` of the `chosen` convolutions.
+    """Importance over images (1, 3, h, w) each, the first of them at place `first` of the calibration set; `squares`
+    are those of the `chosen` convolutions.
 
     Values are weighted where they count: before an activation by the gradient behind it (see `judged`)."""
-    step = max(1, count // THOROUGH)
     samples: dict[str, list[tuple[Tensor, Tensor]]] = {n.name: [] for n in graph.nodes if not keeps_grid(n.op)}
     positions: dict[str, list[Tensor]] = {n.name: [] for n in graph.convs()}
     sizes = {name: len(p.weight) for name, p in params.items()}
@@ -111,7 +109,7 @@ def measure_importance(
         generator = draws.of_image(seed, index)
         found = gradients(graph, params, image, measure, generator)
         made = _Look.at_gradients(graph, found, generator)
-        return made if index % step else made.thoroughly(graph, params, image, found, clipping, chosen, generator)
+        return made if index % EVERY else made.thoroughly(graph, params, image, found, clipping, chosen, generator)
 
     for look_at in in_order(look, enumerate(images, first)):
         looked += torch.tensor((1, look_at.thorough))
