@@ -139,10 +139,11 @@ def _load(s: Mapping[str, Any]) -> list[str]:
 
 
 def _quantize(s: Mapping[str, Any]) -> list[str]:
+    ours, theirs = (", ".join(f"{t:.1f}" for t in s[kind]) for kind in ("seconds", "nncf seconds"))
     return [
         "## Conversion", "",
-        f"quantize fitted {s['images']} images in {s['seconds']:.0f} s (decoding took {s['decoding']:.1f} s more); "
-        f"NNCF {s['nncf']} took {s['nncf seconds']:.0f} s on the same, decoded.",
+        f"quantize fitted {s['images']} images in {ours} s (decoding took {s['decoding']:.1f} s more); in turn with "
+        f"it, NNCF {s['nncf']} took {theirs} s on the same, decoded. The ratio is that of the medians.",
     ]  # fmt: skip
 
 

@@ -37,7 +37,8 @@ def more_channels(cho: int) -> int:
 class Quads:
     """How many pixels stand left and right of an image's rows so that they are whole quads, and how many quads (units)
     a row has then; the kernel (rows, columns) in quads, the rows of zeros above and below it in pixels, the new
-    convolution's padding above and below in quads, and its number of output rows and columns before they were paired."""
+    convolution's padding above and below in quads, and its number of output rows and columns before they were
+    paired."""
 
     left: int
     right: int
