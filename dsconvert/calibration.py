@@ -201,13 +201,13 @@ def calibrate(
     def measure(raw: list[Tensor], reference: list[Tensor]) -> list[Tensor]:
         return detection_measure(raw, reference, head)
 
-    chosen, count = list(widths), images.count
+    chosen = list(widths)
     found = measure_importance(graph, params, singles(), measure, seed, chosen, images.first)
     own = choose_grids(graph, found.samples, found.clipping, seed) if quantized else {}
     damage: dict[str, dict[Width, float]] = {}
     if widths:
         again = images.singles(device)
-        left = left_over(graph, params, again, found.positions, found.channels, count, seed, images.first)
+        left = left_over(graph, params, again, found.positions, found.channels, images.count, seed, images.first)
 
         def foretold(name: str) -> dict[Width, float]:
             made = damage_of(params[name].weight.cpu(), widths[name], found.squares[name])

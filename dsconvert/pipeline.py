@@ -142,8 +142,9 @@ def quantize(
     images = bounded(graph, params, images, device, 3 if quantized else 6)
     key = {**asdict(options), "calib": None, "images": [images.first, images.count]}
     sizes = [options.block_size] if options.block_size else BLOCK_SIZES
-    wanted = chosen if options.bits is None else []
-    judged = {name: widths_of(params[name].weight.shape[1], BITS, sizes) for name in wanted}
+    judged = {
+        name: widths_of(params[name].weight.shape[1], BITS, sizes) for name in (chosen if options.bits is None else [])
+    }
     seen = {k: key[k] for k in ("images", "imgsz", "seed", "device", "activations")}
     seen["widths"] = judged
     pixels = run_key(*images.batches) if cache is not None or unfinished is not None else ""

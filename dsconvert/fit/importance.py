@@ -112,7 +112,7 @@ def measure_importance(
         return made if index % EVERY else made.thoroughly(graph, params, image, found, clipping, chosen, generator)
 
     for look_at in in_order(look, enumerate(images, first)):
-        looked += torch.tensor((1, look_at.thorough))
+        looked += torch.tensor((1, bool(look_at.samples)))
         for name, weights in positions.items():
             weights.append(look_at.positions[name])
             channels[name] += look_at.channels[name]
@@ -149,7 +149,6 @@ class _Look:
     samples: Mapping[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     clipping: Mapping[str, Tensor] = field(default_factory=dict)
     squares: Mapping[str, Tensor] = field(default_factory=dict)
-    thorough: bool = False
 
     @staticmethod
     def at_gradients(graph: Graph, found: Found, generator: torch.Generator) -> _Look:
@@ -183,7 +182,7 @@ class _Look:
                 shape = params[node.name].weight.shape
                 squares[node.name] = squared_gradient(node, x, found[node.name][1], shape).cpu()
         clipping = {name: clip_effects(*found[name]) for name in clipped}
-        return _Look(self.positions, self.channels, samples, clipping, squares, True)
+        return _Look(self.positions, self.channels, samples, clipping, squares)
 
 
 def judged(graph: Graph) -> dict[str, str]:
