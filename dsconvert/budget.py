@@ -10,7 +10,6 @@ from functools import lru_cache
 import onnx
 import torch
 
-from dsconvert.dsconv.runs import least
 from dsconvert.dsconv.tensor import DSTensor, Width, block_count, used_width
 from dsconvert.errors import InputError
 from dsconvert.export.builder import OnnxBuilder
@@ -49,8 +48,9 @@ def empty_weight(shape: torch.Size, width: Width) -> DSTensor:
     """A weight of the given kind that says nothing."""
     cho, chi, kh, kw = shape
     m = torch.ones(cho, block_count(chi, width.block_size), kh, kw, dtype=torch.int8)
-    vqk = torch.from_numpy(least(width.bits, shape)) if width.runs else torch.zeros(shape, dtype=torch.int8)
-    return DSTensor(vqk, m, None, torch.ones(cho), width.bits, width.block_size, runs=width.runs)
+    if width.trellis:
+        return DSTensor.along_trellis(torch.zeros(shape, dtype=torch.uint8), m, torch.ones(cho), *width[:2])
+    return DSTensor(torch.zeros(shape, dtype=torch.int8), m, None, torch.ones(cho), *width[:2])
 
 
 def choices(params: Mapping[str, ConvParams], damage: Damage) -> dict[str, list[Choice]]:

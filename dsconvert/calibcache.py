@@ -65,7 +65,7 @@ def _read(path: Path, check: Callable[[Calibration], None]) -> Calibration | Non
                 tensors["channels"],
                 {
                     name: {
-                        Width(int(bits), int(block), bool(runs)): float(damage) for bits, block, runs, damage in rows
+                        Width(int(bits), int(block), bool(coded)): float(damage) for bits, block, coded, damage in rows
                     }
                     for name, rows in about["damage"].items()
                 },

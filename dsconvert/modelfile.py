@@ -1,7 +1,7 @@
 """The converted model on disk: one safetensors file, integers packed to their bits, everything else in its header.
 
-Tensors per convolution: `<name>.vqk` and `<name>.kds` as packed bits (see `dsconv.packing`); `<name>.runs` in the place
-of `.vqk` holds the rows of VQK in runs (see `dsconv.runs`), four bits for each bit of VQK; `<name>.alpha` float32
+Tensors per convolution: `<name>.vqk` and `<name>.kds` as packed bits (see `dsconv.packing`); `<name>.code` in the
+place of `.vqk` holds the bits of VQK along a trellis, in its strings' order (see `dsconv.trellis`); `<name>.alpha` float32
 in the place of `.kds`, `<name>.kdsb` int8 where there is one, `<name>.cdsw` and `<name>.cdsb` float32. The header's
 single key `dsconvert` holds JSON: format version, graph, layers (shape, bits, block size), activation grids, head,
 image size, provenance, and last a digest of all of it and of the tensors (see `seal`), which older files lack.
@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from dsconvert.dsconv.packing import pack_bits, pack_rows, unpack_bits, unpack_rows
-from dsconvert.dsconv.runs import RUN, fits, from_rows
+from dsconvert.dsconv import trellis
+from dsconvert.dsconv.packing import pack_bits, unpack_bits
 from dsconvert.dsconv.tensor import DSTensor, block_count, vqk_limits
 from dsconvert.errors import InputError, printable, shown
 from dsconvert.graph.integer import QConv, QParams
@@ -31,7 +31,7 @@ from dsconvert.modelcheck import check_model
 from dsconvert.seal import DIGEST, NotAsWritten, seal, unseal
 from dsconvert.yolo.network import Head
 
-KEY, VERSION, KDS_BITS = "dsconvert", 1, 4
+KEY, VERSION, KDS_BITS = "dsconvert", 2, 4
 # no others: one bit away from its name, the digest would not be seen, and the file taken for an older one
 PARTS = {"version", "imgsz", "head", "provenance", "graph", "layers", "activations", DIGEST}
 MAX_HEADER, MAX_BLOCK = 16 << 20, 1 << 16  # characters of JSON (a yolov5n has 40 kB); channels
@@ -44,9 +44,9 @@ def model_bytes(model: DSModel) -> bytes:
     for name, conv in model.convs.items():
         w = conv.weight
         layers[name] = {"shape": list(w.vqk.shape), "bits": w.bits, "block_size": w.block_size}
-        if w.runs:
-            layers[name]["runs"] = True
-            tensors[f"{name}.runs"] = pack_rows(w.run_rows(), w.bits * RUN)
+        if w.code is not None:
+            layers[name]["trellis"] = True
+            tensors[f"{name}.code"] = pack_bits(trellis.strings(w.code, w.block_size).contiguous().numpy(), w.bits)
         else:
             tensors[f"{name}.vqk"] = pack_bits(w.vqk.numpy(), w.bits)
         if w.alpha is not None:
@@ -127,27 +127,27 @@ def _model(header: Mapping[str, Any], tensors: Mapping[str, NDArray[Any]]) -> DS
 
 def _conv(name: str, layer: Mapping[str, Any], tensors: Mapping[str, NDArray[Any]]) -> QConv:
     cho, chi, kh, kw = (int(n) for n in layer["shape"])
-    bits, block_size, runs = int(layer["bits"]), int(layer["block_size"]), layer.get("runs", False)
-    vqk_limits(bits, runs is True)
+    bits, block_size, coded = int(layer["bits"]), int(layer["block_size"]), layer.get("trellis", False)
+    if not isinstance(coded, bool):
+        raise ValueError(f"trellis of {name}")
+    vqk_limits(bits, coded)
     if min(cho, chi, kh, kw) < 1 or not 1 <= block_size <= MAX_BLOCK:
         raise ValueError(f"shape or block size of {name}")
     blocks = (cho, block_count(chi, block_size), kh, kw)
-    if runs is True and fits(bits, chi, block_size):
-        rows = unpack_rows(tensors[f"{name}.runs"], bits * RUN, (cho, chi // RUN, kh, kw))
-        vqk = from_rows(rows, bits)
-    elif runs is False:
-        vqk = unpack_bits(tensors[f"{name}.vqk"], bits, (cho, chi, kh, kw))
-    else:
-        raise ValueError(f"runs of {name}")
     kds = tensors.get(f"{name}.kds")
     m = np.ones(blocks, np.int8) if kds is None else unpack_bits(kds, KDS_BITS, blocks, signed=False)
-    z, alpha = tensors.get(f"{name}.kdsb"), tensors.get(f"{name}.alpha")
-    weight = DSTensor(
-        torch.from_numpy(vqk), torch.from_numpy(m), None if z is None else torch.from_numpy(z),
-        torch.from_numpy(tensors[f"{name}.cdsw"]), bits, block_size,
-        None if alpha is None else torch.from_numpy(alpha), runs,
-    )  # fmt: skip
-    bias = torch.from_numpy(tensors[f"{name}.cdsb"])
+    cds_w, bias = (torch.from_numpy(tensors[f"{name}.{part}"]) for part in ("cdsw", "cdsb"))
+    if coded:
+        symbols = unpack_bits(tensors[f"{name}.code"], bits, (cho, chi * kh * kw), signed=False).view(np.uint8)
+        code = trellis.from_strings(torch.from_numpy(symbols), (cho, chi, kh, kw), block_size)
+        weight = DSTensor.along_trellis(code, torch.from_numpy(m), cds_w, bits, block_size)
+    else:
+        vqk = unpack_bits(tensors[f"{name}.vqk"], bits, (cho, chi, kh, kw))
+        z, alpha = (tensors.get(f"{name}.{part}") for part in ("kdsb", "alpha"))
+        weight = DSTensor(
+            torch.from_numpy(vqk), torch.from_numpy(m), None if z is None else torch.from_numpy(z), cds_w, bits,
+            block_size, None if alpha is None else torch.from_numpy(alpha),
+        )  # fmt: skip
     if bias.shape != (cho,):
         raise ValueError(f"CDSb of {name} has shape {tuple(bias.shape)}")
     return QConv(weight, bias)

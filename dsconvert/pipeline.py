@@ -187,7 +187,7 @@ def quantize(
         block = options.block_size or min(BLOCK_SIZES)
         widths = {name: used_width(options.bits, params[name].weight.shape[1], block) for name in chosen}
         if options.kds == "float":  # the paper's form: every VQK is any integer of its bits
-            widths = {name: width._replace(runs=False) for name, width in widths.items()}
+            widths = {name: width._replace(trellis=False) for name, width in widths.items()}
         model = fitted(widths)
     sqnr = {name: _sqnr_db(params[name].weight.cpu(), conv.weight.weight()) for name, conv in model.convs.items()}
     return Quantized(model, images.count, len(images.skipped), sqnr, drop, images.skipped[0] if images.skipped else "")

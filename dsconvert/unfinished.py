@@ -20,6 +20,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 import dsconvert
+from dsconvert.dsconv import trellis
 from dsconvert.dsconv.tensor import DSTensor, Width
 from dsconvert.errors import InputError
 from dsconvert.files import write_atomic
@@ -40,8 +41,9 @@ def write_unfinished(path: Path, key: str, convs: Mapping[str, QConv]) -> None:
     for name, conv in convs.items():
         w = conv.weight
         tensors |= {f"{name}.vqk": w.vqk, f"{name}.m": w.m, f"{name}.cdsw": w.cds_w, f"{name}.cdsb": conv.bias}
-        if w.alpha is not None:
-            tensors[f"{name}.alpha"] = w.alpha
+        for part, tensor in (("alpha", w.alpha), ("code", w.code)):
+            if tensor is not None:
+                tensors[f"{name}.{part}"] = tensor
     widths = {name: c.weight.width for name, c in convs.items()}
     write_atomic(path, sealed(tensors, META, {"key": key, "layers": widths}), force=True)
 
@@ -89,11 +91,11 @@ def read_unfinished(path: Path, key: str, shapes: Mapping[str, Sequence[int]]) -
             name: QConv(
                 DSTensor(
                     tensors[f"{name}.vqk"], tensors[f"{name}.m"], None, tensors[f"{name}.cdsw"], int(bits), int(block),
-                    tensors.get(f"{name}.alpha"), bool(runs),
+                    tensors.get(f"{name}.alpha"), tensors[f"{name}.code"] if coded else None,
                 ),
                 tensors[f"{name}.cdsb"],
             )
-            for name, (bits, block, runs) in about["layers"].items()
+            for name, (bits, block, coded) in about["layers"].items()
         }  # fmt: skip
         for name, conv in layers.items():
             _check(conv, shapes[name])
@@ -106,6 +108,8 @@ def _check(conv: QConv, shape: Sequence[int]) -> None:
     reals = [w.cds_w, conv.bias, *([] if w.alpha is None else [w.alpha])]
     if tuple(w.vqk.shape) != tuple(shape) or tuple(conv.bias.shape) != (shape[0],):
         raise ValueError("shape")
+    if w.code is not None and not torch.equal(trellis.values(w.code, w.bits, w.block_size), w.vqk):
+        raise ValueError("code")
     if w.vqk.dtype != torch.int8 or w.m.dtype != torch.int8 or any(r.dtype != torch.float32 for r in reals):
         raise ValueError("kinds of numbers")
     if not all(bool(torch.isfinite(r).all()) for r in reals):

@@ -134,7 +134,7 @@ def _fit(layer: Layer, width: Width, seen: Callable[[int], Iterator[Seen]], seed
     parts = []
     for group, weight in enumerate(layer.weight.chunk(layer.groups)):
         moments = measure_moments(layer.node, weight.shape, seen(group), seed)
-        parts.append(moments.with_bias(fit_weight_gptq(weight, moments, width.bits, width.block_size, runs=width.runs)))
+        parts.append(moments.with_bias(fit_weight_gptq(weight, moments, *width[:2], trellis=width.trellis)))
     weights = [part.weight for part in parts]
     joined = replace(
         weights[0], vqk=torch.cat([w.vqk for w in weights]), m=torch.cat([w.m for w in weights]),

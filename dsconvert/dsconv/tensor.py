@@ -18,12 +18,10 @@ import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from dsconvert.dsconv.runs import LONGEST, RUN, fits, largest, rows
+from dsconvert.dsconv import trellis as codes
 
 M_MAX = 15  # the integer multiplier fits four bits
 INT8_MAX = 127  # symmetric: -128 is never used, so that negation is safe on every engine
@@ -32,19 +30,19 @@ INT8_MAX = 127  # symmetric: -128 is never used, so that negation is safe on eve
 PAIR_MAX = 128
 
 
-def vqk_limits(bits: int, runs: bool = False) -> tuple[int, int]:
-    """Smallest and largest VQK integer: two's complement, except that 8 bits stop at -127 (see INT8_MAX); in runs (see
-    `dsconv.runs`) as far as these go."""
-    if runs and bits in LONGEST:
-        return -largest(bits), largest(bits)
-    if not 2 <= bits <= 8 or runs:
-        raise ValueError(f"bits must be 2 to 8, or 1 to 3 in runs, got {bits}")
+def vqk_limits(bits: int, trellis: bool = False) -> tuple[int, int]:
+    """Smallest and largest VQK integer: two's complement, except that 8 bits stop at -127 (see INT8_MAX); along a
+    trellis (see `dsconv.trellis`) as far as its table goes."""
+    if trellis and codes.exists(bits):
+        return -codes.largest(bits), codes.largest(bits)
+    if not 2 <= bits <= 8 or trellis:
+        raise ValueError(f"bits must be 2 to 8, or 1 to 4 along a trellis, got {bits}")
     return max(-(2 ** (bits - 1)), -INT8_MAX), 2 ** (bits - 1) - 1
 
 
-def max_multiplier(bits: int, runs: bool = False) -> int:
+def max_multiplier(bits: int, trellis: bool = False) -> int:
     """Largest m for which no two m * VQK of that width can exceed PAIR_MAX together."""
-    return max(1, min(M_MAX, PAIR_MAX // 2 // -vqk_limits(bits, runs)[0]))
+    return max(1, min(M_MAX, PAIR_MAX // 2 // -vqk_limits(bits, trellis)[0]))
 
 
 def block_count(chi: int, block_size: int) -> int:
@@ -53,18 +51,18 @@ def block_count(chi: int, block_size: int) -> int:
 
 
 class Width(NamedTuple):
-    """How finely a weight is stored: bits of VQK, how many input channels share a KDS, and whether VQK come in runs of
-    four (see `dsconv.runs`)."""
+    """How finely a weight is stored: bits of VQK, how many input channels share a KDS, and whether VQK lie along a
+    trellis (see `dsconv.trellis`)."""
 
     bits: int
     block_size: int
-    runs: bool = False
+    trellis: bool = False
 
 
 def used_width(bits: int, chi: int, block_size: int) -> Width:
     """The width a layer of chi input channels is fitted with: at 8 bits one block, which makes it plain int8;
-    at 1, 2 and 3 bits in runs, where they fit."""
-    return Width(bits, block_size if bits < 8 else chi, fits(bits, chi, block_size))
+    at 1 to 4 bits along a trellis, where that fits."""
+    return Width(bits, block_size if bits < 8 else chi, codes.fits(bits, chi, block_size))
 
 
 def expand_blocks(kds: Tensor, chi: int, block_size: int) -> Tensor:
@@ -76,9 +74,9 @@ def expand_blocks(kds: Tensor, chi: int, block_size: int) -> Tensor:
 class DSTensor:
     """One DSConv weight. vqk int8 (cho, chi, kh, kw); m int8 and z int8 or None (cho, nblk, kh, kw);
     cds_w float32 (cho,). alpha float32, of the shape of m, is the paper's real multiplier in the place of m (which is
-    1 then, and z None); such a weight has no int8 form. With `runs`, every four VQK of neighbouring channels are one of
-    `dsconv.runs.vectors`, and z and alpha are None. Raises ValueError when the parts do not fit each other or leave
-    int8."""
+    1 then, and z None); such a weight has no int8 form. code uint8, of the shape of vqk, are the bits of VQK that lie
+    along a trellis (`along_trellis` makes such a weight); z and alpha are None then. Raises ValueError when the parts
+    do not fit each other or leave int8."""
 
     vqk: Tensor
     m: Tensor
@@ -87,7 +85,15 @@ class DSTensor:
     bits: int
     block_size: int
     alpha: Tensor | None = None
-    runs: bool = False
+    code: Tensor | None = None
+
+    @staticmethod
+    def along_trellis(code: Tensor, m: Tensor, cds_w: Tensor, bits: int, block_size: int) -> DSTensor:
+        """The weight whose VQK have this code, uint8 (cho, chi, kh, kw). Raises ValueError as above."""
+        if not codes.fits(bits, code.shape[1], block_size):
+            raise ValueError(f"{code.shape[1]} channels in blocks of {block_size} have no trellis of {bits} bits")
+        vqk = codes.values(code, bits, block_size)
+        return DSTensor(vqk, m, None, cds_w, bits, block_size, code=code)
 
     def __post_init__(self) -> None:
         cho, chi, kh, kw = self.vqk.shape
@@ -96,13 +102,13 @@ class DSTensor:
             raise ValueError(f"KDS must have shape {blocks}, got {tuple(self.m.shape)}")
         if tuple(self.cds_w.shape) != (cho,):
             raise ValueError(f"CDSw must have shape ({cho},), got {tuple(self.cds_w.shape)}")
-        if self.runs and (self.alpha is not None or self.z is not None or not fits(self.bits, chi, self.block_size)):
-            raise ValueError(f"{chi} channels in blocks of {self.block_size} have no runs of {self.bits} bits")
-        low, high = vqk_limits(self.bits, self.runs)
+        if self.code is not None and (
+            self.code.shape != self.vqk.shape or self.alpha is not None or self.z is not None
+        ):
+            raise ValueError(f"a trellis code must have shape {tuple(self.vqk.shape)} and stand without z and alpha")
+        low, high = vqk_limits(*self.width[::2])
         if self.vqk.numel() and (int(self.vqk.min()) < low or int(self.vqk.max()) > high):
             raise ValueError(f"VQK leaves {self.bits} bits")
-        if self.runs:
-            self.run_rows()
         if self.alpha is not None and (self.alpha.shape != blocks or self.z is not None or bool((self.m != 1).any())):
             raise ValueError(f"alpha must have shape {blocks} and stand alone")
         if self.m.numel() and (int(self.m.min()) < 1 or int(self.m.max()) > M_MAX):
@@ -113,11 +119,7 @@ class DSTensor:
     @property
     def width(self) -> Width:
         """How finely it is stored."""
-        return Width(self.bits, self.block_size, self.runs)
-
-    def run_rows(self) -> NDArray[np.int32]:
-        """Of a weight in runs: the row in `dsconv.runs.vectors` of each, (cho, chi / 4, kh, kw)."""
-        return rows(by_runs(self.vqk).numpy(), self.bits)
+        return Width(self.bits, self.block_size, self.code is not None)
 
     @property
     def weight_bits(self) -> float:
@@ -146,11 +148,6 @@ class DSTensor:
     def weight(self) -> Tensor:
         """W', float32 (cho, chi, kh, kw)."""
         return self.cds_w[:, None, None, None] * self.unscaled()
-
-
-def by_runs(vqk: Tensor) -> Tensor:
-    """(cho, chi, kh, kw) -> (cho, chi / 4, kh, kw, 4): the channels of each run behind one another."""
-    return vqk.unflatten(1, (-1, RUN)).movedim(2, -1).contiguous()
 
 
 def largest_pair(merged: Tensor) -> int:

@@ -25,21 +25,21 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dsconvert import workers
-from dsconvert.dsconv.runs import RUN
 from dsconvert.dsconv.tensor import DSTensor, Width, block_count, expand_blocks, max_multiplier, vqk_limits
+from dsconvert.dsconv.trellis import strings, values
 from dsconvert.fit import draws
 from dsconvert.fit.channels import damped as damped_channels
 from dsconvert.fit.channels import gram, made_up_for, parts
 from dsconvert.fit.least_squares import fit_weight, from_blocks, relieve_pairs, to_blocks
-from dsconvert.fit.runs import Factor, least_of, round_runs
 from dsconvert.fit.seen import Seen
 from dsconvert.fit.threads import threads_for
+from dsconvert.fit.trellis import round_strings, starting
 from dsconvert.graph.integer import QConv
 from dsconvert.graph.ir import Node
 
 Floats = NDArray[np.float64]
-# columns (cho, n) of one group, CDSw (cho,) -> m (cho,), VQK and errors (cho, n): see `_round_group`
-RoundGroup = Callable[[Floats, Floats], tuple[Floats, Floats, Floats]]
+# a target (cho, K), columns in order, and CDSw (cho,) -> VQK, or their code, (cho, K), and m (groups, cho)
+Rounded = Callable[[Floats, Floats], tuple[Tensor, Tensor]]
 
 DAMPING = 0.1  # of the mean diagonal of H: ten times GPTQ's, as few positions matter and a hundred images overfit
 
@@ -131,7 +131,7 @@ def fit_weight_gptq(
     bits: int,
     block_size: int,
     channels: Tensor | None = None,
-    runs: bool = False,
+    trellis: bool = False,
 ) -> DSTensor:
     """Float weight (cho, chi, kh, kw) and its input moments -> the DSTensor with the least damped J found.
 
@@ -140,25 +140,25 @@ def fit_weight_gptq(
     output's gradients, later channels make up for the errors of earlier ones (see `fit.channels`).
     """
     with threads_for(weight.numel()):
-        return _fit(weight, moments, bits, block_size, channels, runs)
+        return _fit(weight, moments, Width(bits, block_size, trellis), channels)
 
 
-def _fit(weight: Tensor, moments: Moments, bits: int, block_size: int, channels: Tensor | None, runs: bool) -> DSTensor:
-    plain = fit_weight(weight, bits, block_size, runs)
+def _fit(weight: Tensor, moments: Moments, width: Width, channels: Tensor | None) -> DSTensor:
+    plain = fit_weight(weight, *width)
     flat = weight.detach().cpu().double().flatten(1)
     damped = moments.damped(flat)
-    groups = _groups(weight, block_size, damped.hessian.diagonal(), RUN if runs else 1)
+    groups = _groups(weight.shape, width, damped.hessian.diagonal())
     order = torch.cat(groups)
     try:
         target = torch.linalg.solve(damped.hessian, damped.cross.T).T  # C H^-1, H being symmetric
         inverse = torch.linalg.inv(damped.hessian[order][:, order])
-        upper = torch.linalg.cholesky((inverse + inverse.T) / 2, upper=True)
+        upper = torch.linalg.cholesky((inverse + inverse.T) / 2, upper=True).numpy()
     except torch.linalg.LinAlgError:  # constant inputs, as behind a dead layer: H is rounding noise
         return plain
-    start = fit_weight(target.reshape(weight.shape), bits, block_size, runs).cds_w.double()
+    start = _starting(target.reshape(weight.shape), width)
+    rounded = _rounded(upper, [len(g) for g in groups], width)
     together = None if channels is None else damped_channels(channels)
     turns = [torch.arange(len(flat))] if together is None else parts(together)
-    rounders = _rounders(upper.numpy(), [len(g) for g in groups], bits, runs)
     fitted, errors = [], torch.zeros_like(target)
     for index, rows in enumerate(turns):
         wanted = target[rows]
@@ -167,55 +167,70 @@ def _fit(weight: Tensor, moments: Moments, bits: int, block_size: int, channels:
             wanted = wanted - made_up_for(together, decided, errors, rest)[: len(rows)]
         best = _Best(wanted @ damped.hessian, damped.hessian, _rows(plain, rows))
         shape = (len(rows), *weight.shape[1:])
-        made = _round(wanted[:, order].numpy(), upper.numpy(), rounders, start[rows].numpy())
-        vqk, m = (torch.from_numpy(v) for v in made)
-        vqk = to_blocks(vqk[:, torch.argsort(order)].reshape(shape), block_size)
-        vqk = from_blocks(relieve_pairs(vqk, bits), *weight.shape[1:]).flatten(1)
-        best.offer(vqk, _scatter(m, groups, shape, block_size))
-        fitted.append(best.tensor(shape, plain.width))
+        stored, m = rounded(wanted[:, order].numpy(), start[rows].numpy())
+        stored = stored[:, torch.argsort(order)].reshape(shape)
+        if not width.trellis:
+            stored = from_blocks(relieve_pairs(to_blocks(stored, width.block_size), width.bits), *weight.shape[1:])
+        best.offer(stored, _scatter(m, groups, shape, width.block_size))
+        fitted.append(best.tensor())
         errors[rows] = target[rows] - fitted[-1].weight().double().flatten(1)
-    back = torch.argsort(torch.cat(turns))
-    parted = ([f.vqk for f in fitted], [f.m for f in fitted], [f.cds_w for f in fitted])
-    all_vqk, all_m, cds = (torch.cat(values)[back] for values in parted)
-    return DSTensor(all_vqk, all_m, None, cds, bits, block_size, runs=runs)
+    return _rows(_joined(fitted), torch.argsort(torch.cat(turns)))
 
 
 def _rows(weight: DSTensor, rows: Tensor) -> DSTensor:
     """Some output channels of a weight without z and alpha."""
-    return replace(weight, vqk=weight.vqk[rows], m=weight.m[rows], cds_w=weight.cds_w[rows])
+    code = None if weight.code is None else weight.code[rows]
+    return replace(weight, vqk=weight.vqk[rows], m=weight.m[rows], cds_w=weight.cds_w[rows], code=code)
 
 
-def _groups(weight: Tensor, block_size: int, energy: Tensor, run: int) -> list[Tensor]:
-    """Column indices of every (block, tap), the runs of so many columns, and the groups, by falling energy."""
-    _, chi, kh, kw = weight.shape
+def _joined(parts: Sequence[DSTensor]) -> DSTensor:
+    """The output channels of all, one after another."""
+    vqk, m, cds_w = (torch.cat([getattr(p, name) for p in parts]) for name in ("vqk", "m", "cds_w"))
+    codes = [p.code for p in parts if p.code is not None]
+    return replace(parts[0], vqk=vqk, m=m, cds_w=cds_w, code=torch.cat(codes) if codes else None)
+
+
+def _groups(shape: torch.Size, width: Width, energy: Tensor) -> list[Tensor]:
+    """Column indices of every (block, tap): by falling energy, or along a trellis as its strings go."""
+    _, chi, kh, kw = shape
     columns = torch.arange(chi * kh * kw).reshape(chi, kh * kw)
-    groups = [columns[b * block_size : (b + 1) * block_size, t]
-              for b in range(block_count(chi, block_size)) for t in range(kh * kw)]  # fmt: skip
-    in_runs = [g.unflatten(0, (-1, run)) for g in groups]
-    groups = [g[torch.argsort(energy[g].mean(1), descending=True, stable=True)].flatten() for g in in_runs]
+    if width.trellis:
+        return list(strings(columns.reshape(1, chi, kh, kw), width.block_size)[0].split(min(width.block_size, chi)))
+    groups = [columns[b * width.block_size : (b + 1) * width.block_size, t]
+              for b in range(block_count(chi, width.block_size)) for t in range(kh * kw)]  # fmt: skip
+    groups = [g[torch.argsort(energy[g], descending=True, stable=True)] for g in groups]
     return sorted(groups, key=lambda g: -float(energy[g].mean()))
 
 
-def _rounders(upper: Floats, lengths: Sequence[int], bits: int, runs: bool) -> list[tuple[slice, RoundGroup]]:
-    """Every group's columns, and what rounds them, given the Cholesky factor (K, K) of H^-1."""
-    ends = np.cumsum(lengths)
-    groups = [slice(int(end) - length, int(end)) for end, length in zip(ends, lengths, strict=True)]
-    if runs:
-        return [(g, partial(round_runs, factor=Factor.of(upper[g, g], bits), bits=bits)) for g in groups]
-    return [(g, partial(_round_group, upper=upper[g, g], bits=bits)) for g in groups]
+def _starting(target: Tensor, width: Width) -> Tensor:
+    """CDSw (cho,) float64 to round a target (cho, chi, kh, kw) with."""
+    if not width.trellis:
+        return fit_weight(target, *width).cds_w.double()
+    size = min(width.block_size, target.shape[1])
+    groups = strings(target, width.block_size).unflatten(1, (-1, size))
+    return torch.from_numpy(starting(groups.square().mean(-1).sqrt().numpy(), width.bits)[0])
+
+
+def _rounded(upper: Floats, lengths: Sequence[int], width: Width) -> Rounded:
+    """What rounds a target, columns in the order of the Cholesky factor (K, K) of H^-1, in groups of those lengths."""
+    if width.trellis:
+        return partial(round_strings, upper=upper, size=lengths[0], bits=width.bits)
+    return partial(_round, upper=upper, lengths=lengths, bits=width.bits)
 
 
 def _round(
-    target: Floats, upper: Floats, rounders: Sequence[tuple[slice, RoundGroup]], cds: Floats
-) -> tuple[Floats, Floats]:
+    target: Floats, cds: Floats, upper: Floats, lengths: Sequence[int], bits: int
+) -> tuple[Tensor, Tensor]:
     """GPTQ's loop over a target (cho, K), CDSw as given: VQK (cho, K), columns in that order, and m (groups, cho)."""
     w, vqk = target.copy(), np.empty_like(target)
-    chosen = np.empty((len(rounders), len(w)))
-    for m, (group, rounded) in zip(chosen, rounders, strict=True):
-        m[:], vqk[:, group], errors = rounded(w[:, group], cds)
+    chosen = np.empty((len(lengths), len(w)))
+    ends = np.cumsum(lengths)
+    for m, length, end in zip(chosen, lengths, ends, strict=True):
+        group = slice(int(end) - length, int(end))
+        m[:], vqk[:, group], errors = _round_group(w[:, group], cds, upper[group, group], bits)
         rest, factor = torch.from_numpy(w)[:, group.stop :], torch.from_numpy(upper)[group, group.stop :]
         rest.addmm_(torch.from_numpy(errors), factor, alpha=-1)
-    return vqk, chosen
+    return torch.from_numpy(vqk), torch.from_numpy(chosen)
 
 
 def _round_group(w: Floats, cds: Floats, upper: Floats, bits: int) -> tuple[Floats, Floats, Floats]:
@@ -237,7 +252,9 @@ def _round_group(w: Floats, cds: Floats, upper: Floats, bits: int) -> tuple[Floa
         np.subtract(column, steps * integer, out=error)
         error /= upper[j, j]
         columns[j + 1 :] -= upper[j, j + 1 :, None, None] * error
-    return least_of(tried, integers, errors)
+    best = np.square(errors).sum(0).argmin(-1)
+    channels = np.arange(len(best))
+    return tried[best], integers[:, channels, best].T, errors[:, channels, best].T
 
 
 def _scatter(chosen: Tensor, groups: list[Tensor], shape: tuple[int, ...], block_size: int) -> Tensor:
@@ -251,36 +268,40 @@ def _scatter(chosen: Tensor, groups: list[Tensor], shape: tuple[int, ...], block
 
 
 class _Best:
-    """The best integers so far, per output channel, by J with its optimal CDSw. linear (cho, K) is C."""
+    """The best integers so far, per output channel, by J with its optimal CDSw. linear (cho, K) is C; what is stored of
+    a weight is its VQK, or its code."""
 
     def __init__(self, linear: Tensor, hessian: Tensor, plain: DSTensor) -> None:
         self.linear, self.hessian = linear, hessian
-        self.chi = plain.vqk.shape[1]
-        self.block_size = plain.block_size
-        self.vqk = plain.vqk.double().flatten(1)
+        self.width = plain.width
+        self.stored = plain.vqk.double() if plain.code is None else plain.code
         self.m = plain.m.double()
-        self.cds, self.gain = self._judge(self.vqk, self.m, plain.cds_w.double())
+        self.cds, self.gain = self._judge(self.stored, self.m, plain.cds_w.double())
 
-    def _judge(self, vqk: Tensor, m: Tensor, fallback: Tensor) -> tuple[Tensor, Tensor]:
+    def _judge(self, stored: Tensor, m: Tensor, fallback: Tensor) -> tuple[Tensor, Tensor]:
         """Optimal CDSw = (C I^T) / (I H I^T) and how much of J it takes away, for I = m VQK."""
-        shape = (len(vqk), self.chi, *m.shape[2:])
-        integers = (expand_blocks(m, self.chi, self.block_size) * vqk.reshape(shape)).flatten(1)
+        bits, block_size, trellis = self.width
+        vqk = values(stored, bits, block_size).double() if trellis else stored
+        integers = (expand_blocks(m, vqk.shape[1], block_size) * vqk).flatten(1)
         cross = (self.linear * integers).sum(1)
         power = ((integers @ self.hessian) * integers).sum(1)
         cds = torch.where((cross > 0) & (power > 1e-12), cross / power.clamp_min(1e-12), fallback)
         return cds, 2 * cds * cross - cds.square() * power
 
-    def offer(self, vqk: Tensor, m: Tensor) -> None:
-        cds, gain = self._judge(vqk, m, self.cds)
+    def offer(self, stored: Tensor, m: Tensor) -> None:
+        cds, gain = self._judge(stored, m, self.cds)
         better = gain > self.gain
         self.gain = torch.where(better, gain, self.gain)
         self.cds = torch.where(better, cds, self.cds)
-        self.vqk = torch.where(better[:, None], vqk, self.vqk)
+        self.stored = torch.where(better[:, None, None, None], stored, self.stored)
         self.m = torch.where(better[:, None, None, None], m, self.m)
 
-    def tensor(self, shape: tuple[int, ...], width: Width) -> DSTensor:
-        vqk = self.vqk.reshape(shape).to(torch.int8)
-        return DSTensor(vqk, self.m.to(torch.int8), None, self.cds.float(), *width[:2], runs=width.runs)
+    def tensor(self) -> DSTensor:
+        bits, block_size, trellis = self.width
+        m, cds_w = self.m.to(torch.int8), self.cds.float()
+        if trellis:
+            return DSTensor.along_trellis(self.stored, m, cds_w, bits, block_size)
+        return DSTensor(self.stored.to(torch.int8), m, None, cds_w, bits, block_size)
 
 
 def fit_layer(
@@ -296,4 +317,4 @@ def fit_layer(
     if node.attrs["groups"] > 1:
         return fit_weight(weight, *width)
     moments = measure_moments(node, weight.shape, batches, seed)
-    return moments.with_bias(fit_weight_gptq(weight, moments, width.bits, width.block_size, channels, width.runs))
+    return moments.with_bias(fit_weight_gptq(weight, moments, *width[:2], channels, width.trellis))

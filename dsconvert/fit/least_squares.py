@@ -14,9 +14,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dsconvert.dsconv.tensor import PAIR_MAX, DSTensor, block_count, max_multiplier, vqk_limits
-from dsconvert.fit.runs import ROUNDS as RUN_ROUNDS
-from dsconvert.fit.runs import STARTS as RUN_STARTS
-from dsconvert.fit.runs import nearest_blocks
+from dsconvert.dsconv.trellis import from_strings, strings
+from dsconvert.fit.trellis import nearest
 
 STARTS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5)  # starting CDSw, as a share of the one that just avoids clipping
 ROUNDS = 4
@@ -26,14 +25,13 @@ def fit_weight(
     weight: Tensor,
     bits: int,
     block_size: int,
-    runs: bool = False,
-    starts: Sequence[float] | None = None,
-    rounds: int | None = None,
+    trellis: bool = False,
+    starts: Sequence[float] = STARTS,
+    rounds: int = ROUNDS,
 ) -> DSTensor:
     """Float weight (cho, chi, kh, kw) -> the DSTensor minimising ||W - W'||^2 per output channel (locally), on CPU."""
-    if runs:
-        return _in_runs(weight, bits, block_size, starts or RUN_STARTS, rounds or RUN_ROUNDS)
-    starts, rounds = starts or STARTS, rounds or ROUNDS
+    if trellis:
+        return _along_trellis(weight, bits, block_size)
     cho, chi, kh, kw = weight.shape
     m_max = max_multiplier(bits)
     blocks = to_blocks(weight.detach().cpu().double(), block_size)
@@ -64,15 +62,11 @@ def fit_weight(
     )
 
 
-def _in_runs(weight: Tensor, bits: int, block_size: int, starts: Sequence[float], rounds: int) -> DSTensor:
+def _along_trellis(weight: Tensor, bits: int, block_size: int) -> DSTensor:
     cho, chi, kh, kw = weight.shape
-    blocks = to_blocks(weight.detach().cpu().double(), block_size)
-    padding = blocks.shape[1] * blocks.shape[2] - chi
-    vqk, m, cds = nearest_blocks(blocks, padding, bits, starts, rounds)
-    return DSTensor(
-        from_blocks(vqk, chi, kh, kw).to(torch.int8), m.reshape(cho, -1, kh, kw).to(torch.int8), None, cds.float(),
-        bits, block_size, runs=True,
-    )  # fmt: skip
+    found, m, cds = nearest(strings(weight.detach().cpu(), block_size), min(block_size, chi), bits)
+    code = from_strings(found, tuple(weight.shape), block_size)
+    return DSTensor.along_trellis(code, m.reshape(cho, -1, kh, kw).to(torch.int8), cds.float(), bits, block_size)
 
 
 def nearest_integers(blocks: Tensor, cds: Tensor, bits: int) -> tuple[Tensor, Tensor]:

@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dsconvert.dsconv.runs import least
+from dsconvert.dsconv import trellis
 from dsconvert.dsconv.tensor import DSTensor
 from dsconvert.graph import run
 from dsconvert.graph.ir import INPUT, ConvParams, Graph, Node
@@ -67,21 +67,24 @@ class QConv:
         """The same, without the weights of channels whose bias is so large beside them that it has no int32.
 
         Such channels (pruned, or switched off by their BatchNorm) are constant but for a few per cent: they get zero
-        weights, and a scale in which their bias is an integer of 20 bits. Runs know no zeros: there it is a scale in
-        which the bias has 29 bits and the least run is nothing."""
+        weights, and a scale in which their bias is an integer of 20 bits. A trellis knows no zeros: there it is a scale
+        in which the bias has 29 bits and small VQK are nothing."""
         needed = self.bias.double().abs() / input_scale / self.weight.cds_w.double()
         lost = ~(needed < BIAS_MOST)
         if not bool(lost.any()):
             return self
         w = self.weight
-        scale = self.bias.double().abs() / input_scale / (BIAS_MOST if w.runs else 1 << 20)
+        scale = self.bias.double().abs() / input_scale / (1 << 20 if w.code is None else BIAS_MOST)
         kept = torch.where(lost, 0, 1).to(torch.int8)[:, None, None, None]
-        nothing = torch.from_numpy(least(w.bits, tuple(w.vqk.shape))) if w.runs else torch.zeros_like(w.vqk)
-        weight = replace(
-            w, vqk=torch.where(kept > 0, w.vqk, nothing), m=torch.where(kept > 0, w.m, 1),
-            z=None if w.z is None else w.z * kept,
-            cds_w=torch.where(lost, scale, w.cds_w.double()).clamp_min(1e-30).float(),
-        )  # fmt: skip
+        m = torch.where(kept > 0, w.m, 1)
+        cds_w = torch.where(lost, scale, w.cds_w.double()).clamp_min(1e-30).float()
+        if w.code is None:
+            weight = replace(w, vqk=w.vqk * kept, m=m, z=None if w.z is None else w.z * kept, cds_w=cds_w)
+        else:
+            quiet = trellis.quiet(w.bits, w.vqk[0].numel()).expand(len(w.vqk), -1)
+            nothing = trellis.from_strings(quiet, tuple(w.vqk.shape), w.block_size)
+            code = torch.where(kept > 0, w.code, nothing)
+            weight = DSTensor.along_trellis(code, m, cds_w, w.bits, w.block_size)
         return QConv(weight, self.bias)
 
     def largest_sum(self, input_scale: float) -> Tensor:

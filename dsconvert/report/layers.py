@@ -135,7 +135,7 @@ def worst_first(rows: Sequence[Layer]) -> list[Layer]:
 
 def weight_view(name: str, weight: torch.Tensor, fitted: DSTensor) -> WeightView:
     """The weights of one layer, float (cho, chi, kh, kw) and as fitted. Channels whose CDSw is 0 are left out."""
-    chi, low, high = weight.shape[1], *vqk_limits(fitted.bits, fitted.runs)
+    chi, low, high = weight.shape[1], *vqk_limits(fitted.bits, fitted.width.trellis)
     alive = fitted.cds_w != 0
     m = expand_blocks(fitted.m.double(), chi, fitted.block_size)[alive]
     z = 0.0 if fitted.z is None else expand_blocks(fitted.z.double(), chi, fitted.block_size)[alive]

@@ -67,14 +67,14 @@ class Layer:
 
     @staticmethod
     def of(conv: QConv, device: str, moving: bool) -> Layer:
-        """`moving`: whether VQK is trained too, so that any integer of its bits may come; runs stay as they are."""
+        """`moving`: whether VQK is trained too, so that any integer of its bits may come; those along a trellis stay as they are."""
         w = conv.weight
         low, high = _vqk_bounds(w)
         largest = _block_amax(w)
         m = w.m.float()
         bound = (
             torch.full_like(m, max_multiplier(w.bits))
-            if moving and not w.runs
+            if moving and w.code is None
             else (PAIRED // largest.clamp_min(1)).clamp_max(M_MAX)
         )
         reach = torch.where(m * largest <= PAIRED, PAIRED, INT8_MAX).float()
@@ -130,7 +130,7 @@ def start(model: DSModel, train: str, device: str) -> tuple[dict[str, Layer], La
             shaped["m"] = w.m
         if train != "shifts":
             shaped["cdsb"] = conv.bias
-        if train == "all" and w.z is None and not w.runs:
+        if train == "all" and w.z is None and w.code is None:
             shaped["vqk"] = w.vqk
         latents |= {f"{name}.{p}": torch.zeros(v.shape, device=device, requires_grad=True) for p, v in shaped.items()}
     return layers, latents
@@ -182,7 +182,7 @@ def _straight(wanted: Tensor) -> Tensor:
 def _vqk_bounds(w: DSTensor) -> tuple[Tensor, Tensor]:
     """What each VQK may become, float, lowest and highest: its bits. Plain int8 weights go beyond PAIRED where their
     neighbour leaves room; there each of a pair may use half of the room that is left."""
-    low, high = (torch.full(w.vqk.shape, float(limit)) for limit in vqk_limits(w.bits, w.runs))
+    low, high = (torch.full(w.vqk.shape, float(limit)) for limit in vqk_limits(w.bits, w.width.trellis))
     if not w.is_plain_int8:
         return low, high
     v = w.vqk.float()

@@ -1,0 +1,212 @@
+"""Fitting VQK along a trellis (see `dsconv.trellis`): nearest to a weight, and within GPTQ's loop.
+
+A window is the last eight bits at a place, and decides VQK there; a state is what of it the next window keeps. Of all
+strings that lead to one state, only the best can become part of the best (Viterbi, IEEE Transactions on Information
+Theory 13, 1967), so as many strings as there are states are followed from weight to weight.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import pairwise
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from dsconvert.dsconv.tensor import max_multiplier
+from dsconvert.dsconv.trellis import WINDOW, table
+
+Floats = NDArray[np.float64]
+
+AHEAD = 8  # columns of the next group that a group's strings are followed into before the best is chosen
+NEAR = 1  # m tried on each side of the one that suits a group
+SHARES = (1.3, 1.15, 1.0, 0.87, 0.75, 0.65, 0.56, 0.48)  # starting CDSw, as shares of what suits the largest block
+MOST = 1 << 26  # windows that are remembered at once
+
+
+@dataclass(frozen=True)
+class Trellis:
+    """What can follow what: `values` (states, 2^bits) float32 are VQK of the windows that go on from a state. Window
+    w comes from state w >> bits and leads to state w % states."""
+
+    bits: int
+    states: int
+    values: Tensor
+
+    @staticmethod
+    @lru_cache
+    def of(bits: int) -> Trellis:
+        states = 1 << (WINDOW - bits)
+        return Trellis(bits, states, torch.from_numpy(table(bits).astype(np.float32)).reshape(states, -1))
+
+    def step(self, cost: Tensor) -> tuple[Tensor, Tensor]:
+        """cost (n, states, 2^bits) of all windows -> the least by which each state is reached, (n, states), and the
+        window of it."""
+        into = cost.reshape(len(cost), -1, self.states)
+        least, first = into.min(1)
+        return least, first * self.states + torch.arange(self.states)
+
+    def back(self, windows: Tensor, state: Tensor) -> Tensor:
+        """From windows (K, n, states) uint8 by which each state was reached, and the last state (n,): the n best
+        windows at each place, (K, n) int64."""
+        rows, found = torch.arange(len(state)), torch.empty(windows.shape[:2], dtype=torch.int64)
+        for t in reversed(range(len(windows))):
+            found[t] = windows[t, rows, state]
+            state = found[t] >> self.bits
+        return found
+
+
+@lru_cache
+def noise(bits: int) -> tuple[Floats, Floats]:
+    """Root mean squares of numbers, rising, and the mean squared error of the string nearest to such numbers."""
+    rng = np.random.default_rng(0)
+    size = rng.gamma(1 / 1.5, size=(32, 128)) ** (1 / 1.5) * rng.choice((-1.0, 1.0), (32, 128))
+    numbers = torch.from_numpy(size / np.sqrt(np.square(size).mean())).float()
+    spread = float(np.square(table(bits).astype(np.float64)).mean() ** 0.5)
+    levels = spread * 1.12 ** np.arange(-16, 9)
+    trellis = Trellis.of(bits)
+    errors = []
+    for level in levels:
+        wanted = numbers * float(level)
+        errors.append(float((wanted - _nearest(wanted, torch.ones_like(wanted), trellis)[1]).square().mean()))
+    return levels, np.array(errors)
+
+
+def expected(rms: Floats, bits: int) -> Floats:
+    """Mean squared error of numbers of that root mean square, by `noise`; what is larger than its largest is cut."""
+    levels, errors = noise(bits)
+    beyond = np.square(np.maximum(rms - levels[-1], 0))
+    return np.interp(rms, levels, errors) + beyond
+
+
+def suited(rms: Floats, cds: Floats, bits: int) -> Floats:
+    """For blocks of that root mean square (cho, ...) and CDSw (cho,), the m of least expected error, like rms."""
+    tried = np.arange(1.0, max_multiplier(bits, True) + 1)
+    steps = cds.reshape(-1, *[1] * rms.ndim) * tried
+    return tried[(expected(rms[..., None] / steps, bits) * np.square(steps)).argmin(-1)]
+
+
+def starting(rms: Floats, bits: int) -> tuple[Floats, Floats]:
+    """For blocks of that root mean square (cho, blocks): CDSw (cho,) of least expected error, and that error, as a mean
+    over blocks."""
+    levels, errors = noise(bits)
+    own = levels[(errors / np.square(levels)).argmin()]  # of the numbers that suit the trellis best
+    widest = rms.max(1).clip(1e-12) / own / max_multiplier(bits, True)
+    best, found = np.full(len(rms), np.inf), widest
+    for share in SHARES:
+        cds = widest * share
+        steps = cds[:, None] * suited(rms, cds, bits)
+        error = (expected(rms / steps, bits) * np.square(steps)).mean(1)
+        found, best = np.where(error < best, cds, found), np.minimum(error, best)
+    return found, best
+
+
+def nearest(strings: Tensor, size: int, bits: int, cds: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """Weights in strings (cho, K), `size` of which share an m -> codes uint8 (cho, K), m (cho, K / size) and CDSw
+    (cho,), both float64: near the least squared error."""
+    rms = strings.double().unflatten(1, (-1, size)).square().mean(-1).sqrt().numpy()
+    start = starting(rms, bits)[0] if cds is None else cds.numpy()
+    m = torch.from_numpy(suited(rms, start, bits))
+    spread = m.repeat_interleave(size, 1)
+    trellis, codes, integers = Trellis.of(bits), [], []
+    for rows in torch.arange(len(strings)).split(max(1, MOST // (strings.shape[1] * trellis.states))):
+        wanted = strings[rows].double() / (torch.from_numpy(start)[rows, None] * spread[rows])
+        code, vqk = _nearest(wanted.float(), spread[rows].float(), trellis)
+        codes.append(code)
+        integers.append(vqk)
+    made = torch.cat(integers).double() * spread
+    cross, power = (strings.double() * made).sum(1), made.square().sum(1)
+    fitted = torch.where((cross > 0) & (power > 0), cross / power.clamp_min(1e-30), torch.from_numpy(start))
+    return torch.cat(codes), m, fitted
+
+
+def _nearest(wanted: Tensor, m: Tensor, trellis: Trellis) -> tuple[Tensor, Tensor]:
+    """Codes uint8 and VQK float32, both (n, K), of least `sum m^2 (wanted - VQK)^2` for wanted and m (n, K)."""
+    count, length = wanted.shape
+    cost = torch.full((count, trellis.states), torch.inf)
+    cost[:, 0] = 0
+    seen = torch.empty(length, count, trellis.states, dtype=torch.uint8)
+    for t in range(length):
+        error = (wanted[:, t, None, None] - trellis.values).mul_(m[:, t, None, None]).square_()
+        cost, window = trellis.step(error.add_(cost[:, :, None]))
+        seen[t] = window
+    found = trellis.back(seen, cost.argmin(1)).T
+    return _code(found, trellis), trellis.values.flatten()[found]
+
+
+def _code(windows: Tensor, trellis: Trellis) -> Tensor:
+    return (windows & (1 << trellis.bits) - 1).to(torch.uint8)
+
+
+def round_strings(target: Floats, cds: Floats, upper: Floats, size: int, bits: int) -> tuple[Tensor, Tensor]:
+    """GPTQ's loop over a target (cho, K) in strings, `size` columns of which share an m, given the Cholesky factor of
+    H^-1 in that order (K, K) and CDSw (cho,): codes uint8 (cho, K) and m (groups, cho)."""
+    w, scale = torch.from_numpy(target).float(), torch.from_numpy(cds).float()
+    factor, trellis = torch.from_numpy(upper).float(), Trellis.of(bits)
+    state = torch.zeros(len(w), dtype=torch.int64)
+    codes, chosen = [], []
+    edges = [*range(0, w.shape[1], size), w.shape[1]]
+    for first, last in pairwise(edges):
+        end = min(last + AHEAD, w.shape[1])
+        own, after = (_suited(w[:, a : a + size], scale, bits) for a in (first, last if end > last else first))
+        tried = _around(own, max_multiplier(bits, True))
+        part = factor[first:end, first:end]
+        m, windows = _follow(w[:, first:end] / scale[:, None], part, tried, after, last - first, state, trellis)
+        state = windows[:, -1] % trellis.states
+        vqk = trellis.values.flatten()[windows]
+        left = w[:, first:last] - (scale * m)[:, None] * vqk
+        within = factor[first:last, first:last]
+        errors = torch.linalg.solve_triangular(within, left, upper=True, left=False)
+        w[:, last:].addmm_(errors, factor[first:last, last:], alpha=-1)
+        codes.append(_code(windows, trellis))
+        chosen.append(m)
+    return torch.cat(codes, 1), torch.stack(chosen).double()
+
+
+def _suited(columns: Tensor, cds: Tensor, bits: int) -> Tensor:
+    """The m (cho,) that suits columns (cho, n)."""
+    rms = columns.double().square().mean(1, keepdim=True).sqrt().numpy()
+    return torch.from_numpy(suited(rms, cds.double().numpy(), bits)[:, 0]).float()
+
+
+def _around(m: Tensor, most: int) -> Tensor:
+    """m (cho,) -> those to try (cho, count): all of few, else the nearest ones that exist."""
+    count = min(most, 2 * NEAR + 1)
+    lowest = (m - NEAR).clamp(1, most - count + 1)
+    return lowest[:, None] + torch.arange(count)
+
+
+def _follow(
+    columns: Tensor, upper: Tensor, tried: Tensor, after: Tensor, own: int, state: Tensor, trellis: Trellis
+) -> tuple[Tensor, Tensor]:
+    """Of each output channel the string and m that add least to J: m (cho,) and windows (cho, own) int64.
+
+    columns (cho, n) are in steps of CDSw, of a group's `own` columns and some of the next group's, which would have m
+    `after`; `tried` (cho, count) are the group's m, `state` (cho,) where its strings begin. Every string that is
+    followed carries the columns still to come, moved by its own errors."""
+    cho, count = tried.shape
+    rows, states, length = cho * count, trellis.states, columns.shape[1]
+    waiting = (columns[:, None] / tried[:, :, None]).reshape(rows, 1, length).expand(-1, states, -1)
+    waiting = waiting.reshape(rows * states, length)
+    later = (after[:, None] / tried).reshape(rows, 1, 1) * trellis.values
+    cost = torch.full((rows, states), torch.inf)
+    cost[torch.arange(rows), state.repeat_interleave(count)] = 0
+    seen = torch.empty(length, rows, states, dtype=torch.uint8)
+    base = (torch.arange(rows) * states)[:, None]
+    for j in range(length):
+        error = waiting[:, 0].reshape(rows, states, 1) - (trellis.values if j < own else later)
+        factor = 1 / float(upper[j, j])
+        cost, window = trellis.step(torch.add(cost[:, :, None], error.square(), alpha=factor * factor))
+        seen[j] = window
+        if j + 1 < length:
+            spent = error.flatten(1).gather(1, window).mul_(factor).reshape(-1, 1)
+            waiting = waiting[:, 1:].index_select(0, ((window >> trellis.bits) + base).flatten())
+            waiting.addcmul_(spent, upper[j, j + 1 :], value=-1)
+    least, last = cost.min(1)
+    pick = (least.reshape(cho, count) * tried.square()).argmin(1)
+    best = torch.arange(cho) * count + pick
+    windows = trellis.back(seen[:, best], last[best])[:own].T
+    return tried[torch.arange(cho), pick], windows
