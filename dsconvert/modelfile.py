@@ -4,7 +4,7 @@ Tensors per convolution: `<name>.vqk` and `<name>.kds` as packed bits (see `dsco
 place of `.vqk` holds the bits of VQK along a trellis, in its strings' order (see `dsconv.trellis`); `<name>.alpha` float32
 in the place of `.kds`, `<name>.kdsb` int8 where there is one, `<name>.cdsw` and `<name>.cdsb` float32. The header's
 single key `dsconvert` holds JSON: format version, graph, layers (shape, bits, block size), activation grids, head,
-image size, provenance, and last a digest of all of it and of the tensors (see `seal`), which older files lack.
+image size, provenance, and last a digest of all of it and of the tensors (see `seal`).
 """
 
 from __future__ import annotations
@@ -32,7 +32,6 @@ from dsconvert.seal import DIGEST, NotAsWritten, seal, unseal
 from dsconvert.yolo.network import Head
 
 KEY, VERSION, KDS_BITS = "dsconvert", 2, 4
-# no others: one bit away from its name, the digest would not be seen, and the file taken for an older one
 PARTS = {"version", "imgsz", "head", "provenance", "graph", "layers", "activations", DIGEST}
 MAX_HEADER, MAX_BLOCK = 16 << 20, 1 << 16  # characters of JSON (a yolov5n has 40 kB); channels
 
@@ -76,8 +75,7 @@ def _head(head: Head) -> dict[str, Any]:
 
 
 def load_model(path: Path) -> DSModel:
-    """Read a model file. Raises InputError, one sentence, for anything else, and for one that is not as it was written
-    (where it has a digest)."""
+    """Read a model file. Raises InputError, one sentence, for anything else, and for one that is not as it was written."""
     try:
         with safe_open(path, framework="numpy") as stored:
             text = (stored.metadata() or {}).get(KEY)
@@ -96,8 +94,7 @@ def load_model(path: Path) -> DSModel:
         header = json.loads(text)
         if header["version"] != VERSION:
             raise InputError(f"{path} has format version {shown(header['version'])}; this dsconvert reads {VERSION}.")
-        if DIGEST in header:
-            unseal(text, tensors)
+        unseal(text, tensors)
         if not PARTS.issuperset(header):
             raise ValueError("parts")
         model = _model(header, tensors)

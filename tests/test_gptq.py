@@ -13,7 +13,6 @@ from dsconvert.fit.gptq import (
     Moments,
     _round,
     _round_group,
-    _rounders,
     fit_layer,
     fit_weight_gptq,
     measure_moments,
@@ -200,8 +199,7 @@ def test_errors_squared_are_what_rounding_adds_to_j():
         return torch.from_numpy(errors), torch.from_numpy(errors).square().sum(-1)
 
     def j(lengths: list[int]) -> torch.Tensor:
-        made = _round(w.numpy(), upper.numpy(), _rounders(upper.numpy(), lengths, 3, False), cds.numpy())
-        vqk, m = (torch.from_numpy(v) for v in made)
+        vqk, m = _round(w.numpy(), cds.numpy(), upper.numpy(), lengths, 3)
         error = w - cds[:, None] * m.mT.repeat_interleave(torch.tensor(lengths), -1) * vqk
         return ((error @ hessian) * error).sum(-1)
 

@@ -9,6 +9,7 @@ import torch
 
 from dsconvert.dsconv.tensor import Width
 from dsconvert.fit.importance import measure_importance
+from dsconvert.fit.least_squares import fit_weight
 from dsconvert.fit.sensitivity import damage_of, squared_gradient, unshrunk, weight_error, widths_of
 from dsconvert.graph.ir import INPUT, ConvParams, Graph, Node
 from dsconvert.graph.run import run_float
@@ -57,6 +58,19 @@ def test_errors_shrink_about_by_four_with_every_bit():
     squares = [float(weight_error(weight, Width(bits, 16)).square().sum()) for bits in (4, 5, 6)]
     for more, less in itertools.pairwise(squares):
         assert 2.5 < more / less < 5  # m has fewer values at more bits
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3, 4])
+def test_damage_along_a_trellis_is_about_that_of_the_nearest_strings(bits):
+    """What blocks of a size let expect, against the errors of strings that were really searched."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(16, 64, 3, 3, generator=generator) * (0.3 + torch.rand(16, 64, 1, 1, generator=generator))
+    squares = torch.rand(weight.shape, generator=generator)
+    width = Width(bits, 16, True)
+    error = unshrunk(weight, fit_weight(weight, *width).weight()) - weight
+    wanted = float((squares * error.square()).sum())
+    # measured with numbers of longer tails
+    assert damage_of(weight, [width], squares)[width] == pytest.approx(wanted, rel=0.2)
 
 
 def test_fitted_channels_are_made_as_long_as_they_were():

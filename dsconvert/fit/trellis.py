@@ -21,7 +21,7 @@ from dsconvert.dsconv.trellis import WINDOW, table
 
 Floats = NDArray[np.float64]
 
-AHEAD = 8  # columns of the next group that a group's strings are followed into before the best is chosen
+AHEAD = 24  # columns of later groups into which strings are followed before a group's best is chosen
 NEAR = 1  # m tried on each side of the one that suits a group
 SHARES = (1.3, 1.15, 1.0, 0.87, 0.75, 0.65, 0.56, 0.48)  # starting CDSw, as shares of what suits the largest block
 MOST = 1 << 26  # windows that are remembered at once
@@ -35,19 +35,21 @@ class Trellis:
     bits: int
     states: int
     values: Tensor
+    every: Tensor  # (states,): each state's number
 
     @staticmethod
     @lru_cache
     def of(bits: int) -> Trellis:
         states = 1 << (WINDOW - bits)
-        return Trellis(bits, states, torch.from_numpy(table(bits).astype(np.float32)).reshape(states, -1))
+        values = torch.from_numpy(table(bits).astype(np.float32)).reshape(states, -1)
+        return Trellis(bits, states, values, torch.arange(states))
 
     def step(self, cost: Tensor) -> tuple[Tensor, Tensor]:
         """cost (n, states, 2^bits) of all windows -> the least by which each state is reached, (n, states), and the
         window of it."""
         into = cost.reshape(len(cost), -1, self.states)
         least, first = into.min(1)
-        return least, first * self.states + torch.arange(self.states)
+        return least, first.mul_(self.states).add_(self.every)
 
     def back(self, windows: Tensor, state: Tensor) -> Tensor:
         """From windows (K, n, states) uint8 by which each state was reached, and the last state (n,): the n best
@@ -196,15 +198,14 @@ def _follow(
     cost[torch.arange(rows), state.repeat_interleave(count)] = 0
     seen = torch.empty(length, rows, states, dtype=torch.uint8)
     base = (torch.arange(rows) * states)[:, None]
-    for j in range(length):
+    for j, factor in enumerate((1 / upper.diagonal()).tolist()):
         error = waiting[:, 0].reshape(rows, states, 1) - (trellis.values if j < own else later)
-        factor = 1 / float(upper[j, j])
         cost, window = trellis.step(torch.add(cost[:, :, None], error.square(), alpha=factor * factor))
         seen[j] = window
         if j + 1 < length:
-            spent = error.flatten(1).gather(1, window).mul_(factor).reshape(-1, 1)
-            waiting = waiting[:, 1:].index_select(0, ((window >> trellis.bits) + base).flatten())
-            waiting.addcmul_(spent, upper[j, j + 1 :], value=-1)
+            spent = error.flatten(1).gather(1, window).reshape(-1, 1)
+            waiting = waiting[:, 1:].index_select(0, (window >> trellis.bits).add_(base).flatten())
+            waiting.addcmul_(spent, upper[j, j + 1 :], value=-factor)
     least, last = cost.min(1)
     pick = (least.reshape(cho, count) * tried.square()).argmin(1)
     best = torch.arange(cho) * count + pick
