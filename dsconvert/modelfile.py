@@ -1,8 +1,8 @@
 """The converted model on disk: one safetensors file, integers packed to their bits, everything else in its header.
 
 Tensors per convolution: `<name>.vqk` and `<name>.kds` as packed bits (see `dsconv.packing`); `<name>.code` in the
-place of `.vqk` holds the bits of VQK along a trellis, in its strings' order (see `dsconv.trellis`); `<name>.alpha` float32
-in the place of `.kds`, `<name>.kdsb` int8 where there is one, `<name>.cdsw` and `<name>.cdsb` float32. The header's
+place of `.vqk` holds the bits of VQK along a trellis, in its strings' order (see `dsconv.trellis`); `<name>.alpha`
+float32 in the place of `.kds`, `<name>.kdsb` int8 where there is one, `<name>.cdsw` and `<name>.cdsb` float32. The header's
 single key `dsconvert` holds JSON: format version, graph, layers (shape, bits, block size), activation grids, head,
 image size, provenance, and last a digest of all of it and of the tensors (see `seal`).
 """
@@ -75,7 +75,7 @@ def _head(head: Head) -> dict[str, Any]:
 
 
 def load_model(path: Path) -> DSModel:
-    """Read a model file. Raises InputError, one sentence, for anything else, and for one that is not as it was written."""
+    """Read a model file. Raises InputError, one sentence, for anything else, and for what is not as it was written."""
     try:
         with safe_open(path, framework="numpy") as stored:
             text = (stored.metadata() or {}).get(KEY)

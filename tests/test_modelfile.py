@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import json
-import tempfile
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 from flips import refused
-from safetensors import safe_open
-from safetensors.numpy import save, save_file
+from safetensors.numpy import save_file
 
 from dsconvert.errors import InputError
 from dsconvert.modelfile import load_model, model_bytes

@@ -11,7 +11,7 @@ from dsconvert.dsconv import trellis
 from dsconvert.dsconv.tensor import DSTensor, Width, largest_pair, max_multiplier, used_width
 from dsconvert.fit.gptq import Moments, fit_weight_gptq
 from dsconvert.fit.least_squares import fit_weight
-from dsconvert.fit.trellis import Trellis, _follow, _nearest, expected, noise, round_strings, suited
+from dsconvert.fit.trellis import Trellis, _follow, expected, nearest_values, noise, round_strings, suited
 from dsconvert.graph.integer import QConv
 
 BITS = [1, 2, 3, 4]
@@ -60,7 +60,7 @@ def test_more_bits_than_there_are_are_refused():
 @pytest.mark.parametrize(("bits", "length"), [(1, 10), (2, 6), (3, 4), (4, 3)])
 def test_the_nearest_string_is_that_of_brute_force(bits, length):
     wanted, m = 3 * randn(6, length), randn(6, length, seed=1).abs() + 0.5
-    code, vqk = _nearest(wanted, m, Trellis.of(bits))
+    code, vqk = nearest_values(wanted, m, Trellis.of(bits))
     _, every = every_string(bits, length)
     errors = np.square(m.numpy()[:, None] * (wanted.numpy()[:, None] - every)).sum(-1)
     own = np.square(m.numpy() * (wanted - vqk).numpy()).sum(-1)
@@ -102,7 +102,7 @@ def test_without_anything_to_make_up_for_gptq_is_the_nearest_string_of_one_m(bit
     spread = m.T.repeat_interleave(16, 1).float()
     vqk = trellis.table(bits)[trellis.windows(code, bits).numpy()]
     made = ((w - 0.2 * spread * torch.from_numpy(vqk.astype(np.float32))) ** 2).sum()
-    _, best = _nearest(w / (0.2 * spread), spread, Trellis.of(bits))
+    _, best = nearest_values(w / (0.2 * spread), spread, Trellis.of(bits))
     least = ((w - 0.2 * spread * best) ** 2).sum()
     assert float(least) <= float(made) * (1 + 1e-5)  # float32
     assert float(made) < 1.05 * float(least)
@@ -123,7 +123,7 @@ def test_expected_errors_are_those_of_a_fit(bits):
     levels, errors = noise(bits)
     assert bool((np.diff(levels) > 0).all())
     wanted = 4 * randn(64, 128, seed=9)
-    _, vqk = _nearest(wanted, torch.ones_like(wanted), Trellis.of(bits))
+    _, vqk = nearest_values(wanted, torch.ones_like(wanted), Trellis.of(bits))
     # other numbers than those it was measured with, which have longer tails
     assert float(expected(np.array(4.0), bits)) == pytest.approx(float((wanted - vqk).square().mean()), rel=0.25)
     assert float(expected(levels[-1:] + 10, bits)[0]) == pytest.approx(errors[-1] + 100)

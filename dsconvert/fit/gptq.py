@@ -218,9 +218,7 @@ def _rounded(upper: Floats, lengths: Sequence[int], width: Width) -> Rounded:
     return partial(_round, upper=upper, lengths=lengths, bits=width.bits)
 
 
-def _round(
-    target: Floats, cds: Floats, upper: Floats, lengths: Sequence[int], bits: int
-) -> tuple[Tensor, Tensor]:
+def _round(target: Floats, cds: Floats, upper: Floats, lengths: Sequence[int], bits: int) -> tuple[Tensor, Tensor]:
     """GPTQ's loop over a target (cho, K), CDSw as given: VQK (cho, K), columns in that order, and m (groups, cho)."""
     w, vqk = target.copy(), np.empty_like(target)
     chosen = np.empty((len(lengths), len(w)))
@@ -261,9 +259,9 @@ def _scatter(chosen: Tensor, groups: list[Tensor], shape: tuple[int, ...], block
     """m (groups, cho) -> (cho, nblk, kh, kw)."""
     cho, chi, kh, kw = shape
     m = torch.ones(cho, block_count(chi, block_size), kh * kw, dtype=torch.float64)
-    for values, group in zip(chosen, groups, strict=True):
+    for found, group in zip(chosen, groups, strict=True):
         channel, tap = divmod(int(group[0]), kh * kw)
-        m[:, channel // block_size, tap] = values
+        m[:, channel // block_size, tap] = found
     return m.reshape(cho, -1, kh, kw)
 
 

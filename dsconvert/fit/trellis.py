@@ -68,13 +68,13 @@ def noise(bits: int) -> tuple[Floats, Floats]:
     size = rng.gamma(1 / 1.5, size=(32, 128)) ** (1 / 1.5) * rng.choice((-1.0, 1.0), (32, 128))
     numbers = torch.from_numpy(size / np.sqrt(np.square(size).mean())).float()
     spread = float(np.square(table(bits).astype(np.float64)).mean() ** 0.5)
-    levels = spread * 1.12 ** np.arange(-16, 9)
+    levels: Floats = spread * 1.12 ** np.arange(-16, 9, dtype=np.float64)
     trellis = Trellis.of(bits)
     errors = []
     for level in levels:
         wanted = numbers * float(level)
-        errors.append(float((wanted - _nearest(wanted, torch.ones_like(wanted), trellis)[1]).square().mean()))
-    return levels, np.array(errors)
+        errors.append(float((wanted - nearest_values(wanted, torch.ones_like(wanted), trellis)[1]).square().mean()))
+    return levels, np.array(errors, np.float64)
 
 
 def expected(rms: Floats, bits: int) -> Floats:
@@ -116,7 +116,7 @@ def nearest(strings: Tensor, size: int, bits: int, cds: Tensor | None = None) ->
     trellis, codes, integers = Trellis.of(bits), [], []
     for rows in torch.arange(len(strings)).split(max(1, MOST // (strings.shape[1] * trellis.states))):
         wanted = strings[rows].double() / (torch.from_numpy(start)[rows, None] * spread[rows])
-        code, vqk = _nearest(wanted.float(), spread[rows].float(), trellis)
+        code, vqk = nearest_values(wanted.float(), spread[rows].float(), trellis)
         codes.append(code)
         integers.append(vqk)
     made = torch.cat(integers).double() * spread
@@ -125,7 +125,7 @@ def nearest(strings: Tensor, size: int, bits: int, cds: Tensor | None = None) ->
     return torch.cat(codes), m, fitted
 
 
-def _nearest(wanted: Tensor, m: Tensor, trellis: Trellis) -> tuple[Tensor, Tensor]:
+def nearest_values(wanted: Tensor, m: Tensor, trellis: Trellis) -> tuple[Tensor, Tensor]:
     """Codes uint8 and VQK float32, both (n, K), of least `sum m^2 (wanted - VQK)^2` for wanted and m (n, K)."""
     count, length = wanted.shape
     cost = torch.full((count, trellis.states), torch.inf)

@@ -67,7 +67,7 @@ class Layer:
 
     @staticmethod
     def of(conv: QConv, device: str, moving: bool) -> Layer:
-        """`moving`: whether VQK is trained too, so that any integer of its bits may come; those along a trellis stay as they are."""
+        """`moving`: whether VQK is trained too, so that any integer of its bits may come (not along a trellis)."""
         w = conv.weight
         low, high = _vqk_bounds(w)
         largest = _block_amax(w)
