@@ -117,14 +117,14 @@ def symmetric_fit(node, weight, width, batches, seed, channels):  # type: ignore
     """GPTQ towards the float weight on the quantized network's inputs."""
     hessian = measure_moments(node, weight.shape, batches, seed).hessian
     cross = weight.cpu().double().flatten(1) @ hessian
-    return fit_weight_gptq(weight, Moments(hessian, cross), width.bits, width.block_size, None, width.runs)
+    return fit_weight_gptq(weight, Moments(hessian, cross), width.bits, width.block_size, None, width.trellis)
 
 
 def unweighted_fit(node, weight, width, batches, seed, channels):  # type: ignore[no-untyped-def]
     """Asymmetric GPTQ, every position counting the same."""
     even = (replace(seen, weights=torch.ones_like(seen.weights)) for seen in batches)
     return fit_weight_gptq(
-        weight, measure_moments(node, weight.shape, even, seed), width.bits, width.block_size, None, width.runs
+        weight, measure_moments(node, weight.shape, even, seed), width.bits, width.block_size, None, width.trellis
     )
 
 

@@ -2,9 +2,9 @@
 
 Tensors per convolution: `<name>.vqk` and `<name>.kds` as packed bits (see `dsconv.packing`); `<name>.code` in the
 place of `.vqk` holds the bits of VQK along a trellis, in its strings' order (see `dsconv.trellis`); `<name>.alpha`
-float32 in the place of `.kds`, `<name>.kdsb` int8 where there is one, `<name>.cdsw` and `<name>.cdsb` float32. The header's
-single key `dsconvert` holds JSON: format version, graph, layers (shape, bits, block size), activation grids, head,
-image size, provenance, and last a digest of all of it and of the tensors (see `seal`).
+float32 in the place of `.kds`, `<name>.kdsb` int8 where there is one, `<name>.cdsw` and `<name>.cdsb` float32. The
+header's single key `dsconvert` holds JSON: format version, graph, layers (shape, bits, block size), activation grids,
+head, image size, provenance, and last a digest of all of it and of the tensors (see `seal`).
 """
 
 from __future__ import annotations
