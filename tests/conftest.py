@@ -14,7 +14,7 @@ import torch
 from hypothesis import settings
 
 from dsconvert.cli import main
-from dsconvert.dsconv.runs import fits
+from dsconvert.dsconv.trellis import fits
 from dsconvert.fit.importance import measure_importance
 from dsconvert.fit.least_squares import fit_weight
 from dsconvert.fit.lockstep import fit_lockstep
@@ -209,15 +209,15 @@ def call(capsys, monkeypatch) -> Callable[..., Answer]:
 
 
 def _widened(conv: QConv, index: int) -> QConv:
-    """DSConv layers at 2, 3, 4, ... 8 bits in turn, every second of 2 and 3 bits in runs, every third of the rest with
+    """DSConv layers at 2, 3, 4, ... 8 bits in turn, every second of 2 to 4 bits along a trellis, every third of the rest with
     z; small enough that no engine saturates."""
     if conv.weight.is_plain_int8:
         return replace(conv, weight=replace(conv.weight, vqk=conv.weight.vqk // 2))
-    in_runs = index % 14 > 6 and fits(2 + index % 7, conv.weight.vqk.shape[1], 16)
-    fitted = fit_weight(conv.weight.weight(), 2 + index % 7, 16, in_runs)
+    along = index % 14 > 6 and fits(2 + index % 7, conv.weight.vqk.shape[1], 16)
+    fitted = fit_weight(conv.weight.weight(), 2 + index % 7, 16, along)
     shrink = replace(fitted, m=(fitted.m // 2).clamp_min(1), vqk=fitted.vqk // (1 if fitted.bits < 7 else 2))
     room = 63 - int(shrink.merged().int().abs().amax())
-    if index % 3 or room < 1 or in_runs:
+    if index % 3 or room < 1 or along:
         return replace(conv, weight=shrink)
     return replace(conv, weight=replace(shrink, z=torch.full_like(shrink.m, room)))
 
@@ -226,7 +226,8 @@ def widen(model: DSModel) -> DSModel:
     """The tiny network with every width from 2 to 8 bits in it."""
     convs = {name: _widened(conv, i) for i, (name, conv) in enumerate(model.convs.items())}
     assert {c.weight.bits for c in convs.values()} == set(range(2, 9))
-    assert {(c.weight.bits, c.weight.runs) for c in convs.values()} >= {(2, True), (3, True), (2, False), (3, False)}
+    kinds = {(c.weight.bits, c.weight.code is not None) for c in convs.values()}
+    assert kinds >= {(bits, along) for bits in (2, 3, 4) for along in (True, False)}
     return replace(model, convs=convs)
 
 

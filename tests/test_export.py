@@ -15,7 +15,7 @@ from conftest import SIDE, by_quads
 from onnx import numpy_helper
 from onnx.reference import ReferenceEvaluator
 
-from dsconvert.dsconv.tensor import DSTensor, used_width
+from dsconvert.dsconv.tensor import DSTensor, max_multiplier, used_width
 from dsconvert.errors import InputError
 from dsconvert.export.builder import OnnxBuilder
 from dsconvert.export.compact import compact
@@ -104,7 +104,7 @@ def test_optimised_packed_graph_has_no_weight_arithmetic(widened, tmp_path):
     optimised = onnx.load(saved)
     kinds = Counter(n.op_type for n in optimised.graph.node)
     assert kinds["QLinearConv"] == len(converted.convs)
-    assert not {"Conv", "Cast", "Expand", "Slice", "Split", "Mod", "Range", "TopK"} & set(kinds)
+    assert not {"Conv", "Cast", "Expand", "Slice", "Split", "Mod", "Range", "Tile", "Where"} & set(kinds)
     initializers = {t.name for t in optimised.graph.initializer}
     # nothing constant is left to compute
     assert not [n for n in optimised.graph.node if all(i in initializers for i in n.input)]
@@ -213,21 +213,30 @@ def test_stored_weights_decode_to_the_merged_int8(layout, bits, chi, block, k, s
     assert np.array_equal(ReferenceEvaluator(model).run(None, {})[0], wanted)  # and by ONNX's own definition
 
 
-@pytest.mark.parametrize("bits", [1, 2, 3])
+@pytest.mark.parametrize("layout", ["packed", "blocked"])
+@pytest.mark.parametrize("bits", [1, 2, 3, 4])
 @pytest.mark.parametrize(
-    ("chi", "block", "k"), [(32, 32, 3), (64, 32, 1), (48, 32, 3), (48, 32, 1), (8, 4, 2), (4, 8, 3)]
+    ("cho", "chi", "block", "k"),
+    [(3, 32, 32, 3), (3, 64, 32, 1), (1, 48, 16, 3), (4, 48, 16, 1), (5, 8, 8, 2), (3, 8, 32, 3), (1, 8, 8, 1)],
 )
-def test_stored_runs_decode_to_the_merged_int8(bits, chi, block, k):
+def test_stored_trellises_decode_to_the_merged_int8(layout, bits, cho, chi, block, k):
     """In ONNX Runtime, by ONNX's own definition, and in OpenVINO where it is installed; nothing is stored twice."""
-    weight = fit_weight(torch.randn(3, chi, k, k, generator=torch.Generator().manual_seed(chi)), bits, block, runs=True)
+    rng = np.random.default_rng(chi)
+    code = torch.from_numpy(rng.integers(0, 1 << bits, (cho, chi, k, k))).to(torch.uint8)
+    m = torch.from_numpy(rng.integers(1, max_multiplier(bits, True) + 1, (cho, -(-chi // block), k, k)))
+    weight = DSTensor.along_trellis(code, m.to(torch.int8), torch.ones(cho), bits, block)
     b = OnnxBuilder(21)
-    b.node("Cast", [add_int8_weight(b, "w", weight, "packed")], "out", to=onnx.TensorProto.FLOAT)
+    b.node("Cast", [add_int8_weight(b, "w", weight, layout)], "out", to=onnx.TensorProto.FLOAT)
     model = b.model({}, {"out": tuple(weight.vqk.shape)}, {})
     wanted = weight.merged().numpy().astype(np.float32)
     assert np.array_equal(session(model).run(None, {})[0], wanted)
     assert np.array_equal(ReferenceEvaluator(model).run(None, {})[0], wanted)
     (entry,) = [n for n in model.graph.initializer if n.name == "w.vqk"]
-    assert numpy_helper.to_array(entry).size == weight.vqk.numel() // 4
+    assert 8 * numpy_helper.to_array(entry).size == bits * weight.vqk.numel()
+    openvino = pytest.importorskip("openvino")
+    core = openvino.Core()
+    found = core.compile_model(core.read_model(model.SerializeToString()), "CPU")({})
+    assert np.array_equal(next(iter(found.values())), wanted)
 
 
 @pytest.mark.parametrize("layout", ["packed", "blocked"])

@@ -15,14 +15,13 @@ from conftest import SIDE
 from onnx import numpy_helper
 from onnx.reference import ReferenceEvaluator
 
-from dsconvert.dsconv.runs import vectors
 from dsconvert.dsconv.tensor import DSTensor, Width, max_multiplier, vqk_limits
 from dsconvert.export.builder import OnnxBuilder
 from dsconvert.export.joint import JointWeights, joins
 from dsconvert.export.onnx import export_quantized
 from dsconvert.export.weights import Weights
 
-KINDS = [(1, True), (2, True), (3, True), (4, False), (5, False), (6, False)]
+KINDS = [(1, True), (2, True), (3, True), (4, True), (4, False), (5, False), (6, False)]
 FLOAT = onnx.TensorProto.FLOAT
 
 
@@ -30,19 +29,18 @@ def weight_of(shape: tuple[int, int, int, int], width: Width, seed: int = 0) -> 
     """Random integers up to both ends of their range, and all m."""
     rng = np.random.default_rng(seed)
     cho, chi, kh, kw = shape
-    if width.runs:
-        book = vectors(width.bits)
-        runs = book[rng.integers(0, len(book), (cho, chi // 4, kh, kw))]
-        runs[0, 0, 0, 0], runs[-1, -1, -1, -1] = book[0], book[-1]
-        vqk = np.moveaxis(runs, -1, 2).reshape(shape)
-    else:
-        low, high = vqk_limits(width.bits)
-        vqk = rng.integers(low, high + 1, shape)
-        vqk.flat[:2] = low, high
-    m = rng.integers(1, max_multiplier(width.bits, width.runs) + 1, (cho, -(-chi // width.block_size), kh, kw))
-    m.flat[-1] = max_multiplier(width.bits, width.runs)
-    tensors = (torch.from_numpy(np.ascontiguousarray(a)).to(torch.int8) for a in (vqk, m))
-    return DSTensor(*tensors, None, torch.ones(cho), width.bits, width.block_size, runs=width.runs)
+    most = max_multiplier(width.bits, width.trellis)
+    multipliers = rng.integers(1, most + 1, (cho, -(-chi // width.block_size), kh, kw))
+    multipliers.flat[0], multipliers.flat[-1] = 1, most
+    m = torch.from_numpy(multipliers).to(torch.int8)
+    if width.trellis:
+        code = rng.integers(0, 1 << width.bits, shape)
+        code[0, -8:, -1, -1] = (1 << width.bits) - 1  # of ones, whatever precedes the next output channel's
+        return DSTensor.along_trellis(torch.from_numpy(code).to(torch.uint8), m, torch.ones(cho), *width[:2])
+    low, high = vqk_limits(width.bits)
+    vqk = rng.integers(low, high + 1, shape)
+    vqk.flat[:2] = low, high
+    return DSTensor(torch.from_numpy(vqk).to(torch.int8), m, None, torch.ones(cho), *width[:2])
 
 
 def model_of(weights: dict[str, DSTensor]) -> onnx.ModelProto:
@@ -66,12 +64,12 @@ def decoded(model: onnx.ModelProto) -> list[list[np.ndarray]]:
     return [*found, list(core.compile_model(core.read_model(model.SerializeToString()), "CPU")({}).values())]
 
 
-@pytest.mark.parametrize(("bits", "runs"), KINDS)
+@pytest.mark.parametrize(("bits", "trellis"), KINDS)
 @pytest.mark.parametrize("shapes", [[(6, 16, 1, 1)], [(2, 32, 3, 3), (6, 16, 1, 1), (4, 32, 1, 1), (3, 64, 3, 3)]])
-def test_all_come_back(bits, runs, shapes):
+def test_all_come_back(bits, trellis, shapes):
     sizes = (16, 16, 32, 8)
     weights = {
-        f"layer{i}": weight_of(shape, Width(bits, size, runs), i)
+        f"layer{i}": weight_of(shape, Width(bits, size, trellis), i)
         for i, (shape, size) in enumerate(zip(shapes, sizes, strict=False))
     }
     model = model_of(weights)
@@ -85,7 +83,7 @@ def test_all_come_back(bits, runs, shapes):
 
 
 def test_all_kinds_in_one_file():
-    weights = {f"w{bits}": weight_of((4, 32, 3, 3), Width(bits, 16, runs)) for bits, runs in KINDS}
+    weights = {f"w{bits}{trellis}": weight_of((4, 32, 3, 3), Width(bits, 16, trellis)) for bits, trellis in KINDS}
     for values in decoded(model_of(weights)):
         for weight, value in zip(weights.values(), values, strict=True):
             assert np.array_equal(value, weight.merged().numpy())
@@ -116,11 +114,11 @@ def test_what_does_not_join():
         assert not joins(weight_of(shape, width))
 
 
-@pytest.mark.parametrize(("bits", "runs"), KINDS)
+@pytest.mark.parametrize(("bits", "trellis"), KINDS)
 @pytest.mark.parametrize(("kernel", "nodes"), [(1, 1), (3, 3)])
-def test_a_layer_more_is_one_node_or_three(bits, runs, kernel, nodes):
+def test_a_layer_more_is_one_node_or_three(bits, trellis, kernel, nodes):
     """Reshape; where the kernel is larger Reshape, Transpose, Reshape. What all share is not more for more of them."""
-    layers = {f"w{i}": weight_of((4, 16, kernel, kernel), Width(bits, 16, runs), i) for i in range(4)}
+    layers = {f"w{i}": weight_of((4, 16, kernel, kernel), Width(bits, 16, trellis), i) for i in range(4)}
     three, four = (len(model_of(dict(list(layers.items())[:count])).graph.node) for count in (3, 4))
     assert four - three - 1 == nodes  # and the Cast of this test
 
@@ -147,11 +145,11 @@ def _orders(nodes: Iterable[onnx.NodeProto]) -> Counter[tuple[int, ...]]:
     return Counter(tuple(n.attribute[0].ints) for n in nodes if n.op_type == "Transpose")
 
 
-@pytest.mark.parametrize(("bits", "runs"), KINDS)
-def test_beside_layers_that_are_decoded_by_themselves(bits, runs):
+@pytest.mark.parametrize(("bits", "trellis"), KINDS)
+def test_beside_layers_that_are_decoded_by_themselves(bits, trellis):
     b = OnnxBuilder(21)
     weights = Weights(b, "packed")
-    width = Width(bits, 16, runs)
+    width = Width(bits, 16, trellis)
     both = {"w": weight_of((4, 32, 3, 3), width), "ragged": weight_of((3, 40, 3, 3), width)}
     assert [joins(w) for w in both.values()] == [True, False]
     for name, weight in both.items():

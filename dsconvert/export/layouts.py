@@ -30,7 +30,7 @@ from onnx import TensorProto
 from dsconvert.dsconv.packing import numbers_of
 from dsconvert.dsconv.tensor import DSTensor, block_count
 from dsconvert.export.builder import OnnxBuilder
-from dsconvert.export.runs import add_number, add_runs
+from dsconvert.export.trellis import add_trellis
 
 INT32 = TensorProto.INT32
 LAYOUT_OPSET = {"packed": 21, "fused": 21, "blocked": 21, "int8": 13, "float": 21}
@@ -40,8 +40,8 @@ def add_int8_weight(b: OnnxBuilder, name: str, weight: DSTensor, layout: str) ->
     """Nodes and initializers for m * VQK + z; returns the name of an int8 value (cho, chi, kh, kw)."""
     if layout == "int8" or weight.is_plain_int8:
         return b.tensor(f"{name}.weight", weight.merged().numpy())
-    if weight.runs:
-        return add_runs(b, name, weight)
+    if weight.code is not None:
+        return add_trellis(b, name, weight)
     if layout == "blocked" and weight.bits == 4:
         return _blocked(b, name, weight)
     shape, blocks, taps = _axes(weight)
@@ -141,14 +141,26 @@ def _piece(b: OnnxBuilder, name: str, piece: NDArray[np.int32], width: int, unit
     runs = np.pad(piece.reshape(-1), (0, -piece.size % 4)).reshape(-1, 4)
     numbers = numbers_of(runs, width)
     if piece.shape[-1] == 4:
-        number = add_number(b, name, numbers.reshape(piece.shape[:-1]), 4 * width)
+        number = _add_number(b, name, numbers.reshape(piece.shape[:-1]), 4 * width)
         return b.node("Gather", [_table(b, width, unit, bottom), number], f"{name}.t")
-    number = add_number(b, name, numbers, 4 * width)
+    number = _add_number(b, name, numbers, 4 * width)
     value = b.node("Gather", [_table(b, width, unit, bottom), number], f"{name}.t")
     if runs.size > piece.size:
         value = b.node("Reshape", [value, b.shape(-1)], f"{name}.flat")
         value = b.node("Slice", [value, b.shape(0), b.shape(piece.size), b.shape(0)], f"{name}.cut")
     return b.node("Reshape", [value, b.shape(*piece.shape)], f"{name}.all")
+
+
+def _add_number(b: OnnxBuilder, name: str, numbers: NDArray[np.int32], bits: int) -> str:
+    """Numbers of 4, 8 or 12 bits as an INT32 value: UINT4, UINT8, or both."""
+    kind = ml_dtypes.uint4 if bits == 4 else np.uint8
+    low = b.node("Cast", [b.tensor(name, (numbers & 255).astype(kind))], f"{name}.i", to=INT32)
+    if bits <= 8:
+        return low
+    stored = b.tensor(f"{name}.high", (numbers >> 8).astype(ml_dtypes.uint4))
+    high = b.node("Cast", [stored], f"{name}.high32", to=INT32)
+    high = b.node("Mul", [high, b.constant(np.array(256, np.int32))], f"{name}.up")
+    return b.node("Add", [low, high], f"{name}.number")
 
 
 def _table(b: OnnxBuilder, width: int, unit: int, bottom: int) -> str:
