@@ -101,6 +101,30 @@ def test_words_are_as_documented():
     assert stored["w.kds"].tolist() == [0x41]
 
 
+@pytest.mark.parametrize(
+    ("bits", "stored"),
+    [(1, [0b10010110]), (2, [0b10010011, 0b01101100]), (4, [0x8A, 0x21, 0x0F, 0x47]), (3, [0xB7, 0x63, 0x1E])],
+)
+def test_bytes_along_a_trellis_are_as_documented(bits, stored):
+    """A string of bits, the first highest: at 3 bits 101 101 110 110 001 100 011 110 are these three bytes."""
+    digits = np.unpackbits(np.array(stored, np.uint8)).reshape(8, bits)
+    code = torch.from_numpy(digits @ (1 << np.arange(bits)[::-1])).to(torch.uint8).reshape(1, 8, 1, 1)
+    m = torch.ones(2, 1, 1, 1, dtype=torch.int8)
+    weight = DSTensor.along_trellis(code.repeat(2, 1, 1, 1), m, torch.ones(2), bits, 8)
+    found = {t.name: numpy_helper.to_array(t).tolist() for t in model_of({"w": weight}).graph.initializer}
+    assert found["w.vqk"] == [stored, stored]
+    assert found["w.kds"] == [0x11]
+
+
+def test_of_24_bytes_every_third_follow_one_another():
+    """At 3 bits; and a row is a block's channels at one tap."""
+    code = torch.zeros(2, 16, 1, 2, dtype=torch.uint8)
+    code[0, 8:, 0, 1] = torch.tensor([4, 0, 1, 0, 0, 6, 0, 1])  # 100 000 001 000 000 110 000 001: 80 81 81 hex
+    weight = DSTensor.along_trellis(code, torch.ones(2, 1, 1, 2, dtype=torch.int8), torch.ones(2), 3, 16)
+    found = {t.name: numpy_helper.to_array(t).tolist() for t in model_of({"w": weight}).graph.initializer}
+    assert found["w.vqk"] == [[0] * 6, [0, 0x80, 0, 0x81, 0, 0x81], [0] * 6, [0] * 6]
+
+
 def test_what_does_not_join():
     good = weight_of((4, 32, 3, 3), Width(4, 16))
     assert joins(good)
@@ -109,6 +133,7 @@ def test_what_does_not_join():
         ((4, 40, 1, 1), Width(4, 16)),  # a short last block
         ((4, 12, 1, 1), Width(4, 4)),  # a block is no whole bytes
         ((3, 16, 1, 1), Width(4, 16)),  # an odd number of m
+        ((3, 16, 3, 3), Width(4, 16, True)),
         ((4, 16, 1, 1), Width(7, 16)), ((4, 16, 1, 1), Width(8, 16)),
     ]:  # fmt: skip
         assert not joins(weight_of(shape, width))
@@ -150,7 +175,9 @@ def test_beside_layers_that_are_decoded_by_themselves(bits, trellis):
     b = OnnxBuilder(21)
     weights = Weights(b, "packed")
     width = Width(bits, 16, trellis)
-    both = {"w": weight_of((4, 32, 3, 3), width), "ragged": weight_of((3, 40, 3, 3), width)}
+    # by itself: an odd number of m, or a short last block
+    alone = weight_of((3, 16, 3, 3) if trellis else (3, 40, 3, 3), width)
+    both = {"w": weight_of((4, 32, 3, 3), width), "alone": alone}
     assert [joins(w) for w in both.values()] == [True, False]
     for name, weight in both.items():
         b.node("Cast", [weights.add(name, weight)], f"{name}.out", to=FLOAT)

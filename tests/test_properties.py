@@ -17,10 +17,9 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from onnx.reference import ReferenceEvaluator
 
-from dsconvert.dsconv import runs
-from dsconvert.dsconv.packing import pack_bits, pack_rows, unpack_bits, unpack_rows
-from dsconvert.dsconv.runs import fits
+from dsconvert.dsconv.packing import pack_bits, unpack_bits
 from dsconvert.dsconv.tensor import DSTensor, block_count, max_multiplier, vqk_limits
+from dsconvert.dsconv.trellis import fits, from_strings, largest, strings
 from dsconvert.export.builder import OnnxBuilder
 from dsconvert.export.layouts import LAYOUT_OPSET, add_int8_weight
 from dsconvert.export.onnx import Ends, export_quantized
@@ -44,29 +43,27 @@ def weights(
     draw: st.DrawFn, cho: int | None = None, chi: int | None = None, k: int | None = None, most: int = 127
 ) -> DSTensor:
     """Any DSConv weight: every width, block size, ragged last block, with and without z; merged at most `most`."""
-    chi = chi or draw(st.integers(1, 20))
-    block = draw(st.integers(1, 24))
+    chi = chi or draw(st.integers(1, 20) | st.sampled_from([8, 16, 24]))
+    block = draw(st.integers(1, 24) | st.sampled_from([8, 24]))
     bits = draw(st.integers(1 if fits(1, chi, block) else 2, 8))
     k = k or draw(st.integers(1, 4))
     cho = cho or draw(st.integers(1, 6))
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
-    low, high = vqk_limits(bits, bits == 1)
+    blocks = (cho, block_count(chi, block), k, k)
+    cds = torch.from_numpy(rng.uniform(1e-4, 0.1, cho).astype(np.float32))
+    if bits == 1 or (fits(bits, chi, block) and draw(st.booleans())):
+        code = torch.from_numpy(rng.integers(0, 1 << bits, (cho, chi, k, k)).astype(np.uint8))
+        m = rng.integers(1, min(max_multiplier(bits, True), most // largest(bits)) + 1, blocks).astype(np.int8)
+        return DSTensor.along_trellis(code, torch.from_numpy(m), cds, bits, block)
+    low, high = vqk_limits(bits)
     low, high = max(low, -most), min(high, most)
     vqk = rng.integers(low, high + 1, (cho, chi, k, k)).astype(np.int8)
-    blocks = (cho, block_count(chi, block), k, k)
-    m = rng.integers(1, min(max_multiplier(bits, bits == 1), max(1, most // -low)) + 1, blocks).astype(np.int8)
+    m = rng.integers(1, min(max_multiplier(bits), max(1, most // -low)) + 1, blocks).astype(np.int8)
     merged = np.repeat(m, block, 1)[:, :chi].astype(int) * vqk
     z = None
     if draw(st.booleans()):
         room = most - int(np.abs(merged).max())
         z = torch.from_numpy(rng.integers(-room, room + 1, blocks).astype(np.int8))
-    cds = torch.from_numpy(rng.uniform(1e-4, 0.1, cho).astype(np.float32))
-    if bits == 1 or (fits(bits, chi, block) and draw(st.booleans())):
-        rows = rng.integers(0, len(runs.vectors(bits)), (cho, chi // runs.RUN, k, k)).astype(np.int32)
-        m = rng.integers(1, max_multiplier(bits, runs=True) + 1, blocks).astype(np.int8)
-        return DSTensor(
-            torch.from_numpy(runs.from_rows(rows, bits)), torch.from_numpy(m), None, cds, bits, block, runs=True
-        )
     return DSTensor(torch.from_numpy(vqk), torch.from_numpy(m), z, cds, bits, block)
 
 
@@ -142,15 +139,15 @@ def test_every_weight_survives_every_layout(weight, layout):
 @FEW
 @given(weights())
 def test_packed_bits_come_back_and_are_no_more_than_needed(weight):
-    if weight.runs:
-        rows = weight.run_rows()
-        packed = pack_rows(rows, 4 * weight.bits)
-        assert packed.size == -(-rows.size * weight.bits // 2)
-        assert np.array_equal(unpack_rows(packed, 4 * weight.bits, rows.shape), rows)
-    else:
-        packed = pack_bits(weight.vqk.numpy(), weight.bits)
-        assert packed.size == -(-weight.vqk.numel() * weight.bits // 8)
-        assert np.array_equal(unpack_bits(packed, weight.bits, tuple(weight.vqk.shape)), weight.vqk.numpy())
+    coded = weight.code is not None
+    stored = strings(weight.code, weight.block_size).numpy() if coded else weight.vqk.numpy()
+    packed = pack_bits(stored, weight.bits)
+    assert packed.size == -(-weight.vqk.numel() * weight.bits // 8)
+    found = unpack_bits(packed, weight.bits, stored.shape, signed=not coded)
+    assert np.array_equal(found.astype(stored.dtype), stored)
+    if coded:
+        back = from_strings(torch.from_numpy(stored), tuple(weight.vqk.shape), weight.block_size)
+        assert torch.equal(back, weight.code)
     kds = pack_bits(weight.m.numpy(), 4)
     assert np.array_equal(unpack_bits(kds, 4, tuple(weight.m.shape), signed=False), weight.m.numpy())
 
@@ -329,32 +326,12 @@ def test_every_further_bit_fits_better(weight, block):
     assert all(b < a for a, b in itertools.pairwise(errors)), errors
 
 
-DENSE = (0.5, 1.0)  # no run is all zeros, so what mostly is zero besides few large weights is not for runs
-
-
 @FITS
-@given(layers(DENSE), st.integers(1, 3), st.integers(1, 10))
-def test_a_fit_in_runs_is_never_worse_than_one_scale_a_channel(weight, bits, quarter):
-    """Above one bit the baseline is the one above; of one bit, signs times the channel's mean size: the best scale."""
-    weight = weight[:, : weight.shape[1] // runs.RUN * runs.RUN]
-    fitted = fit_weight(weight, bits, runs.RUN * quarter, runs=True)
-    assert fitted.runs
-    if bits == 1:
-        rounded = weight.sign() * weight.abs().mean((1, 2, 3), keepdim=True)
-    else:
-        scale = weight.abs().amax((1, 2, 3), keepdim=True) / vqk_limits(bits)[1]
-        rounded = torch.round(weight / scale) * scale
-    squares = float((rounded - weight).double().square().sum())
-    assert error(weight, fitted) <= squares + rounding(weight, squares)
-
-
-@FITS
-@given(layers(DENSE), st.integers(1, 10))
-def test_every_further_bit_in_runs_fits_better(weight, quarter):
-    """And four bits, which are free, better than three in runs."""
-    weight, block = weight[:, : weight.shape[1] // runs.RUN * runs.RUN], runs.RUN * quarter
-    fits_of = [fit_weight(weight, bits, block, runs=True) for bits in (1, 2, 3)]
-    errors = [error(weight, fitted) for fitted in (*fits_of, fit_weight(weight, 4, block))]
+@given(layers(), st.sampled_from([8, 16, 32]))
+def test_every_further_bit_along_a_trellis_fits_better(weight, block):
+    weight = weight[:, : weight.shape[1] // block * block]
+    assume(weight.shape[1])
+    errors = [error(weight, fit_weight(weight, bits, block, trellis=True)) for bits in (1, 2, 3, 4)]
     assert all(b < a for a, b in itertools.pairwise(errors)), errors
 
 
