@@ -108,11 +108,10 @@ class JointWeights:
         b = self.b
         m = b.node("Gather", [self._lessened(), self._kds(group, label)], f"{label}.m")
         m = b.node("Reshape", [m, b.shape(-1, 1)], f"{label}.m.rows")
-        words = [trellis.bytes_of(x.weight) for x in group]
-        stored = [b.tensor(f"{x.name}.vqk", w) for x, w in zip(group, words, strict=True)]
+        stored = [b.tensor(f"{x.name}.vqk", trellis.bytes_of(x.weight)) for x in group]
         tables = trellis.Tables.of(b, "joint.trellis", [x.weight for x in layers])
         rows = [trellis.Rows.of(x.weight) for x in group]
-        return trellis.add_values(tables, label, self._joined(stored, label), m, words[0].shape[1], rows)
+        return trellis.add_values(tables, label, self._joined(stored, label, 1), m, rows)
 
     def _plain(self, group: Sequence[_Layer], layers: Sequence[_Layer], label: str) -> str:
         """INT8 rows of a group, some of all layers of its kind."""
@@ -197,17 +196,18 @@ class JointWeights:
     def _number(self, value: int) -> str:
         return self.b.constant(np.array(value, np.int32))
 
-    def _joined(self, names: list[str], label: str) -> str:
-        return names[0] if len(names) == 1 else self.b.node("Concat", names, f"{label}.joined", axis=0)
+    def _joined(self, names: list[str], label: str, axis: int = 0) -> str:
+        return names[0] if len(names) == 1 else self.b.node("Concat", names, f"{label}.joined", axis=axis)
 
     def _split(self, value: str, layers: Sequence[_Layer]) -> list[str]:
         """Each layer's rows."""
         if len(layers) == 1:
             return [value]
         names, rows = [f"{x.name}.rows" for x in layers], [x.weight.m.numel() for x in layers]
-        if layers[0].weight.code is None:
+        axis = 0 if layers[0].weight.code is None else 1
+        if axis == 0:
             rows = [count // 2 for count in rows]  # in pairs
-        self.b.nodes.append(helper.make_node("Split", [value, self.b.shape(*rows)], names, axis=0))
+        self.b.nodes.append(helper.make_node("Split", [value, self.b.shape(*rows)], names, axis=axis))
         return names
 
 
