@@ -3,12 +3,13 @@
 Strings of bits are stored as they are, the first bit highest. A row, which shares an m, is some whole bytes, and every
 window of eight bits lies in the byte in which it ends and the one before. So what is needed of the byte before, the
 byte itself and m make a number, and what stands there in a table of all numbers are m times the VQK that end in the
-byte, int8 already. At 1 bit a byte's eight VQK come from the table by fours. At 3 bits three bytes in turn end 2, 3 and
+byte, int8 already. At 1 bit a byte's eight VQK come from tables by fours. At 3 bits three bytes in turn end 2, 3 and
 3 VQK; these bytes are stored apart, so that each kind is in one piece.
 
-What takes the time is looking numbers up, ten times as long as a product: so there is one lookup for all VQK of a byte.
-The bytes before are the bytes themselves, one further on, and zero where an output channel begins. That is done while
-they are bytes: of memory that INT32 fill, every page costs as well.
+What takes the time is looking numbers up, and filling memory: so there is one lookup for all VQK of a byte, and all is
+bytes up to the numbers, which one MatMulInteger makes of a row. Its weights are 64 at most: then no CPU's way of adding
+products of bytes saturates. The bytes before are the bytes themselves, one further on, and zero where an output channel
+begins.
 """
 
 from __future__ import annotations
@@ -26,8 +27,9 @@ from dsconvert.dsconv.tensor import DSTensor, max_multiplier
 from dsconvert.dsconv.trellis import WINDOW, strings, table
 from dsconvert.export.builder import OnnxBuilder
 
-INT8, INT32 = TensorProto.INT8, TensorProto.INT32
+INT8, INT32, UINT8 = TensorProto.INT8, TensorProto.INT32, TensorProto.UINT8
 BYTE = 256
+MOST = 64  # weight of a byte
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,7 @@ class Part:
 
     @property
     def bits(self) -> int:
-        """Of a number."""
+        """Of a number: those before are lowest."""
         return self.before + self.ends[-1]
 
 
@@ -85,7 +87,8 @@ def bytes_of(weight: DSTensor) -> NDArray[np.uint8]:
 
 @dataclass(frozen=True)
 class Tables:
-    """What all weights of as many bits share. `name` begins the names of its values, `levels` is the largest m."""
+    """What all weights of as many bits share. `name` begins the names of its values, `levels` is the largest m. For a
+    number, m - 1 comes as `copies` bytes, each `step` times it."""
 
     b: OnnxBuilder
     name: str
@@ -99,21 +102,43 @@ class Tables:
         levels = max(max_multiplier(bits, True), *(int(w.m.max()) for w in weights))
         return Tables(b, f"{name}{bits}m{levels}", bits, levels)
 
+    @property
+    def step(self) -> int:
+        """The largest power of two by which every m - 1 is a byte."""
+        return 1 << (BYTE // self.levels).bit_length() - 1
+
+    @property
+    def copies(self) -> int:
+        """As many as the largest number needs."""
+        return max(1, *((1 << part.bits) // (MOST * self.step) for part in PARTS[self.bits]))
+
+    @property
+    def steps(self) -> str:
+        """INT32 (copies,): `step`, a factor of m - 1."""
+        return self.b.constant(np.full(self.copies, self.step, np.int32))
+
     def values(self, part: Part) -> str:
         """INT8 (levels times numbers, VQK of the part): m VQK, for m = 1, 2, ... levels."""
-        b, places = self.b, np.array([1 << part.ends[-1] - end for end in part.ends], np.int32)
-        key = "".join(str(place) for place in (part.bits, *places))  # at 1 bit both parts are alike
-        name = f"{self.name}.{key}"
+        b, name = self.b, f"{self.name}.{_label(part)}"
         if not b.has(name):
-            numbers = b.node("Range", [_number(b, n) for n in (0, 1 << part.bits, 1)], f"{name}.numbers")
-            numbers = b.node("Reshape", [numbers, b.shape(-1, 1)], f"{name}.column")
-            shifted = b.node("Div", [numbers, b.constant(places)], f"{name}.shifted")
+            numbers = b.node("Range", [_number(b, n) for n in (0, 1 << part.bits, 1)], f"{name}.strings")
+            square = b.node("Reshape", [numbers, b.shape(1 << part.before, -1)], f"{name}.square")
+            turned = b.node("Transpose", [square], f"{name}.turned", perm=[1, 0])
+            column = b.node("Reshape", [turned, b.shape(-1, 1)], f"{name}.column")
+            places = np.array([1 << part.ends[-1] - end for end in part.ends], np.int32)
+            shifted = b.node("Div", [column, b.constant(places)], f"{name}.shifted")
             windows = b.node("Mod", [shifted, _number(b, BYTE)], f"{name}.windows")
             value = b.node("Gather", [self._vqk(), windows], f"{name}.vqk")
             m = np.arange(1, self.levels + 1, dtype=np.int32).reshape(-1, 1, 1)
             value = b.node("Cast", [b.node("Mul", [value, b.constant(m)], f"{name}.m")], f"{name}.int8", to=INT8)
             b.node("Reshape", [value, b.shape(-1, len(places))], name)
         return name
+
+    def weights(self, part: Part, width: int) -> NDArray[np.int8]:
+        """(n, width): of what `_sources` finds, for every number of a row."""
+        eye, own = np.eye(width, dtype=np.int8), 1 << part.before - part.after
+        m = np.full((self.copies, width), (1 << part.bits) // (self.step * self.copies))
+        return np.concatenate([eye, own * eye, *([-own * eye] if part.after else []), m]).astype(np.int8)
 
     def _vqk(self) -> str:
         """INT32 (256,): `dsconv.trellis.table`, stored in bytes."""
@@ -123,48 +148,39 @@ class Tables:
 
 
 def add_values(t: Tables, label: str, stored: str, m: str, rows: Sequence[Rows]) -> str:
-    """m VQK of weights in rows of one size, one after another, INT8 (rows, n, VQK), from their bytes, UINT8 (turns,
-    bytes), and m - 1, INT32 (rows, 1)."""
+    """m VQK of weights in rows of one size, one after another, INT8 (1, rows, n, VQK), from their bytes, UINT8 (turns,
+    bytes), and those for m - 1, UINT8 (1, rows, copies)."""
     b, parts, turns = t.b, PARTS[t.bits], TURNS[t.bits]
     width = rows[0].size * t.bits // WINDOW // turns
-    shape = b.shape(turns, -1, width)
-    before = _before(b, label, stored, [(r.channels, r.each * width) for r in rows], turns)
-
-    def by_part(values: Sequence[int], kind: type[np.generic]) -> str:
-        return b.constant(np.array(values, kind).reshape(-1, 1, 1))
-
-    needed = b.node("Mod", [b.node("Reshape", [before, shape], f"{label}.bytes.before"),
-                            by_part([1 << p.before for p in parts], np.uint8)], f"{label}.needed")  # fmt: skip
-    value = b.node("Cast", [needed], f"{label}.before", to=INT32)
-    above = b.node("Mul", [m, by_part([1 << p.before for p in parts], np.int32)], f"{label}.m.above")
-    value = b.node("Mul", [b.node("Add", [value, above], f"{label}.above"), _number(b, BYTE)], f"{label}.shifted")
-    own = b.node("Cast", [b.node("Reshape", [stored, shape], f"{label}.bytes")], f"{label}.own", to=INT32)
-    value = b.node("Add", [value, own], f"{label}.all")
-    if any(p.after for p in parts):
-        value = b.node("Div", [value, by_part([1 << p.after for p in parts], np.int32)], f"{label}.numbers")
-    names = [f"{label}.part{i}" for i in range(len(parts))]
-    if len(parts) > 1:
-        b.nodes.append(helper.make_node("Split", [value], names, axis=0, num_outputs=len(parts)))
-    else:
-        names = [value]
-    found = [b.node("Gather", [t.values(p), x], f"{x}.int8") for p, x in zip(parts, names, strict=True)]
+    owns = [b.node("Reshape", [stored, b.shape(turns, -1, width)], f"{label}.bytes")]
+    if turns > 1:
+        joined, owns = owns[0], [f"{label}.turn{i}" for i in range(turns)]
+        b.nodes.append(helper.make_node("Split", [joined], owns, axis=0, num_outputs=turns))
+    on = _one_on(b, label, owns[-1], [(r.channels, r.each * width) for r in rows])
+    befores = [b.node("Reshape", [on, b.shape(1, -1, width)], f"{label}.before"), *owns]
+    found = []
+    for i, part in enumerate(parts):
+        name, turn = f"{label}.part{i}", i if turns > 1 else 0
+        sources = [*_sources(b, name, part, befores[turn], owns[turn]), m]
+        row = b.node("Concat", sources, f"{name}.row", axis=2)
+        numbers = b.node("MatMulInteger", [row, b.constant(t.weights(part, width))], f"{name}.numbers")
+        found.append(b.node("Gather", [t.values(part), numbers], f"{name}.int8"))
     return found[0] if len(found) == 1 else b.node("Concat", found, f"{label}.int8", axis=3)
 
 
-def _before(b: OnnxBuilder, label: str, stored: str, strings: Sequence[tuple[int, int]], turns: int) -> str:
-    """UINT8: the byte before each of `stored` (turns, bytes), in that order, for so many output channels of so many
-    bytes a turn each."""
-    if turns == 1:
-        return _one_on(b, label, stored, strings)
-    last = b.node("Slice", [stored, b.shape(-1), b.shape(turns), b.shape(0)], f"{label}.last")
-    shifted = b.node("Reshape", [_one_on(b, label, last, strings), b.shape(1, -1)], f"{label}.last.before")
-    others = b.node("Slice", [stored, b.shape(0), b.shape(-1), b.shape(0)], f"{label}.others")
-    return b.node("Concat", [shifted, others], f"{label}.turned", axis=0)
+def _sources(b: OnnxBuilder, name: str, part: Part, before: str, own: str) -> list[str]:
+    """What numbers are sums of, besides m: of the byte before what is needed, the byte itself, and what is not needed
+    of it."""
+    needed = b.node("Mod", [before, b.constant(np.array(1 << part.before, np.uint8))], f"{name}.needed")
+    if not part.after:
+        return [needed, own]
+    return [needed, own, b.node("Mod", [own, b.constant(np.array(1 << part.after, np.uint8))], f"{name}.rest")]
 
 
-def _one_on(b: OnnxBuilder, label: str, value: str, strings: Sequence[tuple[int, int]]) -> str:
-    """UINT8, in any shape: the byte before each, 0 where an output channel begins."""
-    alike = [(sum(count for count, _ in some), length) for length, some in groupby(strings, lambda x: x[1])]
+def _one_on(b: OnnxBuilder, label: str, value: str, channels: Sequence[tuple[int, int]]) -> str:
+    """UINT8, in any shape: the byte before each, 0 where an output channel begins. For the number of output channels
+    in turn and how many bytes each has."""
+    alike = [(sum(count for count, _ in some), length) for length, some in groupby(channels, lambda x: x[1])]
     if len(alike) == 1:  # every output channel is a row of as many bytes
         value = b.node("Reshape", [value, b.shape(alike[0][0], -1)], f"{label}.strings")
         value = b.node("Pad", [value, b.shape(0, 1, 0, 0)], f"{label}.longer")
@@ -195,12 +211,17 @@ def add_weight(b: OnnxBuilder, name: str, value: str, shape: tuple[int, ...], si
 def add_trellis(b: OnnxBuilder, name: str, weight: DSTensor) -> str:
     """Nodes and initializers for m * VQK of one weight along a trellis; returns the name of an int8 value (cho, chi,
     kh, kw)."""
-    kds = b.tensor(f"{name}.kds", weight.m.numpy().reshape(-1, 1).astype(ml_dtypes.uint4))
+    tables, rows = Tables.of(b, "trellis", [weight]), Rows.of(weight)
+    kds = b.tensor(f"{name}.kds", weight.m.numpy().reshape(1, -1, 1).astype(ml_dtypes.uint4))
     m = b.node("Cast", [kds], f"{name}.kds32", to=INT32)
-    m = b.node("Add", [m, _number(b, -1)], f"{name}.m")
-    stored, rows = b.tensor(f"{name}.vqk", bytes_of(weight)), Rows.of(weight)
-    value = add_values(Tables.of(b, "trellis", [weight]), name, stored, m, [rows])
+    m = b.node("Add", [m, _number(b, -1)], f"{name}.kds.less")
+    m = b.node("Cast", [b.node("Mul", [m, tables.steps], f"{name}.kds.steps")], f"{name}.m", to=UINT8)
+    value = add_values(tables, name, b.tensor(f"{name}.vqk", bytes_of(weight)), m, [rows])
     return add_weight(b, name, value, tuple(weight.vqk.shape), rows.size)
+
+
+def _label(part: Part) -> str:
+    return f"ends{part.ends[0]}"
 
 
 def _number(b: OnnxBuilder, value: int) -> str:
