@@ -112,7 +112,7 @@ def test_bytes_along_a_trellis_are_as_documented(bits, stored):
     m = torch.ones(2, 1, 1, 1, dtype=torch.int8)
     weight = DSTensor.along_trellis(code.repeat(2, 1, 1, 1), m, torch.ones(2), bits, 8)
     found = {t.name: numpy_helper.to_array(t).tolist() for t in model_of({"w": weight}).graph.initializer}
-    assert found["w.vqk"] == [stored, stored]
+    assert np.array(found["w.vqk"]).T.flatten().tolist() == stored * 2
     assert found["w.kds"] == [0x11]
 
 
@@ -122,7 +122,7 @@ def test_of_24_bytes_every_third_follow_one_another():
     code[0, 8:, 0, 1] = torch.tensor([4, 0, 1, 0, 0, 6, 0, 1])  # 100 000 001 000 000 110 000 001: 80 81 81 hex
     weight = DSTensor.along_trellis(code, torch.ones(2, 1, 1, 2, dtype=torch.int8), torch.ones(2), 3, 16)
     found = {t.name: numpy_helper.to_array(t).tolist() for t in model_of({"w": weight}).graph.initializer}
-    assert found["w.vqk"] == [[0] * 6, [0, 0x80, 0, 0x81, 0, 0x81], [0] * 6, [0] * 6]
+    assert found["w.vqk"] == [[0, 0, 0, 0x80, 0, 0, 0, 0], [0, 0, 0, 0x81, 0, 0, 0, 0], [0, 0, 0, 0x81, 0, 0, 0, 0]]
 
 
 def test_what_does_not_join():

@@ -105,14 +105,12 @@ class JointWeights:
 
     def _along_trellis(self, group: Sequence[_Layer], layers: Sequence[_Layer], label: str) -> str:
         """INT8 rows of a group, some of all layers of its kind."""
-        b = self.b
-        m = b.node("Gather", [self._lessened(), self._kds(group, label)], f"{label}.m")
-        m = b.node("Reshape", [m, b.shape(-1, 1)], f"{label}.m.rows")
-        words = [trellis.bytes_of(x.weight) for x in group]
-        stored = [b.tensor(f"{x.name}.vqk", w) for x, w in zip(group, words, strict=True)]
-        tables = trellis.Tables.of(b, "joint.trellis", [x.weight for x in layers])
+        b, tables = self.b, trellis.Tables.of(self.b, "joint.trellis", [x.weight for x in layers])
+        m = b.node("Gather", [self._steps(tables), self._kds(group, label)], f"{label}.pairs.m")
+        m = b.node("Reshape", [m, b.shape(1, -1, tables.copies)], f"{label}.m")
+        stored = [b.tensor(f"{x.name}.vqk", trellis.bytes_of(x.weight)) for x in group]
         rows = [trellis.Rows.of(x.weight) for x in group]
-        return trellis.add_values(tables, label, self._joined(stored, label), m, words[0].shape[1], rows)
+        return trellis.add_values(tables, label, self._joined(stored, label, 1), m, rows)
 
     def _plain(self, group: Sequence[_Layer], layers: Sequence[_Layer], label: str) -> str:
         """INT8 rows of a group, some of all layers of its kind."""
@@ -125,11 +123,13 @@ class JointWeights:
         stored = [self.b.tensor(f"{x.name}.kds", _bytes(x.weight.m.numpy().reshape(-1, 2), 4)) for x in group]
         return self.b.node("Cast", [self._joined(stored, f"{label}.kds")], f"{label}.pairs", to=INT32)
 
-    def _lessened(self) -> str:
-        """INT32 (256, 2): a byte's two m, less 1."""
-        if not self.b.has("joint.lessened"):
-            self.b.node("Add", [self._pieces(2), self._number(-1)], "joint.lessened")
-        return "joint.lessened"
+    def _steps(self, tables: trellis.Tables) -> str:
+        """UINT8 (256, 2, copies): those of a byte's two m, for `trellis`."""
+        b, name = self.b, f"{tables.name}.steps"
+        if not b.has(name):
+            less = b.node("Add", [self._pairs(), self._number(-1)], f"{name}.less")
+            b.node("Cast", [b.node("Mul", [less, tables.steps], f"{name}.all")], name, to=TensorProto.UINT8)
+        return name
 
     def _places(self, group: Sequence[_Layer], levels: int, label: str) -> str:
         """Where in the table the words of layers in equal blocks stand: INT32, by pairs of rows."""
@@ -150,11 +150,15 @@ class JointWeights:
     def _shifts(self) -> str:
         """INT32 (256, 2, 1): 256 times a byte's two m."""
         if not self.b.has("joint.shifts"):
-            pairs = self.b.node(
-                "Gather", [self._pieces(2), self.b.constant(np.array([[0], [1]], np.int32))], "joint.pairs", axis=1
-            )
-            self.b.node("Mul", [pairs, self._number(BYTE)], "joint.shifts")
+            self.b.node("Mul", [self._pairs(), self._number(BYTE)], "joint.shifts")
         return "joint.shifts"
+
+    def _pairs(self) -> str:
+        """INT32 (256, 2, 1): a byte's two m."""
+        if not self.b.has("joint.pairs"):
+            both = self.b.constant(np.array([[0], [1]], np.int32))
+            self.b.node("Gather", [self._pieces(2), both], "joint.pairs", axis=1)
+        return "joint.pairs"
 
     def _above(self, kind: Kind, levels: int) -> str:
         """INT32 (256 levels, words of a byte): what a byte and m add to the low bytes of the words they belong to."""
@@ -197,17 +201,18 @@ class JointWeights:
     def _number(self, value: int) -> str:
         return self.b.constant(np.array(value, np.int32))
 
-    def _joined(self, names: list[str], label: str) -> str:
-        return names[0] if len(names) == 1 else self.b.node("Concat", names, f"{label}.joined", axis=0)
+    def _joined(self, names: list[str], label: str, axis: int = 0) -> str:
+        return names[0] if len(names) == 1 else self.b.node("Concat", names, f"{label}.joined", axis=axis)
 
     def _split(self, value: str, layers: Sequence[_Layer]) -> list[str]:
         """Each layer's rows."""
         if len(layers) == 1:
             return [value]
         names, rows = [f"{x.name}.rows" for x in layers], [x.weight.m.numel() for x in layers]
-        if layers[0].weight.code is None:
+        axis = 0 if layers[0].weight.code is None else 1
+        if axis == 0:
             rows = [count // 2 for count in rows]  # in pairs
-        self.b.nodes.append(helper.make_node("Split", [value, self.b.shape(*rows)], names, axis=0))
+        self.b.nodes.append(helper.make_node("Split", [value, self.b.shape(*rows)], names, axis=axis))
         return names
 
 
