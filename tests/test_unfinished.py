@@ -51,9 +51,9 @@ def test_the_same_bytes_wherever_it_stopped(folder, stop_after, monkeypatch):
 
 
 @pytest.mark.parametrize("bits", [2, 3])
-def test_runs_are_kept_too(folder, bits):
+def test_codes_along_a_trellis_are_kept_too(folder, bits):
     whole = run(folder, bits=bits)
-    assert b".runs" in whole
+    assert b".code" in whole
     with pytest.raises(Killed):
         run(folder, 9, bits=bits)
     assert run(folder, resume=True, bits=bits) == whole
