@@ -71,7 +71,7 @@ def targets(folder: Path) -> dict[str, Target]:
     photos = [p.read_bytes() for p in sorted((DEMO / "images").rglob("*.jpg"))[:4]]
     yamls = [(DEMO / "data.yaml").read_bytes(), b"a: &a [1, *a]\nnames: {0: x, 1: y}\nnc: 2\ntrain: [a, b]\n"]
     archive, stored = checkpoint.read_bytes(), made.read_bytes()
-    runs, shifted = (
+    two, shifted = (
         model_bytes(pipeline.quantize(loaded, replace(options, **other)).model)
         for other in ({"bits": 2}, {"bits": 4, "kds": "float", "activations": "float"})
     )
@@ -84,7 +84,7 @@ def targets(folder: Path) -> dict[str, Target]:
         "checkpoint": Target(load_checkpoint, ".pt", [archive]),
         "checkpoint pickle": Target(load_checkpoint, ".pt", [archive], inside_archive),
         "YOLOv7 and Ghost": Target(load_checkpoint, ".pt", families, inside_archive),
-        **both("model", "dsconvert", load_model, [stored, runs, shifted]),
+        **both("model", "dsconvert", load_model, [stored, two, shifted]),
         "data.yaml": Target(read_data_yaml, ".yaml", yamls),
         "cfg yaml": Target(lambda p: chosen_blocks(p, kinds), ".yaml", cfgs),
         "labels": Target(lambda p: read_labels(p, 6), ".txt", labels),
