@@ -208,7 +208,11 @@ def add_values(t: Tables, label: str, stored: str, m: str, rows: Sequence[Rows])
     before += [b.node("Mod", [before[0], _byte(b, d)], f"{label}.before{d}") for d in others]
     rests = []
     for i, divisors in enumerate(matrix.layers()):
-        divisor = _byte(b, *(divisors if len(set(divisors)) > 1 else divisors[:1]))
+        same = len(set(divisors)) == 1
+        divisor = _byte(b, *divisors[: 1 if same else width])
+        if not same:  # spread out, as ONNX Runtime is slow at a remainder of many short rows
+            whole = b.shape(sum(r.channels * r.each for r in rows), width)
+            divisor = b.node("Expand", [divisor, whole], f"{label}.divisors{i}")
         rests.append(b.node("Mod", [stored, divisor], f"{label}.rest{i}"))
     row = b.node("Concat", [*before, stored, *rests, m], f"{label}.row", axis=1)
     numbers = b.node("MatMulInteger", [row, b.constant(matrix.weights(t.step, t.copies))], f"{label}.numbers")
