@@ -136,6 +136,18 @@ def test_no_processors_sums_of_bytes_saturate(bits):
             assert t.step * (levels - 1) <= 255
 
 
+@pytest.mark.parametrize(("bits", "most"), [(1, 15), (2, 14), (3, 10), (4, 6)])
+def test_multipliers_beyond_what_a_fit_takes(bits, most):
+    """As a model file may hold them: up to |m VQK| = 127."""
+    weight = weight_of((4, 32, 3, 3), Width(bits, 16, True))
+    m = weight.m.clone()
+    m.view(-1)[::2] = most
+    weights = {"high": replace(weight, m=m), "usual": weight}
+    for values in decoded(model_of(weights)):
+        for w, value in zip(weights.values(), values, strict=True):
+            assert np.array_equal(value, w.merged().numpy())
+
+
 def test_what_does_not_join():
     good = weight_of((4, 32, 3, 3), Width(4, 16))
     assert joins(good)
