@@ -19,6 +19,7 @@ from dsconvert.dsconv.tensor import DSTensor, Width, max_multiplier, vqk_limits
 from dsconvert.export.builder import OnnxBuilder
 from dsconvert.export.joint import JointWeights, joins
 from dsconvert.export.onnx import export_quantized
+from dsconvert.export.trellis import Matrix, Tables
 from dsconvert.export.weights import Weights
 
 KINDS = [(1, True), (2, True), (3, True), (4, True), (4, False), (5, False), (6, False)]
@@ -112,17 +113,39 @@ def test_bytes_along_a_trellis_are_as_documented(bits, stored):
     m = torch.ones(2, 1, 1, 1, dtype=torch.int8)
     weight = DSTensor.along_trellis(code.repeat(2, 1, 1, 1), m, torch.ones(2), bits, 8)
     found = {t.name: numpy_helper.to_array(t).tolist() for t in model_of({"w": weight}).graph.initializer}
-    assert np.array(found["w.vqk"]).T.flatten().tolist() == stored * 2
+    assert found["w.vqk"] == [stored, stored]
     assert found["w.kds"] == [0x11]
 
 
-def test_of_24_bytes_every_third_follow_one_another():
-    """At 3 bits; and a row is a block's channels at one tap."""
+def test_a_row_is_a_blocks_channels_at_one_tap():
     code = torch.zeros(2, 16, 1, 2, dtype=torch.uint8)
     code[0, 8:, 0, 1] = torch.tensor([4, 0, 1, 0, 0, 6, 0, 1])  # 100 000 001 000 000 110 000 001: 80 81 81 hex
     weight = DSTensor.along_trellis(code, torch.ones(2, 1, 1, 2, dtype=torch.int8), torch.ones(2), 3, 16)
     found = {t.name: numpy_helper.to_array(t).tolist() for t in model_of({"w": weight}).graph.initializer}
-    assert found["w.vqk"] == [[0, 0, 0, 0x80, 0, 0, 0, 0], [0, 0, 0, 0x81, 0, 0, 0, 0], [0, 0, 0, 0x81, 0, 0, 0, 0]]
+    assert found["w.vqk"] == [[0] * 6, [0, 0, 0, 0x80, 0x81, 0x81], [0] * 6, [0] * 6]
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3, 4])
+def test_no_processors_sums_of_bytes_saturate(bits):
+    """Without VNNI two neighbouring products are added in 16 bits: 2 * 255 * 64 = 32640 fits."""
+    for size in (8, 16, 32):
+        for levels in (1, max_multiplier(bits, True), 15):
+            t = Tables(OnnxBuilder(21), "t", bits, levels)
+            weights = Matrix(bits, size * bits // 8).weights(t.step, t.copies).astype(int)
+            assert np.abs(weights).max() <= 64
+            assert t.step * (levels - 1) <= 255
+
+
+@pytest.mark.parametrize(("bits", "most"), [(1, 15), (2, 14), (3, 10), (4, 6)])
+def test_multipliers_beyond_what_a_fit_takes(bits, most):
+    """As a model file may hold them: up to |m VQK| = 127."""
+    weight = weight_of((4, 32, 3, 3), Width(bits, 16, True))
+    m = weight.m.clone()
+    m.view(-1)[::2] = most
+    weights = {"high": replace(weight, m=m), "usual": weight}
+    for values in decoded(model_of(weights)):
+        for w, value in zip(weights.values(), values, strict=True):
+            assert np.array_equal(value, w.merged().numpy())
 
 
 def test_what_does_not_join():

@@ -38,7 +38,7 @@ class Kind(NamedTuple):
     trellis: bool
 
 
-KINDS = [*(Kind(bits, True) for bits in trellis.PARTS), *(Kind(bits, False) for bits in (4, 5, 6))]
+KINDS = [*(Kind(bits, True) for bits in trellis.MEMBERS), *(Kind(bits, False) for bits in (4, 5, 6))]
 MEMBERS = 2  # VQK of a word
 HIGH = {4: 0, 5: 2, 6: 4}  # bits of a word above a byte
 
@@ -107,10 +107,10 @@ class JointWeights:
         """INT8 rows of a group, some of all layers of its kind."""
         b, tables = self.b, trellis.Tables.of(self.b, "joint.trellis", [x.weight for x in layers])
         m = b.node("Gather", [self._steps(tables), self._kds(group, label)], f"{label}.pairs.m")
-        m = b.node("Reshape", [m, b.shape(1, -1, tables.copies)], f"{label}.m")
+        m = b.node("Reshape", [m, b.shape(-1, tables.columns)], f"{label}.m")
         stored = [b.tensor(f"{x.name}.vqk", trellis.bytes_of(x.weight)) for x in group]
         rows = [trellis.Rows.of(x.weight) for x in group]
-        return trellis.add_values(tables, label, self._joined(stored, label, 1), m, rows)
+        return trellis.add_values(tables, label, self._joined(stored, label), m, rows)
 
     def _plain(self, group: Sequence[_Layer], layers: Sequence[_Layer], label: str) -> str:
         """INT8 rows of a group, some of all layers of its kind."""
@@ -124,12 +124,9 @@ class JointWeights:
         return self.b.node("Cast", [self._joined(stored, f"{label}.kds")], f"{label}.pairs", to=INT32)
 
     def _steps(self, tables: trellis.Tables) -> str:
-        """UINT8 (256, 2, copies): those of a byte's two m, for `trellis`."""
-        b, name = self.b, f"{tables.name}.steps"
-        if not b.has(name):
-            less = b.node("Add", [self._pairs(), self._number(-1)], f"{name}.less")
-            b.node("Cast", [b.node("Mul", [less, tables.steps], f"{name}.all")], name, to=TensorProto.UINT8)
-        return name
+        """UINT8 (256, 2, columns): what `trellis` needs for a byte's two m."""
+        label = f"{tables.label}.pairs"
+        return f"{label}.m" if self.b.has(f"{label}.m") else tables.steps(self._pairs(), label)
 
     def _places(self, group: Sequence[_Layer], levels: int, label: str) -> str:
         """Where in the table the words of layers in equal blocks stand: INT32, by pairs of rows."""
@@ -201,18 +198,17 @@ class JointWeights:
     def _number(self, value: int) -> str:
         return self.b.constant(np.array(value, np.int32))
 
-    def _joined(self, names: list[str], label: str, axis: int = 0) -> str:
-        return names[0] if len(names) == 1 else self.b.node("Concat", names, f"{label}.joined", axis=axis)
+    def _joined(self, names: list[str], label: str) -> str:
+        return names[0] if len(names) == 1 else self.b.node("Concat", names, f"{label}.joined", axis=0)
 
     def _split(self, value: str, layers: Sequence[_Layer]) -> list[str]:
         """Each layer's rows."""
         if len(layers) == 1:
             return [value]
         names, rows = [f"{x.name}.rows" for x in layers], [x.weight.m.numel() for x in layers]
-        axis = 0 if layers[0].weight.code is None else 1
-        if axis == 0:
+        if layers[0].weight.code is None:
             rows = [count // 2 for count in rows]  # in pairs
-        self.b.nodes.append(helper.make_node("Split", [value, self.b.shape(*rows)], names, axis=axis))
+        self.b.nodes.append(helper.make_node("Split", [value, self.b.shape(*rows)], names, axis=0))
         return names
 
 

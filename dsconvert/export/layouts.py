@@ -2,13 +2,13 @@
 
 packed  VQK in its own number of bits, which nodes make int8 and ONNX Runtime folds once at load; its first and last
         convolutions are in shapes it likes (see `quickconv`). Most layers are decoded together (see `joint`). The
-        others, here: VQK and m as UINT4; Cast, Mul, Cast, Reshape give int8. 4 bits are INT4. Of other widths, every 4
-        bits are UINT4 and what is left (6 = 4 + 2) comes in runs of four VQK: a number of 4, 8 or 12 bits, which a
-        table takes apart. Few nodes and few INT32 copies of the weight: a fresh process pays for both when it loads
-        the file. Opset 21 (INT4).
-blocked 4-bit VQK -> DequantizeLinear in blocks of channels, its scale m -> Cast INT8: the operator ONNX has for block
-        scales. OpenVINO folds it; ONNX Runtime computes it anew in every inference. A short last block is stored as a
-        tensor of its own (OpenVINO refuses ragged blocks). Other widths are spelled as in packed: OpenVINO folds
+        others along a trellis are spelled alike, one by one (see `trellis`), and the rest is here: VQK and m as UINT4;
+        Cast, Mul, Cast, Reshape give int8. 4 bits are INT4. Of other widths, every 4 bits are UINT4 and what is left
+        (6 = 4 + 2) comes in runs of four VQK: a number of 4, 8 or 12 bits, which a table takes apart. Few nodes and few
+        INT32 copies of the weight: a fresh process pays for both when it loads the file. Opset 21 (INT4).
+blocked 4-bit VQK that are free -> DequantizeLinear in blocks of channels, its scale m -> Cast INT8: the operator ONNX
+        has for block scales. OpenVINO folds it; ONNX Runtime computes it anew in every inference. A short last block is
+        stored as a tensor of its own (OpenVINO refuses ragged blocks). Others are spelled as in packed: OpenVINO folds
         those too, but a blocked DequantizeLinear of INT8 it leaves beside a float convolution. Opset 21.
 int8    the merged int8 tensor itself. Opset 13 (per-channel DequantizeLinear); runs anywhere, file twice as big.
 fused   packed with ONNX Runtime's own operators around the weights, channels last (see `fused`).

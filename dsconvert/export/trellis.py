@@ -1,15 +1,14 @@
 """How VQK along a trellis (see `dsconv.trellis`) are spelled in ONNX.
 
-Strings of bits are stored as they are, the first bit highest. A row, which shares an m, is some whole bytes, and every
-window of eight bits lies in the byte in which it ends and the one before. So what is needed of the byte before, the
-byte itself and m make a number, and what stands there in a table of all numbers are m times the VQK that end in the
-byte, int8 already. At 1 bit a byte's eight VQK come from tables by fours. At 3 bits three bytes in turn end 2, 3 and
-3 VQK; these bytes are stored apart, so that each kind is in one piece.
+Strings of bits are stored as they are, the first bit highest: a row, which shares an m, is some whole bytes. Two or
+four VQK that follow one another hang on 11 to 14 bits: these, and m, make a number, and what stands there in a table of
+all numbers are m times the VQK, int8 already.
 
-What takes the time is looking numbers up, and filling memory: so there is one lookup for all VQK of a byte, and all is
-bytes up to the numbers, which one MatMulInteger makes of a row. Its weights are 64 at most: then no CPU's way of adding
-products of bytes saturates. The bytes before are the bytes themselves, one further on, and zero where an output channel
-begins.
+What takes the time is looking numbers up, and filling memory. So there is one lookup for several VQK, and all is bytes
+up to the numbers, which one MatMulInteger makes of a row: of the row itself, of the last byte of the row before (0
+where an output channel begins), of remainders of these where a number takes but some bits of a byte, and of m. Bits
+that come first are the lowest of a number: so weights are 64 at most, and no CPU's way of adding products of bytes
+saturates. Numbers that divide bytes differently have tables of their own, next to each other in one.
 """
 
 from __future__ import annotations
@@ -17,55 +16,40 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from typing import NamedTuple
 
 import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
-from onnx import TensorProto, helper
+from onnx import TensorProto
 
 from dsconvert.dsconv.tensor import DSTensor, max_multiplier
 from dsconvert.dsconv.trellis import WINDOW, strings, table
 from dsconvert.export.builder import OnnxBuilder
 
 INT8, INT32, UINT8 = TensorProto.INT8, TensorProto.INT32, TensorProto.UINT8
-BYTE = 256
+BYTE, BITS = 256, 8
 MOST = 64  # weight of a byte
+ONE = 128  # the byte that stands for 1 where numbers of several tables are told apart
+MEMBERS = {1: 4, 2: 4, 3: 2, 4: 2}  # bits -> VQK of a number
 
 
-@dataclass(frozen=True)
-class Part:
-    """VQK that are looked up together, by how many bits of the byte in which it ends each has in its window."""
+class Piece(NamedTuple):
+    """Bits `first` to `last` (excluded) of a byte, the highest being 0; byte -1 is the last one of the row before."""
 
-    ends: tuple[int, ...]
-
-    @property
-    def before(self) -> int:
-        """Bits needed of the byte before."""
-        return WINDOW - self.ends[0]
+    byte: int
+    first: int
+    last: int
 
     @property
-    def after(self) -> int:
-        """Bits of the byte that are not needed."""
-        return WINDOW - self.ends[-1]
-
-    @property
-    def bits(self) -> int:
-        """Of a number: those before are lowest."""
-        return self.before + self.ends[-1]
-
-
-PARTS = {
-    1: (Part((1, 2, 3, 4)), Part((5, 6, 7, 8))),
-    2: (Part((2, 4, 6, 8)),),
-    3: (Part((3, 6)), Part((1, 4, 7)), Part((2, 5, 8))),
-    4: (Part((4, 8)),),
-}
-TURNS = {1: 1, 2: 1, 3: 3, 4: 1}  # bits -> after how many bytes VQK end in the same places again
+    def length(self) -> int:
+        """How many they are."""
+        return self.last - self.first
 
 
 @dataclass(frozen=True)
 class Rows:
-    """The rows of a weight, or of several: of how many output channels, how many each has, of how many VQK."""
+    """The rows of a weight: of how many output channels, how many each has, of how many VQK."""
 
     channels: int
     each: int
@@ -78,17 +62,70 @@ class Rows:
 
 
 def bytes_of(weight: DSTensor) -> NDArray[np.uint8]:
-    """A weight's code as bytes (turns, bytes): row by row the first of every so many bytes, then the second."""
+    """A weight's code as bytes (rows, bytes of a row)."""
     assert weight.code is not None
     symbols = strings(weight.code, weight.block_size).numpy().reshape(-1, 1)
-    packed = np.packbits(np.unpackbits(symbols, axis=1)[:, -weight.bits :])
-    return packed.reshape(-1, TURNS[weight.bits]).T
+    return np.packbits(np.unpackbits(symbols, axis=1)[:, -weight.bits :]).reshape(weight.m.numel(), -1)
+
+
+def pieces(bits: int, number: int) -> list[Piece]:
+    """What a row's number is made of."""
+    step = MEMBERS[bits] * bits
+    first, end = number * step - (WINDOW - bits), (number + 1) * step
+    at = range(first // BITS, -(-end // BITS))
+    return [Piece(i, max(first - BITS * i, 0), min(end - BITS * i, BITS)) for i in at]
+
+
+def forms(bits: int) -> list[tuple[int, ...]]:
+    """The ways in which a row's numbers divide bytes, in turn: how many bits are of each."""
+    turn = np.lcm(BITS, MEMBERS[bits] * bits) // (MEMBERS[bits] * bits)
+    return [tuple(p.length for p in pieces(bits, i)) for i in range(turn)]
+
+
+class Matrix:
+    """The weights of what a row's numbers are sums of, and the remainders that these want."""
+
+    def __init__(self, bits: int, width: int) -> None:
+        self.bits, self.width, self.numbers = bits, width, BITS * width // (MEMBERS[bits] * bits)
+        self.entries: list[tuple[int, int, int, int]] = []  # byte, divisor of which the remainder, number, weight
+        for number in range(self.numbers):
+            place = 1
+            for p in pieces(bits, number):
+                rest = BITS - p.last
+                self.entries.append((p.byte, BYTE >> p.first, number, place >> rest))
+                if rest:
+                    self.entries.append((p.byte, 1 << rest, number, -(place >> rest)))
+                place <<= p.length
+
+    def divisors(self, byte: int) -> list[int]:
+        """Those of a byte's remainders, the largest first; 256 is the byte itself."""
+        return sorted({d for at, d, *_ in self.entries if at == byte}, reverse=True)
+
+    def layers(self) -> list[list[int]]:
+        """Divisors of all bytes of a row, as many lists as are needed. What a byte does not need has weight 0."""
+        wanted = [[d for d in self.divisors(byte) if d < BYTE] for byte in range(self.width)]
+        return [[w[min(i, len(w) - 1)] if w else 1 for w in wanted] for i in range(max(map(len, wanted)))]
+
+    def weights(self, step: int, copies: int) -> NDArray[np.int8]:
+        """(n, numbers): of the remainders of byte -1, of a row, of its remainders layer by layer, of m's bytes."""
+        before, layers, turn = self.divisors(-1), self.layers(), len(forms(self.bits))
+        made = np.zeros((len(before) + self.width * (1 + len(layers)), self.numbers), np.int64)
+        for byte, divisor, number, weight in self.entries:
+            if byte < 0:
+                at = before.index(divisor)
+            else:
+                layer = 0 if divisor == BYTE else 1 + [x[byte] for x in layers].index(divisor)
+                at = len(before) + layer * self.width + byte
+            made[at, number] += weight
+        of_table = 1 << sum(forms(self.bits)[0])
+        m = np.full((copies, self.numbers), turn * of_table // (step * copies))
+        which = np.arange(self.numbers)[None] % turn * (of_table // ONE)
+        return np.concatenate([made, m, *([which] if turn > 1 else [])]).astype(np.int8)
 
 
 @dataclass(frozen=True)
 class Tables:
-    """What all weights of as many bits share. `name` begins the names of its values, `levels` is the largest m. For a
-    number, m - 1 comes as `copies` bytes, each `step` times it."""
+    """What all weights of as many bits share. `name` begins the names of its values, `levels` is the largest m."""
 
     b: OnnxBuilder
     name: str
@@ -98,9 +135,13 @@ class Tables:
     @staticmethod
     def of(b: OnnxBuilder, name: str, weights: Sequence[DSTensor]) -> Tables:
         """Those for weights of as many bits."""
-        bits = weights[0].bits
-        levels = max(max_multiplier(bits, True), *(int(w.m.max()) for w in weights))
-        return Tables(b, f"{name}{bits}m{levels}", bits, levels)
+        levels = max(max_multiplier(weights[0].bits, True), *(int(w.m.max()) for w in weights))
+        return Tables(b, name, weights[0].bits, levels)
+
+    @property
+    def label(self) -> str:
+        """A name of its own."""
+        return f"{self.name}{self.bits}m{self.levels}"
 
     @property
     def step(self) -> int:
@@ -109,94 +150,95 @@ class Tables:
 
     @property
     def copies(self) -> int:
-        """As many as the largest number needs."""
-        return max(1, *((1 << part.bits) // (MOST * self.step) for part in PARTS[self.bits]))
+        """How many such bytes a number needs."""
+        found = forms(self.bits)
+        return max(1, (len(found) << sum(found[0])) // (MOST * self.step))
 
     @property
-    def steps(self) -> str:
-        """INT32 (copies,): `step`, a factor of m - 1."""
-        return self.b.constant(np.full(self.copies, self.step, np.int32))
+    def columns(self) -> int:
+        """How many bytes stand for m."""
+        return self.copies + (len(forms(self.bits)) > 1)
 
-    def values(self, part: Part) -> str:
-        """INT8 (levels times numbers, VQK of the part): m VQK, for m = 1, 2, ... levels."""
-        b, name = self.b, f"{self.name}.{_label(part)}"
+    def steps(self, m: str, label: str) -> str:
+        """UINT8 (..., columns): of m, INT32 (..., 1), what `Matrix.weights` is for."""
+        b, one = self.b, [ONE] * (self.columns - self.copies)
+        factors = b.constant(np.array([self.step] * self.copies + [0] * len(one), np.int32))
+        value = b.node("Mul", [m, factors], f"{label}.steps")
+        value = b.node(
+            "Add", [value, b.constant(np.array([-self.step] * self.copies + one, np.int32))], f"{label}.less"
+        )
+        return b.node("Cast", [value], f"{label}.m", to=UINT8)
+
+    def values(self) -> str:
+        """INT8 (levels times numbers, VQK of a number): m VQK, for m = 1, 2, ... levels."""
+        b, name, members = self.b, f"{self.label}.values", MEMBERS[self.bits]
         if not b.has(name):
-            numbers = b.node("Range", [_number(b, n) for n in (0, 1 << part.bits, 1)], f"{name}.strings")
-            square = b.node("Reshape", [numbers, b.shape(1 << part.before, -1)], f"{name}.square")
-            turned = b.node("Transpose", [square], f"{name}.turned", perm=[1, 0])
-            column = b.node("Reshape", [turned, b.shape(-1, 1)], f"{name}.column")
-            places = np.array([1 << part.ends[-1] - end for end in part.ends], np.int32)
+            found = [self._strings(form) for form in forms(self.bits)]
+            column = found[0] if len(found) == 1 else b.node("Concat", found, f"{name}.strings", axis=0)
+            places = 1 << np.arange(members - 1, -1, -1, dtype=np.int32) * self.bits
             shifted = b.node("Div", [column, b.constant(places)], f"{name}.shifted")
             windows = b.node("Mod", [shifted, _number(b, BYTE)], f"{name}.windows")
-            value = b.node("Gather", [self._vqk(), windows], f"{name}.vqk")
+            vqk = b.node("Cast", [b.constant(table(self.bits))], f"{name}.stored", to=INT32)
+            value = b.node("Gather", [vqk, windows], f"{name}.vqk")
             m = np.arange(1, self.levels + 1, dtype=np.int32).reshape(-1, 1, 1)
             value = b.node("Cast", [b.node("Mul", [value, b.constant(m)], f"{name}.m")], f"{name}.int8", to=INT8)
-            b.node("Reshape", [value, b.shape(-1, len(places))], name)
+            b.node("Reshape", [value, b.shape(-1, members)], name)
         return name
 
-    def weights(self, part: Part, width: int) -> NDArray[np.int8]:
-        """(n, width): of what `_sources` finds, for every number of a row."""
-        eye, own = np.eye(width, dtype=np.int8), 1 << part.before - part.after
-        m = np.full((self.copies, width), (1 << part.bits) // (self.step * self.copies))
-        return np.concatenate([eye, own * eye, *([-own * eye] if part.after else []), m]).astype(np.int8)
-
-    def _vqk(self) -> str:
-        """INT32 (256,): `dsconv.trellis.table`, stored in bytes."""
-        if not self.b.has(f"{self.name}.vqk"):
-            self.b.node("Cast", [self.b.constant(table(self.bits))], f"{self.name}.vqk", to=INT32)
-        return f"{self.name}.vqk"
+    def _strings(self, form: Sequence[int]) -> str:
+        """INT32 (numbers, 1): of numbers of that form, in order, the bits as they follow one another."""
+        b, name = self.b, f"{self.name}.bits{'x'.join(map(str, form))}"
+        if not b.has(name):
+            every = f"{self.name}.below{sum(form)}"
+            if not b.has(every):
+                b.node("Range", [_number(b, n) for n in (0, 1 << sum(form), 1)], every)
+            sides = b.node("Reshape", [every, b.shape(*(1 << n for n in form))], f"{name}.sides")
+            turned = b.node("Transpose", [sides], f"{name}.turned", perm=[*reversed(range(len(form)))])
+            b.node("Reshape", [turned, b.shape(-1, 1)], name)
+        return name
 
 
 def add_values(t: Tables, label: str, stored: str, m: str, rows: Sequence[Rows]) -> str:
-    """m VQK of weights in rows of one size, one after another, INT8 (1, rows, n, VQK), from their bytes, UINT8 (turns,
-    bytes), and those for m - 1, UINT8 (1, rows, copies)."""
-    b, parts, turns = t.b, PARTS[t.bits], TURNS[t.bits]
-    width = rows[0].size * t.bits // WINDOW // turns
-    owns = [b.node("Reshape", [stored, b.shape(turns, -1, width)], f"{label}.bytes")]
-    if turns > 1:
-        joined, owns = owns[0], [f"{label}.turn{i}" for i in range(turns)]
-        b.nodes.append(helper.make_node("Split", [joined], owns, axis=0, num_outputs=turns))
-    on = _one_on(b, label, owns[-1], [(r.channels, r.each * width) for r in rows])
-    befores = [b.node("Reshape", [on, b.shape(1, -1, width)], f"{label}.before"), *owns]
-    found = []
-    for i, part in enumerate(parts):
-        name, turn = f"{label}.part{i}", i if turns > 1 else 0
-        sources = [*_sources(b, name, part, befores[turn], owns[turn]), m]
-        row = b.node("Concat", sources, f"{name}.row", axis=2)
-        numbers = b.node("MatMulInteger", [row, b.constant(t.weights(part, width))], f"{name}.numbers")
-        found.append(b.node("Gather", [t.values(part), numbers], f"{name}.int8"))
-    return found[0] if len(found) == 1 else b.node("Concat", found, f"{label}.int8", axis=3)
+    """m VQK of weights in rows of one size, one after another, INT8 (rows, numbers, VQK), from their bytes, UINT8
+    (rows, width), and from what `Tables.steps` makes of their m, UINT8 (rows, columns)."""
+    b, width = t.b, rows[0].size * t.bits // BITS
+    matrix = Matrix(t.bits, width)
+    largest, *others = matrix.divisors(-1)
+    before = [_before(t, label, stored, width, rows, largest)]
+    before += [b.node("Mod", [before[0], _byte(b, d)], f"{label}.before{d}") for d in others]
+    rests = []
+    for i, divisors in enumerate(matrix.layers()):
+        same = len(set(divisors)) == 1
+        divisor = _byte(b, *divisors[: 1 if same else width])
+        if not same:  # spread out, as ONNX Runtime is slow at a remainder of many short rows
+            whole = b.shape(sum(r.channels * r.each for r in rows), width)
+            divisor = b.node("Expand", [divisor, whole], f"{label}.divisors{i}")
+        rests.append(b.node("Mod", [stored, divisor], f"{label}.rest{i}"))
+    row = b.node("Concat", [*before, stored, *rests, m], f"{label}.row", axis=1)
+    numbers = b.node("MatMulInteger", [row, b.constant(matrix.weights(t.step, t.copies))], f"{label}.numbers")
+    return b.node("Gather", [t.values(), numbers], f"{label}.int8")
 
 
-def _sources(b: OnnxBuilder, name: str, part: Part, before: str, own: str) -> list[str]:
-    """What numbers are sums of, besides m: of the byte before what is needed, the byte itself, and what is not needed
-    of it."""
-    needed = b.node("Mod", [before, b.constant(np.array(1 << part.before, np.uint8))], f"{name}.needed")
-    if not part.after:
-        return [needed, own]
-    return [needed, own, b.node("Mod", [own, b.constant(np.array(1 << part.after, np.uint8))], f"{name}.rest")]
+def _before(t: Tables, label: str, stored: str, width: int, rows: Sequence[Rows], divisor: int) -> str:
+    """UINT8 (rows, 1): of the last byte of the row before the remainder, 0 where an output channel begins."""
+    b = t.b
+    alike = [(sum(r.channels for r in some), each) for each, some in groupby(rows, lambda r: r.each)]
+    if all(each == 1 for _, each in alike):
+        return b.node("Tile", [b.constant(np.zeros((1, 1), np.uint8)), b.shape(alike[0][0], 1)], f"{label}.before")
+    last = b.node("Slice", [stored, b.shape(0, -1), b.shape(-1, width), b.shape(0, 1)], f"{label}.last")
+    above = b.node("Pad", [last, b.shape(1, 0, 0, 0)], f"{label}.above")
+    found = [_divisors(t, divisor, *x) for x in alike]
+    divisors = found[0] if len(found) == 1 else b.node("Concat", found, f"{label}.divisors", axis=0)
+    return b.node("Mod", [above, divisors], f"{label}.before")
 
 
-def _one_on(b: OnnxBuilder, label: str, value: str, channels: Sequence[tuple[int, int]]) -> str:
-    """UINT8, in any shape: the byte before each, 0 where an output channel begins. For the number of output channels
-    in turn and how many bytes each has."""
-    alike = [(sum(count for count, _ in some), length) for length, some in groupby(channels, lambda x: x[1])]
-    if len(alike) == 1:  # every output channel is a row of as many bytes
-        value = b.node("Reshape", [value, b.shape(alike[0][0], -1)], f"{label}.strings")
-        value = b.node("Pad", [value, b.shape(0, 1, 0, 0)], f"{label}.longer")
-        return b.node("Slice", [value, b.shape(0), b.shape(-1), b.shape(1)], f"{label}.on")
-    value = b.node("Reshape", [value, b.shape(-1)], f"{label}.string")
-    value = b.node("Pad", [value, b.shape(1, 0)], f"{label}.longer")
-    value = b.node("Slice", [value, b.shape(0), b.shape(-1), b.shape(0)], f"{label}.on")
-    starts, first = [], 0
-    for i, (count, length) in enumerate(alike):
-        edges = [_number(b, n) for n in (first, first + count * length, length)]
-        starts.append(b.node("Range", edges, f"{label}.starts{i}"))
-        first += count * length
-    at = b.node("Concat", starts, f"{label}.starts", axis=0)
-    zero = b.constant(np.zeros(1, np.uint8))
-    zeros = b.node("Expand", [zero, b.shape(sum(count for count, _ in alike))], f"{label}.zeros")
-    return b.node("ScatterElements", [value, at, zeros], f"{label}.begun")
+def _divisors(t: Tables, divisor: int, channels: int, each: int) -> str:
+    """UINT8 (channels * each, 1): 1 where an output channel begins, so that nothing remains."""
+    name = f"{t.name}.divisors{divisor}x{channels}x{each}"
+    if not t.b.has(name):
+        pattern = np.array([1] + [divisor] * (each - 1), np.uint8).reshape(-1, 1)
+        t.b.node("Tile", [t.b.constant(pattern), t.b.shape(channels, 1)], name)
+    return name
 
 
 def add_weight(b: OnnxBuilder, name: str, value: str, shape: tuple[int, ...], size: int) -> str:
@@ -212,17 +254,15 @@ def add_trellis(b: OnnxBuilder, name: str, weight: DSTensor) -> str:
     """Nodes and initializers for m * VQK of one weight along a trellis; returns the name of an int8 value (cho, chi,
     kh, kw)."""
     tables, rows = Tables.of(b, "trellis", [weight]), Rows.of(weight)
-    kds = b.tensor(f"{name}.kds", weight.m.numpy().reshape(1, -1, 1).astype(ml_dtypes.uint4))
-    m = b.node("Cast", [kds], f"{name}.kds32", to=INT32)
-    m = b.node("Add", [m, _number(b, -1)], f"{name}.kds.less")
-    m = b.node("Cast", [b.node("Mul", [m, tables.steps], f"{name}.kds.steps")], f"{name}.m", to=UINT8)
+    kds = b.tensor(f"{name}.kds", weight.m.numpy().reshape(-1, 1).astype(ml_dtypes.uint4))
+    m = tables.steps(b.node("Cast", [kds], f"{name}.kds32", to=INT32), f"{name}.kds")
     value = add_values(tables, name, b.tensor(f"{name}.vqk", bytes_of(weight)), m, [rows])
     return add_weight(b, name, value, tuple(weight.vqk.shape), rows.size)
 
 
-def _label(part: Part) -> str:
-    return f"ends{part.ends[0]}"
-
-
 def _number(b: OnnxBuilder, value: int) -> str:
     return b.constant(np.array(value, np.int32))
+
+
+def _byte(b: OnnxBuilder, *values: int) -> str:
+    return b.constant(np.array(values, np.uint8))
