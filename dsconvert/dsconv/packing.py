@@ -20,29 +20,6 @@ def numbers_of(pieces: NDArray[np.integer], width: int) -> NDArray[np.int32]:
     return (pieces.astype(np.int32) << places).sum(-1, dtype=np.int32)
 
 
-def pack_rows(rows: NDArray[np.int32], bits: int) -> NDArray[np.uint8]:
-    """Numbers of 4 bits, or of 8 or 12: their low bytes, then the half bytes above."""
-    if bits < 8:
-        return pack_bits(rows.astype(np.uint8), bits)
-    low = (rows & 255).astype(np.uint8).reshape(-1)
-    return low if bits == 8 else np.concatenate((low, pack_bits((rows >> 8).astype(np.uint8), bits - 8)))
-
-
-def unpack_rows(packed: NDArray[np.uint8], bits: int, shape: tuple[int, ...]) -> NDArray[np.int32]:
-    """Inverse of `pack_rows`. Raises ValueError when the length is wrong."""
-    count = math.prod(shape)
-    if bits < 8:
-        return unpack_bits(packed, bits, shape, signed=False).astype(np.int32)
-    if packed.dtype != np.uint8 or packed.size < count:
-        raise ValueError(f"{packed.size} bytes cannot hold {count} rows")
-    rows = packed[:count].astype(np.int32).reshape(shape)
-    if bits > 8:
-        return rows + 256 * unpack_bits(packed[count:], bits - 8, shape, signed=False).astype(np.int32)
-    if packed.size != count:
-        raise ValueError(f"{packed.size} bytes are not {count} rows")
-    return rows
-
-
 def unpack_bits(packed: NDArray[np.uint8], bits: int, shape: tuple[int, ...], signed: bool = True) -> NDArray[np.int8]:
     """Inverse of `pack_bits`; `signed` extends the top bit. Raises ValueError when the length is wrong."""
     count = math.prod(shape)
