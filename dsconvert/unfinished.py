@@ -20,7 +20,6 @@ from safetensors.torch import save
 from torch import Tensor
 
 import dsconvert
-from dsconvert.dsconv import trellis
 from dsconvert.dsconv.tensor import DSTensor, Width
 from dsconvert.errors import InputError
 from dsconvert.files import write_atomic
@@ -108,8 +107,6 @@ def _check(conv: QConv, shape: Sequence[int]) -> None:
     reals = [w.cds_w, conv.bias, *([] if w.alpha is None else [w.alpha])]
     if tuple(w.vqk.shape) != tuple(shape) or tuple(conv.bias.shape) != (shape[0],):
         raise ValueError("shape")
-    if w.code is not None and not torch.equal(trellis.values(w.code, w.bits, w.block_size), w.vqk):
-        raise ValueError("code")
     if w.vqk.dtype != torch.int8 or w.m.dtype != torch.int8 or any(r.dtype != torch.float32 for r in reals):
         raise ValueError("kinds of numbers")
     if not all(bool(torch.isfinite(r).all()) for r in reals):

@@ -130,7 +130,7 @@ def test_expected_errors_are_those_of_a_fit(bits):
 
 
 def test_the_m_that_suits_grows_with_the_block():
-    found = suited(np.array([[0.1, 2.0, 4.0, 9.0, 100.0]]), np.array([0.8]), 2)[0]
+    found = suited(np.array([[0.1, 2.0, 4.0, 9.0, 100.0]]), np.array([0.8]), 2)[0][0]
     assert found[0] == 1
     assert found[-1] == max_multiplier(2, True)
     assert bool((np.diff(found) >= 0).all())

@@ -90,10 +90,7 @@ class DSTensor:
     @staticmethod
     def along_trellis(code: Tensor, m: Tensor, cds_w: Tensor, bits: int, block_size: int) -> DSTensor:
         """The weight whose VQK have this code, uint8 (cho, chi, kh, kw). Raises ValueError as above."""
-        if not codes.fits(bits, code.shape[1], block_size):
-            raise ValueError(f"{code.shape[1]} channels in blocks of {block_size} have no trellis of {bits} bits")
-        vqk = codes.values(code, bits, block_size)
-        return DSTensor(vqk, m, None, cds_w, bits, block_size, code=code)
+        return DSTensor(codes.values(code, bits, block_size), m, None, cds_w, bits, block_size, code=code)
 
     def __post_init__(self) -> None:
         cho, chi, kh, kw = self.vqk.shape
@@ -106,9 +103,11 @@ class DSTensor:
             self.code.shape != self.vqk.shape or self.alpha is not None or self.z is not None
         ):
             raise ValueError(f"a trellis code must have shape {tuple(self.vqk.shape)} and stand without z and alpha")
-        low, high = vqk_limits(*self.width[::2])
+        low, high = vqk_limits(self.bits, self.code is not None)
         if self.vqk.numel() and (int(self.vqk.min()) < low or int(self.vqk.max()) > high):
             raise ValueError(f"VQK leaves {self.bits} bits")
+        if self.code is not None and not torch.equal(codes.values(self.code, self.bits, self.block_size), self.vqk):
+            raise ValueError("VQK are not those of the trellis code")
         if self.alpha is not None and (self.alpha.shape != blocks or self.z is not None or bool((self.m != 1).any())):
             raise ValueError(f"alpha must have shape {blocks} and stand alone")
         if self.m.numel() and (int(self.m.min()) < 1 or int(self.m.max()) > M_MAX):

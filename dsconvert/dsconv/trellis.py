@@ -106,7 +106,12 @@ def windows(code: Tensor, bits: int) -> Tensor:
 
 
 def values(code: Tensor, bits: int, block_size: int) -> Tensor:
-    """code (cho, chi, kh, kw), uint8 -> VQK, int8. Raises ValueError where a code has more bits."""
+    """code (cho, chi, kh, kw), uint8 -> VQK, int8. Raises ValueError where a code has more bits, and where there is no
+    such trellis."""
+    if not fits(bits, code.shape[1], block_size):
+        raise ValueError(f"{code.shape[1]} channels in blocks of {block_size} have no trellis of {bits} bits")
+    if code.dtype != torch.uint8:
+        raise ValueError(f"codes are uint8, not {code.dtype}")
     if code.numel() and int(code.max()) >> bits:
         raise ValueError(f"codes leave {bits} bits")
     found = torch.from_numpy(table(bits).copy())[windows(strings(code, block_size), bits).long()]

@@ -208,7 +208,7 @@ def _starting(target: Tensor, width: Width) -> Tensor:
         return fit_weight(target, *width).cds_w.double()
     size = min(width.block_size, target.shape[1])
     groups = strings(target, width.block_size).unflatten(1, (-1, size))
-    return torch.from_numpy(starting(groups.square().mean(-1).sqrt().numpy(), width.bits)[0])
+    return torch.from_numpy(starting(groups.square().mean(-1).sqrt().numpy(), width.bits))
 
 
 def _rounded(upper: Floats, lengths: Sequence[int], width: Width) -> Rounded:

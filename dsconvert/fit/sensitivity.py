@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.grad import conv2d_weight
@@ -19,7 +18,7 @@ from dsconvert.dsconv.tensor import Width, used_width
 from dsconvert.dsconv.trellis import strings
 from dsconvert.fit.least_squares import fit_weight
 from dsconvert.fit.threads import threads_for
-from dsconvert.fit.trellis import expected, starting, suited
+from dsconvert.fit.trellis import starting, suited
 from dsconvert.graph.ir import Node
 
 MOST = 4.0  # times as long a fitted channel may become
@@ -48,9 +47,7 @@ def _block_errors(weight: Tensor, width: Width) -> Tensor:
     blocks = blocks_of(weight, width)
     power = blocks.square().mean(-1)
     rms = power.sqrt().numpy()
-    cds, _ = starting(rms, width.bits)
-    steps = cds[:, None] * suited(rms, cds, width.bits)
-    errors = torch.from_numpy(expected(rms / steps, width.bits) * np.square(steps))
+    errors = torch.from_numpy(suited(rms, starting(rms, width.bits), width.bits)[1])
     left = 1 - errors.sum(1, keepdim=True) / power.sum(1, keepdim=True).clamp_min(1e-30)
     return errors / left.clamp_min(1 / MOST)
 

@@ -84,34 +84,34 @@ def expected(rms: Floats, bits: int) -> Floats:
     return np.interp(rms, levels, errors) + beyond
 
 
-def suited(rms: Floats, cds: Floats, bits: int) -> Floats:
-    """For blocks of that root mean square (cho, ...) and CDSw (cho,), the m of least expected error, like rms."""
+def suited(rms: Floats, cds: Floats, bits: int) -> tuple[Floats, Floats]:
+    """For blocks of that root mean square (cho, ...) and CDSw (cho,): the m of least expected error, and that mean
+    squared error, both like rms."""
     tried = np.arange(1.0, max_multiplier(bits, True) + 1)
     steps = cds.reshape(-1, *[1] * rms.ndim) * tried
-    return tried[(expected(rms[..., None] / steps, bits) * np.square(steps)).argmin(-1)]
+    errors = expected(rms[..., None] / steps, bits) * np.square(steps)
+    return tried[errors.argmin(-1)], errors.min(-1)
 
 
-def starting(rms: Floats, bits: int) -> tuple[Floats, Floats]:
-    """For blocks of that root mean square (cho, blocks): CDSw (cho,) of least expected error, and that error, as a mean
-    over blocks."""
+def starting(rms: Floats, bits: int) -> Floats:
+    """For blocks of that root mean square (cho, blocks): CDSw (cho,) of least expected error."""
     levels, errors = noise(bits)
     own = levels[(errors / np.square(levels)).argmin()]  # of the numbers that suit the trellis best
     widest = rms.max(1).clip(1e-12) / own / max_multiplier(bits, True)
     best, found = np.full(len(rms), np.inf), widest
     for share in SHARES:
         cds = widest * share
-        steps = cds[:, None] * suited(rms, cds, bits)
-        error = (expected(rms / steps, bits) * np.square(steps)).mean(1)
+        error = suited(rms, cds, bits)[1].mean(1)
         found, best = np.where(error < best, cds, found), np.minimum(error, best)
-    return found, best
+    return found
 
 
-def nearest(strings: Tensor, size: int, bits: int, cds: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+def nearest(strings: Tensor, size: int, bits: int) -> tuple[Tensor, Tensor, Tensor]:
     """Weights in strings (cho, K), `size` of which share an m -> codes uint8 (cho, K), m (cho, K / size) and CDSw
     (cho,), both float64: near the least squared error."""
     rms = strings.double().unflatten(1, (-1, size)).square().mean(-1).sqrt().numpy()
-    start = starting(rms, bits)[0] if cds is None else cds.numpy()
-    m = torch.from_numpy(suited(rms, start, bits))
+    start = starting(rms, bits)
+    m = torch.from_numpy(suited(rms, start, bits)[0])
     spread = m.repeat_interleave(size, 1)
     trellis, codes, integers = Trellis.of(bits), [], []
     for rows in torch.arange(len(strings)).split(max(1, MOST // (strings.shape[1] * trellis.states))):
@@ -171,7 +171,7 @@ def round_strings(target: Floats, cds: Floats, upper: Floats, size: int, bits: i
 def _suited(columns: Tensor, cds: Tensor, bits: int) -> Tensor:
     """The m (cho,) that suits columns (cho, n)."""
     rms = columns.double().square().mean(1, keepdim=True).sqrt().numpy()
-    return torch.from_numpy(suited(rms, cds.double().numpy(), bits)[:, 0]).float()
+    return torch.from_numpy(suited(rms, cds.double().numpy(), bits)[0][:, 0]).float()
 
 
 def _around(m: Tensor, most: int) -> Tensor:
