@@ -31,7 +31,7 @@ from dsconvert.modelcheck import check_model
 from dsconvert.seal import DIGEST, NotAsWritten, seal, unseal
 from dsconvert.yolo.network import Head
 
-KEY, VERSION, KDS_BITS = "dsconvert", 2, 4
+KEY, VERSION, KDS_BITS = "dsconvert", 3, 4
 PARTS = {"version", "imgsz", "head", "provenance", "graph", "layers", "activations", DIGEST}
 MAX_HEADER, MAX_BLOCK = 16 << 20, 1 << 16  # characters of JSON (a yolov5n has 40 kB); channels
 

@@ -139,7 +139,7 @@ def test_maps_are_turned_around_once_and_boxes_once(converted, tmp_path):
             if node.input and known.issuperset(node.input):
                 known.update(node.output)
                 ops[node.op_type] -= 1
-        assert ops["Transpose"] == 2 + 2 * levels  # two turn the image
+        assert ops["Transpose"] == 2 + 3 * levels  # two turn the image, three the parts of boxes
         assert not ops["Resize"]
         assert not ops["MaxPool"]
         assert all(

@@ -108,8 +108,8 @@ def test_optimised_packed_graph_has_no_weight_arithmetic(widened, tmp_path):
     initializers = {t.name for t in optimised.graph.initializer}
     # nothing constant is left to compute
     assert not [n for n in optimised.graph.node if all(i in initializers for i in n.input)]
-    # what is dequantized are the tables of boxes and of scores, and nothing else
-    assert kinds["DequantizeLinear"] == 2
+    # what is dequantized are the tables of boxes, of objectness and of classes, and nothing else
+    assert kinds["DequantizeLinear"] == 3
     weights = {t.name: numpy_helper.to_array(t) for t in optimised.graph.initializer}
     for node, name in ((n, n.name) for n in optimised.graph.node if n.op_type == "QLinearConv"):
         key = name if name in converted.convs else f"{name}.conv"
@@ -178,7 +178,7 @@ def test_boxes_of_grids_that_are_no_multiples_of_each_other():
     raw = [torch.randn(2, 14, side, side, generator=torch.Generator().manual_seed(side)) for side in (6, 4)]
     b = OnnxBuilder(21)
     decoded = add_decode(b, [RawMap("x"), RawMap("y")], head, 24)
-    b.node("Concat", [decoded.box, decoded.conf], "out", axis=2)
+    b.node("Concat", decoded.all(), "out", axis=2)
     model = b.model({n: tuple(t.shape) for n, t in zip("xy", raw, strict=True)}, {"out": (2, 104, 7)}, {})
     found = session(model).run(None, {n: t.numpy() for n, t in zip("xy", raw, strict=True)})[0]
     np.testing.assert_allclose(found, decode(raw, head).numpy(), rtol=1e-5, atol=2e-5)  # two libraries' sigmoids

@@ -69,7 +69,7 @@ def test_damage_is_one_sentence(model, tmp_path):
     path.write_bytes(data.replace(b'\\"bits\\":4', b'\\"bits\\":5'))
     with pytest.raises(InputError, match="damaged"):
         load_model(path)
-    path.write_bytes(data.replace(b'\\"version\\":2', b'\\"version\\":9'))
+    path.write_bytes(data.replace(b'\\"version\\":3', b'\\"version\\":9'))
     with pytest.raises(InputError, match="format version 9"):
         load_model(path)
 

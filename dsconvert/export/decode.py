@@ -15,6 +15,7 @@ from onnx import helper
 
 from dsconvert.export.builder import OnnxBuilder
 from dsconvert.graph.integer import QParams
+from dsconvert.yolo.lower import PARTS
 from dsconvert.yolo.network import Head
 
 SHORT = 16  # bytes of a box that a Transpose moves faster than a Split
@@ -33,12 +34,17 @@ class RawMap:
 
 @dataclass(frozen=True)
 class Decoded:
-    """Names of the parts of all boxes: `box` (n, boxes, 4), centre and size in pixels, and `conf` (n, boxes, 1 + nc),
-    objectness and class scores; `masks` (n, boxes, nm), the mask coefficients, none of a detector."""
+    """Names of the parts of all boxes: `box` (n, boxes, 4), centre and size in pixels; `objectness` (n, boxes, 1) and
+    `classes` (n, boxes, nc), both 0..1; `masks` (n, boxes, nm), the mask coefficients, none of a detector."""
 
     box: str
-    conf: str
+    objectness: str
+    classes: str
     masks: tuple[str, ...] = ()
+
+    def all(self) -> list[str]:
+        """The parts in their order in a row of the output."""
+        return [self.box, self.objectness, self.classes, *self.masks]
 
 
 def add_decode(b: OnnxBuilder, raw: Sequence[RawMap], head: Head, imgsz: int) -> Decoded:
@@ -49,17 +55,17 @@ def add_decode(b: OnnxBuilder, raw: Sequence[RawMap], head: Head, imgsz: int) ->
     sides = [imgsz // stride for stride in head.strides]
     step = len(head.parts)
     if len(raw) > len(head.strides):
-        box, conf, *masks = (
+        box, objectness, classes, *masks = (
             _table(b, raw[i::step], f"detect.{part}", head.na, columns, sides, part != "mask")
-            for i, (part, columns) in enumerate(zip(("box", "score", "mask"), head.parts, strict=False))
+            for i, (part, columns) in enumerate(zip(PARTS, head.parts, strict=False))
         )
     else:
         whole = _table(b, raw, "detect", head.na, sum(head.parts), sides, not head.nm)
-        box, conf, *masks = names = ["detect.box", "detect.conf", "detect.mask"][:step]
+        box, objectness, classes, *masks = names = [f"detect.{part}" for part in PARTS[:step]]
         b.nodes.append(helper.make_node("Split", [whole, b.shape(*head.parts)], names, axis=2))
         if masks:
-            box, conf = (b.node("Sigmoid", [name], f"{name}.sigmoid") for name in (box, conf))
-    return Decoded(_pixels(b, box, head, sides), conf, tuple(masks))
+            box, objectness, classes = (b.node("Sigmoid", [name], f"{name}.sigmoid") for name in names[:3])
+    return Decoded(_pixels(b, box, head, sides), objectness, classes, tuple(masks))
 
 
 def _pixels(b: OnnxBuilder, box: str, head: Head, sides: Sequence[int]) -> str:
@@ -84,8 +90,10 @@ def _table(
         if raw.last:
             levels += _by_anchor(b, raw, f"{name}.{i}", na, columns, (side, run, runs[i]))
             continue
-        split = b.node("Reshape", [raw.name, b.shape(0, na, columns, side, side)], f"{name}.{i}.split")
-        last = b.node("Transpose", [split], f"{name}.{i}.last", perm=[0, 1, 3, 4, 2])
+        last = raw.name
+        if columns > 1:  # a single number of every box has no other order
+            split = b.node("Reshape", [raw.name, b.shape(0, na, columns, side, side)], f"{name}.{i}.split")
+            last = b.node("Transpose", [split], f"{name}.{i}.last", perm=[0, 1, 3, 4, 2])
         levels.append(b.node("Reshape", [last, b.shape(0, na * runs[i], run * columns)], f"{name}.{i}.runs"))
     joined = b.node("Concat", levels, f"{name}.raw", axis=1)
     grids = [raw.grid for raw in maps if raw.grid is not None]

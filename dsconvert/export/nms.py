@@ -28,12 +28,10 @@ class Nms:
             raise InputError("--conf-thres must lie in 0..1, --iou-thres in 0..1, and --max-det must be at least 1.")
 
 
-def add_nms(b: OnnxBuilder, decoded: Decoded, nc: int, nms: Nms, output: str) -> None:
+def add_nms(b: OnnxBuilder, decoded: Decoded, nms: Nms, output: str) -> None:
     """Decoded boxes -> `output` (k, 7): image index, x1, y1, x2, y2 in input pixels,
     score, class. Images in order, best first within each; a box takes part once for every class."""
-    parts = ["nms.objectness", "nms.classes"]
-    b.nodes.append(helper.make_node("Split", [decoded.conf, b.shape(1, nc)], parts, axis=2))
-    every = b.node("Mul", parts, "nms.every")
+    every = b.node("Mul", [decoded.objectness, decoded.classes], "nms.every")
     scores = b.node("Transpose", [every], "nms.scores", perm=[0, 2, 1])
     limits = [b.constant(np.array([nms.most], np.int64)), *(_one(b, v) for v in (nms.iou, nms.confidence))]
     kept = b.node(

@@ -114,11 +114,11 @@ def _finish(
     if ends.nms and head.nm:
         raise InputError("--nms is for detectors: a segmentation model's masks need every box's coefficients.")
     if ends.nms:
-        add_nms(b, decoded, head.nc, ends.nms, DETECTIONS)
+        add_nms(b, decoded, ends.nms, DETECTIONS)
         output = {DETECTIONS: ("detections", 7)}
         metadata["dsconvert.nms"] = str(asdict(ends.nms))
     else:
-        b.node("Concat", [decoded.box, decoded.conf, *decoded.masks], OUTPUT, axis=2)
+        b.node("Concat", decoded.all(), OUTPUT, axis=2)
         output = {OUTPUT: (n, box_count(head, imgsz), sum(head.parts))}
         if head.nm:
             _prototypes(b, raw[-1])

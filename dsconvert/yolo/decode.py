@@ -9,21 +9,19 @@ from dsconvert.yolo.masks import coefficients, mask_measure
 from dsconvert.yolo.network import Head
 
 
-def sigmoids(raw: list[Tensor], head: Head) -> list[tuple[Tensor, Tensor]]:
-    """Per level the sigmoids of boxes (n, na, 4, ny, nx) and scores (n, na, 1 + nc, ny, nx).
+def sigmoids(raw: list[Tensor], head: Head) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """Per level the sigmoids of boxes (n, na, 4, ny, nx), objectness (n, na, 1, ny, nx) and classes (n, na, nc, ny, nx).
 
-    `raw` is one map a level, or a box map and a score map a level (see `lower.split_detect`), and perhaps a third of
-    mask coefficients; then the prototypes come last."""
+    `raw` is one map a level, or a map a level of each of a box's parts (see `lower.split_detect`). Of a segmentation
+    network the prototypes come last."""
     maps, step = raw[:-1] if head.nm else raw, len(head.parts)
     if len(maps) == len(head.strides):
         whole = [t.unflatten(1, (head.na, sum(head.parts)))[:, :, : head.nc + 5].sigmoid() for t in maps]
-        return [(p[:, :, :4], p[:, :, 4:]) for p in whole]
-    pairs = zip(maps[::step], maps[1::step], strict=True)
-    return [(_by_anchor(box, head).sigmoid(), _by_anchor(score, head).sigmoid()) for box, score in pairs]
-
-
-def _by_anchor(value: Tensor, head: Head) -> Tensor:
-    return value.unflatten(1, (head.na, -1))
+        return [(p[:, :, :4], p[:, :, 4:5], p[:, :, 5:]) for p in whole]
+    boxes, objectness, classes = (
+        [t.unflatten(1, (head.na, -1)).sigmoid() for t in maps[part::step]] for part in range(3)
+    )
+    return list(zip(boxes, objectness, classes, strict=True))
 
 
 def decode(raw: list[Tensor], head: Head) -> Tensor:
@@ -34,15 +32,15 @@ def decode(raw: list[Tensor], head: Head) -> Tensor:
     anchors, then rows, then columns: the order of YOLOv5's own output.
     """
     levels = []
-    for (boxes, scores), stride, anchors in zip(sigmoids(raw, head), head.strides, head.anchors, strict=True):
-        n, _, _, ny, nx = boxes.shape
-        box, score = boxes.permute(0, 1, 3, 4, 2), scores.permute(0, 1, 3, 4, 2)
+    for parts, stride, anchors in zip(sigmoids(raw, head), head.strides, head.anchors, strict=True):
+        box, objectness, classes = (part.permute(0, 1, 3, 4, 2) for part in parts)
+        n, _, ny, nx, _ = box.shape
         gy, gx = torch.meshgrid(torch.arange(ny), torch.arange(nx), indexing="ij")
         cell = torch.stack((gx, gy), -1).to(box) - 0.5
         sizes = torch.tensor(anchors, dtype=box.dtype, device=box.device)[:, None, None]
         xy = (box[..., :2] * 2 + cell) * stride
         wh = (box[..., 2:] * 2) ** 2 * sizes
-        levels.append(torch.cat((xy, wh, score), -1).reshape(n, -1, head.nc + 5))
+        levels.append(torch.cat((xy, wh, objectness, classes), -1).reshape(n, -1, head.nc + 5))
     boxes = torch.cat(levels, 1)
     return torch.cat((boxes, coefficients(raw, head)), 2) if head.nm else boxes
 
@@ -55,13 +53,13 @@ def detection_measure(raw: list[Tensor], reference: list[Tensor], head: Head) ->
     measured besides, see `mask_measure`."""
     parts: list[Tensor] = []
     given = zip(sigmoids(raw, head), sigmoids(reference, head), head.strides, head.anchors, strict=True)
-    for (box, score), (box0, score0), stride, anchors in given:
-        weight = (score0[:, :, :1] * score0[:, :, 1:]).amax(2, keepdim=True).sqrt()
+    for (box, objectness, classes), (box0, objectness0, classes0), stride, anchors in given:
+        weight = (objectness0 * classes0).amax(2, keepdim=True).sqrt()
         sizes = torch.tensor(anchors, dtype=box.dtype, device=box.device)[None, :, :, None, None]
         pixels = ((box0[:, :, 2:] * 2) ** 2 * sizes).clamp_min(4.0)  # no box is as small as that
         centre = box[:, :, :2] * (2 * stride) / pixels
         size = 2 * box[:, :, 2:].clamp_min(1e-4).log()
-        parts += [score[:, :, :1] * score[:, :, 1:], weight * centre, weight * size]
+        parts += [objectness * classes, weight * centre, weight * size]
     return [*parts, mask_measure(raw, decode(reference, head), head)] if head.nm else parts
 
 
@@ -70,4 +68,5 @@ def whole_maps(raw: list[Tensor], head: Head) -> list[Tensor]:
     if len(raw) == len(head.strides):
         return raw
     parts = [t.unflatten(1, (head.na, -1)) for t in raw]
-    return [torch.cat(pair, 2).flatten(1, 2) for pair in zip(parts[::2], parts[1::2], strict=True)]
+    step = len(head.parts)
+    return [torch.cat(parts[i : i + step], 2).flatten(1, 2) for i in range(0, len(parts), step)]

@@ -18,6 +18,8 @@ from dsconvert.yolo.network import Head, Network
 from dsconvert.yolo.segment import Proto, Segment
 from dsconvert.yolo.yolov7 import MP, SP, SPPCSPC, RepConv
 
+PARTS = ("box", "obj", "cls", "mask")  # what a box is made of: see `Head.parts`
+
 
 class _Builder:
     """Collects nodes and float weights; names follow the module path (`model.2.m.0.cv1.conv`)."""
@@ -180,11 +182,11 @@ def check_maps(network: Network, strides: Sequence[int]) -> None:
 
 
 def split_detect(graph: Graph, params: dict[str, ConvParams], head: Head) -> tuple[Graph, dict[str, ConvParams]]:
-    """Each of Detect's convolutions as two, `.box` (na * 4 channels) and `.score` (na * (1 + nc)), or as three, with
-    `.mask` (na * nm).
+    """Each of Detect's convolutions as three, `.box` (na * 4 channels), `.obj` (na) and `.cls` (na * nc), or as four,
+    with `.mask` (na * nm).
 
-    The numbers are the same; quantized, box and score then no longer share one activation scale. `decode` reads
-    both forms."""
+    The numbers are the same. Quantized, each part has an activation grid of its own: with one class its logit is not
+    trained and lies far above objectness, so that a grid for both clips it. `decode` reads both forms."""
     nodes: list[Node] = []
     parts: dict[str, ConvParams] = {}
     outputs: list[str] = []
@@ -195,7 +197,7 @@ def split_detect(graph: Graph, params: dict[str, ConvParams], head: Head) -> tup
             continue
         p = params[node.name]
         weight, bias = (v.unflatten(0, (head.na, sum(head.parts))).split(head.parts, 1) for v in (p.weight, p.bias))
-        for part, w, b in zip(("box", "score", "mask"), weight, bias, strict=False):
+        for part, w, b in zip(PARTS, weight, bias, strict=False):
             name = f"{node.name}.{part}"
             nodes.append(Node("conv", name, node.inputs, node.attrs))
             parts[name] = ConvParams(w.flatten(0, 1), b.flatten())

@@ -15,7 +15,8 @@ def coefficients(raw: list[Tensor], head: Head) -> Tensor:
     if len(raw) - 1 == len(head.strides):
         levels = [t.unflatten(1, (head.na, sum(head.parts)))[:, :, -head.nm :] for t in raw[:-1]]
     else:
-        levels = [t.unflatten(1, (head.na, head.nm)) for t in raw[2:-1:3]]
+        step = len(head.parts)
+        levels = [t.unflatten(1, (head.na, head.nm)) for t in raw[step - 1 : -1 : step]]
     return torch.cat([t.permute(0, 1, 3, 4, 2).flatten(1, 3) for t in levels], 1)
 
 

@@ -35,8 +35,8 @@ class Head:
 
     @property
     def parts(self) -> tuple[int, ...]:
-        """Numbers of a box: x, y, w, h; objectness and classes; mask coefficients, where there are any."""
-        return (4, 1 + self.nc, self.nm) if self.nm else (4, 1 + self.nc)
+        """Numbers of a box: x, y, w, h; objectness; classes; mask coefficients, where there are any."""
+        return (4, 1, self.nc, self.nm) if self.nm else (4, 1, self.nc)
 
     @property
     def nc(self) -> int:
