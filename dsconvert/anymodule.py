@@ -20,7 +20,7 @@ from dsconvert.errors import InputError
 from dsconvert.fit.gptq import fit_layer
 from dsconvert.fit.least_squares import fit_weight
 from dsconvert.fit.lockstep import with_shifts
-from dsconvert.fit.seen import Seen
+from dsconvert.fit.seen import Seen, seen_evenly
 from dsconvert.graph.integer import QConv, QParams
 from dsconvert.graph.ir import Node
 
@@ -85,7 +85,7 @@ def quantize_module(module: nn.Module, batches: Sequence[Any], plan: ModulePlan 
     order = _order(source, batches, names)
     for name in [*order, *(n for n in names.values() if n not in order)]:
         layer = source.get_submodule(name)
-        seen = list(_seen(source, made, name, batches)) if name in order else []
+        seen = list(_seen(source, made, name, batches, chosen.seed)) if name in order else []
         fresh = _converted(layer, seen, chosen)
         for alias in [n for n, m in source.named_modules(remove_duplicate=False) if m is layer]:
             parent, _, last = alias.rpartition(".")
@@ -112,14 +112,15 @@ def _order(source: nn.Module, batches: Sequence[Any], names: dict[int, str]) -> 
     return list(found)
 
 
-def _seen(source: nn.Module, made: nn.Module, name: str, batches: Sequence[Any]) -> Iterator[Seen]:
+def _seen(source: nn.Module, made: nn.Module, name: str, batches: Sequence[Any], seed: int) -> Iterator[Seen]:
     """What the layer gets in both, and makes in the float one, at every call."""
-    layer = source.get_submodule(name)
+    layer, place = source.get_submodule(name), 0
     for batch in batches:
         for x, q in zip(*(_inputs(m, name, batch) for m in (source, made)), strict=True):
             x, q = _as_images(x, layer), _as_images(q, layer)
             y = _as_images(layer(x if isinstance(layer, nn.Conv2d) else x.flatten(1)), layer)
-            yield Seen(q, y, torch.ones(len(y), y.shape[2] * y.shape[3]))
+            yield from seen_evenly(q, y, seed, place)
+            place += len(y)
 
 
 def _inputs(module: nn.Module, name: str, batch: Any) -> list[Tensor]:
@@ -146,7 +147,7 @@ def _converted(layer: nn.Module, seen: list[Seen], plan: ModulePlan) -> nn.Modul
     bits = plan.bits if conv.weight.shape[1] > 1 else 8
     fitted: QConv
     if seen and node is not None and plan.fit == "gptq":
-        found = fit_layer(node, conv.weight, Width(bits, plan.block_size), seen, plan.seed)
+        found = fit_layer(node, conv.weight, Width(bits, plan.block_size), seen)
         fitted = with_shifts(node, found, seen)
     else:
         fitted = QConv(fit_weight(conv.weight, bits, plan.block_size), bias)

@@ -5,15 +5,18 @@ A file's name is the key of everything that decides its content, so a cache is n
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
+import torch
 from safetensors import safe_open
 from torch import Tensor
 
 from dsconvert.calibration import Calibration
 from dsconvert.dsconv.tensor import Width
 from dsconvert.files import write_atomic
+from dsconvert.fit.kept import Room
+from dsconvert.fit.seen import Drawn, Places
 from dsconvert.graph.integer import QParams
 from dsconvert.unfinished import DAMAGE, sealed, unsealed
 
@@ -21,16 +24,17 @@ META = "dsconvert.calibration"
 
 
 def remembered(
-    folder: Path | None, key: str, make: Callable[[], Calibration], check: Callable[[Calibration], None]
+    folder: Path | None, key: str, make: Callable[[], Calibration], check: Callable[[Calibration], None], room: Room
 ) -> Calibration:
     """What is kept under the key (hexadecimal), else what is made, which is kept then. No folder: nothing is kept.
 
-    A file that cannot be read, or whose content `check` raises ValueError or KeyError for, is made again. Raises
-    InputError when the folder cannot be written."""
+    What is kept lacks the float network's outputs (see `calibration.float_outputs`): they are large and soon made
+    again, in the `room`. A file that cannot be read, or whose content `check` raises ValueError or KeyError for, is
+    made again as a whole. Raises InputError when the folder cannot be written."""
     if folder is None:
         return make()
     path = folder / f"{key}.safetensors"
-    found = _read(path, check)
+    found = _read(path, check, room)
     if found is None:
         found = make()
         write_atomic(path, calibration_bytes(found), force=True)
@@ -45,23 +49,31 @@ def calibration_bytes(calibration: Calibration) -> bytes:
             name: [[*width, damage] for width, damage in by_width.items()]
             for name, by_width in calibration.damage.items()
         },
+        "even": [name for name, drawn in calibration.drawn.items() if drawn.even],
     }
-    kinds = {"positions": calibration.positions, "channels": calibration.channels}
+    kinds = {
+        "picks": {name: torch.stack([p.picks for p in drawn.places]) for name, drawn in calibration.drawn.items()},
+        "weights": {name: torch.stack([p.weights for p in drawn.places]) for name, drawn in calibration.drawn.items()},
+        "channels": calibration.channels,
+    }
     tensors = {f"{kind}/{name}": t for kind, named in kinds.items() for name, t in named.items()}
     return sealed(tensors, META, about)
 
 
-def _read(path: Path, check: Callable[[Calibration], None]) -> Calibration | None:
+def _read(path: Path, check: Callable[[Calibration], None], room: Room) -> Calibration | None:
     try:
         with safe_open(path, framework="pt") as stored:
             about, stored_tensors = unsealed(stored, META)
-            tensors: dict[str, dict[str, Tensor]] = {"positions": {}, "channels": {}}
+            tensors: dict[str, dict[str, Tensor]] = {"picks": {}, "weights": {}, "channels": {}}
             for key, value in stored_tensors.items():
                 kind, name = key.split("/", 1)
                 tensors[kind][name] = value
             found = Calibration(
                 {name: QParams(float(scale), int(zero)) for name, (scale, zero) in about["own"].items()},
-                tensors["positions"],
+                {
+                    name: _drawn(zip(picks, tensors["weights"][name], strict=True), name in about["even"], room)
+                    for name, picks in tensors["picks"].items()
+                },
                 tensors["channels"],
                 {
                     name: {
@@ -74,3 +86,11 @@ def _read(path: Path, check: Callable[[Calibration], None]) -> Calibration | Non
     except DAMAGE:
         return None
     return found
+
+
+def _drawn(places: Iterable[tuple[Tensor, Tensor]], even: bool, room: Room) -> Drawn:
+    """Positions of images as `Drawn` has them, still without outputs."""
+    made = [Places(*p) for p in places]
+    drawn = Drawn(room, len(made))
+    drawn.places, drawn.even = made, even
+    return drawn

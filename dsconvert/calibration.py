@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -14,10 +15,13 @@ from torch import Tensor
 from dsconvert import workers
 from dsconvert.dsconv.tensor import Width
 from dsconvert.errors import InputError
+from dsconvert.fit import draws
 from dsconvert.fit.channels import is_moment
-from dsconvert.fit.importance import measure_importance
+from dsconvert.fit.importance import Part, measure_importance
+from dsconvert.fit.kept import Kept, Room
 from dsconvert.fit.leftover import left_over
 from dsconvert.fit.ranges import choose_grids
+from dsconvert.fit.seen import Drawn, check_drawn
 from dsconvert.fit.sensitivity import damage_of
 from dsconvert.fit.synthesize import synthesize
 from dsconvert.fit.threads import in_order
@@ -28,14 +32,11 @@ from dsconvert.graph.shapes import value_shapes
 from dsconvert.modelcheck import check_grid
 from dsconvert.yolo.checkpoint import Checkpoint
 from dsconvert.yolo.decode import detection_measure
-from dsconvert.yolo.images import calibration_batches, none_readable
+from dsconvert.yolo.images import letterbox, none_readable, read_image
 from dsconvert.yolo.network import Head
 from dsconvert.yolo.wishes import wished
 
 BATCH = 4
-# What lockstep fitting may keep of both networks' values on one machine: 3 bytes each (half, uint8), or 6 with float
-# activations (half, float32). More images than fit in are left out.
-LOCKSTEP_BYTES = 5 << 28
 MOST_VALUE = 60000  # of activations, which are kept as halves
 SYNTHETIC_IMAGES, SYNTHETIC_SIDE, SYNTHETIC_STEPS = 48, 320, 80
 
@@ -44,33 +45,33 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class Images:
-    """uint8 batches (n, 3, side, side) that this process looks at, the place of the first of them among all `count`
-    calibration images, and why files could not be read."""
+    """The calibration images, letterboxed, as this process has them."""
 
-    batches: list[Tensor]
-    first: int
-    count: int
-    skipped: tuple[str, ...] = ()
+    pixels: Kept  # its own images (3, side, side), uint8
+    part: Part  # which of all they are
+    side: int  # in pixels
+    skipped: tuple[str, ...] = ()  # why files could not be read
 
-    def real(self, device: str) -> Iterator[Tensor]:
-        """The batches as the network reads them, 0..1, made one at a time."""
-        return (b.to(device).float() / 255 for b in self.batches)
+    def one(self, index: int, device: str) -> Tensor:
+        """An image (1, 3, side, side) as the network reads it, 0..1."""
+        return self.pixels.get(index).to(device).float()[None] / 255
 
-    def singles(self, device: str) -> Iterator[Tensor]:
-        """The same, one image (1, 3, side, side) at a time."""
-        return (image for batch in self.real(device) for image in batch.split(1))
+    def digest(self) -> str:
+        """A key of all pixels."""
+        digest = hashlib.sha256()
+        for index in range(self.part.mine):
+            digest.update(self.pixels.get(index).numpy().tobytes())
+        return digest.hexdigest()
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """Activation grids by value name (none: activations stay float), weights of every convolution's output positions
-    in this process's images and the second moments of its output channels' gradients (see `Importance`), and the
-    damage that each width of each layer would do."""
+    """What the images say of the float network."""
 
-    own: Mapping[str, QParams]
-    positions: Mapping[str, Tensor]
-    channels: Mapping[str, Tensor]
-    damage: Mapping[str, Mapping[Width, float]]
+    own: Mapping[str, QParams]  # activation grids by value name; none: activations stay float
+    drawn: Mapping[str, Drawn]  # by convolution name, what was drawn from this process's images (see `Importance`)
+    channels: Mapping[str, Tensor]  # second moments of output channels' gradients (see `Importance`)
+    damage: Mapping[str, Mapping[Width, float]]  # what each width of each layer would do
 
 
 def check_calibration(
@@ -86,15 +87,13 @@ def check_calibration(
         raise ValueError("grids")
     for name, grid in found.own.items():
         check_grid(name, grid)
-    _, channels, height, width = images.batches[0].shape
-    shapes = value_shapes(graph, {n: tuple(p.weight.shape) for n, p in params.items()}, (channels, height, width))
-    mine = sum(map(len, images.batches))
-    wanted = {n.name: (mine, shapes[n.name][1] * shapes[n.name][2]) for n in graph.convs()}
-    if {name: tuple(w.shape) for name, w in found.positions.items()} != wanted:
-        raise ValueError("shapes of positions")
-    for weights in found.positions.values():
-        if weights.dtype != torch.float32 or not bool(torch.isfinite(weights).all()) or float(weights.min()) < 0:
-            raise ValueError("positions")
+    sizes = {n: tuple(p.weight.shape) for n, p in params.items()}
+    shapes = value_shapes(graph, sizes, (3, images.side, images.side))
+    most = draws.positions_each(images.part.all)
+    if set(found.drawn) != {n.name for n in graph.convs()}:
+        raise ValueError("positions")
+    for name, drawn in found.drawn.items():
+        check_drawn(drawn, images.part.mine, shapes[name][1] * shapes[name][2], most)
     if {name: tuple(c.shape) for name, c in found.channels.items()} != {
         n.name: (len(params[n.name].weight),) * 2 for n in graph.convs()
     }:
@@ -108,25 +107,36 @@ def check_calibration(
         raise ValueError("damage")
 
 
-def decoded(paths: Sequence[Path], side: int, report: Progress) -> Images:
+def decoded(paths: Sequence[Path], side: int, report: Progress, room: Room) -> Images:
     """This process's part of the photographs, letterboxed; each is decoded once. Raises InputError when a process has
     none that can be read."""
-    batches, skipped = [], []
     paths = paths[workers.share(len(paths), BATCH)]
-    for batch, bad in calibration_batches(paths, side, BATCH):
-        skipped += bad
-        if len(batch):
-            batches.append((batch * 255).round().to(torch.uint8))
-        report("images", min(len(batches) * BATCH, len(paths)), len(paths))
-    found = _placed(batches, [reason for reasons in workers.gathered(skipped) for reason in reasons])
-    if not found.count:
+    pixels, mine, skipped = room.kept(len(paths), (3, side, side), torch.uint8), 0, []
+
+    def read(path: Path) -> Tensor | str:
+        try:
+            return torch.from_numpy(letterbox(read_image(path), side)[0]).permute(2, 0, 1)
+        except InputError as error:
+            return str(error)
+
+    for done, image in enumerate(in_order(read, paths), 1):
+        if isinstance(image, str):
+            skipped.append(image)
+        else:
+            pixels.put(mine, image)
+            mine += 1
+        report("images", done, len(paths))
+    found = _placed(pixels, mine, side, [reason for reasons in workers.gathered(skipped) for reason in reasons])
+    if not found.part.all:
         raise none_readable(found.skipped, "calibration images")
-    if not all(workers.gathered(len(batches))):
-        raise InputError(f"{found.count} calibration images are too few for {workers.count()} processes.")
+    if not all(workers.gathered(mine)):
+        raise InputError(f"{found.part.all} calibration images are too few for {workers.count()} processes.")
     return found
 
 
-def synthetic(checkpoint: Checkpoint, imgsz: int, samples: int, seed: int, report: Progress) -> Images:
+def synthetic(
+    checkpoint: Checkpoint, imgsz: int, samples: int, seed: int, report: Progress, room: Room
+) -> Images:  # fmt: skip
     """Images made up from the checkpoint's BatchNorm statistics, with objects that it detects; as far as `samples`
     allows, each once more as its mirror image. Raises InputError where it has no such statistics left."""
     side, drawn = min(imgsz, SYNTHETIC_SIDE), min(samples, SYNTHETIC_IMAGES)
@@ -141,41 +151,28 @@ def synthetic(checkpoint: Checkpoint, imgsz: int, samples: int, seed: int, repor
         ) from None
     made = torch.cat(list(batches))[:drawn]
     made = torch.cat((made, made.flip(3)))[:samples]
-    count = len(made)
-    mine = made[workers.share(count, BATCH)]
-    if count < workers.count():
-        raise InputError(f"{count} calibration images are too few for {workers.count()} processes.")
-    return _placed([(part * 255).round().to(torch.uint8).cpu() for part in mine.split(BATCH)])
+    if len(made) < workers.count():
+        raise InputError(f"{len(made)} calibration images are too few for {workers.count()} processes.")
+    mine = (made[workers.share(len(made), BATCH)] * 255).round().to(torch.uint8).cpu()
+    pixels = room.kept(len(mine), (3, side, side), torch.uint8)
+    for index, image in enumerate(mine):
+        pixels.put(index, image)
+    return _placed(pixels, len(mine), side)
 
 
-def _placed(batches: list[Tensor], skipped: Sequence[str] = ()) -> Images:
-    counts = workers.gathered(sum(map(len, batches)))
-    return Images(batches, sum(counts[: workers.number()]), sum(counts), tuple(skipped))
+def _placed(pixels: Kept, mine: int, side: int, skipped: Sequence[str] = ()) -> Images:
+    counts = workers.gathered(mine)
+    return Images(pixels, Part(sum(counts[: workers.number()]), mine, sum(counts)), side, tuple(skipped))
 
 
-def bounded(graph: Graph, params: Mapping[str, ConvParams], images: Images, device: str, value_bytes: int) -> Images:
-    """As many of the batches, evenly spread, as may be kept at any time with so many bytes a value.
+def check_values(graph: Graph, params: Mapping[str, ConvParams], image: Tensor) -> None:
+    """Raises InputError when the network's values overflow on an image (1, 3, h, w)."""
 
-    Raises InputError when the network's values overflow on the first of them."""
-    most = LOCKSTEP_BYTES // value_bytes // workers.here()
-    sizes: dict[str, int] = {}
-    batches = images.batches
-    one = batches[0][:1].to(device).float() / 255
-
-    def note(name: str, value: Tensor) -> None:
+    def check(name: str, value: Tensor) -> None:
         if not float(value.abs().max()) < MOST_VALUE:  # NaN is not
             raise InputError(f"The values of layer {name} are infinite or beyond {MOST_VALUE}: it cannot be converted.")
-        sizes[name] = value.numel()
 
-    run_float(graph, params, one, note)
-    alive, peak, last = 0, 0, graph.last_use()
-    for index, node in enumerate(graph.nodes):
-        alive += sizes[node.name]
-        peak = max(peak, alive)
-        alive -= sum(sizes[name] for name in set(node.inputs) if last[name] == index and name in sizes)
-    fitting = max(1, most // (peak * len(batches[0])))
-    count = min(fitting, len(batches))
-    return replace(_placed([batches[i * len(batches) // count] for i in range(count)]), skipped=images.skipped)
+    run_float(graph, params, image, check)
 
 
 def calibrate(
@@ -188,30 +185,51 @@ def calibrate(
     device: str,
     quantized: bool,
     report: Progress,
+    room: Room,
 ) -> Calibration:
     """Look at the images once. `widths` are those of each layer whose damage is wanted; `quantized`: whether
-    activations will be."""
-    mine = sum(map(len, images.batches))
+    activations will be; what is drawn from the images goes to the `room`."""
 
-    def singles() -> Iterable[Tensor]:
-        for done, image in enumerate(images.singles(device), 1):
-            yield image
-            report("importance", done, mine)
+    def singles() -> Iterator[Tensor]:
+        for index in range(images.part.mine):
+            yield images.one(index, device)
+            report("importance", index + 1, images.part.mine)
 
     def measure(raw: list[Tensor], reference: list[Tensor]) -> list[Tensor]:
         return detection_measure(raw, reference, head)
 
     chosen = list(widths)
-    found = measure_importance(graph, params, singles(), measure, seed, chosen, images.first)
+    found = measure_importance(graph, params, singles(), measure, seed, chosen, images.part, room)
     own = choose_grids(graph, found.samples, found.clipping, seed) if quantized else {}
     damage: dict[str, dict[Width, float]] = {}
     if widths:
-        again = images.singles(device)
-        left = left_over(graph, params, again, found.positions, found.channels, images.count, seed, images.first)
+        again = partial(images.one, device=device)
+        left = left_over(graph, params, again, found.drawn, found.channels, images.part)
 
         def foretold(name: str) -> dict[Width, float]:
             made = damage_of(params[name].weight.cpu(), widths[name], found.squares[name])
             return {width: d * left[name].of(width) if name in left else d for width, d in made.items()}
 
         damage = dict(zip(chosen, in_order(foretold, chosen), strict=True))
-    return Calibration(own, found.positions, found.channels, damage)
+    return Calibration(own, found.drawn, found.channels, damage)
+
+
+def float_outputs(
+    graph: Graph, params: Mapping[str, ConvParams], images: Images, drawn: Mapping[str, Drawn], device: str
+) -> None:
+    """Let the float network make its outputs at positions that are drawn already."""
+
+    def one(index: int) -> dict[str, Tensor]:
+        found: dict[str, Tensor] = {}
+
+        def note(name: str, value: Tensor) -> None:
+            if name in drawn:
+                picks = drawn[name].get(index).picks
+                found[name] = value[0].flatten(1)[:, picks.to(value.device)].cpu()
+
+        run_float(graph, params, images.one(index, device), note)
+        return found
+
+    for index, found in enumerate(in_order(one, range(images.part.mine))):
+        for name, outputs in found.items():
+            drawn[name].put_outputs(index, outputs)

@@ -29,7 +29,7 @@ from dsconvert.budget import (
 )
 from dsconvert.calibcache import remembered
 from dsconvert.calibration import Progress as Progress
-from dsconvert.calibration import bounded, calibrate, check_calibration, decoded, synthetic
+from dsconvert.calibration import calibrate, check_calibration, check_values, decoded, float_outputs, synthetic
 from dsconvert.dsconv.tensor import DSTensor, Width, used_width
 from dsconvert.errors import InputError
 from dsconvert.evaluate.drop import map_drop
@@ -38,6 +38,7 @@ from dsconvert.export.compact import compact
 from dsconvert.export.onnx import PLAIN, Ends, export_float, export_quantized
 from dsconvert.files import write_atomic
 from dsconvert.fit.gptq import fit_layer
+from dsconvert.fit.kept import MEMORY, Room
 from dsconvert.fit.lockstep import FitLayer, fit_lockstep
 from dsconvert.fit.real_alpha import fit_layer_real
 from dsconvert.fit.seen import Seen
@@ -126,6 +127,7 @@ def quantize(
     torch.manual_seed(options.seed)
     report = progress or (lambda stage, done, total: None)
     device = workers.device(options.device)
+    room = Room(cache or (unfinished.parent if unfinished is not None else None), MEMORY // workers.here())
     network, head = checkpoint.network.to(device), checkpoint.head
     paths = None if options.calib is None else spread(calibration_images(options.calib), options.samples)
     held_back: list[Path] = []
@@ -133,26 +135,28 @@ def quantize(
         held_back = paths[HELD_BACK - 1 :: HELD_BACK]
         paths = [p for p in paths if p not in set(held_back)]
     if paths is None:
-        images = synthetic(checkpoint, options.imgsz, options.samples, options.seed, report)
+        images = synthetic(checkpoint, options.imgsz, options.samples, options.seed, report, room)
     else:
-        images = decoded(paths, options.imgsz, report)
+        images = decoded(paths, options.imgsz, report, room)
     graph, params = split_detect(*lower(network.fuse()), head)
     chosen = sorted(choose_convs(network, graph, options.blocks, options.scope))
     quantized = options.activations == "int8"
-    images = bounded(graph, params, images, device, 3 if quantized else 6)
-    key = {**asdict(options), "calib": None, "images": [images.first, images.count]}
+    check_values(graph, params, images.one(0, device))
+    key = {**asdict(options), "calib": None, "images": [images.part.first, images.part.all]}
     sizes = [options.block_size] if options.block_size else BLOCK_SIZES
     judged = {
         name: widths_of(params[name].weight.shape[1], BITS, sizes) for name in (chosen if options.bits is None else [])
     }
     seen = {k: key[k] for k in ("images", "imgsz", "seed", "device", "activations")}
     seen["widths"] = judged
-    pixels = run_key(*images.batches) if cache is not None or unfinished is not None else ""
+    pixels = images.digest() if cache is not None or unfinished is not None else ""
     calibration = remembered(
         cache, run_key(seen, checkpoint.sha256, pixels),
-        lambda: calibrate(graph, params, head, images, judged, options.seed, device, quantized, report),
-        lambda kept: check_calibration(kept, graph, params, images, judged, quantized),
+        lambda: calibrate(graph, params, head, images, judged, options.seed, device, quantized, report, room),
+        lambda kept: check_calibration(kept, graph, params, images, judged, quantized), room,
     )  # fmt: skip
+    if any(drawn.kept is None for drawn in calibration.drawn.values()):
+        float_outputs(graph, params, images, calibration.drawn, device)
     own, damage = calibration.own, calibration.damage
 
     left: Mapping[str, QConv] = {}
@@ -167,9 +171,8 @@ def quantize(
         wanted = [(n.name, _width(widths, n.name, params[n.name].weight)) for n in graph.convs()]
         together = coupled(graph, widths, calibration.channels, options.kds)
         convs = fit_lockstep(
-            graph, params, _layer_fit(widths, options, together), own, images.real(device),
-            lambda done, total: report("fit", done, total), calibration.positions, usable(left, wanted), keep,
-            images.first,
+            graph, params, _layer_fit(widths, options, together), own, images.pixels, calibration.drawn,
+            images.part.mine, room, device, lambda done, total: report("fit", done, total), usable(left, wanted), keep,
         )  # fmt: skip
         return DSModel(graph, convs, own, head, options.imgsz, _provenance(checkpoint, options, command, damage))
 
@@ -190,7 +193,9 @@ def quantize(
             widths = {name: width._replace(trellis=False) for name, width in widths.items()}
         model = fitted(widths)
     sqnr = {name: _sqnr_db(params[name].weight.cpu(), conv.weight.weight()) for name, conv in model.convs.items()}
-    return Quantized(model, images.count, len(images.skipped), sqnr, drop, images.skipped[0] if images.skipped else "")
+    return Quantized(
+        model, images.part.all, len(images.skipped), sqnr, drop, images.skipped[0] if images.skipped else ""
+    )
 
 
 def _check(options: QuantizeOptions, checkpoint: Checkpoint) -> None:
@@ -242,11 +247,11 @@ def coupled(graph: Graph, widths: Widths, channels: Mapping[str, Tensor], kds: s
 def _layer_fit(widths: Widths, options: QuantizeOptions, channels: Mapping[str, Tensor]) -> FitLayer:
     """DSConv with its width for the chosen convolutions, plain int8 per channel for the others."""
 
-    def fit(node: Node, weight: Tensor, batches: Iterable[Seen]) -> DSTensor | QConv:
+    def fit(node: Node, weight: Tensor, seen: Iterable[Seen]) -> DSTensor | QConv:
         width = _width(widths, node.name, weight)
         if options.kds == "float" and node.name in widths:
-            return fit_layer_real(node, weight, width.bits, width.block_size, batches, options.seed)
-        return fit_layer(node, weight, width, batches, options.seed, channels.get(node.name))
+            return fit_layer_real(node, weight, width.bits, width.block_size, seen)
+        return fit_layer(node, weight, width, seen, channels.get(node.name))
 
     return fit
 

@@ -16,8 +16,9 @@ from hypothesis import settings
 from dsconvert.cli import main
 from dsconvert.dsconv.trellis import fits
 from dsconvert.fit.importance import measure_importance
+from dsconvert.fit.kept import Room
 from dsconvert.fit.least_squares import fit_weight
-from dsconvert.fit.lockstep import fit_lockstep
+from dsconvert.fit.lockstep import fit_lockstep, watch
 from dsconvert.fit.ranges import choose_grids
 from dsconvert.graph.integer import QConv
 from dsconvert.model import DSModel
@@ -127,6 +128,17 @@ def grids_of(graph, params, batches) -> dict:
     return choose_grids(graph, found.samples, found.clipping, 0)
 
 
+def lockstep(graph, params, fit_layer, own, batches, progress=None, room=None):
+    """`fit_lockstep` on batches (n, 3, h, w) 0..1 of whole bytes, every position counting the same."""
+    images = [image for batch in batches for image in batch]
+    room = room or Room()
+    pixels = room.kept(len(images), images[0].shape, torch.uint8)
+    for index, image in enumerate(images):
+        pixels.put(index, (image * 255).round().to(torch.uint8))
+    drawn = watch(graph, params, [pixels.get(i).float() / 255 for i in range(len(images))], 0, room)
+    return fit_lockstep(graph, params, fit_layer, own, pixels, drawn, len(images), room, progress=progress)
+
+
 @pytest.fixture
 def converted(tiny, picture) -> DSModel:
     """The tiny network as `convert` makes it."""
@@ -143,7 +155,7 @@ def convert(network: Network, head: Head, picture: torch.Tensor) -> DSModel:
         name: fit_weight(p.weight, 8, p.weight.shape[1]) if name in plain else fit_weight(p.weight, 4, 16)
         for name, p in params.items()
     }
-    convs = fit_lockstep(graph, params, lambda node, weight, pairs: weights[node.name], own, batches)
+    convs = lockstep(graph, params, lambda node, weight, seen: weights[node.name], own, batches)
     return DSModel(graph, convs, own, head, SIDE, {})
 
 

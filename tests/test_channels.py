@@ -11,7 +11,7 @@ from dsconvert.fit.channels import PARTS, SHRINK, damped, is_moment, made_up_for
 from dsconvert.fit.gptq import Moments, fit_layer, fit_weight_gptq
 from dsconvert.fit.least_squares import fit_weight
 from dsconvert.fit.lockstep import with_shifts
-from dsconvert.fit.seen import Seen
+from dsconvert.fit.seen import Seen, seen_evenly
 from dsconvert.graph.integer import QParams
 from dsconvert.graph.ir import Graph, Node
 from dsconvert.graph.run import conv
@@ -113,9 +113,9 @@ def test_a_fitted_layer_keeps_its_scale_and_has_the_right_mean():
     """y = 0.8 x + 1, fitted by moments, and for a weight alone by regression."""
     x = torch.rand(2, 1, 4, 4, generator=torch.Generator().manual_seed(0))
     weight = torch.ones(1, 1, 1, 1)
-    seen = Seen(x, 0.8 * x + 1, torch.ones(2, 16))
-    kept = fit_layer(POINT, weight, Width(4, 1), [seen], 0)
-    refitted = with_shifts(POINT, fit_weight(weight, 4, 1), [seen])
+    seen = list(seen_evenly(x, 0.8 * x + 1, 0))
+    kept = fit_layer(POINT, weight, Width(4, 1), seen)
+    refitted = with_shifts(POINT, fit_weight(weight, 4, 1), seen)
     assert with_shifts(POINT, kept, []) is kept
     # damped by a tenth towards the weight's 1: (0.8 + 0.1) / 1.1
     assert float(kept.weight.weight()) == pytest.approx(0.9 / 1.1, rel=1e-4)
@@ -129,17 +129,19 @@ def test_a_bias_makes_the_means_equal_that_a_convolution_has(kernel, stride, dil
     generator = torch.Generator().manual_seed(kernel)
     padding = dilation * (kernel // 2)
     node = Node("conv", "c", ("x",), {"stride": stride, "padding": padding, "dilation": dilation, "groups": 1})
-    weight, batches, grid = torch.randn(5, 8, kernel, kernel, generator=generator), [], QParams(0.02, 50)
-    for first in (0, 2):
+    weight, images, grid = torch.randn(5, 8, kernel, kernel, generator=generator), [], QParams(0.02, 50)
+    for _ in range(2):
         q = torch.randint(0, 256, (2, 8, 9, 8), generator=generator).to(torch.uint8)
         y = conv(node, grid.dequantize(q.float()), weight, None) + torch.randn(5, generator=generator)[:, None, None]
-        batches.append(Seen(q, y, torch.rand(2, y[0, 0].numel(), generator=generator), first, grid))
-    made = fit_layer(node, weight, Width(4, 8), batches, 0)
+        every = torch.arange(y[0, 0].numel())
+        weights = torch.rand(2, len(every), generator=generator)
+        images += [Seen(q[i], y[i].flatten(1), every, weights[i], grid) for i in range(2)]
+    made = fit_layer(node, weight, Width(4, 8), images)
     total = torch.zeros(5, dtype=torch.float64)
-    for s in batches:
-        met = conv(node, grid.dequantize(s.input.float()), made.weight.weight(), made.bias)
-        total += ((s.float_output - met).double().flatten(2) * s.weights[:, None]).sum((0, 2))
-    total /= sum(s.weights.double().sum() for s in batches)
+    for s in images:
+        met = conv(node, grid.dequantize(s.input[None].float()), made.weight.weight(), made.bias)[0].flatten(1)
+        total += ((s.float_output - met).double() * s.weights).sum(1)
+    total /= sum(s.weights.double().sum() for s in images)
     torch.testing.assert_close(total, torch.zeros_like(total), rtol=0, atol=1e-5)  # of float32 values about 10
 
 

@@ -8,6 +8,7 @@ import torch
 from torch.nn import functional as F
 
 from dsconvert.dsconv.tensor import DSTensor, Width, largest_pair
+from dsconvert.fit import draws
 from dsconvert.fit.gptq import (
     DAMPING,
     Moments,
@@ -18,7 +19,7 @@ from dsconvert.fit.gptq import (
     measure_moments,
 )
 from dsconvert.fit.least_squares import fit_weight
-from dsconvert.fit.seen import Seen
+from dsconvert.fit.seen import Seen, seen_evenly
 from dsconvert.graph.ir import Node
 
 CONV = Node("conv", "c", ("x",), {"stride": 1, "padding": 1, "dilation": 1, "groups": 1})
@@ -33,15 +34,19 @@ def inputs(seed: int, channels: int = 8, noise: float = 0.1) -> tuple[torch.Tens
     return x, q
 
 
-def seen(x: torch.Tensor, q: torch.Tensor, weights: torch.Tensor | None = None, first: int = 0) -> Seen:
-    """A batch as the layer sees it, its float outputs twice its float inputs; positions count the same by default."""
-    return Seen(q, 2 * x, torch.ones(len(x), x.shape[2] * x.shape[3]) if weights is None else weights, first)
+def seen(x: torch.Tensor, q: torch.Tensor, weights: torch.Tensor | None = None, first: int = 0) -> list[Seen]:
+    """Images as the layer sees them, its float outputs twice its float inputs; positions count the same by default."""
+    weights = torch.ones(len(x), x.shape[2] * x.shape[3]) if weights is None else weights
+    made = []
+    for index, (one, given, counts) in enumerate(zip(x, q, weights, strict=True), first):
+        picks, drawn = draws.positions(counts.double(), draws.of_image(0, index))
+        made.append(Seen(given, 2 * one.flatten(1)[:, picks], picks, drawn.float()))
+    return made
 
 
 def moments_of(weight: torch.Tensor, x: torch.Tensor, q: torch.Tensor) -> Moments:
     """Moments of a convolution by CONV of x, seen as q."""
-    seen = Seen(q, F.conv2d(x, weight, padding=1), torch.ones(len(x), x.shape[2] * x.shape[3]))
-    return measure_moments(CONV, weight.shape, [seen], seed=0)
+    return measure_moments(CONV, weight.shape, seen_evenly(q, F.conv2d(x, weight, padding=1), 0))
 
 
 def objective(
@@ -60,7 +65,7 @@ def objective(
 
 def test_moments_are_the_covariances_of_the_unfolded_inputs_and_the_outputs():
     x, q = inputs(0, 3)
-    got = measure_moments(CONV, torch.Size((3, 3, 3, 3)), [seen(x[:2], q[:2]), seen(x[2:], q[2:])], seed=0)
+    got = measure_moments(CONV, torch.Size((3, 3, 3, 3)), [*seen(x[:2], q[:2]), *seen(x[2:], q[2:], first=2)])
     columns = [v.transpose(0, 1).flatten(1).double().numpy() for v in (2 * x, F.unfold(q, 3, padding=1))]
     cy, cq = (c - c.mean(1, keepdims=True) for c in columns)
     # sums of float32 products over 576 positions
@@ -72,7 +77,7 @@ def test_moments_of_inputs_that_vary_little_around_much():
     x, q = inputs(4, 3)
     node = Node("conv", "c", ("x",), {**CONV.attrs, "padding": 0})
     x, q = x + 1000, (q + 500).half().float()
-    got = measure_moments(node, torch.Size((3, 3, 1, 1)), [seen(x[:2], q[:2]), seen(x[2:], q[2:])], seed=0)
+    got = measure_moments(node, torch.Size((3, 3, 1, 1)), [*seen(x[:2], q[:2]), *seen(x[2:], q[2:], first=2)])
     y, c = ((v - v.mean(1, keepdim=True)).numpy() for v in (t.transpose(0, 1).flatten(1).double() for t in (2 * x, q)))
     # without care float32 would err by 500^2 * 6e-8 = 0.015 and more
     np.testing.assert_allclose(got.hessian.numpy(), c @ c.T / c.shape[1], atol=1e-5)
@@ -85,7 +90,7 @@ def test_moments_weight_positions_by_importance():
     twice = torch.zeros(4, 144)
     twice[0], twice[1, 5] = 1.0, 2.0
     node = Node("conv", "c", ("x",), {**CONV.attrs, "padding": 0})
-    got = measure_moments(node, torch.Size((4, 4, 1, 1)), [seen(x, q, twice)], seed=0)
+    got = measure_moments(node, torch.Size((4, 4, 1, 1)), seen(x, q, twice))
     columns = [torch.cat((v[0].flatten(1), v[1].flatten(1)[:, [5, 5]]), 1).double().numpy() for v in (2 * x, q)]
     cy, cq = (c - c.mean(1, keepdims=True) for c in columns)
     np.testing.assert_allclose(got.hessian.numpy(), cq @ cq.T / 146, atol=1e-5)
@@ -97,7 +102,7 @@ def test_many_positions_are_drawn_by_weight():
     x[..., 32:] = 1.0
     weights = torch.where(x.flatten(1) > 0, 3.0, 1.0)  # three quarters of the weight lies on ones
     node = Node("conv", "c", ("x",), {**CONV.attrs, "padding": 0})
-    got = measure_moments(node, torch.Size((1, 1, 1, 1)), [seen(x, x, weights)], seed=0)
+    got = measure_moments(node, torch.Size((1, 1, 1, 1)), seen(x, x, weights))
     # variance of a coin of chance 3/4 is 3/16; 1024 draws give it to 0.4/32 at one sigma of the chance, 5 sigma here
     assert got.hessian.item() == pytest.approx(3 / 16, abs=5 * 0.0135 * 0.5)
 
@@ -108,8 +113,8 @@ def test_an_image_is_drawn_from_alike_in_any_batch():
     node = Node("conv", "c", ("x",), {**CONV.attrs, "padding": 0})
 
     def hessian(*parts: tuple[slice, int]) -> torch.Tensor:
-        batches = [seen(x[part], x[part], weights[part], first) for part, first in parts]
-        return measure_moments(node, torch.Size((2, 2, 1, 1)), batches, seed=0).hessian
+        images = [s for part, first in parts for s in seen(x[part], x[part], weights[part], first)]
+        return measure_moments(node, torch.Size((2, 2, 1, 1)), images).hessian
 
     both = hessian((slice(1, 3), 1))
     # float32 sums in another order
@@ -229,4 +234,4 @@ def test_the_multiplier_is_the_best_of_all():
 def test_grouped_convolutions_fall_back_to_least_squares():
     node = Node("conv", "c", ("x",), {**CONV.attrs, "groups": 2})
     weight = torch.randn(4, 2, 3, 3)
-    assert torch.equal(fit_layer(node, weight, Width(4, 2), [], 0).vqk, fit_weight(weight, 4, 2).vqk)
+    assert torch.equal(fit_layer(node, weight, Width(4, 2), []).vqk, fit_weight(weight, 4, 2).vqk)

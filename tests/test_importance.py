@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dsconvert.fit import importance
-from dsconvert.fit.importance import gradients, judged, measure_importance
+from dsconvert.fit.importance import Part, gradients, judged, measure_importance
 from dsconvert.graph.ir import INPUT, ConvParams, Graph, Node
 from dsconvert.yolo.decode import decode, detection_measure
 from dsconvert.yolo.lower import lower, split_detect
@@ -44,7 +44,9 @@ def test_mean_squared_gradient_is_the_gauss_newton_diagonal():
 def test_positions_are_the_root_of_the_squared_gradients_over_channels():
     x = torch.tensor([[[[1.0, -2.0]]]])
     found = measure_importance(CHAIN, PARAMS, [x, x], lambda raw, _: [2 * raw[0]], seed=0)
-    assert found.positions["a"].tolist() == [[6, 10], [6, 10]]
+    assert [found.drawn["a"].get(i).weights.tolist() for i in range(2)] == [[6, 10], [6, 10]]
+    assert [found.drawn["a"].get(i).picks.tolist() for i in range(2)] == [[0, 1], [0, 1]]
+    assert found.drawn["a"].outputs(1).tolist() == [[1, -2], [-1, 2]]
     # one channel's gradient at a time: 6 and 10 long, in both images
     wanted = torch.tensor([[12.0, 0.0], [0.0, 20.0]])
     torch.testing.assert_close(found.channels["a"], wanted)  # square roots in float32
@@ -55,8 +57,9 @@ def test_an_image_draws_the_same_wherever_it_is_looked_at():
     """Two processes with a part of the images each find together what one finds."""
     images = [torch.randn(1, 1, 60, 60, generator=torch.Generator().manual_seed(i)) for i in range(3)]
 
-    def measure(part, first):
-        return measure_importance(CHAIN, PARAMS, part, lambda raw, _: [raw[0].square()], 7, first=first)
+    def measure(mine, first):
+        part = Part(first, len(mine), 3)
+        return measure_importance(CHAIN, PARAMS, mine, lambda raw, _: [raw[0].square()], 7, part=part)
 
     whole, parts = measure(images, 0), [measure(images[:1], 0), measure(images[1:], 1)]
     for name, (values, weights) in whole.samples.items():
@@ -70,11 +73,12 @@ def test_every_second_image_stands_for_two():
     images = [torch.full((1, 1, 1, 2), float(i + 1)) for i in range(6)]
 
     def measure(images, first):
-        return measure_importance(CHAIN, PARAMS, images, lambda raw, _: [raw[0]], 0, ["c"], first)
+        part = Part(first, len(images), 6)
+        return measure_importance(CHAIN, PARAMS, images, lambda raw, _: [raw[0]], 0, ["c"], part)
 
     found = measure(images, 0)
     assert found.samples["c"][0].unique().tolist() == [3, 9, 15]
-    assert len(found.positions["c"]) == 6
+    assert len(found.drawn["c"].places) == 6
     single = [measure(images[i : i + 1], i).squares["c"] for i in (0, 2, 4)]  # the draws belong to an image
     torch.testing.assert_close(found.squares["c"], 2 * torch.stack(single).sum(0))
 
@@ -98,7 +102,10 @@ def test_any_number_of_threads_finds_the_same(tiny, picture):
     for name, square in one.squares.items():
         assert torch.equal(square, three.squares[name])
         assert torch.equal(one.channels[name], three.channels[name])
-        assert torch.equal(one.positions[name], three.positions[name])
+        for index in range(len(images)):
+            mine, theirs = (found.drawn[name] for found in (one, three))
+            assert all(torch.equal(a, b) for a, b in zip(mine.get(index), theirs.get(index), strict=True))
+            assert torch.equal(mine.outputs(index), theirs.outputs(index))
     for name, (values, weights) in one.samples.items():
         assert torch.equal(values, three.samples[name][0])
         assert torch.equal(weights, three.samples[name][1])
@@ -127,7 +134,7 @@ def test_split_detect_changes_no_number(tiny, picture):
     network, head = tiny
     graph, params = lower(network.fuse())
     apart, parts = split_detect(graph, params, head)
-    assert len(apart.outputs) == 2 * len(graph.outputs)
+    assert len(apart.outputs) == 3 * len(graph.outputs)
     whole, split = (run_float(g, p, picture) for g, p in ((graph, params), (apart, parts)))
     # the same products, summed by another kernel choice
     torch.testing.assert_close(decode(split, head), decode(whole, head), rtol=1e-5, atol=1e-4)

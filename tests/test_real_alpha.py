@@ -14,7 +14,7 @@ from dsconvert.dsconv.tensor import DSTensor, vqk_limits
 from dsconvert.fit.gptq import Moments, fit_weight_gptq
 from dsconvert.fit.least_squares import fit_weight, to_blocks
 from dsconvert.fit.real_alpha import fit_layer_real, fit_weight_real, project_alpha, with_best_alpha
-from dsconvert.fit.seen import Seen
+from dsconvert.fit.seen import seen_evenly
 from dsconvert.graph.integer import QConv
 from dsconvert.graph.ir import Node
 from dsconvert.modelfile import load_model, model_bytes
@@ -117,17 +117,15 @@ def test_fit_layer_uses_what_the_layer_sees_and_keeps_groups_apart():
     x = randn(2, 8, 10, 10)
     weight = randn(4, 8, 3, 3)
     y = torch.nn.functional.conv2d(x, weight, padding=1)
-    seen = [Seen(x + 0.3 * randn(2, 8, 10, 10, seed=9), y, torch.ones(2, 100))]
-    real = fit_layer_real(node, weight, 4, 8, seen, 0)
+    noisy = x + 0.3 * randn(2, 8, 10, 10, seed=9)
+    real = fit_layer_real(node, weight, 4, 8, seen_evenly(noisy, y, 0))
     assert isinstance(real, QConv)
-    error = torch.nn.functional.conv2d(seen[0].input, real.weight.weight(), real.bias, padding=1) - y
+    error = torch.nn.functional.conv2d(noisy, real.weight.weight(), real.bias, padding=1) - y
     # VQK of 4 bits on noisy inputs, a tenth of what there is; the means are equal
     assert error.square().mean() < 0.2 * y.square().mean()
     assert error.mean((0, 2, 3)).abs().max() < 1e-4
     grouped = replace(node, attrs={**node.attrs, "groups": 2})
-    assert torch.equal(
-        fit_layer_real(grouped, weight[:, :4], 4, 8, [], 0).vqk, fit_weight_real(weight[:, :4], 4, 8).vqk
-    )
+    assert torch.equal(fit_layer_real(grouped, weight[:, :4], 4, 8, []).vqk, fit_weight_real(weight[:, :4], 4, 8).vqk)
 
 
 def test_model_file_keeps_alpha(converted, tmp_path):

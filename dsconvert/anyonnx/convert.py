@@ -97,11 +97,11 @@ def quantize_onnx(
 
     def fit(layer: Layer, seen: Callable[[int], Iterator[Seen]]) -> DSTensor | QConv:
         width = used_width(widths[layer.index], layer.weight.shape[1], plan.block_size)
-        return _fit(layer, width, seen, plan.seed)
+        return _fit(layer, width, seen)
 
     with tempfile.TemporaryDirectory(prefix="dsconvert-") as folder, torch.no_grad():
         fitted = fit_lockstep(
-            source, layers, batches(images, source.image, plan.normal), fit, Path(folder), threads,
+            source, layers, batches(images, source.image, plan.normal), fit, Path(folder), threads, plan.seed,
             lambda done, total: report("fit", done, total),
         )  # fmt: skip
     made = OnnxConverted(
@@ -123,7 +123,7 @@ def _bits(layers: list[Layer], bits: int, source: Source) -> dict[int, int]:
     return {layer.index: 8 if layer.index in edges | depthwise else bits for layer in layers}
 
 
-def _fit(layer: Layer, width: Width, seen: Callable[[int], Iterator[Seen]], seed: int) -> DSTensor | QConv:
+def _fit(layer: Layer, width: Width, seen: Callable[[int], Iterator[Seen]]) -> DSTensor | QConv:
     """By GPTQ, each group of channels for itself; where a group has one channel, H is too large, or strides or
     dilations differ, the weight alone by least squares."""
     columns = layer.weight[0].numel()
@@ -133,7 +133,7 @@ def _fit(layer: Layer, width: Width, seen: Callable[[int], Iterator[Seen]], seed
         return fit_weight(layer.weight, *width)
     parts = []
     for group, weight in enumerate(layer.weight.chunk(layer.groups)):
-        moments = measure_moments(layer.node, weight.shape, seen(group), seed)
+        moments = measure_moments(layer.node, weight.shape, seen(group))
         parts.append(moments.with_bias(fit_weight_gptq(weight, moments, *width[:2], trellis=width.trellis)))
     weights = [part.weight for part in parts]
     joined = replace(

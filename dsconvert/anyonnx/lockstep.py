@@ -22,7 +22,7 @@ from dsconvert.dsconv.tensor import DSTensor
 from dsconvert.errors import InputError, refusing
 from dsconvert.evaluate.engines import Session, session
 from dsconvert.fit.lockstep import with_shifts
-from dsconvert.fit.seen import Seen
+from dsconvert.fit.seen import Seen, seen_evenly
 from dsconvert.graph.integer import QConv
 from dsconvert.graph.run import conv
 
@@ -71,6 +71,7 @@ def fit_lockstep(
     fit_layer: FitLayer,
     folder: Path,
     threads: int,
+    seed: int,
     progress: Callable[[int, int], None],
 ) -> dict[int, QConv]:
     """The layers by the index of their node, as `fit_layer` has them; a weight alone gets CDSw and CDSb by `fit_cds`.
@@ -91,7 +92,7 @@ def fit_lockstep(
             _advance(source, side, layers[done:], left, count, threads)
         left -= set(source.needed([layer.value], ()))
         earlier = next((e for e in layers[:done] if e.stored == layer.stored and _alike(e, layer)), None)
-        seen = _watcher(layer, sides[0], sides[1], count)
+        seen = _watcher(layer, sides[0], sides[1], count, seed)
         if earlier is None:
             made = with_shifts(layer.node, fit_layer(layer, seen), seen(WHOLE))
         else:
@@ -143,7 +144,7 @@ def _forget(source: Source, sides: Sequence[_Side], layers: Sequence[Layer], lef
             side.forget(value, count)
 
 
-def _watcher(layer: Layer, floats: _Side, quants: _Side, count: int) -> Callable[[int], Iterator[Seen]]:
+def _watcher(layer: Layer, floats: _Side, quants: _Side, count: int, seed: int) -> Callable[[int], Iterator[Seen]]:
     """What the layer sees in one group of its channels, or with `WHOLE` in all; float outputs before the bias."""
 
     def seen(group: int) -> Iterator[Seen]:
@@ -157,7 +158,7 @@ def _watcher(layer: Layer, floats: _Side, quants: _Side, count: int) -> Callable
                 arrays = [a[:, group * chi : (group + 1) * chi] for a in arrays]
             x, q = (layer.images(a) for a in arrays)
             y = conv(node, x, weight, None)
-            yield Seen(q, y, torch.ones(len(y), y.shape[2] * y.shape[3]), first)
+            yield from seen_evenly(q, y, seed, first)
             first += len(x)
 
     return seen
@@ -167,7 +168,7 @@ def _bias_only(layer: Layer, weight: DSTensor, batches: Iterator[Seen]) -> QConv
     """A weight fitted elsewhere, with the bias that makes up for its mean error here."""
     total, count = torch.zeros(len(weight.vqk), dtype=torch.float64), 0
     for seen in batches:
-        error = seen.float_output - conv(layer.node, seen.input, weight.weight(), None)
-        total += error.sum((0, 2, 3), dtype=torch.float64)
-        count += error[:, 0].numel()
+        met = conv(layer.node, seen.input[None], weight.weight(), None)[0].flatten(1)[:, seen.picks]
+        total += (seen.float_output - met).sum(1, dtype=torch.float64)
+        count += len(seen.picks)
     return QConv(weight, (total / count).float())

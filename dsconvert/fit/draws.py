@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 
 POSITIONS = 256  # taken from each image, the important ones more often
+TOGETHER = 1 << 16  # of one layer over all images: with more, each image gives fewer
+FEWEST = 16  # of an image
 
 
 def of_image(seed: int, index: int) -> torch.Generator:
@@ -13,11 +15,16 @@ def of_image(seed: int, index: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed * 1_000_003 + index)
 
 
-def positions(weights: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Positions and the weights to give them: all when they are few, else a draw with chances by weight."""
+def positions_each(images: int) -> int:
+    """How many positions are drawn from each of so many images. Neighbours say much the same, other images do not."""
+    return min(POSITIONS, max(FEWEST, TOGETHER // images))
+
+
+def positions(weights: Tensor, generator: torch.Generator, most: int = POSITIONS) -> tuple[Tensor, Tensor]:
+    """Positions and the weights to give them: all when they are few, else a draw of `most` with chances by weight."""
     count = len(weights)
-    if count <= POSITIONS:
+    if count <= most:
         return torch.arange(count), weights
-    at = torch.rand(POSITIONS, generator=generator, dtype=torch.float64) * weights.sum()
+    at = torch.rand(most, generator=generator, dtype=torch.float64) * weights.sum()
     picks = torch.searchsorted(weights.cumsum(0), at).clamp_max(count - 1)
-    return picks, weights.sum().expand(POSITIONS) / POSITIONS
+    return picks, weights.sum().expand(most) / most

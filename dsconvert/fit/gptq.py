@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import chain
 
 import numpy as np
 import torch
@@ -27,12 +28,11 @@ from torch.nn import functional as F
 from dsconvert import workers
 from dsconvert.dsconv.tensor import DSTensor, Width, block_count, expand_blocks, max_multiplier, vqk_limits
 from dsconvert.dsconv.trellis import strings, values
-from dsconvert.fit import draws
 from dsconvert.fit.channels import damped as damped_channels
 from dsconvert.fit.channels import gram, made_up_for, parts
 from dsconvert.fit.least_squares import fit_weight, from_blocks, relieve_pairs, to_blocks
 from dsconvert.fit.seen import Seen
-from dsconvert.fit.threads import threads_for
+from dsconvert.fit.threads import batched, in_order, threads_for
 from dsconvert.fit.trellis import round_strings, starting
 from dsconvert.graph.integer import QConv
 from dsconvert.graph.ir import Node
@@ -41,6 +41,7 @@ Floats = NDArray[np.float64]
 # a target (cho, K), columns in order, and CDSw (cho,) -> VQK, or their code, (cho, K), and m (groups, cho)
 Rounded = Callable[[Floats, Floats], tuple[Tensor, Tensor]]
 
+TOGETHER = 16  # images whose positions are multiplied at once: a fixed number, or sums would differ by rounding
 DAMPING = 0.1  # of the mean diagonal of H: ten times GPTQ's, as few positions matter and a hundred images overfit
 
 
@@ -75,33 +76,29 @@ def damped_hessian(hessian: Tensor) -> Tensor:
     return hessian + ridge(hessian) * torch.eye(len(hessian), dtype=hessian.dtype)
 
 
-def measure_moments(node: Node, weight_shape: torch.Size, batches: Iterable[Seen], seed: int) -> Moments:
-    """H and C from batches of what the layer sees (in all processes), groups 1.
-
-    Of each image at most `draws.POSITIONS` output positions are taken, at random in proportion to their weight."""
-    kernel, size = weight_shape[2:], weight_shape[1:].numel()
+def measure_moments(node: Node, weight_shape: torch.Size, images: Iterable[Seen]) -> Moments:
+    """H and C from what the layer sees of every image (in all processes), groups 1."""
+    kernel, size = tuple(weight_shape[2:]), weight_shape[1:].numel()
     hessian, cross = (torch.zeros(n, size, dtype=torch.float64) for n in (size, weight_shape[0]))
     sums, total = torch.zeros(size + weight_shape[0], dtype=torch.float64), torch.zeros((), dtype=torch.float64)
+    runs = batched(images, TOGETHER)
+    first = next(runs, None)
     offset: Tensor | None = None
-    for seen in batches:
-        columns, counts = [], []
-        given = zip(seen.input, seen.float_output, seen.weights, strict=True)
-        for index, (q, y, weights) in enumerate(given, seen.first):
-            picks, w = draws.positions(weights.double(), draws.of_image(seed, index))
-            picks = picks.to(q.device)
-            taken = seen.real(unfolded(q, seen.zero, tuple(kernel), node, picks))
-            columns.append(torch.cat((taken, y.flatten(1)[:, picks].float())))
-            counts.append(w.to(q.device, torch.float32))
-        both, w = torch.cat(columns, 1), torch.cat(counts)
-        if offset is None:  # float32 would lose what varies little around much; the same offset in all processes
-            mean = (both @ w) / w.sum().clamp_min(1e-30)
-            offset = workers.gathered(mean.cpu())[0].to(mean)
+    if first is not None:  # float32 would lose what varies little around much; the same offset in all processes
+        both, w = _columns(node, kernel, first)
+        mean = (both @ w) / w.sum().clamp_min(1e-30)
+        offset = workers.gathered(mean.cpu())[0].to(mean)
+
+    def products(run: Sequence[Seen]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        assert offset is not None
+        both, w = _columns(node, kernel, run)
         root = w.sqrt()
         both.sub_(offset[:, None]).mul_(root)
-        hessian += gram(both[:size]).cpu()
-        cross += (both[size:] @ both[:size].T).cpu()
-        sums += (both @ root).double().cpu()
-        total += w.double().sum().cpu()
+        return gram(both[:size]).cpu(), (both[size:] @ both[:size].T).cpu(), (both @ root).cpu(), w.double().sum().cpu()
+
+    for found in in_order(products, chain([first] if first is not None else [], runs)):
+        for whole, part in zip((hessian, cross, sums, total), found, strict=True):
+            whole += part
     hessian, cross, sums, total = (workers.summed(t) for t in (hessian, cross, sums, total))
     left = sums / total
     left_q, left_y = left.split((size, weight_shape[0]))
@@ -110,6 +107,16 @@ def measure_moments(node: Node, weight_shape: torch.Size, batches: Iterable[Seen
         hessian / total - torch.outer(left_q, left_q), cross / total - torch.outer(left_y, left_q),
         *means.split((size, weight_shape[0])),
     )  # fmt: skip
+
+
+def _columns(node: Node, kernel: tuple[int, ...], run: Sequence[Seen]) -> tuple[Tensor, Tensor]:
+    """Unfolded inputs above float outputs (K + cho, positions) of some images, float32, and the positions' weights."""
+    columns, counts = [], []
+    for seen in run:
+        taken = seen.real(unfolded(seen.input, seen.zero, kernel, node, seen.picks.to(seen.input.device)))
+        columns.append(torch.cat((taken, seen.float_output.to(taken))))
+        counts.append(seen.weights.to(taken))
+    return torch.cat(columns, 1), torch.cat(counts)
 
 
 def unfolded(x: Tensor, zero: int, kernel: tuple[int, ...], node: Node, picks: Tensor) -> Tensor:
@@ -306,13 +313,12 @@ def fit_layer(
     node: Node,
     weight: Tensor,
     width: Width,
-    batches: Iterable[Seen],
-    seed: int,
+    images: Iterable[Seen],
     channels: Tensor | None = None,
 ) -> DSTensor | QConv:
-    """Fit one layer from what it sees; of grouped convolutions the weight alone, by least squares. `channels` as in
-    `fit_weight_gptq`."""
+    """Fit one layer from what it sees of every image; of grouped convolutions the weight alone, by least squares.
+    `channels` as in `fit_weight_gptq`."""
     if node.attrs["groups"] > 1:
         return fit_weight(weight, *width)
-    moments = measure_moments(node, weight.shape, batches, seed)
+    moments = measure_moments(node, weight.shape, images)
     return moments.with_bias(fit_weight_gptq(weight, moments, *width[:2], channels, width.trellis))

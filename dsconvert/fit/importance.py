@@ -19,6 +19,8 @@ from dsconvert import workers
 from dsconvert.fit import draws
 from dsconvert.fit.channels import second_moment
 from dsconvert.fit.clipping import LEVELS, clip_effects
+from dsconvert.fit.kept import Room
+from dsconvert.fit.seen import Drawn, Places
 from dsconvert.fit.sensitivity import squared_gradient
 from dsconvert.fit.threads import in_order
 from dsconvert.graph.integer import keeps_grid
@@ -26,6 +28,8 @@ from dsconvert.graph.ir import INPUT, ConvParams, Graph, Node
 from dsconvert.graph.run import execute, float_step
 
 SAMPLES_PER_IMAGE = 1024
+FEWEST_SAMPLES = 64  # of an image, and two extremes besides
+SAMPLES = 1 << 16  # of a value over all images, as far as FEWEST_SAMPLES allow
 SEARCHED = 8192  # values of a map that samples are drawn from
 EVERY = 2  # of so many images one is looked at thoroughly: it has samples, and says what widths and clipping cost
 # (raw maps, the float network's raw maps, which give the constants) -> numbers whose squared change is the damage
@@ -34,18 +38,27 @@ Found = dict[str, tuple[Tensor, Tensor]]  # value name -> the value, and its gra
 
 
 @dataclass(frozen=True)
+class Part:
+    """Which images of the calibration set a process has."""
+
+    first: int  # the place of its first
+    mine: int  # how many it has
+    all: int  # how many all processes have together
+
+
+@dataclass(frozen=True)
 class Importance:
-    """samples: value name -> (values of every EVERYth image, their weights), both (k,). positions: convolution name ->
-    (images, h' w') weights of its output positions: the root of the squared gradients summed over channels; not for
-    those that nothing depends on. channels: for the same names the second moment (cho, cho) of the gradients of its
+    """samples: value name -> (values of every EVERYth image, their weights), both (k,). drawn: convolution name ->
+    positions drawn from each image by their weights, the root of the squared gradients summed over channels; evenly
+    where nothing depends on the layer. channels: for all others the second moment (cho, cho) of the gradients of their
     output channels (see `fit.channels`). squares: for the convolutions that were asked for, the squared gradients of
     the weight (see `fit.sensitivity`), summed over all images, as every EVERYth has them. clipping: the squared
     effects of cutting a value at each of `clipping.LEVELS`, over the images of `samples`, by value name, for values
-    that `samples` judges where they are. Of several processes all have the same, but for the positions of their
+    that `samples` judges where they are. Of several processes all have the same, but for what is drawn from their
     images."""
 
     samples: Mapping[str, tuple[Tensor, Tensor]]
-    positions: Mapping[str, Tensor]
+    drawn: Mapping[str, Drawn]
     channels: Mapping[str, Tensor]
     squares: Mapping[str, Tensor]
     clipping: Mapping[str, Tensor]
@@ -89,14 +102,22 @@ def measure_importance(
     measure: Measure,
     seed: int,
     chosen: Sequence[str] = (),
-    first: int = 0,
+    part: Part | None = None,
+    room: Room | None = None,
 ) -> Importance:
-    """Importance over images (1, 3, h, w) each, the first of them at place `first` of the calibration set; `squares`
-    are those of the `chosen` convolutions.
+    """Importance over images (1, 3, h, w) each, which are the given part of the calibration set (by default, of one
+    process, the whole, then images has a length); `squares` are those of the `chosen` convolutions; what is drawn goes
+    to the room given.
 
     Values are weighted where they count: before an activation by the gradient behind it (see `judged`)."""
+    if part is None:
+        images = list(images)
+        part = Part(0, len(images), len(images))
     samples: dict[str, list[tuple[Tensor, Tensor]]] = {n.name: [] for n in graph.nodes if not keeps_grid(n.op)}
-    positions: dict[str, list[Tensor]] = {n.name: [] for n in graph.convs()}
+    drawn = {n.name: Drawn(room or Room(), part.mine) for n in graph.convs()}
+    # each image gives fewer samples where there are many
+    each = max(FEWEST_SAMPLES, min(SAMPLES_PER_IMAGE, SAMPLES * EVERY // part.all))
+    most = draws.positions_each(part.all)
     sizes = {name: len(p.weight) for name, p in params.items()}
     channels = {n.name: torch.zeros(sizes[n.name], sizes[n.name], dtype=torch.float64) for n in graph.convs()}
     squares = {name: torch.zeros(params[name].weight.shape) for name in chosen}
@@ -108,13 +129,17 @@ def measure_importance(
         index, image = numbered
         generator = draws.of_image(seed, index)
         found = gradients(graph, params, image, measure, generator)
-        made = _Look.at_gradients(graph, found, generator)
-        return made if index % EVERY else made.thoroughly(graph, params, image, found, clipping, chosen, generator)
+        made = _Look.at_gradients(graph, found, generator, partial(draws.of_image, seed, index), most)
+        if index % EVERY:
+            return made
+        return made.thoroughly(graph, params, image, found, clipping, chosen, generator, each)
 
-    for look_at in in_order(look, enumerate(images, first)):
+    for index, look_at in enumerate(in_order(look, enumerate(images, part.first))):
         looked += torch.tensor((1, bool(look_at.samples)))
-        for name, weights in positions.items():
-            weights.append(look_at.positions[name])
+        for name, taken in drawn.items():
+            places, outputs = look_at.drawn[name]
+            taken.put(places)
+            taken.put_outputs(index, outputs)
             channels[name] += look_at.channels[name]
         for name, pair in look_at.samples.items():
             samples[name].append(pair)
@@ -122,9 +147,10 @@ def measure_importance(
             clipping[name] += effects
         for name, square in look_at.squares.items():
             squares[name] += square
-    together = {name: torch.cat(w) for name, w in positions.items()}
     # where nothing depends on a layer, no process has anything to say about its positions
-    counts = workers.summed(torch.tensor([float(w.any()) for w in together.values()]))
+    counts = workers.summed(torch.tensor([taken.total() for taken in drawn.values()], dtype=torch.float64))
+    for taken, count in zip(drawn.values(), counts, strict=True):
+        taken.even = not count
     every, some = workers.summed(looked).tolist()
 
     def joined(parts: list[Tensor]) -> Tensor:
@@ -133,7 +159,7 @@ def measure_importance(
 
     return Importance(
         {name: (joined([v for v, _ in s]), joined([w for _, w in s])) for name, s in samples.items()},
-        {name: w for (name, w), count in zip(together.items(), counts, strict=True) if count},
+        drawn,
         {name: workers.summed(c).float() for (name, c), count in zip(channels.items(), counts, strict=True) if count},
         {name: workers.summed(square) * (every / some) for name, square in squares.items()},
         {name: workers.summed(effects) for name, effects in clipping.items()},
@@ -144,22 +170,28 @@ def measure_importance(
 class _Look:
     """What one image adds to each part of `Importance`; to the last three only when it is looked at thoroughly."""
 
-    positions: Mapping[str, Tensor]
+    drawn: Mapping[str, tuple[Places, Tensor]]  # and the outputs there
     channels: Mapping[str, Tensor]
     samples: Mapping[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     clipping: Mapping[str, Tensor] = field(default_factory=dict)
     squares: Mapping[str, Tensor] = field(default_factory=dict)
 
     @staticmethod
-    def at_gradients(graph: Graph, found: Found, generator: torch.Generator) -> _Look:
-        """What every image tells, from its values and gradients."""
-        positions, channels = {}, {}
+    def at_gradients(
+        graph: Graph, found: Found, generator: torch.Generator, places: Callable[[], torch.Generator], most: int
+    ) -> _Look:
+        """What every image tells, from its values and gradients: at `most` positions of each layer, drawn by a
+        generator from `places`."""
+        drawn, channels = {}, {}
         for node in graph.convs():
-            gradient = found[node.name][1][0].flatten(1)
+            value, gradient = (t[0].flatten(1) for t in found[node.name])
             length = gradient.square().sum(0).sqrt()
-            positions[node.name] = length[None].cpu()
+            weights = length.double().cpu()
+            counts_at_all = bool(weights.any())
+            picks, counts = draws.positions(weights if counts_at_all else torch.ones_like(weights), places(), most)
+            drawn[node.name] = Places(picks, counts * counts_at_all), value[:, picks.to(value.device)].cpu()
             channels[node.name] = second_moment(gradient, length, generator)
-        return _Look(positions, channels)
+        return _Look(drawn, channels)
 
     def thoroughly(
         self,
@@ -170,11 +202,13 @@ class _Look:
         clipped: Iterable[str],
         chosen: Sequence[str],
         generator: torch.Generator,
+        each: int,
     ) -> _Look:
-        """And the rest: clipping of the `clipped` values, squares of the `chosen` convolutions."""
+        """And the rest: `each` samples of a value, clipping of the `clipped` ones, squares of the `chosen`
+        convolutions."""
         behind = judged(graph)
         names = [n.name for n in graph.nodes if not keeps_grid(n.op)]
-        samples = {name: _sample(found[name][0], found[behind.get(name, name)][1], generator) for name in names}
+        samples = {name: _sample(found[name][0], found[behind.get(name, name)][1], generator, each) for name in names}
         squares = {}
         for node in graph.convs():
             if node.name in chosen:
@@ -182,7 +216,7 @@ class _Look:
                 shape = params[node.name].weight.shape
                 squares[node.name] = squared_gradient(node, x, found[node.name][1], shape).cpu()
         clipping = {name: clip_effects(*found[name]) for name in clipped}
-        return _Look(self.positions, self.channels, samples, clipping, squares)
+        return _Look(self.drawn, self.channels, samples, clipping, squares)
 
 
 def judged(graph: Graph) -> dict[str, str]:
@@ -195,8 +229,8 @@ def judged(graph: Graph) -> dict[str, str]:
     }  # fmt: skip
 
 
-def _sample(values: Tensor, gradient: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Values drawn half evenly and half by weight, the squared gradient, with weights that keep
+def _sample(values: Tensor, gradient: Tensor, generator: torch.Generator, each: int) -> tuple[Tensor, Tensor]:
+    """`each` values drawn half evenly and half by weight, the squared gradient, with weights that keep
     sum(weight * f(value)) unbiased; the two extremes besides, weighing nothing."""
     v, g = values.reshape(-1), gradient.reshape(-1)
     extremes = torch.stack(torch.aminmax(v))
@@ -206,7 +240,7 @@ def _sample(values: Tensor, gradient: Tensor, generator: torch.Generator) -> tup
         v, w = v[thin], g[thin].square() * scale
     else:
         w = g.square()
-    n, half, sums = v.numel(), SAMPLES_PER_IMAGE // 2, w.double().cumsum(0)
+    n, half, sums = v.numel(), each // 2, w.double().cumsum(0)
     even = torch.randint(n, (half,), generator=generator).to(v.device)
     at = torch.rand(half, generator=generator, dtype=torch.float64).to(v.device) * sums[-1]
     picks = torch.cat((even, torch.searchsorted(sums, at).clamp_max(n - 1)))

@@ -9,7 +9,8 @@ From layer to layer it goes from a sixth to two thirds: a large input map's colu
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -17,13 +18,14 @@ from torch import Tensor
 
 from dsconvert import workers
 from dsconvert.dsconv.tensor import Width
-from dsconvert.fit import draws
 from dsconvert.fit.channels import damped as damped_channels
 from dsconvert.fit.channels import gram
 from dsconvert.fit.gptq import damped_hessian, unfolded
-from dsconvert.fit.lockstep import float_values
-from dsconvert.fit.threads import threads_for
+from dsconvert.fit.importance import Part
+from dsconvert.fit.seen import HALF_MAX, Drawn
+from dsconvert.fit.threads import in_order, threads_for
 from dsconvert.graph.ir import INPUT, ConvParams, Graph, Node
+from dsconvert.graph.run import float_step
 
 IMAGES = 32  # looked at, evenly spread
 
@@ -42,51 +44,49 @@ class Left(NamedTuple):
 def left_over(
     graph: Graph,
     params: Mapping[str, ConvParams],
-    images: Iterable[Tensor],
-    positions: Mapping[str, Tensor],
+    images: Callable[[int], Tensor],
+    drawn: Mapping[str, Drawn],
     channels: Mapping[str, Tensor],
-    count: int,
-    seed: int,
-    first: int = 0,
+    part: Part,
 ) -> dict[str, Left]:
-    """Shares by convolution name, from the float network's inputs. images (1, 3, h, w) each are this process's, the
-    first of them at place `first` among `count`; positions and channels as `Importance` has them. Grouped
-    convolutions, and those that nothing depends on, are left out: nothing makes up for their errors."""
-    step = max(1, count // IMAGES)
-    values: dict[str, list[Tensor]] = {INPUT: []}
-    places: list[int] = []
-    for place, image in enumerate(images, first):
-        if place % step == 0:
-            values[INPUT].append(image.half())
-            places.append(place)
+    """Shares by convolution name, from the float network's inputs. `images` (1, 3, h, w) by number are this process's
+    `part`; drawn and channels as `Importance` has them. Grouped convolutions, and those that nothing depends on, are
+    left out: nothing makes up for their errors."""
+    step = max(1, part.all // IMAGES)
+    taken = [index for index in range(part.mine) if (part.first + index) % step == 0]
+    values: dict[str, list[Tensor]] = {INPUT: [images(index).half() for index in taken]}
     last, found = graph.last_use(), {}
     with torch.no_grad():
         for index, node in enumerate(graph.nodes):
-            if node.op == "conv" and node.attrs["groups"] == 1 and node.name in positions:
+            if node.op == "conv" and node.attrs["groups"] == 1 and not drawn[node.name].even:
                 seen = [
-                    (x[0].float(), positions[node.name][place - first], place)
-                    for x, place in zip(values[node.inputs[0]], places, strict=True)
+                    (x[0].float(), *drawn[node.name].get(i)) for x, i in zip(values[node.inputs[0]], taken, strict=True)
                 ]
                 weight = params[node.name].weight
                 with threads_for(weight.numel()):
-                    hessian = _hessian(node, weight.shape, seen, seed)
+                    hessian = _hessian(node, weight.shape, seen)
                     by_columns = left_by(damped_hessian(hessian))
                     by_channels = left_by(damped_channels(channels[node.name]))
                 found[node.name] = Left(by_columns, by_channels)
-            values[node.name] = float_values(node, values, params)
+            inputs = list(zip(*(values[name] for name in node.inputs), strict=True))
+            values[node.name] = list(in_order(partial(_float_value, node, params), inputs))
             for name in set(node.inputs):
                 if last[name] == index:
                     del values[name]
     return found
 
 
-def _hessian(node: Node, shape: torch.Size, seen: Iterable[tuple[Tensor, Tensor, int]], seed: int) -> Tensor:
-    """cov(x, x) (K, K) over the important positions of (input (chi, h, w), weights (h' w'), place) in all processes."""
+def _float_value(node: Node, params: Mapping[str, ConvParams], inputs: Sequence[Tensor]) -> Tensor:
+    """What a node of the float network makes of one image's values, kept in half precision: so is the result."""
+    return float_step(node, [x.float() for x in inputs], params).clamp_(-HALF_MAX, HALF_MAX).half()
+
+
+def _hessian(node: Node, shape: torch.Size, seen: Iterable[tuple[Tensor, Tensor, Tensor]]) -> Tensor:
+    """cov(x, x) (K, K) over the positions of (input (chi, h, w), picks (p,), their weights (p,)) in all processes."""
     size = shape[1:].numel()
     hessian = torch.zeros(size, size, dtype=torch.float64)
     sums, total = torch.zeros(size, dtype=torch.float64), torch.zeros((), dtype=torch.float64)
-    for x, weights, place in seen:
-        picks, w = draws.positions(weights.double(), draws.of_image(seed, place))
+    for x, picks, w in seen:
         root = w.sqrt().to(x)
         columns = unfolded(x, 0, tuple(shape[2:]), node, picks.to(x.device)) * root
         hessian += gram(columns).cpu()

@@ -1,12 +1,13 @@
-"""The float and the quantized network side by side over the calibration images, one node at a time.
+"""The quantized network over the calibration images, one node at a time, each convolution fitted when it is reached.
 
-At every convolution the quantized side has real, already quantized inputs and the float side has the outputs it
-should have made; what is fitted there therefore also makes up for errors of the layers before.
+There the quantized network has real, already quantized inputs, and the float network's outputs are known at the
+positions drawn from every image (`importance`, which runs it): what is fitted therefore also makes up for errors of the
+layers before.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -14,12 +15,15 @@ from torch import Tensor
 
 from dsconvert import workers
 from dsconvert.dsconv.tensor import DSTensor
-from dsconvert.fit.seen import Seen
+from dsconvert.fit import draws
+from dsconvert.fit.importance import judged
+from dsconvert.fit.kept import Kept, Room
+from dsconvert.fit.seen import Drawn, Places, Seen
+from dsconvert.fit.threads import in_order
 from dsconvert.graph.integer import QConv, QParams, grid_of, integer_step
 from dsconvert.graph.ir import INPUT, ConvParams, Graph, Node
-from dsconvert.graph.run import conv, float_step
+from dsconvert.graph.run import conv, float_step, run_float
 
-HALF_MAX = torch.finfo(torch.half).max
 Progress = Callable[[int, int], None]
 # (node, its weight, what it sees) -> the fitted convolution, or its weight alone
 FitLayer = Callable[[Node, Tensor, Iterable[Seen]], DSTensor | QConv]
@@ -30,15 +34,25 @@ class _Side:
     """How the quantized side keeps values: as uint8 on their grids, or (no grids) as float."""
 
     grids: Mapping[str, QParams]
+    device: str
 
     def enter(self, x: Tensor) -> Tensor:
-        return self.grids[INPUT].quantize(x).to(torch.uint8) if self.grids else x
+        """An image (3, h, w), uint8, as the network gets it."""
+        real = x.float() / 255
+        return self.grids[INPUT].quantize(real).to(torch.uint8) if self.grids else real
 
     def roomy(self, node: Node, conv: QConv) -> QConv:
         """The convolution with every bias expressible in its accumulator, where there is one."""
         return conv.with_room(self.grids[node.inputs[0]].scale) if self.grids else conv
 
-    def step(self, node: Node, inputs: list[Tensor], convs: Mapping[str, QConv]) -> Tensor:
+    def step(self, nodes: Sequence[Node], inputs: Sequence[Tensor], convs: Mapping[str, QConv]) -> Tensor:
+        """Nodes one after another on one image's values, each (c, h, w); those after the first read the one before."""
+        values = [x.to(self.device)[None] for x in inputs]
+        for node in nodes:
+            values = [self._one(node, values, convs)]
+        return values[0][0]
+
+    def _one(self, node: Node, inputs: list[Tensor], convs: Mapping[str, QConv]) -> Tensor:
         if self.grids:
             whole = inputs if node.op == "act" else [x.float() for x in inputs]  # a table is read by any integers
             # by way of int16: torch's own conversion takes twice as long
@@ -54,88 +68,103 @@ def fit_lockstep(
     params: Mapping[str, ConvParams],
     fit_layer: FitLayer,
     own: Mapping[str, QParams],
-    batches: Iterable[Tensor],
+    images: Kept,
+    drawn: Mapping[str, Drawn],
+    count: int,
+    room: Room | None = None,
+    device: str = "cpu",
     progress: Progress | None = None,
-    positions: Mapping[str, Tensor] | None = None,
     known: Mapping[str, QConv] | None = None,
     finished: Callable[[Mapping[str, QConv]], None] | None = None,
-    first: int = 0,
 ) -> dict[str, QConv]:
     """Fit every convolution by `fit_layer`, and what has no CDSb from there by `fit_cds`.
 
-    `batches` are image batches (n, 3, h, w), read once; `first` is the place of the first image in the calibration set.
-    `own` are the activation grids; without any, activations stay float on both sides. `positions` weights every
-    convolution's output positions, (images, h' w'); by default all count the same. What is `known` is taken as it is;
-    `finished` sees all that is fitted so far, after every convolution that is fitted. Values are kept for all batches
-    at once, the float side's in half precision (a hundredth of an activation step), and released after their last use.
+    images: `count` images (3, h, w) uint8.
+    drawn: by convolution name, the positions drawn from these images and the float network's outputs there.
+    own: the activation grids; without any, activations stay float.
+    room: where the quantized network's values wait, until their last use.
+    known: convolutions that are taken as they are.
+    finished: sees all that is fitted so far, after every convolution that is fitted.
     """
-    side = _Side(grid_of(graph, own) if own else {})
-    floats: dict[str, list[Tensor]] = {INPUT: []}
-    quants: dict[str, list[Tensor]] = {INPUT: []}
-    for x in batches:
-        floats[INPUT].append(x.half())
-        quants[INPUT].append(side.enter(x))
-    last = graph.last_use()
+    side, room = _Side(grid_of(graph, own) if own else {}, device), room or Room()
+    values: dict[str, Kept] = {}
+    last, behind = graph.last_use(), judged(graph)
+    acts = {node.name: node for node in graph.nodes if node.name in behind.values()}
     fitted: dict[str, QConv] = {}
+
+    def advance(name: str, nodes: Sequence[Node], sources: Sequence[Kept]) -> None:
+        """Make a value of every image, several images at a time, and keep it."""
+
+        def one(index: int) -> Tensor:
+            return side.step(nodes, [source.get(index) for source in sources], fitted)
+
+        values[name] = room.like(count, first := one(0))
+        values[name].put(0, first)
+        for _ in in_order(lambda index: values[name].put(index, one(index)), range(1, count)):
+            pass
+
     with torch.no_grad():
-        for index, node in enumerate(graph.nodes):
-            floats[node.name] = float_values(node, floats, params)
+        values[INPUT] = room.like(count, side.enter(images.get(0)))
+        for index in range(count):
+            values[INPUT].put(index, side.enter(images.get(index)))
+        for place, node in enumerate(graph.nodes):
             if node.op == "conv" and known and node.name in known:
                 fitted[node.name] = known[node.name]
             elif node.op == "conv":
-                seen = _seen(node, floats, quants, side, (positions or {}).get(node.name), first)
+                seen = _seen(drawn[node.name], values[node.inputs[0]], side.grids.get(node.inputs[0]), count)
                 made = fit_layer(node, params[node.name].weight, seen())
                 fitted[node.name] = side.roomy(node, with_shifts(node, made, seen()))
                 if finished:
                     finished(fitted)
-            quants[node.name] = [side.step(node, xs, fitted) for xs in _inputs(node, quants)]
+            if node.name in behind:  # what only its activation reads is never kept
+                advance(behind[node.name], [node, acts[behind[node.name]]], [values[node.inputs[0]]])
+            elif node.name not in acts:
+                advance(node.name, [node], [values[name] for name in node.inputs])
             for name in set(node.inputs):
-                if last[name] == index:
-                    del floats[name], quants[name]
+                if last[name] == place and name in values:
+                    values.pop(name).free()
             if progress:
-                progress(index + 1, len(graph.nodes))
+                progress(place + 1, len(graph.nodes))
     return fitted
 
 
-def float_values(node: Node, floats: Mapping[str, list[Tensor]], params: Mapping[str, ConvParams]) -> list[Tensor]:
-    """What a node of the float network makes of values kept in half precision, batch by batch, in half precision."""
-    steps = (float_step(node, [x.float() for x in xs], params) for xs in _inputs(node, floats))
-    return [y.clamp_(-HALF_MAX, HALF_MAX).half() for y in steps]
+def _seen(drawn: Drawn, inputs: Kept, grid: QParams | None, count: int) -> Callable[[], Iterator[Seen]]:
+    """Images as one layer sees them, as often as they are asked for."""
+
+    def images() -> Iterator[Seen]:
+        for index in range(count):
+            yield Seen(inputs.get(index), drawn.outputs(index), *drawn.get(index), grid)
+
+    return images
 
 
-def _seen(
-    node: Node,
-    floats: Mapping[str, list[Tensor]],
-    quants: Mapping[str, list[Tensor]],
-    side: _Side,
-    w: Tensor | None,
-    place: int,
-) -> Callable[[], Iterator[Seen]]:
-    """Batches made on the fly, as often as they are asked for."""
-    source = node.inputs[0]
+def watch(
+    graph: Graph, params: Mapping[str, ConvParams], images: Sequence[Tensor], seed: int, room: Room | None = None
+) -> dict[str, Drawn]:
+    """Positions drawn evenly from images (3, h, w) 0..1, and the float network's outputs there, for every
+    convolution."""
+    drawn = {node.name: Drawn(room or Room(), len(images)) for node in graph.convs()}
+    most = draws.positions_each(len(images))
+    for index, image in enumerate(images):
 
-    def batches() -> Iterator[Seen]:
-        first = 0
-        for q, y in zip(quants[source], floats[node.name], strict=True):
-            last = first + len(q)
-            weights = torch.ones(len(y), y.shape[2] * y.shape[3], device=y.device) if w is None else w[first:last]
-            yield Seen(q, y, weights, place + first, side.grids.get(source))
-            first = last
+        def note(name: str, value: Tensor, index: int = index) -> None:
+            if name in drawn:
+                flat = value[0].flatten(1)
+                even = torch.ones(flat.shape[1], dtype=torch.float64)
+                places = Places(*draws.positions(even, draws.of_image(seed, index), most))
+                drawn[name].put(places)
+                drawn[name].put_outputs(index, flat[:, places.picks.to(flat.device)].cpu())
 
-    return batches
-
-
-def _inputs(node: Node, values: Mapping[str, list[Tensor]]) -> list[list[Tensor]]:
-    """The node's inputs, batch by batch."""
-    return [list(xs) for xs in zip(*(values[name] for name in node.inputs), strict=True)]
+        run_float(graph, params, image[None], note)
+    return drawn
 
 
-def with_shifts(node: Node, made: DSTensor | QConv, batches: Iterable[Seen]) -> QConv:
+def with_shifts(node: Node, made: DSTensor | QConv, images: Iterable[Seen]) -> QConv:
     """What is fitted already as it is, and a weight alone with the shifts of `fit_cds`."""
-    return made if isinstance(made, QConv) else fit_cds(node, made, batches)
+    return made if isinstance(made, QConv) else fit_cds(node, made, images)
 
 
-def fit_cds(node: Node, weight: DSTensor, batches: Iterable[Seen]) -> QConv:
+def fit_cds(node: Node, weight: DSTensor, images: Iterable[Seen]) -> QConv:
     """CDSw and CDSb as the weighted regression of float outputs y on accumulators a = conv(x, m VQK + z), per channel.
 
     argmin sum w (CDSw a + CDSb - y)^2 gives CDSw = cov(a, y) / var(a), CDSb = mean(y) - CDSw mean(a). The old CDSw
@@ -143,11 +172,11 @@ def fit_cds(node: Node, weight: DSTensor, batches: Iterable[Seen]) -> QConv:
     """
     merged = weight.unscaled()
     sums = torch.zeros(5, weight.vqk.shape[0], dtype=torch.float64)
-    for seen in batches:
-        x = seen.real(seen.input)
-        acc = conv(node, x, merged.to(x), None)
-        a, t = (v.transpose(0, 1).flatten(1).double() for v in (acc, seen.float_output))
-        w = seen.weights.flatten().to(a)
+    for seen in images:
+        x = seen.real(seen.input)[None]
+        acc = conv(node, x, merged.to(x), None)[0].flatten(1)[:, seen.picks.to(x.device)]
+        a, t = (v.to(x.device).double() for v in (acc, seen.float_output))
+        w = seen.weights.to(a)
         total = w.sum().expand(len(a))
         sums += torch.stack((total, a @ w, t @ w, a.square() @ w, (a * t) @ w)).cpu()
     n, sa, st, saa, sat = workers.summed(sums)

@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from itertools import islice
 from typing import TypeVar
 
 import torch
@@ -24,6 +25,13 @@ def threads_for(count: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def batched(items: Iterable[Item], count: int) -> Iterator[list[Item]]:
+    """The items in runs of `count`, the last one perhaps shorter."""
+    rest = iter(items)
+    while run := list(islice(rest, count)):
+        yield run
 
 
 def in_order(make: Callable[[Item], Made], items: Iterable[Item]) -> Iterator[Made]:

@@ -10,7 +10,8 @@ from dsconvert.yolo.network import Head
 
 
 def sigmoids(raw: list[Tensor], head: Head) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """Per level the sigmoids of boxes (n, na, 4, ny, nx), objectness (n, na, 1, ny, nx) and classes (n, na, nc, ny, nx).
+    """Per level the sigmoids of boxes (n, na, 4, ny, nx), objectness (n, na, 1, ny, nx) and classes
+    (n, na, nc, ny, nx).
 
     `raw` is one map a level, or a map a level of each of a box's parts (see `lower.split_detect`). Of a segmentation
     network the prototypes come last."""
