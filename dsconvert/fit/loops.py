@@ -64,10 +64,12 @@ def nearest_windows(first, last, wanted, m, values, bits, found):  # type: ignor
                 added[w] = error * error + cost[w >> bits]
             for s in range(states):
                 cost[s], via[t, s] = added[s], s
-            for w in range(states, count):
-                s = w & (states - 1)
-                if added[w] < cost[s]:
-                    cost[s], via[t, s] = added[w], w
+            for w in range(states, count, states):
+                others = added[w : w + states]
+                for s in range(states):
+                    better = others[s] < cost[s]
+                    cost[s] = others[s] if better else cost[s]
+                    via[t, s] = np.int16(w + s) if better else via[t, s]
         s = cost.argmin()
         for t in range(length - 1, -1, -1):
             w = via[t, s]
@@ -95,9 +97,10 @@ def follow(first, last, columns, upper, tried, after, own, state, values, bits, 
         least = np.float32(np.inf)
         for a in range(tried.shape[1]):
             step = tried[row, a]
-            for s in range(states):
-                for t in range(length):
-                    waiting[s, t] = columns[row, t] / step
+            for t in range(length):
+                waiting[0, t] = columns[row, t] / step
+            for s in range(1, states):
+                waiting[s] = waiting[0]
             ratio = after[row] / step  # the next group's VQK in this group's steps
             for w in range(count):
                 later[w] = ratio * values[w]
@@ -114,18 +117,20 @@ def follow(first, last, columns, upper, tried, after, own, state, values, bits, 
                     added[w] = fma(e * e, square, cost[w >> bits])
                 for s in range(states):
                     cost[s], reached[s] = added[s], s
-                for k in range(1, count // states):
+                for w in range(states, count, states):
+                    others = added[w : w + states]  # slices: numba checks no index for being negative, LLVM vectorizes
                     for s in range(states):
-                        better = added[k * states + s] < cost[s]
-                        cost[s] = added[k * states + s] if better else cost[s]
-                        reached[s] = k * states + s if better else reached[s]
+                        better = others[s] < cost[s]
+                        cost[s] = others[s] if better else cost[s]
+                        reached[s] = np.int32(w) + np.int32(s) if better else reached[s]
+                factors = upper[j, j + 1 :]
                 for s in range(states):
                     w = reached[s]
                     via[j, s] = w
                     spent = -inverse[j] * error[w]
-                    before = waiting[w >> bits]
-                    for t in range(j + 1, length):
-                        moved[s, t] = fma(spent, upper[j, t], before[t])
+                    before, now = waiting[w >> bits, j + 1 :], moved[s, j + 1 :]
+                    for t in range(length - j - 1):
+                        now[t] = fma(spent, factors[t], before[t])
                 waiting, moved = moved, waiting
             s = cost.argmin()
             total = cost[s] * (step * step)
