@@ -49,8 +49,7 @@ def numbers(wanted: Wanted, count: int, seed: int) -> Tensor:
 
 def trellis(wanted: Wanted, table: Tensor) -> Trellis:
     """A trellis with any values (256,)."""
-    states = SIZE >> wanted.bits
-    return Trellis(wanted.bits, states, table.float().reshape(states, -1), torch.arange(states))
+    return Trellis(wanted.bits, table.float())
 
 
 def error(wanted: Wanted, table: Tensor, x: Tensor) -> float:

@@ -7,7 +7,7 @@ import threading
 import pytest
 import torch
 
-from dsconvert.fit.threads import FEW, in_order, threads_for
+from dsconvert.fit.threads import FEW, in_order, shared, threads_for
 
 
 @pytest.fixture
@@ -64,3 +64,56 @@ def test_one_thread_needs_no_others(three):
     torch.set_num_threads(1)
     here = threading.get_ident()
     assert list(in_order(lambda item: threading.get_ident(), range(3))) == [here] * 3
+
+
+@pytest.mark.parametrize("count", [0, 1, 5, 24, 100])
+def test_every_number_is_in_one_run(three, count):
+    runs: list[tuple[int, int]] = []
+    shared(count, lambda first, last: runs.append((first, last)))
+    assert [n for first, last in sorted(runs) for n in range(first, last)] == list(range(count))
+
+
+def test_runs_are_taken_by_several_threads_also_where_torch_has_one(three):
+    met, names = threading.Barrier(3), []
+
+    def run(first, last):
+        names.append(threading.get_ident())
+        if first < 3:
+            met.wait(timeout=20)  # as the runs are of one: three threads are here at once, or this breaks
+
+    with threads_for(1):
+        shared(20, run)
+    assert len(names) == 20
+    assert threading.get_ident() in names
+    assert list(in_order(lambda _: _threads_of(20), range(4))) == [1] * 4  # side by side already
+
+
+def _threads_of(count: int) -> int:
+    names: list[int] = []
+    shared(count, lambda first, last: names.append(threading.get_ident()))
+    return len(set(names))
+
+
+def test_nobody_waits_for_threads_that_never_come(three):
+    """While all helpers are held up elsewhere, this thread does the whole work."""
+    busy, let_go = threading.Barrier(4), threading.Event()
+
+    def hold(first, last):
+        busy.wait(timeout=20)
+        let_go.wait(timeout=60)
+
+    other = threading.Thread(target=shared, args=(3, hold))
+    other.start()
+    try:
+        busy.wait(timeout=20)
+        done: list[int] = []
+        shared(30, lambda first, last: done.append(threading.get_ident()))
+        assert set(done) == {threading.get_ident()}
+    finally:
+        let_go.set()
+        other.join()
+
+
+def test_what_goes_wrong_in_a_run_is_raised(three):
+    with pytest.raises(ZeroDivisionError):
+        shared(9, lambda first, last: 1 // (first - 4))

@@ -32,7 +32,7 @@ from dsconvert.fit.channels import damped as damped_channels
 from dsconvert.fit.channels import gram, made_up_for, parts
 from dsconvert.fit.least_squares import fit_weight, from_blocks, relieve_pairs, to_blocks
 from dsconvert.fit.seen import Seen
-from dsconvert.fit.threads import batched, in_order, threads_for
+from dsconvert.fit.threads import batched, in_order, shared, threads_for
 from dsconvert.fit.trellis import round_strings, starting
 from dsconvert.graph.integer import QConv
 from dsconvert.graph.ir import Node
@@ -242,24 +242,14 @@ def _round_group(w: Floats, cds: Floats, upper: Floats, bits: int) -> tuple[Floa
     """One group's columns w (cho, n) rounded with every m, given their part of the Cholesky factor; of each output
     channel the m of least J: m (cho,), VQK and the errors to be made up for by later columns, both (cho, n).
 
-    Those errors are in units of what the later columns leave, so what a group adds to J is the sum of their squares.
-    In numpy: most of the fit's time is spent here on a few numbers at once, and torch takes five times as long to get
-    to them."""
-    low, high = vqk_limits(bits)
-    tried = np.arange(1.0, max_multiplier(bits) + 1)
-    steps = cds[:, None] * tried
-    columns = np.repeat(w.T[..., None], len(tried), -1)
-    integers, errors = np.empty_like(columns), np.empty_like(columns)
-    for j, (column, integer, error) in enumerate(zip(columns, integers, errors, strict=True)):
-        np.rint(column / steps, out=integer)
-        np.maximum(integer, low, out=integer)
-        np.minimum(integer, high, out=integer)
-        np.subtract(column, steps * integer, out=error)
-        error /= upper[j, j]
-        columns[j + 1 :] -= upper[j, j + 1 :, None, None] * error
-    best = np.square(errors).sum(0).argmin(-1)
-    channels = np.arange(len(best))
-    return tried[best], integers[:, channels, best].T, errors[:, channels, best].T
+    Those errors are in units of what the later columns leave, so what a group adds to J is the sum of their squares."""
+    from dsconvert.fit import loops  # numba takes a while to load
+
+    m, vqk, errors = np.empty(len(w)), np.empty(w.shape), np.empty(w.shape)
+    limits = map(float, (*vqk_limits(bits), max_multiplier(bits)))
+    given = (w, np.ascontiguousarray(cds), np.ascontiguousarray(upper), *limits)
+    shared(len(w), lambda first, last: loops.round_columns(first, last, *given, m, vqk, errors))
+    return m, vqk, errors
 
 
 def _scatter(chosen: Tensor, groups: list[Tensor], shape: tuple[int, ...], block_size: int) -> Tensor:

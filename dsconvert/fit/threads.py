@@ -1,11 +1,14 @@
-"""How many threads torch's operators get."""
+"""How many threads torch's operators and the compiled loops get."""
 
 from __future__ import annotations
 
+import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import lru_cache
 from itertools import islice
 from typing import TypeVar
 
@@ -14,16 +17,21 @@ import torch
 FEW = 1 << 19  # numbers of a weight: all of yolov5n's have fewer
 Item = TypeVar("Item")
 Made = TypeVar("Made")
+RUNS = 8  # into so many runs of items each thread's share is cut
+_allowed: ContextVar[int] = ContextVar("_allowed")  # threads that compiled loops may take where torch is kept to one
 
 
 @contextmanager
 def threads_for(count: int) -> Iterator[None]:
-    """One thread for operations on so many numbers at most, where they are few: several only slow those down."""
+    """One thread for torch's operations on so many numbers at most, where they are few: several only slow those down.
+    Compiled loops (see `shared`) keep all."""
     before = torch.get_num_threads()
+    allowed = _allowed.set(_allowed.get(before))
     torch.set_num_threads(1 if count < FEW else before)
     try:
         yield
     finally:
+        _allowed.reset(allowed)
         torch.set_num_threads(before)
 
 
@@ -62,3 +70,32 @@ def in_order(make: Callable[[Item], Made], items: Iterable[Item]) -> Iterator[Ma
     finally:
         pool.shutdown(cancel_futures=True)
         torch.set_num_threads(threads)  # what new threads start with
+
+
+def shared(count: int, run: Callable[[int, int], None]) -> None:
+    """run(first, last) for runs of 0..count, each once, by this thread and others; `run` must let go of the GIL.
+
+    A thread takes a run when it has done its last, so one that a busy machine keeps waiting holds up the others by one
+    run at most, and nobody spins. numba's own threads have a fixed share each and spin between loops, or (its
+    workqueue) end the process when two Python threads use them."""
+    threads = _allowed.get(torch.get_num_threads())
+    size = max(1, -(-count // (threads * RUNS) if threads > 1 else count))
+    firsts = iter(range(0, count, size))  # taking from it holds the GIL
+
+    def work() -> None:
+        for first in firsts:
+            run(first, min(first + size, count))
+
+    helpers = [_pool(os.getpid(), threads - 1).submit(work) for _ in range(min(threads - 1, -(-count // size) - 1))]
+    try:
+        work()
+    finally:
+        for helper in helpers:
+            if not helper.cancel():  # it has begun
+                helper.result()
+
+
+@lru_cache(1)
+def _pool(process: int, threads: int) -> ThreadPoolExecutor:
+    """Threads for `shared`; a forked process has none of its parent's."""
+    return ThreadPoolExecutor(threads, "fit")

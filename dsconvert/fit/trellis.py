@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dsconvert.dsconv.tensor import max_multiplier
-from dsconvert.dsconv.trellis import WINDOW, table
+from dsconvert.dsconv.trellis import table
+from dsconvert.fit.threads import shared
 
 Floats = NDArray[np.float64]
 
@@ -29,36 +30,20 @@ MOST = 1 << 26  # windows that are remembered at once
 
 @dataclass(frozen=True)
 class Trellis:
-    """What can follow what: `values` (states, 2^bits) float32 are VQK of the windows that go on from a state. Window
-    w comes from state w >> bits and leads to state w % states."""
+    """What can follow what: `values` (256,) float32 are VQK by window. Window w comes from state w >> bits and leads to
+    state w % states."""
 
     bits: int
-    states: int
     values: Tensor
-    every: Tensor  # (states,): each state's number
+
+    @property
+    def states(self) -> int:
+        return len(self.values) >> self.bits
 
     @staticmethod
     @lru_cache
     def of(bits: int) -> Trellis:
-        states = 1 << (WINDOW - bits)
-        values = torch.from_numpy(table(bits).astype(np.float32)).reshape(states, -1)
-        return Trellis(bits, states, values, torch.arange(states))
-
-    def step(self, cost: Tensor) -> tuple[Tensor, Tensor]:
-        """cost (n, states, 2^bits) of all windows -> the least by which each state is reached, (n, states), and the
-        window of it."""
-        into = cost.reshape(len(cost), -1, self.states)
-        least, first = into.min(1)
-        return least, first.mul_(self.states).add_(self.every)
-
-    def back(self, windows: Tensor, state: Tensor) -> Tensor:
-        """From windows (K, n, states) uint8 by which each state was reached, and the last state (n,): the n best
-        windows at each place, (K, n) int64."""
-        rows, found = torch.arange(len(state)), torch.empty(windows.shape[:2], dtype=torch.int64)
-        for t in reversed(range(len(windows))):
-            found[t] = windows[t, rows, state]
-            state = found[t] >> self.bits
-        return found
+        return Trellis(bits, torch.from_numpy(table(bits).astype(np.float32)))
 
 
 @lru_cache
@@ -127,16 +112,12 @@ def nearest(strings: Tensor, size: int, bits: int) -> tuple[Tensor, Tensor, Tens
 
 def nearest_values(wanted: Tensor, m: Tensor, trellis: Trellis) -> tuple[Tensor, Tensor]:
     """Codes uint8 and VQK float32, both (n, K), of least `sum m^2 (wanted - VQK)^2` for wanted and m (n, K)."""
-    count, length = wanted.shape
-    cost = torch.full((count, trellis.states), torch.inf)
-    cost[:, 0] = 0
-    seen = torch.empty(length, count, trellis.states, dtype=torch.uint8)
-    for t in range(length):
-        error = (wanted[:, t, None, None] - trellis.values).mul_(m[:, t, None, None]).square_()
-        cost, window = trellis.step(error.add_(cost[:, :, None]))
-        seen[t] = window
-    found = trellis.back(seen, cost.argmin(1)).T
-    return _code(found, trellis), trellis.values.flatten()[found]
+    from dsconvert.fit import loops  # numba takes a while to load
+
+    windows = torch.empty(wanted.shape, dtype=torch.uint8)
+    given = (wanted.contiguous().numpy(), m.contiguous().numpy(), trellis.values.numpy(), trellis.bits, windows.numpy())
+    shared(len(wanted), lambda first, last: loops.nearest_windows(first, last, *given))
+    return _code(windows, trellis), trellis.values[windows.long()]
 
 
 def _code(windows: Tensor, trellis: Trellis) -> Tensor:
@@ -158,7 +139,7 @@ def round_strings(target: Floats, cds: Floats, upper: Floats, size: int, bits: i
         part = factor[first:end, first:end]
         m, windows = _follow(w[:, first:end] / scale[:, None], part, tried, after, last - first, state, trellis)
         state = windows[:, -1] % trellis.states
-        vqk = trellis.values.flatten()[windows]
+        vqk = trellis.values[windows]
         left = w[:, first:last] - (scale * m)[:, None] * vqk
         within = factor[first:last, first:last]
         errors = torch.linalg.solve_triangular(within, left, upper=True, left=False)
@@ -189,25 +170,10 @@ def _follow(
     columns (cho, n) are in steps of CDSw, of a group's `own` columns and some of the next group's, which would have m
     `after`; `tried` (cho, count) are the group's m, `state` (cho,) where its strings begin. Every string that is
     followed carries the columns still to come, moved by its own errors."""
-    cho, count = tried.shape
-    rows, states, length = cho * count, trellis.states, columns.shape[1]
-    waiting = (columns[:, None] / tried[:, :, None]).reshape(rows, 1, length).expand(-1, states, -1)
-    waiting = waiting.reshape(rows * states, length)
-    later = (after[:, None] / tried).reshape(rows, 1, 1) * trellis.values
-    cost = torch.full((rows, states), torch.inf)
-    cost[torch.arange(rows), state.repeat_interleave(count)] = 0
-    seen = torch.empty(length, rows, states, dtype=torch.uint8)
-    base = (torch.arange(rows) * states)[:, None]
-    for j, factor in enumerate((1 / upper.diagonal()).tolist()):
-        error = waiting[:, 0].reshape(rows, states, 1) - (trellis.values if j < own else later)
-        cost, window = trellis.step(torch.add(cost[:, :, None], error.square(), alpha=factor * factor))
-        seen[j] = window
-        if j + 1 < length:
-            spent = error.flatten(1).gather(1, window).reshape(-1, 1)
-            waiting = waiting[:, 1:].index_select(0, (window >> trellis.bits).add_(base).flatten())
-            waiting.addcmul_(spent, upper[j, j + 1 :], value=-factor)
-    least, last = cost.min(1)
-    pick = (least.reshape(cho, count) * tried.square()).argmin(1)
-    best = torch.arange(cho) * count + pick
-    windows = trellis.back(seen[:, best], last[best])[:own].T
-    return tried[torch.arange(cho), pick], windows
+    from dsconvert.fit import loops  # numba takes a while to load
+
+    m, windows = torch.empty(len(columns)), torch.empty(len(columns), own, dtype=torch.int64)
+    given = [x.contiguous().numpy() for x in (columns, upper, tried, after)]
+    rest = (own, state.contiguous().numpy(), trellis.values.numpy(), trellis.bits, m.numpy(), windows.numpy())
+    shared(len(columns), lambda first, last: loops.follow(first, last, *given, *rest))
+    return m, windows

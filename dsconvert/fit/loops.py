@@ -1,0 +1,168 @@
+"""The fit's loops over single numbers, compiled by numba: only what runs them imports this module, as numba takes a
+while to load.
+
+Every function does one output channel after another, so channels can be divided among threads (`fit.threads.shared`)
+and come out the same on any number of them. No float operation is reordered. Where a product and a sum are to be
+rounded once, `fma` says so; LLVM joins no others, so that all CPUs give the same bits.
+
+Machine code is kept beside the package or in the user's cache folder (NUMBA_CACHE_DIR names another).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+from numba import njit
+from numba.extending import intrinsic
+
+
+@intrinsic
+def fma(_context: Any, a: Any, b: Any, c: Any) -> Any:
+    """a b + c, rounded once: on a CPU without the instruction by the C library."""
+
+    def written(_context: Any, builder: ir.IRBuilder, _signature: Any, arguments: Any) -> Any:
+        return builder.fma(*arguments)
+
+    return a(a, b, c), written
+
+
+def compiled(signature: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Compile a function for arguments of one signature now, or load what was compiled before."""
+
+    def make(function: Callable[..., Any]) -> Callable[..., Any]:
+        try:
+            return njit(signature, nogil=True, cache=True)(function)
+        except Exception:  # no folder can be written to, or what lies there is damaged
+            with suppress(Exception):
+                again = njit(nogil=True, cache=True)(function)
+                again._cache.flush()  # type: ignore[attr-defined]  # an empty index in the damaged one's place
+                again.compile(signature)
+                return again
+            return njit(signature, nogil=True)(function)
+
+    return make
+
+
+@compiled("void(i8, i8, f4[:,::1], f4[:,::1], f4[::1], i8, u1[:,::1])")
+def nearest_windows(first, last, wanted, m, values, bits, found):  # type: ignore[no-untyped-def]
+    """Rows first..last of `trellis.nearest_values`: found (n, K) get the windows of least sum m^2 (wanted - VQK)^2 for
+    wanted and m (n, K), `values` (256,) being VQK by window. Every string begins in state 0."""
+    length, count = wanted.shape[1], values.shape[0]
+    states = count >> bits
+    cost, added = np.empty(states, np.float32), np.empty(count, np.float32)
+    via = np.empty((length, states), np.int16)  # the window by which each state is reached best
+    for row in range(first, last):
+        cost[:] = np.inf
+        cost[0] = 0
+        for t in range(length):
+            for w in range(count):
+                error = (wanted[row, t] - values[w]) * m[row, t]
+                added[w] = error * error + cost[w >> bits]
+            for s in range(states):
+                cost[s], via[t, s] = added[s], s
+            for w in range(states, count, states):
+                others = added[w : w + states]
+                for s in range(states):
+                    better = others[s] < cost[s]
+                    cost[s] = others[s] if better else cost[s]
+                    via[t, s] = np.int16(w + s) if better else via[t, s]
+        s = cost.argmin()
+        for t in range(length - 1, -1, -1):
+            w = via[t, s]
+            found[row, t] = w
+            s = w >> bits
+
+
+@compiled("void(i8, i8, f4[:,::1], f4[:,::1], f4[:,::1], f4[::1], i8, i8[::1], f4[::1], i8, f4[::1], i8[:,::1])")
+def follow(first, last, columns, upper, tried, after, own, state, values, bits, m, windows):  # type: ignore[no-untyped-def]
+    """Rows first..last of `trellis._follow`: m (cho,) and windows (cho, own) get the string and m that add least to J.
+
+    With e[j] the error of column j in steps, U the Cholesky factor, and what is still to come moved by
+    w[t] -= e[j] U[j, t] / U[j, j], a string adds sum (e[j] / U[j, j])^2 times its step's square. Each state has the
+    best string that leads to it, and so its own columns still to come."""
+    length, count = columns.shape[1], values.shape[0]
+    states = count >> bits
+    inverse = np.empty(length, np.float32)
+    for j in range(length):
+        inverse[j] = np.float32(1) / upper[j, j]
+    cost, added, error = np.empty(states, np.float32), np.empty(count, np.float32), np.empty(count, np.float32)
+    here, later, reached = np.empty(states, np.float32), np.empty(count, np.float32), np.empty(states, np.int32)
+    waiting, moved = np.empty((states, length), np.float32), np.empty((states, length), np.float32)
+    via = np.empty((length, states), np.int16)
+    for row in range(first, last):
+        least = np.float32(np.inf)
+        for a in range(tried.shape[1]):
+            step = tried[row, a]
+            for t in range(length):
+                waiting[0, t] = columns[row, t] / step
+            for s in range(1, states):
+                waiting[s] = waiting[0]
+            ratio = after[row] / step  # the next group's VQK in this group's steps
+            for w in range(count):
+                later[w] = ratio * values[w]
+            cost[:] = np.inf
+            cost[state[row]] = 0
+            for j in range(length):
+                square = inverse[j] * inverse[j]
+                vqk = values if j < own else later
+                for s in range(states):
+                    here[s] = waiting[s, j]
+                for w in range(count):
+                    e = here[w >> bits] - vqk[w]
+                    error[w] = e
+                    added[w] = fma(e * e, square, cost[w >> bits])
+                for s in range(states):
+                    cost[s], reached[s] = added[s], s
+                for w in range(states, count, states):
+                    others = added[w : w + states]  # slices: numba checks no index for being negative, LLVM vectorizes
+                    for s in range(states):
+                        better = others[s] < cost[s]
+                        cost[s] = others[s] if better else cost[s]
+                        reached[s] = np.int32(w) + np.int32(s) if better else reached[s]
+                factors = upper[j, j + 1 :]
+                for s in range(states):
+                    w = reached[s]
+                    via[j, s] = w
+                    spent = -inverse[j] * error[w]
+                    before, now = waiting[w >> bits, j + 1 :], moved[s, j + 1 :]
+                    for t in range(length - j - 1):
+                        now[t] = fma(spent, factors[t], before[t])
+                waiting, moved = moved, waiting
+            s = cost.argmin()
+            total = cost[s] * (step * step)
+            if a == 0 or total < least:
+                least, m[row] = total, step
+                for j in range(length - 1, -1, -1):
+                    w = via[j, s]
+                    s = w >> bits
+                    if j < own:
+                        windows[row, j] = w
+
+
+@compiled("void(i8, i8, f8[:,:], f8[::1], f8[:,::1], f8, f8, f8, f8[::1], f8[:,::1], f8[:,::1])")
+def round_columns(first, last, columns, cds, upper, low, high, most, m, vqk, errors):  # type: ignore[no-untyped-def]
+    """Rows first..last of `gptq._round_group`: m (cho,), VQK and errors (cho, n) get, of m = 1, 2 .. most, the one of
+    least sum errors^2: columns rounded one by one to low..high, the others moved by w[t] -= errors[j] U[j, t]."""
+    length = columns.shape[1]
+    waiting, integers, spent = np.empty(length), np.empty(length), np.empty(length)
+    for row in range(first, last):
+        least = np.inf
+        for tried in range(1, int(most) + 1):
+            step = cds[row] * tried
+            waiting[:] = columns[row]
+            total = 0.0
+            for j in range(length):
+                integers[j] = min(max(np.rint(waiting[j] / step), low), high)
+                error = (waiting[j] - step * integers[j]) / upper[j, j]
+                for t in range(j + 1, length):
+                    waiting[t] -= upper[j, t] * error
+                spent[j] = error
+                total += error * error
+            if tried == 1 or total < least:
+                least, m[row] = total, tried
+                vqk[row] = integers
+                errors[row] = spent

@@ -1,0 +1,255 @@
+"""The compiled loops against the torch code they come from, bit for bit; and what becomes of their machine code."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from numba import njit
+from reference import torch_loops as reference
+
+from dsconvert.dsconv.tensor import DSTensor
+from dsconvert.fit import gptq, loops, trellis
+from dsconvert.fit.gptq import Moments, fit_weight_gptq
+
+LOOPS = ROOT / "dsconvert" / "fit" / "loops.py"
+
+
+@pytest.fixture(params=[1, 2, 3])
+def threads(request):
+    """Torch, and so the loops, with so many threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+def randn(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def factor(columns: int, seed: int = 0) -> torch.Tensor:
+    """Upper Cholesky factor of the inverse of a strongly correlated H (columns, columns)."""
+    mix = randn(columns, 2 * columns, seed=seed) + 0.5 * randn(1, 2 * columns, seed=seed + 1)
+    hessian = mix @ mix.T / columns + 0.1 * torch.eye(columns, dtype=torch.float64)
+    return torch.linalg.cholesky(torch.linalg.inv(hessian), upper=True)
+
+
+def same(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Equal bits."""
+    return a.dtype == b.dtype and a.shape == b.shape and a.numpy().tobytes() == b.numpy().tobytes()
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3, 4])
+@pytest.mark.parametrize(
+    ("cho", "own", "ahead"), [(1, 8, 24), (7, 16, 24), (33, 32, 24), (5, 24, 0), (3, 40, 1), (2, 1, 0)]
+)
+def test_following_strings(threads, bits, cho, own, ahead):
+    columns, upper = (6 * randn(cho, own + ahead)).float(), factor(own + ahead).float()
+    most = min(3, 64 // int(trellis.table(bits).max()))
+    tried = trellis._around(
+        torch.randint(1, most + 1, (cho,), generator=torch.Generator().manual_seed(1)).float(), most
+    )
+    state = torch.randint(256 >> bits, (cho,), generator=torch.Generator().manual_seed(2))
+    after = 1 + torch.arange(cho).float() % most
+    given = (columns, upper, tried.float(), after, own, state)
+    for made, wanted in zip(
+        trellis._follow(*given, trellis.Trellis.of(bits)),
+        reference.follow(*given, reference.Trellis.of(bits)),
+        strict=True,
+    ):
+        assert same(made.contiguous(), wanted.contiguous())
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3, 4])
+@pytest.mark.parametrize("shape", [(1, 1), (1, 40), (33, 24), (6, 129)])
+def test_nearest_strings(threads, bits, shape):
+    wanted, m = (4 * randn(*shape)).float(), (1 + randn(*shape, seed=1).abs()).float()
+    made = trellis.nearest_values(wanted, m, trellis.Trellis.of(bits))
+    assert all(map(same, made, reference.nearest_values(wanted, m, reference.Trellis.of(bits))))
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+@pytest.mark.parametrize(("cho", "columns"), [(1, 1), (1, 16), (33, 8), (7, 31)])
+def test_free_integers(threads, bits, cho, columns):
+    w = randn(cho, columns + 3, seed=bits).numpy()[:, 1:-2]  # a view, as the fit has it
+    cds, upper = 0.05 + randn(cho, seed=1).abs().numpy() / 9, factor(columns).numpy()
+    made, wanted = (f(w, cds, upper, bits) for f in (gptq._round_group, reference.round_group))
+    for a, b in zip(made, wanted, strict=True):
+        assert np.ascontiguousarray(a).tobytes() == np.ascontiguousarray(b).tobytes()
+
+
+WIDTHS = [
+    (1, 8, True),
+    (2, 16, True),
+    (3, 32, True),
+    (4, 8, True),
+    *((b, s, False) for b in range(2, 9) for s in (3, 16)),
+]
+
+
+@pytest.mark.parametrize(("bits", "block", "along"), WIDTHS)
+@pytest.mark.parametrize("shape", [(5, 16, 3, 3), (33, 32, 1, 1)])
+def test_whole_layers(monkeypatch, threads, bits, block, along, shape):
+    """The fit of a layer, its output channels each alone and in parts that make up for each other."""
+    weight, size = randn(*shape).float(), shape[1] * shape[2] * shape[3]
+    q = randn(size, 2 * size, seed=1)
+    q[1:] += 0.7 * q[:-1]
+    hessian = q @ q.T / (2 * size)
+    moments = Moments(hessian, weight.double().flatten(1) @ hessian)
+    mix = randn(shape[0], shape[0], seed=2)
+    for channels in (None, mix @ mix.T):
+        made = fit_weight_gptq(weight, moments, bits, block, channels, along)
+        with monkeypatch.context() as patched:
+            patched.setattr(gptq, "_round_group", reference.round_group)
+            patched.setattr(trellis, "_follow", _reference_follow)
+            patched.setattr(trellis, "nearest_values", _reference_nearest)
+            wanted = fit_weight_gptq(weight, moments, bits, block, channels, along)
+        _assert_same(made, wanted)
+
+
+def _reference_follow(*given):
+    return reference.follow(*given[:-1], reference.Trellis.of(given[-1].bits))
+
+
+def _reference_nearest(wanted, m, given):
+    return reference.nearest_values(wanted, m, reference.Trellis.of(given.bits))
+
+
+def _assert_same(a: DSTensor, b: DSTensor) -> None:
+    assert same(a.vqk, b.vqk)
+    assert same(a.m, b.m)
+    assert same(a.cds_w, b.cds_w)
+    assert (a.code is None) == (b.code is None)
+    assert a.code is None or same(a.code, b.code)
+
+
+def test_several_python_threads_may_use_the_loops_at_once():
+    """As an application may that converts two models."""
+    w, cds, upper = randn(64, 16).numpy(), np.full(64, 0.1), factor(16).numpy()
+    alone = gptq._round_group(w, cds, upper, 4)
+    with ThreadPoolExecutor(4) as pool:
+        for made in pool.map(lambda _: gptq._round_group(w, cds, upper, 4), range(40)):
+            assert all(map(np.array_equal, made, alone))
+
+
+@pytest.mark.parametrize("name", ["follow", "nearest_windows", "round_columns"])
+def test_no_float_operations_are_joined_or_reordered(name):
+    """LLVM may do either only where an operation is marked so. What comes from a cache cannot be looked at."""
+    loop = getattr(loops, name)
+    (text,) = njit(loop.signatures[0], nogil=True)(loop.py_func).inspect_llvm().values()
+    floats = [line for line in text.splitlines() if re.search(r" = f(add|sub|mul|div)\b", line)]
+    assert floats
+    assert not [line for line in floats if re.search(r"\b(fast|contract|reassoc|arcp)\b", line)]
+    assert ("llvm.fma" in text) == (name == "follow")
+
+
+# what every run of it must print: integers, m and errors of a small group, and windows of strings
+SCRIPT = """
+import hashlib, sys
+import numpy as np
+import loops
+rng = np.random.default_rng(0)
+upper = np.triu(rng.random((24, 24))) + np.eye(24)
+m, vqk, errors = np.empty(9), np.empty((9, 24)), np.empty((9, 24))
+loops.round_columns(0, 9, rng.standard_normal((9, 24)), np.full(9, 0.1), upper, -4.0, 3.0, 15.0, m, vqk, errors)
+found = hashlib.sha256(m.tobytes() + vqk.tobytes() + errors.tobytes())
+columns, tried = 6 * rng.standard_normal((9, 24)), np.tile(np.arange(1, 4), (9, 1))
+values, state = rng.integers(-9, 9, 256), np.zeros(9, np.int64)
+m, windows = np.empty(9, np.float32), np.empty((9, 16), np.int64)
+given = [x.astype(np.float32) for x in (columns, upper, tried, np.ones(9))]
+loops.follow(0, 9, *given, 16, state, values.astype(np.float32), 2, m, windows)
+found.update(m.tobytes() + windows.tobytes())
+print(found.hexdigest(), sum(loops.follow.stats.cache_hits.values()))
+"""
+
+
+def started(folder: Path, **environment: str) -> subprocess.Popen[str]:
+    """The script beside a copy of the loops in that folder, its caches where the environment says."""
+    folder.mkdir(exist_ok=True)
+    if not (folder / "loops.py").exists():
+        shutil.copy2(LOOPS, folder)
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("NUMBA_", "XDG_"))}
+    return subprocess.Popen(
+        [sys.executable, "-c", SCRIPT], cwd=folder, env={**kept, **environment}, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+
+
+def printed(process: subprocess.Popen[str]) -> tuple[str, bool]:
+    """What the script found, and whether its machine code came from a cache. It says nothing else."""
+    out, err = process.communicate(timeout=600)
+    assert process.returncode == 0, err
+    assert not err
+    found, hits = out.split()
+    return found, hits == "1"
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory):
+    """A folder with the loops and, beside them, their machine code; and what the script finds. Two processes made it at
+    once."""
+    folder = tmp_path_factory.mktemp("loops")
+    both = [started(folder), started(folder)]
+    first, second = map(printed, both)
+    assert first[0] == second[0]
+    return folder, first[0]
+
+
+def test_machine_code_is_kept_beside_the_package(compiled):
+    folder, found = compiled
+    assert list((folder / "__pycache__").glob("*.nbc"))
+    assert printed(started(folder)) == (found, True)
+
+
+@pytest.mark.parametrize(("ending", "damage"), [("nbi", b""), ("nbi", b"garbage"), ("nbc", b"garbage"), ("nbc", None)])
+def test_damaged_machine_code_is_made_anew(compiled, tmp_path, ending, damage):
+    folder, found = compiled
+    copy = shutil.copytree(folder, tmp_path / "copy")  # keeps the source's time, which the cache goes by
+    files = list((copy / "__pycache__").glob(f"*.{ending}"))
+    assert len(files) >= 3
+    for file in files:
+        whole = file.read_bytes()
+        file.write_bytes(whole[: len(whole) // 2] if damage is None else damage)
+    assert printed(started(copy)) == (found, False)
+    assert printed(started(copy)) == (found, True)  # and kept again
+
+
+def test_nowhere_to_keep_machine_code(compiled, tmp_path):
+    """A folder that is a file cannot be written, not even by root."""
+    (tmp_path / "loops").mkdir()
+    (tmp_path / "loops" / "__pycache__").write_text("")
+    nowhere = {"HOME": "/dev/null/nonexistent", "XDG_CACHE_HOME": "/dev/null/nonexistent"}
+    assert printed(started(tmp_path / "loops", **nowhere)) == (compiled[1], False)
+    assert [p.name for p in (tmp_path / "loops").iterdir() if p.suffix != ".py"] == ["__pycache__"]
+
+
+def test_machine_code_goes_where_it_is_told(compiled, tmp_path):
+    found = compiled[1]
+    told = {"NUMBA_CACHE_DIR": str(tmp_path / "told")}
+    assert printed(started(tmp_path / "loops", **told)) == (found, False)
+    assert list((tmp_path / "told").rglob("*.nbc"))
+    assert not (tmp_path / "loops" / "__pycache__").exists() or not list(tmp_path.glob("loops/__pycache__/*.nb?"))
+    assert printed(started(tmp_path / "loops", **told)) == (found, True)
+
+
+def test_a_cpu_without_fused_instructions_finds_the_same(compiled, tmp_path):
+    plain = {"NUMBA_CPU_NAME": "generic", "NUMBA_CPU_FEATURES": ""}
+    assert printed(started(tmp_path / "loops", **plain))[0] == compiled[1]
+
+
+@pytest.mark.parametrize(
+    "line", ["import dsconvert.cli", "import dsconvert.api, dsconvert.fit.gptq", "import dsconvert.evaluate"]
+)
+def test_numba_is_loaded_only_by_a_fit(line):
+    check = f"{line}; import sys; assert not [m for m in sys.modules if m.split('.')[0] in ('numba', 'llvmlite')]"
+    subprocess.run([sys.executable, "-c", check], check=True, cwd=ROOT, timeout=300)
