@@ -20,6 +20,9 @@ from reference import torch_loops as reference
 from dsconvert.dsconv.tensor import DSTensor
 from dsconvert.fit import gptq, loops, trellis
 from dsconvert.fit.gptq import Moments, fit_weight_gptq
+from dsconvert.fit.least_squares import fit_weight
+from dsconvert.graph.integer import SIGMOID, IntegerConv, QConv, QParams, activation_table, integer_conv
+from dsconvert.graph.ir import Node
 
 LOOPS = ROOT / "dsconvert" / "fit" / "loops.py"
 
@@ -253,3 +256,25 @@ def test_a_cpu_without_fused_instructions_finds_the_same(compiled, tmp_path):
 def test_numba_is_loaded_only_by_a_fit(line):
     check = f"{line}; import sys; assert not [m for m in sys.modules if m.split('.')[0] in ('numba', 'llvmlite')]"
     subprocess.run([sys.executable, "-c", check], check=True, cwd=ROOT, timeout=300)
+
+
+@pytest.mark.parametrize("kind", [None, "SiLU", "ReLU", "LeakyReLU", "Hardswish"])
+def test_a_convolution_and_its_activation_in_one_pass_are_the_two(kind):
+    """Bit for bit, with ties, sums beyond both ends of the grid and negative zero among them."""
+    source, target, behind = QParams(0.02, 3), QParams(0.05, 117), QParams(0.031, 20)
+    node = Node("conv", "c", ("x",), {"stride": 1, "padding": 1, "dilation": 1, "groups": 1})
+    weight = fit_weight(randn(6, 4, 3, 3), 4, 4)
+    conv = QConv(weight, 4 * randn(6, seed=1))
+    q = torch.randint(0, 256, (1, 4, 9, 7), generator=torch.Generator().manual_seed(2))
+    ready = IntegerConv.of(node, conv, source, target, "cpu")
+    assert torch.equal(ready.integers(q), integer_conv(node, q, conv, source, target))
+    table = np.arange(256, dtype=np.uint8) if kind is None else activation_table(kind, target, SIGMOID, behind)
+    wanted = torch.from_numpy(table)[ready.integers(q)[0].int()]
+    sums = ready.sums(q)[0].flatten(1).numpy()
+    made = np.empty(sums.shape, np.uint8)
+    loops.requantize(sums, ready.multiplier.numpy(), float(target.zero_point), table, made)
+    assert np.array_equal(made, wanted.flatten(1).numpy())
+    halves = np.array([[-0.5, 0.5, 1.5, 2.5, -1.5, -0.0, 1e9, -1e9]], np.float32)
+    found = np.empty((1, 8), np.uint8)
+    loops.requantize(halves, np.ones(1, np.float32), 10.0, np.arange(256, dtype=np.uint8), found)
+    assert found.tolist() == [[10, 10, 12, 12, 8, 10, 255, 0]]

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,7 +21,7 @@ from dsconvert.fit.importance import judged
 from dsconvert.fit.kept import Kept, Room
 from dsconvert.fit.seen import Drawn, Places, Seen
 from dsconvert.fit.threads import in_order
-from dsconvert.graph.integer import QConv, QParams, grid_of, integer_step
+from dsconvert.graph.integer import SIGMOID, IntegerConv, QConv, QParams, activation_table, grid_of, integer_step
 from dsconvert.graph.ir import INPUT, ConvParams, Graph, Node
 from dsconvert.graph.run import conv, float_step, run_float
 
@@ -45,22 +46,46 @@ class _Side:
         """The convolution with every bias expressible in its accumulator, where there is one."""
         return conv.with_room(self.grids[node.inputs[0]].scale) if self.grids else conv
 
-    def step(self, nodes: Sequence[Node], inputs: Sequence[Tensor], convs: Mapping[str, QConv]) -> Tensor:
-        """Nodes one after another on one image's values, each (c, h, w); those after the first read the one before."""
-        values = [x.to(self.device)[None] for x in inputs]
-        for node in nodes:
-            values = [self._one(node, values, convs)]
-        return values[0][0]
-
-    def _one(self, node: Node, inputs: list[Tensor], convs: Mapping[str, QConv]) -> Tensor:
-        if self.grids:
-            whole = inputs if node.op == "act" else [x.float() for x in inputs]  # a table is read by any integers
-            # by way of int16: torch's own conversion takes twice as long
-            return integer_step(node, whole, convs, self.grids).to(torch.int16).to(torch.uint8)
+    def step(self, node: Node, act: Node | None, convs: Mapping[str, QConv]) -> Callable[[Sequence[Tensor]], Tensor]:
+        """What makes one image's value, (c, h, w), of a node's inputs: the node, and then the activation `act`."""
         if node.op == "conv":
-            c = convs[node.name]
-            return conv(node, inputs[0], c.weight.weight().to(inputs[0]), c.bias.to(inputs[0]))
-        return float_step(node, inputs, {})
+            return self._conv(node, act, convs[node.name])
+        if not self.grids:
+            return lambda inputs: float_step(node, [x.to(self.device)[None] for x in inputs], {})[0]
+        as_they_are = node.op == "act"  # a table is read by any integers
+
+        def integers(inputs: Sequence[Tensor]) -> Tensor:
+            given = [x.to(self.device)[None] if as_they_are else x.to(self.device).float()[None] for x in inputs]
+            # by way of int16: torch's own conversion takes twice as long
+            return integer_step(node, given, convs, self.grids)[0].to(torch.int16).to(torch.uint8)
+
+        return integers
+
+    def _conv(self, node: Node, act: Node | None, made: QConv) -> Callable[[Sequence[Tensor]], Tensor]:
+        if not self.grids:
+            weight, bias = made.weight.weight().to(self.device), made.bias.to(self.device)
+
+            def real(inputs: Sequence[Tensor]) -> Tensor:
+                value = conv(node, inputs[0].to(self.device)[None], weight, bias)
+                return (float_step(act, [value], {}) if act else value)[0]
+
+            return real
+        from dsconvert.fit import loops  # numba takes a while to load
+
+        target = self.grids[node.name]
+        ready = IntegerConv.of(node, made, self.grids[node.inputs[0]], target, self.device)
+        table = np.arange(256, dtype=np.uint8)
+        if act:
+            table = activation_table(act.attrs["kind"], target, SIGMOID, self.grids[act.name])
+        multiplier, zero = ready.multiplier.cpu().numpy(), float(target.zero_point)
+
+        def integers(inputs: Sequence[Tensor]) -> Tensor:
+            sums = ready.sums(inputs[0].to(self.device)[None])[0].cpu()
+            value = torch.empty(sums.shape, dtype=torch.uint8)
+            loops.requantize(sums.flatten(1).numpy(), multiplier, zero, table, value.flatten(1).numpy())
+            return value
+
+        return integers
 
 
 def fit_lockstep(
@@ -92,11 +117,11 @@ def fit_lockstep(
     acts = {node.name: node for node in graph.nodes if node.name in behind.values()}
     fitted: dict[str, QConv] = {}
 
-    def advance(name: str, nodes: Sequence[Node], sources: Sequence[Kept]) -> None:
+    def advance(name: str, step: Callable[[Sequence[Tensor]], Tensor], sources: Sequence[Kept]) -> None:
         """Make a value of every image, several images at a time, and keep it."""
 
         def one(index: int) -> Tensor:
-            return side.step(nodes, [source.get(index) for source in sources], fitted)
+            return step([source.get(index) for source in sources])
 
         values[name] = room.like(count, first := one(0))
         values[name].put(0, first)
@@ -117,9 +142,10 @@ def fit_lockstep(
                 if finished:
                     finished(fitted)
             if node.name in behind:  # what only its activation reads is never kept
-                advance(behind[node.name], [node, acts[behind[node.name]]], [values[node.inputs[0]]])
+                act = acts[behind[node.name]]
+                advance(act.name, side.step(node, act, fitted), [values[node.inputs[0]]])
             elif node.name not in acts:
-                advance(node.name, [node], [values[name] for name in node.inputs])
+                advance(node.name, side.step(node, None, fitted), [values[name] for name in node.inputs])
             for name in set(node.inputs):
                 if last[name] == place and name in values:
                     values.pop(name).free()

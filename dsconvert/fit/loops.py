@@ -166,3 +166,18 @@ def round_columns(first, last, columns, cds, upper, low, high, most, m, vqk, err
                 least, m[row] = total, tried
                 vqk[row] = integers
                 errors[row] = spent
+
+
+@compiled("void(f4[:,::1], f4[::1], f4, u1[::1], u1[:,::1])")
+def requantize(sums, multipliers, zero, table, made):  # type: ignore[no-untyped-def]
+    """Sums (cho, p) times each channel's multiplier -> integers 0..255 on a grid, and made (cho, p) what the table
+    (256,) has for them: `graph.integer.integer_conv` and an activation in one pass."""
+    count = sums.shape[1]
+    places = np.empty(count, np.uint8)
+    for o in range(sums.shape[0]):
+        by = multipliers[o]
+        for p in range(count):
+            value = np.rint(sums[o, p] * by) + zero
+            places[p] = np.uint8(min(max(value, np.float32(0)), np.float32(255)))
+        for p in range(count):
+            made[o, p] = table[places[p]]

@@ -135,18 +135,41 @@ def _quantize_np(x: NDArray[np.floating[Any]], zero_point: int) -> NDArray[np.ui
 SIGMOID = QParams(float(SIGMOID_SCALE), 0)
 
 
-def integer_conv(node: Node, q: Tensor, conv: QConv, source: QParams, target: QParams) -> Tensor:
-    """Integers in, integers out: int32 accumulation, one float32 multiplier per output channel.
+@dataclass(frozen=True)
+class IntegerConv:
+    """A convolution with all that its integers need, worked out once for any number of images."""
 
-    Sums that can leave the exact integers of float32 are made in float64, and rounded to float32 once, as an engine
-    converts its int32."""
-    exact = int(conv.largest_sum(source.scale).max()) <= FLOAT_EXACT
-    kind = torch.float32 if exact else torch.float64
-    given = q.to(kind, copy=True).sub_(source.zero_point)
-    weight, bias = conv.weight.merged().to(q.device, kind), conv.bias_int(source.scale).to(q.device, kind)
-    acc = run.conv(node, given, weight, bias).float()
-    multiplier = torch.tensor(source.scale, dtype=torch.float32) * conv.weight.cds_w.float() / target.scale
-    return acc.mul_(multiplier.to(acc)[:, None, None]).round_().add_(target.zero_point).clamp_(0, QMAX)
+    node: Node
+    weight: Tensor  # (cho, chi, kh, kw) integers, float32 where no sum leaves float32's exact integers, else float64
+    bias: Tensor  # (cho,) integers, of the same type
+    multiplier: Tensor  # (cho,) float32: an accumulator's unit in steps of the target grid
+    source: QParams
+    target: QParams
+
+    @staticmethod
+    def of(node: Node, conv: QConv, source: QParams, target: QParams, device: torch.device | str) -> IntegerConv:
+        """The node's convolution between two grids."""
+        exact = int(conv.largest_sum(source.scale).max()) <= FLOAT_EXACT
+        kind = torch.float32 if exact else torch.float64
+        weight, bias = conv.weight.merged().to(device, kind), conv.bias_int(source.scale).to(device, kind)
+        multiplier = torch.tensor(source.scale, dtype=torch.float32) * conv.weight.cds_w.float() / target.scale
+        return IntegerConv(node, weight, bias, multiplier.to(device), source, target)
+
+    def sums(self, q: Tensor) -> Tensor:
+        """Integers (n, chi, h, w) -> accumulators (n, cho, h', w'), float32: rounded once, as an engine converts its
+        int32."""
+        given = q.to(self.weight.dtype, copy=True).sub_(self.source.zero_point)
+        return run.conv(self.node, given, self.weight, self.bias).float()
+
+    def integers(self, q: Tensor) -> Tensor:
+        """Integers (n, chi, h, w) -> integers (n, cho, h', w') on the target grid, carried as float32."""
+        made = self.sums(q).mul_(self.multiplier[:, None, None])
+        return made.round_().add_(self.target.zero_point).clamp_(0, QMAX)
+
+
+def integer_conv(node: Node, q: Tensor, conv: QConv, source: QParams, target: QParams) -> Tensor:
+    """Integers in, integers out: int32 accumulation, one float32 multiplier per output channel."""
+    return IntegerConv.of(node, conv, source, target, q.device).integers(q)
 
 
 def integer_add(inputs: list[Tensor], source: list[QParams], target: QParams) -> Tensor:
