@@ -34,7 +34,8 @@ class RawMap:
 @dataclass(frozen=True)
 class Decoded:
     """Names of the parts of all boxes: `box` (n, boxes, 4), centre and size in pixels, and `conf` (n, boxes, 1 + nc),
-    objectness and class scores; `masks` (n, boxes, nm), the mask coefficients, none of a detector."""
+    objectness and class scores, 1 for a class that is untrained; `masks` (n, boxes, nm), the mask coefficients, none of
+    a detector."""
 
     box: str
     conf: str
@@ -59,6 +60,8 @@ def add_decode(b: OnnxBuilder, raw: Sequence[RawMap], head: Head, imgsz: int) ->
         b.nodes.append(helper.make_node("Split", [whole, b.shape(*head.parts)], names, axis=2))
         if masks:
             box, conf = (b.node("Sigmoid", [name], f"{name}.sigmoid") for name in (box, conf))
+    if head.class_untrained:  # no sigmoid is less than 0 or more than 1
+        conf = b.node("Max", [conf, b.constant(np.array([0, 1], np.float32))], "detect.meant")
     return Decoded(_pixels(b, box, head, sides), conf, tuple(masks))
 
 

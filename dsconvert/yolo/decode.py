@@ -10,16 +10,24 @@ from dsconvert.yolo.network import Head
 
 
 def sigmoids(raw: list[Tensor], head: Head) -> list[tuple[Tensor, Tensor]]:
-    """Per level the sigmoids of boxes (n, na, 4, ny, nx) and scores (n, na, 1 + nc, ny, nx).
+    """Per level the sigmoids of boxes (n, na, 4, ny, nx) and scores (n, na, 1 + nc, ny, nx); 1 for a class that is
+    untrained, so that objectness times class is the score of every network.
 
     `raw` is one map a level, or a box map and a score map a level (see `lower.split_detect`), and perhaps a third of
     mask coefficients; then the prototypes come last."""
     maps, step = raw[:-1] if head.nm else raw, len(head.parts)
     if len(maps) == len(head.strides):
         whole = [t.unflatten(1, (head.na, sum(head.parts)))[:, :, : head.nc + 5].sigmoid() for t in maps]
-        return [(p[:, :, :4], p[:, :, 4:]) for p in whole]
+        return [(p[:, :, :4], _meant(p[:, :, 4:], head)) for p in whole]
     pairs = zip(maps[::step], maps[1::step], strict=True)
-    return [(_by_anchor(box, head).sigmoid(), _by_anchor(score, head).sigmoid()) for box, score in pairs]
+    return [(_by_anchor(box, head).sigmoid(), _meant(_by_anchor(score, head).sigmoid(), head)) for box, score in pairs]
+
+
+def _meant(scores: Tensor, head: Head) -> Tensor:
+    """Objectness and class scores (n, na, 1 + nc, ny, nx) as they are to be read."""
+    if not head.class_untrained:
+        return scores
+    return torch.cat((scores[:, :, :1], torch.ones_like(scores[:, :, 1:])), 2)
 
 
 def _by_anchor(value: Tensor, head: Head) -> Tensor:
