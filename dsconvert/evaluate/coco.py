@@ -139,14 +139,16 @@ def matched(found: Array, truth: Array, overlap: NDArray[np.float64]) -> NDArray
     """Which detections (n, 6) of one image find an object (m, 5) of it, whose IoU are `overlap` (n, m).
 
     The surest detection comes first. Each takes, of the objects of its class that overlap it by FOUND or more and that
-    no surer one took, the one it overlaps most: so an object is found once, and every further box on it is wrong."""
+    no surer one took, the one it overlaps most: so an object is found once, and every further box on it is wrong.
+    These are COCO's matches at FOUND; of equal overlaps it takes the last."""
     free = np.where((found[:, None, 5] == truth[None, :, 0]) & (overlap >= FOUND), overlap, 0)
     hits = np.zeros(len(found), bool)
     near = np.nonzero(free.any(1))[0]
     for i in near[np.argsort(-found[near, 4], kind="stable")].tolist():
-        best = int(free[i].argmax())
-        hits[i] = free[i, best] > 0
-        free[:, best] = 0
+        best = len(truth) - 1 - int(free[i, ::-1].argmax())
+        if free[i, best]:
+            hits[i] = True
+            free[:, best] = 0
     return hits
 
 
@@ -166,7 +168,8 @@ def best_f1(
         shown, good = (_at_least(found[chosen, 4], CONFIDENCES) for chosen in (mine, mine & right))
         rows.append((good / np.maximum(shown, 1), good / count))
     precision, recall = np.array(rows).transpose(1, 0, 2)  # class, confidence
-    best = (2 * precision * recall / np.maximum(precision + recall, 1e-16)).mean(0).argmax()
+    f1 = (2 * precision * recall / np.maximum(precision + recall, 1e-16)).mean(0)
+    best = f1.round(12).argmax()  # what is equal may differ in its last bits
     return float(precision[:, best].mean()), float(recall[:, best].mean())
 
 

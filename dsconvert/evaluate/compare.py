@@ -71,7 +71,7 @@ def score_shift(first: Sequence[Found], second: Sequence[Found], least: float = 
     """From what two models find in each image, (n, 6) with the score in column 4. What scores `least` or less counts
     for neither: give the higher threshold of the two where they were not filtered alike."""
     sides = [[boxes[boxes[:, 4] > least, 4] for boxes in found] for found in (first, second)]
-    best = [float(np.mean([scores.max(initial=0) for scores in side])) if side else 0.0 for side in sides]
+    best = [float(np.mean([float(scores.max(initial=0)) for scores in side])) if side else 0.0 for side in sides]
     sure = [sum(int((scores > CONFIDENT).sum()) for scores in side) for side in sides]
     return ScoreShift(best[0], best[1], sure[0], sure[1])
 
