@@ -89,7 +89,8 @@ class Comparison:
     """How far two models find the same objects. Two boxes match when their class is the same and their IoU at least
     0.5; `agreement` is the share of all objects that match. A confidence shift is the second's score less the first's.
     `map50_95` measures the second against the first's objects. What cannot be said (nothing matches, the first finds
-    nothing) is None."""
+    nothing) is None. Of each model, `mean_best_score` is the mean over photographs of the best score, and
+    `confident_boxes` the number of boxes above 0.25."""
 
     matched: int
     only_first: int
@@ -99,6 +100,10 @@ class Comparison:
     mean_confidence_shift: float | None
     largest_confidence_shift: float | None
     map50_95: float | None
+    mean_best_score_first: float
+    mean_best_score_second: float
+    confident_boxes_first: int
+    confident_boxes_second: int
     photos: tuple[ComparedPhoto, ...] = field(repr=False)
 
 
@@ -168,13 +173,16 @@ def compare(
         _warn("The models name their classes differently; class numbers are compared.")
     if found.skipped:
         _warn(left_out(found.skipped))
-    a = found.agreement
+    a, s = found.agreement, found.agreement.scores
+    if shifted := s.warning(str(found.first.path), str(found.second.path)):
+        _warn(shifted[0].upper() + shifted[1:])
     photos = tuple(
         ComparedPhoto(p, i.matched, i.only_first, i.only_second) for p, i in zip(found.read, a.images, strict=True)
     )
     return Comparison(
-        a.matched, a.only_first, a.only_second, a.share, a.mean_iou, a.mean_shift, a.largest_shift, a.map50_95, photos
-    )
+        a.matched, a.only_first, a.only_second, a.share, a.mean_iou, a.mean_shift, a.largest_shift, a.map50_95,
+        s.first_best, s.second_best, s.first_boxes, s.second_boxes, photos,
+    )  # fmt: skip
 
 
 def _photo(

@@ -40,6 +40,8 @@ def check_model(model: DSModel) -> None:
 def _check_head(head: Head, imgsz: int) -> None:
     if not 1 <= head.nc <= 10000 or not all(len(n) <= 200 for n in head.names):
         raise ValueError("class names")
+    if not isinstance(head.class_untrained, bool) or (head.class_untrained and head.nc > 1):
+        raise ValueError("untrained class")
     if not 0 <= head.nm <= MAX_MASKS:
         raise ValueError("mask coefficients")
     if not head.strides or not all(1 <= s <= MAX_STRIDE for s in head.strides):

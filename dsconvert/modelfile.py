@@ -69,9 +69,10 @@ def model_bytes(model: DSModel) -> bytes:
 
 
 def _head(head: Head) -> dict[str, Any]:
-    """A detector's has no `masks`."""
-    known = {"names": head.names, "strides": head.strides, "anchors": head.anchors}
-    return {**known, "masks": head.nm} if head.nm else known
+    """A detector's has no `masks`; `class_untrained` is there where it is so."""
+    known: dict[str, Any] = {"names": head.names, "strides": head.strides, "anchors": head.anchors}
+    known |= {"masks": head.nm} if head.nm else {}
+    return known | ({"class_untrained": True} if head.class_untrained else {})
 
 
 def load_model(path: Path) -> DSModel:
@@ -117,7 +118,7 @@ def _model(header: Mapping[str, Any], tensors: Mapping[str, NDArray[Any]]) -> DS
     if not all(isinstance(n, str) for n in h["names"]):
         raise ValueError("class names")
     head = Head(tuple(printable(n) for n in h["names"]), tuple(int(s) for s in h["strides"]), anchors,
-                int(h.get("masks", 0)))  # fmt: skip
+                int(h.get("masks", 0)), h.get("class_untrained", False))  # fmt: skip
     activations = {name: QParams(float(s), int(z)) for name, (s, z) in header["activations"].items()}
     return DSModel(graph, convs, activations, head, int(header["imgsz"]), dict(header["provenance"]))
 

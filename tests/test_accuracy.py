@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import cv2
@@ -47,3 +48,24 @@ def test_without_labels_the_first_predictor_is_the_truth(paths):
 def test_an_unsure_first_predictor_is_no_truth(paths):
     with pytest.raises(InputError, match="finds nothing"):
         evaluate_predictors([always([*BOX[:4], 0.2, 1.0, 0.0])], paths, 64, 2, labelled=False)
+
+
+def test_without_labels_a_predictor_agrees_wholly_with_itself(paths):
+    """Whatever it finds: boxes that overlap by an IoU of 0.54, unsure ones, several classes of one box, one wholly in
+    the margin (above row 16), and more of a class than COCO counts."""
+    some = always(
+        BOX, [23, *BOX[1:4], 0.8, 1.0, 0.0], [40, 30, 10, 8, 1.0, 0.7, 0.65], [50, 34, 9, 9, 1.0, 0.2, 0.1],
+        [30, 4, 10, 8, 0.95, 1.0, 0.0],
+    )  # fmt: skip
+    crowd = always(*([2 * (i % 32) + 1, 2 * (i // 32) + 18, 1.5, 1.5, 0.9 - i / 500, 1, 0] for i in range(160)))
+    for model in (some, crowd):
+        for found in evaluate_predictors([model, model], paths, 64, 2, labelled=False):
+            assert (found.map50_95, found.map50, found.precision, found.recall) == (1, 1, 1, 1)
+
+
+def test_a_network_agrees_wholly_with_itself(work, call):
+    """The random network finds hundreds of boxes in each picture, most of them unsure."""
+    done = call("eval", "best.pt", "best.pt", "--data", "images", "--imgsz", 64, "--json", cwd=work)
+    assert done.code == 0, done.err
+    for row in json.loads(done.out)["models"]:
+        assert (row["map50_95"], row["map50"], row["precision"], row["recall"]) == (1, 1, 1, 1)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -9,7 +11,7 @@ from hypothesis import strategies as st
 
 from dsconvert.errors import InputError
 from dsconvert.evaluate.accuracy import Predictor
-from dsconvert.evaluate.compare import agreement, compare, match
+from dsconvert.evaluate.compare import MOST_SHIFT, ScoreShift, agreement, compare, match, score_shift
 from dsconvert.evaluate.detect import DetectOptions
 
 SQUARE = np.zeros((64, 64, 3), np.uint8)
@@ -99,3 +101,87 @@ def test_the_first_models_sure_objects_are_the_truth_of_the_average_precision():
 def test_nothing_found_is_no_agreement():
     with pytest.raises(InputError, match="Neither"):
         compare(always([20, 30, 10, 8, 1, 0.125, 0]), always(), [SQUARE], 64, DetectOptions())
+
+
+def overlapping() -> Predictor:
+    """Boxes of one class that overlap by an IoU of 0.54 (YOLOv5's val.py keeps both, its detect.py does not), unsure
+    ones, two classes for one box, and one that lies wholly in the margin of a wide image."""
+    return always(
+        [20, 30, 10, 8, 1, 0.9, 0], [23, 30, 10, 8, 1, 0.6, 0], [40, 30, 10, 8, 1, 0.7, 0.65],
+        [50, 34, 9, 9, 1, 0.2, 0.1], [30, 2, 10, 3, 1, 0.95, 0],
+        [62, 30, 12, 8, 1, 0.5, 0], [62, 30, 14, 8, 0.3, 0.9, 0],
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("options", [DetectOptions(), DetectOptions(0.0, 0.9), DetectOptions(0.6, 0.1, 3)])
+def test_a_model_agrees_wholly_with_itself_whatever_it_finds(options):
+    found = compare(overlapping(), overlapping(), [SQUARE, np.zeros((32, 64, 3), np.uint8)], 64, options)
+    assert (found.map50_95, found.share, found.mean_shift, found.largest_shift) == (1, 1, 0, 0)
+    assert found.scores.first_best == found.scores.second_best
+    assert found.scores.first_boxes == found.scores.second_boxes
+
+
+def test_a_model_agrees_wholly_with_itself_on_more_objects_than_coco_counts():
+    crowd = always(*([4 * (i % 16) + 2, 4 * (i // 16) + 2, 3, 3, 0.9 - i / 500, 1, 0] for i in range(160)))
+    found = compare(crowd, crowd, [SQUARE], 64, DetectOptions())
+    assert (found.map50_95, found.matched) == (1, 160)
+
+
+def test_unsure_boxes_of_the_second_model_still_count():
+    """An object that the second is just not sure of is late in the list, not missing."""
+    first, second = [20, 30, 10, 8, 1, 0.26, 0], [20, 30, 10, 8, 1, 0.24, 0]
+    found = compare(always(first), always(second), [SQUARE], 64, DetectOptions())
+    assert (found.map50_95, found.share) == (1, 0)
+
+
+def test_scores_by_hand():
+    """Best scores 0.75, 0.5 and none of the first, 0.5, none and 0.25 of the second; more than 0.25 counts."""
+    first = [boxes([0, 0, 9, 9, 0.75, 0], [0, 0, 9, 9, 0.125, 0]), boxes([0, 0, 9, 9, 0.5, 0]), boxes()]
+    second = [boxes([0, 0, 9, 9, 0.5, 0], [0, 0, 9, 9, 0.375, 0]), boxes(), boxes([0, 0, 9, 9, 0.25, 1])]
+    found = score_shift(first, second)
+    assert found == ScoreShift(1.25 / 3, 0.75 / 3, 2, 2)
+    assert found.shift == pytest.approx(-0.5 / 3)
+    assert score_shift(second, first).shift == -found.shift
+    # a file that keeps what is above 0.25 alone is compared above it
+    assert score_shift(first, second, 0.25) == ScoreShift(1.25 / 3, 0.5 / 3, 2, 2)
+    assert score_shift([], []) == ScoreShift(0, 0, 0, 0)
+
+
+@pytest.mark.parametrize(
+    ("second", "large"), [(0.70, False), (0.699, True), (0.76, False), (0.761, True), (0.73, False)]
+)
+def test_a_shift_of_more_than_three_hundredths_is_said(second, large):
+    """0.03 itself is not more, though 0.73 less 0.70 is in float32."""
+    assert MOST_SHIFT == 0.03
+    found = score_shift([boxes([0, 0, 9, 9, 0.73, 0])], [boxes([0, 0, 9, 9, second, 0])])
+    assert found.large == large
+    said = found.warning("best.pt", "best.onnx")
+    assert (said is not None) == large
+    if said:
+        assert f"0.73 on average with best.pt and {second:.2f} with best.onnx" in said
+
+
+def test_the_command_says_how_sure_both_are(work, call):
+    """A network beside one whose objectness is lower."""
+    from dsconvert.yolo.checkpoint import load_checkpoint, yolov5_bytes
+
+    loaded = load_checkpoint(work / "best.pt")
+    for conv in loaded.network.detect.m:
+        conv.bias.data.view(3, 7)[:, 4] -= 0.5
+    (work / "unsure.pt").write_bytes(yolov5_bytes(loaded.network, loaded.head))
+    same = call("compare", "best.pt", "best.pt", "images", "--imgsz", 64, "--json", cwd=work)
+    assert same.code == 0, same.err
+    found = json.loads(same.out)
+    assert (found["map50_95"], found["agreement"], found["mean_confidence_shift"]) == (1, 1, 0)
+    assert found["mean_best_score_first"] == found["mean_best_score_second"]
+    assert "Warning" not in same.err
+    apart = call("compare", "best.pt", "unsure.pt", "images", "--imgsz", 64, "--json", "--conf-thres", 0.01, cwd=work)
+    assert apart.code == 0, apart.err
+    other = json.loads(apart.out)
+    assert other["mean_best_score_first"] == found["mean_best_score_first"]
+    assert other["mean_best_score_second"] < found["mean_best_score_first"] - 0.03
+    assert other["confident_boxes_second"] < other["confident_boxes_first"] == found["confident_boxes_first"]
+    assert "Warning: the best score of an image is" in apart.err
+    shown = call("compare", "best.pt", "unsure.pt", "images", "--imgsz", 64, "--quiet", cwd=work)
+    assert "best score of an image, mean" in shown.out
+    assert "boxes above 0.25" in shown.out

@@ -23,6 +23,7 @@ from dsconvert.commands.shared import (
     warn,
 )
 from dsconvert.errors import InputError, LimitMissed
+from dsconvert.evaluate.accuracy import CONFIDENT
 from dsconvert.evaluate.compare import MATCHING, Agreement
 from dsconvert.evaluate.detect import DetectOptions
 from dsconvert.evaluate.photos import Compared, compare_files, left_out
@@ -68,6 +69,8 @@ def compare(
         warn("the models name their classes differently; class numbers are compared.")
     if found.skipped:
         warn(left_out(found.skipped))
+    if shifted := result.scores.warning("A", "B"):
+        warn(shifted)
     if as_json:
         print_json(_document(found))
     else:
@@ -92,6 +95,8 @@ def _document(found: Compared) -> dict[str, Any]:
         "matched": result.matched, "only_first": result.only_first, "only_second": result.only_second,
         "agreement": result.share, "mean_iou": result.mean_iou, "mean_confidence_shift": result.mean_shift,
         "largest_confidence_shift": result.largest_shift, "map50_95": result.map50_95,
+        "mean_best_score_first": result.scores.first_best, "mean_best_score_second": result.scores.second_best,
+        "confident_boxes_first": result.scores.first_boxes, "confident_boxes_second": result.scores.second_boxes,
         "files": [{"path": str(p), **asdict(i)} for p, i in zip(found.read, result.images, strict=True)],
     }  # fmt: skip
 
@@ -105,6 +110,8 @@ def _print(result: Agreement) -> None:
         "mean confidence shift": _number(result.mean_shift, "+.4f"),
         "largest confidence shift": _number(result.largest_shift, "+.4f"),
         "mAP50-95 of B against A": _number(result.map50_95, ".4f"),
+        "best score of an image, mean": f"{result.scores.first_best:.4f} A, {result.scores.second_best:.4f} B",
+        f"boxes above {CONFIDENT:g}": f"{result.scores.first_boxes} A, {result.scores.second_boxes} B",
     }
     shown = table("objects", "")
     for name, value in rows.items():

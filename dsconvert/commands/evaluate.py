@@ -106,7 +106,10 @@ def _row(r: contest.Evaluated) -> dict[str, Any]:
         "recall": m.recall, "size_bytes": c.size_bytes, "weight_bits": c.weight_bits,
         "latency_ms": {"median": t.median_ms, "min": t.min_ms, "spread": t.spread_ms}, "images": m.images,
         "skipped": len(m.skipped),
-        **({} if m.mask_map50 is None else {"mask_map50_95": m.mask_map50_95, "mask_map50": m.mask_map50}),
+        **({} if m.mask_map50 is None else {
+            "mask_map50_95": m.mask_map50_95, "mask_map50": m.mask_map50,
+            "mask_precision": m.mask_precision, "mask_recall": m.mask_recall,
+        }),
     }  # fmt: skip
 
 
@@ -121,14 +124,15 @@ def _print_classes(rows: list[contest.Evaluated]) -> None:
 
 def _print_evaluation(rows: list[contest.Evaluated], quiet: bool) -> None:
     masks = any(r.metrics.mask_map50 is not None for r in rows)
-    of_masks = ("masks 50-95", "50") if masks else ()
-    shown = table("model", "mAP50-95", "mAP50", *of_masks, "P", "R", "MB", "bits", "ms", "±")
+    of_masks = ("masks 50-95", "50", "P", "R") if masks else ()
+    shown = table("model", "mAP50-95", "mAP50", "P", "R", *of_masks, "MB", "bits", "ms", "±")
     for r in rows:
         m, t, c = r.metrics, r.latency, r.candidate
         shown.add_row(
             cell(short(c.path)), f"{m.map50_95:.4f}", f"{m.map50:.4f}",
-            *((_or_none(m.mask_map50_95), _or_none(m.mask_map50)) if masks else ()),
             f"{m.precision:.3f}", f"{m.recall:.3f}",
+            *((_or_none(m.mask_map50_95, 4), _or_none(m.mask_map50, 4), _or_none(m.mask_precision, 3),
+               _or_none(m.mask_recall, 3)) if masks else ()),
             f"{c.size_bytes / 1e6:.2f}", _bits(c), f"{t.median_ms:.1f}", f"{t.spread_ms:.1f}",
         )  # fmt: skip
     console().print(shown)
@@ -143,8 +147,8 @@ def _print_evaluation(rows: list[contest.Evaluated], quiet: bool) -> None:
         say(f"{len(m.skipped)} images could not be read and were left out; the first: {m.skipped[0]}")
 
 
-def _or_none(value: float | None) -> str:
-    return "" if value is None else f"{value:.4f}"
+def _or_none(value: float | None, digits: int) -> str:
+    return "" if value is None else f"{value:.{digits}f}"
 
 
 def _bits(c: Candidate) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from dsconvert import pipeline
-from dsconvert.commands.shared import PATH, RUNS, bars, force, tell, threads
+from dsconvert.commands.shared import PATH, RUNS, bars, force, tell, threads, warn
 from dsconvert.errors import InputError
 from dsconvert.files import write_atomic
 
@@ -50,6 +50,9 @@ def report(
         raise InputError(f"{target} already exists; give --force to replace it, or another --out.")
     options = ReportOptions(path, data, against, float_model, images, imgsz, samples, not no_latency)
     with bars() as progress:
-        page = page_bytes(gather(options, progress))
+        found = gather(options, progress)
+        page = page_bytes(found)
     write_atomic(target, page, force)
+    if shifted := found.scores.warning("the float model", "the converted one"):
+        warn(shifted)
     tell(f"Wrote {target} ({len(page) / 1e6:.2f} MB). Open it in a browser.")

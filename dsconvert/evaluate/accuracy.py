@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 
 from dsconvert import workers
 from dsconvert.errors import InputError
-from dsconvert.evaluate.coco import Metrics, coco_metrics
-from dsconvert.evaluate.masks import Encoded, MaskPredictor, look, mask_precision, outlines
-from dsconvert.yolo.boxes import non_max_suppression, suppressed, to_image
+from dsconvert.evaluate.coco import COCO_MOST, Metrics, coco_metrics
+from dsconvert.evaluate.masks import Encoded, MaskPredictor, look, mask_f1, mask_precision, outlines
+from dsconvert.yolo.boxes import MOST, inside, suppressed, to_image
 from dsconvert.yolo.images import (
     as_boxes,
     in_pixels,
@@ -36,7 +36,8 @@ class Detections:
 
     found[predictor][image] is (n, 6) x1, y1, x2, y2, score, class; truths[image] (m, 5) class, x1, y1, x2, y2;
     shapes[image] height and width; nc the number of classes; skipped why other files could not be read. Where labels
-    are polygons, outlines[image] are their masks, and masks[predictor] those of its boxes (None of a detector)."""
+    are polygons, outlines[image] are their masks, and masks[predictor] those of its boxes (None of a detector).
+    `most` detections of a class in an image count for the mAP."""
 
     found: list[list[NDArray[np.float32]]]
     truths: list[NDArray[np.float64]]
@@ -45,19 +46,22 @@ class Detections:
     skipped: tuple[str, ...] = ()
     masks: Sequence[list[list[Encoded]] | None] = ()
     outlines: Sequence[list[Encoded]] = ()
+    most: int = COCO_MOST
 
     def metrics(self, images: Sequence[int] | None = None) -> list[Metrics]:
         """Metrics of every predictor on the images given by index (default all; repeated ones count again)."""
         chosen = range(len(self.truths)) if images is None else images
         truths, shapes = [self.truths[i] for i in chosen], [self.shapes[i] for i in chosen]
-        found = [coco_metrics([results[i] for i in chosen], truths, shapes, self.nc) for results in self.found]
+        found = [
+            coco_metrics([results[i] for i in chosen], truths, shapes, self.nc, self.most) for results in self.found
+        ]
         for i, masks in enumerate(self.masks):
             if masks is not None:
-                both = mask_precision(
-                    [masks[j] for j in chosen], [self.found[i][j] for j in chosen], [self.outlines[j] for j in chosen],
-                    truths, shapes, self.nc,
+                one = [masks[j] for j in chosen], [self.found[i][j] for j in chosen], [self.outlines[j] for j in chosen]
+                (both, half), (p, r) = mask_precision(*one, truths, shapes, self.nc), mask_f1(*one, truths)
+                found[i] = replace(
+                    found[i], mask_map50_95=both, mask_map50=half, mask_precision=p, mask_recall=r
                 )  # fmt: skip
-                found[i] = replace(found[i], mask_map50_95=both[0], mask_map50=both[1])
         return [replace(m, skipped=self.skipped) for m in found]
 
 
@@ -84,8 +88,9 @@ def detect_all(
     """Run every predictor on the same images, each decoded once.
 
     The truth is the labels beside the images, or (labelled=False) what the first predictor finds with confidence:
-    then metrics say how far the others agree with it. Where labels are polygons, the masks of segmentation models are
-    measured too. Under torchrun every process looks at a part of the images and
+    then metrics say how far the others agree with it. There all boxes are suppressed as a user of detect.py has them,
+    so the truth is among what the first one finds, and a model agrees with itself wholly. Where labels are polygons,
+    the masks of segmentation models are measured too. Under torchrun every process looks at a part of the images and
     has what all found. Files that cannot be read are left out and counted. Raises
     InputError when none can, or there is no object to find.
     """
@@ -111,18 +116,19 @@ def detect_all(
         if any(p.shape[1] != nc + 5 for p, _ in looked):
             raise InputError(f"A model finds other classes than the {nc} it is measured on.")
         for results, (raw, said), encoded in zip(found, looked, masks, strict=True):
-            boxes, rows = suppressed(raw)
-            results.append(to_image(boxes, box, (h, w)))
+            boxes, rows = suppressed(raw) if labelled else suppressed(raw, iou=OVERLAP)
+            placed = to_image(boxes, box, (h, w))
+            results.append(placed if labelled else placed[inside(placed)])
             if said is not None and encoded is not None:
-                placed = said.placed(rows.tolist(), results[-1], box, side, (h, w))
-                encoded.append([mask.encoded((h, w)) for mask in placed])
+                masked_boxes = said.placed(rows.tolist(), placed, box, side, (h, w))
+                encoded.append([mask.encoded((h, w)) for mask in masked_boxes])
         if labelled:
             labels = label_rows(label_path(path), nc)
             truths.append(in_pixels(as_boxes(labels), h, w))
             if outlined:
                 contours.append(outlines(labels, (h, w)))
         else:
-            sure = to_image(non_max_suppression(looked[0][0], CONFIDENT, OVERLAP), box, (h, w))
+            sure = found[0][-1][found[0][-1][:, 4] > CONFIDENT]
             truths.append(sure[:, [5, 0, 1, 2, 3]].astype(np.float64))
         if progress:
             progress(index + 1, len(mine))
@@ -132,7 +138,7 @@ def detect_all(
         [truth for d in everyone for truth in d.truths], [shape for d in everyone for shape in d.shapes],
         nc, tuple(reason for d in everyone for reason in d.skipped),
         [None if m is None else [image for d in everyone for image in d.masks[i] or ()] for i, m in enumerate(masks)],
-        [image for d in everyone for image in d.outlines],
+        [image for d in everyone for image in d.outlines], COCO_MOST if labelled else MOST,
     )  # fmt: skip
     if not whole.shapes:
         raise none_readable(whole.skipped)

@@ -4,26 +4,29 @@ from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from faster_coco_eval import COCO, COCOeval_faster
+from faster_coco_eval.core import mask
 from numpy.typing import NDArray
 
 from dsconvert.errors import InputError
 
 Array = NDArray[np.floating[Any]]
 CONFIDENCES = np.linspace(0, 1, 1001)[1:-1]
+FOUND = 0.5  # least IoU of a box that finds an object, for precision and recall
+COCO_MOST = 100  # detections of a class in an image that COCO's mAP looks at
 
 
 @dataclass(frozen=True)
 class Metrics:
     """mAP over IoU 0.50..0.95 and at 0.50 (COCO's definitions, 100 detections an image); precision and recall at
-    IoU 0.50 and the confidence where mean F1 over classes is best, counted in detections; AP50-95 by class number; why
-    files could not be read, which are not among the images; and the mAP of masks, where a model has them and the
-    labels are polygons."""
+    IoU 0.50 and the confidence where mean F1 over classes is best, counted in detections (`matched`, `best_f1`);
+    AP50-95 by class number; why files could not be read, which are not among the images; and the same of masks, where
+    a model has them and the labels are polygons."""
 
     map50_95: float
     map50: float
@@ -34,43 +37,50 @@ class Metrics:
     skipped: tuple[str, ...] = ()
     mask_map50_95: float | None = None
     mask_map50: float | None = None
+    mask_precision: float | None = None
+    mask_recall: float | None = None
 
 
 def coco_metrics(
-    detections: Sequence[Array], truths: Sequence[Array], shapes: Sequence[tuple[int, int]], nc: int
-) -> Metrics:
+    detections: Sequence[Array], truths: Sequence[Array], shapes: Sequence[tuple[int, int]], nc: int,
+    most: int = COCO_MOST,
+) -> Metrics:  # fmt: skip
     """Per image: detections (n, 6) x1, y1, x2, y2, score, class; truths (m, 5) class, x1, y1, x2, y2, all in
-    pixels of an image of shape (height, width). Raises InputError when there is no object to find."""
-    return metrics_of(coco_tables(detections, truths, shapes, nc), len(shapes))
+    pixels of an image of shape (height, width). `most` detections of a class in an image count for the mAP, the surest.
+    Raises InputError when there is no object to find."""
+    return metrics_of(coco_tables(detections, truths, shapes, nc, most), len(shapes))
 
 
 def coco_tables(
-    detections: Sequence[Array], truths: Sequence[Array], shapes: Sequence[tuple[int, int]], nc: int
-) -> dict[str, Any]:
+    detections: Sequence[Array], truths: Sequence[Array], shapes: Sequence[tuple[int, int]], nc: int,
+    most: int = COCO_MOST,
+) -> dict[str, Any]:  # fmt: skip
     """The library's result: among others `precision` and `scores`, (IoU, recall level, class, area, limit), -1 for a
     class that has no object; besides, as `best_f1`, the mean precision and recall at one confidence. Arguments and
     error as `coco_metrics`."""
     if not sum(len(t) for t in truths):
         raise InputError("The images have no labels: there is nothing to measure accuracy against.")
-    found = results(detections)
-    tables = tables_of(ground_truth(truths, shapes, nc), found, "bbox")
-    objects = np.bincount(np.concatenate([t[:, 0] for t in truths]).astype(int), minlength=nc)
-    return {**tables, "best_f1": _best_f1(found, tables["matched"], objects)}
+    tables = tables_of(ground_truth(truths, shapes, nc), results(detections), "bbox", most)
+    hits = [matched(d, t, overlaps(d[:, :4], t[:, 1:])) for d, t in zip(detections, truths, strict=True)]
+    return {**tables, "best_f1": best_f1(detections, truths, hits)}
 
 
-def tables_of(document: dict[str, Any], found: list[dict[str, Any]], kind: str) -> dict[str, Any]:
+def tables_of(
+    document: dict[str, Any], found: list[dict[str, Any]], kind: str, most: int = COCO_MOST
+) -> dict[str, Any]:
     """The library's result for a document as `ground_truth` makes it and `results`; kind bbox, or segm where both have
     masks."""
     with contextlib.redirect_stdout(io.StringIO()):  # the library reports its progress on stdout
         coco = COCO(document)
         run = COCOeval_faster(coco, coco.loadRes(found), kind, print_function=lambda *_: None)
+        run.params.maxDets = [most]
         run.evaluate()
         run.accumulate()
     return dict(run.eval)
 
 
 def all_areas(tables: dict[str, Any]) -> NDArray[np.float64]:
-    """Precision (IoU, recall level, class) over objects of every size, 100 detections an image."""
+    """Precision (IoU, recall level, class) over objects of every size."""
     return np.asarray(tables["precision"])[:, :, :, 0, -1]
 
 
@@ -117,23 +127,52 @@ def results(detections: Sequence[Array]) -> list[dict[str, Any]]:
     ]
 
 
-def _best_f1(
-    found: list[dict[str, Any]], matched: Mapping[str, float], objects: NDArray[np.integer[Any]]
-) -> tuple[float, float]:
-    """Mean precision and recall over classes at the one confidence with the best mean F1.
+def overlaps(first: Array, second: Array) -> NDArray[np.float64]:
+    """IoU of boxes (n, 4) and (m, 4), x1, y1, x2, y2 each: (n, m)."""
+    if not len(first) or not len(second):
+        return np.zeros((len(first), len(second)))
+    sized = [np.concatenate((b[:, :2], b[:, 2:] - b[:, :2]), 1).astype(np.float64) for b in (first, second)]
+    return np.asarray(mask.iou(*sized, [0] * len(second)))
 
-    Counted in detections, not read off COCO's curve, whose precision at a recall is the best at any higher one.
-    `matched` is the library's: the IoU by "detection_object", both counted from 1; objects (nc,) of each class."""
+
+def matched(found: Array, truth: Array, overlap: NDArray[np.float64]) -> NDArray[np.bool_]:
+    """Which detections (n, 6) of one image find an object (m, 5) of it, whose IoU are `overlap` (n, m).
+
+    The surest detection comes first. Each takes, of the objects of its class that overlap it by FOUND or more and that
+    no surer one took, the one it overlaps most: so an object is found once, and every further box on it is wrong.
+    These are COCO's matches at FOUND; of equal overlaps it takes the last."""
+    free = np.where((found[:, None, 5] == truth[None, :, 0]) & (overlap >= FOUND), overlap, 0)
     hits = np.zeros(len(found), bool)
-    hits[[int(pair.partition("_")[0]) - 1 for pair, overlap in matched.items() if overlap >= 0.5]] = True
-    kinds, scores = (np.array([d[key] for d in found], float) for key in ("category_id", "score"))
+    near = np.nonzero(free.any(1))[0]
+    for i in near[np.argsort(-found[near, 4], kind="stable")].tolist():
+        best = len(truth) - 1 - int(free[i, ::-1].argmax())
+        if free[i, best]:
+            hits[i] = True
+            free[:, best] = 0
+    return hits
+
+
+def best_f1(
+    detections: Sequence[Array], truths: Sequence[Array], hits: Sequence[NDArray[np.bool_]]
+) -> tuple[float, float]:
+    """Mean precision and recall over the classes that have objects, at the one confidence with the best mean F1 (the
+    least of those with equal ones). What scores at least the confidence counts; `hits` say by image which detections
+    find an object.
+
+    Counted in detections, not read off COCO's curve, whose precision at a recall is the best at any higher one."""
+    found, right = np.concatenate([*detections]), np.concatenate([*hits])
+    kinds, objects = np.unique(np.concatenate([t[:, 0] for t in truths]), return_counts=True)
     rows = []
-    for kind in np.nonzero(objects)[0]:
-        mine = np.nonzero(kinds == kind)[0]
-        mine = mine[np.argsort(-scores[mine], kind="stable")]
-        right = np.concatenate(([0], hits[mine].cumsum()))
-        shown = np.searchsorted(-scores[mine], -CONFIDENCES, side="right")
-        rows.append((right[shown] / np.maximum(shown, 1), right[shown] / objects[kind]))
+    for kind, count in zip(kinds, objects, strict=True):
+        mine = found[:, 5] == kind
+        shown, good = (_at_least(found[chosen, 4], CONFIDENCES) for chosen in (mine, mine & right))
+        rows.append((good / np.maximum(shown, 1), good / count))
     precision, recall = np.array(rows).transpose(1, 0, 2)  # class, confidence
-    best = (2 * precision * recall / np.maximum(precision + recall, 1e-16)).mean(0).argmax()
+    f1 = (2 * precision * recall / np.maximum(precision + recall, 1e-16)).mean(0)
+    best = f1.round(12).argmax()  # what is equal may differ in its last bits
     return float(precision[:, best].mean()), float(recall[:, best].mean())
+
+
+def _at_least(scores: Array, limits: NDArray[np.float64]) -> NDArray[np.int64]:
+    """How many scores are no less than each limit."""
+    return len(scores) - np.searchsorted(np.sort(scores), limits, side="left")

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
-from faster_coco_eval.core import mask
-from numpy.typing import NDArray
 
 from dsconvert.errors import InputError
-from dsconvert.evaluate.accuracy import Predictor
-from dsconvert.evaluate.coco import coco_metrics
+from dsconvert.evaluate.accuracy import CONFIDENT, Predictor
+from dsconvert.evaluate.coco import coco_metrics, overlaps
 from dsconvert.evaluate.detect import DetectOptions, Found, sort_out
-from dsconvert.yolo.boxes import non_max_suppression, to_image
+from dsconvert.yolo.boxes import LEAST
 from dsconvert.yolo.images import Image, letterbox, to_tensor
 
 MATCHING = 0.5  # least IoU of two boxes that are the same object
+MOST_SHIFT = 0.03  # of the mean best score, beyond which a threshold chosen for one model is another for the other
+ROUNDING = 1e-6  # of scores, which are float32
 
 
 @dataclass(frozen=True)
@@ -38,16 +38,57 @@ class Pictured:
 
 
 @dataclass(frozen=True)
+class ScoreShift:
+    """How sure two models are on the same images: the mean over images of the best score (0 where nothing is found),
+    and the number of boxes that score more than CONFIDENT."""
+
+    first_best: float
+    second_best: float
+    first_boxes: int
+    second_boxes: int
+
+    @property
+    def shift(self) -> float:
+        """The second's mean best score less the first's."""
+        return self.second_best - self.first_best
+
+    @property
+    def large(self) -> bool:
+        """True where it is worth a warning."""
+        return abs(self.shift) > MOST_SHIFT + ROUNDING
+
+    def warning(self, first: str, second: str) -> str | None:
+        """One sentence where the shift is large; `first` and `second` are what the models are called in it."""
+        if not self.large:
+            return None
+        return (
+            f"the best score of an image is {self.first_best:.2f} on average with {first} and {self.second_best:.2f} "
+            f"with {second}, so a confidence threshold that suits one does not suit the other."
+        )
+
+
+def score_shift(first: Sequence[Found], second: Sequence[Found], least: float = 0.0) -> ScoreShift:
+    """From what two models find in each image, (n, 6) with the score in column 4. What scores `least` or less counts
+    for neither: give the higher threshold of the two where they were not filtered alike."""
+    sides = [[boxes[boxes[:, 4] > least, 4] for boxes in found] for found in (first, second)]
+    best = [float(np.mean([float(scores.max(initial=0)) for scores in side])) if side else 0.0 for side in sides]
+    sure = [sum(int((scores > CONFIDENT).sum()) for scores in side) for side in sides]
+    return ScoreShift(best[0], best[1], sure[0], sure[1])
+
+
+@dataclass(frozen=True)
 class Agreement:
     """Two models on the same images, object by object. Shifts are the second's confidence less the first's, over
     matched objects (`largest_shift` the one farthest from 0); these and `mean_iou` are None where nothing matches.
-    `map50_95` measures all that the second finds against the first's objects; None where there are none."""
+    `map50_95` measures all that the second finds, however unsure, against the first's objects; None where there are
+    none. `scores` says how sure both are."""
 
     images: list[Pictured]
     mean_iou: float | None
     mean_shift: float | None
     largest_shift: float | None
     map50_95: float | None
+    scores: ScoreShift
 
     @property
     def matched(self) -> int:
@@ -71,55 +112,61 @@ class Agreement:
 
 
 def compare(
-    first: Predictor, second: Predictor, images: Iterable[Image], side: int, options: DetectOptions
+    first: Predictor, second: Predictor, images: Iterable[Image], side: int, options: DetectOptions, least: float = 0.0
 ) -> Agreement:
-    """Run both on RGB images (h, w, 3), letterboxed to `side` pixels. Raises InputError when neither finds anything."""
-    pairs: list[tuple[Found, Found]] = []
-    every: list[Found] = []
+    """Run both on RGB images (h, w, 3), letterboxed to `side` pixels; `least` as `score_shift`. Raises InputError when
+    neither finds anything.
+
+    Both models' boxes are filtered alike, and the objects of each are the sure ones of all that it finds: so a model
+    agrees with itself wholly."""
+    every: list[tuple[Found, Found]] = []
     shapes: list[tuple[int, int]] = []
+    unsure = replace(options, confidence=min(LEAST, options.confidence))
     for image in images:
         square, box = letterbox(image, side)
         shape = image.shape[:2]
         batch = to_tensor([square]).numpy()
-        a, b = first(batch)[0], second(batch)[0]
-        pairs.append((sort_out(a, box, shape, options), sort_out(b, box, shape, options)))
-        every.append(to_image(non_max_suppression(b), box, shape))
+        a, b = (sort_out(predict(batch)[0], box, shape, unsure) for predict in (first, second))
+        every.append((a, b))
         shapes.append(shape)
+    pairs = [(a[a[:, 4] > options.confidence], b[b[:, 4] > options.confidence]) for a, b in every]
     if not sum(len(a) + len(b) for a, b in pairs):
         raise InputError("Neither model finds anything with confidence in these images, so there is no agreement.")
     truths = [a[:, [5, 0, 1, 2, 3]].astype(np.float64) for a, _ in pairs]
-    nc = 1 + int(max(boxes[:, 5].max(initial=0) for boxes in (*every, *(a for a, _ in pairs))))
-    accuracy = coco_metrics(every, truths, shapes, nc).map50_95 if sum(map(len, truths)) else None
-    return agreement(pairs, accuracy)
+    found = [b for _, b in every]
+    nc = 1 + int(max(boxes[:, 5].max(initial=0) for pair in every for boxes in pair))
+    accuracy = coco_metrics(found, truths, shapes, nc, options.most).map50_95 if sum(map(len, truths)) else None
+    return agreement(pairs, accuracy, score_shift([a for a, _ in every], found, least))
 
 
-def agreement(pairs: Sequence[tuple[Found, Found]], map50_95: float | None) -> Agreement:
-    """From both models' objects in each image."""
+def agreement(
+    pairs: Sequence[tuple[Found, Found]], map50_95: float | None, scores: ScoreShift | None = None
+) -> Agreement:
+    """From both models' objects in each image; `scores` are of these where no others are given."""
     matches = [match(a, b) for a, b in pairs]
     shifts = [
         float(b[j, 4] - a[i, 4])
         for (a, b), m in zip(pairs, matches, strict=True)
         for i, j in zip(m.first, m.second, strict=True)
     ]
-    overlaps = [iou for m in matches for iou in m.iou]
+    ious = [iou for m in matches for iou in m.iou]
     images = [
         Pictured(len(m.iou), len(a) - len(m.iou), len(b) - len(m.iou)) for (a, b), m in zip(pairs, matches, strict=True)
     ]
     return Agreement(
         images,
-        float(np.mean(overlaps)) if overlaps else None,
+        float(np.mean(ious)) if ious else None,
         float(np.mean(shifts)) if shifts else None,
         max(shifts, key=abs, default=None),
         map50_95,
+        scores or score_shift([a for a, _ in pairs], [b for _, b in pairs]),
     )
 
 
 def match(a: Found, b: Found, least: float = MATCHING) -> Matches:
     """Pair boxes of the same class, the best overlap first, none twice, down to an IoU of `least`."""
     found = Matches([], [], [])
-    if not len(a) or not len(b):
-        return found
-    overlap = mask.iou(_placed(a), _placed(b), [0] * len(b))
+    overlap = overlaps(a[:, :4], b[:, :4])
     overlap[a[:, None, 5] != b[None, :, 5]] = -1
     for flat in np.argsort(-overlap, axis=None, kind="stable").tolist():
         i, j = divmod(flat, len(b))
@@ -130,8 +177,3 @@ def match(a: Found, b: Found, least: float = MATCHING) -> Matches:
             found.second.append(j)
             found.iou.append(float(overlap[i, j]))
     return found
-
-
-def _placed(boxes: Found) -> NDArray[np.float64]:
-    """x, y, width, height."""
-    return np.concatenate((boxes[:, :2], boxes[:, 2:4] - boxes[:, :2]), 1).astype(np.float64)

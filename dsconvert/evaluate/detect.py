@@ -18,7 +18,7 @@ from dsconvert.evaluate.accuracy import CONFIDENT, OVERLAP, Predictor
 from dsconvert.evaluate.masks import PlacedMask, look
 from dsconvert.export.nms import Nms
 from dsconvert.text import printable
-from dsconvert.yolo.boxes import suppressed, to_image
+from dsconvert.yolo.boxes import inside, suppressed, to_image
 from dsconvert.yolo.images import SUFFIXES, Image, Letterbox, letterbox, to_tensor
 
 Found = NDArray[np.float32]  # (n, 6): x1, y1, x2, y2 in pixels of the image, score, class; best first
@@ -87,7 +87,7 @@ def _sorted_out(
         best_class_only=True, classes_kept=options.classes, agnostic=options.agnostic,
     )  # fmt: skip
     placed = to_image(sure, box, shape)
-    visible = (placed[:, 2:4] > placed[:, :2]).all(1)
+    visible = inside(placed)
     return placed[visible], rows[visible].tolist()
 
 

@@ -16,7 +16,7 @@ import numpy as np
 from faster_coco_eval.core import mask as rle
 from numpy.typing import NDArray
 
-from dsconvert.evaluate.coco import ground_truth, mean_precision, results, tables_of
+from dsconvert.evaluate.coco import best_f1, ground_truth, matched, mean_precision, results, tables_of
 from dsconvert.yolo.images import Letterbox
 
 Array = NDArray[np.float32]
@@ -147,3 +147,20 @@ def mask_precision(
         del entry["bbox"]  # or it would be taken for the mask
         entry["segmentation"] = mask
     return mean_precision(tables_of(document, listed, "segm"))
+
+
+def mask_f1(
+    found: Sequence[Sequence[Encoded]], detections: Sequence[Array], outlined: Sequence[Sequence[Encoded]],
+    truths: Sequence[NDArray[Any]],
+) -> tuple[float, float]:  # fmt: skip
+    """Precision and recall of masks, as `coco.best_f1` has them of boxes; arguments as `mask_precision`."""
+    given = zip(detections, truths, found, outlined, strict=True)
+    hits = [matched(boxes, truth, _overlaps(masks, objects)) for boxes, truth, masks, objects in given]
+    return best_f1(detections, truths, hits)
+
+
+def _overlaps(first: Sequence[Encoded], second: Sequence[Encoded]) -> NDArray[np.float64]:
+    """IoU of masks, (n, m)."""
+    if not len(first) or not len(second):
+        return np.zeros((len(first), len(second)))
+    return np.asarray(rle.iou(list(first), list(second), [0] * len(second)))

@@ -96,4 +96,5 @@ def compare_files(
             read.append(path)
             yield image
 
-    return Compared(a, b, compare(a.predict, b.predict, images(), a.side, options), read, skipped)
+    least = max((c.limits.confidence for c in (a, b) if c.limits), default=0.0)  # below it such a file says nothing
+    return Compared(a, b, compare(a.predict, b.predict, images(), a.side, options, least), read, skipped)

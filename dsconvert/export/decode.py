@@ -35,7 +35,8 @@ class RawMap:
 @dataclass(frozen=True)
 class Decoded:
     """Names of the parts of all boxes: `box` (n, boxes, 4), centre and size in pixels; `objectness` (n, boxes, 1) and
-    `classes` (n, boxes, nc), both 0..1; `masks` (n, boxes, nm), the mask coefficients, none of a detector."""
+    `classes` (n, boxes, nc), both 0..1, 1 for a class that is untrained; `masks` (n, boxes, nm), the mask coefficients,
+    none of a detector."""
 
     box: str
     objectness: str
@@ -65,6 +66,8 @@ def add_decode(b: OnnxBuilder, raw: Sequence[RawMap], head: Head, imgsz: int) ->
         b.nodes.append(helper.make_node("Split", [whole, b.shape(*head.parts)], names, axis=2))
         if masks:
             box, objectness, classes = (b.node("Sigmoid", [name], f"{name}.sigmoid") for name in names[:3])
+    if head.class_untrained:  # no sigmoid is more than 1
+        classes = b.node("Max", [classes, b.scalar(1.0)], "detect.meant")
     return Decoded(_pixels(b, box, head, sides), objectness, classes, tuple(masks))
 
 

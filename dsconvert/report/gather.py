@@ -17,8 +17,10 @@ from dsconvert.errors import InputError
 from dsconvert.evaluate.accuracy import CONFIDENT, OVERLAP, Detections, Predictor
 from dsconvert.evaluate.candidates import Candidate
 from dsconvert.evaluate.coco import Metrics, coco_tables, metrics_of
+from dsconvert.evaluate.compare import ScoreShift, score_shift
 from dsconvert.evaluate.contest import Entrants, entrants, look
 from dsconvert.evaluate.curves import ClassCurve, class_curves, object_counts
+from dsconvert.evaluate.detect import DetectOptions
 from dsconvert.evaluate.latency import Latency, interleaved_latency
 from dsconvert.graph.ir import ConvParams
 from dsconvert.model import DSModel
@@ -36,7 +38,7 @@ from dsconvert.report.layers import (
 )
 from dsconvert.report.photos import Photo, differing, load_photo
 from dsconvert.report.text import labels_of
-from dsconvert.yolo.boxes import non_max_suppression
+from dsconvert.yolo.boxes import suppressed
 from dsconvert.yolo.checkpoint import load_checkpoint
 from dsconvert.yolo.images import letterbox, read_image, spread, to_tensor
 from dsconvert.yolo.lower import lower, split_detect
@@ -86,7 +88,8 @@ class Record:
 @dataclass(frozen=True)
 class Report:
     """All figures. rows[0] is the float model, rows[1] the converted one, peers follow. `differing[i]` counts the
-    boxes of image i without a partner. Views are empty where there is nothing to see (float activations)."""
+    boxes of image i without a partner; `scores` says how sure the first two rows are. Views are empty where there is
+    nothing to see (float activations)."""
 
     rows: Sequence[Row]
     labelled: bool
@@ -95,6 +98,7 @@ class Report:
     names: Sequence[str]
     objects: Mapping[int, int]
     differing: Sequence[int]
+    scores: ScoreShift
     photos: Sequence[Photo]
     layers: Sequence[Layer]
     weights: Sequence[WeightView]
@@ -122,14 +126,16 @@ def gather(options: ReportOptions, progress: Progress | None = None) -> Report:
     data = options.data or calibration_data(model.provenance)
     paths = (source, options.model, *options.against)
     given = entrants(paths, data, options.imgsz, options.samples)
-    found, sure = _detect(given, say)
+    found, every = _detect(given, say)
     rows = _rows(given, found, options, say)
+    sure = [[boxes[boxes[:, 4] > CONFIDENT] for boxes in seen] for seen in every]
     counts = differing(*sure)
     side = given.candidates[0].side
     shown = sorted(range(len(counts)), key=lambda i: (-counts[i], i))[: options.images]
     layers, weights, activations, watched = _inside(model, params, record, given, say)
     return Report(
         rows, given.labelled, data.name, side, model.head.names, object_counts(found.truths), counts,
+        score_shift(every[0], every[1]),
         [load_photo(given.paths[i], side, sure[0][i], sure[1][i]) for i in shown],
         layers, weights, activations, watched, record.finetune, model.provenance,
         hashlib.sha256(source.read_bytes()).hexdigest() == model.provenance.get("source_sha256"),
@@ -177,25 +183,25 @@ def read_record(path: Path, provenance: Mapping[str, Any]) -> Record:
 
 
 def _detect(given: Entrants, say: Progress) -> tuple[Detections, list[list[NDArray[Any]]]]:
-    """What every model finds; and of the first two, the boxes a user of detect.py would see, per image, in pixels of
-    the letterboxed square."""
-    sure: list[list[NDArray[Any]]] = [[], []]
-    predictors = [_noting(c, s) for c, s in zip(given.candidates, sure, strict=False)]
+    """What every model finds; and of the first two, the boxes a user of detect.py would see at a threshold next to
+    nothing, per image, in pixels of the letterboxed square."""
+    every: list[list[NDArray[Any]]] = [[], []]
+    predictors = [_noting(c, s) for c, s in zip(given.candidates, every, strict=False)]
     predictors += [c.predict for c in given.candidates[2:]]
-    return look(given, say, predictors), sure
+    return look(given, say, predictors), every
 
 
 def _noting(candidate: Candidate, seen: list[NDArray[Any]]) -> Predictor:
     def predict(batch: NDArray[Any]) -> NDArray[Any]:
         raw = candidate.predict(batch)
-        seen.append(non_max_suppression(raw[0], CONFIDENT, OVERLAP))
+        seen.append(suppressed(raw[0], iou=OVERLAP, most=DetectOptions.most, best_class_only=True)[0])
         return raw
 
     return predict
 
 
 def _rows(given: Entrants, found: Detections, options: ReportOptions, say: Progress) -> list[Row]:
-    tables = [coco_tables(boxes, found.truths, found.shapes, found.nc) for boxes in found.found]
+    tables = [coco_tables(boxes, found.truths, found.shapes, found.nc, found.most) for boxes in found.found]
     timed: list[Latency | None] = [None] * len(tables)
     if options.latency:
         say("bench", 0, 1)

@@ -71,6 +71,7 @@ def _context(r: Report) -> dict[str, Any]:
         "few": len(r.differing) < FEW_IMAGES,
         "gap": r.rows[1].metrics.map50_95 - r.rows[0].metrics.map50_95,
         "same_images": sum(n == 0 for n in r.differing),
+        "shifted": r.scores.warning("float", "DSConv"),
         "bars": _bars(r, colours),
         "photos": [_photo(r, p) for p in r.photos],
         "confident": CONFIDENT,

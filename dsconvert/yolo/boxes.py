@@ -11,10 +11,11 @@ from numpy.typing import NDArray
 from dsconvert.yolo.images import Letterbox
 
 Array = NDArray[np.float32]
+LEAST, MOST = 0.001, 300  # score, and boxes of an image, as in YOLOv5's val.py
 
 
 def non_max_suppression(
-    predictions: Array, confidence: float = 0.001, iou: float = 0.6, most: int = 300, candidates: int = 30000
+    predictions: Array, confidence: float = LEAST, iou: float = 0.6, most: int = MOST, candidates: int = 30000
 ) -> Array:
     """The boxes that `suppressed` keeps of every class."""
     return suppressed(predictions, confidence, iou, most, candidates)[0]
@@ -22,9 +23,9 @@ def non_max_suppression(
 
 def suppressed(
     predictions: Array,
-    confidence: float = 0.001,
+    confidence: float = LEAST,
     iou: float = 0.6,
-    most: int = 300,
+    most: int = MOST,
     candidates: int = 30000,
     *,
     best_class_only: bool = False,
@@ -72,3 +73,8 @@ def to_image(detections: Array, box: Letterbox, shape: tuple[int, int]) -> Array
     out[:, [0, 2]] = ((detections[:, [0, 2]] - box.pad_x) / box.gain).clip(0, w)
     out[:, [1, 3]] = ((detections[:, [1, 3]] - box.pad_y) / box.gain).clip(0, h)
     return out
+
+
+def inside(boxes: Array) -> NDArray[np.bool_]:
+    """Which boxes as `to_image` gives them have an area: what lies wholly in the letterbox's margin has none."""
+    return np.all(boxes[:, 2:4] > boxes[:, :2], axis=1)

@@ -82,7 +82,7 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
         _check_attention(network, modules, path)
     _take_epsilons(network, modules, path)
     network.eval().requires_grad_(False)
-    head = head_from_detect(network.detect, strides, _names(record, nc))
+    head = head_from_detect(network.detect, strides, _names(record, nc), network.is_yolov7)
     with path.open("rb") as stream:
         sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
     return Checkpoint(network, head, path, path.stat().st_size, bits, sha256)

@@ -11,18 +11,20 @@ from dsconvert.yolo.network import Head
 
 def sigmoids(raw: list[Tensor], head: Head) -> list[tuple[Tensor, Tensor, Tensor]]:
     """Per level the sigmoids of boxes (n, na, 4, ny, nx), objectness (n, na, 1, ny, nx) and classes
-    (n, na, nc, ny, nx).
+    (n, na, nc, ny, nx); 1 for a class that is untrained, so that objectness times class is the score of every network.
 
     `raw` is one map a level, or a map a level of each of a box's parts (see `lower.split_detect`). Of a segmentation
     network the prototypes come last."""
     maps, step = raw[:-1] if head.nm else raw, len(head.parts)
     if len(maps) == len(head.strides):
         whole = [t.unflatten(1, (head.na, sum(head.parts)))[:, :, : head.nc + 5].sigmoid() for t in maps]
-        return [(p[:, :, :4], p[:, :, 4:5], p[:, :, 5:]) for p in whole]
-    boxes, objectness, classes = (
-        [t.unflatten(1, (head.na, -1)).sigmoid() for t in maps[part::step]] for part in range(3)
-    )
-    return list(zip(boxes, objectness, classes, strict=True))
+        levels = [(p[:, :, :4], p[:, :, 4:5], p[:, :, 5:]) for p in whole]
+    else:
+        parts = ([t.unflatten(1, (head.na, -1)).sigmoid() for t in maps[part::step]] for part in range(3))
+        levels = list(zip(*parts, strict=True))
+    if head.class_untrained:
+        levels = [(box, objectness, torch.ones_like(classes)) for box, objectness, classes in levels]
+    return levels
 
 
 def decode(raw: list[Tensor], head: Head) -> Tensor:

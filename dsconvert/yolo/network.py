@@ -13,12 +13,13 @@ from dsconvert.errors import InputError
 from dsconvert.yolo.attention import TransformerLayer
 from dsconvert.yolo.layers import DETECTS, literal, make_layer, positive
 from dsconvert.yolo.modules import ACTIVATIONS, Concat, Conv, Detect
-from dsconvert.yolo.yolov7 import IDetect, RepConv
+from dsconvert.yolo.yolov7 import MP, SP, SPPCSPC, IDetect, RepConv
 
 MAX_LAYERS = 200  # the largest published YOLOv5 (P7) has fewer than 60 rows, yolov7x has 122
 MAX_BLOCKS = 1000  # and, at depth 1.33, about 120 repeated blocks
 MAX_STRIDE, MAX_ANCHOR = 1024, 1e5  # pixels
 FOLDS = (Conv, RepConv, IDetect)  # layers with something that only training needs
+OF_YOLOV7 = (IDetect, RepConv, SPPCSPC, MP, SP)  # YOLOv5 has none of them
 # The published DSConv blocks have the layout of these, and their rows the same arguments.
 VARIANTS = {"DSConv2D": "Conv", "Bottleneck_DSConv2D": "Bottleneck", "DSConv2D_C3": "C3"}
 
@@ -26,12 +27,14 @@ VARIANTS = {"DSConv2D": "Conv", "Bottleneck_DSConv2D": "Bottleneck", "DSConv2D_C
 @dataclass(frozen=True)
 class Head:
     """What decoding needs: class names, strides in pixels, anchors (nl, na, 2) in pixels, mask coefficients a box (0
-    of a detector; else the last raw map is that of the prototypes)."""
+    of a detector; else the last raw map is that of the prototypes). `class_untrained`: there is one class, and its
+    score means nothing, as YOLOv7 neither trains it nor reads it; a box's score is its objectness then."""
 
     names: tuple[str, ...]
     strides: tuple[int, ...]
     anchors: tuple[tuple[tuple[float, float], ...], ...]
     nm: int = 0
+    class_untrained: bool = False
 
     @property
     def parts(self) -> tuple[int, ...]:
@@ -89,6 +92,11 @@ class Network(nn.Module):
     def backbone_length(self) -> int:
         """Number of rows in the yaml's backbone: layers before this index are `backbone`, the rest `head`."""
         return len(self.config["backbone"])
+
+    @property
+    def is_yolov7(self) -> bool:
+        """True where a layer is one that only YOLOv7 has, whichever kind of Detect comes last."""
+        return any(isinstance(module, OF_YOLOV7) for module in self.modules())
 
     def fuse(self) -> Network:
         """Fold every BatchNorm, RepConv's branches and IDetect's implicit layers into convolutions, in place; returns
@@ -164,11 +172,13 @@ def whole_strides(strides: Sequence[float], levels: int) -> tuple[int, ...]:
     return tuple(round(float(s)) for s in strides)
 
 
-def head_from_detect(detect: Detect, strides: Sequence[float], names: Sequence[str]) -> Head:
-    """Head with anchors in pixels; the buffer holds them in units of each level's stride."""
+def head_from_detect(detect: Detect, strides: Sequence[float], names: Sequence[str], is_yolov7: bool = False) -> Head:
+    """Head with anchors in pixels; the buffer holds them in units of each level's stride. An IDetect is YOLOv7's in any
+    case."""
     whole = whole_strides(strides, detect.anchors.shape[0])
     pixels = detect.anchors.double() * torch.tensor(whole, dtype=torch.float64)[:, None, None]
     if not bool(((pixels > 0) & (pixels <= MAX_ANCHOR)).all()):
         raise InputError(f"The checkpoint's anchors are not sizes from 0 to {MAX_ANCHOR:.0f} pixels.")
     anchors = tuple(tuple((float(w), float(h)) for w, h in level) for level in pixels)
-    return Head(tuple(names), whole, anchors, detect.nm)
+    untrained = len(names) == 1 and (is_yolov7 or isinstance(detect, IDetect))
+    return Head(tuple(names), whole, anchors, detect.nm, untrained)
