@@ -12,20 +12,9 @@ import pytest
 import torch
 
 from dsconvert.errors import InputError
-from dsconvert.yolo.images import (
-    DataYaml,
-    Letterbox,
-    calibration_batches,
-    calibration_images,
-    image_paths,
-    label_path,
-    letterbox,
-    read_data_yaml,
-    read_image,
-    read_labels,
-    spread,
-    to_tensor,
-)
+from dsconvert.yolo.dataset import DataYaml, calibration_images, image_paths, read_data_yaml
+from dsconvert.yolo.images import Letterbox, calibration_batches, letterbox, read_image, spread, to_tensor
+from dsconvert.yolo.labels import label_path, read_labels
 
 
 def picture(path: Path, colour=(10, 20, 30), size=(8, 6)) -> Path:

@@ -22,7 +22,8 @@ from dsconvert.evaluate.bench import bench
 from dsconvert.export.onnx import export_quantized
 from dsconvert.model import DSModel
 from dsconvert.modelfile import model_bytes
-from dsconvert.yolo.images import image_paths, read_labels
+from dsconvert.yolo.dataset import image_paths
+from dsconvert.yolo.labels import read_labels
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,8 @@ from dsconvert.errors import InputError
 from dsconvert.evaluate.accuracy import detect_all
 from dsconvert.yolo import images
 from dsconvert.yolo.checkpoint import yolov5_bytes
-from dsconvert.yolo.images import calibration_batches, image_paths, letterbox, read_image
+from dsconvert.yolo.dataset import image_paths
+from dsconvert.yolo.images import calibration_batches, letterbox, read_image
 
 
 def test_broken_images_are_refused_and_odd_ones_read(tmp_path):
