@@ -71,7 +71,7 @@ class DataYaml:
 
     def _found(self, entry: str, split: str) -> Path:
         forms = [s for form in _spellings(entry) for s in (form, form.removeprefix("../"))]
-        looked = _apart(root / form for root in self._roots() for form in forms)
+        looked = [root / form for root in self._roots() for form in forms]
         for place in looked:
             if os.path.exists(place):
                 return place
@@ -234,7 +234,7 @@ def _image_paths(source: Path, strict: bool, starts: Sequence[Path]) -> list[Pat
     if source.suffix.lower() in SUFFIXES and os.path.isfile(source):
         return [source]
     try:
-        return _from_list(source, strict, _apart([source.parent, *starts]))
+        return _from_list(source, strict, [source.parent, *starts])
     except OSError as error:
         raise InputError(f"{source} cannot be read: {error.strerror}.") from None
     except NotText as error:
@@ -256,7 +256,7 @@ def _from_list(source: Path, strict: bool, starts: Sequence[Path]) -> list[Path]
     if not found and not gone:
         raise InputError(f"{source} lists no images.")
     if gone:
-        looked = _listed(_apart(start / form for start in starts for form in _spellings(first_gone)))
+        looked = _listed(start / form for start in starts for form in _spellings(first_gone))
         if strict or not found:
             raise InputError(
                 f"{source} lists {gone} files that are not there, the first {first_gone}; looked at {looked}."
@@ -313,11 +313,7 @@ def _spellings(written: str) -> list[str]:
     return [written, written.replace("\\", "/")] if "\\" in written else [written]
 
 
-def _apart(places: Iterable[Path]) -> list[Path]:
-    """Different places, in order."""
-    return list({os.path.realpath(str(place).replace("\0", "?")): place for place in places}.values())
-
-
-def _listed(places: Sequence[Path]) -> str:
-    made = [os.path.abspath(str(place).replace("\0", "?")) for place in places]
+def _listed(places: Iterable[Path]) -> str:
+    """Different places, in order, as a sentence names them."""
+    made = list(dict.fromkeys(os.path.abspath(str(place).replace("\0", "?")) for place in places))
     return made[0] if len(made) == 1 else f"{', '.join(made[:-1])} and {made[-1]}"
