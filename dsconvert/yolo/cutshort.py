@@ -22,6 +22,7 @@ SOS, EOI, BYTES_AN_END = 0xDA, 0xD9, b"\xff\xd9"
 FRAMES = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}  # markers of frame headers
 MOST_PARTS, MOST_BLOCKS = 100_000, 5_000_000  # of a file; one of more is left to the decoder
 MOST_RAW = 256 << 20  # bytes of a PNG's rows that are packed anew
+TIFF_BYTES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8}  # of a value, by its type
 MARKER, FILL = re.compile(rb"\xff(?![\x00\xd0-\xd7])", re.DOTALL), re.compile(rb"\xff+")
 
 
@@ -38,7 +39,7 @@ def ends_early(data: bytes) -> bool:
     if kind == "JPEG":
         return not _walk_jpeg(data)[0]
     if kind == "PNG":
-        return not any(name == b"IEND" for name, _, _ in _png_chunks(data))
+        return not any(name == b"IEND" and whole for name, _, whole in _png_chunks(data))
     if kind == "GIF":
         return _gif_picture_end(data) is None or data[-1:] != b";"
     if kind == "WebP":
@@ -210,16 +211,15 @@ def _tiff_end(data: bytes) -> int:
     if at + 2 + 12 * count > len(data):
         return int(at) + 2 + 12 * int(count)
     found: dict[int, tuple[int, ...]] = {}
+    end = 0  # of values that have no room in the list
     for entry in range(count):
         tag, kind, values, _ = struct.unpack_from(f"{order}HHII", data, at + 2 + 12 * entry)
-        letter = {3: "H", 4: "I"}.get(kind)
-        if tag not in (273, 279, 324, 325) or letter is None:
-            continue
-        start, size = at + 10 + 12 * entry, struct.calcsize(letter) * values
+        start, size = at + 10 + 12 * entry, TIFF_BYTES.get(kind, 0) * values
         if size > 4:
             (start,) = struct.unpack_from(f"{order}I", data, start)
-        if start + size > len(data):
-            return int(start) + int(size)
-        found[tag] = struct.unpack_from(f"{order}{values}{letter}", data, start)
+            end = max(end, start + size)
+        letter = {3: "H", 4: "I"}.get(kind)
+        if tag in (273, 279, 324, 325) and letter is not None and start + size <= len(data):
+            found[tag] = struct.unpack_from(f"{order}{values}{letter}", data, start)
     pairs = [(found.get(offsets, ()), found.get(sizes, ())) for offsets, sizes in ((273, 279), (324, 325))]
-    return max((o + s for offsets, sizes in pairs for o, s in zip(offsets, sizes, strict=False)), default=0)
+    return max([end, *(o + s for offsets, sizes in pairs for o, s in zip(offsets, sizes, strict=False))])

@@ -71,7 +71,9 @@ def labels() -> Iterator[Case]:
         ("a polygon of a megabyte", "0" + " 0.5" * 250_000, None),
         ("100000 rows", "0 0.5 0.5 0.1 0.1\n" * 100_000, None),
         ("100001 rows", "0 0.5 0.5 0.1 0.1\n" * 100_001, "more than 100000 labels"),
-        ("9 MB", "0 0.5 0.5 0.1 0.1\n" * 500_000, "not a readable label file: it is longer than 8 MiB"), ("no text", b"\xff\xfe\x00", "not a readable label"),
-        ("4300 digits", "9" * 5000 + " 0.5 0.5 0.1 0.1", row), ("zeros", bytes(1000), "not a readable label file: it is not text"),
+        ("9 MB", "0 0.5 0.5 0.1 0.1\n" * 500_000, "not a readable label file: it is longer than 8 MiB"),
+        ("no text", b"\xff\xfe\x00", "not a readable label"),
+        ("4300 digits", "9" * 5000 + " 0.5 0.5 0.1 0.1", row),
+        ("zeros", bytes(1000), "not a readable label file: it is not text"),
     ):  # fmt: skip
         yield Case(f"labels: {what}", content.encode() if isinstance(content, str) else content, words)
