@@ -37,8 +37,9 @@ from dsconvert.model import DSModel
 from dsconvert.modelfile import load_model
 from dsconvert.pipeline import QuantizeOptions, onnx_bytes, quantize, save_quantized
 from dsconvert.yolo.checkpoint import load_checkpoint
+from dsconvert.yolo.dataset import read_data_yaml
 from dsconvert.yolo.decode import decode
-from dsconvert.yolo.images import calibration_batches, read_data_yaml
+from dsconvert.yolo.images import calibration_batches
 
 SIDE = 640
 PACKED = "packed.onnx"

@@ -24,7 +24,7 @@ from dsconvert.pipeline import MODEL_FILE, QuantizeOptions, quantize, save_quant
 from dsconvert.train.finetune import FinetuneOptions, finetune
 from dsconvert.train.latents import TRAINED
 from dsconvert.yolo.checkpoint import load_checkpoint
-from dsconvert.yolo.images import image_paths
+from dsconvert.yolo.dataset import image_paths
 
 DEMO = Path(__file__).resolve().parents[1] / "calib" / "demo"
 sys.path.insert(0, str(DEMO))

@@ -35,7 +35,9 @@ from dsconvert.unfinished import META as UNFINISHED_META
 from dsconvert.unfinished import read_unfinished, write_unfinished
 from dsconvert.yolo.cfgfile import OURS, cfg_names, chosen_blocks
 from dsconvert.yolo.checkpoint import load_checkpoint
-from dsconvert.yolo.images import read_data_yaml, read_image, read_labels
+from dsconvert.yolo.dataset import read_data_yaml
+from dsconvert.yolo.images import read_image
+from dsconvert.yolo.labels import read_labels
 
 ROOT = Path(__file__).resolve().parents[1]
 DEMO = ROOT / "calib" / "demo"

@@ -25,7 +25,7 @@ from dsconvert.cli import cli
 from dsconvert.evaluate.accuracy import detect_all
 from dsconvert.evaluate.candidates import load_candidates
 from dsconvert.pipeline import onnx_bytes
-from dsconvert.yolo.images import image_paths
+from dsconvert.yolo.dataset import image_paths
 
 DEMO = Path(__file__).resolve().parents[1] / "calib" / "demo"
 

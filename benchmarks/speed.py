@@ -34,7 +34,8 @@ from dsconvert.evaluate.footprint import measure_footprint
 from dsconvert.evaluate.latency import Times, interleaved_times, ratio, summary
 from dsconvert.pipeline import QuantizeOptions, onnx_bytes, quantize, save_quantized
 from dsconvert.yolo.checkpoint import load_checkpoint
-from dsconvert.yolo.images import calibration_batches, calibration_images, spread
+from dsconvert.yolo.dataset import calibration_images
+from dsconvert.yolo.images import calibration_batches, spread
 from dsconvert.yolo.lower import lower
 
 TURNS = 3  # of quantize and NNCF

@@ -33,6 +33,7 @@ from dsconvert.model import DSModel
 from dsconvert.modelfile import load_model, model_bytes
 from dsconvert.pipeline import Progress
 from dsconvert.yolo.checkpoint import Checkpoint, load_checkpoint
+from dsconvert.yolo.dataset import SPLITS
 
 File = str | Path
 ACTIVATIONS = ("int8", "float")
@@ -212,6 +213,8 @@ def quantize(
     kds: str = "int",
     imgsz: int = 640,
     samples: int = 128,
+    split: str | None = None,
+    strict: bool = False,
     seed: int = 0,
     device: str = "cpu",
     progress: Progress | None = None,
@@ -224,14 +227,15 @@ def quantize(
     of 4 bits as it does the least harm. block_size: input channels a shift covers (None: by layer). blocks: all, head,
     backbone, or C3 layers such as "13,17,20,23"; scope: bottleneck, c3 or all. activations: int8, or float to quantize
     weights only; kds: int, or float for the paper's real-valued shifts. imgsz in pixels; samples: most images used;
-    device: cpu or cuda. progress(stage, done, total) is called as it goes."""
+    split: that of a data.yaml (None: train, else val); strict: refuse lists and labels of which a part cannot be used,
+    instead of a warning. device: cpu or cuda. progress(stage, done, total) is called as it goes."""
     source = load(model) if isinstance(model, (str, Path)) else model
     if not isinstance(source, FloatModel):
         raise InputError("This model is converted already; quantize takes a checkpoint (.pt).")
     options = pipeline.QuantizeOptions(
         calib=None if images is None else Path(images), block_size=block_size, bits=bits, target_bytes=target_size,
         target_drop=target_map_drop, blocks=blocks, scope=scope, imgsz=imgsz, samples=samples, seed=seed,
-        device=device, activations=activations, kds=kds,
+        split=split, strict=strict, device=device, activations=activations, kds=kds,
     )  # fmt: skip
     _check(options)
     # fitting folds BatchNorm and may move the network to a device, in place
@@ -247,21 +251,25 @@ def evaluate(
     *,
     imgsz: int | None = None,
     samples: int | None = None,
+    split: str | None = None,
+    strict: bool = False,
     progress: Progress | None = None,
 ) -> Evaluation:
     """Measure accuracy, size and latency of models, given as values or as `.pt`, `.safetensors` and `.onnx` files.
 
     data: data.yaml with labels, or a folder of images; then the truth is what the first model finds, and the others'
     rows say how far they agree with it. A converted model's size is that of the file `save` writes. imgsz: side of the
-    images, pixels (None: what the models were made for); samples: most images used."""
+    images, pixels (None: what the models were made for); samples: most images used; split: that of the data.yaml (None:
+    val, else test or train); strict: refuse lists and labels of which a part cannot be used, instead of a warning."""
     given = [models] if isinstance(models, (str, Path, FloatModel, QuantizedModel)) else list(models)
     if not given:
         raise InputError("There is no model to evaluate.")
     if samples is not None and samples < 1:
         raise InputError("samples must be at least 1.")
+    check_split(split)
     with tempfile.TemporaryDirectory() as folder:
         paths = [as_file(m, Path(folder, str(i))) for i, m in enumerate(given)]
-        found = contest.evaluate(paths, Path(data), imgsz, samples, progress)
+        found = contest.evaluate(paths, Path(data), imgsz, samples, progress, split, strict)
         return Evaluation(_row(m, e) for m, e in zip(given, found, strict=True))
 
 
@@ -324,8 +332,15 @@ def _check(options: pipeline.QuantizeOptions) -> None:
     for name, value in numbers.items():
         if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
             raise InputError(f"{name} {value!r} is not a whole number.")
+    check_split(options.split)
     if options.block_size is not None and options.block_size < 1:
         raise InputError("block_size must be at least 1.")
+
+
+def check_split(split: str | None) -> None:
+    """Raises InputError for one that there is not."""
+    if split is not None and split not in SPLITS:
+        raise InputError(f"split {split!r} is not one of {', '.join(SPLITS)}.")
 
 
 def _as_call(source: FloatModel, options: pipeline.QuantizeOptions) -> str:

@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from dsconvert.api import File, FloatModel, QuantizedModel, as_file, in_keywords, keywords
+from dsconvert.api import File, FloatModel, QuantizedModel, as_file, check_split, in_keywords, keywords
 from dsconvert.errors import InputError
 from dsconvert.evaluate.candidates import load_candidate
 from dsconvert.evaluate.detect import DetectOptions, Found, class_name, class_numbers, draw
@@ -155,20 +155,24 @@ def compare(
     iou_thres: float = 0.45,
     imgsz: int | None = None,
     samples: int | None = None,
+    split: str | None = None,
+    strict: bool = False,
     progress: Progress | None = None,
 ) -> Comparison:
     """Measure how far two models find the same objects in photographs that nobody labelled.
 
     images: a photograph, a folder, a text file of paths or a data.yaml, whose labels are not read. Objects are those
     above conf_thres, of which none overlaps another of its class by more than iou_thres. imgsz: side of the models'
-    input, pixels (None: what they were made for); samples: most images used. Raises InputError when neither model
-    finds anything."""
+    input, pixels (None: what they were made for); samples: most images used; split: that of a data.yaml
+    (None: val, else test or train); strict: refuse a list that names files that are gone, instead of a warning. Raises
+    InputError when neither model finds anything."""
     if samples is not None and samples < 1:
         raise InputError("samples must be at least 1.")
+    check_split(split)
     options = DetectOptions(conf_thres, iou_thres)
     with tempfile.TemporaryDirectory() as folder:
         a_file, b_file = (as_file(m, Path(folder, str(i))) for i, m in enumerate((first, second)))
-        found = compare_files(a_file, b_file, Path(images), options, imgsz, samples, progress or _silent)
+        found = compare_files(a_file, b_file, Path(images), options, imgsz, samples, progress or _silent, split, strict)
     if found.names_differ:
         _warn("The models name their classes differently; class numbers are compared.")
     if found.skipped:

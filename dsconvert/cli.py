@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import click
 
 import dsconvert
+from dsconvert import workers
 from dsconvert.commands.bench import bench
 from dsconvert.commands.compare import compare
 from dsconvert.commands.detect import detect
@@ -20,9 +21,10 @@ from dsconvert.commands.finetune import finetune_command
 from dsconvert.commands.info import info
 from dsconvert.commands.quantize import quantize
 from dsconvert.commands.report import report
-from dsconvert.commands.shared import say
+from dsconvert.commands.shared import say, warn
 from dsconvert.errors import CheckError, InputError, LimitMissed, is_out_of_memory, system_fault
 from dsconvert.evaluate.bounds import enforced, left_running
+from dsconvert.notes import heard
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 80})
@@ -64,7 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             stream.reconfigure(errors="backslashreplace")  # better an escape than no output
     said, exhausted = None, False
     try:
-        with enforced():
+        with enforced(), heard(_warn):
             cli.main(arguments, prog_name="dsconvert", standalone_mode=False)
     except InputError as error:
         _fail(str(error), 2)
@@ -97,6 +99,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         os._exit(2)
     if said:
         _fail(said, 2)
+
+
+def _warn(sentence: str) -> None:
+    """Of several processes under torchrun, one speaks for all."""
+    if not workers.number():
+        warn(sentence)
 
 
 def _was_interrupted(error: BaseException) -> bool:

@@ -32,7 +32,7 @@ from dsconvert.calibration import Progress as Progress
 from dsconvert.calibration import calibrate, check_calibration, check_values, decoded, float_outputs, synthetic
 from dsconvert.dsconv.tensor import DSTensor, Width, used_width
 from dsconvert.errors import InputError
-from dsconvert.evaluate.drop import map_drop
+from dsconvert.evaluate.drop import labels_of, map_drop
 from dsconvert.export.check import check_accumulators, check_export, check_images, float_reference, reference_of
 from dsconvert.export.compact import compact
 from dsconvert.export.onnx import PLAIN, Ends, export_float, export_quantized
@@ -47,16 +47,12 @@ from dsconvert.graph.integer import QConv, QParams
 from dsconvert.graph.ir import ConvParams, Graph, Node
 from dsconvert.model import DSModel, damage_by_bits, display_name, is_dsconv
 from dsconvert.modelfile import load_model, model_bytes
+from dsconvert.notes import unheard
 from dsconvert.target import smallest_within
 from dsconvert.unfinished import read_unfinished, run_key, usable, write_unfinished
 from dsconvert.yolo.checkpoint import Checkpoint, load_checkpoint
-from dsconvert.yolo.images import (
-    Image,
-    calibration_images,
-    letterbox,
-    read_image,
-    spread,
-)
+from dsconvert.yolo.dataset import calibration_images
+from dsconvert.yolo.images import Image, letterbox, read_image, spread
 from dsconvert.yolo.lower import lower, split_detect
 from dsconvert.yolo.network import Head
 from dsconvert.yolo.plan import choose_convs
@@ -73,9 +69,10 @@ class QuantizeOptions:
     bytes of 4 bits everywhere, within a packed ONNX file of target_bytes, or the smallest that lose at most
     target_drop points of mAP50-95 on calibration images held back (against labels where they have any, else against
     what the float network finds). block_size None means one by measured damage too, or (bits given) 16. blocks and
-    scope as in `yolo.plan`; imgsz in pixels; samples the most calibration images used; activations int8, or float for
-    a model whose weights alone are quantized; kds int, or float for the paper's real-valued shifts (4 bits unless bits
-    says otherwise)."""
+    scope as in `yolo.plan`; imgsz in pixels; samples the most calibration images used; split that of a data.yaml (None:
+    train, else val); strict: lists and labels of which a part cannot be used are refused; activations int8, or float
+    for a model whose weights alone are quantized; kds int, or float for the paper's real-valued shifts (4 bits unless
+    bits says otherwise)."""
 
     calib: Path | None = None
     block_size: int | None = None
@@ -90,6 +87,8 @@ class QuantizeOptions:
     device: str = "cpu"
     activations: str = "int8"
     kds: str = "int"
+    split: str | None = None
+    strict: bool = False
 
 
 @dataclass(frozen=True)
@@ -129,11 +128,13 @@ def quantize(
     device = workers.device(options.device)
     room = Room(cache or (unfinished.parent if unfinished is not None else None), MEMORY // workers.here())
     network, head = checkpoint.network.to(device), checkpoint.head
-    paths = None if options.calib is None else spread(calibration_images(options.calib), options.samples)
-    held_back: list[Path] = []
+    paths, held_back, held_labels = None, list[Path](), None
+    if options.calib is not None:
+        paths = spread(calibration_images(options.calib, options.split, options.strict), options.samples)
     if options.target_drop is not None and paths is not None:
         held_back = paths[HELD_BACK - 1 :: HELD_BACK]
         paths = [p for p in paths if p not in set(held_back)]
+        held_labels = labels_of(options.calib or Path(), held_back, head.names, options.strict)
     if paths is None:
         images = synthetic(checkpoint, options.imgsz, options.samples, options.seed, report, room)
     else:
@@ -178,7 +179,8 @@ def quantize(
 
     def attempt(widths: Widths) -> tuple[DSModel, float]:
         model = fitted(widths)
-        return model, map_drop(model, params, held_back, lambda done, total: report("evaluate", done, total))
+        say = partial(report, "evaluate")
+        return model, map_drop(model, params, held_back, say, held_labels)
 
     drop = None
     if options.target_drop is not None:
@@ -362,9 +364,11 @@ def onnx_bytes(path: Path, layout: str, imgsz: int | None, ends: Ends = PLAIN, c
 
 def _first_calibration_image(model: DSModel, side: int) -> list[Image]:
     """One of the images a model was calibrated on, (3, side, side); none when they are gone."""
-    calib = model.provenance.get("options", {}).get("calib")
+    options = model.provenance.get("options", {})
+    calib = options.get("calib")
     try:
-        path = calibration_images(Path(calib))[0] if calib else None
+        with unheard():
+            path = calibration_images(Path(calib), options.get("split"))[0] if calib else None
         return [] if path is None else [letterbox(read_image(path), side)[0].transpose(2, 0, 1)]
     except InputError:
         return []

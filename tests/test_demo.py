@@ -13,8 +13,10 @@ from conftest import DEMO
 
 from dsconvert.evaluate.accuracy import evaluate_predictors
 from dsconvert.yolo.checkpoint import load_checkpoint
+from dsconvert.yolo.dataset import read_data_yaml
 from dsconvert.yolo.decode import decode
-from dsconvert.yolo.images import label_path, read_data_yaml, read_image, read_labels
+from dsconvert.yolo.images import read_image
+from dsconvert.yolo.labels import label_path, read_labels
 
 sys.path.insert(0, str(DEMO))
 import scenes

@@ -30,7 +30,7 @@ from dsconvert.evaluate.detect import (
     yolo_lines,
 )
 from dsconvert.export.nms import Nms
-from dsconvert.yolo.images import read_labels
+from dsconvert.yolo.labels import read_labels
 
 WIDE = np.zeros((32, 64, 3), np.uint8)  # in a 64 x 64 letterbox it has 16 rows of padding above
 FOUND = np.array([[10, 20, 30, 60, 0.9, 1], [0, 0, 200, 100, 0.5, 0], [5, 5, 6, 6, 0.3, 1]], np.float32)

@@ -17,7 +17,8 @@ from dsconvert.evaluate.accuracy import detect_all
 from dsconvert.evaluate.detect import TINT, coco_document, draw, yolo_lines
 from dsconvert.evaluate.masks import MaskPredictor, Masks, PlacedMask, mask_precision, outlines, rle
 from dsconvert.yolo.checkpoint import yolov5_bytes
-from dsconvert.yolo.images import Letterbox, label_rows, letterbox
+from dsconvert.yolo.images import Letterbox, letterbox
+from dsconvert.yolo.labels import label_rows
 
 WHOLE = Letterbox(1.0, 0, 0)
 

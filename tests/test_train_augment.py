@@ -14,6 +14,7 @@ from dsconvert.train import photos as photos_module
 from dsconvert.train.augment import NOTHING, Augment, augmented, mirrored, moved, recoloured
 from dsconvert.train.photos import open_photos, order
 from dsconvert.yolo.images import letterbox
+from dsconvert.yolo.labels import LabelRules
 
 PLAIN = Augment(hue=0, saturation=0, brightness=0)
 
@@ -100,11 +101,11 @@ def folder(tmp_path):
 
 def test_batches_follow_from_seed_epoch_and_place_in_memory_or_not(folder, monkeypatch):
     paths = sorted((folder / "images").iterdir())
-    kept = open_photos(paths, 2, 64)
+    kept = open_photos(paths, LabelRules(2), 64)
     assert len(kept) == 5
     assert len(kept.skipped) == 1
     monkeypatch.setattr(photos_module, "ROOM", 20000)
-    read = open_photos(paths, 2, 64)
+    read = open_photos(paths, LabelRules(2), 64)
     assert read.kept is None
     assert kept.kept is not None
     picks = order(5, 4, [0, 1])[0]
@@ -133,8 +134,8 @@ def test_an_epoch_holds_every_image_once():
 
 def test_nothing_to_learn_from_is_one_sentence(folder):
     with pytest.raises(InputError, match="have no labels"):
-        open_photos([folder / "images/0.png"], 2, 64)
+        open_photos([folder / "images/0.png"], LabelRules(2), 64)
     with pytest.raises(InputError, match="None of the 1 training images"):
-        open_photos([folder / "images/bad.png"], 2, 64)
+        open_photos([folder / "images/bad.png"], LabelRules(2), 64)
     with pytest.raises(InputError, match="class 1 is not one of the model's 1"):
-        open_photos([folder / "images/1.png"], 1, 64)
+        open_photos([folder / "images/1.png"], LabelRules(1), 64)

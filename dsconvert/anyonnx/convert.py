@@ -24,7 +24,8 @@ from dsconvert.fit.gptq import fit_weight_gptq, measure_moments
 from dsconvert.fit.least_squares import fit_weight
 from dsconvert.fit.seen import Seen
 from dsconvert.graph.integer import QConv
-from dsconvert.yolo.images import calibration_images, spread
+from dsconvert.yolo.dataset import calibration_images
+from dsconvert.yolo.images import spread
 
 LITTLE = 0.1  # share of all weights that the last layers may hold to be spared
 MOST_COLUMNS = 4608  # 512 channels of 3x3: H takes 170 MB, and what is computed from it some times that
@@ -37,7 +38,7 @@ Progress = Callable[[str, int, int], None]
 class OnnxPlan:
     """bits (2..8) and block_size of the layers; the first, depthwise ones and those at the end that hold few weights
     have 8 bits. layout: packed, or int8, which keeps the file's opset. imgsz is for files that leave it open (None:
-    640), normal for those that do not take 0..1."""
+    640), normal for those that do not take 0..1. split and strict as `QuantizeOptions` has them."""
 
     bits: int = 4
     block_size: int = 32
@@ -46,6 +47,8 @@ class OnnxPlan:
     samples: int = 128
     normal: Normalisation | None = None
     seed: int = 0
+    split: str | None = None
+    strict: bool = False
 
     def __post_init__(self) -> None:
         if not 2 <= self.bits <= 8 or self.block_size < 1 or self.samples < 1:
@@ -88,7 +91,8 @@ def quantize_onnx(
     threads = torch.get_num_threads()
     given = read_source(path, plan.imgsz, threads)
     find_layers(given)  # nothing to do is said before images are read
-    images, skipped = pictures(spread(calibration_images(calib), plan.samples), given.image, plan.normal is not None)
+    paths = calibration_images(calib, plan.split, plan.strict)
+    images, skipped = pictures(spread(paths, plan.samples), given.image, plan.normal is not None)
     report("images", len(images), len(images))
     probe = as_input(images[:1] * given.image.batch, given.image, plan.normal)
     source = _raised(path, given, plan.layout, probe)

@@ -16,6 +16,8 @@ from dsconvert.commands.shared import (
     console,
     print_json,
     quiet,
+    split_of,
+    strict,
     table,
     tell,
     threads,
@@ -27,6 +29,7 @@ from dsconvert.evaluate.accuracy import CONFIDENT
 from dsconvert.evaluate.compare import MATCHING, Agreement
 from dsconvert.evaluate.detect import DetectOptions
 from dsconvert.evaluate.photos import Compared, compare_files, left_out
+from dsconvert.notes import so_far
 
 
 @click.command()
@@ -38,6 +41,8 @@ from dsconvert.evaluate.photos import Compared, compare_files, left_out
 @click.option("--iou-thres", default=0.45, show_default=True, help="Most overlap of two boxes of a class.")
 @click.option("--imgsz", type=int, help="Side of the images, pixels (default: as exported).")
 @click.option("--samples", type=click.IntRange(1), help="Most images used.")
+@split_of("val")
+@strict
 @click.option("--min-agreement", type=click.FloatRange(0, 1), metavar="SHARE",
               help="Exit with 3 if a smaller share of the objects matches.")  # fmt: skip
 @threads
@@ -46,8 +51,8 @@ from dsconvert.evaluate.photos import Compared, compare_files, left_out
 @as_json
 def compare(
     first: Path, second: Path, source: Path | None, data: Path | None, conf_thres: float, iou_thres: float,
-    imgsz: int | None, samples: int | None, min_agreement: float | None, threads: int,
-    quiet: bool, verbose: bool, as_json: bool,
+    imgsz: int | None, samples: int | None, split: str | None, strict: bool, min_agreement: float | None,
+    threads: int, quiet: bool, verbose: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Measure how far model B finds the objects that model A finds.
 
@@ -63,7 +68,7 @@ def compare(
         raise InputError("Which images? Give either a SOURCE (a folder of images) or --data data.yaml.")
     options = DetectOptions(conf_thres, iou_thres)
     with bars(quiet) as progress:
-        found = compare_files(first, second, source or data or Path(), options, imgsz, samples, progress)
+        found = compare_files(first, second, source or data or Path(), options, imgsz, samples, progress, split, strict)
     result = found.agreement
     if found.names_differ:
         warn("the models name their classes differently; class numbers are compared.")
@@ -98,6 +103,7 @@ def _document(found: Compared) -> dict[str, Any]:
         "mean_best_score_first": result.scores.first_best, "mean_best_score_second": result.scores.second_best,
         "confident_boxes_first": result.scores.first_boxes, "confident_boxes_second": result.scores.second_boxes,
         "files": [{"path": str(p), **asdict(i)} for p, i in zip(found.read, result.images, strict=True)],
+        "warnings": so_far(),
     }  # fmt: skip
 
 

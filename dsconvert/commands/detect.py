@@ -31,6 +31,7 @@ from dsconvert.evaluate.detect import (
 from dsconvert.evaluate.masks import PlacedMask
 from dsconvert.evaluate.photos import Skipped, detect_files, left_out, photo_paths
 from dsconvert.files import free_folder, write_atomic
+from dsconvert.notes import so_far
 from dsconvert.yolo.images import Image
 
 FOLDER = Path("runs/detect/exp")
@@ -189,6 +190,7 @@ def _summary(
             for f in finished
         ],
         "coco": document and str(document),
+        "warnings": so_far(),
         "skipped": [{"path": str(s.path), "reason": s.reason} for s in skipped],
     }  # fmt: skip
 

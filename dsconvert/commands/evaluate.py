@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from dsconvert import pipeline, workers
+from dsconvert import notes, pipeline, workers
 from dsconvert.commands.shared import (
     PATH,
     RUNS,
@@ -19,6 +19,8 @@ from dsconvert.commands.shared import (
     quiet,
     say,
     short,
+    split_of,
+    strict,
     table,
     tell,
     threads,
@@ -29,6 +31,7 @@ from dsconvert.evaluate import contest
 from dsconvert.evaluate.candidates import Candidate
 from dsconvert.evaluate.detect import class_name
 from dsconvert.modelfile import load_model
+from dsconvert.yolo.dataset import is_data_yaml
 
 
 @click.command("eval", short_help="Measure accuracy, size and latency of each MODEL.")
@@ -36,6 +39,8 @@ from dsconvert.modelfile import load_model
 @click.option("--data", type=PATH, help="data.yaml with labels, or a folder of images without.")
 @click.option("--imgsz", type=int, help="Side of the images, pixels (default: as exported).")
 @click.option("--samples", type=click.IntRange(1), help="Most images used.")
+@split_of("val")
+@strict
 @click.option("--max-map-drop", type=click.FloatRange(0, 100), metavar="POINTS",
               help="Exit with 3 if a model loses more mAP50-95 against the first.")  # fmt: skip
 @threads
@@ -43,8 +48,8 @@ from dsconvert.modelfile import load_model
 @verbose("show the average precision of each class")
 @as_json
 def evaluate(
-    models: tuple[Path, ...], data: Path | None, imgsz: int | None, samples: int | None, max_map_drop: float | None,
-    threads: int, quiet: bool, verbose: bool, as_json: bool,
+    models: tuple[Path, ...], data: Path | None, imgsz: int | None, samples: int | None, split: str | None,
+    strict: bool, max_map_drop: float | None, threads: int, quiet: bool, verbose: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Measure accuracy, size and latency of each MODEL on labelled images.
 
@@ -62,17 +67,23 @@ def evaluate(
         newest = pipeline.newest_result(RUNS)
         provenance = load_model(newest).provenance
         paths = paths or [Path(provenance["source"]), newest]
-        data = data or _data_of(provenance)
+        if data is None:
+            data = _data_of(provenance)
+            if not is_data_yaml(data):
+                notes.note(f"Measured on {data}, which the model was calibrated on; give --data other images.")
     if max_map_drop is not None and len(paths) < 2:
         raise InputError("--max-map-drop measures the drop against the first model; name another one too.")
     workers.start()
     if workers.number():  # one speaks for all
-        contest.look(contest.entrants(paths, data, imgsz, samples))
+        contest.look(contest.entrants(paths, data, imgsz, samples, split, strict))
         return
     with bars(quiet) as progress:
-        rows = contest.evaluate(paths, data, imgsz, samples, progress)
+        given = contest.entrants(paths, data, imgsz, samples, split, strict)
+        rows = contest.measure(given, progress)
     if as_json:
-        print_json({"models": [_row(r) for r in rows], "data": str(data)})
+        print_json({
+            "models": [_row(r) for r in rows], "data": str(data), "split": given.split, "warnings": notes.so_far(),
+        })  # fmt: skip
     else:
         if verbose:
             _print_classes(rows)

@@ -16,6 +16,7 @@ from dsconvert.export.nms import Nms
 from dsconvert.export.onnx import Ends
 from dsconvert.files import write_atomic
 from dsconvert.modelfile import load_model
+from dsconvert.yolo.dataset import SPLITS, is_data_yaml, read_data_yaml
 
 
 @click.command()
@@ -80,12 +81,31 @@ def export(
 
 
 def _next_command(model: Path, target: Path) -> str:
-    """How to measure what was written, against the checkpoint and on the images that the model remembers."""
+    """How to measure what was written, against the checkpoint, on images it was not calibrated on."""
     provenance = load_model(model).provenance if model.suffix == ".safetensors" else {}
     source, options = provenance.get("source"), provenance.get("options")
-    calib = options.get("calib") if isinstance(options, dict) else None
+    calib, split = (options.get("calib"), options.get("split")) if isinstance(options, dict) else (None, None)
     against = [source] if isinstance(source, str) and Path(source).is_file() else []
-    return shlex.join(["dsconvert", "eval", *against, str(target), "--data", str(calib or "data.yaml")])
+    start = ["dsconvert", "eval", *against, str(target), "--data"]
+    if not isinstance(calib, str):
+        return shlex.join([*start, "data.yaml"])
+    fresh = _unseen_split(Path(calib), split)
+    if fresh is None:
+        return f"{shlex.join([*start, 'OTHER'])}, where OTHER holds images that are not in {calib}."
+    return shlex.join([*start, calib, *(["--split", fresh] if fresh != "val" else [])])
+
+
+def _unseen_split(calib: Path, split: Any) -> str | None:
+    """The split of a data.yaml to measure on, when another one of it calibrated."""
+    if not is_data_yaml(calib):
+        return None
+    try:
+        splits = read_data_yaml(calib).splits
+    except InputError:
+        return None
+    used = str(split) if split else next((s for s in SPLITS if splits[s]), "")
+    seen = set(splits.get(used, ()))
+    return next((s for s in ("val", "test") if splits[s] and s != used and not seen & set(splits[s])), None)
 
 
 def _nms(wanted: bool, given: dict[str, float | None]) -> Nms | None:

@@ -23,6 +23,7 @@ from dsconvert.commands.shared import (
     print_json,
     quiet,
     say,
+    strict,
     table,
     tell,
     threads,
@@ -32,6 +33,7 @@ from dsconvert.commands.shared import (
 from dsconvert.errors import InputError
 from dsconvert.files import check_writable, write_atomic
 from dsconvert.modelfile import model_bytes
+from dsconvert.notes import so_far
 from dsconvert.pipeline import MODEL_FILE
 from dsconvert.train.finetune import Finetuned, FinetuneOptions, finetune
 from dsconvert.train.latents import TRAINED
@@ -58,6 +60,7 @@ DEFAULT = FinetuneOptions(Path())
 @click.option("--mosaic", default=DEFAULT.mosaic, show_default=True, help="Share of images made of four.")
 @click.option("--no-augment", is_flag=True, help="Train on the images as they are.")
 @click.option("--seed", default=0, show_default=True, help="Seed of every random choice.")
+@strict
 @threads
 @click.option("--device", default="cpu", show_default=True, help="cpu or cuda.")
 @click.option("--out", type=PATH, help="Folder to write (default: runs/dsconvert/NAME-finetuned).")
@@ -106,7 +109,7 @@ def finetune_command(
         warn("No epoch was better on val than the model was before; the result is the model as it was.")
     seconds = time.perf_counter() - began
     if as_json:
-        print_json({**record, "seconds": round(seconds, 2)})
+        print_json({**record, "seconds": round(seconds, 2), "warnings": so_far()})
     elif quiet:
         tell(str(folder / MODEL_FILE))
     else:

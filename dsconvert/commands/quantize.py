@@ -27,6 +27,8 @@ from dsconvert.commands.shared import (
     force,
     print_json,
     quiet,
+    split_of,
+    strict,
     table,
     tell,
     threads,
@@ -37,10 +39,11 @@ from dsconvert.commands.shared import (
 from dsconvert.config import read_config, recipe_names
 from dsconvert.errors import InputError
 from dsconvert.files import check_writable
+from dsconvert.notes import so_far, unheard
 from dsconvert.unfinished import NAME as UNFINISHED
 from dsconvert.yolo.cfgfile import chosen_blocks
 from dsconvert.yolo.checkpoint import Checkpoint, load_checkpoint
-from dsconvert.yolo.images import calibration_images
+from dsconvert.yolo.dataset import calibration_images
 from dsconvert.yolo.plan import SCOPES
 
 
@@ -96,6 +99,8 @@ def _configure(context: click.Context, parameter: click.Parameter, value: str | 
 @click.option("--mean", type=quantize_onnx.Numbers(), metavar="R,G,B",
               help="Of an .onnx: images are cropped, and (pixel / 255 - mean) / std.")  # fmt: skip
 @click.option("--std", type=quantize_onnx.Numbers(), metavar="R,G,B", help="See --mean.")
+@split_of("train")
+@strict
 @click.option("--seed", default=0, show_default=True, help="Seed of every random choice.")
 @threads
 @click.option("--device", default="cpu", show_default=True, help="cpu or cuda.")
@@ -172,12 +177,15 @@ def quantize(
     seconds = time.perf_counter() - began
     if result.skipped:
         warn(f"{result.skipped} images could not be read and were left out; the first: {result.skipped_reason}")
-    warnings = advice(result, 0 if calib is None else len(calibration_images(calib)))
+    said = so_far()
+    with unheard():
+        available = 0 if calib is None else len(calibration_images(calib, chosen.split))
+    warnings = advice(result, available)
     for sentence in warnings:
         warn(sentence)
     if as_json:
         report = pipeline.quantize_report(result)
-        print_json({**report, "path": str(written), "seconds": round(seconds, 2), "warnings": warnings})
+        print_json({**report, "path": str(written), "seconds": round(seconds, 2), "warnings": [*said, *warnings]})
     elif quiet:
         tell(str(written))
     else:

@@ -15,6 +15,7 @@ from dsconvert.anyonnx.images import Normalisation
 from dsconvert.commands.shared import RUNS, bars, cell, console, print_json, table, tell, warn
 from dsconvert.errors import InputError
 from dsconvert.files import check_writable, claim_folder, write_atomic
+from dsconvert.notes import so_far
 
 # What only a checkpoint can be asked for, and what only an ONNX file can.
 CHECKPOINT_ONLY = ("target_bytes", "target_drop", "blocks", "scope", "cfg", "activations", "kds", "device", "cache",
@@ -57,6 +58,7 @@ def run(path: Path, calib: Path | None, out: Path | None, options: Mapping[str, 
     plan = OnnxPlan(
         options["bits"] or 4, options["block_size"] or 32, options["layout"],
         options["imgsz"] if _given("imgsz") else None, options["samples"], _normal(options), options["seed"],
+        options["split"], options["strict"],
     )  # fmt: skip
     force, quiet = options["force"], options["quiet"]
     single = out is not None and out.suffix == ".onnx"
@@ -100,7 +102,7 @@ def _tell(
         document = {
             "path": str(target), "layout": plan.layout, "size_bytes": after, "source_bytes": before,
             "weight_bits": made.weight_bits, "calibration_images": made.images, "layers": layers,
-            "seconds": round(seconds, 2),
+            "seconds": round(seconds, 2), "warnings": so_far(),
         }  # fmt: skip
         print_json(document)
         return

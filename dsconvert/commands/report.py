@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from dsconvert import pipeline
-from dsconvert.commands.shared import PATH, RUNS, bars, force, tell, threads, warn
+from dsconvert.commands.shared import PATH, RUNS, bars, force, split_of, strict, tell, threads, warn
 from dsconvert.errors import InputError
 from dsconvert.files import write_atomic
 
@@ -23,13 +23,16 @@ from dsconvert.files import write_atomic
 @click.option("--images", type=click.IntRange(0, 100), default=6, show_default=True, help="Most photos shown.")
 @click.option("--imgsz", type=int, help="Side of the images, pixels (default: as calibrated).")
 @click.option("--samples", type=click.IntRange(1), help="Most images evaluated.")
+@split_of("val")
+@strict
 @click.option("--no-latency", is_flag=True, help="Leave time out: same inputs, same bytes.")
 @threads
 @click.option("--out", type=PATH, help="File to write (default: report.html beside MODEL).")
 @force
 def report(
     model: Path | None, data: Path | None, against: tuple[Path, ...], float_model: Path | None, images: int,
-    imgsz: int | None, samples: int | None, no_latency: bool, threads: int, out: Path | None, force: bool,
+    imgsz: int | None, samples: int | None, split: str | None, strict: bool, no_latency: bool, threads: int,
+    out: Path | None, force: bool,
 ) -> None:  # fmt: skip
     """Write one HTML page about MODEL (default: the newest quantize result).
 
@@ -48,7 +51,7 @@ def report(
     target = out or path.with_name("report.html")
     if target.exists() and not force:  # before minutes are spent on what could not be written
         raise InputError(f"{target} already exists; give --force to replace it, or another --out.")
-    options = ReportOptions(path, data, against, float_model, images, imgsz, samples, not no_latency)
+    options = ReportOptions(path, data, against, float_model, images, imgsz, samples, not no_latency, split, strict)
     with bars() as progress:
         found = gather(options, progress)
         page = page_bytes(found)

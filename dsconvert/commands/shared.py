@@ -32,6 +32,7 @@ from rich.text import Text
 
 from dsconvert import pipeline
 from dsconvert.text import printable
+from dsconvert.yolo.dataset import SPLITS
 
 RUNS = Path("runs/dsconvert")
 STAGES = {
@@ -54,7 +55,14 @@ as_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON d
 force = click.option("--force", is_flag=True, help="Replace files that are there.")
 
 
+strict = click.option("--strict", is_flag=True, help="Refuse labels and lists of which a part cannot be used.")
 quiet = click.option("--quiet", "-q", is_flag=True, help="Only the result, warnings and errors.")
+
+
+def split_of(default: str) -> Callable[[Any], Any]:
+    """An option --split, or as in YOLOv5's val.py --task."""
+    return click.option("--split", "--task", "split", type=click.Choice(SPLITS),
+                        help=f"Which images of a data.yaml (default: {default}).")  # fmt: skip
 
 
 def verbose(what: str) -> Callable[[Any], Any]:

@@ -14,16 +14,8 @@ from dsconvert.errors import InputError
 from dsconvert.evaluate.coco import COCO_MOST, Metrics, coco_metrics
 from dsconvert.evaluate.masks import Encoded, MaskPredictor, look, mask_f1, mask_precision, outlines
 from dsconvert.yolo.boxes import MOST, inside, suppressed, to_image
-from dsconvert.yolo.images import (
-    as_boxes,
-    in_pixels,
-    label_path,
-    label_rows,
-    letterbox,
-    none_readable,
-    read_image,
-    to_tensor,
-)
+from dsconvert.yolo.images import letterbox, none_readable, read_image, to_tensor
+from dsconvert.yolo.labels import Labelled, LabelRules, in_pixels, read_labelled
 
 # A predictor takes a float batch (1, 3, side, side), 0..1, and returns (1, boxes, 5 + nc) as `decode` does.
 CONFIDENT, OVERLAP = 0.25, 0.45  # YOLOv5's detect.py
@@ -72,9 +64,10 @@ def evaluate_predictors(
     nc: int,
     labelled: bool = True,
     progress: Callable[[int, int], None] | None = None,
+    labels: Labelled | None = None,
 ) -> list[Metrics]:
     """Metrics of every predictor on the same images, see `detect_all`."""
-    return detect_all(predictors, paths, side, nc, labelled, progress).metrics()
+    return detect_all(predictors, paths, side, nc, labelled, progress, labels).metrics()
 
 
 def detect_all(
@@ -84,13 +77,15 @@ def detect_all(
     nc: int,
     labelled: bool = True,
     progress: Callable[[int, int], None] | None = None,
+    labels: Labelled | None = None,
 ) -> Detections:
     """Run every predictor on the same images, each decoded once.
 
-    The truth is the labels beside the images, or (labelled=False) what the first predictor finds with confidence:
-    then metrics say how far the others agree with it. There all boxes are suppressed as a user of detect.py has them,
-    so the truth is among what the first one finds, and a model agrees with itself wholly. Where labels are polygons,
-    the masks of segmentation models are measured too. Under torchrun every process looks at a part of the images and
+    The truth is `labels`, whose images take the place of `paths`, or (None) the labels beside the images, or
+    (labelled=False) what the first predictor finds with confidence: then metrics say how far the others agree with it.
+    There all boxes are suppressed as a user of detect.py has them, so the truth is among what the first one finds, and
+    a model agrees with itself wholly. Where labels are polygons, the masks of segmentation models are measured too.
+    Under torchrun every process looks at a part of the images and
     has what all found. Files that cannot be read are left out and counted. Raises
     InputError when none can, or there is no object to find.
     """
@@ -98,10 +93,14 @@ def detect_all(
     truths, shapes = [], []
     skipped: list[str] = []
     masked = [labelled and isinstance(p, MaskPredictor) for p in predictors]
-    outlined = any(masked) and any(len(row) > 5 for path in paths for row in label_rows(label_path(path), nc))
+    if labelled:
+        labels = labels or read_labelled(paths, LabelRules(nc), any(masked))
+        paths = labels.paths
+    outlined = any(masked) and labels is not None and labels.has_polygons
     masks: list[list[list[Encoded]] | None] = [[] if outlined and m else None for m in masked]
     contours: list[list[Encoded]] = []
-    mine = paths[workers.share(len(paths))]
+    part = workers.share(len(paths))
+    mine, truth = paths[part], labels.labels[part] if labels and labelled else ()
     for index, path in enumerate(mine):
         try:
             image = read_image(path)
@@ -123,10 +122,9 @@ def detect_all(
                 masked_boxes = said.placed(rows.tolist(), placed, box, side, (h, w))
                 encoded.append([mask.encoded((h, w)) for mask in masked_boxes])
         if labelled:
-            labels = label_rows(label_path(path), nc)
-            truths.append(in_pixels(as_boxes(labels), h, w))
+            truths.append(in_pixels(truth[index].boxes, h, w))
             if outlined:
-                contours.append(outlines(labels, (h, w)))
+                contours.append(outlines(truth[index].rows, (h, w)))
         else:
             sure = found[0][-1][found[0][-1][:, 4] > CONFIDENT]
             truths.append(sure[:, [5, 0, 1, 2, 3]].astype(np.float64))

@@ -12,7 +12,11 @@ from dsconvert.evaluate.accuracy import Detections, Predictor, detect_all
 from dsconvert.evaluate.candidates import Candidate, load_candidates
 from dsconvert.evaluate.coco import Metrics
 from dsconvert.evaluate.latency import Latency, interleaved_latency
-from dsconvert.yolo.images import image_paths, read_data_yaml, spread
+from dsconvert.evaluate.masks import MaskPredictor
+from dsconvert.yolo.classes import label_rules, other_order
+from dsconvert.yolo.dataset import images_of
+from dsconvert.yolo.images import spread
+from dsconvert.yolo.labels import Labelled, label_path, read_labelled
 
 
 @dataclass(frozen=True)
@@ -27,24 +31,29 @@ class Evaluated:
 @dataclass(frozen=True)
 class Entrants:
     """Models at one image size and the images they are judged on. The truth has nc classes: it is the labels beside
-    the images, or (labelled False) what the first model finds with confidence."""
+    the images, or (labelled False) what the first model finds with confidence. split: that of the data.yaml."""
 
     candidates: Sequence[Candidate]
     paths: Sequence[Path]
     nc: int
     labelled: bool
+    labels: Labelled | None = None
+    split: str | None = None
 
 
-def entrants(models: Sequence[Path], data: Path, imgsz: int | None = None, samples: int | None = None) -> Entrants:
-    """Load models, and find the images of the val split of a data.yaml (its train split when there is no val) or of a
-    folder. Raises InputError when a model's classes are not the data's, or the first model's."""
-    labelled = data.suffix.lower() in (".yaml", ".yml")
-    described = read_data_yaml(data) if labelled else None
-    paths = list(described.val or described.train) if described else image_paths(data)
-    if not paths:
-        raise InputError(f"{data} names neither val nor train images.")
-    if samples is not None:
-        paths = spread(paths, samples)
+def entrants(
+    models: Sequence[Path],
+    data: Path,
+    imgsz: int | None = None,
+    samples: int | None = None,
+    split: str | None = None,
+    strict: bool = False,
+) -> Entrants:
+    """Load models, and find the images of a split of a data.yaml (by default val, else test, else train) or of a
+    folder. strict: labels and lists of which a part cannot be used are refused. Raises InputError when a model's
+    classes are not the data's, or the first model's."""
+    given = images_of(data, ("val", "test", "train"), split, strict)
+    described, paths = given.described, given.paths if samples is None else spread(given.paths, samples)
     candidates = load_candidates(models, imgsz)
     whose, nc = (str(data), len(described.names)) if described else (str(models[0]), len(candidates[0].names))
     for c in candidates:
@@ -53,7 +62,23 @@ def entrants(models: Sequence[Path], data: Path, imgsz: int | None = None, sampl
                 f"{c.path} has {len(c.names)} classes, {whose} has {nc}; give --data a folder of images to measure "
                 "agreement with the first model without labels."
             )
-    return Entrants(candidates, paths, nc, labelled)
+    named = [c for c in candidates if c.names]
+    for c in named:
+        if other_order(named[0].names, c.names):
+            raise InputError(
+                f"{c.path} names its classes in another order than {named[0].path}, so they cannot be compared."
+            )
+    if described is None:
+        return Entrants(candidates, paths, nc, False)
+    names, of = (named[0].names, str(named[0].path)) if named else ((), "")
+    masks = any(isinstance(c.predict, MaskPredictor) for c in candidates)
+    labels = read_labelled(paths, label_rules(described, names, of, strict), masks)
+    if not labels.files:
+        raise InputError(
+            f"None of the {len(paths)} images of {data} has labels; those of the first were looked for at "
+            f"{label_path(paths[0])}; give --data a folder of images to measure agreement without labels."
+        )
+    return Entrants(candidates, labels.paths, nc, True, labels, given.split)
 
 
 def evaluate(
@@ -62,9 +87,15 @@ def evaluate(
     imgsz: int | None = None,
     samples: int | None = None,
     progress: Progress | None = None,
+    split: str | None = None,
+    strict: bool = False,
 ) -> list[Evaluated]:
     """Measure models on the images of `data`, see `entrants`."""
-    given = entrants(models, data, imgsz, samples)
+    return measure(entrants(models, data, imgsz, samples, split, strict), progress)
+
+
+def measure(given: Entrants, progress: Progress | None = None) -> list[Evaluated]:
+    """Accuracy and latency of what has entered."""
     metrics = look(given, progress).metrics()
     latencies = interleaved_latency([c.run_once for c in given.candidates])
     return [Evaluated(c, m, t) for c, m, t in zip(given.candidates, metrics, latencies, strict=True)]
@@ -78,5 +109,5 @@ def look(
     report = progress or (lambda stage, done, total: None)
     return detect_all(
         predictors or [c.predict for c in given.candidates], given.paths, given.candidates[0].side, given.nc,
-        given.labelled, lambda done, total: report("evaluate", done, total),
+        given.labelled, lambda done, total: report("evaluate", done, total), given.labels,
     )  # fmt: skip

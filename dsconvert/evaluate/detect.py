@@ -19,7 +19,8 @@ from dsconvert.evaluate.masks import PlacedMask, look
 from dsconvert.export.nms import Nms
 from dsconvert.text import printable
 from dsconvert.yolo.boxes import inside, suppressed, to_image
-from dsconvert.yolo.images import SUFFIXES, Image, Letterbox, letterbox, to_tensor
+from dsconvert.yolo.dataset import SUFFIXES
+from dsconvert.yolo.images import Image, Letterbox, letterbox, to_tensor
 
 Found = NDArray[np.float32]  # (n, 6): x1, y1, x2, y2 in pixels of the image, score, class; best first
 NAME_LENGTH = 40  # characters of a class name that are drawn or printed

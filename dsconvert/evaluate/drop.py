@@ -5,22 +5,39 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+from dsconvert.errors import InputError
 from dsconvert.evaluate.accuracy import evaluate_predictors
 from dsconvert.evaluate.predictors import float_predictor, model_predictor
 from dsconvert.graph.ir import ConvParams
 from dsconvert.model import DSModel
-from dsconvert.yolo.images import label_path
+from dsconvert.yolo.classes import label_rules
+from dsconvert.yolo.dataset import is_data_yaml, read_data_yaml
+from dsconvert.yolo.labels import Labelled, LabelRules, label_files, read_labelled
 
 
 def map_drop(
-    model: DSModel, params: Mapping[str, ConvParams], paths: Sequence[Path], progress: Callable[[int, int], None]
-) -> float:
+    model: DSModel, params: Mapping[str, ConvParams], paths: Sequence[Path], progress: Callable[[int, int], None],
+    labels: Labelled | None = None,
+) -> float:  # fmt: skip
     """Points of mAP50-95 that a model loses against its float network `params`, both run in torch, on the readable
-    images: against their labels where there are any, else against what the float network finds with confidence.
+    images: against `labels`, else (None) against what the float network finds with confidence.
 
     Raises InputError when there is nothing to find in them."""
-    labelled = any(label_path(p).is_file() for p in paths)
     true = {name: ConvParams(p.weight.cpu(), p.bias.cpu()) for name, p in params.items()}
     both = [float_predictor(model.graph, true, model.head), model_predictor(model)]
-    before, after = evaluate_predictors(both, paths, model.imgsz, model.head.nc, labelled, progress)
+    before, after = evaluate_predictors(both, paths, model.imgsz, model.head.nc, labels is not None, progress, labels)
     return 100 * (before.map50_95 - after.map50_95)
+
+
+def labels_of(source: Path, paths: Sequence[Path], names: Sequence[str], strict: bool) -> Labelled | None:
+    """The labels of images out of `source` (a folder, a list, a data.yaml) for a network with these class names; None
+    where no image has any. Raises InputError for a data.yaml of another number of classes."""
+    if not any(label_files(paths)):
+        return None
+    rules = LabelRules(len(names), strict=strict)
+    if is_data_yaml(source):
+        data = read_data_yaml(source)
+        if len(data.names) != len(names):
+            raise InputError(f"{source} has {len(data.names)} classes, the checkpoint has {len(names)}.")
+        rules = label_rules(data, names, "the checkpoint", strict)
+    return read_labelled(paths, rules)

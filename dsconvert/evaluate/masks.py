@@ -122,7 +122,7 @@ def look(predict: Callable[[Array], Array], batch: Array) -> tuple[Array, Masks 
 
 
 def outlines(rows: Iterable[Sequence[float]], shape: tuple[int, int]) -> list[Encoded]:
-    """Labels as `images.label_rows` gives them -> their masks in an image of (height, width); of a box, all of it."""
+    """Labels as `labels.label_rows` gives them -> their masks in an image of (height, width); of a box, all of it."""
     h, w = shape
     found = []
     for _, *values in rows:

@@ -12,7 +12,8 @@ from dsconvert.evaluate.candidates import Candidate, load_candidates
 from dsconvert.evaluate.compare import Agreement, compare
 from dsconvert.evaluate.detect import DetectOptions, Found, find_masks
 from dsconvert.evaluate.masks import PlacedMask
-from dsconvert.yolo.images import Image, evaluation_images, image_paths, none_readable, read_image, spread
+from dsconvert.yolo.dataset import evaluation_images, image_paths
+from dsconvert.yolo.images import Image, none_readable, read_image, spread
 
 Progress = Callable[[str, int, int], None]
 
@@ -78,12 +79,13 @@ def detect_files(
 
 def compare_files(
     first: Path, second: Path, source: Path, options: DetectOptions, imgsz: int | None, samples: int | None,
-    progress: Progress,
+    progress: Progress, split: str | None = None, strict: bool = False,
 ) -> Compared:  # fmt: skip
-    """Two models on at most `samples` images of a folder, a text file of paths or a data.yaml.
+    """Two models on at most `samples` images of a folder, a text file of paths or a data.yaml (`split`, as
+    `dataset.evaluation_images` has it).
 
     Raises InputError for models of different classes or sizes, or where neither finds anything."""
-    paths = evaluation_images(source)
+    paths = evaluation_images(source, split, strict)
     paths = paths if samples is None else spread(paths, samples)
     a, b = load_candidates([first, second], imgsz)
     if a.names and b.names and len(a.names) != len(b.names):

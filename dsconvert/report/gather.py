@@ -52,7 +52,7 @@ class ReportOptions:
     """What to report on: the converted model; data as `contest.entrants` (None: what was calibrated on); int8 peers
     as ONNX files; the float checkpoint (None: the one converted); how many photos are shown; image side and most
     images evaluated as `contest.entrants`; whether latency is measured (the one thing that is never twice the
-    same)."""
+    same); split and strict as `contest.entrants`."""
 
     model: Path
     data: Path | None = None
@@ -62,6 +62,8 @@ class ReportOptions:
     imgsz: int | None = None
     samples: int | None = None
     latency: bool = True
+    split: str | None = None
+    strict: bool = False
 
 
 @dataclass(frozen=True)
@@ -125,7 +127,7 @@ def gather(options: ReportOptions, progress: Progress | None = None) -> Report:
     record = read_record(options.model.parent / REPORT_FILE, model.provenance)
     data = options.data or calibration_data(model.provenance)
     paths = (source, options.model, *options.against)
-    given = entrants(paths, data, options.imgsz, options.samples)
+    given = entrants(paths, data, options.imgsz, options.samples, options.split, options.strict)
     found, every = _detect(given, say)
     rows = _rows(given, found, options, say)
     sure = [[boxes[boxes[:, 4] > CONFIDENT] for boxes in seen] for seen in every]

@@ -24,7 +24,9 @@ from dsconvert.train.photos import Photos, open_photos
 from dsconvert.train.schedule import SCHEDULES
 from dsconvert.train.state import SETS, State, read_state, write_state
 from dsconvert.unfinished import run_key
-from dsconvert.yolo.images import DataYaml, read_data_yaml
+from dsconvert.yolo.classes import label_rules
+from dsconvert.yolo.dataset import DataYaml, read_data_yaml
+from dsconvert.yolo.labels import Labelled, read_labelled
 
 Progress = Callable[[str, int, int], None]
 
@@ -35,7 +37,8 @@ class FinetuneOptions:
 
     data a data.yaml with train and val splits; train one of TRAINED; rate of CDSw's factor (others: `latents.PACE`);
     warmup in epochs; patience: epochs without a better mAP50-95 on val after which to stop; mosaic the share of
-    training images that are four in one; augment: whether they are changed at all."""
+    training images that are four in one; augment: whether they are changed at all; strict: lists and labels of which a
+    part cannot be used are refused."""
 
     data: Path
     train: str = "shifts+bias"
@@ -49,6 +52,7 @@ class FinetuneOptions:
     augment: bool = True
     seed: int = 0
     device: str = "cpu"
+    strict: bool = False
 
 
 @dataclass(frozen=True)
@@ -86,12 +90,15 @@ def finetune(
     data = read_data_yaml(options.data)
     _check_data(options.data, data, model)
     device = workers.device(options.device)
-    photos = open_photos(data.train, model.head.nc, model.imgsz, lambda done, total: report("images", done, total))
+    rules = label_rules(data, model.head.names, str(path), options.strict)
+    splits = {split: data.images(split, options.strict) for split in ("train", "val")}
+    judging = read_labelled(splits["val"], rules)
+    photos = open_photos(splits["train"], rules, model.imgsz, lambda done, total: report("images", done, total))
     if min(options.batch, len(photos)) < workers.count():
         raise InputError(f"A batch of {min(options.batch, len(photos))} is too small for {workers.count()} processes.")
     layers, latents = start(model, options.train, device)
     state = State.new(latents)
-    key = _key(path, options, photos, data) if unfinished is not None else ""
+    key = _key(path, options, photos, judging) if unfinished is not None else ""
     if resume:
         state = read_state(unfinished, key, latents) if unfinished is not None and not workers.number() else state
         state = _spread(state)
@@ -99,8 +106,9 @@ def finetune(
     def measure(latents: Latents) -> float:
         predict = model_predictor(learned(model, layers, latents), device)
         (found,) = evaluate_predictors(
-            [predict], data.val, model.imgsz, model.head.nc, True, lambda done, total: report("evaluate", done, total)
-        )
+            [predict], judging.paths, model.imgsz, model.head.nc, True,
+            lambda done, total: report("evaluate", done, total), judging,
+        )  # fmt: skip
         return found.map50_95
 
     def after_epoch(state: State) -> None:
@@ -140,7 +148,7 @@ def _check_data(path: Path, data: DataYaml, model: DSModel) -> None:
     if len(data.names) != model.head.nc:
         raise InputError(f"The model has {model.head.nc} classes, {path} has {len(data.names)}.")
     for split in ("train", "val"):
-        if not getattr(data, split):
+        if not data.splits[split]:
             raise InputError(f"{path} names no {split} images; finetune learns on train and chooses the epoch by val.")
 
 
@@ -152,9 +160,9 @@ def _line(state: State, epochs: int) -> str:
     return f"epoch {epoch} of {epochs}: loss {last['loss']:.4f}, mAP50-95 {last['map50_95']:.4f}{best}"
 
 
-def _key(path: Path, options: FinetuneOptions, photos: Photos, data: DataYaml) -> str:
+def _key(path: Path, options: FinetuneOptions, photos: Photos, judging: Labelled) -> str:
     """Stands for everything that decides the result: image files by name and size, labels by content."""
-    sizes = [[str(p), p.stat().st_size] for p in (*photos.paths, *data.val)]
+    sizes = [[str(p), p.stat().st_size] for p in (*photos.paths, *judging.paths)]
     labels = hashlib.sha256(b"".join(labels.tobytes() for labels in photos.labels)).hexdigest()
     model = hashlib.sha256(path.read_bytes()).hexdigest()
     return run_key(asdict(options), model, sizes, labels, workers.count())

@@ -16,17 +16,8 @@ from torch import Tensor
 from dsconvert import workers
 from dsconvert.errors import InputError
 from dsconvert.train.augment import Augment, Photo, augmented
-from dsconvert.yolo.images import (
-    Image,
-    Labels,
-    in_pixels,
-    label_path,
-    none_readable,
-    read_image,
-    read_labels,
-    scaled,
-    to_tensor,
-)
+from dsconvert.yolo.images import Image, none_readable, read_image, scaled, to_tensor
+from dsconvert.yolo.labels import LabelRules, Labels, in_pixels, read_labelled
 
 ROOM = 2 << 30  # bytes of scaled images that the processes of one machine keep; beyond, files are read every time
 
@@ -68,26 +59,27 @@ class Photos:
 
 
 def open_photos(
-    paths: Sequence[Path], nc: int, side: int, progress: Callable[[int, int], None] = lambda done, total: None
+    paths: Sequence[Path], rules: LabelRules, side: int, progress: Callable[[int, int], None] = lambda done, total: None
 ) -> Photos:
-    """Read every image and its labels once. Raises InputError for labels that are malformed, and when there is no
-    image that can be read, or no object in any."""
+    """Read every image and its labels once; those with labels that cannot be used are left out, see `read_labelled`.
+    Raises InputError when there is no image that can be read, or no object in any."""
+    labelled = read_labelled(paths, rules)
     found, kept, labels, skipped = [], [], [], []
     room = ROOM // workers.here()
-    for done, path in enumerate(paths, 1):
+    for done, (path, label) in enumerate(zip(labelled.paths, labelled.labels, strict=True), 1):
         try:
             image = fitted(path, side)
         except InputError as error:
             skipped.append(str(error))
         else:
             found.append(path)
-            labels.append(read_labels(label_path(path), nc))
+            labels.append(label.boxes)
             room -= image.nbytes
             if room >= 0:
                 kept.append(image)
             else:
                 kept.clear()
-        progress(done, len(paths))
+        progress(done, len(labelled.paths))
     if not found:
         raise none_readable(skipped, "training images")
     if not sum(map(len, labels)):

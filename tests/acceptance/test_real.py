@@ -15,8 +15,9 @@ from conftest import SHARED, by_quads
 
 from dsconvert.graph.integer import run_integer
 from dsconvert.modelfile import load_model
+from dsconvert.yolo.dataset import read_data_yaml
 from dsconvert.yolo.decode import decode
-from dsconvert.yolo.images import letterbox, read_data_yaml, read_image, to_tensor
+from dsconvert.yolo.images import letterbox, read_image, to_tensor
 
 pytestmark = pytest.mark.skipif(not SHARED.is_dir(), reason="../shared/data is not on this machine")
 COCO = SHARED / "coco" / "coco.yaml"

@@ -51,7 +51,9 @@ def readers() -> dict[str, Callable[[Path], Any]]:
     from dsconvert.evaluate.candidates import load_candidate
     from dsconvert.modelfile import load_model
     from dsconvert.yolo.checkpoint import load_checkpoint
-    from dsconvert.yolo.images import calibration_images, read_data_yaml, read_image, read_labels
+    from dsconvert.yolo.dataset import calibration_images, read_data_yaml
+    from dsconvert.yolo.images import read_image
+    from dsconvert.yolo.labels import read_labels
 
     def names(path: Path) -> Any:
         return load_checkpoint(path).head.names

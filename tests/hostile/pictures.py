@@ -64,14 +64,14 @@ def bad() -> Iterator[Case]:
     jpeg = saved(noise(64, 48), "JPEG")
     for share in (0.3, 0.6, 0.9):
         yield Case(f"JPEG cut at {share}", jpeg[: int(len(jpeg) * share)], f"{CUT}|{NOT_ONE}")
-    yield Case("JPEG without its last byte", jpeg[:-1], CUT)
+    yield Case("JPEG without its last pixels", jpeg[:-8], CUT)
     small, exif = saved(noise(16, 16), "JPEG"), Image.Exif()
     exif[270] = small.decode("latin-1")
     with_thumbnail = saved(noise(64, 48), "JPEG", exif=exif)
     yield Case("JPEG with a thumbnail, cut", with_thumbnail[:-40], CUT)
     for kind in ("PNG", "WEBP", "BMP", "TIFF"):
         data = saved(noise(64, 48), kind)
-        yield Case(f"{kind} cut", data[: len(data) // 3], NOT_ONE)
+        yield Case(f"{kind} cut", data[: len(data) // 3], f"{NOT_ONE}: a .* file that ends too early")
     for what, data in {
         "PNG 60000x60000": png(60000, 60000, bytes(1000)), "PNG 20000x20000": png(20000, 20000, bytes(1000)),
         "PNG 2^31-1": png(2**31 - 1, 2**31 - 1, b""), "BMP 30000x30000": bmp(30000, 30000),
@@ -103,6 +103,7 @@ def odd() -> Iterator[tuple[str, bytes, tuple[int, int]]]:
     yield "PNG 16 bit RGBA", png(20, 10, b"".join(b"\0" + bytes(160) for _ in range(10)), 16, 6), (10, 20)
     yield "TIFF 16 bit", saved(Image.fromarray(deep), "TIFF"), (10, 20)
     yield "JPEG progressive", saved(noise(20, 10), "JPEG", progressive=True), (10, 20)
+    yield "JPEG without its last byte", saved(noise(20, 10), "JPEG")[:-1], (10, 20)
     yield "JPEG with junk behind", saved(noise(20, 10), "JPEG") + b"\0" * 1000, (10, 20)
     frames = [noise(20, 10), noise(20, 10)]
     for kind in ("GIF", "WEBP", "PNG"):

@@ -22,7 +22,9 @@ from dsconvert.evaluate.bench import bench
 from dsconvert.export.onnx import export_quantized
 from dsconvert.model import DSModel
 from dsconvert.modelfile import model_bytes
-from dsconvert.yolo.images import image_paths, read_labels
+from dsconvert.yolo.dataset import image_paths, read_data_yaml
+from dsconvert.yolo.images import read_image
+from dsconvert.yolo.labels import read_labels
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +108,13 @@ def test_pipes_and_devices_are_not_read(tmp_path):
     for source in (Path("/dev/zero"), tmp_path / "list.txt", tmp_path / "image.jpg"):
         with pytest.raises(InputError, match="neither a folder, an image"):
             image_paths(source)
-    assert read_labels(tmp_path / "list.txt", 1).shape == (0, 5)
+    with pytest.raises(InputError, match="not a readable label file: it is a pipe"):
+        read_labels(tmp_path / "list.txt", 1)
+    os.mkfifo(tmp_path / "data.yaml")
+    with pytest.raises(InputError, match="not a readable YAML file: it is a pipe"):
+        read_data_yaml(tmp_path / "data.yaml")
+    with pytest.raises(InputError, match="it is no ordinary file"):
+        read_image(tmp_path / "image.jpg")
 
 
 @pytest.mark.parametrize("name", ["[bold].onnx", "\x1b[31m.onnx", "\x1b[31m.safetensors", "new\nline.pt", "data.yaml"])

@@ -16,9 +16,10 @@ from watched import dsconvert, problems, run_child, write_cases
 
 from dsconvert.errors import InputError
 from dsconvert.evaluate.accuracy import detect_all
-from dsconvert.yolo import images
+from dsconvert.yolo import dataset
 from dsconvert.yolo.checkpoint import yolov5_bytes
-from dsconvert.yolo.images import calibration_batches, image_paths, letterbox, read_image
+from dsconvert.yolo.dataset import image_paths
+from dsconvert.yolo.images import calibration_batches, letterbox, read_image
 
 
 def test_broken_images_are_refused_and_odd_ones_read(tmp_path):
@@ -102,9 +103,9 @@ def test_a_whole_disk_is_not_looked_through(tmp_path, monkeypatch):
     (tmp_path / "sub").mkdir()
     for name in ("a.txt", "b.png", "sub/c.txt"):
         (tmp_path / name).touch()
-    monkeypatch.setattr(images, "MOST_FILES", 3)
+    monkeypatch.setattr(dataset, "MOST_FILES", 3)
     assert image_paths(tmp_path) == [tmp_path / "b.png"]
-    monkeypatch.setattr(images, "MOST_FILES", 2)
+    monkeypatch.setattr(dataset, "MOST_FILES", 2)
     with pytest.raises(InputError, match="more than 2 files"):
         image_paths(tmp_path)
 

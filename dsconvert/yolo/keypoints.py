@@ -1,0 +1,120 @@
+"""Rows of label files, and what rows of many columns are: polygons, or boxes with key points.
+
+A row of 15 columns may be a polygon of 7 corners or a box with 5 key points. What decides: rows with key points all
+have one length; read as boxes with key points, the points lie in their boxes; and read as polygons, most are odd ones:
+edges cross, the first corner lies between the others, or the second (width and height) far from them.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+MOST_POINTS = 1000  # of an object
+MOST_ROWS = 400  # that are looked at as polygons
+ALIKE = 0.9  # share of the rows that have one length, and of these that hold as boxes with key points
+ODD = 0.5  # share of them that are odd as polygons
+NEAR, BEYOND = 0.1, 0.01  # how far a point may lie outside its box, in widths and heights of it; outside the image
+Points = NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A row of a label file: class, number of columns and line; the four numbers behind the class; the box (centre x,
+    centre y, width, height) around all its points; `held_as`: how many numbers a key point would have, were it a box
+    with key points; all numbers behind the class, where they may be needed."""
+
+    kind: float
+    columns: int
+    line: int
+    first: list[float]
+    around: list[float]
+    held_as: frozenset[int] = frozenset()
+    numbers: Points | None = None
+
+    @staticmethod
+    def of(values: Points, line: int, keep: bool) -> Row:
+        """From all numbers of a row; keep: the numbers of a long one will be needed."""
+        kind, first, columns = float(values[0]), values[1:5].tolist(), len(values)
+        if columns == 5:
+            return Row(kind, columns, line, first, first)
+        points = values[1 : 1 + (columns - 1) // 2 * 2].reshape(-1, 2)
+        low, high = points.min(0), points.max(0)
+        around = [*((low + high) / 2).tolist(), *(high - low).tolist()]
+        held = frozenset(each for each in (2, 3) if _holds(values[1:], each))
+        return Row(kind, columns, line, first, around, held, values[1:] if held or keep else None)
+
+
+def key_points_of(rows: Iterable[Row]) -> tuple[int, int] | None:
+    """How many key points the objects have, and how many numbers each, when the long rows of a data set say so."""
+    long = [row for row in rows if row.columns > 5]
+    if not long:
+        return None
+    columns, count = Counter(row.columns for row in long).most_common(1)[0]
+    alike = [row for row in long if row.columns == columns]
+    if count < ALIKE * len(long):
+        return None
+    for each in (3, 2):
+        held = [row for row in alike if each in row.held_as]
+        if len(held) < ALIKE * count:
+            continue
+        odd = [each == 3 or _is_odd(row.numbers) for row in held[:MOST_ROWS] if row.numbers is not None]
+        if sum(odd) >= ODD * len(odd):
+            return (columns - 5) // each, each
+    return None
+
+
+def _holds(numbers: Points, each: int) -> bool:
+    """Whether the numbers behind a class are a box in the image, and points of `each` numbers in it: x and y, then
+    perhaps 0 (not labelled), 1 (hidden) or 2 (seen). Points without a place are zero or negative."""
+    count, rest = divmod(len(numbers) - 4, each)
+    if rest or not 0 < count <= MOST_POINTS:
+        return False
+    centre, size = numbers[:2], numbers[2:4]
+    low, high = centre - size / 2, centre + size / 2
+    if min(size) <= 0 or min(low) < -BEYOND or max(high) > 1 + BEYOND:
+        return False
+    points = numbers[4:].reshape(count, each)
+    if each == 3 and not np.isin(points[:, 2], (0, 1, 2)).all():
+        return False
+    places = points[:, :2]
+    inside = ((places >= low - NEAR * size) & (places <= high + NEAR * size)).all(1)
+    missing = (places <= 0).all(1)
+    return bool((inside | missing).all() and inside.any())
+
+
+def _is_odd(numbers: Points) -> bool:
+    """Whether nobody would draw this polygon: x, y, x, y, ..."""
+    corners = numbers.reshape(-1, 2)
+    if corners.min() < -BEYOND or corners.max() > 1 + BEYOND:
+        return True
+    if len(corners) > 3 and (corners[0] == corners[-1]).all():
+        corners = corners[:-1]  # closed
+    others = np.delete(corners, 1, axis=0)
+    low, high = others.min(0), others.max(0)
+    if ((corners[1] < low - (high - low)) | (corners[1] > high + (high - low))).any():
+        return True
+    if len(corners) > 4:
+        hull = cv2.convexHull(corners[2:].astype(np.float32))
+        x, y = corners[0].tolist()
+        if len(hull) > 2 and cv2.pointPolygonTest(hull, (x, y), False) > 0:
+            return True
+    return _crosses(corners)
+
+
+def _crosses(corners: Points) -> bool:
+    """Whether two edges of the closed line cross between their ends."""
+    a, b = corners, np.roll(corners, -1, 0)
+
+    def side(start: Points, end: Points, point: Points) -> Points:
+        along, to = end - start, point - start
+        return np.sign(along[..., 0] * to[..., 1] - along[..., 1] * to[..., 0])
+
+    parts: Sequence[Points] = (a[:, None], b[:, None], a[None], b[None])
+    p, q, r, s = parts
+    return bool(((side(p, q, r) * side(p, q, s) < 0) & (side(r, s, p) * side(r, s, q) < 0)).any())
