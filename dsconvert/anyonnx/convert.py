@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -135,11 +135,7 @@ def _fit(layer: Layer, width: Width, seen: Callable[[int], Iterator[Seen]], seed
     for group, weight in enumerate(layer.weight.chunk(layer.groups)):
         moments = measure_moments(layer.node, weight.shape, seen(group), seed)
         parts.append(moments.with_bias(fit_weight_gptq(weight, moments, *width[:2], trellis=width.trellis)))
-    weights = [part.weight for part in parts]
-    joined = replace(
-        weights[0], vqk=torch.cat([w.vqk for w in weights]), m=torch.cat([w.m for w in weights]),
-        cds_w=torch.cat([w.cds_w for w in weights]),
-    )  # fmt: skip
+    joined = DSTensor.joined([part.weight for part in parts])
     return QConv(joined, torch.cat([part.bias for part in parts]))
 
 
