@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -122,11 +122,13 @@ class DSTensor:
         if len({(p.width, p.z is None, p.alpha is None) for p in parts}) != 1:
             raise ValueError("weights that are stored differently cannot be joined")
         columns = {f: [v for p in parts if (v := getattr(p, f)) is not None] for f in _BY_CHANNEL}
-        return replace(parts[0], **{f: torch.cat(values) for f, values in columns.items() if values})
+        fields: Any = {f: torch.cat(values) for f, values in columns.items() if values}
+        return replace(parts[0], **fields)
 
     def rows(self, rows: Tensor) -> DSTensor:
         """Some output channels, by index."""
-        return replace(self, **{f: v[rows] for f in _BY_CHANNEL if (v := getattr(self, f)) is not None})
+        fields: Any = {f: v[rows] for f in _BY_CHANNEL if (v := getattr(self, f)) is not None}
+        return replace(self, **fields)
 
     @property
     def width(self) -> Width:
