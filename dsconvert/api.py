@@ -28,6 +28,7 @@ from dsconvert.export.inputs import INPUT_TYPES
 from dsconvert.export.layouts import LAYOUT_OPSET
 from dsconvert.export.nms import Nms
 from dsconvert.export.onnx import Ends
+from dsconvert.filekinds import MODEL, ONNX, file_kind
 from dsconvert.files import write_atomic
 from dsconvert.model import DSModel
 from dsconvert.modelfile import load_model, model_bytes
@@ -190,9 +191,10 @@ class Evaluation(tuple[EvaluationRow, ...]):
 def load(path: File) -> FloatModel | QuantizedModel:
     """Read a YOLOv5 checkpoint (`.pt`, nothing in it is executed) or a converted model (`.safetensors`)."""
     path = Path(path)
-    if path.suffix == ".safetensors":
+    kind = file_kind(path)
+    if kind == MODEL:
         return QuantizedModel(load_model(path))
-    if path.suffix == ".onnx":
+    if kind == ONNX:
         raise InputError(f"{path} is an ONNX file; give its path to evaluate, or open it with ONNX Runtime.")
     return FloatModel(load_checkpoint(path))
 

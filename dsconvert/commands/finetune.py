@@ -30,6 +30,7 @@ from dsconvert.commands.shared import (
     warn,
 )
 from dsconvert.errors import InputError
+from dsconvert.filekinds import MODEL, NAMES, file_kind
 from dsconvert.files import check_writable, write_atomic
 from dsconvert.modelfile import model_bytes
 from dsconvert.pipeline import MODEL_FILE
@@ -79,8 +80,10 @@ def finetune_command(
               dsconvert finetune model.safetensors --data d.yaml --train all
     """
     began = time.perf_counter()
-    if model.suffix != ".safetensors":
-        raise InputError(f"{model} is not a .safetensors file; finetune takes what dsconvert quantize wrote.")
+    if (kind := file_kind(model)) != MODEL:
+        raise InputError(
+            f"{model} is {NAMES[kind]}, not a .safetensors file; finetune takes what dsconvert quantize wrote."
+        )
     workers.start()
     chosen = FinetuneOptions(**options, augment=not no_augment)
     if workers.number():  # one speaks for all, and writes

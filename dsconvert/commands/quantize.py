@@ -36,6 +36,7 @@ from dsconvert.commands.shared import (
 )
 from dsconvert.config import read_config, recipe_names
 from dsconvert.errors import InputError
+from dsconvert.filekinds import CHECKPOINT, MODEL, ONNX, file_kind
 from dsconvert.files import check_writable
 from dsconvert.unfinished import NAME as UNFINISHED
 from dsconvert.yolo.cfgfile import chosen_blocks
@@ -134,7 +135,10 @@ def quantize(
               dsconvert quantize classifier.onnx --calib photos/
     """
     began = time.perf_counter()
-    if checkpoint.suffix.lower() == ".onnx":
+    kind = file_kind(checkpoint, CHECKPOINT)
+    if kind == MODEL:
+        raise InputError(f"{checkpoint} is a safetensors file; quantize takes a checkpoint (.pt) or a float ONNX file.")
+    if kind == ONNX:
         rest = {"threads": threads, "force": force, "quiet": quiet, "verbose": verbose, "as_json": as_json}
         quantize_onnx.run(checkpoint, calib, out, {**options, **rest})
         return

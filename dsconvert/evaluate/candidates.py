@@ -24,6 +24,7 @@ from dsconvert.export.external import check_external_data
 from dsconvert.export.inspect import conv_weights
 from dsconvert.export.nms import Nms
 from dsconvert.export.onnx import export_float, export_quantized
+from dsconvert.filekinds import CHECKPOINT, MODEL, file_kind
 from dsconvert.modelfile import load_model
 from dsconvert.yolo.checkpoint import load_checkpoint
 from dsconvert.yolo.lower import lower
@@ -55,18 +56,15 @@ class Candidate:
 
 def load_candidate(path: Path, side: int | None) -> Candidate:
     """Load a model for evaluation at `side` pixels (None: what it was made for, else 640)."""
-    if path.suffix == ".pt":
+    kind = file_kind(path)
+    if kind == CHECKPOINT:
         return _float(path, side or 640)
-    if path.suffix == ".safetensors":
-        return _converted(path, side)
-    if path.suffix == ".onnx":
-        return _onnx(path, side)
-    raise InputError(f"{path} is not a .pt, .safetensors or .onnx file.")
+    return _converted(path, side) if kind == MODEL else _onnx(path, side)
 
 
 def load_candidates(paths: Sequence[Path], side: int | None) -> list[Candidate]:
     """All models at one image size: the one asked for, else the one the others were made for (a `.pt` fits any)."""
-    sized = {p: load_candidate(p, side) for p in paths if p.suffix != ".pt"}
+    sized = {p: load_candidate(p, side) for p in paths if file_kind(p) != CHECKPOINT}
     sides = {c.side for c in sized.values()}
     if len(sides) > 1:
         raise InputError(f"The models were made for different image sizes {sorted(sides)}; give --imgsz.")

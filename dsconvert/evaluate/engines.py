@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from dsconvert.errors import InputError, refusing
 from dsconvert.evaluate.bounds import Bounds
+from dsconvert.filekinds import NAMES, ONNX, file_kind
 
 ENGINES = ("onnxruntime", "openvino")
 MAX_SIDE = 8192
@@ -74,9 +75,17 @@ def open_model(
     `size` are the file's bytes with its external data (None: it has none).
 
     Raises InputError when the engine cannot load it or it takes anything but one image."""
+    check_onnx(path)
+    return (_openvino if engine == "openvino" else _onnxruntime)(path, threads, side, size or path.stat().st_size)
+
+
+def check_onnx(path: Path) -> None:
+    """Raises InputError for a file of another kind, or none."""
+    kind = file_kind(path) if path.exists() else ONNX
     if not path.is_file():
         raise InputError(f"There is no ONNX file at {path}.")
-    return (_openvino if engine == "openvino" else _onnxruntime)(path, threads, side, size or path.stat().st_size)
+    if kind != ONNX:
+        raise InputError(f"{path} is {NAMES[kind]}, not an ONNX file; write one with dsconvert export {path} --onnx.")
 
 
 def engine_version(engine: str) -> str:

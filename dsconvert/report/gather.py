@@ -20,6 +20,7 @@ from dsconvert.evaluate.coco import Metrics, coco_tables, metrics_of
 from dsconvert.evaluate.contest import Entrants, entrants, look
 from dsconvert.evaluate.curves import ClassCurve, class_curves, object_counts
 from dsconvert.evaluate.latency import Latency, interleaved_latency
+from dsconvert.filekinds import MODEL, file_kind
 from dsconvert.graph.ir import ConvParams
 from dsconvert.model import DSModel
 from dsconvert.modelfile import load_model
@@ -109,7 +110,7 @@ class Report:
 def gather(options: ReportOptions, progress: Progress | None = None) -> Report:
     """Measure everything. Raises InputError for files that are missing, unreadable or do not fit each other."""
     say = progress or (lambda stage, done, total: None)
-    if options.model.suffix != ".safetensors":
+    if file_kind(options.model) != MODEL:
         raise InputError(
             f"{options.model} is not a converted model (.safetensors); name ONNX files with --against, beside one."
         )
