@@ -226,7 +226,7 @@ def quantize(
     of 4 bits as it does the least harm. block_size: input channels a shift covers (None: by layer). blocks: all, head,
     backbone, or C3 layers such as "13,17,20,23"; scope: bottleneck, c3 or all. activations: int8, or float to quantize
     weights only; kds: int, or float for the paper's real-valued shifts. imgsz in pixels; samples: most images used;
-    device: cpu or cuda. progress(stage, done, total) is called as it goes."""
+    device: cpu, or a GPU (0, cuda:0, cuda). progress(stage, done, total) is called as it goes."""
     source = load(model) if isinstance(model, (str, Path)) else model
     if not isinstance(source, FloatModel):
         raise InputError("This model is converted already; quantize takes a checkpoint (.pt).")

@@ -127,6 +127,7 @@ def quantize(
     torch.manual_seed(options.seed)
     report = progress or (lambda stage, done, total: None)
     device = workers.device(options.device)
+    options = replace(options, device=workers.named_device(options.device))
     network, head = checkpoint.network.to(device), checkpoint.head
     paths = None if options.calib is None else spread(calibration_images(options.calib), options.samples)
     held_back: list[Path] = []

@@ -19,6 +19,7 @@ from dsconvert.commands.shared import (
     as_json,
     bars,
     console,
+    device,
     force,
     print_json,
     quiet,
@@ -60,7 +61,7 @@ DEFAULT = FinetuneOptions(Path())
 @click.option("--no-augment", is_flag=True, help="Train on the images as they are.")
 @click.option("--seed", default=0, show_default=True, help="Seed of every random choice.")
 @threads
-@click.option("--device", default="cpu", show_default=True, help="cpu or cuda.")
+@device
 @click.option("--out", type=PATH, help="Folder to write (default: runs/dsconvert/NAME-finetuned).")
 @click.option("--resume", is_flag=True, help="Go on where a stopped run with the same options left off.")
 @force

@@ -24,6 +24,7 @@ from dsconvert.commands.shared import (
     bars,
     cell,
     console,
+    device,
     force,
     print_json,
     quiet,
@@ -99,7 +100,7 @@ def _configure(context: click.Context, parameter: click.Parameter, value: str | 
 @click.option("--std", type=quantize_onnx.Numbers(), metavar="R,G,B", help="See --mean.")
 @click.option("--seed", default=0, show_default=True, help="Seed of every random choice.")
 @threads
-@click.option("--device", default="cpu", show_default=True, help="cpu or cuda.")
+@device
 @click.option("--cache", type=PATH, help="Folder where calibrations are kept for further runs on the same images.")
 @click.option("--out", type=PATH, help="Folder to write (default: runs/dsconvert/NAME).")
 @click.option("--resume", is_flag=True, help="Go on where a stopped run with the same options left off.")
