@@ -107,7 +107,8 @@ def images(count: int = 3) -> list[np.ndarray]:
 
 def test_bytes_have_one_scale_so_no_other_is_proposed():
     wanted = ImageInput("x", np.uint8, 1, 3, 4, 4)
-    said = warning(lambda x: [np.zeros((1, 9, 7), np.float32) + [[[5, 5, 5, 5, 0, 0, 0]]]], images(), wanted, None)
+    found = np.tile(np.array([5, 5, 5, 5, 0, 0, 0], np.float32), (1, 9, 1))
+    said = warning(lambda x: [found], images(), wanted, None)
     assert "nothing above 0.25" in said
     assert "--mean" not in said
 

@@ -71,6 +71,9 @@ def evaluate(
         return
     with bars(quiet) as progress:
         rows = contest.evaluate(paths, data, imgsz, samples, progress)
+    for r in rows:
+        if r.candidate.batch > 1:
+            say(f"{short(r.candidate.path)} takes {r.candidate.batch} images at once; its ms is of all of them.")
     if as_json:
         print_json({"models": [_row(r) for r in rows], "data": str(data)})
     else:

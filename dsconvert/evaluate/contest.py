@@ -46,12 +46,16 @@ def entrants(models: Sequence[Path], data: Path, imgsz: int | None = None, sampl
     if samples is not None:
         paths = spread(paths, samples)
     candidates = load_candidates(models, imgsz)
-    whose, nc = (str(data), len(described.names)) if described else (str(models[0]), len(candidates[0].names))
+    first = next((c for c in candidates if c.nc), candidates[0])
+    whose, nc = (str(data), len(described.names)) if described else (str(first.path), first.nc)
+    if not nc:
+        raise InputError(f"{first.path} does not say how many classes it finds; give --data a data.yaml, which does.")
     for c in candidates:
-        if c.names and len(c.names) != nc:
+        if c.nc and c.nc != nc:
+            way = "give --data a folder of images to measure agreement with the first model without labels"
             raise InputError(
-                f"{c.path} has {len(c.names)} classes, {whose} has {nc}; give --data a folder of images to measure "
-                "agreement with the first model without labels."
+                f"{c.path} has {c.nc} classes, {whose} has {nc}; "
+                f"{way if described else 'models of different classes cannot be compared'}."
             )
     return Entrants(candidates, paths, nc, labelled)
 
