@@ -235,7 +235,9 @@ def _refuse_unknown(stream: bytes, path: Path) -> None:
     unknown = [name for name in dict.fromkeys(names) if usual_name(name) not in ALLOWED]
     refuse_names(names, unknown, path)
     if foreign:
-        raise InputError(f"{path} is pickled with a protocol that PyTorch checkpoints do not use.")
+        raise InputError(
+            f"{path} is pickled with a protocol that PyTorch checkpoints do not use; save it again by torch.save alone."
+        )
 
 
 class _Tuples:
