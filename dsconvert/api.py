@@ -28,6 +28,7 @@ from dsconvert.export.inputs import INPUT_TYPES
 from dsconvert.export.layouts import LAYOUT_OPSET
 from dsconvert.export.nms import Nms
 from dsconvert.export.onnx import Ends
+from dsconvert.filekinds import MODEL, ONNX, file_kind
 from dsconvert.files import write_atomic
 from dsconvert.model import DSModel
 from dsconvert.modelfile import load_model, model_bytes
@@ -191,9 +192,10 @@ class Evaluation(tuple[EvaluationRow, ...]):
 def load(path: File) -> FloatModel | QuantizedModel:
     """Read a YOLOv5 checkpoint (`.pt`, nothing in it is executed) or a converted model (`.safetensors`)."""
     path = Path(path)
-    if path.suffix == ".safetensors":
+    kind = file_kind(path)
+    if kind == MODEL:
         return QuantizedModel(load_model(path))
-    if path.suffix == ".onnx":
+    if kind == ONNX:
         raise InputError(f"{path} is an ONNX file; give its path to evaluate, or open it with ONNX Runtime.")
     return FloatModel(load_checkpoint(path))
 
@@ -228,7 +230,7 @@ def quantize(
     backbone, or C3 layers such as "13,17,20,23"; scope: bottleneck, c3 or all. activations: int8, or float to quantize
     weights only; kds: int, or float for the paper's real-valued shifts. imgsz in pixels; samples: most images used;
     split: that of a data.yaml (None: train, else val); strict: refuse lists and labels of which a part cannot be used,
-    instead of a warning. device: cpu or cuda. progress(stage, done, total) is called as it goes."""
+    instead of a warning. device: cpu, or a GPU (0, cuda:0, cuda). progress(stage, done, total) is called as it goes."""
     source = load(model) if isinstance(model, (str, Path)) else model
     if not isinstance(source, FloatModel):
         raise InputError("This model is converted already; quantize takes a checkpoint (.pt).")

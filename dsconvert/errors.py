@@ -17,7 +17,9 @@ def shown(value: object) -> str:
         return repr(value)
     if value is None or isinstance(value, (bool, float)) or (isinstance(value, int) and abs(value) < 1 << 64):
         return str(value)
-    return f"a {'long text' if isinstance(value, str) else type(value).__name__}"
+    if isinstance(value, str):
+        return "a long text"
+    return f"a {type(value).__name__}" if type(value).__module__ == "builtins" else "another object"
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -81,7 +81,10 @@ def load_model(path: Path) -> DSModel:
         with safe_open(path, framework="numpy") as stored:
             text = (stored.metadata() or {}).get(KEY)
             if text is None:
-                raise InputError(f"{path} is a safetensors file, but not one made by dsconvert.")
+                raise InputError(
+                    f"{path} is a safetensors file, but not one made by dsconvert; give dsconvert quantize the "
+                    "checkpoint (.pt) or an ONNX file of its network."
+                )
             if len(text) > MAX_HEADER:
                 raise InputError(f"{path} has a larger header than any model file.")
             tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 (not a dict)

@@ -36,6 +36,7 @@ from dsconvert.evaluate.drop import labels_of, map_drop
 from dsconvert.export.check import check_accumulators, check_export, check_images, float_reference, reference_of
 from dsconvert.export.compact import compact
 from dsconvert.export.onnx import PLAIN, Ends, export_float, export_quantized
+from dsconvert.filekinds import CHECKPOINT, ONNX, file_kind
 from dsconvert.files import write_atomic
 from dsconvert.fit.gptq import fit_layer
 from dsconvert.fit.kept import MEMORY, Room
@@ -126,6 +127,7 @@ def quantize(
     torch.manual_seed(options.seed)
     report = progress or (lambda stage, done, total: None)
     device = workers.device(options.device)
+    options = replace(options, device=workers.named_device(options.device))
     room = Room(cache or (unfinished.parent if unfinished is not None else None), MEMORY // workers.here())
     network, head = checkpoint.network.to(device), checkpoint.head
     paths, held_back, held_labels = None, list[Path](), None
@@ -343,7 +345,7 @@ def onnx_bytes(path: Path, layout: str, imgsz: int | None, ends: Ends = PLAIN, c
 
     Raises CheckError when `check` finds that it does not compute what it should, see `export.check`."""
     photographs: list[Image] = []
-    if path.suffix == ".pt":
+    if exportable(path) == CHECKPOINT:
         checkpoint = load_checkpoint(path)
         graph, params = lower(checkpoint.network.fuse())
         side, reference = imgsz or 640, float_reference(graph, params, checkpoint.head)
@@ -360,6 +362,17 @@ def onnx_bytes(path: Path, layout: str, imgsz: int | None, ends: Ends = PLAIN, c
     if check:
         check_export(data, reference, ends, check_images(side, photographs), named.SerializeToString())
     return data
+
+
+def exportable(path: Path) -> str:
+    """Whether the file is a CHECKPOINT or a MODEL. Raises InputError for anything else."""
+    kind = file_kind(path)
+    if kind == ONNX:
+        raise InputError(
+            f"{path} is an ONNX file already; export takes what dsconvert quantize wrote (.safetensors), or a "
+            "checkpoint (.pt)."
+        )
+    return kind
 
 
 def _first_calibration_image(model: DSModel, side: int) -> list[Image]:

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import atexit
 import os
+import re
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from dsconvert.errors import InputError
+from dsconvert.errors import InputError, printable
 
 T = TypeVar("T")
 
@@ -43,15 +44,50 @@ def number() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def check_device(wanted: str) -> None:
-    """Raises InputError for a device that this machine has not."""
-    if wanted != "cpu" and not torch.cuda.is_available():
+def check_device(wanted: object) -> None:
+    """Raises InputError for what names no device, and for one that this machine has not."""
+    name = named_device(wanted)
+    if name == "cpu":
+        return
+    if not torch.cuda.is_available():
         raise InputError(f"--device {wanted} is not available on this machine; use --device cpu.")
+    place, there = int(name.partition(":")[2] or 0), torch.cuda.device_count()
+    if place >= there:
+        known = "one GPU, --device 0" if there == 1 else f"{there} GPUs, --device 0 to {there - 1}"
+        raise InputError(f"--device {wanted} is not there; this machine has {known}.")
 
 
-def device(wanted: str) -> str:
-    """This process's own GPU for `cuda`."""
-    return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if wanted == "cuda" and count() > 1 else wanted
+def named_device(wanted: object) -> str:
+    """cpu, cuda, or cuda:N, from YOLOv5's spellings: cpu, 0, cuda:0, cuda; with nothing said (YOLOv5's default) it is
+    cpu. Raises InputError for others."""
+    text = str("" if wanted is None else wanted).strip().lower().rstrip(", ")
+    if text in ("", "none", "cpu", "cuda"):
+        return "cuda" if text == "cuda" else "cpu"
+    numbers = text.removeprefix("cuda:")
+    if re.fullmatch("[0-9]{1,3}", numbers):
+        return f"cuda:{int(numbers)}"
+    if re.fullmatch(r"[0-9]{1,3}( ?, ?(cuda:)?[0-9]{0,3})+", numbers):
+        processes = len([n for n in numbers.split(",") if n.strip()])
+        raise InputError(
+            f"--device {wanted} names several GPUs; one process uses one, so start a process for each: torchrun "
+            f"--nproc-per-node {processes} -m dsconvert ... --device cuda."
+        )
+    raise InputError(f"--device {printable(wanted, 60)} is not a device; give cpu, 0 (the first GPU) or cuda:0.")
+
+
+def device(wanted: object) -> str:
+    """The device in torch's spelling: this process's own GPU for `cuda`. Raises InputError where it is not usable."""
+    name = named_device(wanted)
+    if name == "cpu":
+        return name
+    if name == "cuda" and count() > 1:
+        name = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+    try:
+        torch.zeros(1, device=name)
+    except (RuntimeError, AssertionError) as error:  # a driver that is too old, a GPU that another process holds
+        why = printable(str(error).partition("\n")[0], 200).rstrip(".")
+        raise InputError(f"--device {wanted} cannot be used ({why}); use --device cpu.") from None
+    return name
 
 
 def share(items: int, unit: int = 1) -> slice:

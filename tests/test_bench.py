@@ -100,7 +100,7 @@ def test_what_is_no_image_model_is_refused(tmp_path):
         with pytest.raises(InputError, match="one image"):
             open_model(write(tmp_path / f"{name}.onnx", inputs), "onnxruntime", 1, None)
     (tmp_path / "bad.onnx").write_bytes(b"no model")
-    with pytest.raises(InputError, match="can run"):
+    with pytest.raises(InputError, match="not an ONNX file"):
         open_model(tmp_path / "bad.onnx", "onnxruntime", 1, None)
     with pytest.raises(InputError, match=r"bad\.onnx is not an ONNX file"):
         measure_footprint(tmp_path / "bad.onnx", "onnxruntime", 1, None)

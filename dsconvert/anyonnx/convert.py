@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from dsconvert.anyonnx.images import Normalisation, as_input, batches, pictures
 from dsconvert.anyonnx.layers import Layer, find_layers
 from dsconvert.anyonnx.lockstep import fit_lockstep
 from dsconvert.anyonnx.rewrite import LAYOUTS, with_floats, with_integers
+from dsconvert.anyonnx.scale import warning
 from dsconvert.anyonnx.source import Array, Source, opset_of, read_source
 from dsconvert.dsconv.tensor import DSTensor, Width, used_width
 from dsconvert.errors import CheckError, InputError
@@ -60,7 +61,7 @@ class OnnxPlan:
 @dataclass(frozen=True)
 class OnnxConverted:
     """The written model, and what it was made from: source (opset raised where needed), layers, fitted weights by node
-    index, and images used and left out."""
+    index, images used and left out, and what the user should know."""
 
     model: onnx.ModelProto
     source: Source
@@ -68,6 +69,7 @@ class OnnxConverted:
     fitted: dict[int, QConv]
     images: int
     skipped: list[str]
+    warnings: tuple[str, ...] = ()
 
     @property
     def weight_bits(self) -> float:
@@ -81,9 +83,11 @@ class OnnxConverted:
 
 
 def quantize_onnx(
-    path: Path, calib: Path, plan: OnnxPlan | None = None, progress: Progress | None = None
-) -> OnnxConverted:
-    """Fit the Conv, Gemm and MatMul weights of a float ONNX file on what they see of the images.
+    path: Path, calib: Path, plan: OnnxPlan | None = None, progress: Progress | None = None,
+    note: Callable[[str], None] = lambda sentence: None,
+) -> OnnxConverted:  # fmt: skip
+    """Fit the Conv, Gemm and MatMul weights of a float ONNX file on what they see of the images. `note` hears at once
+    what is in the result's warnings.
 
     Raises InputError when the file or the images cannot be used, CheckError when the result computes something else
     than its weights say."""
@@ -96,6 +100,10 @@ def quantize_onnx(
     report("images", len(images), len(images))
     probe = as_input(images[:1] * given.image.batch, given.image, plan.normal)
     source = _raised(path, given, plan.layout, probe)
+    running = session(given.model.SerializeToString(), threads, str(path))
+    doubt = warning(lambda x: running.run(None, {given.image.name: x}), images, given.image, plan.normal)
+    if doubt:
+        note(doubt)
     layers = find_layers(source)
     widths = _bits(layers, plan.bits, source)
 
@@ -109,8 +117,9 @@ def quantize_onnx(
             lambda done, total: report("fit", done, total),
         )  # fmt: skip
     made = OnnxConverted(
-        with_integers(source, layers, fitted, plan.layout), source, layers, fitted, len(images), skipped
-    )
+        with_integers(source, layers, fitted, plan.layout), source, layers, fitted, len(images), skipped,
+        (doubt,) if doubt else (),
+    )  # fmt: skip
     _check(made, probe)
     return made
 
@@ -139,11 +148,7 @@ def _fit(layer: Layer, width: Width, seen: Callable[[int], Iterator[Seen]]) -> D
     for group, weight in enumerate(layer.weight.chunk(layer.groups)):
         moments = measure_moments(layer.node, weight.shape, seen(group))
         parts.append(moments.with_bias(fit_weight_gptq(weight, moments, *width[:2], trellis=width.trellis)))
-    weights = [part.weight for part in parts]
-    joined = replace(
-        weights[0], vqk=torch.cat([w.vqk for w in weights]), m=torch.cat([w.m for w in weights]),
-        cds_w=torch.cat([w.cds_w for w in weights]),
-    )  # fmt: skip
+    joined = DSTensor.joined([part.weight for part in parts])
     return QConv(joined, torch.cat([part.bias for part in parts]))
 
 

@@ -80,6 +80,9 @@ def evaluate(
     with bars(quiet) as progress:
         given = contest.entrants(paths, data, imgsz, samples, split, strict)
         rows = contest.measure(given, progress)
+    for r in rows:
+        if r.candidate.batch > 1:
+            say(f"{short(r.candidate.path)} takes {r.candidate.batch} images at once; its ms is of all of them.")
     if as_json:
         print_json({
             "models": [_row(r) for r in rows], "data": str(data), "split": given.split, "warnings": notes.so_far(),

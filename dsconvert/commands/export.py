@@ -14,6 +14,7 @@ from dsconvert.errors import InputError
 from dsconvert.export.layouts import LAYOUT_OPSET
 from dsconvert.export.nms import Nms
 from dsconvert.export.onnx import Ends
+from dsconvert.filekinds import CHECKPOINT, MODEL, file_kind
 from dsconvert.files import write_atomic
 from dsconvert.modelfile import load_model
 from dsconvert.yolo.dataset import SPLITS, is_data_yaml, read_data_yaml
@@ -66,7 +67,7 @@ def export(
         _nms(with_nms, {"confidence": conf_thres, "iou": iou_thres, "most": max_det}),
     )
     path = model or pipeline.newest_result(RUNS)
-    float_source = path.suffix == ".pt"
+    float_source = pipeline.exportable(path) == CHECKPOINT
     suffix = "float32" if float_source else layout
     target = out or path.with_name(f"{path.stem}-{suffix}{_mark(ends)}.onnx")
     data = pipeline.onnx_bytes(path, layout, imgsz, ends, not no_check)
@@ -82,7 +83,7 @@ def export(
 
 def _next_command(model: Path, target: Path) -> str:
     """How to measure what was written, against the checkpoint, on images it was not calibrated on."""
-    provenance = load_model(model).provenance if model.suffix == ".safetensors" else {}
+    provenance = load_model(model).provenance if file_kind(model) == MODEL else {}
     source, options = provenance.get("source"), provenance.get("options")
     calib, split = (options.get("calib"), options.get("split")) if isinstance(options, dict) else (None, None)
     against = [source] if isinstance(source, str) and Path(source).is_file() else []

@@ -19,6 +19,7 @@ from dsconvert.commands.shared import (
     as_json,
     bars,
     console,
+    device,
     force,
     print_json,
     quiet,
@@ -31,6 +32,7 @@ from dsconvert.commands.shared import (
     warn,
 )
 from dsconvert.errors import InputError
+from dsconvert.filekinds import MODEL, NAMES, file_kind
 from dsconvert.files import check_writable, write_atomic
 from dsconvert.modelfile import model_bytes
 from dsconvert.notes import so_far
@@ -62,7 +64,7 @@ DEFAULT = FinetuneOptions(Path())
 @click.option("--seed", default=0, show_default=True, help="Seed of every random choice.")
 @strict
 @threads
-@click.option("--device", default="cpu", show_default=True, help="cpu or cuda.")
+@device
 @click.option("--out", type=PATH, help="Folder to write (default: runs/dsconvert/NAME-finetuned).")
 @click.option("--resume", is_flag=True, help="Go on where a stopped run with the same options left off.")
 @force
@@ -82,8 +84,10 @@ def finetune_command(
               dsconvert finetune model.safetensors --data d.yaml --train all
     """
     began = time.perf_counter()
-    if model.suffix != ".safetensors":
-        raise InputError(f"{model} is not a .safetensors file; finetune takes what dsconvert quantize wrote.")
+    if (kind := file_kind(model)) != MODEL:
+        raise InputError(
+            f"{model} is {NAMES[kind]}, not a .safetensors file; finetune takes what dsconvert quantize wrote."
+        )
     workers.start()
     chosen = FinetuneOptions(**options, augment=not no_augment)
     if workers.number():  # one speaks for all, and writes

@@ -12,6 +12,7 @@ from dsconvert import pipeline
 from dsconvert.commands.shared import PATH, RUNS, as_json, cell, console, print_json, table, tell
 from dsconvert.errors import InputError
 from dsconvert.export.inspect import conv_weights
+from dsconvert.filekinds import CHECKPOINT, MODEL, file_kind
 from dsconvert.model import DSModel
 from dsconvert.modelfile import load_model
 from dsconvert.yolo.checkpoint import load_checkpoint
@@ -60,15 +61,16 @@ def _harm(layers: list[dict[str, Any]]) -> dict[str, tuple[str, str]]:
 
 def _facts(path: Path) -> dict[str, Any]:
     """Layer rows of any model file."""
-    if path.suffix == ".pt":
+    kind = file_kind(path)
+    if kind == CHECKPOINT:
         network = load_checkpoint(path).network.fuse()
         graph, params = lower(network)
         convs = [(n.name.removesuffix(".conv"), tuple(params[n.name].weight.shape)) for n in graph.convs()]
         rows = [_plain_row(name, shape, "float32", 32) for name, shape in convs]
-    elif path.suffix == ".safetensors":
+    elif kind == MODEL:
         model = load_model(path)
         return {"format": "safetensors", "size_bytes": path.stat().st_size, **_model_facts(model)}
-    elif path.suffix == ".onnx" and path.is_file():
+    else:
         try:
             weights = conv_weights(onnx.load(path, load_external_data=False))
         except Exception:  # onnx raises many kinds on malformed files
@@ -77,9 +79,7 @@ def _facts(path: Path) -> dict[str, Any]:
             raise InputError(f"{path} declares larger weights than any file holds.")
         rows = [{**_plain_row(w.name, w.shape, w.type, 0), "bits": round(w.bits / max(w.count, 1), 3),
                  "bytes": w.bits // 8} for w in weights]  # fmt: skip
-    else:
-        raise InputError(f"{path} is not a .pt, .safetensors or .onnx file that is there.")
-    return {"format": path.suffix[1:], "size_bytes": path.stat().st_size, "layers": rows}
+    return {"format": kind, "size_bytes": path.stat().st_size, "layers": rows}
 
 
 def _model_facts(model: DSModel) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from dsconvert.commands.shared import (
     bars,
     cell,
     console,
+    device,
     force,
     print_json,
     quiet,
@@ -38,6 +39,7 @@ from dsconvert.commands.shared import (
 )
 from dsconvert.config import read_config, recipe_names
 from dsconvert.errors import InputError
+from dsconvert.filekinds import CHECKPOINT, MODEL, ONNX, file_kind
 from dsconvert.files import check_writable
 from dsconvert.notes import so_far, unheard
 from dsconvert.unfinished import NAME as UNFINISHED
@@ -77,9 +79,10 @@ def _configure(context: click.Context, parameter: click.Parameter, value: str | 
 @click.option("--calib", type=PATH, help="Folder of images, data.yaml, or text file of paths.")
 @click.option("--config", is_eager=True, expose_value=False, callback=_configure, metavar="RECIPE",
               help=f"{', '.join(recipe_names())}, or a YAML file of these options.")  # fmt: skip
-@click.option("--block-size", type=click.IntRange(1), help="Input channels a shift covers (default: by layer).")
+@click.option("--block-size", type=click.IntRange(1),
+              help="Input channels a shift covers (default: by layer; of an .onnx 32).")  # fmt: skip
 @click.option("--bits", type=click.IntRange(2, 8),
-              help="Bits of every weight (default: by layer, the bytes of 4 bits).")  # fmt: skip
+              help="Bits of every weight (default: by layer, the bytes of 4; of an .onnx 4).")  # fmt: skip
 @click.option("--target-size", "target_bytes", type=ByteSize(), metavar="SIZE",
               help="Largest packed ONNX file, such as 0.9MB; layers share it.")  # fmt: skip
 @click.option("--target-map-drop", "target_drop", type=float, metavar="POINTS",
@@ -88,10 +91,11 @@ def _configure(context: click.Context, parameter: click.Parameter, value: str | 
 @click.option("--scope", type=click.Choice(SCOPES), default="all", show_default=True, help="Which convolutions.")
 @click.option("--cfg", type=PATH, metavar="FILE",
               help="Model yaml whose DSConv2D_C3 rows choose the layers; replaces --blocks, --scope.")  # fmt: skip
-@click.option("--imgsz", default=640, show_default=True, help="Side of the square images, pixels.")
+@click.option("--imgsz", default=640, show_default="640; of an .onnx its own",
+              help="Side of the square images, pixels.")  # fmt: skip
 @click.option("--samples", default=128, show_default=True, help="Most calibration images used.")
-@click.option("--activations", type=click.Choice(["int8", "float"]), default="int8", show_default=True,
-              help="float: only the weights are quantized.")  # fmt: skip
+@click.option("--activations", type=click.Choice(["int8", "float"]), default="int8",
+              show_default="int8; of an .onnx float", help="float: only the weights are quantized.")  # fmt: skip
 @click.option("--kds", type=click.Choice(["int", "float"]), default="int", show_default=True,
               help="float: the paper's real-valued shifts; needs --activations float.")  # fmt: skip
 @click.option("--layout", type=click.Choice(list(LAYOUTS)), default="packed", show_default=True,
@@ -103,7 +107,7 @@ def _configure(context: click.Context, parameter: click.Parameter, value: str | 
 @strict
 @click.option("--seed", default=0, show_default=True, help="Seed of every random choice.")
 @threads
-@click.option("--device", default="cpu", show_default=True, help="cpu or cuda.")
+@device
 @click.option("--cache", type=PATH, help="Folder where calibrations are kept for further runs on the same images.")
 @click.option("--out", type=PATH, help="Folder to write (default: runs/dsconvert/NAME).")
 @click.option("--resume", is_flag=True, help="Go on where a stopped run with the same options left off.")
@@ -131,7 +135,7 @@ def quantize(
     labels are needed. Writes model.safetensors and quantize.json.
 
     Of a float ONNX file with one image input, from wherever, the weights are
-    converted, and an ONNX file is written.
+    converted, and an ONNX file is written; its activations stay float.
 
     \b
     Examples: dsconvert quantize best.pt --calib data.yaml --block-size 32
@@ -139,7 +143,10 @@ def quantize(
               dsconvert quantize classifier.onnx --calib photos/
     """
     began = time.perf_counter()
-    if checkpoint.suffix.lower() == ".onnx":
+    kind = file_kind(checkpoint, CHECKPOINT)
+    if kind == MODEL:
+        raise InputError(f"{checkpoint} is a safetensors file; quantize takes a checkpoint (.pt) or a float ONNX file.")
+    if kind == ONNX:
         rest = {"threads": threads, "force": force, "quiet": quiet, "verbose": verbose, "as_json": as_json}
         quantize_onnx.run(checkpoint, calib, out, {**options, **rest})
         return

@@ -70,7 +70,7 @@ def run(path: Path, calib: Path | None, out: Path | None, options: Mapping[str, 
     if target is not None and not force and target.exists():
         raise InputError(f"{target} already exists; give --force to replace it.")
     with bars(quiet, lines=True) as progress:
-        made = quantize_onnx(path, calib, plan, progress)
+        made = quantize_onnx(path, calib, plan, progress, warn)
     data = made.model.SerializeToString()
     target = target or claim_folder(RUNS / path.stem) / name
     write_atomic(target, data, force)
@@ -102,7 +102,7 @@ def _tell(
         document = {
             "path": str(target), "layout": plan.layout, "size_bytes": after, "source_bytes": before,
             "weight_bits": made.weight_bits, "calibration_images": made.images, "layers": layers,
-            "seconds": round(seconds, 2), "warnings": so_far(),
+            "seconds": round(seconds, 2), "warnings": [*so_far(), *made.warnings],
         }  # fmt: skip
         print_json(document)
         return

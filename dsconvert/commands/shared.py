@@ -30,7 +30,7 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
-from dsconvert import pipeline
+from dsconvert import pipeline, workers
 from dsconvert.text import printable
 from dsconvert.yolo.dataset import SPLITS
 
@@ -76,6 +76,14 @@ def _threads(context: click.Context, parameter: click.Parameter, value: int | No
     return count
 
 
+def _device(context: click.Context, parameter: click.Parameter, value: str) -> str:
+    if value.strip().lower() in ("", "none"):
+        say("--device names no device, so the CPU is used; --device 0 takes the first GPU.")
+    return workers.named_device(value)
+
+
+device = click.option("--device", default="cpu", show_default=True, callback=_device,
+                      help="cpu, or one GPU: 0, 1, cuda:0 or cuda.")  # fmt: skip
 threads = click.option("--threads", type=click.IntRange(1, 1024), callback=_threads, help="CPU threads (default: all).")
 
 

@@ -15,8 +15,9 @@ When chi is no multiple of B the last block is the short one: 48 channels with B
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import NamedTuple
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -115,6 +116,20 @@ class DSTensor:
         if self.vqk.numel() and int(_merge(self).abs().max()) > INT8_MAX:
             raise ValueError("m * VQK + z leaves int8")
 
+    @staticmethod
+    def joined(parts: Sequence[DSTensor]) -> DSTensor:
+        """The output channels of all parts, one after another. Raises ValueError where they are stored differently."""
+        if len({(p.width, p.z is None, p.alpha is None) for p in parts}) != 1:
+            raise ValueError("weights that are stored differently cannot be joined")
+        columns = {f: [v for p in parts if (v := getattr(p, f)) is not None] for f in _BY_CHANNEL}
+        fields: Any = {f: torch.cat(values) for f, values in columns.items() if values}
+        return replace(parts[0], **fields)
+
+    def rows(self, rows: Tensor) -> DSTensor:
+        """Some output channels, by index."""
+        fields: Any = {f: v[rows] for f in _BY_CHANNEL if (v := getattr(self, f)) is not None}
+        return replace(self, **fields)
+
     @property
     def width(self) -> Width:
         """How finely it is stored."""
@@ -147,6 +162,9 @@ class DSTensor:
     def weight(self) -> Tensor:
         """W', float32 (cho, chi, kh, kw)."""
         return self.cds_w[:, None, None, None] * self.unscaled()
+
+
+_BY_CHANNEL = ("vqk", "m", "z", "cds_w", "alpha", "code")  # what has a row for every output channel
 
 
 def largest_pair(merged: Tensor) -> int:

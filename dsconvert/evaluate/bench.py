@@ -10,7 +10,7 @@ from pathlib import Path
 from statistics import median
 
 from dsconvert.errors import InputError
-from dsconvert.evaluate.engines import engine_version, open_model
+from dsconvert.evaluate.engines import check_onnx, engine_version, open_model
 from dsconvert.evaluate.footprint import Footprint, measure_footprint
 from dsconvert.evaluate.latency import Latency, Ratio, interleaved_times, ratio, summary
 from dsconvert.export.external import check_external_data
@@ -47,8 +47,9 @@ def bench(
     versions = {engine: engine_version(engine) for engine in engines}
     entries = [(path, engine) for engine in engines for path in paths]
     with only_cpus(threads):
-        # `open_model` says when there is no file
-        sizes = {path: check_external_data(path) for path in paths if path.is_file()}
+        for path in paths:
+            check_onnx(path)
+        sizes = {path: check_external_data(path) for path in paths}
         calls = [open_model(path, engine, threads, side, sizes.get(path)) for path, engine in entries]
         feet = _footprints(entries, threads, side, sizes, report)
         times = interleaved_times(calls, runs, progress=lambda done, total: report("bench", done, total))

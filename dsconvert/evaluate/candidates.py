@@ -24,6 +24,7 @@ from dsconvert.export.external import check_external_data
 from dsconvert.export.inspect import conv_weights
 from dsconvert.export.nms import Nms
 from dsconvert.export.onnx import export_float, export_quantized
+from dsconvert.filekinds import CHECKPOINT, MODEL, file_kind
 from dsconvert.modelfile import load_model
 from dsconvert.yolo.checkpoint import load_checkpoint
 from dsconvert.yolo.lower import lower
@@ -45,7 +46,9 @@ class Candidate:
     weight_bits: float
     predict: Predictor
     run_once: Callable[[], object]
+    nc: int  # classes; 0 where nothing tells
     limits: Nms | None = None  # of a file that ends with non-maximum suppression
+    batch: int = 1  # images that a file takes at once: `run_once` is of so many
 
     @property
     def size_bytes(self) -> int:
@@ -55,18 +58,15 @@ class Candidate:
 
 def load_candidate(path: Path, side: int | None) -> Candidate:
     """Load a model for evaluation at `side` pixels (None: what it was made for, else 640)."""
-    if path.suffix == ".pt":
+    kind = file_kind(path)
+    if kind == CHECKPOINT:
         return _float(path, side or 640)
-    if path.suffix == ".safetensors":
-        return _converted(path, side)
-    if path.suffix == ".onnx":
-        return _onnx(path, side)
-    raise InputError(f"{path} is not a .pt, .safetensors or .onnx file.")
+    return _converted(path, side) if kind == MODEL else _onnx(path, side)
 
 
 def load_candidates(paths: Sequence[Path], side: int | None) -> list[Candidate]:
     """All models at one image size: the one asked for, else the one the others were made for (a `.pt` fits any)."""
-    sized = {p: load_candidate(p, side) for p in paths if p.suffix != ".pt"}
+    sized = {p: load_candidate(p, side) for p in paths if file_kind(p) != CHECKPOINT}
     sides = {c.side for c in sized.values()}
     if len(sides) > 1:
         raise InputError(f"The models were made for different image sizes {sorted(sides)}; give --imgsz.")
@@ -74,15 +74,16 @@ def load_candidates(paths: Sequence[Path], side: int | None) -> list[Candidate]:
     return [sized[p] if p in sized else load_candidate(p, side) for p in paths]
 
 
-def _once(make: Callable[[], Session], side: int) -> Callable[[], object]:
-    """One inference on a fixed random image; the session is made on the first call, as not everyone measures speed."""
+def _once(make: Callable[[], Session], side: int, count: int = 1) -> Callable[[], object]:
+    """One inference on `count` fixed random images; the session is made on the first call, as not everyone measures
+    speed."""
 
     @functools.cache
     def prepared() -> Callable[[], object]:
         running = make()
         entry = running.inner.get_inputs()[0]
         kind = TYPES.get(entry.type, np.float32)
-        image = as_input(np.random.default_rng(0).random((1, 3, side, side), np.float32), kind)
+        image = as_input(np.random.default_rng(0).random((count, 3, side, side), np.float32), kind)
         return running.repeated({entry.name: image})
 
     return lambda: prepared()()
@@ -104,7 +105,7 @@ def _float(path: Path, side: int) -> Candidate:
 
     bits = float(checkpoint.stored_bits)
     predict = float_predictor(graph, params, head, bounds=Bounds(str(path), path.stat().st_size))
-    return Candidate(path, "pt", head.names, side, bits, predict, _once(running, side))
+    return Candidate(path, "pt", head.names, side, bits, predict, _once(running, side), head.nc)
 
 
 def _converted(path: Path, side: int | None) -> Candidate:
@@ -118,7 +119,8 @@ def _converted(path: Path, side: int | None) -> Candidate:
         return session(export_quantized(model, layout, side).SerializeToString(), torch.get_num_threads(), str(path))
 
     predict = model_predictor(model, bounds=Bounds(str(path), path.stat().st_size))
-    return Candidate(path, "safetensors", model.head.names, side, model.weight_bits, predict, _once(running, side))
+    return Candidate(path, "safetensors", model.head.names, side, model.weight_bits, predict, _once(running, side),
+                     model.head.nc)  # fmt: skip
 
 
 def _onnx(path: Path, side: int | None) -> Candidate:
@@ -133,37 +135,72 @@ def _onnx(path: Path, side: int | None) -> Candidate:
     entries = running.inner.get_inputs()
     check_image_input(path, [e.shape for e in entries], [e.type for e in entries], side)
     entry = entries[0]
-    given = entry.shape[-1]
-    if isinstance(given, int) and side is not None and given != side:
-        raise InputError(f"{path} was exported for {given} pixels; --imgsz {side} does not fit it.")
-    side = given if isinstance(given, int) else side or 640
+    if isinstance(entry.shape[1], int) and entry.shape[1] != 3:
+        raise InputError(f"{path} takes images of {entry.shape[1]} channels, and these commands give it three.")
+    side = _side(path, entry.shape, side)
+    most = entry.shape[0] if isinstance(entry.shape[0], int) else 1
     kind = TYPES.get(entry.type, np.float32)
     meta = running.inner.get_modelmeta().custom_metadata_map
     names = _names(meta.get("names", ""), path)
+    makes_masks = [len(o.shape) for o in running.inner.get_outputs()] == [3, 4]
+    nc = len(names) or _classes(running, makes_masks)
     count = sum(w.count for w in weights)
 
     def outputs(batch: NDArray[np.float32]) -> list[Any]:
-        return _outputs(path, running, {entry.name: as_input(batch, kind)})
+        filled = np.repeat(batch, most, 0) if most > 1 else batch  # one image, as often as the file wants it
+        return _outputs(path, running, {entry.name: as_input(filled, kind)})
 
     def predict(batch: NDArray[np.float32]) -> NDArray[np.float32]:
         out = _floats(path, outputs(batch)[0])
         if out.ndim == 2 and out.shape[1] == 7 and NMS_KEY in meta:
-            out = _as_predictions(out, len(names), path)
-        if out.ndim != 3 or (names and out.shape[2] != 5 + len(names)):
-            raise InputError(f"{path} does not have YOLOv5's output (1, boxes, 5 + classes).")
-        return out
+            out = _as_predictions(out[out[:, 0] == 0], len(names), path)
+        if out.ndim != 3 or out.shape[2] < 6 or (names and out.shape[2] != 5 + len(names)):
+            raise _other_output(path, out, names)
+        return out[:1] if most > 1 else out
 
     def predict_masks(batch: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        out, protos = (_floats(path, o) for o in outputs(batch)[:2])
-        if out.ndim != 3 or protos.ndim != 4 or not protos.size or out.shape[2] != 5 + len(names) + protos.shape[1]:
+        out, protos = (_floats(path, o)[:1] for o in outputs(batch)[:2])
+        if out.ndim != 3 or protos.ndim != 4 or not protos.size or out.shape[2] != 5 + nc + protos.shape[1]:
             raise InputError(f"{path} does not have the outputs of YOLOv5's segmentation: boxes and prototypes.")
         return out, protos
 
-    makes_masks = [len(o.shape) for o in running.inner.get_outputs()] == [3, 4]
     bits = sum(w.bits for w in weights) / count if count else 32.0
     limits = _limits(meta.get(NMS_KEY, ""), path)
-    made: Predictor = MaskPredictor(predict_masks, len(names)) if makes_masks else predict
-    return Candidate(path, "onnx", names, side, bits, made, _once(lambda: running, side), limits)
+    made: Predictor = MaskPredictor(predict_masks, nc) if makes_masks else predict
+    return Candidate(path, "onnx", names, side, bits, made, _once(lambda: running, side, most),
+                     nc, limits, most)  # fmt: skip
+
+
+def _side(path: Path, shape: Sequence[Any], asked: int | None) -> int:
+    """Pixels of the square that a file takes. Raises InputError where it takes another one, or no square."""
+    height, width = shape[2:]
+    fixed = [n for n in (height, width) if isinstance(n, int)]
+    if len({*fixed}) > 1:
+        raise InputError(
+            f"{path} takes images of {width} by {height} pixels (width by height); eval, detect, compare and report "
+            "measure on squares, so export it again at one side, such as --imgsz 640 (quantize and bench take it as "
+            "it is)."
+        )
+    if fixed and asked is not None and fixed[0] != asked:
+        raise InputError(f"{path} was exported for {fixed[0]} pixels; --imgsz {asked} does not fit it.")
+    return fixed[0] if fixed else asked or 640
+
+
+def _classes(running: Session, masks: bool) -> int:
+    """How many classes the shapes of the outputs tell of; 0 where they leave that open."""
+    shapes = [o.shape for o in running.inner.get_outputs()]
+    if len(shapes[0]) != 3:
+        return 0
+    numbers, beside = shapes[0][-1], shapes[1][1] if masks else 0
+    return max(0, numbers - 5 - beside) if isinstance(numbers, int) and isinstance(beside, int) else 0
+
+
+def _other_output(path: Path, out: NDArray[Any], names: Sequence[str]) -> InputError:
+    said = f" of the {len(names)} it names" if names else ""
+    return InputError(
+        f"{path} does not have YOLOv5's output (1, boxes, 5 + classes){said}, but {printable(list(out.shape), 60)}; "
+        "quantize, info and bench take such a file, and eval, detect, compare and report do not."
+    )
 
 
 def _outputs(path: Path, running: Session, feed: dict[str, NDArray[Any]]) -> list[Any]:
@@ -174,7 +211,7 @@ def _outputs(path: Path, running: Session, feed: dict[str, NDArray[Any]]) -> lis
 
 def _floats(path: Path, out: Any) -> NDArray[np.float32]:
     if not isinstance(out, np.ndarray) or out.dtype.kind != "f":
-        raise InputError(f"{path} does not have YOLOv5's output (1, boxes, 5 + classes).")
+        raise _other_output(path, np.asarray(out), ())
     return out.astype(np.float32, copy=False)
 
 

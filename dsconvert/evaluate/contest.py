@@ -55,12 +55,16 @@ def entrants(
     given = images_of(data, ("val", "test", "train"), split, strict)
     described, paths = given.described, given.paths if samples is None else spread(given.paths, samples)
     candidates = load_candidates(models, imgsz)
-    whose, nc = (str(data), len(described.names)) if described else (str(models[0]), len(candidates[0].names))
+    first = next((c for c in candidates if c.nc), candidates[0])
+    whose, nc = (str(data), len(described.names)) if described else (str(first.path), first.nc)
+    if not nc:
+        raise InputError(f"{first.path} does not say how many classes it finds; give --data a data.yaml, which does.")
     for c in candidates:
-        if c.names and len(c.names) != nc:
+        if c.nc and c.nc != nc:
+            way = "give --data a folder of images to measure agreement with the first model without labels"
             raise InputError(
-                f"{c.path} has {len(c.names)} classes, {whose} has {nc}; give --data a folder of images to measure "
-                "agreement with the first model without labels."
+                f"{c.path} has {c.nc} classes, {whose} has {nc}; "
+                f"{way if described else 'models of different classes cannot be compared'}."
             )
     named = [c for c in candidates if c.names]
     for c in named:

@@ -12,8 +12,9 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from dsconvert.errors import InputError, refusing
+from dsconvert.errors import InputError, printable, refusing
 from dsconvert.evaluate.bounds import Bounds
+from dsconvert.filekinds import NAMES, ONNX, file_kind
 
 ENGINES = ("onnxruntime", "openvino")
 MAX_SIDE = 8192
@@ -74,9 +75,17 @@ def open_model(
     `size` are the file's bytes with its external data (None: it has none).
 
     Raises InputError when the engine cannot load it or it takes anything but one image."""
+    check_onnx(path)
+    return (_openvino if engine == "openvino" else _onnxruntime)(path, threads, side, size or path.stat().st_size)
+
+
+def check_onnx(path: Path) -> None:
+    """Raises InputError for a file of another kind, or none."""
+    kind = file_kind(path) if path.exists() else ONNX
     if not path.is_file():
         raise InputError(f"There is no ONNX file at {path}.")
-    return (_openvino if engine == "openvino" else _onnxruntime)(path, threads, side, size or path.stat().st_size)
+    if kind != ONNX:
+        raise InputError(f"{path} is {NAMES[kind]}, not an ONNX file; write one with dsconvert export {path} --onnx.")
 
 
 def engine_version(engine: str) -> str:
@@ -133,7 +142,13 @@ def check_image_input(
     """Raises InputError unless the inputs are one image (n, 3, height, width) of up to MAX_SIDE pixels, and not more
     than LARGE pixels together, unless that side was `asked` for."""
     if len(shapes) != 1 or len(shapes[0]) != 4 or types[0] not in TYPES:
-        raise InputError(f"{path} does not take one image (n, 3, height, width) of float or bytes.")
+        what = f"{len(shapes)} inputs" if len(shapes) != 1 else f"{printable(list(shapes[0]), 80)} of {types[0]}"
+        raise InputError(f"{path} does not take one image (n, 3, height, width) of float or bytes, but {what}.")
+    if shapes[0][3] == 3 and shapes[0][1] != 3:
+        raise InputError(
+            f"{path} takes images with their channels last {printable(list(shapes[0]), 80)}, not (n, 3, height, "
+            "width); export it again with channels first."
+        )
     most = (64, 3, MAX_SIDE, MAX_SIDE)
     if any(isinstance(n, int) and not 1 <= n <= m for n, m in zip(shapes[0], most, strict=True)):
         raise InputError(f"{path} takes images of another size than any detector's: {list(shapes[0])}.")

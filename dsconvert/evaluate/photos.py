@@ -88,8 +88,8 @@ def compare_files(
     paths = evaluation_images(source, split, strict)
     paths = paths if samples is None else spread(paths, samples)
     a, b = load_candidates([first, second], imgsz)
-    if a.names and b.names and len(a.names) != len(b.names):
-        raise InputError(f"{first} has {len(a.names)} classes, {second} has {len(b.names)}; they cannot be compared.")
+    if a.nc and b.nc and a.nc != b.nc:
+        raise InputError(f"{first} has {a.nc} classes, {second} has {b.nc}; they cannot be compared.")
     read: list[Path] = []
     skipped: list[Skipped] = []
 

@@ -172,7 +172,7 @@ def _fit(weight: Tensor, moments: Moments, width: Width, channels: Tensor | None
         if together is not None:
             decided, rest = (torch.cat(r) if r else rows[:0] for r in (turns[:index], turns[index:]))
             wanted = wanted - made_up_for(together, decided, errors, rest)[: len(rows)]
-        best = _Best(wanted @ damped.hessian, damped.hessian, _rows(plain, rows))
+        best = _Best(wanted @ damped.hessian, damped.hessian, plain.rows(rows))
         shape = (len(rows), *weight.shape[1:])
         stored, m = rounded(wanted[:, order].numpy(), start[rows].numpy())
         stored = stored[:, torch.argsort(order)].reshape(shape)
@@ -181,20 +181,7 @@ def _fit(weight: Tensor, moments: Moments, width: Width, channels: Tensor | None
         best.offer(stored, _scatter(m, groups, shape, width.block_size))
         fitted.append(best.tensor())
         errors[rows] = target[rows] - fitted[-1].weight().double().flatten(1)
-    return _rows(_joined(fitted), torch.argsort(torch.cat(turns)))
-
-
-def _rows(weight: DSTensor, rows: Tensor) -> DSTensor:
-    """Some output channels of a weight without z and alpha."""
-    code = None if weight.code is None else weight.code[rows]
-    return replace(weight, vqk=weight.vqk[rows], m=weight.m[rows], cds_w=weight.cds_w[rows], code=code)
-
-
-def _joined(parts: Sequence[DSTensor]) -> DSTensor:
-    """The output channels of all, one after another."""
-    vqk, m, cds_w = (torch.cat([getattr(p, name) for p in parts]) for name in ("vqk", "m", "cds_w"))
-    codes = [p.code for p in parts if p.code is not None]
-    return replace(parts[0], vqk=vqk, m=m, cds_w=cds_w, code=torch.cat(codes) if codes else None)
+    return DSTensor.joined(fitted).rows(torch.argsort(torch.cat(turns)))
 
 
 def _groups(shape: torch.Size, width: Width, energy: Tensor) -> list[Tensor]:

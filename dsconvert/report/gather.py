@@ -22,6 +22,7 @@ from dsconvert.evaluate.contest import Entrants, entrants, look
 from dsconvert.evaluate.curves import ClassCurve, class_curves, object_counts
 from dsconvert.evaluate.detect import DetectOptions
 from dsconvert.evaluate.latency import Latency, interleaved_latency
+from dsconvert.filekinds import MODEL, file_kind
 from dsconvert.graph.ir import ConvParams
 from dsconvert.model import DSModel
 from dsconvert.modelfile import load_model
@@ -115,7 +116,7 @@ class Report:
 def gather(options: ReportOptions, progress: Progress | None = None) -> Report:
     """Measure everything. Raises InputError for files that are missing, unreadable or do not fit each other."""
     say = progress or (lambda stage, done, total: None)
-    if options.model.suffix != ".safetensors":
+    if file_kind(options.model) != MODEL:
         raise InputError(
             f"{options.model} is not a converted model (.safetensors); name ONNX files with --against, beside one."
         )

@@ -1,4 +1,4 @@
-"""Open PyTorch's `.pt` archive (a zip of one pickle and its numbers) without running anything found in it.
+"""Open PyTorch's `.pt` files (of both forms, see `container`) without running anything found in them.
 
 This is the only module of dsconvert that reads a pickle. Three walls, each enough to stop code from running:
 the pickle's opcodes are read through first and anything PyTorch never writes is refused; every name a pickle asks for
@@ -14,23 +14,20 @@ import math
 import os
 import pickle
 import pickletools
-import struct
-import zipfile
-import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from dsconvert.errors import InputError
+from dsconvert.yolo.container import Legacy, Storage, Zipped, open_container
+from dsconvert.yolo.families import refuse_names, usual_name
 from dsconvert.yolo.stored_dsconv import KINDS as DSCONV_KINDS
 
-MAX_PICKLE_BYTES = 2 << 20  # structure without tensors: 0.1 MB in a yolov5n, under 1 MB in a yolov5x6 with optimizer
-MAX_DIRECTORY_BYTES = 8 << 20  # the zip's table of contents: 60 kB in a yolov5n
 MAX_DIMS = 8
 MAX_TUPLES = 100  # within each other; 4 in a checkpoint
 
@@ -65,22 +62,11 @@ class _Method(Record):
             raise pickle.UnpicklingError("not allowed")
 
 
-class _OrderedDict(Record, dict[Any, Any]):
-    """The only allowed class whose contents count as such."""
+class _Dictionary(Record, dict[Any, Any]):
+    """The only allowed classes whose contents count as such."""
 
-    kind = "collections.OrderedDict"
-
-    def __new__(cls, *args: Any, **kwargs: Any) -> _OrderedDict:
+    def __new__(cls, *args: Any, **kwargs: Any) -> _Dictionary:
         return dict.__new__(cls)
-
-
-@dataclass(frozen=True)
-class Storage:
-    """A run of `numel` numbers stored under `key`; read when a tensor needs it."""
-
-    key: str
-    dtype: torch.dtype
-    numel: int
 
 
 LAYERS = (
@@ -104,12 +90,17 @@ _STORAGES = {
     "torch.BFloat16Storage": torch.bfloat16, "torch.LongStorage": torch.int64, "torch.IntStorage": torch.int32,
     "torch.ByteStorage": torch.uint8, "torch.CharStorage": torch.int8, "torch.BoolStorage": torch.bool,
 }  # fmt: skip
+DICTIONARIES = ("collections.OrderedDict", "collections.defaultdict", "collections.Counter")
+WRAPPERS = ("torch.nn.parallel.data_parallel.DataParallel", "torch.nn.parallel.distributed.DistributedDataParallel")
 TENSOR, PARAMETER = "torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_parameter"
 _BESIDE = (  # what training scripts leave beside the model: dates, options, numpy scalars
     "numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar", "numpy.dtype",
     "numpy.core.multiarray._reconstruct", "numpy._core.multiarray._reconstruct", "numpy.ndarray",
     "datetime.datetime", "argparse.Namespace", "pathlib.PosixPath", "pathlib.WindowsPath",
     "pathlib._local.PosixPath", "pathlib._local.WindowsPath",
+    "datetime.date", "datetime.timedelta", "datetime.timezone", *(f"torch.{n}" for n in (
+        "float16", "float32", "float64", "bfloat16", "int64")),
+    *(f"{home}.{n}" for home in ("builtins", "__builtin__") for n in ("list", "dict", "int", "float", "frozenset")),
     "torch.Size", "torch.device", "builtins.set", "__builtin__.set", "_codecs.encode",
 )  # fmt: skip
 
@@ -119,9 +110,10 @@ def _allowed() -> dict[str, type[Record]]:
     names += DSCONV_KINDS
     names += [f"models.yolo.{n}" for n in ("Model", "DetectionModel", "Detect", "IDetect", *SEGMENTATION)]
     names += [f"torch.nn.modules.{module}.{n}" for module, ns in _TORCH.items() for n in ns]
-    names += [TENSOR, PARAMETER, *_STORAGES, *_BESIDE]
+    names += [TENSOR, PARAMETER, *WRAPPERS, *_STORAGES, *_BESIDE]
     usual = {n: type("Record", (Record,), {"kind": n}) for n in names}
-    return usual | {_OrderedDict.kind: _OrderedDict, "__builtin__.getattr": _Method}
+    dictionaries = {n: type("Record", (_Dictionary,), {"kind": n}) for n in DICTIONARIES}
+    return usual | dictionaries | {"__builtin__.getattr": _Method}
 
 
 ALLOWED = _allowed()
@@ -134,32 +126,30 @@ _OPCODES = frozenset((
     "NEWOBJ", "BUILD", "BINPERSID",
 ))  # fmt: skip
 
-_KNOWN_OTHERS = (
-    ("models.yolo.ClassificationModel", "a YOLOv5 classification checkpoint"),
-    ("models.common.Classify", "a YOLOv5 classification checkpoint"),
-    ("ultralytics.", "a checkpoint of the ultralytics package (YOLOv8 or later)"),
-    ("models.yolo.IAuxDetect", "a YOLOv7 checkpoint with auxiliary heads (W6, E6, D6)"),
-    ("models.yolo.IKeypoint", "a YOLOv7 pose checkpoint"),
-    ("models.common.CBAM", "a network with attention (CBAM), which dsconvert cannot convert"),
-    ("models.experimental.Ensemble", "an ensemble of models"),
-    ("__torch__.", "a TorchScript export"),
-)
-
 
 class _Unpickler(pickle.Unpickler):
     """Finds nothing but the inert classes of the allow-list, and makes storages mere descriptions."""
 
+    def __init__(self, stream: io.BytesIO, legacy: bool) -> None:
+        super().__init__(stream)
+        self.legacy, self.storages = legacy, dict[str, Storage]()
+
     def find_class(self, module: str, name: str) -> Any:
-        full = f"{module}.{name}"
+        full = usual_name(f"{module}.{name}")
         if full not in ALLOWED:
             raise pickle.UnpicklingError("not allowed")
         return ALLOWED[full]
 
-    def persistent_load(self, pid: Any) -> Storage:
-        word, kind, key, _, numel = pid
-        if word != "storage" or type(key) is not str or type(numel) is not int or numel < 0:
+    def persistent_load(self, pid: Any) -> Any:
+        word, kind, key, _, *rest = pid
+        if self.legacy and word == "module" and isinstance(kind, type) and issubclass(kind, Record) and len(pid) == 4:
+            return kind  # the text of its source follows
+        if word != "storage" or type(key) is not str or rest[1:] not in ([], [None]) or not _whole(rest[0]):
             raise pickle.UnpicklingError("not a storage")
-        return Storage(key, _STORAGES[kind.kind], numel)
+        found = self.storages.setdefault(key, Storage(key, _STORAGES[kind.kind], rest[0]))
+        if found != Storage(key, _STORAGES[kind.kind], rest[0]):
+            raise pickle.UnpicklingError("one storage of two kinds")
+        return found
 
 
 @dataclass
@@ -168,8 +158,7 @@ class Archive:
 
     path: Path
     top: Any
-    _zip: zipfile.ZipFile
-    _entries: dict[str, zipfile.ZipInfo]
+    _container: Zipped | Legacy
     _left: int = field(repr=False)
 
     def tensor(self, record: Any) -> Tensor:
@@ -192,86 +181,43 @@ class Archive:
         return flat.as_strided(size, stride, offset).clone(memory_format=torch.contiguous_format)
 
     def _numbers(self, storage: Storage) -> bytes:
-        entry = self._entries.get(f"data/{storage.key}")
-        if entry is None or entry.file_size != storage.numel * storage.dtype.itemsize:
-            raise InputError(f"{self.path} is damaged: the numbers of a weight are missing or too few.")
-        self._left -= entry.file_size
+        data = self._container.numbers(storage)
+        self._left -= len(data)
         if self._left < 0:  # every weight is stored once, so honest files never get here
             raise InputError(f"{self.path} declares more weights than it holds.")
-        try:
-            return self._zip.read(entry)
-        except (zipfile.BadZipFile, zlib.error, OSError, NotImplementedError, RuntimeError, EOFError):
-            raise InputError(f"{self.path} is damaged: the checksum of a weight is wrong.") from None
+        return data
 
 
 @contextmanager
 def open_archive(path: Path) -> Iterator[Archive]:
-    """Open a `.pt`; its tensors can be read inside the `with`. Raises InputError, one sentence, for anything else."""
+    """Open a `.pt` of either form; its tensors can be read inside the `with`. Raises InputError, one sentence, for
+    anything else."""
     try:
         stream = path.open("rb")
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror}.") from None
     with stream:
-        archive, entries = _entries(stream, path)
-        content = _pickle(archive, entries, path)
-        _refuse_unknown(content, path)
+        container = open_container(stream, path)
+        for content in container.pickles:
+            _refuse_unknown(content, path)
         try:
-            top = _Unpickler(io.BytesIO(content)).load()
+            legacy = isinstance(container, Legacy)
+            readers = [_Unpickler(io.BytesIO(content), legacy) for content in container.pickles]
+            found = [reader.load() for reader in readers]
         except Exception:  # the unpickler raises many kinds on malformed input; all mean the same to the user
             raise InputError(f"{path} is damaged or not a YOLOv5 checkpoint: its contents cannot be read.") from None
-        yield Archive(path, top, archive, entries, os.fstat(stream.fileno()).st_size)
-
-
-def _entries(stream: BinaryIO, path: Path) -> tuple[zipfile.ZipFile, dict[str, zipfile.ZipInfo]]:
-    """The zip and its entries, by name without the leading folder (which is the pickle's)."""
-    not_one = InputError(f"{path} is not a PyTorch checkpoint, or it is truncated.")
-    try:
-        if _directory_bytes(stream) > MAX_DIRECTORY_BYTES:
-            raise InputError(f"{path} is a zip archive but not a PyTorch checkpoint.")
-        archive = zipfile.ZipFile(stream)
-    except (zipfile.BadZipFile, struct.error, OSError, ValueError, OverflowError, NotImplementedError) as error:
-        raise error if isinstance(error, InputError) else not_one from None
-    infos = archive.infolist()
-    pickles = [i.filename for i in infos if i.filename.endswith("data.pkl")]
-    if any(i.filename.endswith("constants.pkl") for i in infos):
-        raise InputError(f"{path} is a TorchScript export; dsconvert needs the training checkpoint (.pt).")
-    if len(pickles) != 1 or len({i.filename for i in infos}) != len(infos):
-        raise InputError(f"{path} is a zip archive but not a PyTorch checkpoint.")
-    if any(i.compress_type != zipfile.ZIP_STORED or i.compress_size != i.file_size for i in infos):
-        raise InputError(f"{path} is a compressed archive, which PyTorch never writes.")
-    root = pickles[0].removesuffix("data.pkl")
-    return archive, {i.filename.removeprefix(root): i for i in infos if i.filename.startswith(root)}
-
-
-def _directory_bytes(stream: BinaryIO) -> int:
-    """Size of the zip's table of contents, which Python's zipfile would read whole. Raises ValueError without one."""
-    size = stream.seek(0, os.SEEK_END)
-    stream.seek(max(0, size - 42))
-    tail = stream.read()
-    if len(tail) < 22 or tail[-22:-18] != b"PK\x05\x06":  # PyTorch writes no comment behind it
-        raise ValueError("no end of central directory")
-    found = int(struct.unpack("<L", tail[-10:-6])[0])
-    if len(tail) == 42 and tail[:4] == b"PK\x06\x07":
-        stream.seek(struct.unpack("<Q", tail[8:16])[0])
-        found = int(struct.unpack("<Q", stream.read(56)[40:48])[0])
-    return found
-
-
-def _pickle(archive: zipfile.ZipFile, entries: dict[str, zipfile.ZipInfo], path: Path) -> bytes:
-    if entries["data.pkl"].file_size > MAX_PICKLE_BYTES:
-        raise InputError(f"{path} has a larger table of contents than any YOLOv5 checkpoint.")
-    try:
-        order = archive.read(entries["byteorder"]) if "byteorder" in entries else b"little"
-        content = archive.read(entries["data.pkl"])
-    except (zipfile.BadZipFile, zlib.error, OSError, NotImplementedError, RuntimeError, EOFError):
-        raise InputError(f"{path} is damaged: its table of contents cannot be read.") from None
-    if order.strip() != b"little":
-        raise InputError(f"{path} was written on a big-endian machine; save it again on an ordinary one.")
-    return content
+        if isinstance(container, Legacy):
+            machine, top, keys = found
+            if not isinstance(machine, dict) or machine.get("little_endian") is not True:
+                raise InputError(f"{path} was written on a big-endian machine; save it again on an ordinary one.")
+            container.place(keys, readers[1].storages)
+        else:
+            (top,) = found
+        yield Archive(path, top, container, os.fstat(stream.fileno()).st_size)
 
 
 def _refuse_unknown(stream: bytes, path: Path) -> None:
-    """Raise InputError for opcodes PyTorch never writes, and naming the first class that is not allowed."""
+    """Raise InputError for opcodes PyTorch never writes, and for classes that are not allowed, see `families`."""
     names: list[str] = []
     foreign, count, tuples = False, 0, _Tuples()
     try:
@@ -286,18 +232,12 @@ def _refuse_unknown(stream: bytes, path: Path) -> None:
                 break
     except Exception:
         raise InputError(f"{path} is damaged: its pickle cannot be parsed.") from None
-    for prefix, what in _KNOWN_OTHERS:
-        if any(n.startswith(prefix) for n in names):
-            raise InputError(
-                f"{path} is {what}; dsconvert converts detection checkpoints of YOLOv5 and "
-                "YOLOv7, and segmentation checkpoints of YOLOv5."
-            )
-    for name in names:
-        if name not in ALLOWED:
-            what = "a layer that" if name.startswith("models.") else "which"
-            raise InputError(f"{path} asks for {name[:80]}, {what} dsconvert does not allow, so nothing was loaded.")
+    unknown = [name for name in dict.fromkeys(names) if usual_name(name) not in ALLOWED]
+    refuse_names(names, unknown, path)
     if foreign:
-        raise InputError(f"{path} is pickled with a protocol that PyTorch checkpoints do not use.")
+        raise InputError(
+            f"{path} is pickled with a protocol that PyTorch checkpoints do not use; save it again by torch.save alone."
+        )
 
 
 class _Tuples:

@@ -23,16 +23,16 @@ from torch import Tensor, nn
 from dsconvert.errors import InputError, printable, shown
 from dsconvert.yolo import attention, ghost, segment, yolov7
 from dsconvert.yolo import modules as ours
-from dsconvert.yolo.archive import LAYERS, PARAMETER, TENSOR, Archive, Record, open_archive
+from dsconvert.yolo.archive import LAYERS, Archive, Record, open_archive
+from dsconvert.yolo.families import WAY
 from dsconvert.yolo.layers import DETECTS
 from dsconvert.yolo.lower import check_maps
 from dsconvert.yolo.modules import LEAKY_SLOPE
 from dsconvert.yolo.network import Head, Network, head_from_detect, whole_strides
+from dsconvert.yolo.records import MAX_NAME, check_numbers, is_tensor, last_layer, model_record, stored, walk
 from dsconvert.yolo.stored_dsconv import float_weights
 
-MAX_MODULES, MAX_DEPTH = 10000, 12  # a yolov5x6 has about 1200 modules, 6 deep
-MAX_CLASSES, MAX_NAME = 10000, 200
-_DETECTS = ("models.yolo.Detect", "models.yolo.IDetect", "models.yolo.Segment")
+MAX_CLASSES = 10000
 _ACTIVATION = "torch.nn.modules.activation."
 
 
@@ -56,26 +56,29 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
     Raises InputError, one sentence, for anything that is not one.
     """
     path = Path(path)
+    if path.is_dir():
+        raise InputError(f"{path} is a folder; name the checkpoint file (.pt) in it.")
     if not path.is_file():
         raise InputError(f"There is no checkpoint file at {path}.")
     with open_archive(path) as archive:
-        record = _model_record(archive.top, path)
+        record = model_record(archive.top, path)
         config = getattr(record, "yaml", None)
-        modules = dict(_walk(record))
-        stored = dict(_stored(modules))
-        if not isinstance(config, dict) or not stored:
+        modules = dict(walk(record))
+        held = dict(stored(modules))
+        if not isinstance(config, dict) or not held:
             raise InputError(f"The model in {path} carries no yaml or no weights.")
-        detect = _last_layer(record)
+        detect = last_layer(record)
         nc, na = getattr(detect, "nc", None), getattr(detect, "na", None)
         if type(nc) is not int or type(na) is not int or not 1 <= nc <= MAX_CLASSES or not 1 <= na <= 100:
             raise InputError(f"The Detect layer of {path} declares {shown(nc)} classes and {shown(na)} anchors.")
+        check_numbers(detect, nc, path)
         with torch.device("meta"):
             network = Network(config, nc, na, _activation(modules.values(), path))
-            if not any(".bn." in name for name in stored):
+            if not any(".bn." in name for name in held):
                 network.fuse()  # the checkpoint was saved fused
         strides = whole_strides(_strides(record, detect, archive), len(network.detect.m))
         check_maps(network, strides)
-        left, made = float_weights(stored, modules, archive.tensor)
+        left, made = float_weights(held, modules, archive.tensor)
         _take_epsilons(network, modules, path)
         bits = _fill(network, left, made, archive)
         _check_activations(network, modules, path)
@@ -86,66 +89,6 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
     with path.open("rb") as stream:
         sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
     return Checkpoint(network, head, path, path.stat().st_size, bits, sha256)
-
-
-def _model_record(content: Any, path: Path) -> Record:
-    """The pickled model: `ema` where there is one."""
-    if not isinstance(content, Mapping):
-        raise InputError(f"{path} holds a {type(content).__name__}, not a YOLOv5 checkpoint dictionary.")
-    for key in ("ema", "model"):
-        record = content.get(key)
-        if isinstance(record, Record) and record.kind.startswith("models.yolo."):
-            return record
-    inner = [content, *(content.get(key) for key in ("ema", "model", "state_dict", "model_state_dict"))]
-    what = "a plain state dict" if any(map(_is_state_dict, inner)) else "no model"
-    raise InputError(f"{path} holds {what}; dsconvert needs a YOLOv5 checkpoint saved with its model.")
-
-
-def _is_tensor(value: Any) -> bool:
-    return isinstance(value, Record) and value.kind in (TENSOR, PARAMETER)
-
-
-def _is_state_dict(value: Any) -> bool:
-    return isinstance(value, Mapping) and len(value) > 0 and all(map(_is_tensor, value.values()))
-
-
-def _children(record: Record) -> dict[str, Any]:
-    children = getattr(record, "_modules", {})
-    return children if isinstance(children, dict) else {}
-
-
-def _walk(record: Record) -> Iterator[tuple[str, Record]]:
-    """Modules by dotted prefix, parents first. Raises InputError where a file nests them without end: a few bytes
-    can name one module as the child of itself, or of many."""
-    waiting, count = [("", record, 0)], 0
-    while waiting:
-        prefix, module, depth = waiting.pop()
-        count += 1
-        if depth > MAX_DEPTH or count > MAX_MODULES:
-            raise InputError("The checkpoint nests its modules deeper than any YOLOv5 network.")
-        yield prefix, module
-        children = [(n, c) for n, c in _children(module).items() if isinstance(c, Record) and isinstance(n, str)]
-        if len(children) + count > MAX_MODULES:
-            raise InputError("The checkpoint has more modules than any YOLOv5 network.")
-        waiting.extend((f"{prefix}{n[:MAX_NAME]}.", c, depth + 1) for n, c in reversed(children))
-
-
-def _stored(modules: Mapping[str, Record]) -> Iterator[tuple[str, Any]]:
-    """Stored parameters and buffers by dotted name, as a state dict would give them."""
-    for prefix, module in modules.items():
-        for store in ("_parameters", "_buffers"):
-            held = getattr(module, store, {})
-            for name, value in held.items() if isinstance(held, dict) else ():
-                if _is_tensor(value):
-                    yield f"{prefix}{str(name)[:MAX_NAME]}" if isinstance(name, str) else prefix, value
-
-
-def _last_layer(record: Record) -> Record:
-    layers = _children(record).get("model")
-    last = list(_children(layers).values())[-1:] if isinstance(layers, Record) else []
-    if not last or not isinstance(last[0], Record) or last[0].kind not in _DETECTS:
-        raise InputError("The checkpoint's last layer is not Detect: this is not a detection model.")
-    return last[0]
 
 
 def _activation(modules: Iterable[Record], path: Path) -> str:
@@ -198,7 +141,7 @@ def _take_epsilons(network: Network, modules: Mapping[str, Record], path: Path) 
 def _strides(record: Record, detect: Record, archive: Archive) -> list[float]:
     for holder in (detect, record):
         stride = getattr(holder, "stride", None)
-        if _is_tensor(stride):
+        if is_tensor(stride):
             values = archive.tensor(stride)
             if values.dim() == 1 and values.numel() <= 100:
                 return [float(s) for s in values]
@@ -224,9 +167,10 @@ def _fill(network: Network, stored: Mapping[str, Any], made: Mapping[str, Tensor
     missing, extra = sorted(own.keys() - given.keys()), sorted(given.keys() - own.keys())
     missing = [m for m in missing if not m.endswith("num_batches_tracked")]
     if missing or extra:
+        first, more = (f" ({names[0]})" if names else "" for names in (missing, extra))
         raise InputError(
-            f"{path} does not match its own model yaml: {len(missing)} tensors missing"
-            f"{f' ({missing[0]})' if missing else ''}, {len(extra)} unexpected{f' ({extra[0]})' if extra else ''}."
+            f"{path} does not match its own model yaml: {len(missing)} tensors missing{first}, {len(extra)} "
+            f"unexpected{more}; if a fork of YOLOv5 made it, {WAY}."
         )
     bits = 8
     values: dict[str, Tensor] = {}

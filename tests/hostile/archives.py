@@ -111,7 +111,7 @@ def other_models() -> Iterator[Case]:
         "models.common.Classify": "classification",
         "ultralytics.nn.tasks.DetectionModel": "YOLOv8 or later", "ultralytics.nn.tasks.SegmentationModel": "YOLOv8",
         "models.yolo.IAuxDetect": "YOLOv7", "models.common.CBAM": "attention",
-        "models.experimental.Ensemble": "ensemble",
+        "models.experimental.Ensemble": "ensemble", "models.common.DetectMultiBackend": "wrapped for inference",
         "torchvision.models.resnet.ResNet": "torchvision.models.resnet.ResNet",
         "models.common.CoordAtt": "CoordAtt, a layer",
     }.items():  # fmt: skip
@@ -132,7 +132,7 @@ def other_models() -> Iterator[Case]:
         yield Case("TorchScript", Path(file.name).read_bytes(), "TorchScript export")
     old = io.BytesIO()
     torch.save({"a": weights}, old, _use_new_zipfile_serialization=False)
-    yield Case("before PyTorch 1.6", old.getvalue(), STRANGE)
+    yield Case("before PyTorch 1.6", old.getvalue(), "plain state dict")
 
 
 def saved(content: Any) -> bytes:

@@ -34,8 +34,8 @@ def code(canary: Path) -> Iterator[Case]:
         "numpy.load": call("numpy.load", str(canary)), "numpy.testing._private.utils.runstring": call(
             "numpy.testing._private.utils.runstring", line),
         "pickle.loads": call("pickle.loads", line), "shutil.rmtree": call("shutil.rmtree", str(canary.parent)),
-        "pathlib.Path.write_text": call("pathlib.Path.write_text", line), "models.common.DetectMultiBackend": call(
-            "models.common.DetectMultiBackend", str(canary)),
+        "pathlib.Path.write_text": call("pathlib.Path.write_text", line), "torch.jit.load": call(
+            "torch.jit.load", str(canary)), "torch._dynamo.eval_frame.set": call("torch._dynamo.eval_frame.set", line),
         "models.yolo.DetectionModel.__init__": call("models.yolo.DetectionModel.__init__", line),
         "nested: OrderedDict.__init__.__globals__": name("collections.OrderedDict.__init__.__globals__"),
         "nested: Conv.forward": name("models.common.Conv.forward"),

@@ -1,0 +1,156 @@
+"""A float ONNX file fed on the wrong scale is noticed, and the option that helps is named."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from test_anyonnx import exported
+from torch import nn
+
+from dsconvert.anyonnx.images import Normalisation
+from dsconvert.anyonnx.scale import RAW, Response, response, warning
+from dsconvert.anyonnx.source import ImageInput
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # the exporter's own
+
+
+class Detector(nn.Module):
+    """One convolution whose boxes stay about 10 pixels, and whose scores are high for bright pixels of a scale."""
+
+    def __init__(self, factor: float, offset: float, columns: bool = False) -> None:
+        super().__init__()
+        self.conv, self.columns = nn.Conv2d(3, 7, 1), columns
+        with torch.no_grad():
+            self.conv.weight.fill_(0)
+            self.conv.weight[4:] = factor / 3
+            self.conv.bias.copy_(torch.tensor([10.0, 10, 12, 12, offset, offset, offset]))
+
+    def forward(self, x):
+        out = self.conv(x).flatten(2)
+        out = torch.cat((out[:, :4], out[:, 4:].sigmoid()), 1)
+        return out if self.columns else out.transpose(1, 2)
+
+
+class Flat(nn.Module):
+    """A classifier of logits that says nearly the same of everything."""
+
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 5, 3)
+        with torch.no_grad():
+            self.conv.weight.fill_(factor / 27)
+            self.conv.bias.copy_(torch.tensor([-2.0, -1, 0, 1, 2]))
+
+    def forward(self, x):
+        return self.conv(x).mean((2, 3))
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory) -> Path:
+    folder, rng = tmp_path_factory.mktemp("photos"), np.random.default_rng(0)
+    for i in range(4):
+        picture = cv2.resize(rng.integers(20 * i, 150 + 20 * i, (6, 8, 3), dtype=np.uint8), (40, 30))
+        cv2.imwrite(str(folder / f"{i}.png"), picture)
+    return folder
+
+
+# bright pixels are 0.5 of the scale at least: sigmoid(0.5 * 12 - 4) = 0.88, and on the other scale sigmoid(-4) = 0.02
+UNIT, BYTES = (12.0, -4.0), (12 / 255, -4.0)
+CASES = {
+    "right": (lambda: Detector(*UNIT), [], None),
+    "right, columns": (lambda: Detector(*UNIT, columns=True), [], None),
+    "bytes wanted": (lambda: Detector(*BYTES), [], "nothing above 0.25.*as 0..255.*give --mean 0 --std 0.003921569"),
+    "bytes wanted, columns": (lambda: Detector(*BYTES, columns=True), [], "as 0..255"),
+    "bytes wanted and given": (lambda: Detector(*BYTES), ["--mean", "0", "--std", "0.003921569"], None),
+    "0..1 wanted, bytes given": (lambda: Detector(*UNIT), ["--mean", "0", "--std", "0.003921569"],
+                                 "saturated; fed as 0..1.*leave out --mean and --std"),
+    "nothing there": (lambda: Detector(1e-5, -6.0), [], "nothing above 0.25.*check that the images"),
+    "flat, bytes wanted": (lambda: Flat(0.02), [], "nearly the same for every image.*0..255.*--std 0.003921569"),
+    "flat whatever": (lambda: Flat(1e-7), [], "nearly the same.*check that the images"),
+    "not flat": (lambda: Flat(20.0), [], None),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_quantize_warns_where_another_scale_shows_more(photos, tmp_path, call, name):
+    make, options, words = CASES[name]
+    torch.manual_seed(0)
+    exported(make(), tmp_path / "net.onnx")
+    done = call("quantize", "net.onnx", "--calib", photos, "--out", "small.onnx", "--json", *options, cwd=tmp_path)
+    assert done.code == 0, done.err
+    warned = [line for line in done.err.splitlines() if line.startswith("Warning: On 4 calibration images the float")]
+    found = json.loads(done.out)["warnings"]
+    assert [f"Warning: {w}" for w in found] == warned
+    assert len(found) == (words is not None)
+    if words:
+        assert re.search(words, found[0]), found[0]
+
+
+def test_following_the_advice_silences_it(photos, tmp_path, call):
+    exported(Detector(*BYTES), tmp_path / "net.onnx")
+    line = ("quantize", "net.onnx", "--calib", photos, "--json")
+    said = json.loads(call(*line, "--out", "a.onnx", cwd=tmp_path).out)["warnings"][0]
+    options = said.partition("give ")[2].partition(",")[0].split()
+    assert options[::2] == ["--mean", "--std"]
+    assert json.loads(call(*line, "--out", "b.onnx", *options, cwd=tmp_path).out)["warnings"] == []
+
+
+def images(count: int = 3) -> list[np.ndarray]:
+    return [np.full((4, 4, 3), 60 * (i + 1), np.uint8) for i in range(count)]
+
+
+def test_bytes_have_one_scale_so_no_other_is_proposed():
+    wanted = ImageInput("x", np.uint8, 1, 3, 4, 4)
+    found = np.tile(np.array([5, 5, 5, 5, 0, 0, 0], np.float32), (1, 9, 1))
+    said = warning(lambda x: [found], images(), wanted, None)
+    assert "nothing above 0.25" in said
+    assert "--mean" not in said
+
+
+def test_a_file_that_fails_and_images_that_are_one_give_no_warning():
+    wanted = ImageInput("x", np.float32, 1, 3, 4, 4)
+
+    def fails(x):
+        raise RuntimeError("no")
+
+    assert warning(fails, images(), wanted, None) is None
+    assert warning(lambda x: [np.array([[1.0, 2.0]])], images(1), wanted, None) is None
+    assert warning(lambda x: [np.array([[1.0, 2.0]])], [*images(1), *images(1)], wanted, None) is None
+    assert "nearly the same" in warning(lambda x: [np.array([[1.0, 2.0]])], images(), wanted, None)
+    assert "infinite" in warning(lambda x: [np.array([[1.0, np.inf]])], images(), wanted, None)
+
+
+def test_a_scale_on_which_numbers_stay_finite_is_proposed():
+    wanted = ImageInput("x", np.float32, 1, 3, 4, 4)
+
+    def run(x):
+        return [np.array([[1.0, 2.0 * x.mean() if x.max() < 2 else np.inf]])]
+
+    assert "leave out --mean and --std" in warning(run, images(), wanted, RAW)
+    assert warning(run, images(), wanted, Normalisation((0.5,), (0.5,))) is None
+
+
+def rows(*best: float) -> list[list[np.ndarray]]:
+    """One output for each image: boxes of pixels, objectness 0.8 and the best class as given over it."""
+    return [[np.array([[[9, 9, 4, 4, 0.8, b / 0.8, 0.0], [5, 5, 4, 4, 0.1, 0.1, 0.1]]], np.float32)] for b in best]
+
+
+def test_scores_of_every_layout():
+    found = response(rows(0.6, 0.3), True)
+    assert (found.best, found.least) == pytest.approx((0.6, 0.3), abs=1e-6)
+    columns = [0, 1, 2, 3, 5, 6]  # YOLOv8 has no objectness, and more boxes than rows
+    boxes = [np.tile(o[0][..., columns], (1, 5, 1)) for o in rows(0.4, 0.2)]
+    turned = [[b.transpose(0, 2, 1)] for b in boxes]
+    assert response(turned, True).best == pytest.approx(0.5)
+    maps = [[np.full((1, 5, 3), v), np.full((1, 9, 32), 7.0 * v)] for v in (0.1, 0.35)]
+    assert (response(maps, True).best, response(maps, True).least) == (0.35, 0.1)
+    softmax = [[np.array([[0.1, 0.7, 0.2]])], [np.array([[0.3, 0.3, 0.4]])]]
+    assert response(softmax, True).best is None
+    assert response([[np.ones((k, 7))] for k in (2, 3)], True) == Response(None, None, None, True)
+    assert response([[np.array([[3]])], [np.array([[4]])]], True).variation is None
