@@ -79,7 +79,7 @@ def test_decoding_leaves_coefficients_as_they_are(segment, picture, split):
     raw = network(picture)
     if split:
         raw = run_float(*split_detect(graph, params, head), picture)
-        assert len(raw) == 7
+        assert len(raw) == 9
     boxes = decode(raw, head)
     first = network(picture)[0]
     assert boxes.shape == (1, 3 * (16 * 16 + 8 * 8), COLUMNS)

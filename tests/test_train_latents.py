@@ -175,7 +175,7 @@ def test_float_activations_are_the_float_network(model):
 
 def test_whole_maps_decode_as_split_ones_do(model):
     raw = run_integer(model.graph, model.convs, model.activations, smooth_picture())
-    assert len(raw) == 2 * len(model.head.strides)
+    assert len(raw) == 3 * len(model.head.strides)
     whole = whole_maps(raw, model.head)
     assert len(whole) == len(model.head.strides)
     torch.testing.assert_close(decode(whole, model.head), decode(raw, model.head), rtol=0, atol=0)
