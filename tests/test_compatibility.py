@@ -19,7 +19,7 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
-from conftest import ROOT, SIDE, convert, smooth_picture, tiny_network
+from conftest import HANGS, ROOT, SIDE, convert, smooth_picture, tiny_network
 from onnx.reference import ReferenceEvaluator
 from onnx.version_converter import convert_version
 
@@ -189,7 +189,7 @@ def test_onnxruntime_web(files, wanted, tmp_path):
                      "type": OPTIONS[option].input_type})  # fmt: skip
     (tmp_path / "jobs.json").write_text(json.dumps(jobs))
     command = ["node", str(ROOT / "tests/run_web.cjs"), str(WEB), str(tmp_path / "jobs.json")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=HANGS)
     assert done.returncode == 0, done.stderr
     for (layout, option), job, result in zip(files, jobs, json.loads(done.stdout), strict=True):
         cell = expects("onnxruntime-web", layout, option)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import HANGS
 
 from dsconvert.graph.run import run_float
 from dsconvert.yolo.checkpoint import load_checkpoint, yolov5_bytes
@@ -30,7 +31,7 @@ torch.save(content["model"].float().eval()(torch.load(sys.argv[4])["image"])[:2]
 
 
 def run(*arguments: str | Path) -> None:
-    done = subprocess.run([sys.executable, *map(str, arguments)], capture_output=True, text=True, timeout=300)
+    done = subprocess.run([sys.executable, *map(str, arguments)], capture_output=True, text=True, timeout=HANGS)
     assert done.returncode == 0, done.stderr[-2000:]
 
 

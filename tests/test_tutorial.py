@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import torch
-from conftest import ROOT
+from conftest import HANGS, ROOT
 
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
@@ -37,7 +37,7 @@ def run_shell(code: str, folder: Path) -> None:
     function = f'dsconvert() {{ "{sys.executable}" -m dsconvert "$@"; }}\n'
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
-        ["bash", "-euc", function + code], cwd=folder, env=environment, capture_output=True, text=True, timeout=600
+        ["bash", "-euc", function + code], cwd=folder, env=environment, capture_output=True, text=True, timeout=HANGS
     )
     assert done.returncode == 0, done.stderr
 

@@ -11,7 +11,7 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
-from conftest import SHARED, by_quads
+from conftest import HANGS, SHARED, by_quads
 
 from dsconvert.graph.integer import run_integer
 from dsconvert.modelfile import load_model
@@ -25,7 +25,7 @@ COCO = SHARED / "coco" / "coco.yaml"
 def dsconvert(*args: str | Path, cwd: Path) -> dict:
     done = subprocess.run(
         [sys.executable, "-m", "dsconvert", *map(str, args), "--json"],
-        cwd=cwd, capture_output=True, text=True, timeout=900,
+        cwd=cwd, capture_output=True, text=True, timeout=HANGS,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
