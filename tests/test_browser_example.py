@@ -22,6 +22,7 @@ from dsconvert.yolo.images import read_image
 
 EXAMPLE = ROOT / "examples/browser"
 pytestmark = [
+    pytest.mark.long,
     needs_chromium,
     pytest.mark.skipif(
         not (EXAMPLE / "node_modules/onnxruntime-web").is_dir(),

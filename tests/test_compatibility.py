@@ -158,6 +158,7 @@ def check_engine(engine: str, files: Files, wanted: dict) -> None:
                 ENGINES[engine](file, fed(option))
 
 
+@pytest.mark.long
 def test_openvino(files, wanted):
     pytest.importorskip("openvino")
     check_engine("OpenVINO", files, wanted)
@@ -176,6 +177,7 @@ def test_the_reference_evaluator(files, wanted):
     check_same(run_reference(newer.SerializeToString(), fed("none")), wanted["int8", "none"])
 
 
+@pytest.mark.long
 @pytest.mark.skipif(
     not (WEB.is_dir() and shutil.which("node")), reason="needs node, and npm install in examples/browser"
 )

@@ -19,6 +19,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+import stress
 import torch
 from conftest import HANGS, ROOT, randomise
 
@@ -58,6 +59,7 @@ def inputs(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.mark.long
 def test_killed_at_any_moment_nothing_is_lost(inputs):
     """A bounded share of what benchmarks/stress.py does."""
     script = [sys.executable, str(ROOT / "benchmarks/stress.py"), "--runs", "20", "--imgsz", "64"]
@@ -68,6 +70,18 @@ def test_killed_at_any_moment_nothing_is_lost(inputs):
     assert done.returncode == 0, done.stderr
     assert sum(figures["runs"].values()) == 22
     assert figures["killed"] >= 10
+
+
+def test_a_process_is_killed_by_its_own_time():
+    """Not by the clock: one that sleeps is left to its end, one that works is ended."""
+    for work, wanted in ((lambda: time.sleep(0.3), 0), (lambda: sum(range(10**12)), -signal.SIGKILL)):
+        child = os.fork()
+        if not child:
+            work()
+            os._exit(0)
+        before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
+        assert stress.kill_after(child, 0.2) == wanted
+        assert (resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before > 0.15) == bool(wanted)  # ticks of 10 ms
 
 
 # --- interrupts -----------------------------------------------------------------------------------------------------

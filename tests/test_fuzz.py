@@ -6,9 +6,11 @@ import json
 import subprocess
 import sys
 
+import pytest
 from conftest import HANGS, ROOT
 
 CASES = 15
+pytestmark = pytest.mark.long
 
 
 def test_damaged_files_of_every_kind_end_in_one_sentence_or_load():

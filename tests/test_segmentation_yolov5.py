@@ -18,7 +18,7 @@ from dsconvert.yolo.decode import decode
 from dsconvert.yolo.lower import lower
 
 TREE = os.environ.get("DSCONVERT_YOLOV5", "")
-pytestmark = pytest.mark.skipif(not TREE, reason="DSCONVERT_YOLOV5 names no YOLOv5 tree")
+pytestmark = [pytest.mark.long, pytest.mark.skipif(not TREE, reason="DSCONVERT_YOLOV5 names no YOLOv5 tree")]
 LOADED_BY_YOLOV5 = """
 import sys, torch
 sys.path.insert(0, sys.argv[1])

@@ -19,6 +19,7 @@ def test_the_rise_is_that_of_the_second_half():
     assert soak.rise([0.0, 0.0, 0.0, 1.0, 2.0, 3.0]) == pytest.approx(2)
 
 
+@pytest.mark.long
 def test_memory_stays_flat():
     """Keeping one decoded picture of 160 pixels an image (0.3 MB as floats) would be 46 MB over the second half; the
     allocator's own unrest is a few MB."""

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from conftest import HANGS, ROOT
 
@@ -42,6 +43,7 @@ def run_shell(code: str, folder: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.long
 def test_every_block_of_the_tutorial_runs(tmp_path, monkeypatch, capsys):
     (tmp_path / "calib").symlink_to(ROOT / "calib")
     monkeypatch.chdir(tmp_path)

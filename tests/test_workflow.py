@@ -42,6 +42,7 @@ def test_actionlint_finds_nothing(tmp_path):
     assert found[1]
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not os.environ.get("DSCONVERT_WORKFLOW"), reason="takes minutes: DSCONVERT_WORKFLOW is not set")
 def test_the_steps_run_in_order(tmp_path):
     """By bash -e, in a new environment in which dsconvert is not installed, and all that it needs is: the demo's

@@ -7,7 +7,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from conftest import DEMO, HANGS
+
+pytestmark = pytest.mark.long
 
 
 def dsconvert(*args: str | Path, cwd: Path) -> dict:

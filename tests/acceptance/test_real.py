@@ -18,7 +18,10 @@ from dsconvert.modelfile import load_model
 from dsconvert.yolo.decode import decode
 from dsconvert.yolo.images import letterbox, read_data_yaml, read_image, to_tensor
 
-pytestmark = pytest.mark.skipif(not SHARED.is_dir(), reason="../shared/data is not on this machine")
+pytestmark = [
+    pytest.mark.long,
+    pytest.mark.skipif(not SHARED.is_dir(), reason="../shared/data is not on this machine"),
+]
 COCO = SHARED / "coco" / "coco.yaml"
 
 
