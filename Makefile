@@ -18,6 +18,17 @@ COMPILE = $(BIN)/uv pip compile --quiet --python-version 3.11 --find-links $(TOR
 ONE_OF_THEM = $(COMPILE) --generate-hashes --no-annotate --constraints .venv/versions.txt
 NOT_AGAIN = $$(sed -n 's/^\([A-Za-z0-9._-]*\)==.*/--no-emit-package \1/p' requirements.lock)
 
+# The tests of `make check`, by what they are about: tests/test_NAME.py. Every module of dsconv, graph, fit and export is
+# reached by one of them.
+MATHS := anymodule bfp kernel modules packing tensor torch trellis
+GRAPH := attention families integer network plan
+FIT := allocate channels clipping gptq importance least_squares leftover lockstep ranges real_alpha sensitivity \
+  synthesize target threads
+EXPORT := biases channels_last compact export export_check export_ends export_real fused joint
+CHECKED := $(patsubst %,tests/test_%.py,$(MATHS) $(GRAPH) $(FIT) $(EXPORT))
+# Two processes share the tests; the one that is done first takes over what the other has not begun.
+PYTEST := $(BIN)/pytest --numprocesses 2 --dist worksteal
+
 .PHONY: help demo lint check test test-all docs package lock lowest audit bench setup clean
 .DEFAULT_GOAL := help
 
@@ -53,6 +64,15 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy dsconvert calib/demo benchmarks
 
+check: lint
+	$(PYTEST) -m 'not long' $(CHECKED)
+
+test: lint
+	$(PYTEST) -m 'not long'
+
+test-all: setup
+	$(PYTEST) -m long
+
 docs: setup
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
@@ -60,6 +80,13 @@ package: setup
 	rm -rf dist
 	$(BIN)/python -m build --no-isolation
 	$(BIN)/pytest tests/test_package.py
+
+# Elsewhere than in .venv, and gigabytes: of old versions of torch the package index has the CUDA build alone.
+lowest: .venv/.audit
+	$(PYTHON) -m venv .venv/lowest
+	$(BIN)/uv pip install --quiet --python .venv/lowest/bin/python --resolution lowest-direct '.[report]'
+	$(BIN)/uv pip install --quiet --python .venv/lowest/bin/python pytest pytest-xdist hypothesis pillow pycocotools
+	PYTHONPATH=. .venv/lowest/bin/python -m pytest --numprocesses 2 --dist worksteal -m 'not long' $(CHECKED)
 
 bench: setup
 	$(INSTALL) --requirement locks/bench.lock
