@@ -3,10 +3,10 @@
     python benchmarks/stress.py --runs 200
 
 Every run is a forked process (torch is loaded once) that works on the demo model by one of the commands. It is ended by
-SIGKILL either after a random time, or at a random one of its calls that change files: opening, syncing, linking,
-renaming, removing. Afterwards every file must be whole: the bytes an undisturbed run writes, or the bytes that were
-there before. Every fourth quantize or finetune that was killed with layers fitted, or epochs done, is resumed, killed
-and resumed again, up to three times, and must end in those bytes, too.
+SIGKILL either after a random time of the processor, or at a random one of its calls that change files: opening,
+syncing, linking, renaming, removing. Afterwards every file must be whole: the bytes an undisturbed run writes, or the
+bytes that were there before. Every fourth quantize or finetune that was killed with layers fitted, or epochs done, is
+resumed, killed and resumed again, up to three times, and must end in those bytes, too.
 Runs at once into one folder, and without a folder, end the list. Exit code 1 when anything was lost.
 """
 
@@ -44,7 +44,8 @@ EVENTS = ("open", "os.link", "os.rename", "os.remove", "os.mkdir", "os.chmod", "
 
 @dataclass(frozen=True)
 class Stage:
-    """A command, the files there before and after it, how long it takes and how many of its calls change files."""
+    """A command, the files there before and after it, the seconds of the processor that it takes, and how many of its
+    calls change files."""
 
     name: str
     args: list[str]
@@ -123,22 +124,37 @@ def _watch(kill_at: int | None) -> Callable[[], int]:
     return lambda: seen
 
 
+def kill_after(child: int, seconds: float) -> int:
+    """End a process by SIGKILL once it has taken so many seconds of the processor, however busy the machine is. Returns
+    its exit code, which is another if it was done before."""
+    while (taken := processor_seconds(child)) is not None and taken < seconds:
+        time.sleep(0.002)
+    os.kill(child, signal.SIGKILL)
+    return finish(child)
+
+
+def processor_seconds(child: int) -> float | None:
+    """None of a process that has ended."""
+    state, *numbers = Path(f"/proc/{child}/stat").read_text().rpartition(")")[2].split()
+    return None if state == "Z" else (int(numbers[10]) + int(numbers[11])) / os.sysconf("SC_CLK_TCK")
+
+
 def finish(child: int) -> int:
     """Wait for a process; its exit code, negative for a signal."""
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
 def undisturbed(args: list[str], folder: Path) -> tuple[float, int]:
-    """Run the command to its end: seconds and calls. Raises RuntimeError when it fails."""
+    """Run the command to its end: seconds of the processor, and calls. Raises RuntimeError when it fails."""
     read, write = os.pipe()
-    began = time.perf_counter()
     child = start(args, folder, None, lambda n: void(os.write(write, str(n).encode())))
     os.close(write)
     calls = os.read(read, 100)
     os.close(read)
-    if code := finish(child):
+    _, status, used = os.wait4(child, 0)
+    if code := os.waitstatus_to_exitcode(status):
         raise RuntimeError(f"dsconvert {' '.join(args)} ended with {code}")
-    return time.perf_counter() - began, int(calls or 0)
+    return used.ru_utime + used.ru_stime, int(calls or 0)
 
 
 def void(_: object) -> None:
@@ -214,10 +230,7 @@ def kill_one(stage: Stage, folder: Path, rng: random.Random, tally: Tally) -> No
     if by_call:
         code = finish(start(stage.args, folder, rng.randint(1, stage.calls)))
     else:
-        child = start(stage.args, folder)
-        time.sleep(rng.uniform(0, stage.seconds))
-        os.kill(child, signal.SIGKILL)
-        code = finish(child)
+        code = kill_after(start(stage.args, folder), rng.uniform(0, stage.seconds))
     tally.runs[stage.name] += 1
     tally.killed += code == -signal.SIGKILL
     tally.finished += code == 0
@@ -263,10 +276,7 @@ def readable(path: Path) -> bool:
 def resume(stage: Stage, folder: Path, rng: random.Random, tally: Tally) -> None:
     """Go on with what was killed, and kill it again: it must end as if nothing had happened."""
     for _ in range(3):
-        child = start([*stage.args, "--resume"], folder)
-        time.sleep(rng.uniform(0, stage.seconds))
-        os.kill(child, signal.SIGKILL)
-        code = finish(child)
+        code = kill_after(start([*stage.args, "--resume"], folder), rng.uniform(0, stage.seconds))
         if code != -signal.SIGKILL:
             break
         tally.killed_again += 1

@@ -40,6 +40,9 @@ ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared" / "data"
 DEMO = ROOT / "calib" / "demo"
 SIDE = 64  # pixels, of `picture` and `converted`
+# No clock decides whether a test passes, as the machine may be busy: only what hangs is ended, and no process that a
+# test starts takes half an hour anywhere.
+HANGS = 1800  # seconds
 
 # Two C3 blocks (one with a residual), an SPPF, an upsampling and a concatenation, two detection levels.
 TINY = {

@@ -132,6 +132,7 @@ def test_bench_rows_are_every_file_in_every_engine(tmp_path):
     assert (rows[0].ratio.value, rows[0].ratio.low, rows[0].ratio.high) == (1, 1, 1)
 
 
+@pytest.mark.long
 def test_bench_in_openvino(tmp_path):
     pytest.importorskip("openvino")
     paths = [write(tmp_path / "a.onnx", [("x", TensorProto.UINT8, ("n", 3, "h", "w"))])]

@@ -13,7 +13,7 @@ import cv2
 import numpy as np
 import onnx
 import pytest
-from conftest import DEMO, ROOT
+from conftest import DEMO, HANGS, ROOT
 from headless import chromium_browser, needs_chromium
 
 import dsconvert
@@ -22,6 +22,7 @@ from dsconvert.yolo.images import read_image
 
 EXAMPLE = ROOT / "examples/browser"
 pytestmark = [
+    pytest.mark.long,
     needs_chromium,
     pytest.mark.skipif(
         not (EXAMPLE / "node_modules/onnxruntime-web").is_dir(),
@@ -75,7 +76,7 @@ def choose(browser, **files: Path) -> str:
     for name, path in files.items():
         browser.execute_script("arguments[0].textContent = ''", said)
         browser.find_element("id", name).send_keys(str(path))
-        WebDriverWait(browser, 120).until(lambda _: said.text and not said.text.endswith("..."))
+        WebDriverWait(browser, HANGS).until(lambda _: said.text and not said.text.endswith("..."))
     return said.text
 
 

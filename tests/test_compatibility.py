@@ -19,7 +19,7 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
-from conftest import ROOT, SIDE, convert, smooth_picture, tiny_network
+from conftest import HANGS, ROOT, SIDE, convert, smooth_picture, tiny_network
 from onnx.reference import ReferenceEvaluator
 from onnx.version_converter import convert_version
 
@@ -158,6 +158,7 @@ def check_engine(engine: str, files: Files, wanted: dict) -> None:
                 ENGINES[engine](file, fed(option))
 
 
+@pytest.mark.long
 def test_openvino(files, wanted):
     pytest.importorskip("openvino")
     check_engine("OpenVINO", files, wanted)
@@ -176,6 +177,7 @@ def test_the_reference_evaluator(files, wanted):
     check_same(run_reference(newer.SerializeToString(), fed("none")), wanted["int8", "none"])
 
 
+@pytest.mark.long
 @pytest.mark.skipif(
     not (WEB.is_dir() and shutil.which("node")), reason="needs node, and npm install in examples/browser"
 )
@@ -189,7 +191,7 @@ def test_onnxruntime_web(files, wanted, tmp_path):
                      "type": OPTIONS[option].input_type})  # fmt: skip
     (tmp_path / "jobs.json").write_text(json.dumps(jobs))
     command = ["node", str(ROOT / "tests/run_web.cjs"), str(WEB), str(tmp_path / "jobs.json")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=HANGS)
     assert done.returncode == 0, done.stderr
     for (layout, option), job, result in zip(files, jobs, json.loads(done.stdout), strict=True):
         cell = expects("onnxruntime-web", layout, option)

@@ -18,7 +18,10 @@ from dsconvert.export.onnx import Ends, export_float, export_quantized
 from dsconvert.yolo.lower import lower
 
 HEADERS, LIB = (os.environ.get(f"DSCONVERT_ORT_{name}") for name in ("HEADERS", "LIB"))
-pytestmark = pytest.mark.skipif(not (HEADERS and LIB), reason="DSCONVERT_ORT_HEADERS or DSCONVERT_ORT_LIB is not set")
+pytestmark = [
+    pytest.mark.long,
+    pytest.mark.skipif(not (HEADERS and LIB), reason="DSCONVERT_ORT_HEADERS or DSCONVERT_ORT_LIB is not set"),
+]
 INTEGER = ("packed", "fused", "blocked", "int8")
 
 

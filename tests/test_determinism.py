@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, write_work
+from conftest import HANGS, ROOT, write_work
 from fuzz_damage import resealed
 
 
@@ -22,7 +22,7 @@ def test_two_runs_give_the_same_bytes(tiny, tmp_path, threads):
         both = f"from dsconvert.cli import main; main({made}); main({written})"
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONHASHSEED": hash_seed}
         subprocess.run(
-            [sys.executable, "-c", both], cwd=tmp_path, env=environment, check=True, capture_output=True, timeout=300
+            [sys.executable, "-c", both], cwd=tmp_path, env=environment, check=True, capture_output=True, timeout=HANGS
         )
         files.append([(tmp_path / out / name).read_bytes() for name in ("model.safetensors", "m.onnx")])
     # the command that made it is kept with the model, and names the folder

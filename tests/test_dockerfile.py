@@ -23,6 +23,7 @@ def test_instructions_are_read_with_their_continued_lines():
     assert next(name for name, _ in instructions((ROOT / "Dockerfile").read_text())) == "FROM"
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not BASE, reason="DSCONVERT_DEBIAN names no Debian tree with python3.11 (debootstrap makes one)")
 def test_the_image_converts_a_checkpoint(tmp_path):
     """Minutes: it installs PyTorch."""

@@ -14,7 +14,7 @@ import click
 import pytest
 import torch
 import yaml
-from conftest import ROOT
+from conftest import HANGS, ROOT
 
 import dsconvert
 from dsconvert.cli import cli
@@ -152,7 +152,7 @@ def test_the_site_builds_without_a_warning(tmp_path):
     pytest.importorskip("material", reason="mkdocs-material is not installed: pip install '.[docs]'")
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path / "site")]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "NO_MKDOCS_2_WARNING": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=HANGS)
     assert done.returncode == 0, done.stderr
     built = {p.name for p in (tmp_path / "site").glob("*.html")}
     assert built >= {p.with_suffix(".html").name for p in DOCS.glob("*.md")}

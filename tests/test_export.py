@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib.util
 from collections import Counter
 from dataclasses import replace
 
@@ -233,10 +234,10 @@ def test_stored_trellises_decode_to_the_merged_int8(layout, bits, cho, chi, bloc
     assert np.array_equal(ReferenceEvaluator(model).run(None, {})[0], wanted)
     (entry,) = [n for n in model.graph.initializer if n.name == "w.vqk"]
     assert 8 * numpy_helper.to_array(entry).size == bits * weight.vqk.numel()
-    openvino = pytest.importorskip("openvino")
-    core = openvino.Core()
-    found = core.compile_model(core.read_model(model.SerializeToString()), "CPU")({})
-    assert np.array_equal(next(iter(found.values())), wanted)
+    if importlib.util.find_spec("openvino"):
+        core = importlib.import_module("openvino").Core()
+        found = core.compile_model(core.read_model(model.SerializeToString()), "CPU")({})
+        assert np.array_equal(next(iter(found.values())), wanted)
 
 
 @pytest.mark.parametrize("layout", ["packed", "blocked"])

@@ -19,8 +19,9 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+import stress
 import torch
-from conftest import ROOT, randomise
+from conftest import HANGS, ROOT, randomise
 
 from dsconvert import __main__ as entry
 from dsconvert import cli, pipeline
@@ -58,16 +59,29 @@ def inputs(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.mark.long
 def test_killed_at_any_moment_nothing_is_lost(inputs):
     """A bounded share of what benchmarks/stress.py does."""
     script = [sys.executable, str(ROOT / "benchmarks/stress.py"), "--runs", "20", "--imgsz", "64"]
     given = ["--checkpoint", str(inputs / "best.pt"), "--data", str(inputs / "data.yaml")]
-    done = subprocess.run([*script, *given], capture_output=True, text=True, timeout=900, env=ENVIRONMENT)
+    done = subprocess.run([*script, *given], capture_output=True, text=True, timeout=HANGS, env=ENVIRONMENT)
     figures = json.loads(done.stdout)
     assert figures["problems"] == []
     assert done.returncode == 0, done.stderr
     assert sum(figures["runs"].values()) == 22
     assert figures["killed"] >= 10
+
+
+def test_a_process_is_killed_by_its_own_time():
+    """Not by the clock: one that sleeps is left to its end, one that works is ended."""
+    for work, wanted in ((lambda: time.sleep(0.3), 0), (lambda: sum(range(10**12)), -signal.SIGKILL)):
+        child = os.fork()
+        if not child:
+            work()
+            os._exit(0)
+        before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
+        assert stress.kill_after(child, 0.2) == wanted
+        assert (resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before > 0.15) == bool(wanted)  # ticks of 10 ms
 
 
 # --- interrupts -----------------------------------------------------------------------------------------------------
@@ -84,7 +98,7 @@ def test_an_interrupt_is_one_word_and_exit_130(inputs, tmp_path):
         run.send_signal(signal.SIGINT)
         err = run.stderr.read().decode()
         out = run.stdout.read().decode()
-        assert run.wait(60) == 130, err
+        assert run.wait(HANGS) == 130, err
     assert err.splitlines()[-1] == "Error: Interrupted."
     assert "Traceback" not in err
     assert out == ""
@@ -221,7 +235,7 @@ def test_output_that_nobody_can_take_is_one_sentence(inputs):
     """A full disk behind stdout."""
     line = [sys.executable, "-m", "dsconvert", "info", str(inputs / "best.pt")]
     with open("/dev/full", "w") as full:
-        done = subprocess.run(line, stdout=full, stderr=subprocess.PIPE, text=True, timeout=120, env=ENVIRONMENT)
+        done = subprocess.run(line, stdout=full, stderr=subprocess.PIPE, text=True, timeout=HANGS, env=ENVIRONMENT)
     assert done.returncode == 2
     assert done.stderr == "Error: Reading or writing failed: No space left on device.\n"
 
@@ -241,7 +255,7 @@ main()
 def test_too_little_memory_is_one_sentence(inputs, tmp_path):
     command = ["quantize", str(inputs / "best.pt"), "--calib", str(inputs / "data.yaml"), "--imgsz", "2048"]
     line = [sys.executable, "-c", LITTLE_MEMORY, *command, "--threads", "1", "--out", "q"]
-    done = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True, timeout=300, env=ENVIRONMENT)
+    done = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True, timeout=HANGS, env=ENVIRONMENT)
     assert done.returncode == 2, done.stderr
     assert "Traceback" not in done.stderr
     last = done.stderr.splitlines()[-1]

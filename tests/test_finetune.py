@@ -13,7 +13,7 @@ import numpy as np
 import onnxruntime as ort
 import pytest
 import torch
-from conftest import ROOT, convert, smooth_picture, tiny_network
+from conftest import HANGS, ROOT, convert, smooth_picture, tiny_network
 
 from dsconvert import workers
 from dsconvert.errors import InputError
@@ -207,7 +207,7 @@ def test_two_processes_learn_what_one_learns(folder):
                  "--out", f"o{processes}", "--threads", "1", "-q"]  # fmt: skip
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
         done = subprocess.run(
-            line, cwd=folder, env=environment, capture_output=True, text=True, timeout=240, check=False
+            line, cwd=folder, env=environment, capture_output=True, text=True, timeout=HANGS, check=False
         )
         assert done.returncode == 0, done.stderr
         assert done.stdout.split() == [f"o{processes}/model.safetensors"]  # one speaks for both

@@ -6,14 +6,16 @@ import json
 import subprocess
 import sys
 
-from conftest import ROOT
+import pytest
+from conftest import HANGS, ROOT
 
 CASES = 15
+pytestmark = pytest.mark.long
 
 
 def test_damaged_files_of_every_kind_end_in_one_sentence_or_load():
     command = [sys.executable, str(ROOT / "benchmarks/fuzz.py"), "--cases", str(CASES)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=900)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=HANGS)
     assert done.returncode == 0, done.stderr + done.stdout
     figures = json.loads(done.stdout)
     cases = figures.pop("cases")

@@ -14,6 +14,7 @@ from dsconvert.export.nms import Nms, add_nms
 from dsconvert.export.onnx import export_quantized
 
 openvino = pytest.importorskip("openvino")
+pytestmark = pytest.mark.long
 
 
 def compiled(model: onnx.ModelProto):

@@ -13,13 +13,14 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import ROOT
+from conftest import HANGS, ROOT
 
 import dsconvert
 
 SOURCES = (
     "dsconvert", "calib", "docs", "examples", "tests", "benchmarks", "pyproject.toml", "README.md", "LICENSE",
     "Makefile", "CHANGELOG.md", "CITATION.cff", "MANIFEST.in", "Dockerfile", ".dockerignore", "mkdocs.yml",
+    "requirements.lock", "locks",
 )  # fmt: skip
 
 
@@ -36,7 +37,7 @@ def built(tmp_path_factory):
             shutil.copy(source, copy / name)
     # --no-isolation: with this environment's setuptools, as a test should need no package registry
     command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(out), str(copy)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=HANGS)
     assert done.returncode == 0, done.stdout + done.stderr
     return out
 

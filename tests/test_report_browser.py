@@ -13,7 +13,7 @@ from report_case import HOSTILE, make_case
 from dsconvert.report.gather import ReportOptions, gather
 from dsconvert.report.page import page_bytes
 
-pytestmark = needs_chromium
+pytestmark = [pytest.mark.long, needs_chromium]
 
 
 @pytest.fixture(scope="module")

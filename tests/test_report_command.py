@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 from click.testing import CliRunner
+from conftest import HANGS
 from report_case import make_case
 
 from dsconvert import pipeline
@@ -20,7 +21,7 @@ from dsconvert.report.page import page_bytes
 
 def dsconvert(*args: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "dsconvert", *map(str, args)]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300)
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=HANGS)
 
 
 def test_report_from_the_command_line(tmp_path):

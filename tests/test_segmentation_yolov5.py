@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import HANGS
 
 from dsconvert.graph.run import run_float
 from dsconvert.yolo.checkpoint import load_checkpoint, yolov5_bytes
@@ -17,7 +18,7 @@ from dsconvert.yolo.decode import decode
 from dsconvert.yolo.lower import lower
 
 TREE = os.environ.get("DSCONVERT_YOLOV5", "")
-pytestmark = pytest.mark.skipif(not TREE, reason="DSCONVERT_YOLOV5 names no YOLOv5 tree")
+pytestmark = [pytest.mark.long, pytest.mark.skipif(not TREE, reason="DSCONVERT_YOLOV5 names no YOLOv5 tree")]
 LOADED_BY_YOLOV5 = """
 import sys, torch
 sys.path.insert(0, sys.argv[1])
@@ -30,7 +31,7 @@ torch.save(content["model"].float().eval()(torch.load(sys.argv[4])["image"])[:2]
 
 
 def run(*arguments: str | Path) -> None:
-    done = subprocess.run([sys.executable, *map(str, arguments)], capture_output=True, text=True, timeout=300)
+    done = subprocess.run([sys.executable, *map(str, arguments)], capture_output=True, text=True, timeout=HANGS)
     assert done.returncode == 0, done.stderr[-2000:]
 
 

@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT
+from conftest import HANGS, ROOT
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
@@ -19,11 +19,12 @@ def test_the_rise_is_that_of_the_second_half():
     assert soak.rise([0.0, 0.0, 0.0, 1.0, 2.0, 3.0]) == pytest.approx(2)
 
 
+@pytest.mark.long
 def test_memory_stays_flat():
     """Keeping one decoded picture of 160 pixels an image (0.3 MB as floats) would be 46 MB over the second half; the
     allocator's own unrest is a few MB."""
     command = [sys.executable, str(ROOT / "benchmarks/soak.py"), "--images", "300", "--most", "20"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=HANGS)
     assert done.returncode == 0, done.stdout + done.stderr
     figures = json.loads(done.stdout)
     assert set(figures) == {"evaluate", "detect"}

@@ -73,6 +73,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.mark.long
 def test_every_command_of_the_page_does_what_the_page_shows(folder, call):
     done = []
     for step in steps(PAGE.read_text()):

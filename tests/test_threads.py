@@ -6,6 +6,7 @@ import threading
 
 import pytest
 import torch
+from conftest import HANGS
 
 from dsconvert.fit.threads import FEW, in_order, shared, threads_for
 
@@ -41,7 +42,7 @@ def test_side_by_side_and_in_order(three):
 
     def make(item):
         if item < 3:
-            met.wait(timeout=20)
+            met.wait(timeout=HANGS)
         return item, torch.get_num_threads(), torch.is_grad_enabled()
 
     with torch.no_grad():

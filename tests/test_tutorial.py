@@ -9,8 +9,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
-from conftest import ROOT
+from conftest import HANGS, ROOT
 
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
@@ -37,11 +38,12 @@ def run_shell(code: str, folder: Path) -> None:
     function = f'dsconvert() {{ "{sys.executable}" -m dsconvert "$@"; }}\n'
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
-        ["bash", "-euc", function + code], cwd=folder, env=environment, capture_output=True, text=True, timeout=600
+        ["bash", "-euc", function + code], cwd=folder, env=environment, capture_output=True, text=True, timeout=HANGS
     )
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.long
 def test_every_block_of_the_tutorial_runs(tmp_path, monkeypatch, capsys):
     (tmp_path / "calib").symlink_to(ROOT / "calib")
     monkeypatch.chdir(tmp_path)

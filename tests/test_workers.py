@@ -9,7 +9,7 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import ROOT, write_work
+from conftest import HANGS, ROOT, write_work
 
 from dsconvert import workers
 from dsconvert.calibration import decoded
@@ -33,7 +33,7 @@ def run(folder, processes, *arguments):
     if processes > 1:
         line += ["torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "-m"]
     line += ["dsconvert", *arguments, "--threads", "1"]
-    done = subprocess.run(line, cwd=folder, env=ENVIRONMENT, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(line, cwd=folder, env=ENVIRONMENT, capture_output=True, text=True, timeout=HANGS)
     return done.returncode, done.stdout, done.stderr
 
 
@@ -105,7 +105,9 @@ def test_a_process_leaves_the_others_before_python_ends(tmp_path):
         "assert all(s.tolist() == [2.0] * 3 for s in sums)\n"
     )
     line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "ends.py"]
-    done = subprocess.run(line, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(
+        line, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, timeout=HANGS, check=False
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == ["20 sums, with others: False"] * 2
 

@@ -42,6 +42,7 @@ def test_actionlint_finds_nothing(tmp_path):
     assert found[1]
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not os.environ.get("DSCONVERT_WORKFLOW"), reason="takes minutes: DSCONVERT_WORKFLOW is not set")
 def test_the_steps_run_in_order(tmp_path):
     """By bash -e, in a new environment in which dsconvert is not installed, and all that it needs is: the demo's
@@ -56,8 +57,8 @@ def test_the_steps_run_in_order(tmp_path):
         if not (path.name.startswith(own) or (site / path.name).exists()):
             (site / path.name).symlink_to(path)
     repository = tmp_path / "repository"
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
-        (repository / "dsconvert").mkdir(parents=True, exist_ok=True)
+    (repository / "dsconvert").mkdir(parents=True)
+    for name in ("pyproject.toml", "README.md", "LICENSE", "requirements.lock"):
         shutil.copy(ROOT / name, repository / "dsconvert")
     shutil.copytree(ROOT / "dsconvert", repository / "dsconvert/dsconvert")
     shutil.copy(DEMO / "demo.pt", repository / "best.pt")

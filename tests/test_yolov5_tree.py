@@ -19,6 +19,7 @@ from dsconvert.evaluate.candidates import load_candidate
 from dsconvert.evaluate.detect import yolo_lines
 from dsconvert.yolo.checkpoint import load_checkpoint
 
+pytestmark = pytest.mark.long
 SIDE, HEIGHT = 320, 240  # of the pictures: 40 rows of padding above and below, no scaling
 LAYOUTS = ("packed", "int8")
 SIZES = [f"models/yolov5{size}.yaml" for size in "nsmlx"]

@@ -10,6 +10,7 @@ from trees import Tree, noise, worst
 from dsconvert.errors import InputError
 from dsconvert.yolo.checkpoint import load_checkpoint
 
+pytestmark = pytest.mark.long
 TAKEN = ("yolov7", "yolov7-tiny", "yolov7x")
 AUXILIARY = "yolov7-w6"
 

@@ -7,12 +7,15 @@ import subprocess
 import sys
 from pathlib import Path
 
-from conftest import DEMO
+import pytest
+from conftest import DEMO, HANGS
+
+pytestmark = pytest.mark.long
 
 
 def dsconvert(*args: str | Path, cwd: Path) -> dict:
     command = [sys.executable, "-m", "dsconvert", *map(str, args), "--json"]
-    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=HANGS)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 

@@ -11,7 +11,7 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
-from conftest import SHARED, by_quads
+from conftest import HANGS, SHARED, by_quads
 
 from dsconvert.graph.integer import run_integer
 from dsconvert.modelfile import load_model
@@ -19,14 +19,17 @@ from dsconvert.yolo.dataset import read_data_yaml
 from dsconvert.yolo.decode import decode
 from dsconvert.yolo.images import letterbox, read_image, to_tensor
 
-pytestmark = pytest.mark.skipif(not SHARED.is_dir(), reason="../shared/data is not on this machine")
+pytestmark = [
+    pytest.mark.long,
+    pytest.mark.skipif(not SHARED.is_dir(), reason="../shared/data is not on this machine"),
+]
 COCO = SHARED / "coco" / "coco.yaml"
 
 
 def dsconvert(*args: str | Path, cwd: Path) -> dict:
     done = subprocess.run(
         [sys.executable, "-m", "dsconvert", *map(str, args), "--json"],
-        cwd=cwd, capture_output=True, text=True, timeout=900,
+        cwd=cwd, capture_output=True, text=True, timeout=HANGS,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)

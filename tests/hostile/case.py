@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import pytest
+
 
 @dataclass(frozen=True)
 class Case:
@@ -19,3 +21,7 @@ PROTOCOL = "protocol"
 DAMAGED = "damaged"
 STRANGE = "not a PyTorch checkpoint"
 EVIL_NAMES = ("\x1b[31mred\x1b]0;owned\x07", "<script>alert(1)</script>\r\n\u202egnp.exe")
+
+
+# Every sixth file is read by `make test`, all of them by `make test-all`.
+SHARES = [pytest.param(6, id="every sixth"), pytest.param(1, id="all", marks=pytest.mark.long)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import re
 import signal
 import subprocess
@@ -13,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import write_pictures
+from conftest import HANGS, write_pictures
 from greedy import ENDLESS, MEMORY, greedy, large_images
 from watched import MOST_BYTES, MOST_SECONDS, dsconvert
 
@@ -96,6 +97,30 @@ def test_the_limit_holds_within_and_ends():
     assert np.ones(1 << 28, np.uint8).size == 1 << 28
 
 
+def test_garbage_is_no_room():
+    """A gigabyte that is already thrown away, but not yet collected, is not what a call may use."""
+
+    class Held:
+        def __init__(self) -> None:
+            self.me, self.data = self, np.empty(1 << 30, np.uint8)
+
+    def collected() -> np.ndarray:
+        gc.collect()
+        return np.empty(1 << 28, np.uint8)
+
+    gc.disable()
+    try:
+        Held()
+        with growth(64 << 20), pytest.raises(MemoryError):
+            collected()
+        Held()
+        with enforced(), pytest.raises(InputError, match=TOO_MUCH):
+            Bounds("a", 0).first(lambda: np.empty(2 << 30, np.uint8))
+    finally:
+        gc.enable()
+        gc.collect()
+
+
 def test_bounds_grow_with_file_and_image():
     """yolov5x in float32 (347 MB) took 821 MB to load, and 294 MB for an image of 1280 pixels (20 MB)."""
     small, large = Bounds("a", 1000), Bounds("b", 347_000_000)
@@ -157,7 +182,7 @@ def test_an_endless_file_ends(work):
         "from dsconvert.cli import main; main(sys.argv[1:])"
     )
     command = [sys.executable, "-c", code, *COMMANDS["detect"]]
-    done = subprocess.run(command, cwd=work, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, cwd=work, capture_output=True, text=True, timeout=HANGS)
     assert done.returncode == 2
     assert re.fullmatch(
         r"Error: greedy.onnx takes over \d s to load and run once, more than a network of its size should, so it was "
@@ -183,7 +208,7 @@ main(sys.argv[1:])
         assert [run.stdout.readline() for _ in range(2)] == ["begun\n"] * 2  # loading, and the first image
         time.sleep(0.3)
         run.send_signal(signal.SIGINT)
-        assert run.wait(15) == 130, run.stderr.read()
+        assert run.wait(HANGS) == 130, run.stderr.read()
         assert run.stderr.read().splitlines()[-1] == "Error: Interrupted."
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from case import SHARES
 from conftest import write_work
 from fuzz_damage import resealed
 from modelfiles import Opened, floats, put
@@ -85,7 +86,8 @@ def flips(good: bytes) -> list[bytes]:
     return files
 
 
-def test_a_damaged_calibration_is_made_again(run, tmp_path, monkeypatch):
+@pytest.mark.parametrize("share", SHARES)
+def test_a_damaged_calibration_is_made_again(run, tmp_path, monkeypatch, share):
     given: list[Any] = []
     monkeypatch.setattr(pipeline, "remembered", lambda *all_of_it: given.append(all_of_it) or remembered(*all_of_it))
     run(cache=tmp_path / "kept")
@@ -130,13 +132,14 @@ def test_a_damaged_calibration_is_made_again(run, tmp_path, monkeypatch):
         "a tensor of no kind": renamed(positions, LAYER), "a tensor of another kind": renamed(positions, f"x/{LAYER}"),
     }  # fmt: skip
     files = damaged(good, CACHE_META, changes)
-    for what, data in [*files.items(), *enumerate(flips(good))]:
+    for what, data in [*files.items(), *enumerate(flips(good))][::share]:
         path.write_bytes(data)
         assert not read(), what
         assert path.read_bytes() == good, what
 
 
-def test_a_damaged_unfinished_run_is_one_sentence(run, tmp_path):
+@pytest.mark.parametrize("share", SHARES)
+def test_a_damaged_unfinished_run_is_one_sentence(run, tmp_path, share):
     path = tmp_path / "unfinished.safetensors"
     result = run(unfinished=path)
     good = path.read_bytes()
@@ -159,7 +162,7 @@ def test_a_damaged_unfinished_run_is_one_sentence(run, tmp_path):
         **{f"{part} missing": missing(f"{LAYER}.{part}") for part in ("vqk", "m", "cdsw", "cdsb")},
     }  # fmt: skip
     files = damaged(good, UNFINISHED_META, changes)
-    for what, data in [*files.items(), *enumerate(flips(good))]:
+    for what, data in [*files.items(), *enumerate(flips(good))][::share]:
         path.write_bytes(data)
         assert (
             refusal(lambda: read_unfinished(path, key, shapes)) == f"{path} is damaged; start again without --resume."
@@ -175,7 +178,8 @@ def refusal(read: Callable[[], Any]) -> str | None:
     return None
 
 
-def test_a_damaged_finetune_is_one_sentence(tmp_path):
+@pytest.mark.parametrize("share", SHARES)
+def test_a_damaged_finetune_is_one_sentence(tmp_path, share):
     path = tmp_path / "finetuning.safetensors"
     like = {f"{LAYER}.{part}": torch.zeros(8) for part in ("cdsw", "cdsb")}
     state = State.new({name: v.clone().requires_grad_() for name, v in like.items()})
@@ -194,7 +198,7 @@ def test_a_damaged_finetune_is_one_sentence(tmp_path):
         "another key's place": lambda m: m.json.pop("key"),
         "moments missing": missing(first), "moments of another shape": reshaped(first, [2, 4]),
     }  # fmt: skip
-    for what, data in [*damaged(good, STATE_META, changes).items(), *enumerate(flips(good))]:
+    for what, data in [*damaged(good, STATE_META, changes).items(), *enumerate(flips(good))][::share]:
         path.write_bytes(data)
         refused = refusal(lambda: read_state(path, "key", like))
         assert refused == f"{path} is damaged; start again without --resume.", what
