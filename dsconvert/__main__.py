@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 
 def run() -> None:
     """Start the command line; an interrupt during the seconds that torch takes to load is one line, too."""
+    # Before torch loads OpenMP, which reads it once. By default a thread that waits for others spins for a while: on a
+    # busy machine it spins away the time in which they would have come.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         from dsconvert.cli import main
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -118,3 +121,14 @@ def test_nobody_waits_for_threads_that_never_come(three):
 def test_what_goes_wrong_in_a_run_is_raised(three):
     with pytest.raises(ZeroDivisionError):
         shared(9, lambda first, last: 1 // (first - 4))
+
+
+def test_the_command_lets_waiting_threads_sleep():
+    """libgomp prints what it was told when it is loaded; a user's own setting stays."""
+    for given, wanted in ({}, "PASSIVE"), ({"OMP_WAIT_POLICY": "active"}, "ACTIVE"):
+        env = {k: v for k, v in os.environ.items() if not k.startswith(("OMP_", "GOMP_"))}
+        done = subprocess.run(
+            [sys.executable, "-m", "dsconvert", "--version"], capture_output=True, text=True, check=True,
+            env={**env, "OMP_DISPLAY_ENV": "true", **given},
+        )  # fmt: skip
+        assert f"OMP_WAIT_POLICY = '{wanted}'" in done.stderr

@@ -54,6 +54,8 @@ def session(model: bytes | Path, threads: int, what: str = "The file", size: int
 
 def _inference_session(model: bytes | Path, threads: int) -> ort.InferenceSession:
     options = ort.SessionOptions()
+    if isinstance(model, bytes):  # of a fit or a check, never timed: threads that wait let others work meanwhile
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.intra_op_num_threads = threads
     options.log_severity_level = 4  # errors are raised anyway; its log shows names of a stranger as they are
     # idle threads of one session would otherwise spin on into the next one's turn
