@@ -22,7 +22,11 @@ def advice(result: Quantized, available: int) -> list[str]:
     options = result.model.provenance["options"]
     rows = quantize_report(result)["layers"]
     worst = _largest_error(rows, options) if options["bits"] else _largest_damage(rows, options)
-    return [*_few_images(result, options, available), *worst, *_wide_ranges(result.model.activations)]
+    shifted = result.scores.warning("the float model", "the converted one")
+    return [
+        *([shifted[:1].upper() + shifted[1:]] if shifted else []), *_few_images(result, options, available), *worst,
+        *_wide_ranges(result.model.activations),
+    ]  # fmt: skip
 
 
 def bits_of_layers(model: DSModel) -> str:
@@ -40,9 +44,7 @@ def _few_images(result: Quantized, options: Mapping[str, Any], available: int) -
     used = f"Only {result.images} calibration images were used, so the weights fit little else;"
     if available <= read:
         return [f"{used} give --calib about 100 photos like those that the model will see (no labels needed)."]
-    if options["samples"] <= read:
-        return [f"{used} leave out --samples {options['samples']}."]
-    return [f"{used} more do not fit into memory at --imgsz {options['imgsz']}, so try a smaller one."]
+    return [f"{used} leave out --samples {options['samples']}."]
 
 
 def _largest_damage(rows: Sequence[Mapping[str, Any]], options: Mapping[str, Any]) -> list[str]:

@@ -32,7 +32,8 @@ from dsconvert.calibration import Progress as Progress
 from dsconvert.calibration import calibrate, check_calibration, check_values, decoded, float_outputs, synthetic
 from dsconvert.dsconv.tensor import DSTensor, Width, used_width
 from dsconvert.errors import InputError
-from dsconvert.evaluate.drop import labels_of, map_drop
+from dsconvert.evaluate.compare import ScoreShift
+from dsconvert.evaluate.drop import labels_of, map_drop, scores_on
 from dsconvert.export.check import check_accumulators, check_export, check_images, float_reference, reference_of
 from dsconvert.export.compact import compact
 from dsconvert.export.onnx import PLAIN, Ends, export_float, export_quantized
@@ -94,15 +95,15 @@ class QuantizeOptions:
 
 @dataclass(frozen=True)
 class Quantized:
-    """A fitted model, the images it was calibrated on, how many files were unreadable, each layer's error, the points
-    of mAP50-95 lost on held-back images where a target was set, and why the first unreadable file was so."""
+    """A fitted model, and what its owner should know of it."""
 
     model: DSModel
-    images: int
-    skipped: int
-    sqnr_db: Mapping[str, float]
-    map_drop: float | None = None
-    skipped_reason: str = ""
+    images: int  # that it was calibrated on
+    skipped: int  # files that could not be read
+    sqnr_db: Mapping[str, float]  # each layer's error
+    scores: ScoreShift  # of the float network and of the model, on some of the images
+    map_drop: float | None = None  # points of mAP50-95 on held-back images, where a target was set
+    skipped_reason: str = ""  # why the first file could not be read
 
 
 def quantize(
@@ -197,9 +198,9 @@ def quantize(
             widths = {name: width._replace(trellis=False) for name, width in widths.items()}
         model = fitted(widths)
     sqnr = {name: _sqnr_db(params[name].weight.cpu(), conv.weight.weight()) for name, conv in model.convs.items()}
-    return Quantized(
-        model, images.part.all, len(images.skipped), sqnr, drop, images.skipped[0] if images.skipped else ""
-    )
+    scores = scores_on(model, params, partial(images.one, device="cpu"), images.part.mine)
+    reason = images.skipped[0] if images.skipped else ""
+    return Quantized(model, images.part.all, len(images.skipped), sqnr, scores, drop, reason)
 
 
 def _check(options: QuantizeOptions, checkpoint: Checkpoint) -> None:
@@ -294,6 +295,7 @@ def quantize_report(result: Quantized) -> dict[str, Any]:
         "calibration_images": result.images,
         "unreadable_images": result.skipped,
         "held_back_map_drop": result.map_drop,
+        "scores": asdict(result.scores),
         "weights": model.weight_count,
         "weight_bits": round(model.weight_bits, 4),
         "layers": [

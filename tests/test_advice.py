@@ -7,6 +7,7 @@ from dataclasses import asdict, replace
 import pytest
 
 from dsconvert.advice import advice, bits_of_layers
+from dsconvert.evaluate.compare import ScoreShift
 from dsconvert.graph.integer import QParams
 from dsconvert.pipeline import Quantized, QuantizeOptions
 
@@ -15,12 +16,13 @@ from dsconvert.pipeline import Quantized, QuantizeOptions
 def make(converted):
     """A conversion with given images, options, damages by DSConv layer, errors and ranges."""
 
-    def build(images=128, skipped=0, damage=(), sqnr=20.0, grids=None, **options) -> Quantized:
+    def build(images=128, skipped=0, damage=(), sqnr=20.0, grids=None, scores=None, **options) -> Quantized:
         four_bits = [n for n, c in converted.convs.items() if c.weight.bits == 4]
         damages = {n: {"4/16": d} for n, d in zip(four_bits, damage, strict=False)}
         provenance = {"options": asdict(QuantizeOptions(**options)), "damage": damages}
         model = replace(converted, provenance=provenance, activations=grids or converted.activations)
-        return Quantized(model, images, skipped, dict.fromkeys(converted.convs, 20.0) | {four_bits[1]: sqnr})
+        errors = dict.fromkeys(converted.convs, 20.0) | {four_bits[1]: sqnr}
+        return Quantized(model, images, skipped, errors, scores or ScoreShift(0.7, 0.69, 5, 5))
 
     return build
 
@@ -37,7 +39,12 @@ def test_few_images_and_what_keeps_them_few(make):
     assert "Only 9 calibration images" in more
     assert "give --calib about 100 photos" in more
     assert "leave out --samples 9" in advice(make(images=8, skipped=1, samples=9), 500)[0]
-    assert "do not fit into memory at --imgsz 1280" in advice(make(images=12, imgsz=1280), 500)[0]
+
+
+def test_scores_that_shift_come_first(make):
+    assert advice(make(scores=ScoreShift(0.73, 0.70, 9, 9)), 128) == []
+    first, _ = advice(make(images=9, scores=ScoreShift(0.73, 0.61, 332, 305)), 9)
+    assert first.startswith("The best score of an image is 0.73 on average with the float model and 0.61 with the")
 
 
 def test_the_layer_that_does_most_of_the_damage(make):

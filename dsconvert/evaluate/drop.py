@@ -1,18 +1,28 @@
-"""How much a model that is not a file yet loses against its float network."""
+"""How much a model that is not a file yet loses against its float network, and how its scores shift."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+from torch import Tensor
+
 from dsconvert.errors import InputError
-from dsconvert.evaluate.accuracy import evaluate_predictors
+from dsconvert.evaluate.accuracy import OVERLAP, evaluate_predictors
+from dsconvert.evaluate.compare import ScoreShift, score_shift
+from dsconvert.evaluate.detect import Found
 from dsconvert.evaluate.predictors import float_predictor, model_predictor
+from dsconvert.fit.threads import in_order
 from dsconvert.graph.ir import ConvParams
 from dsconvert.model import DSModel
+from dsconvert.yolo.boxes import non_max_suppression
 from dsconvert.yolo.classes import label_rules
 from dsconvert.yolo.dataset import is_data_yaml, read_data_yaml
+from dsconvert.yolo.images import spread
 from dsconvert.yolo.labels import Labelled, LabelRules, label_files, read_labelled
+
+SCORED = 32  # calibration images on which scores are compared
+UNSURE = 0.05  # what scores less counts as nothing
 
 
 def map_drop(
@@ -27,6 +37,22 @@ def map_drop(
     both = [float_predictor(model.graph, true, model.head), model_predictor(model)]
     before, after = evaluate_predictors(both, paths, model.imgsz, model.head.nc, labels is not None, progress, labels)
     return 100 * (before.map50_95 - after.map50_95)
+
+
+def scores_on(
+    model: DSModel, params: Mapping[str, ConvParams], image: Callable[[int], Tensor], count: int
+) -> ScoreShift:  # fmt: skip
+    """How sure a model and its float network `params` are on SCORED of `count` images, evenly spread; image(i) is
+    (1, 3, side, side), 0..1."""
+    true = {name: ConvParams(p.weight.cpu(), p.bias.cpu()) for name, p in params.items()}
+    both = float_predictor(model.graph, true, model.head), model_predictor(model)
+
+    def found(index: int) -> list[Found]:
+        x = image(index).cpu().numpy()
+        return [non_max_suppression(predict(x)[0], UNSURE, OVERLAP) for predict in both]
+
+    looked = list(in_order(found, spread(range(count), SCORED)))
+    return score_shift([a for a, _ in looked], [b for _, b in looked])
 
 
 def labels_of(source: Path, paths: Sequence[Path], names: Sequence[str], strict: bool) -> Labelled | None:

@@ -6,6 +6,7 @@ import stat
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import cv2
 import numpy as np
@@ -97,11 +98,14 @@ def to_tensor(images: Sequence[Image]) -> Tensor:
     return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous().float() / 255
 
 
-def spread(paths: Sequence[Path], count: int) -> list[Path]:
-    """At most `count` of the paths, evenly spaced over the whole list."""
-    if count >= len(paths):
-        return list(paths)
-    return [paths[i * len(paths) // count] for i in range(count)]
+Item = TypeVar("Item")
+
+
+def spread(items: Sequence[Item], count: int) -> list[Item]:
+    """At most `count` of the items, evenly spaced over all of them."""
+    if count >= len(items):
+        return list(items)
+    return [items[i * len(items) // count] for i in range(count)]
 
 
 def calibration_batches(paths: Sequence[Path], side: int, size: int) -> Iterator[tuple[Tensor, list[str]]]:
