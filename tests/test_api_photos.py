@@ -147,3 +147,16 @@ def test_bad_input_is_one_sentence_in_the_words_of_this_api(models):
         with pytest.raises(dsconvert.InputError, match=said) as caught:
             call()
         assert "--" not in str(caught.value)
+
+
+def test_a_file_that_suppresses_is_as_sure_as_one_that_does_not(models, converted):
+    """What scores less than the file keeps counts for neither: here the best scores of two of the four pictures."""
+    best = sorted(photo.objects[0].score for photo in dsconvert.detect("packed.onnx", "images"))
+    least = (best[1] + best[2]) / 2
+    assert best[1] < least < best[2]
+    ends = Ends(nms=Nms(least, 0.45, 1000))
+    (models / "sure.onnx").write_bytes(export_quantized(converted, "packed", SIDE, ends).SerializeToString())
+    found = dsconvert.compare("packed.onnx", "sure.onnx", "images")
+    # the same integers, decoded in float32 by the same engine
+    assert found.mean_best_score_first == pytest.approx((best[2] + best[3]) / 4, abs=1e-6)
+    assert found.mean_best_score_second == pytest.approx((best[2] + best[3]) / 4, abs=1e-6)

@@ -170,6 +170,15 @@ def test_the_surer_box_takes_the_object_and_the_other_the_next():
     assert (ours.precision, ours.recall) == (1, 1)
 
 
+def test_of_two_equal_overlaps_the_last_is_taken_as_in_coco():
+    """An IoU of 7/13 with both objects; the second box finds the first object alone."""
+    objects = true(([0, 0, 100, 100], 0), ([60, 0, 160, 100], 0))
+    boxes = found(([30, 0, 130, 100], 0.9, 0), ([0, 0, 100, 100], 0.8, 0))
+    ours = check([boxes], [objects], [(200, 200)], 1)
+    assert (ours.precision, ours.recall) == (1, 1)
+    assert check([boxes], [objects[::-1]], [(200, 200)], 1).recall == 0.5
+
+
 @pytest.mark.parametrize(("width", "right"), [(50, 1), (49, 0)])
 def test_an_overlap_of_a_half_is_enough(width, right):
     ours = check([found(([0, 0, width, 100], 0.9, 0))], [true(([0, 0, 100, 100], 0))], [(100, 100)], 1)
@@ -218,6 +227,32 @@ def test_equal_f1_takes_the_least_confidence():
     boxes = [(OBJECT, 0.9, 0), *(([70, y, 90, y + 9], 0.4, 0) for y in (10, 30)), ([10, 70, 60, 90], 0.4, 0)]
     ours = check([found(*boxes)], [true((OBJECT, 0), ([10, 70, 60, 90], 0))], [(100, 100)], 1)
     assert (ours.precision, ours.recall) == (0.5, 1)
+
+
+def test_equal_f1_is_equal_whatever_its_last_bits():
+    """Of four objects: two found alone (P 1, R 1/2) have the F1 2/3 of three found among five (P 3/5, R 3/4), which in
+    float64 comes out a bit less."""
+    objects = [[10 * i, 0, 10 * i + 9, 9] for i in range(4)]
+    wrong = [[10 * i, 50, 10 * i + 9, 59] for i in range(9)]
+    boxes = found(*((b, 0.9, 0) for b in objects[:2]), *((b, 0.4, 0) for b in (objects[2], *wrong[:2])))
+    ours = check([boxes], [true(*((b, 0) for b in objects))], [(100, 100)], 1)
+    assert (ours.precision, ours.recall) == (3 / 5, 3 / 4)
+
+
+def test_f1_decides_where_little_is_found():
+    """Of ten objects: one found among two (P 1/2, R 1/10, F1 1/6), then two among twelve (P 1/6, R 1/5, F1 2/11)."""
+    objects = [[10 * i, 0, 10 * i + 9, 9] for i in range(10)]
+    wrong = [[10 * i, 50, 10 * i + 9, 59] for i in range(10)]
+    rows = [(objects[0], 0.9, 0), (wrong[0], 0.9, 0), (objects[1], 0.4, 0), *((b, 0.4, 0) for b in wrong[1:])]
+    ours = check([found(*rows)], [true(*((b, 0) for b in objects))], [(100, 100)], 1)
+    assert (ours.precision, ours.recall) == pytest.approx((2 / 12, 2 / 10))
+
+
+def test_confidences_are_thousandths_from_0_001_to_0_999():
+    """What they part counts apart: 0.999 and what is below it; not 1 and 0.9995."""
+    for scores, precision in (((0.999, 0.9985), 1), ((1.0, 0.9995), 0.5)):
+        boxes = found((OBJECT, scores[0], 0), ([70, 70, 90, 90], scores[1], 0))
+        assert check([boxes], [true((OBJECT, 0))], [(100, 100)], 1).precision == precision
 
 
 def test_more_boxes_than_coco_looks_at_count_for_precision():

@@ -14,6 +14,7 @@ from report_case import HOSTILE, SCRIPT, make_case
 
 from dsconvert.commands import report as command
 from dsconvert.errors import InputError
+from dsconvert.evaluate.compare import ScoreShift
 from dsconvert.report.gather import ReportOptions, gather
 from dsconvert.report.page import page_bytes
 from dsconvert.report.svg import COLOURS
@@ -173,3 +174,14 @@ def test_models_that_cannot_be_reported_on(folder, monkeypatch):
     monkeypatch.setattr(command, "find_spec", lambda name: None if name == "matplotlib" else object())
     with pytest.raises(InputError, match=r"needs matplotlib; pip install 'dsconvert\[report\]'"):
         command.report.callback(model, data, (), None, 1, None, None, True, 1, None, False)
+
+
+def test_the_page_says_how_sure_both_models_are(gathered, html):
+    """In figures, and with a note where one threshold does not suit both."""
+    scores = gathered.scores
+    assert 0 < scores.first_best <= 1
+    assert f"is {scores.first_best:.3f} on average with float and {scores.second_best:.3f} with DSConv" in html
+    assert f"{scores.first_boxes} and {scores.second_boxes} boxes score above 0.25" in html
+    for second, noted in ((0.72, False), (0.6, True)):
+        page = page_bytes(dataclasses.replace(gathered, scores=ScoreShift(0.73, second, 9, 8))).decode()
+        assert ("0.73 on average with float and 0.60 with DSConv, so" in page) == noted
