@@ -109,5 +109,5 @@ def look(
     report = progress or (lambda stage, done, total: None)
     return detect_all(
         predictors or [c.predict for c in given.candidates], given.paths, given.candidates[0].side, given.nc,
-        given.labelled, lambda done, total: report("evaluate", done, total), given.labels,
+        given.labels or given.labelled, lambda done, total: report("evaluate", done, total),
     )  # fmt: skip
