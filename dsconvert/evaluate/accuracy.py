@@ -76,9 +76,8 @@ def detect_all(
     """Run every predictor on the same images, each decoded once.
 
     The truth is the labels given as `labelled`, whose images take the place of `paths`, or (True) those beside the
-    images, or (False) what the first predictor finds with confidence: then metrics say how far the others agree with it.
-    Where labels are polygons, the masks of segmentation models are
-    measured too. Under torchrun every process looks at a part of the images and
+    images, or (False) what the first predictor finds with confidence: then metrics say how far the others agree with
+    it. Where labels are polygons, the masks of segmentation models are measured too. Under torchrun every process looks at a part of the images and
     has what all found. Files that cannot be read are left out and counted. Raises
     InputError when none can, or there is no object to find.
     """
@@ -89,7 +88,7 @@ def detect_all(
     labels = read_labelled(paths, LabelRules(nc), any(masked)) if labelled is True else labelled
     if labels:
         paths = labels.paths
-    outlined = any(masked) and bool(labels) and labels.has_polygons
+    outlined = any(masked) and labels is not False and labels.has_polygons
     masks: list[list[list[Encoded]] | None] = [[] if outlined and m else None for m in masked]
     contours: list[list[Encoded]] = []
     part = workers.share(len(paths))
