@@ -77,8 +77,8 @@ def detect_all(
 
     The truth is the labels given as `labelled`, whose images take the place of `paths`, or (True) those beside the
     images, or (False) what the first predictor finds with confidence: then metrics say how far the others agree with
-    it. Where labels are polygons, the masks of segmentation models are measured too. Under torchrun every process looks at a part of the images and
-    has what all found. Files that cannot be read are left out and counted. Raises
+    it. Where labels are polygons, the masks of segmentation models are measured too. Under torchrun every process looks
+    at a part of the images and has what all found. Files that cannot be read are left out and counted. Raises
     InputError when none can, or there is no object to find.
     """
     found: list[list[NDArray[np.float32]]] = [[] for _ in predictors]
