@@ -78,11 +78,10 @@ def evaluate(
         contest.look(contest.entrants(paths, data, imgsz, samples, split, strict))
         return
     with bars(quiet) as progress:
-        given = contest.entrants(paths, data, imgsz, samples, split, strict)
-        rows = contest.measure(given, progress)
+        rows = contest.evaluate(paths, data, imgsz, samples, progress, split, strict)
     if as_json:
         print_json({
-            "models": [_row(r) for r in rows], "data": str(data), "split": given.split, "warnings": notes.so_far(),
+            "models": [_row(r) for r in rows], "data": str(data), "split": rows[0].split, "warnings": notes.so_far(),
         })  # fmt: skip
     else:
         if verbose:
