@@ -78,14 +78,13 @@ def evaluate(
         contest.look(contest.entrants(paths, data, imgsz, samples, split, strict))
         return
     with bars(quiet) as progress:
-        given = contest.entrants(paths, data, imgsz, samples, split, strict)
-        rows = contest.measure(given, progress)
+        rows = contest.evaluate(paths, data, imgsz, samples, progress, split, strict)
     for r in rows:
         if r.candidate.batch > 1:
             say(f"{short(r.candidate.path)} takes {r.candidate.batch} images at once; its ms is of all of them.")
     if as_json:
         print_json({
-            "models": [_row(r) for r in rows], "data": str(data), "split": given.split, "warnings": notes.so_far(),
+            "models": [_row(r) for r in rows], "data": str(data), "split": rows[0].split, "warnings": notes.so_far(),
         })  # fmt: skip
     else:
         if verbose:

@@ -78,22 +78,26 @@ def export(
         )
         return
     tell(f"Wrote {target} ({len(data) / 1e6:.2f} MB, {suffix}).")
-    tell(f"Next: {_next_command(path, target)}")
+    for line in _next_lines(path, target):
+        tell(line)
 
 
-def _next_command(model: Path, target: Path) -> str:
+def _next_lines(model: Path, target: Path) -> list[str]:
     """How to measure what was written, against the checkpoint, on images it was not calibrated on."""
     provenance = load_model(model).provenance if file_kind(model) == MODEL else {}
     source, options = provenance.get("source"), provenance.get("options")
     calib, split = (options.get("calib"), options.get("split")) if isinstance(options, dict) else (None, None)
     against = [source] if isinstance(source, str) and Path(source).is_file() else []
-    start = ["dsconvert", "eval", *against, str(target), "--data"]
+    start = ["Next:", "dsconvert", "eval", *against, str(target), "--data"]
     if not isinstance(calib, str):
-        return shlex.join([*start, "data.yaml"])
+        return [shlex.join([*start, "data.yaml"])]
     fresh = _unseen_split(Path(calib), split)
     if fresh is None:
-        return f"{shlex.join([*start, 'OTHER'])}, where OTHER holds images that are not in {calib}."
-    return shlex.join([*start, calib, *(["--split", fresh] if fresh != "val" else [])])
+        return [
+            shlex.join([*start, "OTHER"]),
+            f"OTHER stands for other images than those of {calib}, which calibrated.",
+        ]
+    return [shlex.join([*start, calib, *(["--split", fresh] if fresh != "val" else [])])]
 
 
 def _unseen_split(calib: Path, split: Any) -> str | None:

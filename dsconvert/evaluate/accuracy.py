@@ -62,12 +62,11 @@ def evaluate_predictors(
     paths: Sequence[Path],
     side: int,
     nc: int,
-    labelled: bool = True,
+    labelled: bool | Labelled = True,
     progress: Callable[[int, int], None] | None = None,
-    labels: Labelled | None = None,
 ) -> list[Metrics]:
     """Metrics of every predictor on the same images, see `detect_all`."""
-    return detect_all(predictors, paths, side, nc, labelled, progress, labels).metrics()
+    return detect_all(predictors, paths, side, nc, labelled, progress).metrics()
 
 
 def detect_all(
@@ -75,32 +74,31 @@ def detect_all(
     paths: Sequence[Path],
     side: int,
     nc: int,
-    labelled: bool = True,
+    labelled: bool | Labelled = True,
     progress: Callable[[int, int], None] | None = None,
-    labels: Labelled | None = None,
 ) -> Detections:
     """Run every predictor on the same images, each decoded once.
 
-    The truth is `labels`, whose images take the place of `paths`, or (None) the labels beside the images, or
-    (labelled=False) what the first predictor finds with confidence: then metrics say how far the others agree with it.
-    There all boxes are suppressed as a user of detect.py has them, so the truth is among what the first one finds, and
-    a model agrees with itself wholly. Where labels are polygons, the masks of segmentation models are measured too.
-    Under torchrun every process looks at a part of the images and
-    has what all found. Files that cannot be read are left out and counted. Raises
+    The truth is the labels given as `labelled`, whose images take the place of `paths`, or (True) those beside the
+    images, or (False) what the first predictor finds with confidence: then metrics say how far the others agree with
+    it. There all boxes are suppressed as a user of detect.py has them, so the truth is among what the first one finds,
+    and a model agrees with itself wholly. Where labels are polygons, the masks of segmentation models are measured
+    too. Under torchrun every process looks at a part of the images and has what all found. Files that cannot be read
+    are left out and counted. Raises
     InputError when none can, or there is no object to find.
     """
     found: list[list[NDArray[np.float32]]] = [[] for _ in predictors]
     truths, shapes = [], []
     skipped: list[str] = []
-    masked = [labelled and isinstance(p, MaskPredictor) for p in predictors]
-    if labelled:
-        labels = labels or read_labelled(paths, LabelRules(nc), any(masked))
+    masked = [bool(labelled) and isinstance(p, MaskPredictor) for p in predictors]
+    labels = read_labelled(paths, LabelRules(nc), any(masked)) if labelled is True else labelled
+    if labels:
         paths = labels.paths
-    outlined = any(masked) and labels is not None and labels.has_polygons
+    outlined = any(masked) and labels is not False and labels.has_polygons
     masks: list[list[list[Encoded]] | None] = [[] if outlined and m else None for m in masked]
     contours: list[list[Encoded]] = []
     part = workers.share(len(paths))
-    mine, truth = paths[part], labels.labels[part] if labels and labelled else ()
+    mine, truth = paths[part], labels.labels[part] if labels else ()
     for index, path in enumerate(mine):
         try:
             image = read_image(path)

@@ -21,11 +21,12 @@ from dsconvert.yolo.labels import Labelled, label_path, read_labelled
 
 @dataclass(frozen=True)
 class Evaluated:
-    """One model's accuracy and latency on the same images as the others."""
+    """One model's accuracy and latency on the same images as the others, and the data.yaml's split these are."""
 
     candidate: Candidate
     metrics: Metrics
     latency: Latency
+    split: str | None = None
 
 
 @dataclass(frozen=True)
@@ -95,14 +96,10 @@ def evaluate(
     strict: bool = False,
 ) -> list[Evaluated]:
     """Measure models on the images of `data`, see `entrants`."""
-    return measure(entrants(models, data, imgsz, samples, split, strict), progress)
-
-
-def measure(given: Entrants, progress: Progress | None = None) -> list[Evaluated]:
-    """Accuracy and latency of what has entered."""
+    given = entrants(models, data, imgsz, samples, split, strict)
     metrics = look(given, progress).metrics()
     latencies = interleaved_latency([c.run_once for c in given.candidates])
-    return [Evaluated(c, m, t) for c, m, t in zip(given.candidates, metrics, latencies, strict=True)]
+    return [Evaluated(c, m, t, given.split) for c, m, t in zip(given.candidates, metrics, latencies, strict=True)]
 
 
 def look(
@@ -113,5 +110,5 @@ def look(
     report = progress or (lambda stage, done, total: None)
     return detect_all(
         predictors or [c.predict for c in given.candidates], given.paths, given.candidates[0].side, given.nc,
-        given.labelled, lambda done, total: report("evaluate", done, total), given.labels,
+        given.labels or given.labelled, lambda done, total: report("evaluate", done, total),
     )  # fmt: skip

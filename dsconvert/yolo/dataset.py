@@ -22,6 +22,7 @@ SPLITS = ("train", "val", "test")
 ALSO_VAL = ("validation", "valid")  # what some data.yaml files call val
 # The largest files read: a list of two million images, a data.yaml of ten thousand classes.
 MAX_LIST_BYTES, MAX_LIST_LINES, MAX_LIST_LINE = 256 << 20, 2_000_000, 32_768
+MOST_GONE = 100_000  # of a list's files; each is looked for in several places
 MAX_YAML_BYTES = 1 << 20
 MOST_FILES = 3_000_000  # in a folder, images or not
 MOST_CLASSES = 10_000
@@ -243,16 +244,23 @@ def _image_paths(source: Path, strict: bool, starts: Sequence[Path]) -> list[Pat
 
 
 def _from_list(source: Path, strict: bool, starts: Sequence[Path]) -> list[Path]:
-    found, gone, first_gone = [], 0, ""
+    found: list[Path] = []
+    gone, first_gone, last = 0, "", ""
     for line in read_lines(source, MAX_LIST_BYTES, MAX_LIST_LINES, MAX_LIST_LINE):
         if not (written := line.strip()):
             continue
-        places = (start / form for form in _spellings(written) for start in starts)
+        if written == last and found:
+            found.append(found[-1])
+            continue
+        places = (os.path.join(start, form) for form in _spellings(written) for start in starts)
         place = next((p for p in places if os.path.isfile(p)), None)
         if place is not None:
-            found.append(place)
+            found.append(Path(place))
+            last = written
         else:
             gone, first_gone = gone + 1, first_gone or written
+        if gone > MOST_GONE:
+            raise InputError(f"{source} lists more than {MOST_GONE} files that are not there, the first {first_gone}.")
     if not found and not gone:
         raise InputError(f"{source} lists no images.")
     if gone:

@@ -21,6 +21,8 @@ ALIKE = 0.9  # share of the rows that have one length, and of these that hold as
 ODD = 0.5  # share of them that are odd as polygons
 NEAR, BEYOND = 0.1, 0.01  # how far a point may lie outside its box, in widths and heights of it; outside the image
 Points = NDArray[np.float64]
+# by whether it holds with key points of three numbers, and of two
+HELD = {(three, two): frozenset([3] * three + [2] * two) for three in (False, True) for two in (False, True)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,17 +39,32 @@ class Row:
     held_as: frozenset[int] = frozenset()
     numbers: Points | None = None
 
-    @staticmethod
-    def of(values: Points, line: int, keep: bool) -> Row:
-        """From all numbers of a row; keep: the numbers of a long one will be needed."""
-        kind, first, columns = float(values[0]), values[1:5].tolist(), len(values)
+
+def rows_of(values: Sequence[list[float]], lines: Sequence[int], keep: bool) -> list[Row]:
+    """From all numbers of each row of a file, and its line; keep: the numbers of long rows will be needed."""
+    rows: list[Row | None] = [None] * len(values)
+    for columns, places in _by_length(values).items():
         if columns == 5:
-            return Row(kind, columns, line, first, first)
-        points = values[1 : 1 + (columns - 1) // 2 * 2].reshape(-1, 2)
-        low, high = points.min(0), points.max(0)
-        around = [*((low + high) / 2).tolist(), *(high - low).tolist()]
-        held = frozenset(each for each in (2, 3) if _holds(values[1:], each))
-        return Row(kind, columns, line, first, around, held, values[1:] if held or keep else None)
+            for i in places:
+                rows[i] = Row(values[i][0], 5, lines[i], values[i][1:], values[i][1:])
+            continue
+        numbers = np.array([values[i][1:] for i in places])
+        points = numbers[:, : (columns - 1) // 2 * 2].reshape(len(places), -1, 2)
+        low, high = points.min(1), points.max(1)
+        around = np.concatenate(((low + high) / 2, high - low), 1).tolist()
+        three, two = _hold(numbers, 3).tolist(), _hold(numbers, 2).tolist()
+        for i, box, own, in_threes, in_twos in zip(places, around, numbers, three, two, strict=True):
+            held = HELD[in_threes, in_twos]
+            needed = own.copy() if held or keep else None
+            rows[i] = Row(values[i][0], columns, lines[i], values[i][1:5], box, held, needed)
+    return [row for row in rows if row is not None]
+
+
+def _by_length(values: Sequence[list[float]]) -> dict[int, list[int]]:
+    found: dict[int, list[int]] = {}
+    for i, row in enumerate(values):
+        found.setdefault(len(row), []).append(i)
+    return found
 
 
 def key_points_of(rows: Iterable[Row]) -> tuple[int, int] | None:
@@ -69,23 +86,23 @@ def key_points_of(rows: Iterable[Row]) -> tuple[int, int] | None:
     return None
 
 
-def _holds(numbers: Points, each: int) -> bool:
-    """Whether the numbers behind a class are a box in the image, and points of `each` numbers in it: x and y, then
-    perhaps 0 (not labelled), 1 (hidden) or 2 (seen). Points without a place are zero or negative."""
-    count, rest = divmod(len(numbers) - 4, each)
+def _hold(numbers: Points, each: int) -> NDArray[np.bool_]:
+    """Whether the numbers behind a class, row by row, are a box in the image, and points of `each` numbers in it: x and
+    y, then perhaps 0 (not labelled), 1 (hidden) or 2 (seen). Points without a place are zero or negative."""
+    count, rest = divmod(numbers.shape[1] - 4, each)
     if rest or not 0 < count <= MOST_POINTS:
-        return False
-    centre, size = numbers[:2], numbers[2:4]
+        return np.zeros(len(numbers), np.bool_)
+    centre, size = numbers[:, None, :2], numbers[:, None, 2:4]
     low, high = centre - size / 2, centre + size / 2
-    if min(size) <= 0 or min(low) < -BEYOND or max(high) > 1 + BEYOND:
-        return False
-    points = numbers[4:].reshape(count, each)
-    if each == 3 and not np.isin(points[:, 2], (0, 1, 2)).all():
-        return False
-    places = points[:, :2]
-    inside = ((places >= low - NEAR * size) & (places <= high + NEAR * size)).all(1)
-    missing = (places <= 0).all(1)
-    return bool((inside | missing).all() and inside.any())
+    points = numbers[:, 4:].reshape(len(numbers), count, each)
+    places = points[:, :, :2]
+    inside: NDArray[np.bool_] = np.all((places >= low - NEAR * size) & (places <= high + NEAR * size), axis=2)
+    good = (size > 0).all((1, 2)) & (low >= -BEYOND).all((1, 2)) & (high <= 1 + BEYOND).all((1, 2))
+    missing = (places <= 0).all(2)
+    good &= np.all(inside | missing, axis=1) & np.any(inside, axis=1)
+    if each == 3:
+        good &= np.isin(points[:, :, 2], (0, 1, 2)).all(1)
+    return np.asarray(good, np.bool_)
 
 
 def _is_odd(numbers: Points) -> bool:

@@ -7,6 +7,7 @@ have the same number of columns, so all rows of a data set are looked at before 
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from numpy.typing import NDArray
 from dsconvert.errors import InputError
 from dsconvert.notes import note
 from dsconvert.textfile import NotText, read_text
-from dsconvert.yolo.keypoints import Row, key_points_of
+from dsconvert.yolo.keypoints import Row, key_points_of, rows_of
 
 Labels = NDArray[np.float64]
 MAX_LABEL_BYTES, MAX_LABEL_ROWS = 8 << 20, 100_000
@@ -172,7 +173,8 @@ def _parsed(path: Path, polygons: bool) -> _File:
         raise InputError(f"{path} is not a readable label file: it {error}.") from None
     except OSError as error:
         raise InputError(f"{path} is not a readable label file: {error.strerror}.") from None
-    rows: list[Row] = []
+    rows: list[list[float]] = []
+    places: list[int] = []
     for number, line in enumerate(lines, 1):
         words = line.split()
         if not words:
@@ -180,14 +182,15 @@ def _parsed(path: Path, polygons: bool) -> _File:
         if len(rows) == MAX_LABEL_ROWS:
             raise InputError(f"{path} has more than {MAX_LABEL_ROWS} labels.")
         try:
-            values = np.array([float(word) for word in words])
+            values = [float(word) for word in words]
         except ValueError:
-            values = np.array([np.nan])
-        if not np.isfinite(values).all() or len(values) < 5:
+            values = []
+        if len(values) < 5 or not all(map(math.isfinite, values)):
             commas = "; numbers have decimal points, no commas" if "," in line else ""
             raise InputError(f"{path}, line {number}: {FORM}{commas}.")
-        rows.append(Row.of(values, number, polygons))
-    return _File(path, rows)
+        rows.append(values)
+        places.append(number)
+    return _File(path, rows_of(rows, places, polygons))
 
 
 def _labels(file: _File, rules: LabelRules, points: tuple[int, int] | None, polygons: bool) -> ImageLabels:
