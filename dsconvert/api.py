@@ -192,7 +192,7 @@ class Evaluation(tuple[EvaluationRow, ...]):
 def load(path: File) -> FloatModel | QuantizedModel:
     """Read a YOLOv5 checkpoint (`.pt`, nothing in it is executed) or a converted model (`.safetensors`)."""
     path = Path(path)
-    kind = file_kind(path)
+    kind = ONNX if path.suffix == ".onnx" and path.is_file() else file_kind(path)
     if kind == MODEL:
         return QuantizedModel(load_model(path))
     if kind == ONNX:

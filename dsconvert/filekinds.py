@@ -69,8 +69,9 @@ def file_kind(path: Path, wanted: str | None = None) -> str:
     if path.is_dir():
         raise InputError(f"{path} is a folder; name the model file (.pt, .safetensors or .onnx) in it.")
     if not path.is_file():
-        what = f"{_MISSING[named]} file" if named else "file"
-        raise InputError(f"There is no {what} at {path}.")
+        if not named:
+            raise InputError(f"{path} is not a .pt, .safetensors or .onnx file that is there.")
+        raise InputError(f"There is no {_MISSING[named]} file at {path}.")
     found = known_kind(path)
     if not found:
         refuse_other(path, named or wanted)

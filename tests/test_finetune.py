@@ -309,7 +309,7 @@ def test_what_cannot_be_used_is_one_sentence_and_exit_2(folder, call, change, wo
 
 
 def test_a_checkpoint_or_a_missing_model_is_refused(folder, call):
-    (folder / "best.pt").write_bytes(b"")
+    (folder / "best.pt").write_bytes(b"PK\x03\x04")
     assert "not a .safetensors file" in call("finetune", "best.pt", *LINE[2:], cwd=folder).err
     done = call("finetune", "none.safetensors", *LINE[2:], cwd=folder)
     assert (done.code, "no model file" in done.err) == (2, True)
