@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -130,10 +131,17 @@ def grids_of(graph, params, batches) -> dict:
     return choose_grids(graph, found.samples, found.clipping, 0)
 
 
+@pytest.fixture(scope="session")
+def converted_once() -> DSModel:
+    """For `converted`, which takes a quarter of a second to make, and hundreds of tests use."""
+    return convert(*tiny_network(), smooth_picture())
+
+
 @pytest.fixture
-def converted(tiny, picture) -> DSModel:
-    """The tiny network as `convert` makes it."""
-    return convert(*tiny, picture)
+def converted(tiny, converted_once) -> DSModel:
+    """The tiny network as `convert` makes it, which folds the network's BatchNorm; a copy that a test may change."""
+    tiny[0].fuse()
+    return copy.deepcopy(converted_once)
 
 
 def convert(network: Network, head: Head, picture: torch.Tensor) -> DSModel:
