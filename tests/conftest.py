@@ -39,6 +39,8 @@ if worker := os.environ.get("PYTEST_XDIST_WORKER"):
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared" / "data"
 DEMO = ROOT / "calib" / "demo"
+# processes that tests start run this tree's dsconvert, whatever else is installed
+os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
 SIDE = 64  # pixels, of `picture` and `converted`
 # No clock decides whether a test passes, as the machine may be busy: only what hangs is ended, and no process that a
 # test starts takes half an hour anywhere.
