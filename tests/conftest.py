@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -39,6 +40,8 @@ if worker := os.environ.get("PYTEST_XDIST_WORKER"):
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared" / "data"
 DEMO = ROOT / "calib" / "demo"
+# processes that tests start run this tree's dsconvert, whatever else is installed
+os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
 SIDE = 64  # pixels, of `picture` and `converted`
 # No clock decides whether a test passes, as the machine may be busy: only what hangs is ended, and no process that a
 # test starts takes half an hour anywhere.
@@ -142,10 +145,17 @@ def lockstep(graph, params, fit_layer, own, batches, progress=None, room=None):
     return fit_lockstep(graph, params, fit_layer, own, pixels, drawn, len(images), room, progress=progress)
 
 
+@pytest.fixture(scope="session")
+def converted_once() -> DSModel:
+    """For `converted`, which takes a quarter of a second to make, and hundreds of tests use."""
+    return convert(*tiny_network(), smooth_picture())
+
+
 @pytest.fixture
-def converted(tiny, picture) -> DSModel:
-    """The tiny network as `convert` makes it."""
-    return convert(*tiny, picture)
+def converted(tiny, converted_once) -> DSModel:
+    """The tiny network as `convert` makes it, which folds the network's BatchNorm; a copy that a test may change."""
+    tiny[0].fuse()
+    return copy.deepcopy(converted_once)
 
 
 def convert(network: Network, head: Head, picture: torch.Tensor) -> DSModel:

@@ -16,6 +16,7 @@ def task():
     return bench.prepare(0, epochs=8)
 
 
+@pytest.mark.long
 def test_8_bits_are_float_2_bits_are_worse_and_training_the_shifts_recovers_a_part(task):
     wanted = task.accuracy(task.net)
     many = bench.measure(task, 8, 32, 1, 0)

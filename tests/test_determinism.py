@@ -11,7 +11,7 @@ from conftest import HANGS, ROOT, write_work
 from fuzz_damage import resealed
 
 
-@pytest.mark.parametrize("threads", ["1", "2"])
+@pytest.mark.parametrize("threads", ["1", pytest.param("2", marks=pytest.mark.long)])
 def test_two_runs_give_the_same_bytes(tiny, tmp_path, threads):
     write_work(tmp_path, tiny, 5)
     files = []

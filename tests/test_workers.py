@@ -79,6 +79,7 @@ def test_two_processes_fit_what_one_fits(folder):
         np.testing.assert_allclose(conv.bias, other.bias, rtol=3e-6, atol=1e-6)
 
 
+@pytest.mark.long
 def test_two_processes_with_an_image_each(tiny, tmp_path):
     # every second image says what widths cost: here one process has none of those
     write_work(tmp_path, tiny, 2)
