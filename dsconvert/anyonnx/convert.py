@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import tempfile
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,6 +20,7 @@ from dsconvert.anyonnx.source import Array, Source, opset_of, read_source
 from dsconvert.dsconv.tensor import DSTensor, Width, used_width
 from dsconvert.errors import CheckError, InputError
 from dsconvert.evaluate.engines import session
+from dsconvert.files import scratch_folder
 from dsconvert.fit.gptq import fit_weight_gptq, measure_moments
 from dsconvert.fit.least_squares import fit_weight
 from dsconvert.fit.seen import Seen
@@ -99,10 +100,10 @@ def quantize_onnx(
         width = used_width(widths[layer.index], layer.weight.shape[1], plan.block_size)
         return _fit(layer, width, seen, plan.seed)
 
-    with tempfile.TemporaryDirectory(prefix="dsconvert-") as folder, torch.no_grad():
+    with scratch_folder() as folder, torch.no_grad():
         fitted = fit_lockstep(
-            source, layers, batches(images, source.image, plan.normal), fit, Path(folder), threads,
-            lambda done, total: report("fit", done, total),
+            source, layers, batches(images, source.image, plan.normal), fit, folder, threads,
+            lambda done, total: report("fit", done, total), math.ceil(len(images) / source.image.batch),
         )  # fmt: skip
     made = OnnxConverted(
         with_integers(source, layers, fitted, plan.layout), source, layers, fitted, len(images), skipped

@@ -14,7 +14,7 @@ from dsconvert.errors import InputError
 from dsconvert.export.layouts import LAYOUT_OPSET
 from dsconvert.export.nms import Nms
 from dsconvert.export.onnx import Ends
-from dsconvert.files import write_atomic
+from dsconvert.files import check_writable, scratch_in, write_atomic
 from dsconvert.modelfile import load_model
 
 
@@ -68,7 +68,11 @@ def export(
     float_source = path.suffix == ".pt"
     suffix = "float32" if float_source else layout
     target = out or path.with_name(f"{path.stem}-{suffix}{_mark(ends)}.onnx")
-    data = pipeline.onnx_bytes(path, layout, imgsz, ends, not no_check)
+    check_writable(target.parent)
+    if target.exists() and not force:  # before minutes are spent on what could not be written
+        raise InputError(f"{target} already exists; give --force to replace it, or another --out.")
+    with scratch_in(target.parent):
+        data = pipeline.onnx_bytes(path, layout, imgsz, ends, not no_check)
     write_atomic(target, data, force)
     if as_json:
         print_json(

@@ -99,7 +99,11 @@ def _configure(context: click.Context, parameter: click.Parameter, value: str | 
 @click.option("--seed", default=0, show_default=True, help="Seed of every random choice.")
 @threads
 @click.option("--device", default="cpu", show_default=True, help="cpu or cuda.")
-@click.option("--cache", type=PATH, help="Folder where calibrations are kept for further runs on the same images.")
+@click.option(
+    "--cache",
+    type=PATH,
+    help="Folder where calibrations are kept for further runs on the same images; of an .onnx, where values wait.",
+)
 @click.option("--out", type=PATH, help="Folder to write (default: runs/dsconvert/NAME).")
 @click.option("--resume", is_flag=True, help="Go on where a stopped run with the same options left off.")
 @force
@@ -136,7 +140,7 @@ def quantize(
     began = time.perf_counter()
     if checkpoint.suffix.lower() == ".onnx":
         rest = {"threads": threads, "force": force, "quiet": quiet, "verbose": verbose, "as_json": as_json}
-        quantize_onnx.run(checkpoint, calib, out, {**options, **rest})
+        quantize_onnx.run(checkpoint, calib, out, cache, {**options, **rest})
         return
     quantize_onnx.refuse_onnx_only()
     for name in quantize_onnx.ONNX_ONLY:

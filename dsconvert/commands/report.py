@@ -10,7 +10,7 @@ import click
 from dsconvert import pipeline
 from dsconvert.commands.shared import PATH, RUNS, bars, force, tell, threads
 from dsconvert.errors import InputError
-from dsconvert.files import write_atomic
+from dsconvert.files import check_writable, write_atomic
 
 
 @click.command(short_help="Write one HTML page about MODEL.")
@@ -46,6 +46,7 @@ def report(
 
     path = model or pipeline.newest_result(RUNS)
     target = out or path.with_name("report.html")
+    check_writable(target.parent)
     if target.exists() and not force:  # before minutes are spent on what could not be written
         raise InputError(f"{target} already exists; give --force to replace it, or another --out.")
     options = ReportOptions(path, data, against, float_model, images, imgsz, samples, not no_latency)
