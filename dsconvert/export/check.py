@@ -24,9 +24,9 @@ from dsconvert.export.lastchannels import LAST
 from dsconvert.export.onnx import LAYOUT_KEY, Ends
 from dsconvert.export.reference import Reference, float_reference, reference_of
 from dsconvert.export.stored import DETECT, wrong_layer
-from dsconvert.graph.integer import grid_of
 from dsconvert.graph.ir import INPUT
 from dsconvert.model import DSModel, display_name
+from dsconvert.modelcheck import largest_sum
 from dsconvert.yolo.decode import decode
 
 __all__ = ["check_accumulators", "check_export", "check_images", "float_reference", "reference_of"]
@@ -44,16 +44,10 @@ ROUNDED_SHARE = 0.01
 
 def check_accumulators(model: DSModel) -> None:
     """Raises CheckError naming the layer whose accumulator could leave int32."""
-    if not model.activations:
-        return
-    grids = grid_of(model.graph, model.activations)
-    for node in model.graph.convs():
-        bound = int(model.convs[node.name].largest_sum(grids[node.inputs[0]].scale).max())
-        if bound >= 1 << 31:
-            raise CheckError(
-                f"The sums of layer {display_name(node)} can reach {bound}, beyond 32-bit integers, so the file was "
-                "not written."
-            )
+    if found := largest_sum(model):
+        raise CheckError(
+            f"The sums of layer {found[0]} can reach {found[1]}, beyond 32-bit integers, so the file was not written."
+        )
 
 
 def check_images(side: int, photographs: Sequence[Array] = ()) -> list[Array]:
