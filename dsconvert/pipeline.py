@@ -46,6 +46,7 @@ from dsconvert.graph.integer import QConv, QParams
 from dsconvert.graph.ir import ConvParams, Graph, Node
 from dsconvert.model import DSModel, damage_by_bits, display_name, is_dsconv
 from dsconvert.modelfile import load_model, model_bytes
+from dsconvert.origin import known_images
 from dsconvert.target import smallest_within
 from dsconvert.unfinished import read_unfinished, run_key, usable, write_unfinished
 from dsconvert.yolo.checkpoint import Checkpoint, load_checkpoint
@@ -348,19 +349,19 @@ def onnx_bytes(path: Path, layout: str, imgsz: int | None, ends: Ends = PLAIN, c
         made = compact(named)
         if check:
             check_accumulators(model)
-            photographs = _first_calibration_image(model, side)
+            photographs = _first_calibration_image(model, side, path)
     data = made.SerializeToString(deterministic=True)
     if check:
         check_export(data, reference, ends, check_images(side, photographs), named.SerializeToString())
     return data
 
 
-def _first_calibration_image(model: DSModel, side: int) -> list[Image]:
-    """One of the images a model was calibrated on, (3, side, side); none when they are gone."""
-    calib = model.provenance.get("options", {}).get("calib")
+def _first_calibration_image(model: DSModel, side: int, path: Path = Path(MODEL_FILE)) -> list[Image]:
+    """One of the images that the model at `path` was calibrated on, (3, side, side); none when they are gone, or are
+    not to be opened (see `origin`)."""
     try:
-        path = calibration_images(Path(calib))[0] if calib else None
-        return [] if path is None else [letterbox(read_image(path), side)[0].transpose(2, 0, 1)]
+        first = calibration_images(known_images(model.provenance, path))[0]
+        return [letterbox(read_image(first), side)[0].transpose(2, 0, 1)]
     except InputError:
         return []
 

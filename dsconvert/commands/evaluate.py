@@ -29,6 +29,7 @@ from dsconvert.evaluate import contest
 from dsconvert.evaluate.candidates import Candidate
 from dsconvert.evaluate.detect import class_name
 from dsconvert.modelfile import load_model
+from dsconvert.origin import known_images, known_source
 
 
 @click.command("eval", short_help="Measure accuracy, size and latency of each MODEL.")
@@ -61,8 +62,8 @@ def evaluate(
     if not paths or data is None:
         newest = pipeline.newest_result(RUNS)
         provenance = load_model(newest).provenance
-        paths = paths or [Path(provenance["source"]), newest]
-        data = data or _data_of(provenance)
+        paths = paths or [known_source(provenance, newest, "name the models: dsconvert eval CHECKPOINT MODEL"), newest]
+        data = data or known_images(provenance, newest)
     if max_map_drop is not None and len(paths) < 2:
         raise InputError("--max-map-drop measures the drop against the first model; name another one too.")
     workers.start()
@@ -90,13 +91,6 @@ def _hold(rows: list[contest.Evaluated], most: float) -> None:
     if missed:
         against = f"of mAP50-95 against {rows[0].candidate.path}"
         raise LimitMissed(f"{' and '.join(missed)} {against}, more than --max-map-drop {most:g}.")
-
-
-def _data_of(provenance: Any) -> Path:
-    calib = provenance["options"]["calib"]
-    if not calib:
-        raise InputError("Which images? Give --data data.yaml, or a folder of images to measure agreement.")
-    return Path(calib)
 
 
 def _row(r: contest.Evaluated) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 from pathlib import Path
 from typing import Any
@@ -88,7 +89,7 @@ def _next_command(model: Path, target: Path) -> str:
     provenance = load_model(model).provenance if model.suffix == ".safetensors" else {}
     source, options = provenance.get("source"), provenance.get("options")
     calib = options.get("calib") if isinstance(options, dict) else None
-    against = [source] if isinstance(source, str) and Path(source).is_file() else []
+    against = [source] if isinstance(source, str) and os.path.isfile(source) else []
     return shlex.join(["dsconvert", "eval", *against, str(target), "--data", str(calib or "data.yaml")])
 
 

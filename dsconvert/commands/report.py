@@ -11,6 +11,8 @@ from dsconvert import pipeline
 from dsconvert.commands.shared import PATH, RUNS, bars, force, tell, threads
 from dsconvert.errors import InputError
 from dsconvert.files import check_writable, write_atomic
+from dsconvert.modelfile import load_model
+from dsconvert.origin import known_images, known_source
 
 
 @click.command(short_help="Write one HTML page about MODEL.")
@@ -49,6 +51,10 @@ def report(
     check_writable(target.parent)
     if target.exists() and not force:  # before minutes are spent on what could not be written
         raise InputError(f"{target} already exists; give --force to replace it, or another --out.")
+    if path.suffix == ".safetensors" and (data is None or float_model is None):
+        provenance = load_model(path).provenance
+        float_model = float_model or known_source(provenance, path, "give it with --float")
+        data = data or known_images(provenance, path)
     options = ReportOptions(path, data, against, float_model, images, imgsz, samples, not no_latency)
     with bars() as progress:
         page = page_bytes(gather(options, progress))

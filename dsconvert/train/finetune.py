@@ -24,7 +24,7 @@ from dsconvert.train.photos import Photos, open_photos
 from dsconvert.train.schedule import SCHEDULES
 from dsconvert.train.state import SETS, State, read_state, write_state
 from dsconvert.unfinished import run_key
-from dsconvert.yolo.images import DataYaml, read_data_yaml
+from dsconvert.yolo.images import DataYaml, label_path, read_data_yaml
 
 Progress = Callable[[str, int, int], None]
 
@@ -153,11 +153,23 @@ def _line(state: State, epochs: int) -> str:
 
 
 def _key(path: Path, options: FinetuneOptions, photos: Photos, data: DataYaml) -> str:
-    """Stands for everything that decides the result: image files by name and size, labels by content."""
-    sizes = [[str(p), p.stat().st_size] for p in (*photos.paths, *data.val)]
+    """Stands for everything that decides the result: images and labels of both splits by content, and the classes."""
+    digest = hashlib.sha256()
+    for image in (*photos.paths, *data.val):
+        digest.update(f"{image}\0{_content(image)}\0".encode("utf-8", "surrogatepass"))
+    for image in data.val:
+        digest.update(f"{_content(label_path(image))}\0".encode())
     labels = hashlib.sha256(b"".join(labels.tobytes() for labels in photos.labels)).hexdigest()
-    model = hashlib.sha256(path.read_bytes()).hexdigest()
-    return run_key(asdict(options), model, sizes, labels, workers.count())
+    return run_key(asdict(options), _content(path), digest.hexdigest(), labels, data.names, workers.count())
+
+
+def _content(path: Path) -> str:
+    """A digest of a file; empty where there is none."""
+    try:
+        with path.open("rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
+    except FileNotFoundError:
+        return ""
 
 
 def _spread(state: State) -> State:
