@@ -8,6 +8,9 @@ import sys
 def run() -> None:
     """Start the command line; an interrupt during the seconds that torch takes to load is one line, too."""
     try:
+        from dsconvert.streams import open_streams
+
+        open_streams()
         from dsconvert.cli import main
 
         main()

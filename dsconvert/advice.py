@@ -22,7 +22,8 @@ def advice(result: Quantized, available: int) -> list[str]:
     options = result.model.provenance["options"]
     rows = quantize_report(result)["layers"]
     worst = _largest_error(rows, options) if options["bits"] else _largest_damage(rows, options)
-    return [*_few_images(result, options, available), *worst, *_wide_ranges(result.model.activations)]
+    same = [result.sameness] if result.sameness else []
+    return [*same, *_few_images(result, options, available), *worst, *_wide_ranges(result.model.activations)]
 
 
 def bits_of_layers(model: DSModel) -> str:
@@ -50,7 +51,7 @@ def _largest_damage(rows: Sequence[Mapping[str, Any]], options: Mapping[str, Any
     damages = {row["name"]: (row["damage"][str(row["bits"])], row["bits"]) for row in rows if row["damage"]}
     total = sum(damage for damage, _ in damages.values())
     name, (damage, bits) = max(damages.items(), key=lambda item: item[1][0], default=("", (0.0, 8)))
-    if bits == 8 or damage < LARGE_SHARE * total:
+    if bits == 8 or not damage or damage < LARGE_SHARE * total:  # none at all where nothing reaches the detections
         return []
     remedy = "a --target-size above this file's size"
     if options["target_bytes"]:

@@ -7,6 +7,7 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
+from typing import NoReturn
 
 import click
 
@@ -23,6 +24,7 @@ from dsconvert.commands.report import report
 from dsconvert.commands.shared import say
 from dsconvert.errors import CheckError, InputError, LimitMissed, is_out_of_memory, system_fault
 from dsconvert.evaluate.bounds import enforced, left_running
+from dsconvert.streams import open_streams
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 80})
@@ -59,6 +61,7 @@ cli.add_command(report)
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point: bad input is one sentence and exit code 2; only a fault of ours shows a traceback."""
+    open_streams()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # better an escape than no output
@@ -66,6 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         with enforced():
             cli.main(arguments, prog_name="dsconvert", standalone_mode=False)
+        sys.stdout.flush()  # whoever reads it may have gone: said here, not when Python ends
     except InputError as error:
         _fail(str(error), 2)
     except LimitMissed as missed:
@@ -80,8 +84,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
             say(line)
         sys.exit(error.exit_code)
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(0)
+        _end_unread()
+    except SystemExit as end:
+        if isinstance(end.__context__, BrokenPipeError):  # click's own way out
+            _end_unread()
+        raise
     except CheckError as error:
         _fail(str(error), 1)
     except Exception as error:
@@ -97,6 +104,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         os._exit(2)
     if said:
         _fail(said, 2)
+
+
+def _end_unread() -> NoReturn:
+    """Whoever read has enough (`| head -1`): that is no fault."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.exit(0)
 
 
 def _was_interrupted(error: BaseException) -> bool:

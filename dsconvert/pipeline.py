@@ -47,6 +47,7 @@ from dsconvert.graph.ir import ConvParams, Graph, Node
 from dsconvert.model import DSModel, damage_by_bits, display_name, is_dsconv
 from dsconvert.modelfile import load_model, model_bytes
 from dsconvert.origin import known_images
+from dsconvert.sameness import warning_of
 from dsconvert.target import smallest_within
 from dsconvert.unfinished import read_unfinished, run_key, usable, write_unfinished
 from dsconvert.yolo.checkpoint import Checkpoint, load_checkpoint
@@ -95,7 +96,8 @@ class QuantizeOptions:
 @dataclass(frozen=True)
 class Quantized:
     """A fitted model, the images it was calibrated on, how many files were unreadable, each layer's error, the points
-    of mAP50-95 lost on held-back images where a target was set, and why the first unreadable file was so."""
+    of mAP50-95 lost on held-back images where a target was set, why the first unreadable file was so, and what there is
+    to warn of where all images are the same."""
 
     model: DSModel
     images: int
@@ -103,6 +105,7 @@ class Quantized:
     sqnr_db: Mapping[str, float]
     map_drop: float | None = None
     skipped_reason: str = ""
+    sameness: str = ""
 
 
 def quantize(
@@ -137,6 +140,7 @@ def quantize(
         images = synthetic(checkpoint, options.imgsz, options.samples, options.seed, report)
     else:
         images = decoded(paths, options.imgsz, report)
+    sameness = warning_of(image.numpy() for batch in images.batches for image in batch)
     graph, params = split_detect(*lower(network.fuse()), head)
     chosen = sorted(choose_convs(network, graph, options.blocks, options.scope))
     quantized = options.activations == "int8"
@@ -191,7 +195,9 @@ def quantize(
             widths = {name: width._replace(trellis=False) for name, width in widths.items()}
         model = fitted(widths)
     sqnr = {name: _sqnr_db(params[name].weight.cpu(), conv.weight.weight()) for name, conv in model.convs.items()}
-    return Quantized(model, images.count, len(images.skipped), sqnr, drop, images.skipped[0] if images.skipped else "")
+    return Quantized(
+        model, images.count, len(images.skipped), sqnr, drop, images.skipped[0] if images.skipped else "", sameness
+    )  # fmt: skip
 
 
 def _check(options: QuantizeOptions, checkpoint: Checkpoint) -> None:

@@ -25,6 +25,7 @@ from dsconvert.fit.gptq import fit_weight_gptq, measure_moments
 from dsconvert.fit.least_squares import fit_weight
 from dsconvert.fit.seen import Seen
 from dsconvert.graph.integer import QConv
+from dsconvert.sameness import warning_of
 from dsconvert.yolo.images import calibration_images, spread
 
 LITTLE = 0.1  # share of all weights that the last layers may hold to be spared
@@ -58,7 +59,7 @@ class OnnxPlan:
 @dataclass(frozen=True)
 class OnnxConverted:
     """The written model, and what it was made from: source (opset raised where needed), layers, fitted weights by node
-    index, and images used and left out."""
+    index, images used and left out, and what there is to warn of where all are the same."""
 
     model: onnx.ModelProto
     source: Source
@@ -66,6 +67,7 @@ class OnnxConverted:
     fitted: dict[int, QConv]
     images: int
     skipped: list[str]
+    sameness: str = ""
 
     @property
     def weight_bits(self) -> float:
@@ -106,7 +108,13 @@ def quantize_onnx(
             lambda done, total: report("fit", done, total), math.ceil(len(images) / source.image.batch),
         )  # fmt: skip
     made = OnnxConverted(
-        with_integers(source, layers, fitted, plan.layout), source, layers, fitted, len(images), skipped
+        with_integers(source, layers, fitted, plan.layout),
+        source,
+        layers,
+        fitted,
+        len(images),
+        skipped,
+        warning_of(image.transpose(2, 0, 1) for image in images),
     )
     _check(made, probe)
     return made

@@ -95,6 +95,8 @@ def _tell(
 ) -> None:
     if made.skipped:
         warn(f"{len(made.skipped)} images could not be read and were left out; the first: {made.skipped[0]}")
+    if made.sameness:
+        warn(made.sameness)
     before, after = source.stat().st_size, target.stat().st_size
     layers = [
         {"name": layer.name, "shape": list(layer.weight.shape), "bits": made.fitted[layer.index].weight.bits}
