@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 import click
+from click.utils import PacifyFlushWrapper
 
 import dsconvert
 from dsconvert.commands.bench import bench
@@ -85,8 +86,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(error.exit_code)
     except BrokenPipeError:
         _end_unread()
-    except SystemExit as end:
-        if isinstance(end.__context__, BrokenPipeError):  # click's own way out
+    except SystemExit:
+        if isinstance(sys.stdout, PacifyFlushWrapper):  # click's own way out where the reader has gone
             _end_unread()
         raise
     except CheckError as error:
