@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 import click
-from click.utils import PacifyFlushWrapper
 
 import dsconvert
 from dsconvert.commands.bench import bench
@@ -22,7 +21,7 @@ from dsconvert.commands.finetune import finetune_command
 from dsconvert.commands.info import info
 from dsconvert.commands.quantize import quantize
 from dsconvert.commands.report import report
-from dsconvert.commands.shared import say
+from dsconvert.commands.shared import say, warn
 from dsconvert.errors import CheckError, InputError, LimitMissed, is_out_of_memory, system_fault
 from dsconvert.evaluate.bounds import enforced, left_running
 from dsconvert.streams import open_streams
@@ -66,9 +65,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # better an escape than no output
-    said, exhausted = None, False
+    said, exhausted, stdout = None, False, sys.stdout
     try:
-        with enforced():
+        with enforced(warn):
             cli.main(arguments, prog_name="dsconvert", standalone_mode=False)
         sys.stdout.flush()  # whoever reads it may have gone: said here, not when Python ends
     except InputError as error:
@@ -87,7 +86,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except BrokenPipeError:
         _end_unread()
     except SystemExit:
-        if isinstance(sys.stdout, PacifyFlushWrapper):  # click's own way out where the reader has gone
+        if sys.stdout is not stdout:  # click's own way out where the reader has gone
             _end_unread()
         raise
     except CheckError as error:
