@@ -24,8 +24,8 @@ def advice(result: Quantized, available: int) -> list[str]:
     worst = _largest_error(rows, options) if options["bits"] else _largest_damage(rows, options)
     shifted = result.scores.warning("the float model", "the converted one")
     return [
-        *([shifted[:1].upper() + shifted[1:]] if shifted else []), *_few_images(result, options, available), *worst,
-        *_wide_ranges(result.model.activations),
+        *([result.sameness] if result.sameness else []), *([shifted[:1].upper() + shifted[1:]] if shifted else []),
+        *_few_images(result, options, available), *worst, *_wide_ranges(result.model.activations),
     ]  # fmt: skip
 
 
@@ -52,7 +52,7 @@ def _largest_damage(rows: Sequence[Mapping[str, Any]], options: Mapping[str, Any
     damages = {row["name"]: (row["damage"][str(row["bits"])], row["bits"]) for row in rows if row["damage"]}
     total = sum(damage for damage, _ in damages.values())
     name, (damage, bits) = max(damages.items(), key=lambda item: item[1][0], default=("", (0.0, 8)))
-    if bits == 8 or damage < LARGE_SHARE * total:
+    if bits == 8 or not damage or damage < LARGE_SHARE * total:  # none at all where nothing reaches the detections
         return []
     remedy = "a --target-size above this file's size"
     if options["target_bytes"]:

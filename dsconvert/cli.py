@@ -7,6 +7,7 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
+from typing import NoReturn
 
 import click
 
@@ -25,6 +26,7 @@ from dsconvert.commands.shared import say, warn
 from dsconvert.errors import CheckError, InputError, LimitMissed, is_out_of_memory, system_fault
 from dsconvert.evaluate.bounds import enforced, left_running
 from dsconvert.notes import heard
+from dsconvert.streams import open_streams
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 80})
@@ -61,13 +63,15 @@ cli.add_command(report)
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point: bad input is one sentence and exit code 2; only a fault of ours shows a traceback."""
+    open_streams()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # better an escape than no output
-    said, exhausted = None, False
+    said, exhausted, stdout = None, False, sys.stdout
     try:
-        with enforced(), heard(_warn):
+        with enforced(warn), heard(_warn):
             cli.main(arguments, prog_name="dsconvert", standalone_mode=False)
+        sys.stdout.flush()  # whoever reads it may have gone: said here, not when Python ends
     except InputError as error:
         _fail(str(error), 2)
     except LimitMissed as missed:
@@ -82,8 +86,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
             say(line)
         sys.exit(error.exit_code)
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(0)
+        _end_unread()
+    except SystemExit:
+        if sys.stdout is not stdout:  # click's own way out where the reader has gone
+            _end_unread()
+        raise
     except CheckError as error:
         _fail(str(error), 1)
     except Exception as error:
@@ -105,6 +112,12 @@ def _warn(sentence: str) -> None:
     """Of several processes under torchrun, one speaks for all."""
     if not workers.number():
         warn(sentence)
+
+
+def _end_unread() -> NoReturn:
+    """Whoever read has enough (`| head -1`): that is no fault."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.exit(0)
 
 
 def _was_interrupted(error: BaseException) -> bool:

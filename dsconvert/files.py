@@ -1,49 +1,114 @@
-"""Writing files so that a reader only ever sees the old one or the whole new one."""
+"""Writing files so that a reader only ever sees the old one or the whole new one, on the disks that people have.
+
+Cards (FAT, exFAT), drives in the network (SMB, Google Drive, gcsfuse) and folders shared with a virtual machine have no
+hard links, cannot sync a folder, or know no permissions. What a disk cannot do is left out; what fails otherwise fails.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
+import shutil
+import signal
 import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from pathlib import Path
+from types import FrameType
 
 from dsconvert.errors import InputError
 
+# how disks and systems say that they have no such thing
+CANNOT = {errno.EPERM, errno.EACCES, errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOTTY}
+NO_LINKS = CANNOT | {errno.EMLINK, errno.EXDEV}
+NO_FOLDERS = CANNOT | {errno.EBADF, errno.EISDIR}  # that are opened like files
+LONGEST = 40  # characters of a file's name in that of its temporary one: names have at most 255 bytes
+
 
 def write_atomic(path: Path, data: bytes, force: bool) -> None:
-    """Write beside, fsync, then rename into place. Raises InputError when the file is there and force is off,
-    or when the folder cannot be written."""
+    """Write beside, sync, then rename into place. Raises InputError when the file is there and force is off, or when
+    the folder cannot be written."""
     if path.exists() and not force:
         raise _exists(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
+        temporary = _written_beside(path, data)
     except OSError as error:
-        raise InputError(f"{path} cannot be written: {error.strerror}.") from None
+        raise _unwritable(path, error) from None
+    try:
+        if force:
+            os.replace(temporary, path)
+        else:
+            _place(temporary, path)
+        _sync_folder(path.parent)
+    except FileExistsError:
+        Path(temporary).unlink(missing_ok=True)
+        raise _exists(path) from None
+    except OSError as error:
+        Path(temporary).unlink(missing_ok=True)
+        raise _unwritable(path, error) from None
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def _written_beside(path: Path, data: bytes) -> str:
+    """A new file with the data and the permissions of any new file, on the disk for good."""
+    handle, temporary = tempfile.mkstemp(prefix=f".{path.name[:LONGEST]}.", suffix=".part", dir=path.parent)
     try:
         with os.fdopen(handle, "wb") as stream:
             stream.write(data)
             stream.flush()
-            os.fsync(stream.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())
-        if force:
-            os.replace(temporary, path)
-        else:
-            os.link(temporary, path)  # unlike rename, fails when another run made the file meanwhile
-            os.unlink(temporary)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-    except FileExistsError:
-        os.unlink(temporary)
-        raise _exists(path) from None
-    except OSError as error:
-        Path(temporary).unlink(missing_ok=True)
-        raise InputError(f"{path} cannot be written: {error.strerror}.") from None
+            with _able(CANNOT):
+                os.fsync(stream.fileno())
+        with _able(CANNOT):
+            os.chmod(temporary, 0o666 & ~_umask())
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
+    return temporary
+
+
+def _place(temporary: str, path: Path) -> None:
+    """Rename where no file is. Raises FileExistsError where one is, which stays."""
+    link: Callable[[str, Path], None] | None = getattr(os, "link", None)
+    linked = False
+    with _able(NO_LINKS):
+        if link is not None:
+            link(temporary, path)  # unlike rename, fails when another run made the file meanwhile
+            linked = True
+    if linked:
+        os.unlink(temporary)
+        return
+    os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY))  # the name is this run's now
+    try:
+        os.replace(temporary, path)
+    except BaseException:
+        path.unlink(missing_ok=True)
+        raise
+
+
+def _sync_folder(folder: Path) -> None:
+    with _able(NO_FOLDERS):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+@contextlib.contextmanager
+def _able(without: set[int]) -> Iterator[None]:
+    """What raises one of these errors within is left out."""
+    try:
+        yield
+    except FileExistsError:
+        raise
+    except OSError as error:
+        if error.errno not in without:
+            raise
 
 
 def free_folder(base: Path) -> Path:
@@ -74,14 +139,87 @@ def claim_folder(base: Path) -> Path:
 
 def check_writable(folder: Path) -> None:
     """Raises InputError when files in the folder, which need not exist yet, could not be written: better before
-    minutes of work than after."""
-    place = folder
-    while not place.exists() and place != place.parent:
-        place = place.parent
+    minutes of work than after. A file is written to find out, and removed again."""
+    place = existing(folder)
     if not place.is_dir():
         raise InputError(f"{folder} cannot be written: {place} is not a folder.")
     if not os.access(place, os.W_OK | os.X_OK):
         raise InputError(f"{folder} cannot be written: {place} is read-only.")
+    try:
+        Path(_written_beside(place / "dsconvert", b"x" * 512)).unlink()
+    except OSError as error:
+        raise _unwritable(folder, error) from None
+
+
+def existing(folder: Path) -> Path:
+    """The folder, or the nearest one above it that is there."""
+    place = folder
+    while not place.exists() and place != place.parent:
+        place = place.parent
+    return place
+
+
+_SCRATCH: ContextVar[Path | None] = ContextVar("scratch", default=None)
+
+
+@contextlib.contextmanager
+def scratch_in(folder: Path) -> Iterator[None]:
+    """Temporary folders are made in this one within, or in the nearest one above it that is there: the results' disk
+    has room for them sooner than the system's."""
+    token = _SCRATCH.set(existing(folder).absolute())
+    try:
+        yield
+    finally:
+        _SCRATCH.reset(token)
+
+
+@contextlib.contextmanager
+def scratch_folder() -> Iterator[Path]:
+    """An empty folder, where `scratch_in` says, else where the system has its own. It is removed afterwards, also when
+    the process is told to end."""
+    place = _SCRATCH.get()
+    try:
+        folder = Path(tempfile.mkdtemp(prefix=".dsconvert-", dir=place))
+    except OSError as error:
+        raise InputError(f"{place or 'The folder for temporary files'} cannot be written: {error.strerror}.") from None
+    try:
+        with _removed_when_told_to_end(folder):
+            yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _removed_when_told_to_end(folder: Path) -> Iterator[None]:
+    """SIGTERM and SIGHUP end a process at once: no `finally` is reached. (Ctrl-C is an exception.)"""
+    before: dict[int, signal._HANDLER] = {}
+
+    def remove(number: int, frame: FrameType | None) -> None:
+        shutil.rmtree(folder, ignore_errors=True)
+        signal.signal(number, before[number] or signal.SIG_DFL)
+        signal.raise_signal(number)
+
+    if threading.current_thread() is threading.main_thread():
+        for number in {signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}:
+            if signal.getsignal(number) != signal.SIG_IGN:
+                before[number] = signal.signal(number, remove)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler or signal.SIG_DFL)
+
+
+def needs_room(folder: Path, size: int, error: OSError) -> InputError:
+    """What to say when temporary files of so many bytes do not fit into the folder."""
+    return InputError(
+        f"{folder.parent} has no room for temporary files ({error.strerror or 'it is full'}): at least "
+        f"{size / 1e6:.1f} MB are needed; give --out on a larger disk."
+    )
+
+
+def _unwritable(path: Path, error: OSError) -> InputError:
+    return InputError(f"{path} cannot be written: {error.strerror}.")
 
 
 def _exists(path: Path) -> InputError:

@@ -6,17 +6,65 @@ than a network of its size needs."""
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
+from typing import Any
 
-import torch
+import numpy as np
+from numpy.typing import NDArray
 
+from dsconvert.dsconv.tensor import INT8_MAX, block_count
 from dsconvert.graph.integer import QParams, grid_of
 from dsconvert.graph.shapes import check_node, value_shapes
-from dsconvert.model import DSModel, damage_by_bits
+from dsconvert.model import DSModel, damage_by_bits, display_name
 from dsconvert.yolo.layers import MAX_MASKS
 from dsconvert.yolo.network import MAX_ANCHOR, MAX_STRIDE, Head
 
-MAX_NODES, MAX_SIDE = 5000, 4096
+MAX_NODES, MAX_SIDE, KDS_BITS = 5000, 4096, 4
 MAX_VALUES = 1 << 29  # of one tensor: the largest of a yolov5x6 at 4096 pixels has 335 million
+# Beyond these, products of a few of them leave float32. Fits end between 1e-30 (CDSw of a channel without weights, see
+# `QConv.with_room`) and some thousands, grids between 4e-9 (`QParams.of_range`) and 60000 / 255.
+LEAST_CDS, LEAST_GRID, MOST = 1e-30, 1e-12, 1e12
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """One kind of tensor in a model file: its numbers' type, shape and range (both ends belong to it)."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    low: float
+    high: float
+
+    def check(self, name: str, value: NDArray[Any]) -> None:
+        """Raises ValueError saying what of it is wrong."""
+        if value.dtype != np.dtype(self.dtype):
+            raise ValueError(f"{name} holds {value.dtype} numbers, not {self.dtype}")
+        if value.shape != self.shape:
+            raise ValueError(f"{name} has shape {value.shape}, not {self.shape}")
+        if not bool(np.isfinite(value).all()):
+            raise ValueError(f"{name} holds numbers that are not finite")
+        if value.size and not self.low <= float(value.min()) <= float(value.max()) <= self.high:
+            raise ValueError(f"{name} holds numbers outside {self.low:g} to {self.high:g}")
+
+
+def tensors_of(shape: tuple[int, int, int, int], bits: int, block_size: int, coded: bool) -> dict[str, Tensor]:
+    """All that a model file may hold of one convolution, by the last part of the tensor's name."""
+    cho, chi, kh, kw = shape
+    blocks = (cho, block_count(chi, block_size), kh, kw)
+    integers = Tensor("uint8", (_bytes(math.prod(shape) * bits),), 0, 255)
+    return {
+        "code" if coded else "vqk": integers,
+        "kds": Tensor("uint8", (_bytes(math.prod(blocks) * KDS_BITS),), 0, 255),
+        "kdsb": Tensor("int8", blocks, -INT8_MAX, INT8_MAX),
+        "alpha": Tensor("float32", blocks, -MOST, MOST),
+        # in float32 LEAST_CDS is a little above what it says
+        "cdsw": Tensor("float32", (cho,), LEAST_CDS, MOST),
+        "cdsb": Tensor("float32", (cho,), -MOST, MOST),
+    }
+
+
+def _bytes(bits: int) -> int:
+    return -(-bits // 8)
 
 
 def check_model(model: DSModel) -> None:
@@ -26,14 +74,18 @@ def check_model(model: DSModel) -> None:
         raise ValueError("too many nodes")
     for node in model.graph.nodes:
         check_node(node)
-    for name, conv in model.convs.items():
-        for part, value in (("CDSw", conv.weight.cds_w), ("CDSb", conv.bias)):
-            if value.dtype != torch.float32 or not bool(torch.isfinite(value).all()):
-                raise ValueError(f"{part} of {name} holds what is no finite float32 number")
+    if model.activations and model.has_real_alpha:
+        raise ValueError("real shifts have no int8 activations")
     if model.activations:
         for name, grid in grid_of(model.graph, model.activations).items():
             check_grid(name, grid)
+    else:
+        for name, conv in model.convs.items():
+            if not float(conv.weight.weight().abs().max()) <= MOST:
+                raise ValueError(f"weights of {name} beyond {MOST:g}")
     _check_shapes(model)
+    if found := largest_sum(model):
+        raise ValueError(f"the sums of layer {found[0]} can reach {found[1]}, beyond 32-bit integers")
     _check_provenance(model)
 
 
@@ -56,8 +108,20 @@ def _check_head(head: Head, imgsz: int) -> None:
 
 def check_grid(name: str, grid: QParams) -> None:
     """Raises ValueError for a grid that cannot be computed with."""
-    if not 1e-30 < grid.scale < 1e30 or not 0 <= grid.zero_point <= 255:
+    if not LEAST_GRID <= grid.scale <= MOST or not 0 <= grid.zero_point <= 255:
         raise ValueError(f"grid of {name}")
+
+
+def largest_sum(model: DSModel) -> tuple[str, int] | None:
+    """The first layer whose accumulator could leave int32, and how far its sums reach; None where there is none."""
+    if not model.activations:
+        return None
+    grids = grid_of(model.graph, model.activations)
+    for node in model.graph.convs():
+        bound = int(model.convs[node.name].largest_sum(grids[node.inputs[0]].scale).max())
+        if bound >= 1 << 31:
+            return display_name(node), bound
+    return None
 
 
 def _check_shapes(model: DSModel) -> None:

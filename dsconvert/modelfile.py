@@ -27,13 +27,16 @@ from dsconvert.errors import InputError, printable, shown
 from dsconvert.graph.integer import QConv, QParams
 from dsconvert.graph.ir import Graph
 from dsconvert.model import DSModel
-from dsconvert.modelcheck import check_model
+from dsconvert.modelcheck import KDS_BITS, check_model, tensors_of
 from dsconvert.seal import DIGEST, NotAsWritten, seal, unseal
 from dsconvert.yolo.network import Head
 
-KEY, VERSION, KDS_BITS = "dsconvert", 3, 4
+KEY, VERSION = "dsconvert", 3
 PARTS = {"version", "imgsz", "head", "provenance", "graph", "layers", "activations", DIGEST}
 MAX_HEADER, MAX_BLOCK = 16 << 20, 1 << 16  # characters of JSON (a yolov5n has 40 kB); channels
+
+
+_PARTS = ("vqk", "code", "kds", "kdsb", "alpha", "cdsw", "cdsb")
 
 
 def model_bytes(model: DSModel) -> bytes:
@@ -116,6 +119,11 @@ def load_model(path: Path) -> DSModel:
 def _model(header: Mapping[str, Any], tensors: Mapping[str, NDArray[Any]]) -> DSModel:
     graph = Graph.from_json(header["graph"])
     convs = {node.name: _conv(node.name, header["layers"][node.name], tensors) for node in graph.convs()}
+    if set(header["layers"]) != set(convs):
+        raise ValueError("layers")
+    known = {f"{name}.{part}" for name in convs for part in _PARTS}
+    if unknown := sorted(set(tensors) - known):
+        raise ValueError(f"a tensor {unknown[0]} that belongs to no layer")
     h = header["head"]
     anchors = tuple(tuple((float(w), float(v)) for w, v in level) for level in h["anchors"])
     if not all(isinstance(n, str) for n in h["names"]):
@@ -135,6 +143,13 @@ def _conv(name: str, layer: Mapping[str, Any], tensors: Mapping[str, NDArray[Any
     if min(cho, chi, kh, kw) < 1 or not 1 <= block_size <= MAX_BLOCK:
         raise ValueError(f"shape or block size of {name}")
     blocks = (cho, block_count(chi, block_size), kh, kw)
+    wanted = tensors_of((cho, chi, kh, kw), bits, block_size, coded)
+    for part in _PARTS:
+        value = tensors.get(f"{name}.{part}")
+        if value is not None and part not in wanted:
+            raise ValueError(f"{name}.{part} has no place in a layer of this kind")
+        if value is not None:
+            wanted[part].check(f"{name}.{part}", value)
     kds = tensors.get(f"{name}.kds")
     m = np.ones(blocks, np.int8) if kds is None else unpack_bits(kds, KDS_BITS, blocks, signed=False)
     cds_w, bias = (torch.from_numpy(tensors[f"{name}.{part}"]) for part in ("cdsw", "cdsb"))
@@ -149,6 +164,4 @@ def _conv(name: str, layer: Mapping[str, Any], tensors: Mapping[str, NDArray[Any
             torch.from_numpy(vqk), torch.from_numpy(m), None if z is None else torch.from_numpy(z), cds_w, bits,
             block_size, None if alpha is None else torch.from_numpy(alpha),
         )  # fmt: skip
-    if bias.shape != (cho,):
-        raise ValueError(f"CDSb of {name} has shape {tuple(bias.shape)}")
     return QConv(weight, bias)

@@ -50,6 +50,8 @@ from dsconvert.graph.ir import ConvParams, Graph, Node
 from dsconvert.model import DSModel, damage_by_bits, display_name, is_dsconv
 from dsconvert.modelfile import load_model, model_bytes
 from dsconvert.notes import unheard
+from dsconvert.origin import known_images
+from dsconvert.sameness import warning_of
 from dsconvert.target import smallest_within
 from dsconvert.unfinished import read_unfinished, run_key, usable, write_unfinished
 from dsconvert.yolo.checkpoint import Checkpoint, load_checkpoint
@@ -104,6 +106,7 @@ class Quantized:
     scores: ScoreShift  # of the float network and of the model, on some of the images
     map_drop: float | None = None  # points of mAP50-95 on held-back images, where a target was set
     skipped_reason: str = ""  # why the first file could not be read
+    sameness: str = ""  # a warning where all images are the same
 
 
 def quantize(
@@ -142,6 +145,7 @@ def quantize(
         images = synthetic(checkpoint, options.imgsz, options.samples, options.seed, report, room)
     else:
         images = decoded(paths, options.imgsz, report, room)
+    sameness = warning_of(images.pixels.get(index).numpy() for index in range(images.part.mine))
     graph, params = split_detect(*lower(network.fuse()), head)
     chosen = sorted(choose_convs(network, graph, options.blocks, options.scope))
     quantized = options.activations == "int8"
@@ -200,7 +204,7 @@ def quantize(
     sqnr = {name: _sqnr_db(params[name].weight.cpu(), conv.weight.weight()) for name, conv in model.convs.items()}
     scores = scores_on(model, params, partial(images.one, device="cpu"), images.part.mine)
     reason = images.skipped[0] if images.skipped else ""
-    return Quantized(model, images.part.all, len(images.skipped), sqnr, scores, drop, reason)
+    return Quantized(model, images.part.all, len(images.skipped), sqnr, scores, drop, reason, sameness)
 
 
 def _check(options: QuantizeOptions, checkpoint: Checkpoint) -> None:
@@ -359,7 +363,7 @@ def onnx_bytes(path: Path, layout: str, imgsz: int | None, ends: Ends = PLAIN, c
         made = compact(named)
         if check:
             check_accumulators(model)
-            photographs = _first_calibration_image(model, side)
+            photographs = _first_calibration_image(model, side, path)
     data = made.SerializeToString(deterministic=True)
     if check:
         check_export(data, reference, ends, check_images(side, photographs), named.SerializeToString())
@@ -377,14 +381,14 @@ def exportable(path: Path) -> str:
     return kind
 
 
-def _first_calibration_image(model: DSModel, side: int) -> list[Image]:
-    """One of the images a model was calibrated on, (3, side, side); none when they are gone."""
-    options = model.provenance.get("options", {})
-    calib = options.get("calib")
+def _first_calibration_image(model: DSModel, side: int, path: Path = Path(MODEL_FILE)) -> list[Image]:
+    """One of the images that the model at `path` was calibrated on, (3, side, side); none when they are gone, or are
+    not to be opened (see `origin`)."""
+    split = model.provenance.get("options", {}).get("split")
     try:
         with unheard():
-            path = calibration_images(Path(calib), options.get("split"))[0] if calib else None
-        return [] if path is None else [letterbox(read_image(path), side)[0].transpose(2, 0, 1)]
+            first = calibration_images(known_images(model.provenance, path), split)[0]
+        return [letterbox(read_image(first), side)[0].transpose(2, 0, 1)]
     except InputError:
         return []
 

@@ -9,24 +9,62 @@ from __future__ import annotations
 import atexit
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from dsconvert.errors import InputError, printable
+from dsconvert.errors import InputError, is_out_of_memory, printable, shown
 
 T = TypeVar("T")
+PATIENCE = 300.0  # seconds that a process waits for another; those that work are together within seconds
 
 
 def start() -> None:
-    """Meet the other processes, where torchrun has started this one with others."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
-        dist.init_process_group("gloo")
-        # gloo's threads hold tensors a moment longer than the sum they made; they must let go while Python still runs,
-        # or the process that ends first is aborted now and then, all its work done
-        atexit.register(dist.destroy_process_group)
+    """Meet the other processes, where torchrun has started this one with others. Raises InputError when what torchrun
+    sets is not there, or they do not come."""
+    world = _setting("WORLD_SIZE", 1)
+    if world <= 1 or dist.is_initialized():
+        return
+    if missing := [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]:
+        raise InputError(
+            f"WORLD_SIZE is {world}, but {' and '.join(missing)} not set: start the processes with torchrun, or unset "
+            "WORLD_SIZE to work alone."
+        )
+    for name, most in (("RANK", world - 1), ("MASTER_PORT", 65535), ("LOCAL_WORLD_SIZE", world)):
+        if not 0 <= _setting(name, 1) <= most:
+            raise InputError(f"{name} is {_setting(name, 1)}, which does not go with WORLD_SIZE {world}; use torchrun.")
+    with _together():
+        dist.init_process_group("gloo", timeout=timedelta(seconds=PATIENCE))
+    # gloo's threads hold tensors a moment longer than the sum they made; they must let go while Python still runs,
+    # or the process that ends first is aborted now and then, all its work done
+    atexit.register(dist.destroy_process_group)
+
+
+def _setting(name: str, otherwise: int) -> int:
+    """A number that torchrun sets."""
+    text = os.environ.get(name, str(otherwise))
+    if not text.strip().isdecimal() or len(text) > 9:
+        raise InputError(f"{name} is {shown(text)}, not a number; torchrun sets it.")
+    return int(text)
+
+
+@contextmanager
+def _together() -> Iterator[None]:
+    """What needs the other processes. Raises InputError when one of them has ended, or is silent for too long."""
+    try:
+        yield
+    except (RuntimeError, ValueError) as error:  # torch raises both, and kinds of them
+        if isinstance(error, InputError) or is_out_of_memory(error):
+            raise
+        raise InputError(
+            f"Another of the processes has ended, or was silent for {PATIENCE:.0f} s, so nothing more can be done; "
+            "look for its message, and start all of them again."
+        ) from None
 
 
 def count() -> int:
@@ -36,7 +74,7 @@ def count() -> int:
 
 def here() -> int:
     """How many of them run on this machine."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if count() > 1 else 1
+    return _setting("LOCAL_WORLD_SIZE", 1) if count() > 1 else 1
 
 
 def number() -> int:
@@ -102,7 +140,8 @@ def summed(values: Tensor) -> Tensor:
     """The sum of everyone's tensors (one shape, on CPU)."""
     if count() > 1:
         values = values.clone()
-        dist.all_reduce(values)
+        with _together():
+            dist.all_reduce(values)
     return values
 
 
@@ -111,7 +150,8 @@ def gathered(item: T) -> list[T]:
     if count() == 1:
         return [item]
     items: list[Any] = [None] * count()
-    dist.all_gather_object(items, item)
+    with _together():
+        dist.all_gather_object(items, item)
     return items
 
 

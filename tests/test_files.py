@@ -4,14 +4,25 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
+import subprocess
+import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from conftest import ROOT
 
 from dsconvert.errors import InputError
-from dsconvert.files import check_writable, claim_folder, free_folder, write_atomic
+from dsconvert.files import (
+    check_writable,
+    claim_folder,
+    free_folder,
+    scratch_folder,
+    scratch_in,
+    write_atomic,
+)
 
 
 def names(folder):
@@ -200,3 +211,168 @@ def test_where_nothing_can_be_written_is_known_beforehand(tmp_path):
     (tmp_path / "link").symlink_to(tmp_path / "nowhere")
     with pytest.raises(InputError, match="a link to nowhere"):
         claim_folder(tmp_path / "link")
+
+
+# --- disks that cannot do everything ----------------------------------------------------------------------------------
+
+# as FAT and exFAT, FUSE (gcsfuse, Google Drive), VirtualBox's and SMB's folders say it
+UNABLE = [errno.EPERM, errno.EACCES, errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.ENOTTY]
+
+
+def poor_disk(monkeypatch, number: int) -> list[str]:
+    """No hard links, no sync of folders, no permissions; what was tried."""
+    tried, fsync = [], os.fsync
+
+    def unable(name: str):
+        def call(*args, **kwargs):
+            tried.append(name)
+            raise OSError(number, os.strerror(number))
+
+        return call
+
+    def of_files(handle: int) -> None:
+        if os.path.isdir(f"/proc/self/fd/{handle}"):
+            unable("fsync")()
+        fsync(handle)
+
+    for name in ("link", "chmod"):
+        monkeypatch.setattr(os, name, unable(name))
+    monkeypatch.setattr(os, "fsync", of_files)
+    return tried
+
+
+@pytest.mark.parametrize("number", UNABLE)
+@pytest.mark.parametrize("force", [False, True])
+def test_what_a_disk_cannot_do_is_left_out(tmp_path, monkeypatch, number, force):
+    tried = poor_disk(monkeypatch, number)
+    check_writable(tmp_path)
+    write_atomic(tmp_path / "model.bin", b"new" * 999, force)
+    assert (tmp_path / "model.bin").read_bytes() == b"new" * 999
+    assert names(tmp_path) == ["model.bin"]
+    assert {"chmod", "fsync"} | ({"link"} if not force else set()) == set(tried)
+    with pytest.raises(InputError, match="already exists"):
+        write_atomic(tmp_path / "model.bin", b"newer", force=False)
+    write_atomic(tmp_path / "model.bin", b"newer", force=True)
+    assert (tmp_path / "model.bin").read_bytes() == b"newer"
+    assert names(tmp_path) == ["model.bin"]
+
+
+def test_a_folder_that_cannot_be_opened_is_not_synced(tmp_path, monkeypatch):
+    """As on Windows."""
+    opened = os.open
+
+    def of_files(path, flags, *rest):
+        if os.path.isdir(path):
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return opened(path, flags, *rest)
+
+    monkeypatch.setattr(os, "open", of_files)
+    monkeypatch.delattr(os, "link")
+    write_atomic(tmp_path / "model.bin", b"new", force=False)
+    assert (tmp_path / "model.bin").read_bytes() == b"new"
+
+
+def test_without_links_a_file_that_another_run_makes_meanwhile_is_kept(tmp_path, monkeypatch):
+    path = tmp_path / "model.bin"
+
+    def late(source, target):
+        path.write_bytes(b"theirs")
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", late)
+    with pytest.raises(InputError, match="already exists"):
+        write_atomic(path, b"ours", force=False)
+    assert path.read_bytes() == b"theirs"
+    assert names(tmp_path) == ["model.bin"]
+
+
+def test_without_links_a_rename_that_fails_leaves_nothing(tmp_path, monkeypatch):
+    poor_disk(monkeypatch, errno.EPERM)
+
+    def fail(*args):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(InputError, match="Input/output error"):
+        write_atomic(tmp_path / "model.bin", b"new", force=False)
+    assert names(tmp_path) == []
+
+
+def test_a_folder_that_fails_otherwise_is_said(tmp_path, monkeypatch):
+    fsync = os.fsync
+
+    def broken(handle: int) -> None:
+        if os.path.isdir(f"/proc/self/fd/{handle}"):
+            raise OSError(errno.EIO, "Input/output error")
+        fsync(handle)
+
+    monkeypatch.setattr(os, "fsync", broken)
+    with pytest.raises(InputError, match="Input/output error"):
+        write_atomic(tmp_path / "model.bin", b"new", force=True)
+
+
+@pytest.mark.parametrize("length", [200, 240, 255])
+def test_a_long_name_is_no_longer_while_it_is_written(tmp_path, length):
+    for name in ("a" * length, "\u00e4" * (length // 2)):
+        write_atomic(tmp_path / name, b"x", force=False)
+        assert (tmp_path / name).read_bytes() == b"x"
+
+
+def test_the_probe_writes_and_leaves_nothing(tmp_path, monkeypatch):
+    check_writable(tmp_path / "not/there/yet")
+    assert names(tmp_path) == []
+
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(InputError, match=r"yet cannot be written: No space left on device\.$"):
+        check_writable(tmp_path / "not/there/yet")
+    assert names(tmp_path) == []
+
+
+# --- temporary folders ------------------------------------------------------------------------------------------------
+
+
+def test_a_temporary_folder_is_where_the_result_will_be_and_goes(tmp_path):
+    with scratch_in(tmp_path / "runs/best"), scratch_folder() as folder:
+        assert folder.parent == tmp_path
+        (folder / "deep").mkdir()
+        (folder / "deep/x").write_bytes(b"x")
+    assert names(tmp_path) == []
+    with pytest.raises(KeyboardInterrupt), scratch_in(tmp_path), scratch_folder() as folder:
+        raise KeyboardInterrupt
+    assert names(tmp_path) == []
+    with scratch_folder() as folder:
+        assert str(folder).startswith(tempfile.gettempdir())
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def test_a_temporary_folder_goes_when_the_process_is_told_to_end(tmp_path, number):
+    script = (
+        "import sys, time; from pathlib import Path; from dsconvert.files import *\n"
+        "with scratch_in(Path(sys.argv[1])), scratch_folder() as folder:\n"
+        "    (folder / 'photo').write_bytes(b'x'); print('ready', flush=True); time.sleep(600)\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    line = [sys.executable, "-c", script, str(tmp_path)]
+    with subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment) as run:
+        assert run.stdout is not None
+        assert run.stdout.readline() == b"ready\n"
+        assert len(names(tmp_path)) == 1
+        run.send_signal(number)
+        assert run.wait() == -number
+    assert names(tmp_path) == []
+
+
+def test_what_ended_processes_before_ends_them_after(tmp_path):
+    before = signal.getsignal(signal.SIGTERM)
+    with scratch_in(tmp_path), scratch_folder():
+        assert signal.getsignal(signal.SIGTERM) is not before
+    assert signal.getsignal(signal.SIGTERM) is before
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        with scratch_in(tmp_path), scratch_folder():  # who is told to ignore it does
+            assert signal.getsignal(signal.SIGTERM) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGTERM, before)

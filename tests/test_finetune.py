@@ -197,6 +197,44 @@ def test_the_gradients_of_two_halves_are_those_of_the_batch(model, monkeypatch):
     torch.testing.assert_close(torch.cat([u.grad.flatten() for u in latents.values()]), parts[0] + parts[1])
 
 
+def other_pixels(path) -> None:
+    """Another picture of as many bytes."""
+    data = bytearray(path.read_bytes())
+    data[-20] ^= 1  # of the checksum behind the pixels, which no reader here looks at, or of the pixels
+    path.write_bytes(bytes(data))
+
+
+CHANGES = {
+    "a label of val": lambda f: (f / "labels/val/1.txt").write_text("0 0.5 0.5 0.4 0.4\n0 0.3 0.3 0.2 0.2\n"),
+    "a label of val is gone": lambda f: (f / "labels/val/1.txt").unlink(),
+    "a label of train": lambda f: (f / "labels/train/1.txt").write_text("0 0.5 0.5 0.4 0.4\n0 0.3 0.3 0.2 0.2\n"),
+    "an image of val": lambda f: other_pixels(f / "images/val/1.png"),
+    "an image of train": lambda f: other_pixels(f / "images/train/5.png"),
+    "images exchanged": lambda f: [
+        (f / "images/val/0.png").rename(f / "x"), (f / "images/val/1.png").rename(f / "images/val/0.png"),
+        (f / "x").rename(f / "images/val/1.png"),
+    ],
+    "the classes' order": lambda f: (f / "data.yaml").write_text(
+        "path: .\ntrain: images/train\nval: images/val\nnames: [dog, cat]\n"),
+    "an image more": lambda f: (f / "images/val/2.png").write_bytes((f / "images/val/1.png").read_bytes()),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_run_with_other_images_labels_or_classes_has_another_key(folder, change):
+    """All of them are read by what is in them: sizes and names stay as they were."""
+
+    def key() -> str:
+        data = module.read_data_yaml(folder / "data.yaml")
+        photos = module.open_photos(data.train, 2, 64)
+        return module._key(folder / "m.safetensors", FinetuneOptions(folder / "data.yaml"), photos, data)
+
+    before = key()
+    assert key() == before
+    CHANGES[change](folder)
+    assert key() != before
+
+
 def test_two_processes_learn_what_one_learns(folder):
     found = []
     for processes in (1, 2):

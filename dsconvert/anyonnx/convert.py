@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import tempfile
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,10 +21,12 @@ from dsconvert.anyonnx.source import Array, Source, opset_of, read_source
 from dsconvert.dsconv.tensor import DSTensor, Width, used_width
 from dsconvert.errors import CheckError, InputError
 from dsconvert.evaluate.engines import session
+from dsconvert.files import scratch_folder
 from dsconvert.fit.gptq import fit_weight_gptq, measure_moments
 from dsconvert.fit.least_squares import fit_weight
 from dsconvert.fit.seen import Seen
 from dsconvert.graph.integer import QConv
+from dsconvert.sameness import warning_of
 from dsconvert.yolo.dataset import calibration_images
 from dsconvert.yolo.images import spread
 
@@ -111,14 +113,17 @@ def quantize_onnx(
         width = used_width(widths[layer.index], layer.weight.shape[1], plan.block_size)
         return _fit(layer, width, seen)
 
-    with tempfile.TemporaryDirectory(prefix="dsconvert-") as folder, torch.no_grad():
+    with scratch_folder() as folder, torch.no_grad():
         fitted = fit_lockstep(
-            source, layers, batches(images, source.image, plan.normal), fit, Path(folder), threads, plan.seed,
-            lambda done, total: report("fit", done, total),
+            source, layers, batches(images, source.image, plan.normal), fit, folder, threads, plan.seed,
+            lambda done, total: report("fit", done, total), math.ceil(len(images) / source.image.batch),
         )  # fmt: skip
+    same = warning_of(image.transpose(2, 0, 1) for image in images)
+    if same:
+        note(same)
     made = OnnxConverted(
         with_integers(source, layers, fitted, plan.layout), source, layers, fitted, len(images), skipped,
-        (doubt,) if doubt else (),
+        tuple(sentence for sentence in (doubt, same) if sentence),
     )  # fmt: skip
     _check(made, probe)
     return made

@@ -21,6 +21,7 @@ from dsconvert.anyonnx.source import Array, Source, used
 from dsconvert.dsconv.tensor import DSTensor
 from dsconvert.errors import InputError, refusing
 from dsconvert.evaluate.engines import Session, session
+from dsconvert.files import needs_room
 from dsconvert.fit.lockstep import with_shifts
 from dsconvert.fit.seen import Seen, seen_evenly
 from dsconvert.graph.integer import QConv
@@ -40,6 +41,7 @@ class _Side:
     nodes: dict[int, list[onnx.NodeProto]]
     tensors: dict[str, onnx.TensorProto] = field(default_factory=dict)
     stored: dict[str, int] = field(default_factory=dict)
+    sizes: dict[str, int] = field(default_factory=dict)
     numbers: Iterator[int] = field(default_factory=itertools.count)
 
     def file(self, value: str, image: int) -> Path:
@@ -50,18 +52,19 @@ class _Side:
         path = self.file(value, image)
         try:
             return np.asarray(np.load(path, mmap_mode="r"))
-        except ValueError:  # an empty array
+        except (ValueError, OSError):  # an empty array, or a disk whose files cannot be mapped
             return np.asarray(np.load(path))
 
     def save(self, value: str, image: int, array: Array) -> None:
         if value not in self.stored:
             self.stored[value] = next(self.numbers)
+        self.sizes[value] = max(array.nbytes, self.sizes.get(value, 0))
         np.save(self.file(value, image), array, allow_pickle=False)
 
     def forget(self, value: str, count: int) -> None:
         for image in range(count):
             self.file(value, image).unlink()
-        del self.stored[value]
+        del self.stored[value], self.sizes[value]
 
 
 def fit_lockstep(
@@ -73,18 +76,36 @@ def fit_lockstep(
     threads: int,
     seed: int,
     progress: Callable[[int, int], None],
+    count: int,
 ) -> dict[int, QConv]:
     """The layers by the index of their node, as `fit_layer` has them; a weight alone gets CDSw and CDSb by `fit_cds`.
     CDSb comes on top of the bias that the layer has. A weight that several nodes read is fitted where it is read first.
+    `count` batches are read once, and wait in the folder with what is made of them.
 
-    Raises InputError when ONNX Runtime fails on the images, or values are not finite."""
+    Raises InputError when ONNX Runtime fails on the images, values are not finite, or the folder has no room."""
     sides = [_Side(folder / name, {i: [n] for i, n in enumerate(source.nodes)}) for name in ("float", "quantized")]
-    count = 0
+    try:
+        return _fit(source, layers, batches, fit_layer, sides, threads, seed, progress, count)
+    except OSError as error:  # numpy does not say that a disk is full
+        raise needs_room(folder, count * sum(sum(side.sizes.values()) for side in sides), error) from None
+
+
+def _fit(
+    source: Source,
+    layers: Sequence[Layer],
+    batches: Iterator[Array],
+    fit_layer: FitLayer,
+    sides: Sequence[_Side],
+    threads: int,
+    seed: int,
+    progress: Callable[[int, int], None],
+    count: int,
+) -> dict[int, QConv]:
     for side in sides:
         side.folder.mkdir()
-    for count, batch in enumerate(batches, 1):
+    for image, batch in enumerate(batches):
         for side in sides:
-            side.save(source.image.name, count - 1, batch)
+            side.save(source.image.name, image, batch)
     left = set(source.needed([layer.value for layer in layers])) - source.constant
     fitted: dict[int, QConv] = {}
     for done, layer in enumerate(layers):

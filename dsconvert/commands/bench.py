@@ -69,14 +69,15 @@ def _print(rows: list[Benchmarked], threads: int, quiet: bool) -> None:
         shown.add_row(
             cell(short(r.path)), r.engine, f"{t.median_ms:.1f}", f"{t.min_ms:.1f}", f"{t.spread_ms:.1f}",
             f"{r.ratio.value:.3f}", f"{r.ratio.low:.3f}..{r.ratio.high:.3f}", f"{f.load_ms:.0f}",
-            f"{f.peak_bytes / 1e6:.0f}", f"{r.size_bytes / 1e6:.2f}",
+            "" if f.peak_bytes is None else f"{f.peak_bytes / 1e6:.0f}", f"{r.size_bytes / 1e6:.2f}",
         )  # fmt: skip
     console().print(shown)
     if quiet:
         return
-    base = ", ".join(f"{b:.0f} MB for {e}" for e, b in {r.engine: r.footprint.base_bytes / 1e6 for r in rows}.items())
+    bases = {r.engine: r.footprint.base_bytes for r in rows}
+    base = ", ".join(f"{b / 1e6:.0f} MB for {e}" for e, b in bases.items() if b is not None)
     tell(
         f"{threads} threads on as many CPUs. ms: median of {rows[0].latency.runs} interleaved runs; ±: interquartile "
-        f"range; ratio: of medians, against the first row. load, peak: medians over fresh processes; before loading "
-        f"they hold {base}."
+        f"range; ratio: of medians, against the first row. load, peak: medians over fresh processes"
+        + (f"; before loading they hold {base}." if base else "; this system does not say what memory they take.")
     )

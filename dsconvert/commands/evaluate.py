@@ -31,6 +31,7 @@ from dsconvert.evaluate import contest
 from dsconvert.evaluate.candidates import Candidate
 from dsconvert.evaluate.detect import class_name
 from dsconvert.modelfile import load_model
+from dsconvert.origin import known_images, known_source
 from dsconvert.yolo.dataset import is_data_yaml
 
 
@@ -66,9 +67,9 @@ def evaluate(
     if not paths or data is None:
         newest = pipeline.newest_result(RUNS)
         provenance = load_model(newest).provenance
-        paths = paths or [Path(provenance["source"]), newest]
+        paths = paths or [known_source(provenance, newest, "name the models: dsconvert eval CHECKPOINT MODEL"), newest]
         if data is None:
-            data = _data_of(provenance)
+            data = known_images(provenance, newest)
             if not is_data_yaml(data):
                 notes.note(f"Measured on {data}, which the model was calibrated on; give --data other images.")
     if max_map_drop is not None and len(paths) < 2:
@@ -103,13 +104,6 @@ def _hold(rows: list[contest.Evaluated], most: float) -> None:
     if missed:
         against = f"of mAP50-95 against {rows[0].candidate.path}"
         raise LimitMissed(f"{' and '.join(missed)} {against}, more than --max-map-drop {most:g}.")
-
-
-def _data_of(provenance: Any) -> Path:
-    calib = provenance["options"]["calib"]
-    if not calib:
-        raise InputError("Which images? Give --data data.yaml, or a folder of images to measure agreement.")
-    return Path(calib)
 
 
 def _row(r: contest.Evaluated) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from dsconvert.export.layouts import LAYOUT_OPSET
 from dsconvert.export.nms import Nms
 from dsconvert.export.onnx import Ends
 from dsconvert.filekinds import CHECKPOINT, MODEL, file_kind
-from dsconvert.files import write_atomic
+from dsconvert.files import check_writable, scratch_in, write_atomic
 from dsconvert.modelfile import load_model
 from dsconvert.yolo.dataset import SPLITS, is_data_yaml, read_data_yaml
 
@@ -70,7 +71,11 @@ def export(
     float_source = pipeline.exportable(path) == CHECKPOINT
     suffix = "float32" if float_source else layout
     target = out or path.with_name(f"{path.stem}-{suffix}{_mark(ends)}.onnx")
-    data = pipeline.onnx_bytes(path, layout, imgsz, ends, not no_check)
+    check_writable(target.parent)
+    if target.exists() and not force:  # before minutes are spent on what could not be written
+        raise InputError(f"{target} already exists; give --force to replace it, or another --out.")
+    with scratch_in(target.parent):
+        data = pipeline.onnx_bytes(path, layout, imgsz, ends, not no_check)
     write_atomic(target, data, force)
     if as_json:
         print_json(
@@ -87,7 +92,7 @@ def _next_lines(model: Path, target: Path) -> list[str]:
     provenance = load_model(model).provenance if file_kind(model) == MODEL else {}
     source, options = provenance.get("source"), provenance.get("options")
     calib, split = (options.get("calib"), options.get("split")) if isinstance(options, dict) else (None, None)
-    against = [source] if isinstance(source, str) and Path(source).is_file() else []
+    against = [source] if isinstance(source, str) and os.path.isfile(source) else []
     start = ["Next:", "dsconvert", "eval", *against, str(target), "--data"]
     if not isinstance(calib, str):
         return [shlex.join([*start, "data.yaml"])]

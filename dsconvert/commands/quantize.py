@@ -108,7 +108,11 @@ def _configure(context: click.Context, parameter: click.Parameter, value: str | 
 @click.option("--seed", default=0, show_default=True, help="Seed of every random choice.")
 @threads
 @device
-@click.option("--cache", type=PATH, help="Folder where calibrations are kept for further runs on the same images.")
+@click.option(
+    "--cache",
+    type=PATH,
+    help="Folder where calibrations are kept for further runs on the same images; of an .onnx, where values wait.",
+)
 @click.option("--out", type=PATH, help="Folder to write (default: runs/dsconvert/NAME).")
 @click.option("--resume", is_flag=True, help="Go on where a stopped run with the same options left off.")
 @force
@@ -148,7 +152,7 @@ def quantize(
         raise InputError(f"{checkpoint} is a safetensors file; quantize takes a checkpoint (.pt) or a float ONNX file.")
     if kind == ONNX:
         rest = {"threads": threads, "force": force, "quiet": quiet, "verbose": verbose, "as_json": as_json}
-        quantize_onnx.run(checkpoint, calib, out, {**options, **rest})
+        quantize_onnx.run(checkpoint, calib, out, cache, {**options, **rest})
         return
     quantize_onnx.refuse_onnx_only()
     for name in quantize_onnx.ONNX_ONLY:

@@ -14,11 +14,11 @@ from dsconvert.anyonnx.convert import OnnxConverted, OnnxPlan, quantize_onnx
 from dsconvert.anyonnx.images import Normalisation
 from dsconvert.commands.shared import RUNS, bars, cell, console, print_json, table, tell, warn
 from dsconvert.errors import InputError
-from dsconvert.files import check_writable, claim_folder, write_atomic
+from dsconvert.files import check_writable, claim_folder, scratch_in, write_atomic
 from dsconvert.notes import so_far
 
 # What only a checkpoint can be asked for, and what only an ONNX file can.
-CHECKPOINT_ONLY = ("target_bytes", "target_drop", "blocks", "scope", "cfg", "activations", "kds", "device", "cache",
+CHECKPOINT_ONLY = ("target_bytes", "target_drop", "blocks", "scope", "cfg", "activations", "kds", "device",
                    "resume")  # fmt: skip
 ONNX_ONLY = ("layout", "mean", "std")
 
@@ -42,8 +42,9 @@ def refuse_onnx_only() -> None:
             raise InputError(f"--{name} is for an ONNX file; a checkpoint has no use for it.")
 
 
-def run(path: Path, calib: Path | None, out: Path | None, options: Mapping[str, Any]) -> None:
-    """Convert the file, write it and say so. `options` are the command's, by parameter."""
+def run(path: Path, calib: Path | None, out: Path | None, cache: Path | None, options: Mapping[str, Any]) -> None:
+    """Convert the file, write it and say so. `options` are the command's, by parameter. Values of the network wait in
+    the folder `cache`, or beside the file to come."""
     began = time.perf_counter()
     for parameter in click.get_current_context().command.params:
         name = str(parameter.name)
@@ -63,13 +64,16 @@ def run(path: Path, calib: Path | None, out: Path | None, options: Mapping[str, 
     force, quiet = options["force"], options["quiet"]
     single = out is not None and out.suffix == ".onnx"
     name = f"{path.stem}-{plan.layout}.onnx"
-    check_writable(out.parent if out and single else out or RUNS)
+    place = out.parent if out and single else out or RUNS
+    check_writable(place)
+    if cache is not None:
+        check_writable(cache)
     target = None if out is None else out if single else out / name
     if target is not None and target.exists() and target.samefile(path):
         raise InputError(f"--out names {path} itself, which --force would lose; give another name.")
     if target is not None and not force and target.exists():
         raise InputError(f"{target} already exists; give --force to replace it.")
-    with bars(quiet, lines=True) as progress:
+    with scratch_in(cache or place), bars(quiet, lines=True) as progress:
         made = quantize_onnx(path, calib, plan, progress, warn)
     data = made.model.SerializeToString()
     target = target or claim_folder(RUNS / path.stem) / name

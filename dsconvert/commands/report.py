@@ -10,7 +10,10 @@ import click
 from dsconvert import pipeline
 from dsconvert.commands.shared import PATH, RUNS, bars, force, split_of, strict, tell, threads, warn
 from dsconvert.errors import InputError
-from dsconvert.files import write_atomic
+from dsconvert.filekinds import MODEL, file_kind
+from dsconvert.files import check_writable, write_atomic
+from dsconvert.modelfile import load_model
+from dsconvert.origin import known_images, known_source
 
 
 @click.command(short_help="Write one HTML page about MODEL.")
@@ -49,8 +52,13 @@ def report(
 
     path = model or pipeline.newest_result(RUNS)
     target = out or path.with_name("report.html")
+    check_writable(target.parent)
     if target.exists() and not force:  # before minutes are spent on what could not be written
         raise InputError(f"{target} already exists; give --force to replace it, or another --out.")
+    if file_kind(path) == MODEL and (data is None or float_model is None):
+        provenance = load_model(path).provenance
+        float_model = float_model or known_source(provenance, path, "give it with --float")
+        data = data or known_images(provenance, path)
     options = ReportOptions(path, data, against, float_model, images, imgsz, samples, not no_latency, split, strict)
     with bars() as progress:
         found = gather(options, progress)

@@ -70,8 +70,15 @@ def verbose(what: str) -> Callable[[Any], Any]:
     return click.option("--verbose", "-v", is_flag=True, help=f"Also {what}.")
 
 
+def cpus() -> int:
+    """How many this process may use."""
+    if hasattr(os, "sched_getaffinity"):  # Linux
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 def _threads(context: click.Context, parameter: click.Parameter, value: int | None) -> int:
-    count = value or len(os.sched_getaffinity(0))
+    count = value or cpus()
     torch.set_num_threads(count)
     return count
 
@@ -113,13 +120,21 @@ def plain(stream: TextIO | None = None) -> bool:
     return bool(os.environ.get("NO_COLOR")) or not encoding.lower().startswith("utf")
 
 
+class _Console(Console):
+    """A console that leaves it to the command line what a reader who has gone means: rich ends with exit code 1."""
+
+    def on_broken_pipe(self) -> None:
+        """As all other writing does."""
+        raise BrokenPipeError
+
+
 def console(stderr: bool = False) -> Console:
     """Where tables go: wide when it is no terminal. Text is shown as it is: rich would read [tags] in class names."""
     as_is: dict[str, Any] = {"markup": False, "emoji": False, "highlight": False, "stderr": stderr}
     if plain(sys.stderr if stderr else None):
         as_is["color_system"] = None
-    made = Console(**as_is)
-    return made if made.is_terminal else Console(width=120, **as_is)
+    made = _Console(**as_is)
+    return made if made.is_terminal else _Console(width=120, **as_is)
 
 
 def table(*columns: str) -> Table:

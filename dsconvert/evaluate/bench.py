@@ -62,6 +62,9 @@ def bench(
 @contextmanager
 def only_cpus(count: int) -> Iterator[None]:
     """Keep this thread, and every thread and process it starts, on the first `count` of the CPUs it may use."""
+    if not hasattr(os, "sched_setaffinity"):  # Windows, macOS: the system chooses
+        yield
+        return
     before = os.sched_getaffinity(0)
     if count > len(before):
         raise InputError(f"--threads {count} is more than the {len(before)} CPUs this process may use.")
@@ -70,6 +73,11 @@ def only_cpus(count: int) -> Iterator[None]:
         yield
     finally:
         os.sched_setaffinity(0, before)
+
+
+def _median_of(sizes: Sequence[int | None]) -> int | None:
+    known = [size for size in sizes if size is not None]
+    return int(median(known)) if known else None
 
 
 def _footprints(
@@ -84,8 +92,8 @@ def _footprints(
     return [
         Footprint(
             median(f.load_ms for f in all_of),
-            int(median(f.peak_bytes for f in all_of)),
-            int(median(f.base_bytes for f in all_of)),
+            _median_of([f.peak_bytes for f in all_of]),
+            _median_of([f.base_bytes for f in all_of]),
         )
         for all_of in found
     ]

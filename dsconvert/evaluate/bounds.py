@@ -33,16 +33,27 @@ THREAD_BYTES, MOST_CPUS = 10 << 20, 64
 BASE_SECONDS, SECONDS_A_MB, SECONDS_AN_IMAGE_MB = 20.0, 1.0, 0.2
 THREAD = "dsconvert-bounded"
 _ENFORCED: ContextVar[bool] = ContextVar("enforced", default=False)
+_WARN: ContextVar[list[Callable[[str], None]] | None] = ContextVar("warn", default=None)
 
 
 @contextmanager
-def enforced() -> Iterator[None]:
-    """Bounds hold within."""
-    token = _ENFORCED.set(True)
+def enforced(warn: Callable[[str], None] = lambda sentence: None) -> Iterator[None]:
+    """Bounds hold within. `warn` is told, once, where this system can bound no memory."""
+    token, waiting = _ENFORCED.set(True), _WARN.set([warn])
     try:
         yield
     finally:
         _ENFORCED.reset(token)
+        _WARN.reset(waiting)
+
+
+def _warn_if_unbounded() -> None:
+    left = _WARN.get()
+    if left and (resource is None or _data_pages() < 0):
+        left.pop()(
+            "This system cannot bound a process's memory, so an ONNX file may take any amount; open only files that "
+            "you trust."
+        )
 
 
 def left_running() -> bool:
@@ -71,6 +82,7 @@ class Bounds:
         """Loading, or the first call, within both bounds. Raises InputError beyond them."""
         if not _ENFORCED.get():
             return call()
+        _warn_if_unbounded()
         most, began = self.most_seconds(image), time.perf_counter()
         try:
             return in_time(lambda: self._within(call, image, collect=True), most - self.spent)
@@ -109,10 +121,7 @@ def growth(most: int, collect: bool = True) -> Iterator[None]:
     takes a tenth of a second, too long before every image."""
     if collect:
         gc.collect()
-    try:
-        pages = int(Path("/proc/self/statm").read_text().split()[5])
-    except (OSError, ValueError, IndexError):
-        pages = -1
+    pages = _data_pages()
     if pages < 0 or resource is None:
         yield
         return
@@ -124,6 +133,14 @@ def growth(most: int, collect: bool = True) -> Iterator[None]:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_DATA, before)
+
+
+def _data_pages() -> int:
+    """How many pages of memory the process has, -1 where the system does not say."""
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[5])
+    except (OSError, ValueError, IndexError):
+        return -1
 
 
 def in_time(call: Callable[[], T], seconds: float) -> T:

@@ -22,11 +22,12 @@ RUNS = 3  # inferences before the peak is read: buffers are allocated by the fir
 
 @dataclass(frozen=True)
 class Footprint:
-    """Milliseconds to load; bytes resident at the peak, and before loading (Python and the engine)."""
+    """Milliseconds to load; bytes resident at the peak, and before loading (Python and the engine), None where the
+    system does not say."""
 
     load_ms: float
-    peak_bytes: int
-    base_bytes: int
+    peak_bytes: int | None
+    base_bytes: int | None
 
 
 def measure_footprint(path: Path, engine: str, threads: int, side: int | None, size: int | None = None) -> Footprint:
@@ -55,11 +56,12 @@ def _here(path: Path, engine: str, threads: int, side: int | None, size: int | N
     return Footprint(load_ms, _peak_bytes(), base)
 
 
-def _peak_bytes() -> int:
-    found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    if found is None:
-        raise InputError("This system does not report peak memory (VmHWM).")
-    return int(found[1]) * 1024
+def _peak_bytes() -> int | None:
+    try:
+        found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    except OSError:  # neither Windows nor macOS has it
+        return None
+    return None if found is None else int(found[1]) * 1024
 
 
 if __name__ == "__main__":

@@ -1,12 +1,14 @@
 """Does an exported file compute what it should? Asked before it is written, of the very bytes.
 
-Two answers. By proof: no accumulator can leave int32, whatever the image, from the integers in the file. By trial: the
-file in ONNX Runtime gives torch's numbers on a few images; where it does not, the first layer to blame is named.
+Three answers. By proof: no accumulator can leave int32, whatever the image, from the integers in the file. By reading:
+what is stored is what the model holds, bit by bit (see `stored`). By trial: on a few images, the boxes of the file in
+ONNX Runtime are its own raw maps as `yolo.decode` decodes them, and its layers give torch's numbers; where they do not,
+the first layer to blame is named.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,72 +21,33 @@ from torch import Tensor
 
 from dsconvert.errors import CheckError
 from dsconvert.export.lastchannels import LAST
-from dsconvert.export.onnx import Ends
-from dsconvert.graph.integer import grid_of, integer_step, real_params, run_integer
-from dsconvert.graph.ir import INPUT, ConvParams, Graph, Node
-from dsconvert.graph.run import float_step, run_float
+from dsconvert.export.onnx import LAYOUT_KEY, Ends
+from dsconvert.export.reference import Reference, float_reference, reference_of
+from dsconvert.export.stored import DETECT, wrong_layer
+from dsconvert.graph.ir import INPUT
 from dsconvert.model import DSModel, display_name
+from dsconvert.modelcheck import largest_sum
 from dsconvert.yolo.decode import decode
-from dsconvert.yolo.network import Head
+
+__all__ = ["check_accumulators", "check_export", "check_images", "float_reference", "reference_of"]
 
 Array = NDArray[Any]
+WIDE = ".wide"  # suffix of a map that has more channels than anybody asks for
 # Decoding equal integers, two libraries differ by a few roundings of float32: 2^-24 of a number, some ten times.
 EXACT = (1e-5, 1e-6)
 # Float convolutions are summed in another order by each library; 60 layers of it.
 FLOAT = (1e-3, 1e-4)
-# An engine may round a tie the other way: then single integers are off by one, and what follows differs by less than
-# an activation step on average. One share of a layer's integers, and the mean difference of scores and box shares.
-ROUNDED_SHARE, NOISE = 0.01, 0.01
+# An engine may round a tie the other way: then single integers are off by one, and what follows differs. The share of a
+# layer's integers that may be so: in the networks here up to one in a thousand are.
+ROUNDED_SHARE = 0.01
 
 
 def check_accumulators(model: DSModel) -> None:
     """Raises CheckError naming the layer whose accumulator could leave int32."""
-    if not model.activations:
-        return
-    grids = grid_of(model.graph, model.activations)
-    for node in model.graph.convs():
-        bound = int(model.convs[node.name].largest_sum(grids[node.inputs[0]].scale).max())
-        if bound >= 1 << 31:
-            raise CheckError(
-                f"The sums of layer {display_name(node)} can reach {bound}, beyond 32-bit integers, so the file was "
-                "not written."
-            )
-
-
-@dataclass(frozen=True)
-class Reference:
-    """What the file is held against: a graph, torch's way of running it (whole, and node by node on given inputs), and
-    the suffix of a value's name in the file."""
-
-    graph: Graph
-    head: Head
-    run: Callable[[Tensor], list[Tensor]]
-    step: Callable[[Node, list[Tensor]], Tensor]
-    exact: bool
-
-    @property
-    def suffix(self) -> str:
-        """Of a value's name in the file: integers are the quantizers' outputs."""
-        return ".q" if self.exact else ""
-
-
-def reference_of(model: DSModel) -> Reference:
-    """A converted model's integer arithmetic, or its weights in float when its activations are."""
-    if not model.activations:
-        params = real_params(model.convs)
-        return float_reference(model.graph, params, model.head)
-    grids = grid_of(model.graph, model.activations)
-    return Reference(
-        model.graph, model.head, lambda x: run_integer(model.graph, model.convs, model.activations, x),
-        lambda node, inputs: integer_step(node, inputs, model.convs, grids), True,
-    )  # fmt: skip
-
-
-def float_reference(graph: Graph, params: Mapping[str, ConvParams], head: Head) -> Reference:
-    """A float network."""
-    return Reference(
-        graph, head, lambda x: run_float(graph, params, x), lambda node, inputs: float_step(node, inputs, params), False
-    )
+    if found := largest_sum(model):
+        raise CheckError(
+            f"The sums of layer {found[0]} can reach {found[1]}, beyond 32-bit integers, so the file was not written."
+        )
 
 
 def check_images(side: int, photographs: Sequence[Array] = ()) -> list[Array]:
@@ -101,26 +64,106 @@ def check_images(side: int, photographs: Sequence[Array] = ()) -> list[Array]:
 def check_export(
     data: bytes, reference: Reference, ends: Ends, images: Sequence[Array], named: bytes | None = None
 ) -> None:
-    """Raises CheckError when the file cannot be run, or gives other numbers than the reference.
+    """Raises CheckError when the file cannot be run, holds other numbers than the model, or gives other ones than the
+    reference.
 
     Layers are told by the names of their values: `named` is the same file with all of them, where `data` lacks some."""
-    head = reference.head
-    for image in images:
-        feed, real = _inputs(image, ends)
-        raw = reference.run(real)
+    file = _File.of(data, reference, (), ends)
+    layout = next((entry.value for entry in file.model.metadata_props if entry.key == LAYOUT_KEY), "")
+    found = [file.run(_inputs(image, ends)[0]).boxes for image in images]
+    wrong = wrong_layer(data, named, reference, reference.again(layout, images[0].shape[-1], ends), layout)
+    if wrong is None:
+        every = _File.of(named or data, reference, reference.graph.outputs, ends)
+        for image, boxes in zip(images, found, strict=True):
+            wrong = wrong or _wrong_on(image, boxes, every, reference, ends)
+    if wrong is not None:
+        raise CheckError(
+            f"The exported file computes something else than it should at layer {wrong}, so it was not written; "
+            "please report it."
+        )
+
+
+def _wrong_on(image: Array, found: Sequence[Array], every: _File, reference: Reference, ends: Ends) -> str | None:
+    """The layer that an image shows to be wrong. What the file makes of its own maps must be what they are decoded to
+    here; its layers may differ by what an engine rounds otherwise."""
+    graph, head = reference.graph, reference.head
+
+    def alike(boxes: Sequence[Array], raw: list[Tensor], rtol: float, atol: float) -> bool:
         wanted = [decode(raw, head).numpy(), *(t.numpy() for t in raw[-1:] if head.nm)]
-        pairs = _compared(_predictions(data, feed, ends), wanted, head.nc, image.shape[-1])
-        rtol, atol = EXACT if reference.exact else FLOAT
-        if _close(pairs, rtol, atol):
-            continue
-        layer = _first_wrong(named or data, reference, feed, real)
-        if layer is None and not _close(pairs, 0, NOISE, np.mean):
-            layer = "Detect"
-        if layer is not None:
-            raise CheckError(
-                f"The exported file computes something else than it should at layer {layer}, so it was not written; "
-                "please report it."
-            )
+        return _close(_compared(boxes, wanted, head.nc, image.shape[-1], ends.nms is not None), rtol, atol)
+
+    feed, real = _inputs(image, ends)
+    own = every.run(feed)
+    if missing := next((n for n in graph.nodes if n.name in graph.outputs and n.name not in own.values), None):
+        return display_name(missing)
+    if not alike(own.boxes, [reference.real(name, own.values[name]) for name in graph.outputs], *EXACT):
+        return DETECT
+    if alike(found, reference.run(real), *(EXACT if reference.exact else FLOAT)):
+        return None
+    whole = _File.of(every.data, reference, [INPUT, *(node.name for node in graph.nodes)], ends)
+    values = whole.run(feed).values
+    if INPUT not in values:  # bytes are the integers of the image
+        values[INPUT] = torch.from_numpy(feed).float() if reference.exact else real
+    return _first_wrong(values, reference)
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What a file gives: boxes as `_compared` takes them, and the values asked for by their names in the graph, float,
+    channels first."""
+
+    boxes: list[Array]
+    values: dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class _File:
+    """A file that is run, with `values` behind its `ends` own outputs: their names in the graph and in the file, and
+    how many channels are asked for (None: all). `suppressed`: it ends with non-maximum suppression; what goes into that
+    stands for its boxes then: box, 1 and the scores of each class."""
+
+    data: bytes
+    model: onnx.ModelProto
+    running: ort.InferenceSession
+    values: Sequence[tuple[str, str, int | None]]
+    ends: int
+    suppressed: bool
+
+    @staticmethod
+    def of(data: bytes, reference: Reference, wanted: Sequence[str], ends: Ends) -> _File:
+        """The file, giving those of the values that it has by their names."""
+        _session(data)
+        model = onnx.load_from_string(data)
+        there = {name for node in model.graph.node for name in node.output}
+        nodes = {node.name: node for node in reference.graph.nodes}
+        outputs, values = len(model.graph.output), []
+        for name in wanted:
+            # layout fused has maps with channels last, under names of their own; some have more channels than asked for
+            kinds = [f"{name}{kind}" for kind in (reference.suffix, f"{reference.suffix}{LAST}", WIDE, f"{WIDE}{LAST}")]
+            stored = next((kind for kind in kinds if kind in there), None)
+            if stored is not None:
+                cho = len(reference.numbers(nodes[name], "").bias) if WIDE in stored.removeprefix(name) else None
+                values.append((name, stored, cho))
+        model.graph.output.extend(onnx.ValueInfoProto(name=stored) for _, stored, _ in values)
+        if ends.nms:  # what goes into the suppression: boxes and scores
+            node = next(n for n in model.graph.node if n.op_type == "NonMaxSuppression")
+            model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in node.input[:2])
+        return _File(data, model, _session(model.SerializeToString()), values, outputs, ends.nms is not None)
+
+    def run(self, feed: Array) -> _Run:
+        """Of one image."""
+        outputs = [np.asarray(value) for value in _run(self.running, feed)]
+        boxes, rest = outputs[: self.ends], outputs[self.ends :]
+        got = {}
+        for (name, stored, cho), value in zip(self.values, rest, strict=False):
+            first = value.transpose(0, 3, 1, 2) if stored.endswith(LAST) else value
+            got[name] = torch.from_numpy(np.ascontiguousarray(first[:, :cho])).float()
+        if not self.suppressed:
+            return _Run(boxes, got)
+        (found,), (box, scores) = boxes, rest[len(self.values) :]
+        if found.ndim != 2 or found.shape[1] != 7 or not np.isfinite(found).all():
+            raise CheckError("The exported file does not give detections (k, 7), so it was not written.")
+        return _Run([np.concatenate((box, np.ones_like(box[..., :1]), scores.swapaxes(1, 2)), 2)], got)
 
 
 def _inputs(image: Array, ends: Ends) -> tuple[Array, Tensor]:
@@ -139,20 +182,6 @@ def _session(data: bytes) -> ort.InferenceSession:
         raise CheckError("ONNX Runtime cannot load the exported file, so it was not written.") from None
 
 
-def _predictions(data: bytes, feed: Array, ends: Ends) -> list[Array]:
-    """The file's outputs: (1, boxes, 5 + nc) as it decodes them; of a segmentation model with mask coefficients behind,
-    then the prototypes. Of a file that ends with non-maximum suppression, what goes into that: box, 1 and the scores of
-    each class."""
-    if not ends.nms:
-        return [np.asarray(output) for output in _run(_session(data), feed)]
-    found = _run(_session(data), feed)[0]
-    if found.ndim != 2 or found.shape[1] != 7 or not np.isfinite(found).all():
-        raise CheckError("The exported file does not give detections (k, 7), so it was not written.")
-    node = next(n for n in onnx.load_from_string(data).graph.node if n.op_type == "NonMaxSuppression")
-    box, scores = _run(_session(_exposed(data, node.input[:2], onnx.TensorProto.FLOAT)), feed)[1:]
-    return [np.concatenate((box, np.ones_like(box[..., :1]), scores.swapaxes(1, 2)), 2)]
-
-
 def _run(running: ort.InferenceSession, feed: Array) -> list[Any]:
     try:
         return list(running.run(None, {INPUT: feed}))
@@ -160,49 +189,33 @@ def _run(running: ort.InferenceSession, feed: Array) -> list[Any]:
         raise CheckError("ONNX Runtime fails on the exported file, so it was not written.") from None
 
 
-def _exposed(data: bytes, names: Sequence[str], kind: int) -> bytes:
-    """The file with further outputs."""
-    model = onnx.load_from_string(data)
-    for name in names:
-        model.graph.output.append(onnx.helper.make_tensor_value_info(name, kind, None))
-    return bytes(model.SerializeToString())
-
-
-def _compared(found: Sequence[Array], wanted: Sequence[Array], nc: int, side: int) -> list[tuple[Array, Array]] | None:
-    """Numbers of the outputs beside those wanted: pixels as shares of the side, scores (objectness * class) as they
-    are, mask coefficients and prototypes as shares of the largest wanted. None when shapes differ."""
+def _compared(
+    found: Sequence[Array], wanted: Sequence[Array], nc: int, side: int, suppressed: bool = False
+) -> list[tuple[Array, Array]] | None:
+    """Numbers of the outputs beside those wanted: pixels as shares of the side, objectness and class scores as they
+    are (where `suppressed` follows, their products), mask coefficients and prototypes as shares of the largest wanted.
+    None when shapes differ."""
     if [f.shape for f in found] != [w.shape for w in wanted]:
         return None
     (f, *protos), (w, *protos_wanted) = found, wanted
-    pairs = [(f[..., :4] / side, w[..., :4] / side)]
-    pairs.append((f[..., 4:5] * f[..., 5 : 5 + nc], w[..., 4:5] * w[..., 5 : 5 + nc]))
+    last = 5 + nc
+    pairs = [(f[..., :4] / side, w[..., :4] / side), (f[..., 4:5] * f[..., 5:last], w[..., 4:5] * w[..., 5:last])]
+    if not suppressed:
+        pairs.append((f[..., 4:last], w[..., 4:last]))
     if protos:
-        for a, b in ((f[..., 5 + nc :], w[..., 5 + nc :]), (protos[0], protos_wanted[0])):
+        for a, b in ((f[..., last:], w[..., last:]), (protos[0], protos_wanted[0])):
             largest = np.abs(b).max() or 1.0
             pairs.append((a / largest, b / largest))
     return pairs
 
 
-def _close(
-    pairs: Sequence[tuple[Array, Array]] | None, rtol: float, atol: float, over: Callable[[Array], Any] = np.max
-) -> bool:
+def _close(pairs: Sequence[tuple[Array, Array]] | None, rtol: float, atol: float) -> bool:
     """Whether all of them are equal."""
-    return pairs is not None and all(over(np.abs(f - w) - rtol * np.abs(w)) <= atol for f, w in pairs)  # a NaN is not
+    return pairs is not None and all(np.max(np.abs(f - w) - rtol * np.abs(w)) <= atol for f, w in pairs)  # a NaN is not
 
 
-def _first_wrong(data: bytes, reference: Reference, feed: Array, real: Tensor) -> str | None:
+def _first_wrong(got: Mapping[str, Tensor], reference: Reference) -> str | None:
     """The first node that, given what the file gives it, does not make what torch makes of that."""
-    kind = onnx.TensorProto.UINT8 if reference.exact else onnx.TensorProto.FLOAT
-    there = {name for node in onnx.load_from_string(data).graph.node for name in node.output}
-    # layout fused has maps with channels last, under names of their own
-    names = [n if n in there else f"{n}{LAST}" for n in _value_names(reference) if {n, f"{n}{LAST}"} & there]
-    values = _run(_session(_exposed(data, names, kind)), feed)[-len(names) :]
-    got: dict[str, Tensor] = {}
-    for name, value in zip(names, map(torch.from_numpy, values), strict=True):
-        first = value.permute(0, 3, 1, 2) if name.endswith(LAST) else value
-        got[name.removesuffix(LAST).removesuffix(reference.suffix)] = first.contiguous().float()
-    if INPUT not in got:  # bytes are the integers of the image
-        got[INPUT] = torch.from_numpy(feed).float() if reference.exact else real
     for node in reference.graph.nodes:
         if node.name not in got or any(name not in got for name in node.inputs):
             continue
@@ -211,13 +224,6 @@ def _first_wrong(data: bytes, reference: Reference, feed: Array, real: Tensor) -
         if not _same(got[node.name], wanted, reference.exact):
             return display_name(node)
     return None
-
-
-def _value_names(reference: Reference) -> Iterator[str]:
-    if reference.exact:
-        yield f"{INPUT}{reference.suffix}"
-    for node in reference.graph.nodes:
-        yield f"{node.name}{reference.suffix}"
 
 
 def _same(found: Tensor, wanted: Tensor, exact: bool) -> bool:

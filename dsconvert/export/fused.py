@@ -9,14 +9,16 @@ Then it is turned around to channels last (see `lastchannels`), as ONNX Runtime 
 
 from __future__ import annotations
 
-import tempfile
+import shutil
 from collections.abc import Iterator
-from pathlib import Path
 
 import onnx
 import onnxruntime as ort
 
 from dsconvert.export.lastchannels import channels_last
+from dsconvert.files import needs_room, scratch_folder
+
+UNPACKED = 8  # times the packed file's bytes: weights of 1 bit as int8
 
 
 def fuse(packed: onnx.ModelProto) -> onnx.ModelProto:
@@ -47,15 +49,20 @@ def _optimised(model: onnx.ModelProto) -> onnx.ModelProto:
     # one step further are layouts of memory that suit this CPU alone
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
     options.log_severity_level = 4  # it warns that the file is for this machine, which holds for the last level
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "optimised.onnx"
+    data = model.SerializeToString()
+    with scratch_folder() as folder:
+        path = folder / "optimised.onnx"
         options.optimized_model_filepath = str(path)
         # what the file turns around stays where it is: `lastchannels` needs it there
         kept = ["TransposeOptimizer", "TransposeOptimizer_CPUExecutionProvider"]
-        ort.InferenceSession(
-            model.SerializeToString(), options, providers=["CPUExecutionProvider"], disabled_optimizers=kept
-        )
-        return onnx.load(path)
+        try:
+            ort.InferenceSession(data, options, providers=["CPUExecutionProvider"], disabled_optimizers=kept)
+            return onnx.load(path)
+        except Exception:  # both raise many kinds, and one may leave half a file
+            size = UNPACKED * len(data)
+            if shutil.disk_usage(folder).free < size:
+                raise needs_room(folder, size, OSError()) from None
+            raise
 
 
 def _constant_makers(model: onnx.ModelProto, stored: set[str]) -> dict[str, onnx.NodeProto]:

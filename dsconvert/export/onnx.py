@@ -31,6 +31,7 @@ from dsconvert.model import DSModel, display_name
 from dsconvert.yolo.network import Head
 
 OUTPUT, PROTOTYPES, DETECTIONS = "output0", "output1", "detections"
+LAYOUT_KEY = "dsconvert.layout"  # of the metadata
 FLOAT_OPSET = 13
 
 
@@ -70,7 +71,7 @@ def _written(model: DSModel, layout: str, imgsz: int, ends: Ends) -> onnx.ModelP
             _weight_only(b, _reading(node, image), model, weights)
         weights.finish()
         raw = [RawMap(name) for name in model.graph.outputs]
-    return _finish(b, raw, model.head, imgsz, ends, {"dsconvert.layout": layout})
+    return _finish(b, raw, model.head, imgsz, ends, {LAYOUT_KEY: layout})
 
 
 def export_float(

@@ -51,7 +51,8 @@ SHOWN_LAYERS = 6  # histograms of weights, and of activations
 @dataclass(frozen=True)
 class ReportOptions:
     """What to report on: the converted model; data as `contest.entrants` (None: what was calibrated on); int8 peers
-    as ONNX files; the float checkpoint (None: the one converted); how many photos are shown; image side and most
+    as ONNX files; the float checkpoint (None: the one converted; a stranger's model may name any file, see `origin`);
+    how many photos are shown; image side and most
     images evaluated as `contest.entrants`; whether latency is measured (the one thing that is never twice the
     same); split and strict as `contest.entrants`."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from dsconvert.train.state import SETS, State, read_state, write_state
 from dsconvert.unfinished import run_key
 from dsconvert.yolo.classes import label_rules
 from dsconvert.yolo.dataset import DataYaml, read_data_yaml
-from dsconvert.yolo.labels import Labelled, read_labelled
+from dsconvert.yolo.labels import Labelled, label_path, read_labelled
 
 Progress = Callable[[str, int, int], None]
 
@@ -98,7 +98,7 @@ def finetune(
         raise InputError(f"A batch of {min(options.batch, len(photos))} is too small for {workers.count()} processes.")
     layers, latents = start(model, options.train, device)
     state = State.new(latents)
-    key = _key(path, options, photos, judging) if unfinished is not None else ""
+    key = _key(path, options, photos, judging, data.names) if unfinished is not None else ""
     if resume:
         state = read_state(unfinished, key, latents) if unfinished is not None and not workers.number() else state
         state = _spread(state)
@@ -160,12 +160,24 @@ def _line(state: State, epochs: int) -> str:
     return f"epoch {epoch} of {epochs}: loss {last['loss']:.4f}, mAP50-95 {last['map50_95']:.4f}{best}"
 
 
-def _key(path: Path, options: FinetuneOptions, photos: Photos, judging: Labelled) -> str:
-    """Stands for everything that decides the result: image files by name and size, labels by content."""
-    sizes = [[str(p), p.stat().st_size] for p in (*photos.paths, *judging.paths)]
+def _key(path: Path, options: FinetuneOptions, photos: Photos, judging: Labelled, names: Sequence[str]) -> str:
+    """Stands for everything that decides the result: images and labels of both splits by content, and the classes."""
+    digest = hashlib.sha256()
+    for image in (*photos.paths, *judging.paths):
+        digest.update(f"{image}\0{_content(image)}\0".encode("utf-8", "surrogatepass"))
+    for image in judging.paths:
+        digest.update(f"{_content(label_path(image))}\0".encode())
     labels = hashlib.sha256(b"".join(labels.tobytes() for labels in photos.labels)).hexdigest()
-    model = hashlib.sha256(path.read_bytes()).hexdigest()
-    return run_key(asdict(options), model, sizes, labels, workers.count())
+    return run_key(asdict(options), _content(path), digest.hexdigest(), labels, list(names), workers.count())
+
+
+def _content(path: Path) -> str:
+    """A digest of a file; empty where there is none."""
+    try:
+        with path.open("rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
+    except FileNotFoundError:
+        return ""
 
 
 def _spread(state: State) -> State:

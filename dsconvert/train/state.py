@@ -60,7 +60,7 @@ def write_state(path: Path, key: str, state: State) -> None:
 def read_state(path: Path, key: str, like: Latents) -> State:
     """What `write_state` kept, on the devices of `like`. Raises InputError when there is nothing, or it is of a run
     with another key."""
-    deciding = "options, images, labels, model, threads, processes or version"
+    deciding = "options, images, labels, classes, model, threads, processes or version"
     with resumed(path, META, key, deciding) as (about, tensors):
         state = State.new(like)
         for name in SETS:

@@ -98,6 +98,16 @@ def floats(name: str, value: float) -> Callable[[Opened], None]:
     return change
 
 
+def added(name: str, kind: str, shape: list[int], value: float) -> Callable[[Opened], None]:
+    """One tensor more, or another in its place, of this value alone."""
+    kinds = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "I32": np.int32, "I8": np.int8, "U8": np.uint8}
+
+    def change(m: Opened) -> None:
+        m.tensors[name] = [kind, shape, np.full(shape, value, kinds[kind]).tobytes()]
+
+    return change
+
+
 def changes() -> dict[str, Callable[[Opened], Any]]:
     """One thing wrong in each."""
 
@@ -153,10 +163,20 @@ def changes() -> dict[str, Callable[[Opened], Any]]:
         "a tensor missing": lambda m: m.tensors.pop("model.2.cv1.conv.cdsw"),
         "a tensor of another type": lambda m: m.tensors["model.2.cv1.conv.cdsw"].__setitem__(0, "I32"),
         "weights of another type": lambda m: m.tensors["model.2.cv1.conv.vqk"].__setitem__(0, "I8"),
-        **{f"scales of {v}": floats("model.2.cv1.conv.cdsw", v) for v in (float("nan"), float("inf"))},
-        **{f"biases of {v}": floats("model.2.cv1.conv.cdsb", v) for v in (float("nan"), float("-inf"))},
+        **{f"scales of {v}": floats("model.2.cv1.conv.cdsw", v) for v in
+           (float("nan"), float("inf"), 0, -1, 1e-45, 1e-38, 3e38)},
+        **{f"biases of {v}": floats("model.2.cv1.conv.cdsb", v) for v in (float("nan"), float("-inf"), 3e38, -3e38)},
+        "biases beyond the sums": floats("model.2.cv1.conv.cdsb", 1e9),
+        "a tensor too many": added("model.2.cv1.conv.more", "F32", [1], 1),
+        "a tensor of no layer": added("x", "F32", [1], 1), "a tensor of another layer": added("y.cdsw", "F32", [1], 1),
+        "a layer too many": lambda m: m.json["layers"].update(y=m.json["layers"]["model.2.cv1.conv"]),
+        **{f"{part} of {kind}": added(f"model.2.cv1.conv.{part}", kind, [8, 1, 1, 1], value) for part, kind, value in (
+           ("kdsb", "F32", 1), ("kdsb", "I32", 1), ("kdsb", "I8", -128), ("alpha", "F64", 1), ("alpha", "F16", 1),
+           ("alpha", "I32", 1), ("alpha", "F32", 1), ("code", "U8", 1))},
+        "shifts of another shape": lambda m: m.tensors["model.2.cv1.conv.kds"].__setitem__(1, [2, 2]),
         "a grid missing": lambda m: m.json[grids].pop("model.0.conv"),
-        **{f"grid {g}": put(g, grids, "model.0.conv") for g in ([0, 0], [-1, 0], [1e-40, 0], [1e40, 0], [0.1, 256],
+        **{f"grid {g}": put(g, grids, "model.0.conv") for g in ([0, 0], [-1, 0], [1e-40, 0], [1e-30, 0], [1e30, 0],
+           [1e40, 0], [0.1, 256],
            [0.1, -1], [float("nan"), 0], [0.1], "ab", [0.1, 0, 0])},
         "source a list": put(["a"], "provenance", "source"), "options a text": put("x", "provenance", "options"),
         "calib a list": put({"calib": ["/etc"]}, "provenance", "options"),

@@ -1,0 +1,101 @@
+"""What an exported file is held against: torch's way of running the network, and the numbers that it has to hold."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from torch import Tensor
+
+from dsconvert.dsconv.tensor import DSTensor, expand_blocks
+from dsconvert.export.onnx import Ends, export_float, export_quantized
+from dsconvert.graph.integer import QConv, grid_of, integer_step, real_params, run_integer
+from dsconvert.graph.ir import ConvParams, Graph, Node
+from dsconvert.graph.run import float_step, run_float
+from dsconvert.model import DSModel
+from dsconvert.yolo.network import Head
+
+Array = NDArray[Any]
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """What a file has to hold of one convolution: the weight (cho, chi, kh, kw), int8 or float32; CDSw (cho,) where it
+    is int8; the bias (cho,), int32 or float32."""
+
+    weight: Array
+    cds: Array | None
+    bias: Array
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What the file is held against: a graph, torch's way of running it (whole, and node by node on given inputs), a
+    value's real numbers from what the file has of it, each convolution's numbers by layout, and the file made anew by
+    layout and side."""
+
+    graph: Graph
+    head: Head
+    run: Callable[[Tensor], list[Tensor]]
+    step: Callable[[Node, list[Tensor]], Tensor]
+    exact: bool
+    real: Callable[[str, Tensor], Tensor] = field(repr=False)
+    numbers: Callable[[Node, str], Numbers] = field(repr=False)
+    again: Callable[[str, int, Ends], onnx.ModelProto] = field(repr=False)
+
+    @property
+    def suffix(self) -> str:
+        """Of a value's name in the file: integers are the quantizers' outputs."""
+        return ".q" if self.exact else ""
+
+
+def reference_of(model: DSModel) -> Reference:
+    """A converted model's integer arithmetic, or its weights in float when its activations are."""
+    graph, convs, own = model.graph, model.convs, model.activations
+    again = partial(export_quantized, model)
+    if not own:
+        params = real_params(convs)
+        return Reference(
+            graph, model.head, lambda x: run_float(graph, params, x),
+            lambda node, inputs: float_step(node, inputs, params), False, lambda name, value: value,
+            lambda node, layout: _weights_only(convs[node.name], layout), again,
+        )  # fmt: skip
+    grids = grid_of(graph, own)
+    return Reference(
+        graph, model.head, lambda x: run_integer(graph, convs, own, x),
+        lambda node, inputs: integer_step(node, inputs, convs, grids), True,
+        lambda name, value: grids[name].dequantize(value),
+        lambda node, layout: _integers(convs[node.name], convs[node.name].bias_int(grids[node.inputs[0]].scale)), again,
+    )  # fmt: skip
+
+
+def float_reference(graph: Graph, params: Mapping[str, ConvParams], head: Head) -> Reference:
+    """A float network."""
+    return Reference(
+        graph, head, lambda x: run_float(graph, params, x),
+        lambda node, inputs: float_step(node, inputs, params), False, lambda name, value: value,
+        lambda node, layout: Numbers(params[node.name].weight.numpy(), None, params[node.name].bias.numpy()),
+        lambda layout, side, ends: export_float(graph, params, head, side, ends),
+    )  # fmt: skip
+
+
+def _integers(conv: QConv, bias: Tensor) -> Numbers:
+    return Numbers(conv.weight.merged().numpy(), conv.weight.cds_w.numpy(), bias.numpy())
+
+
+def _weights_only(conv: QConv, layout: str) -> Numbers:
+    if layout == "float":
+        return Numbers(_blocks_of_reals(conv.weight), None, conv.bias.numpy())
+    return _integers(conv, conv.bias)
+
+
+def _blocks_of_reals(weight: DSTensor) -> Array:
+    """W', its factors multiplied in the order that the file has them in: one real scale a block, times VQK."""
+    scale = weight.cds_w[:, None, None, None] * (weight.m.float() if weight.alpha is None else weight.alpha)
+    made = expand_blocks(scale, weight.vqk.shape[1], weight.block_size) * weight.vqk.float()
+    return np.asarray(made.numpy())

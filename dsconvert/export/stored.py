@@ -1,0 +1,151 @@
+"""Does a file hold the model's numbers? Asked without an image, of every bit.
+
+Two answers. By its own nodes: what they make of the stored bytes is the int8 weight, scale and bias of each layer, as
+the model has them. By its bytes: all that is stored is what the model gives when it is written once more; so a flipped
+bit is noticed too where it does no harm, as in the shift of a block of zeros.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+from numpy.typing import NDArray
+from onnx import numpy_helper
+
+from dsconvert.errors import CheckError
+from dsconvert.export.compact import compact
+from dsconvert.export.reference import Numbers, Reference
+from dsconvert.graph.ir import Node
+from dsconvert.model import display_name
+
+Array = NDArray[Any]
+DETECT = "Detect"
+SCALE = 4  # place of the weight's scale among a QLinearConv's inputs
+# what an int8 weight, or in layout float a real one, is called in a file with all names, by how it is spelled
+INTEGERS, REALS = ("weight", "int8"), ("w", "blocks", "weight")
+
+
+def wrong_layer(
+    data: bytes, named: bytes | None, reference: Reference, again: onnx.ModelProto, layout: str
+) -> str | None:
+    """The first layer of which the file holds other numbers than the model, None when all are the model's. `named` is
+    the same file with the names of all its values, where `data` lacks some; `again` the file made once more."""
+    model = onnx.load_from_string(named or data)
+    found = _other_bytes(model, again, reference) or _other_numbers(model, reference, layout)
+    if found is None and named is not None and data != named and not _is_compacted(data, model):
+        return _other_bytes(onnx.load_from_string(data), compact(again), reference) or DETECT
+    return found
+
+
+def _is_compacted(data: bytes, named: onnx.ModelProto) -> bool:
+    return bool(data == compact(named).SerializeToString(deterministic=True))
+
+
+def _other_numbers(model: onnx.ModelProto, reference: Reference, layout: str) -> str | None:
+    """The first layer whose weight, scale or bias, as the file's own nodes unpack them, is not the model's."""
+    convs = reference.graph.convs()
+    known = {t.name for t in model.graph.initializer} | {out for node in model.graph.node for out in node.output}
+    wanted = {node.name: reference.numbers(node, layout) for node in convs}
+    # ONNX Runtime's optimiser keeps equal scales once, under the name of one of them
+    scales = {node.name: node.input[SCALE] for node in model.graph.node if node.op_type == "QLinearConv"}
+    names = {node.name: _names(node, wanted[node.name], known, scales) for node in convs}
+    if missing := next((node for node in convs if None in names[node.name]), None):
+        return display_name(missing)
+    values = _constants(model, sorted({str(name) for found in names.values() for name in found}))
+    for node in convs:
+        w = wanted[node.name]
+        parts = [part for part in (w.weight, w.bias, w.cds) if part is not None]
+        for name, part in zip(names[node.name], parts, strict=True):
+            value = values[str(name)]
+            value = value[: len(part)] if part.ndim == 1 else value  # zeros may be behind: see `quickconv`
+            if value.dtype != part.dtype or value.shape != part.shape or value.tobytes() != part.tobytes():
+                return display_name(node)
+    return None
+
+
+def _names(node: Node, numbers: Numbers, known: set[str], scales: Mapping[str, str]) -> list[str | None]:
+    """What the weight, the bias and, where there is one, CDSw are called in the file; None for what is not there."""
+    name = display_name(node)
+    kinds = INTEGERS if numbers.cds is not None else REALS
+    parts = [
+        next((f"{name}.{kind}" for kind in some if f"{name}.{kind}" in known), None) for some in (kinds, ("bias",))
+    ]
+    if numbers.cds is None:
+        return parts
+    return [*parts, f"{name}.cds" if f"{name}.cds" in known else scales.get(name)]
+
+
+def _constants(model: onnx.ModelProto, names: Sequence[str]) -> dict[str, Array]:
+    """Values that follow from what is stored alone."""
+    stored = {t.name: t for t in model.graph.initializer}
+    makers = {out: i for i, node in enumerate(model.graph.node) for out in node.output}
+    values = {name: numpy_helper.to_array(stored[name]) for name in names if name in stored}
+    left, needed = [name for name in names if name not in stored], set()
+    while left:
+        index = makers.get(left.pop())
+        if index is not None and index not in needed:
+            needed.add(index)
+            left += [x for x in model.graph.node[index].input if x not in stored]
+    if not needed:
+        return values
+    nodes = [model.graph.node[i] for i in sorted(needed)]
+    reads = {x for node in nodes for x in node.input}
+    made = [name for name in names if name not in stored]
+    outputs = [onnx.ValueInfoProto(name=name) for name in made]
+    graph = onnx.helper.make_graph(nodes, "stored", [], outputs, [t for n, t in stored.items() if n in reads])
+    part = onnx.helper.make_model(graph, opset_imports=model.opset_import, ir_version=model.ir_version)
+    options = ort.SessionOptions()
+    options.log_severity_level = 4
+    try:
+        running = ort.InferenceSession(part.SerializeToString(), options, providers=["CPUExecutionProvider"])
+        return values | dict(zip(made, running.run(made, {}), strict=True))
+    except Exception:  # onnxruntime raises many kinds
+        raise CheckError("ONNX Runtime cannot unpack the exported file's weights, so it was not written.") from None
+
+
+def _other_bytes(model: onnx.ModelProto, again: onnx.ModelProto, reference: Reference) -> str | None:
+    """The layer of the first stored tensor that is not among those of the file made once more, or that is missing."""
+    found, wanted = Counter(map(_key, model.graph.initializer)), Counter(map(_key, again.graph.initializer))
+    for file, missing in ((model, found - wanted), (again, wanted - found)):
+        for tensor in file.graph.initializer:
+            if _key(tensor) in missing:
+                return _layer_of(tensor, file, again, reference)
+    return None
+
+
+def _key(tensor: onnx.TensorProto) -> bytes:
+    """Constants are numbered, and a number says nothing."""
+    copied = onnx.TensorProto()
+    copied.CopyFrom(tensor)
+    copied.name = tensor.name if "." in tensor.name else ""
+    return bytes(copied.SerializeToString(deterministic=True))
+
+
+def _layer_of(tensor: onnx.TensorProto, file: onnx.ModelProto, again: onnx.ModelProto, reference: Reference) -> str:
+    """Whose tensor it is: by its own name, by its place among the biases, or by the node that reads it."""
+    nodes = sorted(reference.graph.nodes, key=lambda node: -len(display_name(node)))
+    if tensor.name.startswith("bias."):
+        return _owner_of_bias(tensor, again, reference)
+    readers = (out for node in file.graph.node if tensor.name in node.input for out in node.output)
+    for name in (tensor.name, *readers):
+        for node in nodes:
+            if name == node.name or name.startswith((f"{node.name}.", f"{display_name(node)}.")):
+                return display_name(node)
+    return DETECT
+
+
+def _owner_of_bias(tensor: onnx.TensorProto, again: onnx.ModelProto, reference: Reference) -> str:
+    """The layer of the first integer that differs: all biases are one vector, in the graph's order."""
+    convs = reference.graph.convs()
+    right = next((t for t in again.graph.initializer if t.name == tensor.name), None)
+    if right is None or right.dims != tensor.dims:
+        return display_name(convs[0])
+    one, other = (numpy_helper.to_array(t).astype(np.int64) for t in (tensor, right))
+    place = int(np.argmax(one != other))
+    ends = np.cumsum([len(reference.numbers(node, "").bias) for node in convs])
+    return display_name(convs[min(int(np.searchsorted(ends, place, "right")), len(convs) - 1)])

@@ -1,0 +1,161 @@
+"""What mutants of the code that guards showed to be untested: each test here fails for one of them."""
+
+from __future__ import annotations
+
+import resource
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from conftest import TINY, randomise
+from onnx import TensorProto, helper, numpy_helper
+
+from dsconvert.dsconv.tensor import Width
+from dsconvert.errors import InputError
+from dsconvert.evaluate import bounds
+from dsconvert.export.external import check_external_data
+from dsconvert.fit import allocate as module
+from dsconvert.fit.allocate import Choice, allocate
+from dsconvert.fit.least_squares import fit_weight
+from dsconvert.fit.lockstep import fit_cds
+from dsconvert.fit.seen import Seen
+from dsconvert.graph.ir import Node
+from dsconvert.yolo import checkpoint
+from dsconvert.yolo.checkpoint import load_checkpoint, yolov5_bytes
+from dsconvert.yolo.network import Network, head_from_detect
+
+# --- bounds ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("whose", [0, 1])
+def test_an_earlier_limit_of_the_users_is_kept(monkeypatch, whose):
+    """`ulimit -d`, soft or hard: a bound may be below it, never above, and afterwards it is there again."""
+    mine = [resource.RLIM_INFINITY, resource.RLIM_INFINITY]
+    mine[whose] = 512 << 20
+    if whose:
+        mine[0] = 512 << 20  # the soft one is never above the hard one
+    set_to: list[tuple[int, int]] = []
+    monkeypatch.setattr(bounds.resource, "getrlimit", lambda kind: tuple(mine))
+    monkeypatch.setattr(bounds.resource, "setrlimit", lambda kind, limits: set_to.append(limits))
+    with bounds.growth(1 << 50):
+        assert set_to == [(512 << 20, mine[1])]
+    assert set_to[1:] == [tuple(mine)]
+    set_to.clear()
+    with bounds.growth(0):
+        assert 0 < set_to[0][0] < 1 << 45
+    assert set_to[0][0] <= 512 << 20
+
+
+# --- external data --------------------------------------------------------------------------------------------------
+
+
+def outside() -> TensorProto:
+    """A tensor whose numbers are in the folder above."""
+    tensor = TensorProto(name="w", data_type=TensorProto.FLOAT, dims=[4], data_location=TensorProto.EXTERNAL)
+    tensor.external_data.add(key="location", value="../secret.bin")
+    return tensor
+
+
+def holding(where: str) -> onnx.ModelProto:
+    """A model with such a tensor in one place."""
+    ends = [helper.make_tensor_value_info(n, TensorProto.FLOAT, [4]) for n in "xy"]
+    plain = helper.make_node("Identity", ["x"], ["y"])
+    graph = helper.make_graph([plain], "g", ends[:1], ends[1:])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
+    if where in ("initialization", "algorithm"):
+        inner = helper.make_graph([plain], "t", ends[:1], ends[1:], [outside()])
+        getattr(model.training_info.add(), where).CopyFrom(inner)
+    constant = helper.make_node("Constant", [], ["c"], value=numpy_helper.from_array(np.zeros(4, np.float32)))
+    attribute = constant.attribute[0]
+    if where == "a function's attribute":
+        attribute.t.CopyFrom(outside())
+    elif where == "a function's list":
+        attribute.type = onnx.AttributeProto.TENSORS
+        attribute.ClearField("t")
+        attribute.tensors.append(outside())
+    elif where == "a function's sparse tensor":
+        attribute.type = onnx.AttributeProto.SPARSE_TENSOR
+        attribute.ClearField("t")
+        attribute.sparse_tensor.values.CopyFrom(outside())
+    elif where == "a graph in a function":
+        attribute.type = onnx.AttributeProto.GRAPH
+        attribute.ClearField("t")
+        attribute.g.CopyFrom(helper.make_graph([plain], "i", ends[:1], ends[1:], [outside()]))
+    if where.startswith(("a function", "a graph")):
+        model.functions.append(helper.make_function("d", "F", ["x"], ["y"], [constant, plain], model.opset_import))
+    return model
+
+
+PLACES = ["initialization", "algorithm", "a function's attribute", "a function's list", "a function's sparse tensor",
+          "a graph in a function"]  # fmt: skip
+
+
+@pytest.mark.parametrize("where", PLACES)
+def test_data_outside_are_found_in_training_graphs_and_functions(tmp_path, where):
+    path = tmp_path / "m.onnx"
+    path.write_bytes(holding(where).SerializeToString())
+    with pytest.raises(InputError, match="outside of its own folder"):
+        check_external_data(path)
+    path.write_bytes(holding("nowhere").SerializeToString())
+    assert check_external_data(path) == path.stat().st_size
+
+
+# --- widths ---------------------------------------------------------------------------------------------------------
+
+
+def test_sizes_are_never_rounded_down(monkeypatch):
+    """Units of 10 bytes: three layers of 14 bytes do not fit into 40, though three units of 10 would."""
+    monkeypatch.setattr(module, "STATES", 4)
+    large, small = Choice(Width(4, 32), 14, 0.0), Choice(Width(2, 32), 10, 1.0)
+    options = {name: [large, small] for name in "abc"}
+    chosen = allocate(options, 40)
+    assert sum(c.size for c in chosen.values()) == 34
+    assert sum(c.damage for c in chosen.values()) == 2
+    with pytest.raises(ValueError, match="need at least"):
+        allocate({name: [large] for name in "abc"}, 40)
+
+
+# --- shifts ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("slope", "moved"), [(0.45, False), (0.6, True), (1.9, True), (2.2, False), (9.0, False)])
+def test_a_shift_moves_by_less_than_a_factor_of_two_either_way(slope, moved):
+    node = Node("conv", "c", ("x",), {"stride": 1, "padding": 0, "dilation": 1, "groups": 1})
+    fitted = fit_weight(torch.ones(1, 1, 1, 1), 4, 1)
+    x = torch.linspace(-1, 1, 16).reshape(1, 1, 4, 4)
+    y = slope * float(fitted.weight()) * x
+    result = fit_cds(node, fitted, [Seen(x, y, torch.ones(1, 16))])
+    wanted = fitted.cds_w * (slope if moved else 1)
+    torch.testing.assert_close(result.weight.cds_w, wanted, rtol=1e-5, atol=0.0)  # float32 points on a line
+
+
+# --- epsilons -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("which", ["weights", "end"])
+def test_epsilons_are_taken_before_weights_are_folded_and_at_the_end(tmp_path, monkeypatch, which):
+    """Either call alone is not enough: `_fill` checks what becomes of them, and may rebuild layers."""
+    network = Network(TINY, nc=2, na=3).eval()
+    randomise(network)
+    for module_ in network.modules():
+        if isinstance(module_, torch.nn.BatchNorm2d):
+            module_.eps = 0.25
+    path = tmp_path / "e.pt"
+    path.write_bytes(yolov5_bytes(network, head_from_detect(network.detect, [4, 8], ["cat", "dog"])))
+    fill, seen = checkpoint._fill, []
+
+    def watched(made, *rest):
+        norms = [m for m in made.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+        seen.extend(m.eps for m in norms)
+        result = fill(made, *rest)
+        for norm in norms:
+            norm.eps = 1e-3  # as a layer made anew has it
+        return result
+
+    monkeypatch.setattr(checkpoint, "_fill", watched)
+    loaded = load_checkpoint(path).network
+    if which == "weights":
+        assert set(seen) == {0.25}
+    else:
+        assert {m.eps for m in loaded.modules() if isinstance(m, torch.nn.BatchNorm2d)} == {0.25}
