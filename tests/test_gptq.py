@@ -16,6 +16,7 @@ from dsconvert.fit.gptq import (
     _round_group,
     fit_layer,
     fit_weight_gptq,
+    inverse_factor,
     measure_moments,
 )
 from dsconvert.fit.least_squares import fit_weight
@@ -235,3 +236,15 @@ def test_grouped_convolutions_fall_back_to_least_squares():
     node = Node("conv", "c", ("x",), {**CONV.attrs, "groups": 2})
     weight = torch.randn(4, 2, 3, 3)
     assert torch.equal(fit_layer(node, weight, Width(4, 2), []).vqk, fit_weight(weight, 4, 2).vqk)
+
+
+def test_the_factor_of_the_inverse_is_upper_triangular_and_right():
+    mix = torch.randn(40, 60, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    hessian = mix @ mix.T / 60 + 0.1 * torch.eye(40, dtype=torch.float64)
+    factor = inverse_factor(hessian)
+    assert torch.equal(factor, factor.triu())
+    assert float(factor.diagonal().min()) > 0
+    # float64, a condition of some hundreds
+    torch.testing.assert_close(factor.T @ factor @ hessian, torch.eye(40, dtype=torch.float64), rtol=0, atol=1e-12)
+    with pytest.raises(torch.linalg.LinAlgError):
+        inverse_factor(-hessian)

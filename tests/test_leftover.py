@@ -7,7 +7,9 @@ import torch
 
 from dsconvert.dsconv.tensor import Width
 from dsconvert.fit.gptq import DAMPING
+from dsconvert.fit.importance import Part
 from dsconvert.fit.leftover import Left, left_by, left_over
+from dsconvert.fit.lockstep import watch
 from dsconvert.graph.ir import INPUT, ConvParams, Graph, Node
 
 POINT = {"stride": 1, "padding": 0, "dilation": 1, "groups": 1}
@@ -51,8 +53,11 @@ def test_equal_inputs_of_a_layer_make_up_for_each_other():
     x = torch.randn(6, 1, 10, 10, generator=torch.Generator().manual_seed(0)).expand(-1, 2, -1, -1)
     alone = torch.eye(2).double()
 
+    drawn = watch(graph, params, list(x), 0)
+
     def found(images, first):
-        return left_over(graph, params, images.split(1), {"c": torch.ones(len(images), 100)}, {"c": alone}, 6, 0, first)
+        part = Part(first, len(images), 6)
+        return left_over(graph, params, lambda i: images[i : i + 1], drawn, {"c": alone}, part)
 
     d = 1 + DAMPING - 1 / (1 + DAMPING)
     left = found(x, 0)["c"]

@@ -23,6 +23,7 @@ LEVELS = torch.tensor(
     dtype=torch.float64,
 )
 SHIFT = 23 - int(math.log2(PER_OCTAVE))
+FIRST = (int(LEVELS[:1].float().view(torch.int32)) >> SHIFT) - 1  # of the numbers of levels, the one below all
 LEAST_SHARE = 0.1  # of the largest value: nobody cuts below that
 
 
@@ -30,19 +31,19 @@ def clip_effects(values: Tensor, gradient: Tensor) -> Tensor:
     """<g, min(v, level) - v>^2 for every level of LEVELS, float64, on CPU; v and g of one image, any shape.
 
     Levels below LEAST_SHARE of the largest value get too little: their values are not looked at."""
+    from dsconvert.fit import loops  # numba takes a while to load
+
     v, g = values.flatten().cpu().numpy(), gradient.flatten().cpu().numpy()
-    picks = np.flatnonzero(v > LEAST_SHARE * max(float(v.max()), 0.0))
-    v, g = v[picks], g[picks]
-    over = levels_below(v)
-    sums = (np.bincount(over, weights, minlength=COUNT + 1) for weights in (g, g.astype(np.float64) * v))
+    sums = np.zeros((2, COUNT + 1))
+    least = np.float32(LEAST_SHARE * max(float(v.max()), 0.0))
+    loops.sum_by_level(v, v.view(np.int32), g, least, SHIFT, FIRST, sums[0], sums[1])
     slope, total = (torch.from_numpy(s[::-1].cumsum()[-2::-1].copy()) for s in sums)
     return (LEVELS * slope - total).square()
 
 
 def levels_below(values: NDArray[np.float32]) -> NDArray[np.int32]:
     """How many of LEVELS each value is above."""
-    first = int(LEVELS[:1].float().view(torch.int32)) >> SHIFT
-    return np.clip((values.view(np.int32) - 1 >> SHIFT) - (first - 1), 0, COUNT)
+    return np.clip((values.view(np.int32) - 1 >> SHIFT) - FIRST, 0, COUNT)
 
 
 def effect_at(effects: Tensor, level: float) -> float:

@@ -157,11 +157,12 @@ def _fit(weight: Tensor, moments: Moments, width: Width, channels: Tensor | None
     groups = _groups(weight.shape, width, damped.hessian.diagonal())
     order = torch.cat(groups)
     try:
-        target = torch.linalg.solve(damped.hessian, damped.cross.T).T  # C H^-1, H being symmetric
-        inverse = torch.linalg.inv(damped.hessian[order][:, order])
-        upper = torch.linalg.cholesky((inverse + inverse.T) / 2, upper=True).numpy()
+        factor = inverse_factor(damped.hessian[order][:, order])
     except torch.linalg.LinAlgError:  # constant inputs, as behind a dead layer: H is rounding noise
         return plain
+    target = torch.empty_like(flat)
+    target[:, order] = (damped.cross[:, order] @ factor.T) @ factor  # C H^-1
+    upper = factor.numpy()
     start = _starting(target.reshape(weight.shape), width)
     rounded = _rounded(upper, [len(g) for g in groups], width)
     together = None if channels is None else damped_channels(channels)
@@ -182,6 +183,14 @@ def _fit(weight: Tensor, moments: Moments, width: Width, channels: Tensor | None
         fitted.append(best.tensor())
         errors[rows] = target[rows] - fitted[-1].weight().double().flatten(1)
     return DSTensor.joined(fitted).rows(torch.argsort(torch.cat(turns)))
+
+
+def inverse_factor(hessian: Tensor) -> Tensor:
+    """The upper triangular U (K, K) with U^T U = H^-1: H = R R^T with R upper triangular, the Cholesky factor from the
+    last column to the first, and U = R^-1. H itself is never inverted, which takes three times as long and loses
+    digits. Raises LinAlgError where H is not positive definite."""
+    upper = torch.linalg.cholesky(hessian.flip(0, 1)).flip(0, 1)
+    return torch.linalg.solve_triangular(upper, torch.eye(len(upper), dtype=upper.dtype), upper=True)
 
 
 def _groups(shape: torch.Size, width: Width, energy: Tensor) -> list[Tensor]:

@@ -9,20 +9,18 @@ From layer to layer it goes from a sixth to two thirds: a large input map's colu
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from dsconvert import workers
 from dsconvert.dsconv.tensor import Width
 from dsconvert.fit.channels import damped as damped_channels
-from dsconvert.fit.channels import gram
-from dsconvert.fit.gptq import damped_hessian, unfolded
+from dsconvert.fit.gptq import damped_hessian, measure_moments
 from dsconvert.fit.importance import Part
-from dsconvert.fit.seen import HALF_MAX, Drawn
+from dsconvert.fit.seen import HALF_MAX, Drawn, Seen
 from dsconvert.fit.threads import in_order, threads_for
 from dsconvert.graph.ir import INPUT, ConvParams, Graph, Node
 from dsconvert.graph.run import float_step
@@ -59,12 +57,13 @@ def left_over(
     with torch.no_grad():
         for index, node in enumerate(graph.nodes):
             if node.op == "conv" and node.attrs["groups"] == 1 and not drawn[node.name].even:
-                seen = [
-                    (x[0].float(), *drawn[node.name].get(i)) for x, i in zip(values[node.inputs[0]], taken, strict=True)
-                ]
-                weight = params[node.name].weight
+                weight, nothing = params[node.name].weight, torch.empty(0, 1)
+                seen = (
+                    Seen(x[0].float(), nothing.expand(0, len(places.picks)), *places)
+                    for x, places in zip(values[node.inputs[0]], map(drawn[node.name].get, taken), strict=True)
+                )
+                hessian = measure_moments(node, torch.Size((0, *weight.shape[1:])), seen).hessian
                 with threads_for(weight.numel()):
-                    hessian = _hessian(node, weight.shape, seen)
                     by_columns = left_by(damped_hessian(hessian))
                     by_channels = left_by(damped_channels(channels[node.name]))
                 found[node.name] = Left(by_columns, by_channels)
@@ -79,22 +78,6 @@ def left_over(
 def _float_value(node: Node, params: Mapping[str, ConvParams], inputs: Sequence[Tensor]) -> Tensor:
     """What a node of the float network makes of one image's values, kept in half precision: so is the result."""
     return float_step(node, [x.float() for x in inputs], params).clamp_(-HALF_MAX, HALF_MAX).half()
-
-
-def _hessian(node: Node, shape: torch.Size, seen: Iterable[tuple[Tensor, Tensor, Tensor]]) -> Tensor:
-    """cov(x, x) (K, K) over the positions of (input (chi, h, w), picks (p,), their weights (p,)) in all processes."""
-    size = shape[1:].numel()
-    hessian = torch.zeros(size, size, dtype=torch.float64)
-    sums, total = torch.zeros(size, dtype=torch.float64), torch.zeros((), dtype=torch.float64)
-    for x, picks, w in seen:
-        root = w.sqrt().to(x)
-        columns = unfolded(x, 0, tuple(shape[2:]), node, picks.to(x.device)) * root
-        hessian += gram(columns).cpu()
-        sums += (columns @ root).double().cpu()
-        total += w.sum()
-    hessian, sums, total = (workers.summed(t) for t in (hessian, sums, total))
-    mean = sums / total.clamp_min(1e-30)
-    return hessian / total.clamp_min(1e-30) - torch.outer(mean, mean)
 
 
 def left_by(moment: Tensor) -> float:

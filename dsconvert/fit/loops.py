@@ -181,3 +181,15 @@ def requantize(sums, multipliers, zero, table, made):  # type: ignore[no-untyped
             places[p] = np.uint8(min(max(value, np.float32(0)), np.float32(255)))
         for p in range(count):
             made[o, p] = table[places[p]]
+
+
+@compiled("void(f4[::1], i4[::1], f4[::1], f4, i8, i8, f8[::1], f8[::1])")
+def sum_by_level(values, bits, gradient, least, shift, first, slope, total):  # type: ignore[no-untyped-def]
+    """Values above the least, `bits` being the same as integers: slope (levels + 1,) gets each one's gradient g, and
+    total g times the value, at the number of levels that the value is above (see `clipping.levels_below`)."""
+    most = slope.shape[0] - 1
+    for i in range(values.shape[0]):
+        if values[i] > least:
+            level = min(max(((bits[i] - 1) >> shift) - first, 0), most)
+            slope[level] += np.float64(gradient[i])
+            total[level] += np.float64(gradient[i]) * np.float64(values[i])
