@@ -10,10 +10,10 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from dsconvert.errors import InputError
+from dsconvert.errors import InputError, Unusable
 
 
-class NameRefused(InputError):
+class NameRefused(Unusable):
     """The disk takes no file of that name; of another name it would."""
 
 

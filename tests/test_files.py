@@ -190,9 +190,14 @@ def test_a_library_fills_a_file_that_then_takes_its_place(tmp_path):
         assert (temporary.parent, temporary.suffix, path.exists()) == (path.parent, ".mp4", False)
         temporary.write_bytes(b"film")
     assert path.read_bytes() == b"film"
-    with pytest.raises(RuntimeError, match="half"), written_whole(path, True) as temporary:
-        temporary.write_bytes(b"half")
-        raise RuntimeError("half")
+
+    def fail() -> None:
+        with written_whole(path, True) as temporary:
+            temporary.write_bytes(b"half")
+            raise RuntimeError("half")
+
+    with pytest.raises(RuntimeError, match="half"):
+        fail()
     assert (names(path.parent), path.read_bytes()) == (["clip.mp4"], b"film")
 
 

@@ -24,6 +24,7 @@ from dsconvert.export.external import check_external_data
 from dsconvert.export.inspect import conv_weights
 from dsconvert.export.nms import Nms
 from dsconvert.export.onnx import export_float, export_quantized
+from dsconvert.graph.ir import ConvParams
 from dsconvert.modelfile import load_model
 from dsconvert.yolo.checkpoint import load_checkpoint
 from dsconvert.yolo.lower import lower
@@ -46,6 +47,7 @@ class Candidate:
     predict: Predictor
     run_once: Callable[[], object]
     limits: Nms | None = None  # of a file that ends with non-maximum suppression
+    input_type: type[Any] = np.float32  # of the numbers it takes
 
     @property
     def size_bytes(self) -> int:
@@ -53,10 +55,13 @@ class Candidate:
         return self.path.stat().st_size
 
 
-def load_candidate(path: Path, side: int | None) -> Candidate:
-    """Load a model for evaluation at `side` pixels (None: what it was made for, else 640)."""
+def load_candidate(path: Path, side: int | None, device: str = "cpu") -> Candidate:
+    """Load a model for evaluation at `side` pixels (None: what it was made for, else 640). `device` is torch's; another
+    than the CPU is for a `.pt`: integers and ONNX Runtime run on the CPU. Raises InputError for the others."""
     if path.suffix == ".pt":
-        return _float(path, side or 640)
+        return _float(path, side or 640, device)
+    if device != "cpu":
+        raise InputError(f"{path} runs on the CPU here; leave out --device {device}, or give the float checkpoint.")
     if path.suffix == ".safetensors":
         return _converted(path, side)
     if path.suffix == ".onnx":
@@ -93,7 +98,7 @@ def _check_side(path: Path, side: int, stride: int) -> None:
         raise InputError(f"--imgsz {side} is not a multiple of the stride {stride} of {path}.")
 
 
-def _float(path: Path, side: int) -> Candidate:
+def _float(path: Path, side: int, device: str = "cpu") -> Candidate:
     checkpoint = load_checkpoint(path)
     head = checkpoint.head
     _check_side(path, side, head.stride)
@@ -103,7 +108,10 @@ def _float(path: Path, side: int) -> Candidate:
         return session(export_float(graph, params, head, side).SerializeToString(), torch.get_num_threads(), str(path))
 
     bits = float(checkpoint.stored_bits)
-    predict = float_predictor(graph, params, head, bounds=Bounds(str(path), path.stat().st_size))
+    own = {name: ConvParams(p.weight.to(device), p.bias.to(device)) for name, p in params.items()}
+    # the bound is of main memory, of which CUDA maps more than it uses
+    bounds = Bounds(str(path), path.stat().st_size) if device == "cpu" else None
+    predict = float_predictor(graph, own, head, device, bounds)
     return Candidate(path, "pt", head.names, side, bits, predict, _once(running, side))
 
 
@@ -163,7 +171,7 @@ def _onnx(path: Path, side: int | None) -> Candidate:
     bits = sum(w.bits for w in weights) / count if count else 32.0
     limits = _limits(meta.get(NMS_KEY, ""), path)
     made: Predictor = MaskPredictor(predict_masks, len(names)) if makes_masks else predict
-    return Candidate(path, "onnx", names, side, bits, made, _once(lambda: running, side), limits)
+    return Candidate(path, "onnx", names, side, bits, made, _once(lambda: running, side), limits, kind)
 
 
 def _outputs(path: Path, running: Session, feed: dict[str, NDArray[Any]]) -> list[Any]:
