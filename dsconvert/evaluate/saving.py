@@ -68,9 +68,10 @@ class Job:
 
 def jobs_of(sources: Sources, folder: Path, options: SaveOptions) -> list[Job]:
     """A job for each source, images first; no two write one file."""
-    names = names_below([*sources.images, *sources.videos])
+    files = [*sources.images, *sources.videos]
+    names = names_below(files) if files else []
     images, videos = names[: len(sources.images)], names[len(sources.images) :]
-    given: list[Path | str] = [*sources.images, *sources.videos]
+    given: list[Path | str] = [*files]
     if sources.live is not None:
         given, videos = [sources.live], [PurePath(live_stem(sources.live) + ".mp4")]
     labels = label_names(images)

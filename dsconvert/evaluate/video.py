@@ -167,7 +167,7 @@ class _Film:
             # The codec takes even numbers of pixels, and no fewer than these.
             self.size = max(16, image.shape[1] // 2 * 2), max(16, image.shape[0] // 2 * 2)
             code = cv2.VideoWriter.fourcc(*"mp4v")
-            self.writer = cv2.VideoWriter(str(self.path), cv2.CAP_FFMPEG, code, self.fps, self.size)
+            self.writer = cv2.VideoWriter(str(self.path.absolute()), cv2.CAP_FFMPEG, code, self.fps, self.size)
         if not self.writer.isOpened():
             raise Unusable(f"{self.shown} cannot be written: OpenCV makes no video of {self.size[0]}x{self.size[1]}.")
         if image.shape[1::-1] != self.size:
@@ -182,7 +182,7 @@ class _Film:
 
     def check(self) -> None:
         """OpenCV says nothing of a disk that is full."""
-        written = cv2.VideoCapture(str(self.path), cv2.CAP_FFMPEG)
+        written = capture_of(self.path)
         there = int(written.get(cv2.CAP_PROP_FRAME_COUNT)) if written.isOpened() else 0
         written.release()
         if there < self.count:
