@@ -160,6 +160,22 @@ def test_without_labels_float_is_the_reference(folder):
     assert len(found.differing) == 2
 
 
+def test_without_labels_and_without_anything_found_the_rest_is_there(folder, monkeypatch):
+    monkeypatch.setattr("dsconvert.evaluate.accuracy.CONFIDENT", 1.0)  # no score is above it
+    found = gather(ReportOptions(folder / "q/model.safetensors", latency=False, images=1, samples=2))
+    html = page_bytes(found).decode()
+    ids = {attrs.get("id") for _, attrs in Page(html).found}
+    assert [row.metrics for row in found.rows] == [None, None]
+    assert "the float model finds nothing above a score of 0.25 in these images" in html
+    assert "mAP" not in html
+    assert "None" not in html
+    assert {"compared", "photos", "layers", "weights", "made"} <= ids
+    assert "classes" not in ids
+    assert "#classes" not in html
+    assert f"<td>{found.rows[1].size_bytes / 1e6:.2f}</td>" in html
+    assert len(found.layers) > 1
+
+
 def test_models_that_cannot_be_reported_on(folder, monkeypatch):
     model, data = folder / "q/model.safetensors", folder / "data.yaml"
     with pytest.raises(InputError, match="not a converted model"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +24,16 @@ from dsconvert.commands.shared import (
     tell,
     threads,
     verbose,
+    warn,
 )
 from dsconvert.errors import InputError, LimitMissed
 from dsconvert.evaluate import contest
+from dsconvert.evaluate.accuracy import LEAST, VAL_OVERLAP
 from dsconvert.evaluate.candidates import Candidate
 from dsconvert.evaluate.detect import class_name
 from dsconvert.modelfile import load_model
+
+ACCURACY = ("map50_95", "map50", "precision", "recall")
 
 
 @click.command("eval", short_help="Measure accuracy, size and latency of each MODEL.")
@@ -36,6 +41,8 @@ from dsconvert.modelfile import load_model
 @click.option("--data", type=PATH, help="data.yaml with labels, or a folder of images without.")
 @click.option("--imgsz", type=int, help="Side of the images, pixels (default: as exported).")
 @click.option("--samples", type=click.IntRange(1), help="Most images used.")
+@click.option("--conf-thres", default=LEAST, show_default=True, help="Boxes up to this score do not count.")
+@click.option("--iou-thres", default=VAL_OVERLAP, show_default=True, help="Most overlap of two boxes of a class.")
 @click.option("--max-map-drop", type=click.FloatRange(0, 100), metavar="POINTS",
               help="Exit with 3 if a model loses more mAP50-95 against the first.")  # fmt: skip
 @threads
@@ -43,8 +50,8 @@ from dsconvert.modelfile import load_model
 @verbose("show the average precision of each class")
 @as_json
 def evaluate(
-    models: tuple[Path, ...], data: Path | None, imgsz: int | None, samples: int | None, max_map_drop: float | None,
-    threads: int, quiet: bool, verbose: bool, as_json: bool,
+    models: tuple[Path, ...], data: Path | None, imgsz: int | None, samples: int | None, conf_thres: float,
+    iou_thres: float, max_map_drop: float | None, threads: int, quiet: bool, verbose: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Measure accuracy, size and latency of each MODEL on labelled images.
 
@@ -57,6 +64,8 @@ def evaluate(
     Examples: dsconvert eval best.pt best.onnx --data data.yaml
               dsconvert eval best.pt best.onnx --data data.yaml --max-map-drop 0.5
     """
+    if not (0 <= conf_thres < 1 and 0 <= iou_thres <= 1):
+        raise InputError("--conf-thres must lie in 0..1 and below 1, --iou-thres must lie in 0..1.")
     paths = list(models)
     if not paths or data is None:
         newest = pipeline.newest_result(RUNS)
@@ -67,24 +76,30 @@ def evaluate(
         raise InputError("--max-map-drop measures the drop against the first model; name another one too.")
     workers.start()
     if workers.number():  # one speaks for all
-        contest.look(contest.entrants(paths, data, imgsz, samples))
+        contest.look(replace(contest.entrants(paths, data, imgsz, samples), confidence=conf_thres, overlap=iou_thres))
         return
     with bars(quiet) as progress:
-        rows = contest.evaluate(paths, data, imgsz, samples, progress)
+        rows = contest.evaluate(paths, data, imgsz, samples, progress, conf_thres, iou_thres)
     if as_json:
-        print_json({"models": [_row(r) for r in rows], "data": str(data)})
+        limits = {"conf_thres": conf_thres, "iou_thres": iou_thres}
+        print_json({"models": [_row(r) for r in rows], "data": str(data), **limits})
     else:
-        if verbose:
+        if verbose and rows[0].metrics:
             _print_classes(rows)
         _print_evaluation(rows, quiet)
+    if rows[0].metrics is None:
+        warn(contest.nothing_found(paths[0], conf_thres))
     if max_map_drop is not None:
         _hold(rows, max_map_drop)
 
 
 def _hold(rows: list[contest.Evaluated], most: float) -> None:
     """Raise LimitMissed naming every model that loses more than `most` points against the first."""
-    first = rows[0].metrics.map50_95
-    drops = [(r.candidate.path, 100 * (first - r.metrics.map50_95)) for r in rows[1:]]
+    measured = [(r.candidate.path, r.metrics.map50_95) for r in rows if r.metrics]
+    if not measured:
+        raise InputError("--max-map-drop cannot be held against images in which nothing is found.")
+    first = measured[0][1]
+    drops = [(path, 100 * (first - value)) for path, value in measured[1:]]
     # a tenth of a millionth of a point is what binary fractions are off by
     missed = [f"{path} loses {drop:.2f} points" for path, drop in drops if not drop <= most + 1e-7]
     if missed:
@@ -101,12 +116,13 @@ def _data_of(provenance: Any) -> Path:
 
 def _row(r: contest.Evaluated) -> dict[str, Any]:
     c, m, t = r.candidate, r.metrics, r.latency
+    accuracy = {"map50_95": m.map50_95, "map50": m.map50, "precision": m.precision, "recall": m.recall} if m else {}
     return {
-        "path": str(c.path), "format": c.format, "map50_95": m.map50_95, "map50": m.map50, "precision": m.precision,
-        "recall": m.recall, "size_bytes": c.size_bytes, "weight_bits": c.weight_bits,
-        "latency_ms": {"median": t.median_ms, "min": t.min_ms, "spread": t.spread_ms}, "images": m.images,
-        "skipped": len(m.skipped),
-        **({} if m.mask_map50 is None else {"mask_map50_95": m.mask_map50_95, "mask_map50": m.mask_map50}),
+        "path": str(c.path), "format": c.format, **(accuracy or dict.fromkeys(ACCURACY)),
+        "size_bytes": c.size_bytes, "weight_bits": c.weight_bits,
+        "latency_ms": {"median": t.median_ms, "min": t.min_ms, "spread": t.spread_ms}, "images": r.images,
+        "skipped": len(r.skipped),
+        **({} if m is None or m.mask_map50 is None else {"mask_map50_95": m.mask_map50_95, "mask_map50": m.mask_map50}),
     }  # fmt: skip
 
 
@@ -114,33 +130,34 @@ def _print_classes(rows: list[contest.Evaluated]) -> None:
     """AP50-95 of each class that the images hold, by model."""
     shown = table("AP50-95", *(short(r.candidate.path) for r in rows))
     names = next((r.candidate.names for r in rows if r.candidate.names), ())
-    for number in sorted(rows[0].metrics.per_class):
-        shown.add_row(cell(class_name(number, names)), *(f"{r.metrics.per_class[number]:.4f}" for r in rows))
+    measured = [r.metrics.per_class for r in rows if r.metrics]
+    for number in sorted(measured[0]):
+        shown.add_row(cell(class_name(number, names)), *(f"{per_class[number]:.4f}" for per_class in measured))
     console().print(shown)
 
 
 def _print_evaluation(rows: list[contest.Evaluated], quiet: bool) -> None:
-    masks = any(r.metrics.mask_map50 is not None for r in rows)
+    masks = any(r.metrics and r.metrics.mask_map50 is not None for r in rows)
     of_masks = ("masks 50-95", "50") if masks else ()
     shown = table("model", "mAP50-95", "mAP50", *of_masks, "P", "R", "MB", "bits", "ms", "±")
     for r in rows:
         m, t, c = r.metrics, r.latency, r.candidate
         shown.add_row(
-            cell(short(c.path)), f"{m.map50_95:.4f}", f"{m.map50:.4f}",
-            *((_or_none(m.mask_map50_95), _or_none(m.mask_map50)) if masks else ()),
-            f"{m.precision:.3f}", f"{m.recall:.3f}",
+            cell(short(c.path)), *((f"{m.map50_95:.4f}", f"{m.map50:.4f}") if m else ("", "")),
+            *((_or_none(m.mask_map50_95 if m else None), _or_none(m.mask_map50 if m else None)) if masks else ()),
+            *((f"{m.precision:.3f}", f"{m.recall:.3f}") if m else ("", "")),
             f"{c.size_bytes / 1e6:.2f}", _bits(c), f"{t.median_ms:.1f}", f"{t.spread_ms:.1f}",
         )  # fmt: skip
     console().print(shown)
     if quiet:
         return
-    m = rows[0].metrics
+    first = rows[0]
     tell(
-        f"{m.images} images. bits: stored bits a weight. ms: median of {rows[0].latency.runs} interleaved ONNX "
+        f"{first.images} images. bits: stored bits a weight. ms: median of {first.latency.runs} interleaved ONNX "
         "Runtime runs; ±: interquartile range."
     )
-    if m.skipped:
-        say(f"{len(m.skipped)} images could not be read and were left out; the first: {m.skipped[0]}")
+    if first.skipped:
+        say(f"{len(first.skipped)} images could not be read and were left out; the first: {first.skipped[0]}")
 
 
 def _or_none(value: float | None) -> str:

@@ -27,6 +27,7 @@ from dsconvert.yolo.images import (
 
 # A predictor takes a float batch (1, 3, side, side), 0..1, and returns (1, boxes, 5 + nc) as `decode` does.
 CONFIDENT, OVERLAP = 0.25, 0.45  # YOLOv5's detect.py
+LEAST, VAL_OVERLAP = 0.001, 0.6  # YOLOv5's val.py
 Predictor = Callable[[NDArray[np.float32]], NDArray[np.float32]]
 
 
@@ -45,6 +46,11 @@ class Detections:
     skipped: tuple[str, ...] = ()
     masks: Sequence[list[list[Encoded]] | None] = ()
     outlines: Sequence[list[Encoded]] = ()
+
+    @property
+    def measurable(self) -> bool:
+        """Whether there is any object to find."""
+        return any(len(truth) for truth in self.truths)
 
     def metrics(self, images: Sequence[int] | None = None) -> list[Metrics]:
         """Metrics of every predictor on the images given by index (default all; repeated ones count again)."""
@@ -80,14 +86,18 @@ def detect_all(
     nc: int,
     labelled: bool = True,
     progress: Callable[[int, int], None] | None = None,
+    confidence: float = LEAST,
+    overlap: float | None = None,
 ) -> Detections:
     """Run every predictor on the same images, each decoded once.
 
     The truth is the labels beside the images, or (labelled=False) what the first predictor finds with confidence:
     then metrics say how far the others agree with it. Where labels are polygons, the masks of segmentation models are
     measured too. Under torchrun every process looks at a part of the images and
-    has what all found. Files that cannot be read are left out and counted. Raises
-    InputError when none can, or there is no object to find.
+    has what all found. Boxes up to a score of `confidence`, and those that overlap a better one of their class by more
+    than `overlap` (None: val.py's), are dropped before anything is counted, as val.py does. Files that cannot be read
+    are left out and counted. Raises InputError when none can. Without labels there may be no truth at all, see
+    `measurable`.
     """
     found: list[list[NDArray[np.float32]]] = [[] for _ in predictors]
     truths, shapes = [], []
@@ -111,7 +121,7 @@ def detect_all(
         if any(p.shape[1] != nc + 5 for p, _ in looked):
             raise InputError(f"A model finds other classes than the {nc} it is measured on.")
         for results, (raw, said), encoded in zip(found, looked, masks, strict=True):
-            boxes, rows = suppressed(raw)
+            boxes, rows = suppressed(raw, confidence, VAL_OVERLAP if overlap is None else overlap)
             results.append(to_image(boxes, box, (h, w)))
             if said is not None and encoded is not None:
                 placed = said.placed(rows.tolist(), results[-1], box, side, (h, w))
@@ -136,6 +146,4 @@ def detect_all(
     )  # fmt: skip
     if not whole.shapes:
         raise none_readable(whole.skipped)
-    if not labelled and not sum(map(len, whole.truths)):
-        raise InputError("The first model finds nothing with confidence in these images, so there is no agreement.")
     return whole

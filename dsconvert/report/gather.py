@@ -64,13 +64,13 @@ class ReportOptions:
 
 @dataclass(frozen=True)
 class Row:
-    """One model. `role` is float, converted or peer."""
+    """One model. `role` is float, converted or peer; `metrics` as `contest.Evaluated`."""
 
     label: str
     role: str
     size_bytes: int
     weight_bits: float
-    metrics: Metrics
+    metrics: Metrics | None
     curves: Mapping[int, ClassCurve]
     latency: Latency | None
 
@@ -195,7 +195,8 @@ def _noting(candidate: Candidate, seen: list[NDArray[Any]]) -> Predictor:
 
 
 def _rows(given: Entrants, found: Detections, options: ReportOptions, say: Progress) -> list[Row]:
-    tables = [coco_tables(boxes, found.truths, found.shapes, found.nc) for boxes in found.found]
+    there = given.labelled or found.measurable
+    tables = [coco_tables(boxes, found.truths, found.shapes, found.nc) if there else None for boxes in found.found]
     timed: list[Latency | None] = [None] * len(tables)
     if options.latency:
         say("bench", 0, 1)
@@ -204,7 +205,15 @@ def _rows(given: Entrants, found: Detections, options: ReportOptions, say: Progr
     roles = ["float", "converted", *["peer"] * len(options.against)]
     labels = labels_of([c.path for c in given.candidates])
     return [
-        Row(label, role, c.size_bytes, c.weight_bits, metrics_of(t, len(given.paths)), class_curves(t), latency)
+        Row(
+            label,
+            role,
+            c.size_bytes,
+            c.weight_bits,
+            metrics_of(t, len(given.paths)) if t else None,
+            class_curves(t) if t else {},
+            latency,
+        )
         for label, role, c, t, latency in zip(labels, roles, given.candidates, tables, timed, strict=True)
     ]
 
