@@ -29,7 +29,7 @@ from dsconvert.export.inputs import INPUT_TYPES
 from dsconvert.export.layouts import LAYOUT_OPSET
 from dsconvert.export.nms import Nms
 from dsconvert.export.onnx import Ends
-from dsconvert.files import write_atomic
+from dsconvert.files import refuse_inputs, write_atomic
 from dsconvert.model import DSModel
 from dsconvert.modelfile import load_model, model_bytes
 from dsconvert.pipeline import Progress
@@ -78,6 +78,7 @@ class FloatModel:
     def export(self, file: File, *, imgsz: int = 640, check: bool = True, force: bool = False, **ends: Any) -> Path:
         """Write the float32 network as ONNX, to compare with; returns the file. `check` and `ends` as in
         QuantizedModel.export."""
+        refuse_inputs([Path(file)], [self.path])
         return _write(file, pipeline.onnx_bytes(self.path, "packed", imgsz, _ends(**ends), check), force)
 
 

@@ -8,9 +8,10 @@ from pathlib import Path
 import click
 
 from dsconvert import pipeline
+from dsconvert.commands.folders import refuse_to_lose
 from dsconvert.commands.shared import PATH, RUNS, bars, force, tell, threads
 from dsconvert.errors import InputError
-from dsconvert.files import write_atomic
+from dsconvert.files import check_target, write_atomic
 
 
 @click.command(short_help="Write one HTML page about MODEL.")
@@ -46,8 +47,8 @@ def report(
 
     path = model or pipeline.newest_result(RUNS)
     target = out or path.with_name("report.html")
-    if target.exists() and not force:  # before minutes are spent on what could not be written
-        raise InputError(f"{target} already exists; give --force to replace it, or another --out.")
+    refuse_to_lose([target], [path, data, float_model, *against])
+    check_target(target, force)  # before minutes are spent on what could not be written
     options = ReportOptions(path, data, against, float_model, images, imgsz, samples, not no_latency)
     with bars() as progress:
         page = page_bytes(gather(options, progress))
