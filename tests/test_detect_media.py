@@ -179,6 +179,18 @@ def test_what_cannot_be_used_is_left_out_and_counted(clips, call):
     assert not list(clips.glob("p/*.*"))
 
 
+def test_a_video_that_is_cut_short_is_used_as_far_as_it_goes(clips, call):
+    whole = write_video(clips / "whole.avi", [0, 100] * 20)
+    (clips / "half.avi").write_bytes(whole.read_bytes()[: whole.stat().st_size // 2])
+    done = call("detect", "best.pt", "half.avi", "--json", *SMALL, cwd=clips)
+    assert done.code == 0, done.err
+    frames = json.loads(done.out)["frames"]
+    assert 0 < frames < 38
+    assert f"half.avi says it has 40 frames; {frames} could be read" in done.err
+    assert frames_in(clips / "runs/detect/exp/half.mp4") == frames
+    assert "says it has" not in call("detect", "best.pt", "whole.avi", *SMALL, cwd=clips).err
+
+
 def test_a_label_whose_name_would_be_too_long_leaves_its_image_out(clips, call):
     for suffix in (".jpg", ".png"):  # the second's label keeps the suffix: 251 + 8 bytes
         cv2.imwrite(str(clips / "images/val" / ("y" * 251 + suffix)), np.zeros((8, 8, 3), np.uint8))

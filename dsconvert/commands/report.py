@@ -9,7 +9,7 @@ import click
 
 from dsconvert import pipeline
 from dsconvert.commands.folders import refuse_to_lose
-from dsconvert.commands.shared import PATH, RUNS, bars, force, tell, threads
+from dsconvert.commands.shared import PATH, RUNS, bars, force, tell, threads, warn
 from dsconvert.errors import InputError
 from dsconvert.files import check_target, write_atomic
 
@@ -42,6 +42,7 @@ def report(
     """
     if missing := [name for name in ("jinja2", "matplotlib") if find_spec(name) is None]:
         raise InputError(f"The report needs {' and '.join(missing)}; pip install 'dsconvert[report]'.")
+    from dsconvert.evaluate.contest import nothing_found
     from dsconvert.report.gather import ReportOptions, gather
     from dsconvert.report.page import page_bytes
 
@@ -51,6 +52,11 @@ def report(
     check_target(target, force)  # before minutes are spent on what could not be written
     options = ReportOptions(path, data, against, float_model, images, imgsz, samples, not no_latency)
     with bars() as progress:
-        page = page_bytes(gather(options, progress))
+        found = gather(options, progress)
+        page = page_bytes(found)
     write_atomic(target, page, force)
+    if found.skipped:
+        warn(f"{len(found.skipped)} images were left out; the first: {found.skipped[0]}")
+    if found.rows[0].metrics is None:
+        warn(nothing_found(found.rows[0].label))
     tell(f"Wrote {target} ({len(page) / 1e6:.2f} MB). Open it in a browser.")

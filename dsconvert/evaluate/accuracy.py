@@ -36,8 +36,9 @@ class Detections:
     """What several predictors found in the same images, and the truth: all in pixels of the original images.
 
     found[predictor][image] is (n, 6) x1, y1, x2, y2, score, class; truths[image] (m, 5) class, x1, y1, x2, y2;
-    shapes[image] height and width; nc the number of classes; skipped why other files could not be read. Where labels
-    are polygons, outlines[image] are their masks, and masks[predictor] those of its boxes (None of a detector)."""
+    shapes[image] height and width; nc the number of classes; read the images' files, skipped why others could not be
+    read. Where labels are polygons, outlines[image] are their masks, and masks[predictor] those of its boxes (None of a
+    detector)."""
 
     found: list[list[NDArray[np.float32]]]
     truths: list[NDArray[np.float64]]
@@ -46,6 +47,7 @@ class Detections:
     skipped: tuple[str, ...] = ()
     masks: Sequence[list[list[Encoded]] | None] = ()
     outlines: Sequence[list[Encoded]] = ()
+    read: Sequence[Path] = ()
 
     @property
     def measurable(self) -> bool:
@@ -106,6 +108,7 @@ def detect_all(
     outlined = any(masked) and any(len(row) > 5 for path in paths for row in label_rows(label_path(path), nc))
     masks: list[list[list[Encoded]] | None] = [[] if outlined and m else None for m in masked]
     contours: list[list[Encoded]] = []
+    read: list[Path] = []
     mine = paths[workers.share(len(paths))]
     for index, path in enumerate(mine):
         try:
@@ -114,6 +117,7 @@ def detect_all(
             skipped.append(str(error))
             continue
         h, w = image.shape[:2]
+        read.append(path)
         shapes.append((h, w))
         square, box = letterbox(image, side)
         batch = to_tensor([square]).numpy()
@@ -136,13 +140,13 @@ def detect_all(
             truths.append(sure[:, [5, 0, 1, 2, 3]].astype(np.float64))
         if progress:
             progress(index + 1, len(mine))
-    everyone = workers.gathered(Detections(found, truths, shapes, nc, tuple(skipped), masks, contours))
+    everyone = workers.gathered(Detections(found, truths, shapes, nc, tuple(skipped), masks, contours, read))
     whole = Detections(
         [[boxes for d in everyone for boxes in d.found[i]] for i in range(len(predictors))],
         [truth for d in everyone for truth in d.truths], [shape for d in everyone for shape in d.shapes],
         nc, tuple(reason for d in everyone for reason in d.skipped),
         [None if m is None else [image for d in everyone for image in d.masks[i] or ()] for i, m in enumerate(masks)],
-        [image for d in everyone for image in d.outlines],
+        [image for d in everyone for image in d.outlines], [path for d in everyone for path in d.read],
     )  # fmt: skip
     if not whole.shapes:
         raise none_readable(whole.skipped)

@@ -86,7 +86,8 @@ class Record:
 @dataclass(frozen=True)
 class Report:
     """All figures. rows[0] is the float model, rows[1] the converted one, peers follow. `differing[i]` counts the
-    boxes of image i without a partner. Views are empty where there is nothing to see (float activations)."""
+    boxes of image i without a partner; `skipped` says why other images could not be read. Views are empty where there
+    is nothing to see (float activations)."""
 
     rows: Sequence[Row]
     labelled: bool
@@ -104,6 +105,7 @@ class Report:
     provenance: Mapping[str, Any]
     same_source: bool
     threads: int
+    skipped: Sequence[str] = ()
 
 
 def gather(options: ReportOptions, progress: Progress | None = None) -> Report:
@@ -127,13 +129,13 @@ def gather(options: ReportOptions, progress: Progress | None = None) -> Report:
     counts = differing(*sure)
     side = given.candidates[0].side
     shown = sorted(range(len(counts)), key=lambda i: (-counts[i], i))[: options.images]
-    layers, weights, activations, watched = _inside(model, params, record, given, say)
+    layers, weights, activations, watched = _inside(model, params, record, found.read, side, say)
     return Report(
         rows, given.labelled, data.name, side, model.head.names, object_counts(found.truths), counts,
-        [load_photo(given.paths[i], side, sure[0][i], sure[1][i]) for i in shown],
+        [load_photo(found.read[i], side, sure[0][i], sure[1][i]) for i in shown],
         layers, weights, activations, watched, record.finetune, model.provenance,
         hashlib.sha256(source.read_bytes()).hexdigest() == model.provenance.get("source_sha256"),
-        torch.get_num_threads(),
+        torch.get_num_threads(), found.skipped,
     )  # fmt: skip
 
 
@@ -210,7 +212,7 @@ def _rows(given: Entrants, found: Detections, options: ReportOptions, say: Progr
             role,
             c.size_bytes,
             c.weight_bits,
-            metrics_of(t, len(given.paths)) if t else None,
+            metrics_of(t, len(found.read)) if t else None,
             class_curves(t) if t else {},
             latency,
         )
@@ -222,12 +224,12 @@ def _inside(
     model: DSModel,
     params: Mapping[str, ConvParams],
     record: Record,
-    given: Entrants,
+    paths: Sequence[Path],
+    side: int,
     say: Progress,
 ) -> tuple[list[Layer], list[WeightView], list[ActivationView], int]:
-    """Layers, and the histograms of the worst of them."""
-    chosen = spread(given.paths, WATCHED_IMAGES) if model.activations else []
-    side = given.candidates[0].side
+    """Layers, and the histograms of the worst of them; activations on some of the images at `paths`."""
+    chosen = spread(paths, WATCHED_IMAGES) if model.activations else []
     squares = (to_tensor([letterbox(read_image(p), side)[0]]) for p in chosen)
     watched = {}
     if chosen:
