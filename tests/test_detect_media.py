@@ -377,6 +377,7 @@ def test_half_is_for_files_that_take_it_and_other_devices_for_checkpoints(clips,
     assert call("detect", "half.onnx", "images", "--half", "--nosave", cwd=clips).code == 0
     assert call("detect", "plain.onnx", "images", "--half", "--nosave", cwd=clips).code == 2
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
     done = call("detect", "half.onnx", "images", "--device", "cuda", cwd=clips)
     assert (done.code, "runs on the CPU here" in done.err) == (2, True)
 

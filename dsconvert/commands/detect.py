@@ -149,7 +149,7 @@ def detect(
     found = find_sources([*sources, *more])
     if save_json and found.live:
         raise InputError("--save-json writes one document at the end, and a live source may have none; leave it out.")
-    candidate = load_candidate(model, imgsz, workers.device(device))
+    candidate = load_candidate(model, imgsz, device)
     if half and candidate.input_type is not np.float16:
         raise InputError(f"{model} takes no float16 input: export it with --half-input, or leave out --half.")
     options = DetectOptions(conf_thres, iou_thres, max_det, class_numbers(classes, candidate.names), agnostic_nms)

@@ -14,6 +14,7 @@ import onnx
 import torch
 from numpy.typing import NDArray
 
+from dsconvert import workers
 from dsconvert.errors import InputError, printable, refusing
 from dsconvert.evaluate.accuracy import Predictor
 from dsconvert.evaluate.bounds import Bounds
@@ -59,12 +60,13 @@ class Candidate:
 
 
 def load_candidate(path: Path, side: int | None, device: str = "cpu") -> Candidate:
-    """Load a model for evaluation at `side` pixels (None: what it was made for, else 640). `device` is torch's; another
-    than the CPU is for a checkpoint: integers and ONNX Runtime run on the CPU. Raises InputError for the others."""
+    """Load a model for evaluation at `side` pixels (None: what it was made for, else 640). `device` as
+    `workers.named_device`; another than the CPU is for a checkpoint: integers and ONNX Runtime run on the CPU. Raises
+    InputError for the others."""
     kind = file_kind(path)
     if kind == CHECKPOINT:
         return _float(path, side or 640, device)
-    if device != "cpu":
+    if workers.named_device(device) != "cpu":
         raise InputError(f"{path} runs on the CPU here; leave out --device {device}, or give the float checkpoint.")
     return _converted(path, side) if kind == MODEL else _onnx(path, side)
 
@@ -109,6 +111,7 @@ def _float(path: Path, side: int, device: str = "cpu") -> Candidate:
         return session(export_float(graph, params, head, side).SerializeToString(), torch.get_num_threads(), str(path))
 
     bits = float(checkpoint.stored_bits)
+    device = workers.device(device)
     own = {name: ConvParams(p.weight.to(device), p.bias.to(device)) for name, p in params.items()}
     # the bound is of main memory, of which CUDA maps more than it uses
     bounds = Bounds(str(path), path.stat().st_size) if device == "cpu" else None
