@@ -45,13 +45,8 @@ def written_whole(path: Path, force: bool, suffix: str = ".part") -> Iterator[Pa
         if force:
             os.replace(temporary, path)
         else:
-            os.link(temporary, path)  # unlike rename, fails when another run made the file meanwhile
-            os.unlink(temporary)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+            _place(temporary, path)
+        _sync_folder(path.parent)
     except FileExistsError:
         os.unlink(temporary)
         raise _exists(path) from None
@@ -61,6 +56,20 @@ def written_whole(path: Path, force: bool, suffix: str = ".part") -> Iterator[Pa
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def _place(temporary: Path, path: Path) -> None:
+    """Rename where no file is. Raises FileExistsError where one is, which stays."""
+    os.link(temporary, path)  # unlike rename, fails when another run made the file meanwhile
+    os.unlink(temporary)
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def check_target(path: Path, force: bool) -> None:

@@ -91,7 +91,7 @@ def test_what_scores_too_little_or_overlaps_too_much_does_not_count(paths):
     right, beside = [*BOX[:4], 0.4, *BOX[5:]], [BOX[0] + 4, *BOX[1:4], 0.8, *BOX[5:]]
 
     def boxes(*limits: float) -> list[float]:
-        found = detect_all([always(right, beside)], paths[:1], 64, 2, True, None, None, *limits)
+        found = detect_all([always(right, beside)], paths[:1], 64, 2, True, None, *limits)
         return [round(float(score), 3) for score in found.found[0][0][:, 4]]
 
     assert boxes() == boxes(0.001, 0.6) == [0.8, 0.4]

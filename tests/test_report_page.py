@@ -201,4 +201,4 @@ def test_models_that_cannot_be_reported_on(folder, monkeypatch):
     (folder / "moved.pt").rename(folder / "best.pt")
     monkeypatch.setattr(command, "find_spec", lambda name: None if name == "matplotlib" else object())
     with pytest.raises(InputError, match=r"needs matplotlib; pip install 'dsconvert\[report\]'"):
-        command.report.callback(model, data, (), None, 1, None, None, True, 1, None, False)
+        command.report.callback(model, data, (), None, 1, None, None, None, False, True, 1, None, False)

@@ -90,15 +90,14 @@ def evaluate(
         contest.look(contest.entrants(paths, data, imgsz, samples, split, strict, conf_thres, iou_thres))
         return
     with bars(quiet) as progress:
-        given = contest.entrants(paths, data, imgsz, samples, split, strict, conf_thres, iou_thres)
-        rows = contest.measure(given, progress)
+        rows = contest.evaluate(paths, data, imgsz, samples, progress, split, strict, conf_thres, iou_thres)
     for r in rows:
         if r.candidate.batch > 1:
             say(f"{short(r.candidate.path)} takes {r.candidate.batch} images at once; its ms is of all of them.")
     if as_json:
         print_json({
-            "models": [_row(r) for r in rows], "data": str(data), "split": given.split, "conf_thres": conf_thres,
-            "iou_thres": most_overlap(iou_thres, given.labelled), "warnings": notes.so_far(),
+            "models": [_row(r) for r in rows], "data": str(data), "split": rows[0].split, "conf_thres": conf_thres,
+            "iou_thres": most_overlap(iou_thres, is_data_yaml(data)), "warnings": notes.so_far(),
         })  # fmt: skip
     else:
         if verbose and rows[0].metrics:

@@ -69,13 +69,12 @@ def evaluate_predictors(
     paths: Sequence[Path],
     side: int,
     nc: int,
-    labelled: bool = True,
+    labelled: bool | Labelled = True,
     progress: Callable[[int, int], None] | None = None,
-    labels: Labelled | None = None,
 ) -> list[Metrics]:
     """Metrics of every predictor on the same images, see `detect_all`. Raises InputError where there is no object to
     find."""
-    found = detect_all(predictors, paths, side, nc, labelled, progress, labels)
+    found = detect_all(predictors, paths, side, nc, labelled, progress)
     if not labelled and not found.measurable:
         raise InputError("The first model finds nothing with confidence in these images, so there is no agreement.")
     return found.metrics()
@@ -92,16 +91,16 @@ def detect_all(
     paths: Sequence[Path],
     side: int,
     nc: int,
-    labelled: bool = True,
+    labelled: bool | Labelled = True,
     progress: Callable[[int, int], None] | None = None,
-    labels: Labelled | None = None,
     confidence: float = LEAST,
     overlap: float | None = None,
 ) -> Detections:
     """Run every predictor on the same images, each decoded once.
 
-    The truth is `labels`, whose images take the place of `paths`, or (None) the labels beside the images, or
-    (labelled=False) what the first predictor finds with confidence: then metrics say how far the others agree with it.
+    The truth is the labels given as `labelled`, whose images take the place of `paths`, or (True) those beside the
+    images, or (False) what the first predictor finds with confidence: then metrics say how far the others agree with
+    it.
     Where labels are polygons, the masks of segmentation models are measured too. Under torchrun every process looks at
     a part of the images and has what all found. Boxes up to a score of `confidence`, and those that overlap a better
     one of their class by more than `overlap` (see `most_overlap`), are dropped before anything is counted, as val.py
@@ -111,16 +110,16 @@ def detect_all(
     found: list[list[NDArray[np.float32]]] = [[] for _ in predictors]
     truths, shapes = [], []
     skipped: list[str] = []
-    masked = [labelled and isinstance(p, MaskPredictor) for p in predictors]
-    if labelled:
-        labels = labels or read_labelled(paths, LabelRules(nc), any(masked))
+    masked = [bool(labelled) and isinstance(p, MaskPredictor) for p in predictors]
+    labels = read_labelled(paths, LabelRules(nc), any(masked)) if labelled is True else labelled
+    if labels:
         paths = labels.paths
-    outlined = any(masked) and labels is not None and labels.has_polygons
+    outlined = any(masked) and labels is not False and labels.has_polygons
     masks: list[list[list[Encoded]] | None] = [[] if outlined and m else None for m in masked]
     contours: list[list[Encoded]] = []
     read: list[Path] = []
     part = workers.share(len(paths))
-    mine, truth = paths[part], labels.labels[part] if labels and labelled else ()
+    mine, truth = paths[part], labels.labels[part] if labels else ()
     for index, path in enumerate(mine):
         try:
             image = read_image(path)
@@ -136,7 +135,7 @@ def detect_all(
         if any(p.shape[1] != nc + 5 for p, _ in looked):
             raise InputError(f"A model finds other classes than the {nc} it is measured on.")
         for results, (raw, said), encoded in zip(found, looked, masks, strict=True):
-            boxes, rows = suppressed(raw, confidence, most_overlap(overlap, labelled))
+            boxes, rows = suppressed(raw, confidence, most_overlap(overlap, bool(labelled)))
             placed = to_image(boxes, box, (h, w))
             results.append(placed if labelled else placed[inside(placed)])
             if said is not None and encoded is not None:

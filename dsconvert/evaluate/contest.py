@@ -22,15 +22,16 @@ from dsconvert.yolo.labels import Labelled, label_path, read_labelled
 
 @dataclass(frozen=True)
 class Evaluated:
-    """One model's accuracy and latency on the same images as the others; why files could not be read, which are not
-    among the images. `metrics` is None where there is nothing to measure: without labels, when the first model finds
-    nothing."""
+    """One model's accuracy and latency on the same images as the others, how many, why other files could not be read,
+    and the data.yaml's split they are. `metrics` is None where there is nothing to measure: without labels, when the
+    first model finds nothing."""
 
     candidate: Candidate
     metrics: Metrics | None
     latency: Latency
     images: int
     skipped: tuple[str, ...]
+    split: str | None = None
 
 
 @dataclass(frozen=True)
@@ -103,19 +104,17 @@ def evaluate(
     progress: Progress | None = None,
     split: str | None = None,
     strict: bool = False,
+    confidence: float = LEAST,
+    overlap: float | None = None,
 ) -> list[Evaluated]:
-    """Measure models on the images of `data`, see `entrants`."""
-    return measure(entrants(models, data, imgsz, samples, split, strict), progress)
-
-
-def measure(given: Entrants, progress: Progress | None = None) -> list[Evaluated]:
-    """Accuracy, where there is any object to find, and latency of what has entered."""
+    """Measure models on images of `data`, see `entrants`: latency, and accuracy where there is any object to find."""
+    given = entrants(models, data, imgsz, samples, split, strict, confidence, overlap)
     found = look(given, progress)
     there = given.labelled or found.measurable  # images without labels are an error of those who say there are some
     metrics: Sequence[Metrics | None] = found.metrics() if there else [None] * len(given.candidates)
     latencies = interleaved_latency([c.run_once for c in given.candidates])
     return [
-        Evaluated(c, m, t, len(found.shapes), found.skipped)
+        Evaluated(c, m, t, len(found.shapes), found.skipped, given.split)
         for c, m, t in zip(given.candidates, metrics, latencies, strict=True)
     ]
 
@@ -136,6 +135,6 @@ def look(
     report = progress or (lambda stage, done, total: None)
     return detect_all(
         predictors or [c.predict for c in given.candidates], given.paths, given.candidates[0].side, given.nc,
-        given.labelled, lambda done, total: report("evaluate", done, total), given.labels,
+        given.labels or given.labelled, lambda done, total: report("evaluate", done, total),
         given.confidence, given.overlap,
     )  # fmt: skip

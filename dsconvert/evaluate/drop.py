@@ -35,7 +35,7 @@ def map_drop(
     Raises InputError when there is nothing to find in them."""
     true = {name: ConvParams(p.weight.cpu(), p.bias.cpu()) for name, p in params.items()}
     both = [float_predictor(model.graph, true, model.head), model_predictor(model)]
-    before, after = evaluate_predictors(both, paths, model.imgsz, model.head.nc, labels is not None, progress, labels)
+    before, after = evaluate_predictors(both, paths, model.imgsz, model.head.nc, labels or False, progress)
     return 100 * (before.map50_95 - after.map50_95)
 
 

@@ -106,8 +106,8 @@ def finetune(
     def measure(latents: Latents) -> float:
         predict = model_predictor(learned(model, layers, latents), device)
         (found,) = evaluate_predictors(
-            [predict], judging.paths, model.imgsz, model.head.nc, True,
-            lambda done, total: report("evaluate", done, total), judging,
+            [predict], judging.paths, model.imgsz, model.head.nc, judging,
+            lambda done, total: report("evaluate", done, total),
         )  # fmt: skip
         return found.map50_95
 
