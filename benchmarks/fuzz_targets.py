@@ -163,7 +163,7 @@ def usable(model: DSModel, beside: Path) -> None:
 
 def cached(given: tuple[Any, ...], folder: Path) -> tuple[Callable[[Path], Any], list[bytes]]:
     """A calibration, kept under a key; a damaged one is made again, which counts as refused here."""
-    _, key, _, check = given
+    _, key, _, check, room = given
     again = folder / "again"
     again.mkdir()
 
@@ -172,7 +172,7 @@ def cached(given: tuple[Any, ...], folder: Path) -> tuple[Callable[[Path], Any],
 
     def read(damaged: Path) -> None:
         shutil.copyfile(damaged, again / f"{key}.safetensors")
-        remembered(again, key, make, check)
+        remembered(again, key, make, check, room)
 
     return read, [(folder / "cache" / f"{key}.safetensors").read_bytes()]
 

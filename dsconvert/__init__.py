@@ -52,9 +52,11 @@ __all__ = [
 ]
 
 # OpenCV reads these when it is first imported, which is after this. A 100 kB file may declare an image of a billion
-# pixels: beyond 134 million (400 MB decoded) OpenCV refuses. What it thinks of broken images is said by our own errors.
+# pixels: beyond 134 million (400 MB decoded) OpenCV refuses. What it thinks of broken images and
+# videos is said by our own errors.
 os.environ.setdefault("OPENCV_IO_MAX_IMAGE_PIXELS", str(1 << 27))
 os.environ.setdefault("OPENCV_LOG_LEVEL", "SILENT")
+os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")  # FFmpeg's AV_LOG_QUIET
 # ONNX Runtime reads this when it is imported. Without it 1.32 writes an identifier of the machine below ~/.cache and
 # sends to Microsoft what models are run.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")

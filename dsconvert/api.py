@@ -15,6 +15,7 @@ from __future__ import annotations
 import copy
 import re
 import tempfile
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -29,7 +30,7 @@ from dsconvert.export.layouts import LAYOUT_OPSET
 from dsconvert.export.nms import Nms
 from dsconvert.export.onnx import Ends
 from dsconvert.filekinds import MODEL, ONNX, file_kind
-from dsconvert.files import write_atomic
+from dsconvert.files import refuse_inputs, write_atomic
 from dsconvert.model import DSModel
 from dsconvert.modelfile import load_model, model_bytes
 from dsconvert.pipeline import Progress
@@ -79,6 +80,7 @@ class FloatModel:
     def export(self, file: File, *, imgsz: int = 640, check: bool = True, force: bool = False, **ends: Any) -> Path:
         """Write the float32 network as ONNX, to compare with; returns the file. `check` and `ends` as in
         QuantizedModel.export."""
+        refuse_inputs([Path(file)], [self.path])
         return _write(file, pipeline.onnx_bytes(self.path, "packed", imgsz, _ends(**ends), check), force)
 
 
@@ -157,13 +159,14 @@ class QuantizedModel:
 @dataclass(frozen=True)
 class EvaluationRow:
     """One model's line of an evaluation, its fields as `dsconvert eval` explains them: mAP, precision and recall in
-    0..1, ap50_95 by class number, stored bits a weight, milliseconds of ONNX Runtime (median, interquartile range)."""
+    0..1, ap50_95 by class number, stored bits a weight, milliseconds of ONNX Runtime (median, interquartile range).
+    Without labels the first four are None where the first model finds nothing."""
 
     model: str
-    map50_95: float
-    map50: float
-    precision: float
-    recall: float
+    map50_95: float | None
+    map50: float | None
+    precision: float | None
+    recall: float | None
     size_bytes: int
     weight_bits: float
     latency_ms: float
@@ -181,11 +184,16 @@ class Evaluation(tuple[EvaluationRow, ...]):
         wide = max(len("model"), *(len(r.model) for r in self))
         lines = [f"{'model':{wide}}  mAP50-95   mAP50       P       R      MB   bits      ms"]
         lines += [
-            f"{r.model:{wide}}  {r.map50_95:8.4f}  {r.map50:6.4f}  {r.precision:6.3f}  {r.recall:6.3f}  "
+            f"{r.model:{wide}}  {_shown(r.map50_95, 4):>8}  {_shown(r.map50, 4):>6}  {_shown(r.precision, 3):>6}  "
+            f"{_shown(r.recall, 3):>6}  "
             f"{r.size_bytes / 1e6:6.2f}  {r.weight_bits:5.2f}  {r.latency_ms:6.1f}"
             for r in self
         ]
         return "\n".join(lines)
+
+
+def _shown(value: float | None, digits: int) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"
 
 
 @keywords()
@@ -272,15 +280,18 @@ def evaluate(
     with tempfile.TemporaryDirectory() as folder:
         paths = [as_file(m, Path(folder, str(i))) for i, m in enumerate(given)]
         found = contest.evaluate(paths, Path(data), imgsz, samples, progress, split, strict)
+        if found[0].metrics is None:
+            warnings.warn(contest.nothing_found(paths[0]), stacklevel=3)  # whoever called, past `keywords`
         return Evaluation(_row(m, e) for m, e in zip(given, found, strict=True))
 
 
 def _row(model: FloatModel | QuantizedModel | File, found: contest.Evaluated) -> EvaluationRow:
     m, t, c = found.metrics, found.latency, found.candidate
+    a, b, p, r = (m.map50_95, m.map50, m.precision, m.recall) if m else (None, None, None, None)
     name = f"{_source(model.model)} (converted)" if isinstance(model, QuantizedModel) else str(c.path)
     return EvaluationRow(
-        name, m.map50_95, m.map50, m.precision, m.recall, c.size_bytes, c.weight_bits, t.median_ms, t.spread_ms,
-        m.images, dict(m.per_class),
+        name, a, b, p, r, c.size_bytes, c.weight_bits, t.median_ms, t.spread_ms,
+        found.images, dict(m.per_class) if m else {},
     )  # fmt: skip
 
 

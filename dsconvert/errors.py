@@ -49,6 +49,10 @@ class InputError(ValueError):
         super().__init__(printable(message, MOST))
 
 
+class Unusable(InputError):
+    """One image or video cannot be used, or what belongs to it cannot be written; the next one may be."""
+
+
 @contextmanager
 def refusing(message: str) -> Iterator[None]:
     """Raises InputError with that message for whatever is raised within, but for InputErrors: native libraries raise

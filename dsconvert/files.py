@@ -11,69 +11,72 @@ import errno
 import os
 import shutil
 import signal
+import stat
 import tempfile
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextvars import ContextVar
 from pathlib import Path
 from types import FrameType
 
-from dsconvert.errors import InputError
+from dsconvert.errors import InputError, Unusable
+
+
+class NameRefused(Unusable):
+    """The disk takes no file of that name; of another name it would."""
+
 
 # how disks and systems say that they have no such thing
 CANNOT = {errno.EPERM, errno.EACCES, errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOTTY}
 NO_LINKS = CANNOT | {errno.EMLINK, errno.EXDEV}
 NO_FOLDERS = CANNOT | {errno.EBADF, errno.EISDIR}  # that are opened like files
-LONGEST = 40  # characters of a file's name in that of its temporary one: names have at most 255 bytes
+LONGEST = 20  # characters of a file's name in that of its temporary one: names have at most 255 bytes
 
 
 def write_atomic(path: Path, data: bytes, force: bool) -> None:
-    """Write beside, sync, then rename into place. Raises InputError when the file is there and force is off, or when
-    the folder cannot be written."""
-    if path.exists() and not force:
-        raise _exists(path)
+    """Write beside, sync, then rename into place. Raises InputError when the file is there and force is off,
+    when the folder cannot be written, or for what `check_target` refuses."""
+    with written_whole(path, force) as temporary:
+        temporary.write_bytes(data)
+
+
+@contextlib.contextmanager
+def written_whole(path: Path, force: bool, suffix: str = ".part") -> Iterator[Path]:
+    """A file beside `path` to be filled, by a library that wants a name (and `suffix`, for what it writes); it takes
+    the place of `path` at the end of the block, and is gone when the block fails. Errors as `write_atomic`."""
+    check_target(path, force)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = _written_beside(path, data)
+        handle, name = tempfile.mkstemp(prefix=f".{path.stem[:LONGEST]}.", suffix=suffix, dir=path.parent)
+        os.close(handle)
     except OSError as error:
         raise _unwritable(path, error) from None
+    temporary = Path(name)
     try:
+        yield temporary
+        with temporary.open("r+b") as stream, _able(CANNOT):
+            os.fsync(stream.fileno())
+        with _able(CANNOT):
+            os.chmod(temporary, 0o666 & ~_umask())
         if force:
             os.replace(temporary, path)
         else:
             _place(temporary, path)
         _sync_folder(path.parent)
     except FileExistsError:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise _exists(path) from None
     except OSError as error:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise _unwritable(path, error) from None
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
 
 
-def _written_beside(path: Path, data: bytes) -> str:
-    """A new file with the data and the permissions of any new file, on the disk for good."""
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name[:LONGEST]}.", suffix=".part", dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb") as stream:
-            stream.write(data)
-            stream.flush()
-            with _able(CANNOT):
-                os.fsync(stream.fileno())
-        with _able(CANNOT):
-            os.chmod(temporary, 0o666 & ~_umask())
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-    return temporary
-
-
-def _place(temporary: str, path: Path) -> None:
+def _place(temporary: Path, path: Path) -> None:
     """Rename where no file is. Raises FileExistsError where one is, which stays."""
-    link: Callable[[str, Path], None] | None = getattr(os, "link", None)
+    link: Callable[[Path, Path], None] | None = getattr(os, "link", None)
     linked = False
     with _able(NO_LINKS):
         if link is not None:
@@ -111,6 +114,43 @@ def _able(without: set[int]) -> Iterator[None]:
             raise
 
 
+def check_target(path: Path, force: bool) -> None:
+    """Raises InputError for a file to write that is there without force, that is a link (what it points to may belong
+    to someone else), or that is no ordinary file: better before minutes of work than after."""
+    try:
+        mode = path.lstat().st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    except (OSError, ValueError) as error:
+        raise _unwritable(path, error) from None
+    if stat.S_ISLNK(mode):
+        raise InputError(f"{path} cannot be written: it is a link; name the file that it points to, or another.")
+    if not stat.S_ISREG(mode):
+        kind = "it is a folder" if stat.S_ISDIR(mode) else "it is a device or a pipe, no ordinary file"
+        raise InputError(f"{path} cannot be written: {kind}.")
+    if not force:
+        raise _exists(path)
+
+
+def refuse_inputs(outputs: Iterable[Path], inputs: Iterable[Path]) -> None:
+    """Raises InputError when a file or folder to write is one that is read, under whatever name: --force is for results
+    of earlier runs, not for what the user gave. What does not exist yet is neither."""
+    read = {key: path for path in inputs if (key := _identity(path))}
+    for path in outputs:
+        if (given := read.get(_identity(path) or (0, 0))) is not None:
+            same = "" if given == path else f" ({path})"
+            raise InputError(f"{given} is an input and would be overwritten{same}; give another --out.")
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    """What two names of one file or folder share, as os.path.samefile compares it; None where there is nothing."""
+    try:
+        found = path.stat()
+    except (OSError, ValueError):
+        return None
+    return found.st_dev, found.st_ino
+
+
 def free_folder(base: Path) -> Path:
     """`base`, or `base2`, `base3`, ... : the first that does not exist."""
     number, folder = 1, base
@@ -146,7 +186,10 @@ def check_writable(folder: Path) -> None:
     if not os.access(place, os.W_OK | os.X_OK):
         raise InputError(f"{folder} cannot be written: {place} is read-only.")
     try:
-        Path(_written_beside(place / "dsconvert", b"x" * 512)).unlink()
+        handle, probe = tempfile.mkstemp(prefix=".dsconvert.", suffix=".part", dir=place)
+        with os.fdopen(handle, "wb") as stream:
+            stream.write(b"x" * 512)
+        os.unlink(probe)
     except OSError as error:
         raise _unwritable(folder, error) from None
 
@@ -218,12 +261,17 @@ def needs_room(folder: Path, size: int, error: OSError) -> InputError:
     )
 
 
-def _unwritable(path: Path, error: OSError) -> InputError:
-    return InputError(f"{path} cannot be written: {error.strerror}.")
-
-
 def _exists(path: Path) -> InputError:
     return InputError(f"{path} already exists; give --force to replace it, or another --out.")
+
+
+def _unwritable(path: Path, error: OSError | ValueError) -> InputError:
+    """A name that is too long, or in characters that this disk has not, is the file's own fault; all else would befall
+    the next file too."""
+    if not isinstance(error, OSError):
+        return NameRefused(f"{path} cannot be written: its name holds a character that no name may hold.")
+    odd = error.errno in (errno.ENAMETOOLONG, errno.EINVAL, errno.EILSEQ)
+    return (NameRefused if odd else InputError)(f"{path} cannot be written: {error.strerror}.")
 
 
 def _umask() -> int:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from dsconvert.errors import InputError
-from dsconvert.evaluate.accuracy import Predictor, evaluate_predictors
+from dsconvert.evaluate.accuracy import Predictor, detect_all, evaluate_predictors
 
 # in a 64 x 64 letterbox of a 32 x 64 (h x w) image: 16 rows of padding above; x, y, w, h, objectness, two classes
 BOX = [20, 30, 10, 8, 0.9, 1.0, 0.0]
@@ -46,6 +46,10 @@ def test_without_labels_the_first_predictor_is_the_truth(paths):
 
 
 def test_an_unsure_first_predictor_is_no_truth(paths):
+    found = detect_all([always([*BOX[:4], 0.2, 1.0, 0.0])], paths, 64, 2, labelled=False)
+    assert (found.measurable, [len(boxes) for boxes in found.found[0]]) == (False, [1] * len(paths))
+    with pytest.raises(InputError, match="nothing to measure"):
+        found.metrics()
     with pytest.raises(InputError, match="finds nothing"):
         evaluate_predictors([always([*BOX[:4], 0.2, 1.0, 0.0])], paths, 64, 2, labelled=False)
 
@@ -69,3 +73,28 @@ def test_a_network_agrees_wholly_with_itself(work, call):
     assert done.code == 0, done.err
     for row in json.loads(done.out)["models"]:
         assert (row["map50_95"], row["map50"], row["precision"], row["recall"]) == (1, 1, 1, 1)
+
+
+def test_how_far_boxes_may_overlap_depends_on_who_says_what_is_true(paths):
+    """An IoU of 0.54 lies between val.py's limit, against labels, and detect.py's, against a model's own boxes."""
+    near = always([*BOX[:4], 0.8, *BOX[5:]], [BOX[0] + 3, *BOX[1:4], 0.4, *BOX[5:]])
+
+    def kept(labelled: bool, overlap: float | None) -> int:
+        return len(detect_all([near], paths[:1], 64, 2, labelled, overlap=overlap).found[0][0])
+
+    assert [kept(labelled=True, overlap=limit) for limit in (None, 0.6, 0.45)] == [2, 2, 1]
+    assert [kept(labelled=False, overlap=limit) for limit in (None, 0.6, 0.45)] == [1, 2, 1]
+
+
+def test_what_scores_too_little_or_overlaps_too_much_does_not_count(paths):
+    """As val.py has it: what is dropped is no false alarm, and cannot find an object."""
+    right, beside = [*BOX[:4], 0.4, *BOX[5:]], [BOX[0] + 4, *BOX[1:4], 0.8, *BOX[5:]]
+
+    def boxes(*limits: float) -> list[float]:
+        found = detect_all([always(right, beside)], paths[:1], 64, 2, True, None, *limits)
+        return [round(float(score), 3) for score in found.found[0][0][:, 4]]
+
+    assert boxes() == boxes(0.001, 0.6) == [0.8, 0.4]
+    assert boxes(0.5) == [0.8]
+    assert boxes(0.001, 0.2) == [0.8]
+    assert boxes(0.9) == []

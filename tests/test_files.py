@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -16,12 +17,15 @@ from conftest import ROOT
 
 from dsconvert.errors import InputError
 from dsconvert.files import (
+    NameRefused,
     check_writable,
     claim_folder,
     free_folder,
+    refuse_inputs,
     scratch_folder,
     scratch_in,
     write_atomic,
+    written_whole,
 )
 
 
@@ -83,13 +87,74 @@ def test_a_file_another_run_makes_meanwhile_is_kept(tmp_path, monkeypatch):
     assert names(tmp_path) == ["model.bin"]
 
 
-def test_a_dangling_link_is_not_followed_nor_replaced_unless_forced(tmp_path):
-    path = tmp_path / "model.bin"
-    path.symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(InputError, match="already exists"):
-        write_atomic(path, b"new", force=False)
-    assert names(tmp_path) == ["model.bin"]
+@pytest.mark.parametrize("force", [False, True])
+@pytest.mark.parametrize("dangling", [False, True])
+def test_a_link_is_neither_followed_nor_replaced(tmp_path, dangling, force):
+    path, behind = tmp_path / "model.bin", tmp_path / "elsewhere"
+    path.symlink_to(behind)
+    if not dangling:
+        behind.write_bytes(b"old")
+    with pytest.raises(InputError, match="it is a link"):
+        write_atomic(path, b"new", force)
+    assert names(tmp_path) == (["model.bin"] if dangling else ["elsewhere", "model.bin"])
     assert path.is_symlink()
+    assert dangling or behind.read_bytes() == b"old"
+
+
+def test_links_to_folders_on_the_way_are_followed(tmp_path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "runs").symlink_to(tmp_path / "disk")
+    write_atomic(tmp_path / "runs/model.bin", b"new", force=False)
+    assert (tmp_path / "disk/model.bin").read_bytes() == b"new"
+
+
+def test_what_is_no_ordinary_file_is_not_replaced(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with socket.socket(socket.AF_UNIX) as door:
+        door.bind(str(tmp_path / "door"))
+    for path, words in [
+        (tmp_path / "pipe", "a device or a pipe"), (tmp_path / "door", "a device or a pipe"),
+        (Path("/dev/null"), "a device or a pipe"), (tmp_path, "a folder"),
+    ]:  # fmt: skip
+        before = path.lstat()
+        for force in (False, True):
+            with pytest.raises(InputError, match=words):
+                write_atomic(path, b"new", force)
+        assert path.lstat().st_mode == before.st_mode
+    assert names(tmp_path) == ["door", "pipe"]
+
+
+@pytest.mark.parametrize("name", ["n" * 240, "ä" * 120, "n" * 255])
+def test_a_name_as_long_as_disks_allow_is_written(tmp_path, name):
+    write_atomic(tmp_path / name, b"x", force=False)
+    write_atomic(tmp_path / name, b"y", force=True)
+    assert names(tmp_path) == [name]
+
+
+@pytest.mark.parametrize("name", ["n" * 256, "ä" * 128, "a\0b", "\ud800"])
+def test_a_name_that_no_disk_takes_is_told_from_a_disk_that_takes_nothing(tmp_path, name):
+    with pytest.raises(NameRefused, match="cannot be written"):
+        write_atomic(tmp_path / name, b"x", force=False)
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(InputError) as caught:
+        write_atomic(tmp_path / "file/x", b"x", force=False)
+    assert not isinstance(caught.value, NameRefused)
+    assert names(tmp_path) == ["file"]
+
+
+def test_an_output_that_is_an_input_is_refused_under_any_name(tmp_path):
+    model, photos = tmp_path / "model.bin", tmp_path / "photos"
+    model.write_bytes(b"x")
+    photos.mkdir()
+    (tmp_path / "link").symlink_to(model)
+    (tmp_path / "hard").hardlink_to(model)
+    (tmp_path / "album").symlink_to(photos)
+    for output in (model, tmp_path / "photos/../model.bin", tmp_path / "link", tmp_path / "hard"):
+        with pytest.raises(InputError, match=r"model\.bin is an input"):
+            refuse_inputs([tmp_path / "new", output], [photos, model])
+    with pytest.raises(InputError, match="photos is an input"):
+        refuse_inputs([tmp_path / "album"], [model, photos])
+    refuse_inputs([tmp_path / "new", photos / "new", tmp_path], [model, photos, tmp_path / "gone"])
 
 
 @pytest.mark.parametrize(("call", "force"), [("replace", True), ("link", False), ("fsync", True), ("chmod", False)])
@@ -123,6 +188,23 @@ def test_an_interrupt_leaves_no_other_file_and_goes_on(tmp_path, monkeypatch, ca
     with pytest.raises(KeyboardInterrupt):
         write_atomic(tmp_path / "model.bin", b"new", force)
     assert names(tmp_path) == []
+
+
+def test_a_library_fills_a_file_that_then_takes_its_place(tmp_path):
+    path = tmp_path / "new/clip.mp4"
+    with written_whole(path, False, ".part.mp4") as temporary:
+        assert (temporary.parent, temporary.suffix, path.exists()) == (path.parent, ".mp4", False)
+        temporary.write_bytes(b"film")
+    assert path.read_bytes() == b"film"
+
+    def fail() -> None:
+        with written_whole(path, True) as temporary:
+            temporary.write_bytes(b"half")
+            raise RuntimeError("half")
+
+    with pytest.raises(RuntimeError, match="half"):
+        fail()
+    assert (names(path.parent), path.read_bytes()) == (["clip.mp4"], b"film")
 
 
 def test_a_reader_never_sees_a_part_of_the_file(tmp_path, monkeypatch):

@@ -64,7 +64,9 @@ def test_a_drop_of_just_the_limit_is_allowed(monkeypatch, pair, call):
 
     def measured(models, *rest):
         return [
-            SimpleNamespace(candidate=SimpleNamespace(path=m), metrics=SimpleNamespace(map50_95=values[str(m)]))
+            SimpleNamespace(
+                candidate=SimpleNamespace(path=m, batch=1), metrics=SimpleNamespace(map50_95=values[str(m)])
+            )
             for m in models
         ]
 

@@ -15,7 +15,7 @@ from dsconvert.evaluate.accuracy import detect_all
 from dsconvert.evaluate.candidates import load_candidate
 from dsconvert.evaluate.coco import best_f1, coco_metrics, matched, overlaps
 from dsconvert.evaluate.masks import mask_f1, outlines
-from dsconvert.yolo.images import read_data_yaml
+from dsconvert.yolo.dataset import read_data_yaml
 
 COCO500, YOLOV5N = SHARED / "coco" / "coco500.yaml", SHARED / "checkpoints" / "yolov5n.pt"
 # Both sides average the same fractions in float64, in another order.

@@ -8,6 +8,7 @@ import hashlib
 import re
 from html.parser import HTMLParser
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 from report_case import HOSTILE, SCRIPT, make_case
@@ -161,6 +162,34 @@ def test_without_labels_float_is_the_reference(folder):
     assert len(found.differing) == 2
 
 
+def test_without_labels_and_without_anything_found_the_rest_is_there(folder, monkeypatch):
+    monkeypatch.setattr("dsconvert.evaluate.accuracy.CONFIDENT", 1.0)  # no score is above it
+    found = gather(ReportOptions(folder / "q/model.safetensors", latency=False, images=1, samples=2))
+    html = page_bytes(found).decode()
+    ids = {attrs.get("id") for _, attrs in Page(html).found}
+    assert [row.metrics for row in found.rows] == [None, None]
+    assert "the float model finds nothing above a score of 0.25 in these images" in html
+    assert "mAP" not in html
+    assert "None" not in html
+    assert {"compared", "photos", "layers", "weights", "made"} <= ids
+    assert "classes" not in ids
+    assert "#classes" not in html
+    assert f"<td>{found.rows[1].size_bytes / 1e6:.2f}</td>" in html
+    assert len(found.layers) > 1
+
+
+def test_an_image_that_cannot_be_read_is_left_out_of_every_figure(folder, tmp_path):
+    whole = next(p for p in folder.rglob("*") if p.suffix in (".jpg", ".png")).read_bytes()
+    for index, name in enumerate(("a.png", "b.png", "c.png")):
+        (tmp_path / name).write_bytes(whole if index == 1 else b"broken")
+    found = gather(ReportOptions(folder / "q/model.safetensors", data=tmp_path, latency=False))
+    assert [photo.name for photo in found.photos] == ["b.png"]
+    assert [Path(reason.partition(" ")[0]).name for reason in found.skipped] == ["a.png", "c.png"]
+    assert (len(found.differing), found.watched_images) == (1, 1)
+    assert all(row.metrics is None or row.metrics.images == 1 for row in found.rows)
+    assert "on the same 1 images" in page_bytes(found).decode().replace("All on", "on")
+
+
 def test_models_that_cannot_be_reported_on(folder, monkeypatch):
     model, data = folder / "q/model.safetensors", folder / "data.yaml"
     with pytest.raises(InputError, match="not a converted model"):
@@ -173,7 +202,7 @@ def test_models_that_cannot_be_reported_on(folder, monkeypatch):
     (folder / "moved.pt").rename(folder / "best.pt")
     monkeypatch.setattr(command, "find_spec", lambda name: None if name == "matplotlib" else object())
     with pytest.raises(InputError, match=r"needs matplotlib; pip install 'dsconvert\[report\]'"):
-        command.report.callback(model, data, (), None, 1, None, None, True, 1, None, False)
+        command.report.callback(model, data, (), None, 1, None, None, None, False, True, 1, None, False)
 
 
 def test_the_page_says_how_sure_both_models_are(gathered, html):

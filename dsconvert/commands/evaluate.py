@@ -25,14 +25,20 @@ from dsconvert.commands.shared import (
     tell,
     threads,
     verbose,
+    warn,
 )
 from dsconvert.errors import InputError, LimitMissed
 from dsconvert.evaluate import contest
+from dsconvert.evaluate.accuracy import OVERLAP, VAL_OVERLAP, most_overlap
 from dsconvert.evaluate.candidates import Candidate
+from dsconvert.evaluate.coco import Metrics
 from dsconvert.evaluate.detect import class_name
 from dsconvert.modelfile import load_model
 from dsconvert.origin import known_images, known_source
+from dsconvert.yolo.boxes import LEAST
 from dsconvert.yolo.dataset import is_data_yaml
+
+ACCURACY = ("map50_95", "map50", "precision", "recall")
 
 
 @click.command("eval", short_help="Measure accuracy, size and latency of each MODEL.")
@@ -42,6 +48,9 @@ from dsconvert.yolo.dataset import is_data_yaml
 @click.option("--samples", type=click.IntRange(1), help="Most images used.")
 @split_of("val")
 @strict
+@click.option("--conf-thres", default=LEAST, show_default=True, help="Boxes up to this score do not count.")
+@click.option("--iou-thres", type=float, help=f"Most overlap of two boxes of a class (default: {VAL_OVERLAP:g} with "
+              f"labels, {OVERLAP:g} without).")  # fmt: skip
 @click.option("--max-map-drop", type=click.FloatRange(0, 100), metavar="POINTS",
               help="Exit with 3 if a model loses more mAP50-95 against the first.")  # fmt: skip
 @threads
@@ -50,7 +59,8 @@ from dsconvert.yolo.dataset import is_data_yaml
 @as_json
 def evaluate(
     models: tuple[Path, ...], data: Path | None, imgsz: int | None, samples: int | None, split: str | None,
-    strict: bool, max_map_drop: float | None, threads: int, quiet: bool, verbose: bool, as_json: bool,
+    strict: bool, conf_thres: float, iou_thres: float | None, max_map_drop: float | None, threads: int, quiet: bool,
+    verbose: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Measure accuracy, size and latency of each MODEL on labelled images.
 
@@ -63,6 +73,8 @@ def evaluate(
     Examples: dsconvert eval best.pt best.onnx --data data.yaml
               dsconvert eval best.pt best.onnx --data data.yaml --max-map-drop 0.5
     """
+    if not (0 <= conf_thres < 1 and (iou_thres is None or 0 <= iou_thres <= 1)):
+        raise InputError("--conf-thres must lie in 0..1 and below 1, --iou-thres must lie in 0..1.")
     paths = list(models)
     if not paths or data is None:
         newest = pipeline.newest_result(RUNS)
@@ -76,29 +88,35 @@ def evaluate(
         raise InputError("--max-map-drop measures the drop against the first model; name another one too.")
     workers.start()
     if workers.number():  # one speaks for all
-        contest.look(contest.entrants(paths, data, imgsz, samples, split, strict))
+        contest.look(contest.entrants(paths, data, imgsz, samples, split, strict, conf_thres, iou_thres))
         return
     with bars(quiet) as progress:
-        rows = contest.evaluate(paths, data, imgsz, samples, progress, split, strict)
+        rows = contest.evaluate(paths, data, imgsz, samples, progress, split, strict, conf_thres, iou_thres)
     for r in rows:
         if r.candidate.batch > 1:
             say(f"{short(r.candidate.path)} takes {r.candidate.batch} images at once; its ms is of all of them.")
     if as_json:
         print_json({
-            "models": [_row(r) for r in rows], "data": str(data), "split": rows[0].split, "warnings": notes.so_far(),
+            "models": [_row(r) for r in rows], "data": str(data), "split": rows[0].split, "conf_thres": conf_thres,
+            "iou_thres": most_overlap(iou_thres, is_data_yaml(data)), "warnings": notes.so_far(),
         })  # fmt: skip
     else:
-        if verbose:
+        if verbose and rows[0].metrics:
             _print_classes(rows)
         _print_evaluation(rows, quiet)
+    if rows[0].metrics is None:
+        warn(contest.nothing_found(paths[0], conf_thres))
     if max_map_drop is not None:
         _hold(rows, max_map_drop)
 
 
 def _hold(rows: list[contest.Evaluated], most: float) -> None:
     """Raise LimitMissed naming every model that loses more than `most` points against the first."""
-    first = rows[0].metrics.map50_95
-    drops = [(r.candidate.path, 100 * (first - r.metrics.map50_95)) for r in rows[1:]]
+    measured = [(r.candidate.path, r.metrics.map50_95) for r in rows if r.metrics]
+    if not measured:
+        raise InputError("--max-map-drop cannot be held against images in which nothing is found.")
+    first = measured[0][1]
+    drops = [(path, 100 * (first - value)) for path, value in measured[1:]]
     # a tenth of a millionth of a point is what binary fractions are off by
     missed = [f"{path} loses {drop:.2f} points" for path, drop in drops if not drop <= most + 1e-7]
     if missed:
@@ -108,12 +126,13 @@ def _hold(rows: list[contest.Evaluated], most: float) -> None:
 
 def _row(r: contest.Evaluated) -> dict[str, Any]:
     c, m, t = r.candidate, r.metrics, r.latency
+    accuracy = {"map50_95": m.map50_95, "map50": m.map50, "precision": m.precision, "recall": m.recall} if m else {}
     return {
-        "path": str(c.path), "format": c.format, "map50_95": m.map50_95, "map50": m.map50, "precision": m.precision,
-        "recall": m.recall, "size_bytes": c.size_bytes, "weight_bits": c.weight_bits,
-        "latency_ms": {"median": t.median_ms, "min": t.min_ms, "spread": t.spread_ms}, "images": m.images,
-        "skipped": len(m.skipped),
-        **({} if m.mask_map50 is None else {
+        "path": str(c.path), "format": c.format, **(accuracy or dict.fromkeys(ACCURACY)),
+        "size_bytes": c.size_bytes, "weight_bits": c.weight_bits,
+        "latency_ms": {"median": t.median_ms, "min": t.min_ms, "spread": t.spread_ms}, "images": r.images,
+        "skipped": len(r.skipped),
+        **({} if m is None or m.mask_map50 is None else {
             "mask_map50_95": m.mask_map50_95, "mask_map50": m.mask_map50,
             "mask_precision": m.mask_precision, "mask_recall": m.mask_recall,
         }),
@@ -124,34 +143,41 @@ def _print_classes(rows: list[contest.Evaluated]) -> None:
     """AP50-95 of each class that the images hold, by model."""
     shown = table("AP50-95", *(short(r.candidate.path) for r in rows))
     names = next((r.candidate.names for r in rows if r.candidate.names), ())
-    for number in sorted(rows[0].metrics.per_class):
-        shown.add_row(cell(class_name(number, names)), *(f"{r.metrics.per_class[number]:.4f}" for r in rows))
+    measured = [r.metrics.per_class for r in rows if r.metrics]
+    for number in sorted(measured[0]):
+        shown.add_row(cell(class_name(number, names)), *(f"{per_class[number]:.4f}" for per_class in measured))
     console().print(shown)
 
 
 def _print_evaluation(rows: list[contest.Evaluated], quiet: bool) -> None:
-    masks = any(r.metrics.mask_map50 is not None for r in rows)
+    masks = any(r.metrics and r.metrics.mask_map50 is not None for r in rows)
     of_masks = ("masks 50-95", "50", "P", "R") if masks else ()
     shown = table("model", "mAP50-95", "mAP50", "P", "R", *of_masks, "MB", "bits", "ms", "±")
     for r in rows:
-        m, t, c = r.metrics, r.latency, r.candidate
+        t, c = r.latency, r.candidate
         shown.add_row(
-            cell(short(c.path)), f"{m.map50_95:.4f}", f"{m.map50:.4f}",
-            f"{m.precision:.3f}", f"{m.recall:.3f}",
-            *((_or_none(m.mask_map50_95, 4), _or_none(m.mask_map50, 4), _or_none(m.mask_precision, 3),
-               _or_none(m.mask_recall, 3)) if masks else ()),
+            cell(short(c.path)), *_accuracy(r.metrics, masks),
             f"{c.size_bytes / 1e6:.2f}", _bits(c), f"{t.median_ms:.1f}", f"{t.spread_ms:.1f}",
         )  # fmt: skip
     console().print(shown)
     if quiet:
         return
-    m = rows[0].metrics
+    first = rows[0]
     tell(
-        f"{m.images} images. bits: stored bits a weight. ms: median of {rows[0].latency.runs} interleaved ONNX "
+        f"{first.images} images. bits: stored bits a weight. ms: median of {first.latency.runs} interleaved ONNX "
         "Runtime runs; ±: interquartile range."
     )
-    if m.skipped:
-        say(f"{len(m.skipped)} images could not be read and were left out; the first: {m.skipped[0]}")
+    if first.skipped:
+        say(f"{len(first.skipped)} images could not be read and were left out; the first: {first.skipped[0]}")
+
+
+def _accuracy(m: Metrics | None, masks: bool) -> list[str]:
+    """A model's cells, empty where nothing was measured."""
+    if m is None:
+        return [""] * (8 if masks else 4)
+    boxes = (m.map50_95, m.map50, m.precision, m.recall)
+    of_masks = (m.mask_map50_95, m.mask_map50, m.mask_precision, m.mask_recall) if masks else ()
+    return [_or_none(value, digits) for value, digits in zip((*boxes, *of_masks), (4, 4, 3, 3) * 2, strict=False)]
 
 
 def _or_none(value: float | None, digits: int) -> str:

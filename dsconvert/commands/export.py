@@ -10,13 +10,14 @@ from typing import Any
 import click
 
 from dsconvert import pipeline
+from dsconvert.commands.folders import refuse_to_lose
 from dsconvert.commands.shared import PATH, RUNS, as_json, force, print_json, tell
 from dsconvert.errors import InputError
 from dsconvert.export.layouts import LAYOUT_OPSET
 from dsconvert.export.nms import Nms
 from dsconvert.export.onnx import Ends
 from dsconvert.filekinds import CHECKPOINT, MODEL, file_kind
-from dsconvert.files import check_writable, scratch_in, write_atomic
+from dsconvert.files import check_target, check_writable, scratch_in, write_atomic
 from dsconvert.modelfile import load_model
 from dsconvert.yolo.dataset import SPLITS, is_data_yaml, read_data_yaml
 
@@ -71,9 +72,9 @@ def export(
     float_source = pipeline.exportable(path) == CHECKPOINT
     suffix = "float32" if float_source else layout
     target = out or path.with_name(f"{path.stem}-{suffix}{_mark(ends)}.onnx")
+    refuse_to_lose([target], [path])
+    check_target(target, force)  # before the file is made and run
     check_writable(target.parent)
-    if target.exists() and not force:  # before minutes are spent on what could not be written
-        raise InputError(f"{target} already exists; give --force to replace it, or another --out.")
     with scratch_in(target.parent):
         data = pipeline.onnx_bytes(path, layout, imgsz, ends, not no_check)
     write_atomic(target, data, force)

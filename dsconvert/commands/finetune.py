@@ -12,7 +12,7 @@ from typing import Any
 import click
 
 from dsconvert import workers
-from dsconvert.commands.folders import run_folder
+from dsconvert.commands.folders import refuse_to_lose, run_folder
 from dsconvert.commands.shared import (
     PATH,
     RUNS,
@@ -33,7 +33,7 @@ from dsconvert.commands.shared import (
 )
 from dsconvert.errors import InputError
 from dsconvert.filekinds import MODEL, NAMES, file_kind
-from dsconvert.files import check_writable, write_atomic
+from dsconvert.files import check_target, check_writable, write_atomic
 from dsconvert.modelfile import model_bytes
 from dsconvert.notes import so_far
 from dsconvert.pipeline import MODEL_FILE
@@ -95,10 +95,10 @@ def finetune_command(
         return
     base = RUNS / f"{model.parent.name if model.name == MODEL_FILE else model.stem}-finetuned"
     check_writable(out or RUNS)
-    if out is not None and not force and (out / MODEL_FILE).exists():
-        raise InputError(f"{out / MODEL_FILE} already exists; give --force to replace it, or another --out.")
-    if out is not None and (out / MODEL_FILE).resolve() == model.resolve():
-        raise InputError("--out is the folder of the model itself; name another one.")
+    if out is not None:
+        refuse_to_lose([out, *(out / name for name in (MODEL_FILE, RECORD_FILE, UNFINISHED))], [model, chosen.data])
+        check_target(out / MODEL_FILE, force)
+        check_target(out / RECORD_FILE, force=True)  # as quantize's
     command = typed_command()
     note: Callable[[str], None] = (lambda line: None) if quiet else say
     with run_folder(out, base, UNFINISHED, resume) as folder, bars(quiet, lines=True) as progress:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from dsconvert.errors import InputError, printable
-from dsconvert.files import claim_folder
+from dsconvert.filekinds import MODEL, known_kind
+from dsconvert.files import claim_folder, refuse_inputs
+from dsconvert.modelfile import load_model
 
 
 @contextlib.contextmanager
@@ -25,6 +27,18 @@ def run_folder(out: Path | None, base: Path, unfinished: str, resume: bool) -> I
                 for made in (folder, *folder.parents[:2]):
                     made.rmdir()  # only what is empty: nothing was kept yet
         raise
+
+
+def refuse_to_lose(outputs: Iterable[Path | None], inputs: Iterable[Path | None]) -> None:
+    """`files.refuse_inputs`, where what was not given is None; of a converted model among the inputs, what it was made
+    from is one too."""
+    given = [path for path in inputs if path is not None]
+    for model in [path for path in given if path.is_file() and known_kind(path) == MODEL]:
+        provenance = load_model(model).provenance
+        options = provenance.get("options")
+        calib = options.get("calib") if isinstance(options, Mapping) else None
+        given += [Path(known) for known in (provenance.get("source"), calib) if isinstance(known, str) and known]
+    refuse_inputs([path for path in outputs if path is not None], given)
 
 
 def stopped(base: Path, unfinished: str) -> Path:

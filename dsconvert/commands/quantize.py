@@ -16,7 +16,7 @@ from dsconvert import pipeline, workers
 from dsconvert.advice import advice, bits_of_layers
 from dsconvert.anyonnx.rewrite import LAYOUTS
 from dsconvert.commands import quantize_onnx
-from dsconvert.commands.folders import run_folder
+from dsconvert.commands.folders import refuse_to_lose, run_folder
 from dsconvert.commands.shared import (
     PATH,
     RUNS,
@@ -40,7 +40,7 @@ from dsconvert.commands.shared import (
 from dsconvert.config import read_config, recipe_names
 from dsconvert.errors import InputError
 from dsconvert.filekinds import CHECKPOINT, MODEL, ONNX, file_kind
-from dsconvert.files import check_writable
+from dsconvert.files import check_target, check_writable
 from dsconvert.notes import so_far, unheard
 from dsconvert.unfinished import NAME as UNFINISHED
 from dsconvert.yolo.cfgfile import chosen_blocks
@@ -170,8 +170,11 @@ def quantize(
     check_writable(out or RUNS)
     if cache is not None:
         check_writable(cache)
-    if out is not None and not force and (out / pipeline.MODEL_FILE).exists():
-        raise InputError(f"{out / pipeline.MODEL_FILE} already exists; give --force to replace it.")
+    if out is not None:
+        targets = [out / name for name in (pipeline.MODEL_FILE, pipeline.REPORT_FILE, UNFINISHED)]
+        refuse_to_lose([out, *targets], [checkpoint, calib, cfg])
+        check_target(targets[0], force)
+        check_target(targets[1], force=True)  # a report alone was left by a run that was killed
     if calib is None:
         warn(
             "Without --calib, images are synthesised from the checkpoint's BatchNorm statistics; about 100 of your own "

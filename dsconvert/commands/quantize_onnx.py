@@ -12,9 +12,10 @@ from click.core import ParameterSource
 
 from dsconvert.anyonnx.convert import OnnxConverted, OnnxPlan, quantize_onnx
 from dsconvert.anyonnx.images import Normalisation
+from dsconvert.commands.folders import refuse_to_lose
 from dsconvert.commands.shared import RUNS, bars, cell, console, print_json, table, tell, warn
 from dsconvert.errors import InputError
-from dsconvert.files import check_writable, claim_folder, scratch_in, write_atomic
+from dsconvert.files import check_target, check_writable, claim_folder, scratch_in, write_atomic
 from dsconvert.notes import so_far
 
 # What only a checkpoint can be asked for, and what only an ONNX file can.
@@ -69,10 +70,9 @@ def run(path: Path, calib: Path | None, out: Path | None, cache: Path | None, op
     if cache is not None:
         check_writable(cache)
     target = None if out is None else out if single else out / name
-    if target is not None and target.exists() and target.samefile(path):
-        raise InputError(f"--out names {path} itself, which --force would lose; give another name.")
-    if target is not None and not force and target.exists():
-        raise InputError(f"{target} already exists; give --force to replace it.")
+    if target is not None:
+        refuse_to_lose([target], [path, calib])
+        check_target(target, force)
     with scratch_in(cache or place), bars(quiet, lines=True) as progress:
         made = quantize_onnx(path, calib, plan, progress, warn)
     data = made.model.SerializeToString()

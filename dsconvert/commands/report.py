@@ -8,10 +8,11 @@ from pathlib import Path
 import click
 
 from dsconvert import pipeline
+from dsconvert.commands.folders import refuse_to_lose
 from dsconvert.commands.shared import PATH, RUNS, bars, force, split_of, strict, tell, threads, warn
 from dsconvert.errors import InputError
 from dsconvert.filekinds import MODEL, file_kind
-from dsconvert.files import check_writable, write_atomic
+from dsconvert.files import check_target, check_writable, write_atomic
 from dsconvert.modelfile import load_model
 from dsconvert.origin import known_images, known_source
 
@@ -47,14 +48,15 @@ def report(
     """
     if missing := [name for name in ("jinja2", "matplotlib") if find_spec(name) is None]:
         raise InputError(f"The report needs {' and '.join(missing)}; pip install 'dsconvert[report]'.")
+    from dsconvert.evaluate.contest import nothing_found
     from dsconvert.report.gather import ReportOptions, gather
     from dsconvert.report.page import page_bytes
 
     path = model or pipeline.newest_result(RUNS)
     target = out or path.with_name("report.html")
+    refuse_to_lose([target], [path, data, float_model, *against])
+    check_target(target, force)  # before minutes are spent on what could not be written
     check_writable(target.parent)
-    if target.exists() and not force:  # before minutes are spent on what could not be written
-        raise InputError(f"{target} already exists; give --force to replace it, or another --out.")
     if file_kind(path) == MODEL and (data is None or float_model is None):
         provenance = load_model(path).provenance
         float_model = float_model or known_source(provenance, path, "give it with --float")
@@ -66,4 +68,8 @@ def report(
     write_atomic(target, page, force)
     if shifted := found.scores.warning("the float model", "the converted one"):
         warn(shifted)
+    if found.skipped:
+        warn(f"{len(found.skipped)} images were left out; the first: {found.skipped[0]}")
+    if found.rows[0].metrics is None:
+        warn(nothing_found(found.rows[0].label))
     tell(f"Wrote {target} ({len(page) / 1e6:.2f} MB). Open it in a browser.")

@@ -47,6 +47,7 @@ STAGES = {
     "bench": "timing",
     "activations": "watching activations",
     "detect": "detecting",
+    "video": "watching videos",
     "compare": "comparing",
 }
 PATH = click.Path(path_type=Path)

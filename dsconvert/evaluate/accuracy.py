@@ -13,12 +13,13 @@ from dsconvert import workers
 from dsconvert.errors import InputError
 from dsconvert.evaluate.coco import COCO_MOST, Metrics, coco_metrics
 from dsconvert.evaluate.masks import Encoded, MaskPredictor, look, mask_f1, mask_precision, outlines
-from dsconvert.yolo.boxes import MOST, inside, suppressed, to_image
+from dsconvert.yolo.boxes import LEAST, MOST, inside, suppressed, to_image
 from dsconvert.yolo.images import letterbox, none_readable, read_image, to_tensor
 from dsconvert.yolo.labels import Labelled, LabelRules, in_pixels, read_labelled
 
 # A predictor takes a float batch (1, 3, side, side), 0..1, and returns (1, boxes, 5 + nc) as `decode` does.
 CONFIDENT, OVERLAP = 0.25, 0.45  # YOLOv5's detect.py
+VAL_OVERLAP = 0.6  # YOLOv5's val.py
 Predictor = Callable[[NDArray[np.float32]], NDArray[np.float32]]
 
 
@@ -27,9 +28,9 @@ class Detections:
     """What several predictors found in the same images, and the truth: all in pixels of the original images.
 
     found[predictor][image] is (n, 6) x1, y1, x2, y2, score, class; truths[image] (m, 5) class, x1, y1, x2, y2;
-    shapes[image] height and width; nc the number of classes; skipped why other files could not be read. Where labels
-    are polygons, outlines[image] are their masks, and masks[predictor] those of its boxes (None of a detector).
-    `most` detections of a class in an image count for the mAP."""
+    shapes[image] height and width; nc the number of classes; read the images' files, skipped why others could not be
+    read. Where labels are polygons, outlines[image] are their masks, and masks[predictor] those of its boxes (None of a
+    detector). `most` detections of a class in an image count for the mAP."""
 
     found: list[list[NDArray[np.float32]]]
     truths: list[NDArray[np.float64]]
@@ -39,6 +40,12 @@ class Detections:
     masks: Sequence[list[list[Encoded]] | None] = ()
     outlines: Sequence[list[Encoded]] = ()
     most: int = COCO_MOST
+    read: Sequence[Path] = ()
+
+    @property
+    def measurable(self) -> bool:
+        """Whether there is any object to find."""
+        return any(len(truth) for truth in self.truths)
 
     def metrics(self, images: Sequence[int] | None = None) -> list[Metrics]:
         """Metrics of every predictor on the images given by index (default all; repeated ones count again)."""
@@ -65,8 +72,18 @@ def evaluate_predictors(
     labelled: bool | Labelled = True,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Metrics]:
-    """Metrics of every predictor on the same images, see `detect_all`."""
-    return detect_all(predictors, paths, side, nc, labelled, progress).metrics()
+    """Metrics of every predictor on the same images, see `detect_all`. Raises InputError where there is no object to
+    find."""
+    found = detect_all(predictors, paths, side, nc, labelled, progress)
+    if not labelled and not found.measurable:
+        raise InputError("The first model finds nothing with confidence in these images, so there is no agreement.")
+    return found.metrics()
+
+
+def most_overlap(overlap: float | None, labelled: bool) -> float:
+    """How far two boxes of a class may overlap: the one given, else with labels val.py's. Without labels it is
+    detect.py's: so the truth is among what the first model finds, and a model agrees with itself wholly."""
+    return (VAL_OVERLAP if labelled else OVERLAP) if overlap is None else overlap
 
 
 def detect_all(
@@ -76,16 +93,18 @@ def detect_all(
     nc: int,
     labelled: bool | Labelled = True,
     progress: Callable[[int, int], None] | None = None,
+    confidence: float = LEAST,
+    overlap: float | None = None,
 ) -> Detections:
     """Run every predictor on the same images, each decoded once.
 
     The truth is the labels given as `labelled`, whose images take the place of `paths`, or (True) those beside the
     images, or (False) what the first predictor finds with confidence: then metrics say how far the others agree with
-    it. There all boxes are suppressed as a user of detect.py has them, so the truth is among what the first one finds,
-    and a model agrees with itself wholly. Where labels are polygons, the masks of segmentation models are measured
-    too. Under torchrun every process looks at a part of the images and has what all found. Files that cannot be read
-    are left out and counted. Raises
-    InputError when none can, or there is no object to find.
+    it. Where labels are polygons, the masks of segmentation models are measured too. Under torchrun every process looks
+    at a part of the images and has what all found. Boxes up to a score of `confidence`, and those that overlap a better
+    one of their class by more than `overlap` (see `most_overlap`), are dropped before anything is counted, as val.py
+    does. Files that cannot be read are left out and counted. Raises InputError when none can. Without labels there may
+    be no truth at all, see `measurable`.
     """
     found: list[list[NDArray[np.float32]]] = [[] for _ in predictors]
     truths, shapes = [], []
@@ -97,6 +116,7 @@ def detect_all(
     outlined = any(masked) and labels is not False and labels.has_polygons
     masks: list[list[list[Encoded]] | None] = [[] if outlined and m else None for m in masked]
     contours: list[list[Encoded]] = []
+    read: list[Path] = []
     part = workers.share(len(paths))
     mine, truth = paths[part], labels.labels[part] if labels else ()
     for index, path in enumerate(mine):
@@ -106,6 +126,7 @@ def detect_all(
             skipped.append(str(error))
             continue
         h, w = image.shape[:2]
+        read.append(path)
         shapes.append((h, w))
         square, box = letterbox(image, side)
         batch = to_tensor([square]).numpy()
@@ -113,7 +134,7 @@ def detect_all(
         if any(p.shape[1] != nc + 5 for p, _ in looked):
             raise InputError(f"A model finds other classes than the {nc} it is measured on.")
         for results, (raw, said), encoded in zip(found, looked, masks, strict=True):
-            boxes, rows = suppressed(raw) if labelled else suppressed(raw, iou=OVERLAP)
+            boxes, rows = suppressed(raw, confidence, most_overlap(overlap, bool(labelled)))
             placed = to_image(boxes, box, (h, w))
             results.append(placed if labelled else placed[inside(placed)])
             if said is not None and encoded is not None:
@@ -128,16 +149,15 @@ def detect_all(
             truths.append(sure[:, [5, 0, 1, 2, 3]].astype(np.float64))
         if progress:
             progress(index + 1, len(mine))
-    everyone = workers.gathered(Detections(found, truths, shapes, nc, tuple(skipped), masks, contours))
+    everyone = workers.gathered(Detections(found, truths, shapes, nc, tuple(skipped), masks, contours, read=read))
     whole = Detections(
         [[boxes for d in everyone for boxes in d.found[i]] for i in range(len(predictors))],
         [truth for d in everyone for truth in d.truths], [shape for d in everyone for shape in d.shapes],
         nc, tuple(reason for d in everyone for reason in d.skipped),
         [None if m is None else [image for d in everyone for image in d.masks[i] or ()] for i, m in enumerate(masks)],
         [image for d in everyone for image in d.outlines], COCO_MOST if labelled else MOST,
+        [path for d in everyone for path in d.read],
     )  # fmt: skip
     if not whole.shapes:
         raise none_readable(whole.skipped)
-    if not labelled and not sum(map(len, whole.truths)):
-        raise InputError("The first model finds nothing with confidence in these images, so there is no agreement.")
     return whole

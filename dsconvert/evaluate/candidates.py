@@ -14,6 +14,7 @@ import onnx
 import torch
 from numpy.typing import NDArray
 
+from dsconvert import workers
 from dsconvert.errors import InputError, printable, refusing
 from dsconvert.evaluate.accuracy import Predictor
 from dsconvert.evaluate.bounds import Bounds
@@ -25,6 +26,7 @@ from dsconvert.export.inspect import conv_weights
 from dsconvert.export.nms import Nms
 from dsconvert.export.onnx import export_float, export_quantized
 from dsconvert.filekinds import CHECKPOINT, MODEL, file_kind
+from dsconvert.graph.ir import ConvParams
 from dsconvert.modelfile import load_model
 from dsconvert.yolo.checkpoint import load_checkpoint
 from dsconvert.yolo.lower import lower
@@ -49,6 +51,7 @@ class Candidate:
     nc: int  # classes; 0 where nothing tells
     limits: Nms | None = None  # of a file that ends with non-maximum suppression
     batch: int = 1  # images that a file takes at once: `run_once` is of so many
+    input_type: type[Any] = np.float32  # of the numbers it takes
 
     @property
     def size_bytes(self) -> int:
@@ -56,11 +59,15 @@ class Candidate:
         return self.path.stat().st_size
 
 
-def load_candidate(path: Path, side: int | None) -> Candidate:
-    """Load a model for evaluation at `side` pixels (None: what it was made for, else 640)."""
+def load_candidate(path: Path, side: int | None, device: str = "cpu") -> Candidate:
+    """Load a model for evaluation at `side` pixels (None: what it was made for, else 640). `device` as
+    `workers.named_device`; another than the CPU is for a checkpoint: integers and ONNX Runtime run on the CPU. Raises
+    InputError for the others."""
     kind = file_kind(path)
     if kind == CHECKPOINT:
-        return _float(path, side or 640)
+        return _float(path, side or 640, device)
+    if workers.named_device(device) != "cpu":
+        raise InputError(f"{path} runs on the CPU here; leave out --device {device}, or give the float checkpoint.")
     return _converted(path, side) if kind == MODEL else _onnx(path, side)
 
 
@@ -94,7 +101,7 @@ def _check_side(path: Path, side: int, stride: int) -> None:
         raise InputError(f"--imgsz {side} is not a multiple of the stride {stride} of {path}.")
 
 
-def _float(path: Path, side: int) -> Candidate:
+def _float(path: Path, side: int, device: str = "cpu") -> Candidate:
     checkpoint = load_checkpoint(path)
     head = checkpoint.head
     _check_side(path, side, head.stride)
@@ -104,7 +111,11 @@ def _float(path: Path, side: int) -> Candidate:
         return session(export_float(graph, params, head, side).SerializeToString(), torch.get_num_threads(), str(path))
 
     bits = float(checkpoint.stored_bits)
-    predict = float_predictor(graph, params, head, bounds=Bounds(str(path), path.stat().st_size))
+    device = workers.device(device)
+    own = {name: ConvParams(p.weight.to(device), p.bias.to(device)) for name, p in params.items()}
+    # the bound is of main memory, of which CUDA maps more than it uses
+    bounds = Bounds(str(path), path.stat().st_size) if device == "cpu" else None
+    predict = float_predictor(graph, own, head, device, bounds)
     return Candidate(path, "pt", head.names, side, bits, predict, _once(running, side), head.nc)
 
 
@@ -168,7 +179,7 @@ def _onnx(path: Path, side: int | None) -> Candidate:
     limits = _limits(meta.get(NMS_KEY, ""), path)
     made: Predictor = MaskPredictor(predict_masks, nc) if makes_masks else predict
     return Candidate(path, "onnx", names, side, bits, made, _once(lambda: running, side, most),
-                     nc, limits, most)  # fmt: skip
+                     nc, limits, most, kind)  # fmt: skip
 
 
 def _side(path: Path, shape: Sequence[Any], asked: int | None) -> int:

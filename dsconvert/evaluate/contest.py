@@ -8,11 +8,12 @@ from pathlib import Path
 
 from dsconvert.calibration import Progress
 from dsconvert.errors import InputError
-from dsconvert.evaluate.accuracy import Detections, Predictor, detect_all
+from dsconvert.evaluate.accuracy import CONFIDENT, Detections, Predictor, detect_all
 from dsconvert.evaluate.candidates import Candidate, load_candidates
 from dsconvert.evaluate.coco import Metrics
 from dsconvert.evaluate.latency import Latency, interleaved_latency
 from dsconvert.evaluate.masks import MaskPredictor
+from dsconvert.yolo.boxes import LEAST
 from dsconvert.yolo.classes import label_rules, other_order
 from dsconvert.yolo.dataset import images_of
 from dsconvert.yolo.images import spread
@@ -21,18 +22,23 @@ from dsconvert.yolo.labels import Labelled, label_path, read_labelled
 
 @dataclass(frozen=True)
 class Evaluated:
-    """One model's accuracy and latency on the same images as the others, and the data.yaml's split these are."""
+    """One model's accuracy and latency on the same images as the others, how many, why other files could not be read,
+    and the data.yaml's split they are. `metrics` is None where there is nothing to measure: without labels, when the
+    first model finds nothing."""
 
     candidate: Candidate
-    metrics: Metrics
+    metrics: Metrics | None
     latency: Latency
+    images: int
+    skipped: tuple[str, ...]
     split: str | None = None
 
 
 @dataclass(frozen=True)
 class Entrants:
     """Models at one image size and the images they are judged on. The truth has nc classes: it is the labels beside
-    the images, or (labelled False) what the first model finds with confidence. split: that of the data.yaml."""
+    the images, or (labelled False) what the first model finds with confidence. split: that of the data.yaml;
+    `confidence` and `overlap` as `detect_all`."""
 
     candidates: Sequence[Candidate]
     paths: Sequence[Path]
@@ -40,6 +46,8 @@ class Entrants:
     labelled: bool
     labels: Labelled | None = None
     split: str | None = None
+    confidence: float = LEAST
+    overlap: float | None = None
 
 
 def entrants(
@@ -49,10 +57,12 @@ def entrants(
     samples: int | None = None,
     split: str | None = None,
     strict: bool = False,
+    confidence: float = LEAST,
+    overlap: float | None = None,
 ) -> Entrants:
     """Load models, and find the images of a split of a data.yaml (by default val, else test, else train) or of a
-    folder. strict: labels and lists of which a part cannot be used are refused. Raises InputError when a model's
-    classes are not the data's, or the first model's."""
+    folder. strict: labels and lists of which a part cannot be used are refused; `confidence` and `overlap` as
+    `detect_all`. Raises InputError when a model's classes are not the data's, or the first model's."""
     given = images_of(data, ("val", "test", "train"), split, strict)
     described, paths = given.described, given.paths if samples is None else spread(given.paths, samples)
     candidates = load_candidates(models, imgsz)
@@ -74,7 +84,7 @@ def entrants(
                 f"{c.path} names its classes in another order than {named[0].path}, so they cannot be compared."
             )
     if described is None:
-        return Entrants(candidates, paths, nc, False)
+        return Entrants(candidates, paths, nc, False, confidence=confidence, overlap=overlap)
     names, of = (named[0].names, str(named[0].path)) if named else ((), "")
     masks = any(isinstance(c.predict, MaskPredictor) for c in candidates)
     labels = read_labelled(paths, label_rules(described, names, of, strict), masks)
@@ -83,7 +93,7 @@ def entrants(
             f"None of the {len(paths)} images of {data} has labels; those of the first were looked for at "
             f"{label_path(paths[0])}; give --data a folder of images to measure agreement without labels."
         )
-    return Entrants(candidates, labels.paths, nc, True, labels, given.split)
+    return Entrants(candidates, labels.paths, nc, True, labels, given.split, confidence, overlap)
 
 
 def evaluate(
@@ -94,12 +104,27 @@ def evaluate(
     progress: Progress | None = None,
     split: str | None = None,
     strict: bool = False,
+    confidence: float = LEAST,
+    overlap: float | None = None,
 ) -> list[Evaluated]:
-    """Measure models on the images of `data`, see `entrants`."""
-    given = entrants(models, data, imgsz, samples, split, strict)
-    metrics = look(given, progress).metrics()
+    """Measure models on images of `data`, see `entrants`: latency, and accuracy where there is any object to find."""
+    given = entrants(models, data, imgsz, samples, split, strict, confidence, overlap)
+    found = look(given, progress)
+    there = given.labelled or found.measurable  # images without labels are an error of those who say there are some
+    metrics: Sequence[Metrics | None] = found.metrics() if there else [None] * len(given.candidates)
     latencies = interleaved_latency([c.run_once for c in given.candidates])
-    return [Evaluated(c, m, t, given.split) for c, m, t in zip(given.candidates, metrics, latencies, strict=True)]
+    return [
+        Evaluated(c, m, t, len(found.shapes), found.skipped, given.split)
+        for c, m, t in zip(given.candidates, metrics, latencies, strict=True)
+    ]
+
+
+def nothing_found(first: Path | str, confidence: float = LEAST) -> str:
+    """Why there is no accuracy, in one sentence."""
+    return (
+        f"{first} finds nothing above a score of {max(CONFIDENT, confidence):g} in these images, so there is no "
+        "agreement to measure; images that show what it was trained on, or labels, would tell."
+    )
 
 
 def look(
@@ -111,4 +136,5 @@ def look(
     return detect_all(
         predictors or [c.predict for c in given.candidates], given.paths, given.candidates[0].side, given.nc,
         given.labels or given.labelled, lambda done, total: report("evaluate", done, total),
+        given.confidence, given.overlap,
     )  # fmt: skip

@@ -13,7 +13,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from dsconvert.errors import InputError
+from dsconvert.errors import InputError, Unusable
 from dsconvert.evaluate.accuracy import CONFIDENT, OVERLAP, Predictor
 from dsconvert.evaluate.masks import PlacedMask, look
 from dsconvert.export.nms import Nms
@@ -205,13 +205,13 @@ def _label(drawn: Image, text: str, corner: tuple[int, int], colour: tuple[int, 
 
 
 def encoded(image: Image, suffix: str) -> bytes:
-    """The RGB image as a file of that kind (`.jpg`). Raises InputError when OpenCV cannot write it."""
+    """The RGB image as a file of that kind (`.jpg`). Raises Unusable when OpenCV cannot write it."""
     try:
         done, data = cv2.imencode(suffix.lower(), np.ascontiguousarray(image[..., ::-1]))
     except cv2.error:
         done = False
     if not done:
-        raise InputError(f"An image of {image.shape[1]}x{image.shape[0]} pixels cannot be written as {suffix}.")
+        raise Unusable(f"An image of {image.shape[1]}x{image.shape[0]} pixels cannot be written as {suffix}.")
     return data.tobytes()
 
 

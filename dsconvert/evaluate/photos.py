@@ -20,9 +20,9 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class Skipped:
-    """An image that could not be read, and why, in one sentence."""
+    """An image or a video that could not be used, and why, in one sentence."""
 
-    path: Path
+    path: Path | str
     reason: str
 
 
@@ -42,9 +42,9 @@ class Compared:
         return bool(self.first.names and self.second.names and self.first.names != self.second.names)
 
 
-def left_out(skipped: Sequence[Skipped]) -> str:
+def left_out(skipped: Sequence[Skipped], what: str = "images") -> str:
     """What to warn of, in one sentence; there must be some."""
-    return f"{len(skipped)} images were left out; the first: {skipped[0].reason}"
+    return f"{len(skipped)} {what} were left out; the first: {skipped[0].reason}"
 
 
 def photo_paths(sources: Iterable[Path]) -> list[Path]:
@@ -53,10 +53,10 @@ def photo_paths(sources: Iterable[Path]) -> list[Path]:
 
 
 def readable(
-    paths: Sequence[Path], stage: str, skipped: list[Skipped], progress: Progress
+    paths: Sequence[Path], stage: str, skipped: list[Skipped], progress: Progress, some: bool = True
 ) -> Iterator[tuple[Path, Image]]:
     """The images that can be decoded, RGB (h, w, 3); the others are added to `skipped`. `progress` hears of every image
-    when it is done with. Raises InputError at the end when there was none; `paths` holds at least one."""
+    when it is done with. With `some`, raises InputError at the end when there was none; `paths` holds at least one."""
     for number, path in enumerate(paths, 1):
         try:
             image = read_image(path)
@@ -65,7 +65,7 @@ def readable(
         else:
             yield path, image
         progress(stage, number, len(paths))
-    if len(skipped) == len(paths):
+    if some and len(skipped) == len(paths):
         raise none_readable([s.reason for s in skipped])
 
 

@@ -70,13 +70,13 @@ class ReportOptions:
 
 @dataclass(frozen=True)
 class Row:
-    """One model. `role` is float, converted or peer."""
+    """One model. `role` is float, converted or peer; `metrics` as `contest.Evaluated`."""
 
     label: str
     role: str
     size_bytes: int
     weight_bits: float
-    metrics: Metrics
+    metrics: Metrics | None
     curves: Mapping[int, ClassCurve]
     latency: Latency | None
 
@@ -92,8 +92,8 @@ class Record:
 @dataclass(frozen=True)
 class Report:
     """All figures. rows[0] is the float model, rows[1] the converted one, peers follow. `differing[i]` counts the
-    boxes of image i without a partner; `scores` says how sure the first two rows are. Views are empty where there is
-    nothing to see (float activations)."""
+    boxes of image i without a partner; `scores` says how sure the first two rows are; `skipped` why other images could
+    not be read. Views are empty where there is nothing to see (float activations)."""
 
     rows: Sequence[Row]
     labelled: bool
@@ -112,6 +112,7 @@ class Report:
     provenance: Mapping[str, Any]
     same_source: bool
     threads: int
+    skipped: Sequence[str] = ()
 
 
 def gather(options: ReportOptions, progress: Progress | None = None) -> Report:
@@ -136,14 +137,14 @@ def gather(options: ReportOptions, progress: Progress | None = None) -> Report:
     counts = differing(*sure)
     side = given.candidates[0].side
     shown = sorted(range(len(counts)), key=lambda i: (-counts[i], i))[: options.images]
-    layers, weights, activations, watched = _inside(model, params, record, given, say)
+    layers, weights, activations, watched = _inside(model, params, record, found.read, side, say)
     return Report(
         rows, given.labelled, data.name, side, model.head.names, object_counts(found.truths), counts,
         score_shift(every[0], every[1]),
-        [load_photo(given.paths[i], side, sure[0][i], sure[1][i]) for i in shown],
+        [load_photo(found.read[i], side, sure[0][i], sure[1][i]) for i in shown],
         layers, weights, activations, watched, record.finetune, model.provenance,
         hashlib.sha256(source.read_bytes()).hexdigest() == model.provenance.get("source_sha256"),
-        torch.get_num_threads(),
+        torch.get_num_threads(), found.skipped,
     )  # fmt: skip
 
 
@@ -205,7 +206,10 @@ def _noting(candidate: Candidate, seen: list[NDArray[Any]]) -> Predictor:
 
 
 def _rows(given: Entrants, found: Detections, options: ReportOptions, say: Progress) -> list[Row]:
-    tables = [coco_tables(boxes, found.truths, found.shapes, found.nc, found.most) for boxes in found.found]
+    there = given.labelled or found.measurable
+    tables = [
+        coco_tables(boxes, found.truths, found.shapes, found.nc, found.most) if there else None for boxes in found.found
+    ]
     timed: list[Latency | None] = [None] * len(tables)
     if options.latency:
         say("bench", 0, 1)
@@ -214,7 +218,15 @@ def _rows(given: Entrants, found: Detections, options: ReportOptions, say: Progr
     roles = ["float", "converted", *["peer"] * len(options.against)]
     labels = labels_of([c.path for c in given.candidates])
     return [
-        Row(label, role, c.size_bytes, c.weight_bits, metrics_of(t, len(given.paths)), class_curves(t), latency)
+        Row(
+            label,
+            role,
+            c.size_bytes,
+            c.weight_bits,
+            metrics_of(t, len(found.read)) if t else None,
+            class_curves(t) if t else {},
+            latency,
+        )
         for label, role, c, t, latency in zip(labels, roles, given.candidates, tables, timed, strict=True)
     ]
 
@@ -223,12 +235,12 @@ def _inside(
     model: DSModel,
     params: Mapping[str, ConvParams],
     record: Record,
-    given: Entrants,
+    paths: Sequence[Path],
+    side: int,
     say: Progress,
 ) -> tuple[list[Layer], list[WeightView], list[ActivationView], int]:
-    """Layers, and the histograms of the worst of them."""
-    chosen = spread(given.paths, WATCHED_IMAGES) if model.activations else []
-    side = given.candidates[0].side
+    """Layers, and the histograms of the worst of them; activations on some of the images at `paths`."""
+    chosen = spread(paths, WATCHED_IMAGES) if model.activations else []
     squares = (to_tensor([letterbox(read_image(p), side)[0]]) for p in chosen)
     watched = {}
     if chosen:

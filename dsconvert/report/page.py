@@ -13,6 +13,7 @@ import jinja2
 from markupsafe import Markup
 
 from dsconvert.evaluate.accuracy import CONFIDENT, OVERLAP
+from dsconvert.evaluate.contest import nothing_found
 from dsconvert.evaluate.curves import ClassCurve, mean_curve
 from dsconvert.report import plots
 from dsconvert.report.gather import Report, Row
@@ -69,7 +70,9 @@ def _context(r: Report) -> dict[str, Any]:
         "models": models,
         "what": "mAP50-95" if r.labelled else "agreement (mAP50-95)",
         "few": len(r.differing) < FEW_IMAGES,
-        "gap": r.rows[1].metrics.map50_95 - r.rows[0].metrics.map50_95,
+        "measured": _measured(r),
+        "gap": _accuracy(r.rows[1]) - _accuracy(r.rows[0]),
+        "nothing": nothing_found("The float model"),
         "same_images": sum(n == 0 for n in r.differing),
         "shifted": r.scores.warning("float", "DSConv"),
         "bars": _bars(r, colours),
@@ -110,8 +113,8 @@ def _bars(r: Report, colours: Sequence[str]) -> list[dict[str, Any]]:
     found = [
         ("File, MB", rows, [row.size_bytes / 1e6 for row, _ in rows], "{:.2f}"),
         ("mAP50-95" if r.labelled else "Agreement with float, mAP50-95", judged,
-         [row.metrics.map50_95 for row, _ in judged], "{:.3f}"),
-    ]  # fmt: skip
+         [_accuracy(row) for row, _ in judged], "{:.3f}"),
+    ][: 1 + _measured(r)]  # fmt: skip
     if all(row.latency for row in r.rows):
         times = [row.latency.median_ms for row, _ in rows if row.latency]
         found.append(("Latency, ms", rows, times, "{:.1f}"))
@@ -122,6 +125,15 @@ def _bars(r: Report, colours: Sequence[str]) -> list[dict[str, Any]]:
         svg = plots.bars(labels, values, [c for _, c in shown], texts, f"bars{index}", alt)
         charts.append({"heading": heading, "svg": Markup(svg)})
     return charts
+
+
+def _measured(r: Report) -> bool:
+    """Whether there is an accuracy to show."""
+    return r.rows[0].metrics is not None
+
+
+def _accuracy(row: Row) -> float:
+    return row.metrics.map50_95 if row.metrics else 0.0
 
 
 def _photo(r: Report, photo: Photo) -> dict[str, Any]:
@@ -168,6 +180,8 @@ def _classes(r: Report) -> list[dict[str, Any]]:
 
 def _pr(r: Report, colours: Sequence[str]) -> list[dict[str, Any]]:
     """Charts of precision against recall: the mean, then the classes that lose most."""
+    if not _measured(r):
+        return []
     judged = list(zip(r.rows, colours, strict=True))[0 if r.labelled else 1 :]
     charts: list[tuple[str, list[ClassCurve | None]]] = [
         ("All classes, mean", [mean_curve(dict(row.curves)) for row, _ in judged])

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -226,7 +226,7 @@ def _key_points(data: dict[str, Any], path: Path) -> tuple[int, int] | None:
 def _image_paths(source: Path, strict: bool, starts: Sequence[Path]) -> list[Path]:
     """As `image_paths`; a list's relative paths start at its folder, else at one of `starts`."""
     if os.path.isdir(source):
-        found = sorted(p for p in _named_as_images(source) if os.path.isfile(p))
+        found = sorted(p for p in files_below(source, SUFFIXES) if os.path.isfile(p))
         if not found:
             raise InputError(f"The folder {source} holds no images ({', '.join(sorted(SUFFIXES))}).")
         return found
@@ -274,10 +274,10 @@ def _from_list(source: Path, strict: bool, starts: Sequence[Path]) -> list[Path]
     return found
 
 
-def _named_as_images(top: Path) -> Iterator[Path]:
-    """What is called an image in a folder and its subfolders, also behind links to folders; each real folder once, so
-    that links in circles end. As in YOLOv5, what begins with a dot is not looked at. Raises InputError for a folder of
-    so many files that it is a disk: a data.yaml may name any."""
+def files_below(top: Path, suffixes: Collection[str]) -> Iterator[Path]:
+    """What is named with one of `suffixes` in a folder and its subfolders, also behind links to folders; each real
+    folder once, so that links in circles end. As in YOLOv5, what begins with a dot is not looked at. Raises InputError
+    for a folder of so many files that it is a disk: a data.yaml may name any."""
     seen = 0
     entered: set[tuple[int, int] | None] = set()
     closed: list[str] = []
@@ -300,7 +300,7 @@ def _named_as_images(top: Path) -> Iterator[Path]:
                 below[:] = sorted(name for name in below if not name.startswith("."))
                 links += [p for name in below if os.path.islink(p := os.path.join(folder, name))]
                 for name in names:
-                    if os.path.splitext(name)[1].lower() in SUFFIXES and not name.startswith("."):
+                    if os.path.splitext(name)[1].lower() in suffixes and not name.startswith("."):
                         yield Path(folder, name)
         waiting = links
     if closed:

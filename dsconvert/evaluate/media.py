@@ -1,0 +1,132 @@
+"""A model on images, videos and live sources, one after the other, and what became of each: what `detect` runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dsconvert.errors import InputError, Unusable
+from dsconvert.evaluate.candidates import Candidate
+from dsconvert.evaluate.detect import DetectOptions, Found, coco_document, counts, find_masks
+from dsconvert.evaluate.photos import Progress, Skipped, readable
+from dsconvert.evaluate.saving import Job, Masks, Saver
+from dsconvert.evaluate.video import MISSING, opened
+from dsconvert.yolo.images import Image
+
+
+@dataclass(frozen=True)
+class Looked:
+    """A source that is done with: objects by class, and of a video how many frames were looked at."""
+
+    job: Job
+    by_class: dict[int, int]
+    frames: int | None = None
+
+    @property
+    def objects(self) -> int:
+        """How many were found."""
+        return sum(self.by_class.values())
+
+
+@dataclass
+class Gathered:
+    """What goes into a COCO document: pictures' names, shapes, objects, and masks' outlines where there are any.
+
+    Objects as bytes, because Python keeps them apart from arrays: a small array kept for every image lies in the middle
+    of what the image's large arrays leave free, and 40 kB an image could not be used again."""
+
+    names: list[str] = field(default_factory=list)
+    shapes: list[tuple[int, int]] = field(default_factory=list)
+    packed: list[bytes] = field(default_factory=list)
+    outlines: list[list[list[float]]] = field(default_factory=list)
+
+    def add(self, name: str, image: Image, found: Found, masks: Masks) -> None:
+        """One more picture."""
+        self.names.append(name)
+        self.shapes.append(image.shape[:2])
+        self.packed.append(found.tobytes())
+        if masks is not None:
+            self.outlines.append([mask.polygon().flatten().tolist() for mask in masks])
+
+    def document(self, names: Sequence[str]) -> dict[str, Any]:
+        """See `coco_document`; `names` are the classes'."""
+        found = [np.frombuffer(p, np.float32).reshape(-1, 6) for p in self.packed]
+        return coco_document(self.names, self.shapes, found, names, self.outlines)
+
+
+@dataclass
+class Run:
+    """A model at work: where its findings go, what it is done with, what was left out, what was only partly there."""
+
+    model: Candidate
+    options: DetectOptions
+    saver: Saver
+    progress: Progress
+    gathered: Gathered | None = None
+    looked: list[Looked] = field(default_factory=list)
+    skipped: list[Skipped] = field(default_factory=list)
+    remarks: list[str] = field(default_factory=list)
+
+    def through(self, jobs: Sequence[Job], stride: int) -> None:
+        """Look at everything. Raises InputError when nothing of it could be used."""
+        self.images([job for job in jobs if not job.is_video])
+        self.videos([job for job in jobs if job.is_video], stride)
+        if not self.looked:
+            what = "images" if not any(job.is_video for job in jobs) else "images and videos"
+            raise InputError(f"None of the {len(jobs)} {what} could be used; the first: {self.skipped[0].reason}")
+
+    def images(self, jobs: Sequence[Job]) -> None:
+        """Look at images. One that cannot be read, or whose own results cannot be written, is left out."""
+        by_path = {job.source: job for job in jobs if isinstance(job.source, Path)}
+        for path, image in readable(list(by_path), "detect", self.skipped, self.progress, some=False):
+            found, masks = find_masks(self.model.predict, image, self.model.side, self.options)
+            job = by_path[path]
+            with self._leaving_out(job):
+                self.saver.image(job, image, found, masks)
+                self._note(job.name, image, found, masks)
+                self.looked.append(Looked(job, counts([found])))
+
+    def videos(self, jobs: Sequence[Job], stride: int) -> None:
+        """Look at videos, of every `stride` frames the last. A live one goes on until Ctrl-C."""
+        for job in jobs:
+            with self._leaving_out(job):
+                self._video(job, stride)
+
+    def _video(self, job: Job, stride: int) -> None:
+        by_class: dict[int, int] = {}
+        number = 0
+        with opened(job.source, stride) as clip, self.saver.video(job, clip.fps) as save:
+            try:
+                for image in clip.frames:
+                    found, masks = find_masks(self.model.predict, image, self.model.side, self.options)
+                    save(number + 1, image, found, masks)
+                    number += 1
+                    self._note(f"{job.crop.as_posix()}_{number}.jpg", image, found, masks)
+                    for kind, objects in counts([found]).items():
+                        by_class[kind] = by_class.get(kind, 0) + objects
+                    self.progress("video", number, max(clip.count, number + 1))
+            except KeyboardInterrupt:
+                if isinstance(job.source, Path) or not number:
+                    raise
+                self.remarks.append(f"Stopped after {number} frames.")
+            if not number:
+                raise Unusable(f"{job.name} holds no frame that can be read.")
+        if number < (1 - MISSING) * clip.count:
+            self.remarks.append(f"{job.source} says it has {clip.count} frames; {number} could be read.")
+        self.looked.append(Looked(job, by_class, number))
+
+    @contextmanager
+    def _leaving_out(self, job: Job) -> Iterator[None]:
+        try:
+            yield
+        except Unusable as error:
+            self.skipped.append(Skipped(job.source, str(error)))
+
+    def _note(self, name: str, image: Image, found: Found, masks: Masks) -> None:
+        if self.gathered is not None:
+            self.gathered.add(name, image, found, masks)

@@ -1,0 +1,95 @@
+"""What `detect` may look at, from what the user named: images, video files, and sources that are live."""
+
+from __future__ import annotations
+
+import glob
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from dsconvert.errors import InputError
+from dsconvert.yolo.dataset import MOST_FILES, SUFFIXES, evaluation_images, files_below, image_paths, is_data_yaml
+
+VIDEO_SUFFIXES = frozenset(
+    {".asf", ".avi", ".gif", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".ts", ".webm", ".wmv"}
+)
+PROTOCOLS = ("rtsp", "rtsps", "rtmp", "http", "https")
+MAX_CAMERA = 999
+
+
+@dataclass(frozen=True)
+class Sources:
+    """Files to look at, in order, none of them twice: images, then videos; or one live source, a webcam's number or a
+    stream's address."""
+
+    images: tuple[Path, ...] = ()
+    videos: tuple[Path, ...] = ()
+    live: str | None = None
+
+
+def find_sources(given: Iterable[str]) -> Sources:
+    """Each of `given` is an image, a video, a folder of both, a pattern such as `photos/*.jpg`, a text file of paths, a
+    data.yaml (its images to measure on), a webcam's number, or a stream's address; what exists as a file or folder is
+    that. Raises InputError for what is nothing of it, and for a live source beside others: it may never end."""
+    files: dict[str, Path] = {}
+    live: list[str] = []
+    for text in given:
+        if is_live(text):
+            live.append(text)
+        else:
+            files |= {os.path.abspath(path): path for path in _files(text)}
+    if live and (len(live) > 1 or files):
+        raise InputError(f"{live[0]} is live and may never end; look at it alone.")
+    videos = tuple(p for p in files.values() if is_video(p))
+    return Sources(tuple(p for p in files.values() if not is_video(p)), videos, live[0] if live else None)
+
+
+def is_video(path: Path) -> bool:
+    """By its suffix, as everything here."""
+    return path.suffix.lower() in VIDEO_SUFFIXES
+
+
+def is_live(text: str) -> bool:
+    """A webcam's number or a stream's address. Raises InputError for an address that is none of a stream."""
+    if "://" in text and not os.path.lexists(text):
+        if text.partition("://")[0].lower() not in PROTOCOLS:
+            raise InputError(f"{text} is no stream that is read; an address starts with {', '.join(PROTOCOLS)}.")
+        return True
+    if not text.isdecimal() or os.path.lexists(text):
+        return False
+    if len(text) > len(str(MAX_CAMERA)):
+        raise InputError(f"{text} is neither a file nor the number of a webcam, 0 to {MAX_CAMERA}.")
+    return True
+
+
+def _files(text: str) -> list[Path]:
+    path = Path(text)
+    try:
+        if path.is_dir():
+            return _of_folder(path)
+        if is_video(path) and path.is_file():
+            return [path]
+        if glob.has_magic(text) and not os.path.lexists(text):
+            return _matching(text)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{text} cannot be read: {getattr(error, 'strerror', error)}.") from None
+    return evaluation_images(path) if is_data_yaml(path) else image_paths(path)
+
+
+def _of_folder(folder: Path) -> list[Path]:
+    found = sorted(path for path in files_below(folder, SUFFIXES | VIDEO_SUFFIXES) if path.is_file())
+    return found or image_paths(folder)  # whose error it is
+
+
+def _matching(pattern: str) -> list[Path]:
+    found = []
+    for seen, name in enumerate(glob.iglob(pattern, recursive=True), 1):
+        if seen > MOST_FILES:
+            raise InputError(f"{pattern} matches more than {MOST_FILES} files, which are not looked through.")
+        path = Path(name)
+        if path.suffix.lower() in SUFFIXES | VIDEO_SUFFIXES and path.is_file():
+            found.append(path)
+    if not found:
+        raise InputError(f"{pattern} matches no image and no video ({', '.join(sorted(SUFFIXES | VIDEO_SUFFIXES))}).")
+    return sorted(found)

@@ -1,0 +1,189 @@
+"""Frames of videos, webcams and streams, and videos of drawn frames, through OpenCV's FFmpeg."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from dsconvert.errors import InputError, Unusable
+from dsconvert.evaluate.bounds import Bounds
+from dsconvert.files import written_whole
+from dsconvert.yolo.images import Image
+
+FPS = 30.0  # of what does not say
+MAX_FPS = 600.0
+MAX_PIXELS = 1 << 27  # of a frame, as of an image (see `dsconvert.__init__`)
+MISSING = 0.05  # of the frames that a file says it has; some count them by their duration, which is that inexact
+# A playlist or a list of files may pose as a video and name other files and addresses: containers of pictures alone.
+FILE_ONLY = (
+    "protocol_whitelist;file|format_whitelist;mov,mp4,m4a,3gp,3g2,mj2,avi,matroska,webm,asf,gif,mpeg,mpegts,mpegvideo"
+)
+STREAM_ONLY = "protocol_whitelist;rtsp,rtsps,rtmp,rtp,rtcp,srtp,udp,tcp,tls,http,https,httpproxy,crypto"
+OPTIONS = "OPENCV_FFMPEG_CAPTURE_OPTIONS"  # OpenCV has no other way to say it
+SECONDS_TO_ANSWER = 10
+_OPENING = threading.Lock()
+
+
+@dataclass(frozen=True)
+class Clip:
+    """An open video: frames a second, how many frames it says it has (0: it does not), and each of them, RGB."""
+
+    fps: float
+    count: int
+    frames: Iterator[Image]
+
+
+@contextlib.contextmanager
+def opened(source: Path | str, stride: int = 1) -> Iterator[Clip]:
+    """A video file (Path), a webcam's number or a stream's address; of every `stride` frames the last. Raises
+    Unusable when it cannot be read or its frames are larger than an image may be."""
+    what = f"{source} " if isinstance(source, Path) else f"The {live_name(source)} "
+    bounds = Bounds(what.strip(), 0)
+    with _of_the_source():
+        capture = bounds.first(lambda: capture_of(source))
+    try:
+        if not capture.isOpened():
+            kind = "cannot be opened." if isinstance(source, str) else "is not a video that can be read."
+            raise Unusable(what + kind)
+        width, height = (capture.get(p) for p in (cv2.CAP_PROP_FRAME_WIDTH, cv2.CAP_PROP_FRAME_HEIGHT))
+        if not 0 <= width * height <= MAX_PIXELS:
+            raise Unusable(f"{what}has frames of {width:.0f}x{height:.0f} pixels, larger than any image read.")
+        fps, count = capture.get(cv2.CAP_PROP_FPS), capture.get(cv2.CAP_PROP_FRAME_COUNT)
+        yield Clip(
+            (fps if 0 < fps <= MAX_FPS else FPS) / stride,
+            int(count) // stride if isinstance(source, Path) and 0 < count < 1 << 31 else 0,
+            _frames(capture, stride, bounds, int(3 * width * height)),
+        )
+    finally:
+        capture.release()
+
+
+def _frames(capture: cv2.VideoCapture, stride: int, bounds: Bounds, size: int) -> Iterator[Image]:
+    def read() -> Image | None:
+        for _ in range(stride):
+            if not capture.grab():
+                return None
+        done, image = capture.retrieve()
+        return as_rgb(image) if done else None
+
+    def next_one() -> Image | None:
+        with _of_the_source():
+            return bounds.later(read, size)
+
+    while (image := next_one()) is not None:
+        yield image
+
+
+def as_rgb(image: NDArray[Any]) -> Image:
+    """A frame as OpenCV hands it over: BGR, or grey from some cameras."""
+    code = cv2.COLOR_GRAY2RGB if image.ndim == 2 else cv2.COLOR_BGR2RGB
+    return cv2.cvtColor(image, code).astype(np.uint8, copy=False)
+
+
+@contextlib.contextmanager
+def _of_the_source() -> Iterator[None]:
+    """What goes beyond the bounds is this source's fault."""
+    try:
+        yield
+    except InputError as error:
+        raise Unusable(str(error)) from None
+
+
+def capture_of(source: Path | str) -> cv2.VideoCapture:
+    """OpenCV's reader, which may have failed to open. Of a file nothing but that file is read."""
+    if isinstance(source, str) and source.isdecimal():
+        return cv2.VideoCapture(int(source))
+    name = os.path.abspath(source) if isinstance(source, Path) else source  # of a path FFmpeg makes no address then
+    if isinstance(source, Path) and not source.is_file():
+        return cv2.VideoCapture()
+    seconds = [cv2.CAP_PROP_OPEN_TIMEOUT_MSEC, 1000 * SECONDS_TO_ANSWER, cv2.CAP_PROP_READ_TIMEOUT_MSEC,
+               1000 * SECONDS_TO_ANSWER]  # fmt: skip
+    with _OPENING, _environment(OPTIONS, FILE_ONLY if isinstance(source, Path) else STREAM_ONLY):
+        return cv2.VideoCapture(name, cv2.CAP_FFMPEG, [] if isinstance(source, Path) else seconds)
+
+
+@contextlib.contextmanager
+def _environment(name: str, value: str) -> Iterator[None]:
+    """The variable has the value within, unless the user gave it one."""
+    before = os.environ.get(name)
+    os.environ.setdefault(name, value)
+    try:
+        yield
+    finally:
+        if before is None:
+            os.environ.pop(name, None)
+
+
+def live_name(source: str) -> str:
+    """`webcam 0`, or `stream` and its address without what is secret in it: name, password, and what is asked for."""
+    if source.isdecimal():
+        return f"webcam {source}"
+    parts = urlsplit(source)
+    return f"stream {parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
+
+
+def live_stem(source: str) -> str:
+    """What its files are called: the webcam's number, or the stream's host and path."""
+    named = source if source.isdecimal() else live_name(source).partition("://")[2]
+    return re.sub(r"[^A-Za-z0-9.-]+", "_", named).strip("._-")[:60] or "stream"
+
+
+@contextlib.contextmanager
+def film(path: Path, force: bool, fps: float) -> Iterator[Callable[[Image], None]]:
+    """A way to add RGB frames to an MP4 file that is whole in its place at the end of the block. All frames get the
+    size of the first. Raises InputError when OpenCV cannot write it."""
+    with written_whole(path, force, ".part.mp4") as temporary:
+        made = _Film(temporary, path, fps)
+        try:
+            yield made.add
+        finally:
+            made.release()
+        made.check()
+
+
+class _Film:
+    """A file in the making. The codec is MPEG-4 (mp4v), which OpenCV's FFmpeg has everywhere."""
+
+    def __init__(self, path: Path, shown: Path, fps: float) -> None:
+        # MPEG-4 counts time in fractions of at most 1/65535 s
+        self.path, self.shown, self.fps = path, shown, round(fps, 3 if fps < 65 else 2)
+        self.size, self.count = (0, 0), 0
+        self.writer: cv2.VideoWriter | None = None
+
+    def add(self, image: Image) -> None:
+        """The next frame."""
+        if self.writer is None:
+            # The codec takes even numbers of pixels, and no fewer than these.
+            self.size = max(16, image.shape[1] // 2 * 2), max(16, image.shape[0] // 2 * 2)
+            code = cv2.VideoWriter.fourcc(*"mp4v")
+            self.writer = cv2.VideoWriter(str(self.path.absolute()), cv2.CAP_FFMPEG, code, self.fps, self.size)
+        if not self.writer.isOpened():
+            raise Unusable(f"{self.shown} cannot be written: OpenCV makes no video of {self.size[0]}x{self.size[1]}.")
+        if image.shape[1::-1] != self.size:
+            image = cv2.resize(image, self.size, interpolation=cv2.INTER_AREA).astype(np.uint8, copy=False)
+        self.writer.write(np.ascontiguousarray(image[..., ::-1]))
+        self.count += 1
+
+    def release(self) -> None:
+        """Finish the file."""
+        if self.writer is not None:
+            self.writer.release()
+
+    def check(self) -> None:
+        """OpenCV says nothing of a disk that is full."""
+        written = capture_of(self.path)
+        there = int(written.get(cv2.CAP_PROP_FRAME_COUNT)) if written.isOpened() else 0
+        written.release()
+        if there < self.count:
+            raise InputError(f"{self.shown} cannot be written: {there} of {self.count} frames are in it.")
