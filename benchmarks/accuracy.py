@@ -44,6 +44,12 @@ from dsconvert.yolo.images import calibration_batches
 SIDE = 640
 PACKED = "packed.onnx"
 SECOND = ", second draw"
+DECIDES = 500  # images from which on a table says anything
+FEW = (
+    "they are wide because the images are few, and a fit that draws other calibration pixels moves a drop by another "
+    "point. So no conclusion can be drawn from these tables: a difference of a point or two is chance, whatever its "
+    "sign."
+)
 
 
 @dataclass(frozen=True)
@@ -109,23 +115,23 @@ def with_fit(fit: Callable[..., DSTensor | QConv], run: Callable[[], None]) -> N
         pipeline.fit_layer, pipeline.coupled = original
 
 
-def plain_fit(node, weight, width, batches, seed, channels):  # type: ignore[no-untyped-def]
+def plain_fit(node, weight, width, images, channels):  # type: ignore[no-untyped-def]
     """Least squares on the weights alone."""
     return fit_weight(weight, *width)
 
 
-def symmetric_fit(node, weight, width, batches, seed, channels):  # type: ignore[no-untyped-def]
+def symmetric_fit(node, weight, width, images, channels):  # type: ignore[no-untyped-def]
     """GPTQ towards the float weight on the quantized network's inputs."""
-    hessian = measure_moments(node, weight.shape, batches, seed).hessian
+    hessian = measure_moments(node, weight.shape, images).hessian
     cross = weight.cpu().double().flatten(1) @ hessian
     return fit_weight_gptq(weight, Moments(hessian, cross), width.bits, width.block_size, None, width.trellis)
 
 
-def unweighted_fit(node, weight, width, batches, seed, channels):  # type: ignore[no-untyped-def]
+def unweighted_fit(node, weight, width, images, channels):  # type: ignore[no-untyped-def]
     """Asymmetric GPTQ, every position counting the same."""
-    even = (replace(seen, weights=torch.ones_like(seen.weights)) for seen in batches)
+    even = (replace(seen, weights=torch.ones_like(seen.weights)) for seen in images)
     return fit_weight_gptq(
-        weight, measure_moments(node, weight.shape, even, seed), width.bits, width.block_size, None, width.trellis
+        weight, measure_moments(node, weight.shape, even), width.bits, width.block_size, None, width.trellis
     )
 
 
@@ -222,7 +228,7 @@ def write(rows: list[Row], found: Detections, samples: np.ndarray, images: int, 
         return [i for i, r in enumerate(rows) if r.group in names]
 
     def section(title: str, names: list[int]) -> list[str]:
-        return [f"## {title}", "", *table(names), ""] if names else []
+        return [f"### {title}", "", *table(names), ""] if names else []
 
     def chance() -> list[str]:
         """Both draws of every row that has two."""
@@ -230,20 +236,21 @@ def write(rows: list[Row], found: Detections, samples: np.ndarray, images: int, 
         loss = [100 * (scores[0].map50_95 - m.map50_95) for m in scores]
         pairs = [(name, loss[i], loss[at[name + SECOND]]) for name, i in at.items() if name + SECOND in at]
         return [
-            "## How much of this is chance", "",
+            "### How much of this is chance", "",
             "The same fit with another `--seed`, which draws other calibration pixels:", "",
             "| model | drop, points | drop, points, second draw | mean |", "|---|---|---|---|",
             *(f"| {name} | {a:.2f} | {b:.2f} | {(a + b) / 2:.2f} |" for name, a, b in pairs), "",
         ]  # fmt: skip
 
     four = next(i for i, r in enumerate(rows) if r.name == "dsconvert 4 bit everywhere")
-    cpu = cpu_name()
+    cpu, few = cpu_name(), len(found.truths) < DECIDES
     text = [
-        "# Accuracy", "",
+        "# Accuracy", "", *kept(target),
+        f"## {'A quick look at ' if few else ''}{len(found.truths)} images", "",
         f"Made by `{command}` on {torch.get_num_threads()} threads of {cpu}. {len(found.truths)} validation images "
         "that nothing was tuned on; calibration without labels on the train split. Every row is its file, run: ONNX in "
-        f"ONNX Runtime, NNCF in OpenVINO. Intervals: paired bootstrap over images, {images} draws; they are wide "
-        "because the images are few.", "",
+        f"ONNX Runtime, NNCF in OpenVINO. Intervals: paired bootstrap over images, "
+        f"{images} draws{f'; {FEW}' if few else '.'}", "",
         *table(group("main", "data-free")), "",
         "The stem and Detect are int8 in every dsconvert row; activations are uint8. *DSConv layers*: VQK "
         "and KDS of all others, those that got 8 bits too, against float32. *Default* spends the bytes of "
@@ -251,13 +258,12 @@ def write(rows: list[Row], found: Detections, samples: np.ndarray, images: int, 
         "Runtime's `session.x64quantprecision`; by default a CPU without VNNI saturates ordinary int8 weights' "
         "products. dsconvert's weights cannot saturate, so its rows are the same on every CPU.", "",
         *(chance() if group("draws") else []),
-        *kept(target),
         *section("What each step is worth (4 bits everywhere; the last row is the product)",
                  [*group("ablation"), four] if group("ablation") else []),
         *section("Block size", sorted([*group("block"), four]) if group("block") else []),
         *section("The paper's activations: block floating point, blocks of 32 channels (simulated in torch)",
                  group("block float")),
-        "## Size against accuracy", "", "![size against accuracy](accuracy.svg)", "",
+        "### Size against accuracy", "", "![size against accuracy](accuracy.svg)", "",
         *(table(group("frontier")) if group("frontier") else []), "",
     ]  # fmt: skip
     target.write_text("\n".join(text))

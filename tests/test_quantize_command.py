@@ -76,7 +76,6 @@ def test_recipes_are_what_they_say(work, call, monkeypatch):
 
     assert of("--config", "balanced") == of() == pipeline.QuantizeOptions()
     assert of("--config", "seed") == pipeline.QuantizeOptions(blocks="head", scope="bottleneck", bits=4, block_size=32)
-    assert of("--config", "smallest") == pipeline.QuantizeOptions(bits=3)
     assert of("--config", "safest") == pipeline.QuantizeOptions(bits=8, activations="float")
 
 

@@ -13,7 +13,7 @@ from dsconvert import pipeline
 from dsconvert.commands.folders import refuse_to_lose
 from dsconvert.commands.shared import PATH, RUNS, as_json, force, print_json, tell
 from dsconvert.errors import InputError
-from dsconvert.export.layouts import LAYOUT_OPSET
+from dsconvert.export.layouts import LAYOUT_OPSET, run_by
 from dsconvert.export.nms import Nms
 from dsconvert.export.onnx import Ends
 from dsconvert.filekinds import CHECKPOINT, MODEL, file_kind
@@ -26,8 +26,9 @@ from dsconvert.yolo.dataset import SPLITS, is_data_yaml, read_data_yaml
 @click.argument("model", type=PATH, required=False)
 @click.option("--onnx", "to_onnx", is_flag=True, help="Write ONNX (the one format so far).")
 @click.option("--layout", type=click.Choice(list(LAYOUT_OPSET)), default="packed", show_default=True,
-              help="packed: smallest file. fused: the same for ONNX Runtime alone, faster. "
-              "blocked: ONNX block scales. int8: runs on old engines. float: for --kds float.")  # fmt: skip
+              help="packed: smallest file. fused: the same with ONNX Runtime's own operators, faster. "
+              "blocked: ONNX block scales. int8: runs on old engines. float: for --kds float. "
+              f"OpenVINO runs {', '.join(run_by('OpenVINO'))}.")  # fmt: skip
 @click.option("--imgsz", type=int, help="Side of the input, pixels (default: as calibrated).")
 @click.option("--dynamic-batch", is_flag=True, help="Leave the batch size open.")
 @click.option("--uint8-input", is_flag=True, help="Input is the image's bytes, 0..255; dividing by 255 is not needed.")

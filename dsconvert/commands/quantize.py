@@ -143,7 +143,7 @@ def quantize(
 
     \b
     Examples: dsconvert quantize best.pt --calib data.yaml --block-size 32
-              dsconvert quantize best.pt --calib photos/ --config smallest
+              dsconvert quantize best.pt --calib photos/ --target-size 0.9MB
               dsconvert quantize classifier.onnx --calib photos/
     """
     began = time.perf_counter()

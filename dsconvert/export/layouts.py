@@ -34,6 +34,19 @@ from dsconvert.export.trellis import add_trellis
 
 INT32 = TensorProto.INT32
 LAYOUT_OPSET = {"packed": 21, "fused": 21, "blocked": 21, "int8": 13, "float": 21}
+# The engines that run each layout: docs/compatibility.md has the same, and tests/test_compatibility.py runs them.
+ENGINES = {
+    "packed": ("ONNX Runtime", "OpenVINO"),
+    "fused": ("ONNX Runtime",),
+    "blocked": ("ONNX Runtime", "OpenVINO"),
+    "int8": ("ONNX Runtime", "OpenVINO"),
+    "float": ("ONNX Runtime", "OpenVINO"),
+}
+
+
+def run_by(engine: str) -> list[str]:
+    """The layouts that an engine runs."""
+    return [layout for layout, engines in ENGINES.items() if engine in engines]
 
 
 def add_int8_weight(b: OnnxBuilder, name: str, weight: DSTensor, layout: str) -> str:
