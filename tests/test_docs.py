@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import importlib
 import importlib.util
 import json
 import os
@@ -18,6 +20,13 @@ from conftest import HANGS, ROOT
 
 import dsconvert
 from dsconvert.cli import cli
+from dsconvert.config import recipe_names
+from dsconvert.evaluate import drop
+from dsconvert.evaluate.compare import MOST_SHIFT
+from dsconvert.export.layouts import ENGINES, LAYOUT_OPSET, run_by
+from dsconvert.fit import draws, kept, threads
+from dsconvert.modelfile import VERSION
+from dsconvert.yolo.lower import PARTS
 
 DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", *sorted(DOCS.glob("*.md"))]
@@ -170,3 +179,216 @@ def test_tests_named_as_proof_exist(page):
     for path, name in named:
         source = (ROOT / path).read_text()
         assert not name or f"def {name}(" in source, f"{path}::{name}"
+
+
+# --- what the pages say of the code -----------------------------------------------------------------------------------
+
+NOT_OURS = {"train.py", "val.py", "detect.py", "export.py"}  # scripts of YOLOv5's tree
+NOT_OPTIONS_OF_OURS = {"--user", "--require-hashes", "--weights", "--half"}  # docker's, pip's, YOLOv5's
+PACKAGES = sorted(p.parent.name for p in (ROOT / "dsconvert").glob("*/__init__.py"))
+OPTIONS = {
+    name: {o for p in command.params if isinstance(p, click.Option) for o in (*p.opts, *p.secondary_opts)} | {"--help"}
+    for name, command in cli.commands.items()
+}
+
+
+def spans(text: str) -> list[str]:
+    """What stands in single back quotes, on one line each."""
+    text = re.sub(r"^ *```.*?^ *```", "", text, flags=re.MULTILINE | re.DOTALL)
+    return [" ".join(found.split()) for found in re.findall(r"`([^`]+)`", text)]
+
+
+def missing_file(span: str) -> bool:
+    """Whether a span is a path or name of a source file that is not there."""
+    if not re.fullmatch(r"[\w./-]*\w\.(?:py|cpp|lock|toml|cjs)", span) or span in NOT_OURS:
+        return False
+    if "/" in span:
+        return not any((ROOT / home / span).exists() for home in ("", "dsconvert"))
+    homes = ("dsconvert", "benchmarks", "docs", "tests")
+    return not (ROOT / span).exists() and not any(True for home in homes for _ in (ROOT / home).rglob(span))
+
+
+def missing_name(span: str) -> bool:
+    """Whether a span is a dotted name of ours, such as `fit.gptq` or `yolo.boxes.Boxes`, that is not there."""
+    full = span.removeprefix("dsconvert.")
+    short = full.split(".")[0] in {*PACKAGES} - {"torch"} and "." in full
+    if not re.fullmatch(r"[\w.]+\w", span) or span in NOT_OURS or span.endswith(".html") or not (full != span or short):
+        return False
+    home: object = dsconvert
+    for part in full.split("."):
+        try:
+            module = f"{home.__name__}.{part}" if hasattr(home, "__path__") else ""
+            home = importlib.import_module(module) if module else getattr(home, part)
+        except (ImportError, AttributeError):
+            if not hasattr(home, part):
+                return True
+            home = getattr(home, part)
+    return False
+
+
+def script_options(path: str) -> set[str]:
+    """Options of a script of ours, as its source has them."""
+    return {*re.findall(r'"(--[\w-]+)"', (ROOT / path).read_text())}
+
+
+def strange_options(text: str) -> list[str]:
+    """Options in the spans of a text that their command, or without a command any, does not have. In an item of a list
+    that begins with a command, all are that command's, unless the span names another one."""
+    every, strange = set().union(*OPTIONS.values(), NOT_OPTIONS_OF_OURS, {"--version"}), []
+    for item in re.split(r"\n(?=- |\n|\|)", text):
+        begins = re.match(r"\s*- `(\w+)[^`.]*`(?!,)", item)
+        subject = begins[1] if begins and begins[1] in OPTIONS else ""
+        scripts = {name: script_options(name) for name in re.findall(r"`python (benchmarks/\w+\.py)", item)}
+        for span in spans(item):
+            words = [*span.removeprefix("dsconvert ").split(), "", ""]
+            command, known = subject, OPTIONS.get(subject, every.union(*scripts.values()))
+            if words[1] in scripts:
+                command, known = words[1], scripts[words[1]]
+            elif words[0] in OPTIONS:
+                command, known = words[0], OPTIONS[words[0]]
+            elif not words[0].startswith("-"):
+                continue  # another program
+            found = re.findall(r"(?<![\w-])--[a-z][\w-]+", span)
+            strange += [f"{option} of {command or 'no command'}" for option in found if option not in known]
+    for option, listed in re.findall(r"`(--[\w-]+)` of ((?:`\w+`(?:, | and )?)+)", text):
+        strange += [f"{option} of {c}" for c in re.findall(r"\w+", listed) if c in OPTIONS and option not in OPTIONS[c]]
+    return strange
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_files_names_and_options_in_the_text_exist(page):
+    text = page.read_text()
+    found = spans(text)
+    assert not [s for s in found if missing_file(s)]
+    assert not [s for s in found if missing_name(s)]
+    assert not strange_options(text)
+    for target in re.findall(r"\bmake ([a-z]+(?:-[a-z]+)?)(?=`|    )", text):
+        assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE), target
+
+
+def test_the_check_of_the_text_can_fail():
+    assert missing_file("dsconvert/nothing.py")
+    assert missing_file("fit/nothing.py")
+    assert missing_file("nothing.py")
+    assert not missing_file("dsconvert/fit/gptq.py")
+    assert not missing_file("fit/gptq.py")
+    assert not missing_file("gptq.py")
+    assert missing_name("fit.nothing")
+    assert missing_name("dsconvert.fit.gptq.nothing")
+    assert not missing_name("fit.gptq.fit_layer")
+    assert not missing_name("dsconvert.evaluate")
+    assert strange_options("see `--calibrate`") == ["--calibrate of no command"]
+    assert strange_options("`eval --calib photos`") == ["--calib of eval"]
+    assert strange_options("- `eval` takes `--calib`, as\n  `quantize --calib` does") == ["--calib of eval"]
+    assert strange_options("`--calib` of `quantize` and `eval`") == ["--calib of eval"]
+    assert strange_options("`python benchmarks/flips.py --often 7`") == ["--often of benchmarks/flips.py"]
+    assert strange_options("`dsconvert eval --data d.yaml`, `--calib`, `detect.py --dnn`") == []
+
+
+def rows(text: str, heading: str) -> list[list[str]]:
+    """Cells of the first table whose first column has that heading, without the heading."""
+    part = text.split(f"\n| {heading} |")[1].split("\n\n")[0]
+    return [[c.strip() for c in line.strip("|").split(" | ")] for line in part.splitlines()[2:]]
+
+
+def test_readme_and_contributing_have_one_table_of_folders_with_every_package_once():
+    readme, contributing = ((ROOT / name).read_text() for name in ("README.md", "docs/contributing.md"))
+    table = [row[:2] for row in rows(readme, "folder")]
+    assert table == [row[:2] for row in rows(contributing, "folder")]
+    named = [name for cell, _ in table for name in spans(cell)]
+    assert sorted(n for n in named if re.fullmatch(r"dsconvert/\w+", n)) == [f"dsconvert/{p}" for p in PACKAGES]
+    for name in named:
+        assert (ROOT / name).exists(), name
+    tops = {p.name for p in ROOT.iterdir() if p.is_dir() and not p.name.startswith((".", "__"))}
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True).stdout.split("\n")
+    kept = {line.split("/")[0] for line in tracked if "/" in line} or tops
+    assert {n.split("/")[0] for n in named} >= {t for t in tops & kept}
+
+
+def test_layouts_and_engines_are_those_of_the_code():
+    page = (DOCS / "compatibility.md").read_text()
+    heads = [c.strip() for c in re.search(r"^\| engine \| packed.*$", page, re.MULTILINE)[0].strip("|").split("|")]
+    runs = {row[0]: dict(zip(heads[1:], row[1:], strict=True)) for row in rows(page, "engine")}
+    assert list(ENGINES) == list(LAYOUT_OPSET) == heads[1 : 1 + len(ENGINES)]
+    for engine in ("ONNX Runtime", "OpenVINO"):
+        assert [layout for layout in ENGINES if runs[engine][layout] == "yes"] == run_by(engine)
+    refused = [layout for layout in ENGINES if layout not in run_by("OpenVINO")]
+    assert refused
+    faq = (DOCS / "faq.md").read_text().split("## Does it run in OpenVINO?\n\n")[1]
+    howto = (DOCS / "howto.md").read_text().split("- OpenVINO reads ")[1]
+    for before, after in (faq.split(";", 1), howto.split("but not", 1)):
+        assert [s for s in spans(before) if s in ENGINES] == run_by("OpenVINO")
+        assert [s for s in spans(after) if s in ENGINES][: len(refused)] == refused
+    for path in PAGES:
+        assert not re.search(r"OpenVINO[^.]*\b(reads|runs|takes) (all|every) layouts?", path.read_text())
+
+
+def test_layouts_are_spelled_as_many_times_as_there_are():
+    method = (DOCS / "method.md").read_text()
+    assert [row[0] for row in rows(method, "layout")] == list(LAYOUT_OPSET)
+    counted = {4: "four", 5: "five", 6: "six"}[len(LAYOUT_OPSET)]
+    assert f"{counted} spellings (`dsconvert/export/layouts.py`)" in method
+
+
+def test_exit_codes_are_those_of_the_code():
+    tree, codes = ast.parse((ROOT / "dsconvert/cli.py").read_text()), set()
+    for call in (n for n in ast.walk(tree) if isinstance(n, ast.Call)):
+        name = call.func.attr if isinstance(call.func, ast.Attribute) else getattr(call.func, "id", "")
+        if name in ("exit", "_exit", "_fail"):
+            codes |= {a.value for a in call.args if isinstance(a, ast.Constant) and isinstance(a.value, int)}
+    page = [int(row[0]) for row in rows((DOCS / "command-line.md").read_text(), "code")]
+    assert page == sorted(codes)
+    assert codes >= {0, 1, 2, 3}
+    for text in ((ROOT / "README.md").read_text(), cli.help):
+        said = text.split("Exit codes: ")[1].split("a limit missed")[0]
+        assert {int(n) for n in re.findall(r"\b\d\b", said)} == {0, 1, 2, 3}
+
+
+def test_recipes_in_the_pages_are_those_there_are():
+    page = rows((DOCS / "command-line.md").read_text(), "recipe")
+    assert sorted(re.match(r"\[(\w+)\]", row[0])[1] for row in page) == recipe_names()
+    assert f"`--config {'|'.join(recipe_names())}`" in (ROOT / "README.md").read_text()
+
+
+def test_the_readme_names_the_way_for_other_networks():
+    assert "`quantize model.onnx" in (ROOT / "README.md").read_text()
+
+
+def test_one_module_reads_pickles_and_the_pages_name_it():
+    reads = re.compile(r"^import pickle$|pickle\.loads?\(|torch\.load\(", re.MULTILINE)
+    modules = [p.relative_to(ROOT) for p in (ROOT / "dsconvert").rglob("*.py") if reads.search(p.read_text())]
+    assert [str(m) for m in modules] == ["dsconvert/yolo/archive.py"]
+    assert f"Only `{modules[0]}` reads a pickle" in (DOCS / "contributing.md").read_text()
+    assert "`dsconvert/yolo/archive.py`: `LAYERS`" in " ".join((DOCS / "contributing.md").read_text().split())
+    assert "dsconvert/yolo/archive.py" in (DOCS / "security.md").read_text()
+    assert not [p.name for p in PAGES if "weights_only" in p.read_text()]
+
+
+@pytest.mark.parametrize(
+    ("page", "pattern", "value"),
+    [
+        ("command-line.md", r"network on (\d+) of its images", drop.SCORED),
+        ("command-line.md", r"warns where the mean best score shifts by more than ([\d.]+\d)", MOST_SHIFT),
+        ("command-line.md", r"stays in memory up to (\d+) GiB", kept.MEMORY >> 30),
+        ("method.md", r"in memory as far as (\d+) GiB goes", kept.MEMORY >> 30),
+        ("method.md", r"E are sums over (\d+) positions an image", draws.POSITIONS),
+        ("method.md", r"gives fewer, ([\d,]+) in all", draws.TOGETHER),
+        ("method.md", r"in all but at least (\d+)", draws.FEWEST),
+        ("reliability.md", r"Layers of fewer than ([\d,]+) weights", threads.FEW),
+        ("../CHANGELOG.md", r"Model files are of version (\d+)", VERSION),
+    ],
+)
+def test_numbers_in_the_text_are_the_codes(page, pattern, value):
+    found = re.search(pattern, " ".join((DOCS / page).read_text().split()))
+    assert found, pattern
+    assert float(found[1].replace(",", "")) == value
+
+
+def test_detects_convolutions_are_named_as_they_are():
+    page = " ".join((DOCS / "compatibility.md").read_text().split())
+    said = re.search(r"Detect's convolutions is in three parts, (.+?), of segmentation .+? with (.+?);", page)
+    assert tuple(part.removeprefix(".") for part in spans(f"{said[1]} {said[2]}")) == PARTS
+
+
+def test_every_page_has_its_place_in_the_navigation():
+    assert sorted(hooks().PAGES) == sorted(p.name for p in DOCS.glob("*.md"))
