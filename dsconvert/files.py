@@ -186,12 +186,22 @@ def check_writable(folder: Path) -> None:
     if not os.access(place, os.W_OK | os.X_OK):
         raise InputError(f"{folder} cannot be written: {place} is read-only.")
     try:
-        handle, probe = tempfile.mkstemp(prefix=".dsconvert.", suffix=".part", dir=place)
-        with os.fdopen(handle, "wb") as stream:
-            stream.write(b"x" * 512)
-        os.unlink(probe)
+        _probe(place)
     except OSError as error:
         raise _unwritable(folder, error) from None
+
+
+def _probe(folder: Path) -> None:
+    """Write a file as `written_whole` would, and remove it."""
+    handle, name = tempfile.mkstemp(prefix=".dsconvert.", suffix=".part", dir=folder)
+    try:
+        with os.fdopen(handle, "wb") as stream:
+            stream.write(b"x" * 512)
+            stream.flush()
+            with _able(CANNOT):
+                os.fsync(stream.fileno())
+    finally:
+        os.unlink(name)
 
 
 def existing(folder: Path) -> Path:

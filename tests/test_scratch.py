@@ -182,10 +182,10 @@ def test_a_folder_that_cannot_be_written_is_known_before_the_work(
     ):  # fmt: skip
         monkeypatch.setattr(module, name, lambda *_, **__: pytest.fail("the work was begun"))
 
-    def refuse(path, data):
+    def refuse(folder):
         raise OSError(errno.EROFS, "Read-only file system")
 
-    monkeypatch.setattr(files, "_written_beside", refuse)
+    monkeypatch.setattr(files, "_probe", refuse)
     given = {
         "quantize": ("quantize", ROOT / "calib/demo/demo.pt", "--calib", photos, "--out", tmp_path / "q"),
         "onnx": ("quantize", network, "--calib", photos, "--out", tmp_path / "q"),
