@@ -66,4 +66,4 @@ def test_a_network_comes_closer_to_its_float_activations_with_every_bit(converte
         found = run_block_float(converted.graph, converted.convs, picture, bits)
         errors.append(sum(float((a - b).square().sum()) for a, b in zip(found, wanted, strict=True)))
     assert errors == sorted(errors, reverse=True)
-    assert errors[-1] < 1e-3 * errors[0]  # five bits: a thousand times in squares, were it not for clipping
+    assert errors[-1] < 2e-3 * errors[0]  # five bits: a thousand times in squares, were it not for clipping

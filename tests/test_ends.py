@@ -17,6 +17,7 @@ from conftest import DEMO, ROOT, write_work
 from dsconvert import cli, workers
 from dsconvert.advice import advice
 from dsconvert.errors import InputError
+from dsconvert.evaluate.compare import ScoreShift
 from dsconvert.pipeline import Quantized, QuantizeOptions
 from dsconvert.sameness import warning_of
 
@@ -67,7 +68,7 @@ def test_no_foretold_damage_is_no_reason_to_warn(converted, options):
     name = next(n for n, c in converted.convs.items() if c.weight.bits == 4)
     damage = {name: {"4/16": 0.0, "8/16": 0.0}}
     model = replace(converted, provenance={"options": asdict(QuantizeOptions(**options)), "damage": damage})
-    result = Quantized(model, 64, 0, dict.fromkeys(converted.convs, 30.0))
+    result = Quantized(model, 64, 0, dict.fromkeys(converted.convs, 30.0), ScoreShift(0.7, 0.7, 5, 5))
     assert advice(result, 64) == []
 
 

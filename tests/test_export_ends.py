@@ -94,9 +94,9 @@ def test_evaluation_feeds_each_file_what_it_takes(converted, picture, tmp_path, 
 def nms_model(n: int | str, boxes: int, nc: int, nms: Nms) -> onnx.ModelProto:
     """The suppression alone, on predictions as input."""
     b = OnnxBuilder(13)
-    parts = ["box", "conf"]
-    b.nodes.append(onnx.helper.make_node("Split", ["predictions", b.shape(4, 1 + nc)], parts, axis=2))
-    add_nms(b, Decoded(*parts), nc, nms, "detections")
+    parts = ["box", "objectness", "classes"]
+    b.nodes.append(onnx.helper.make_node("Split", ["predictions", b.shape(4, 1, nc)], parts, axis=2))
+    add_nms(b, Decoded(*parts), nms, "detections")
     return b.model({"predictions": (n, boxes, nc + 5)}, {"detections": ("k", 7)}, {})
 
 

@@ -16,7 +16,7 @@ from dsconvert.dsconv import trellis
 from dsconvert.dsconv.tensor import DSTensor
 from dsconvert.fit.gptq import fit_layer
 from dsconvert.fit.least_squares import fit_weight
-from dsconvert.fit.seen import Seen
+from dsconvert.fit.seen import seen_evenly
 from dsconvert.graph.ir import Node
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # the exporter's own
@@ -116,7 +116,7 @@ def test_a_checkpoints_layer_and_a_torch_modules_take_groups_too(groups, bits):
     x = torch.rand(2, 32, 9, 9)
     node = Node("conv", "c", ("x",), {"stride": 1, "padding": 1, "dilation": 1, "groups": groups})
     width = fit_weight(conv.weight, bits, 16, True).width
-    fitted = fit_layer(node, conv.weight, width, [Seen(x, conv(x), torch.ones(2, 81))], 0)
+    fitted = fit_layer(node, conv.weight, width, seen_evenly(x, conv(x), 0))
     assert isinstance(fitted, DSTensor)
     assert fitted.code is not None
     assert torch.allclose(real(fitted), fitted.weight(), atol=1e-6)

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import HANGS, ROOT
 from numba import njit
 from reference import torch_loops as reference
 
@@ -190,7 +190,7 @@ def started(folder: Path, **environment: str) -> subprocess.Popen[str]:
 
 def printed(process: subprocess.Popen[str]) -> tuple[str, bool]:
     """What the script found, and whether its machine code came from a cache. It says nothing else."""
-    out, err = process.communicate(timeout=600)
+    out, err = process.communicate(timeout=HANGS)
     assert process.returncode == 0, err
     assert not err
     found, hits = out.split()
@@ -255,7 +255,7 @@ def test_a_cpu_without_fused_instructions_finds_the_same(compiled, tmp_path):
 )
 def test_numba_is_loaded_only_by_a_fit(line):
     check = f"{line}; import sys; assert not [m for m in sys.modules if m.split('.')[0] in ('numba', 'llvmlite')]"
-    subprocess.run([sys.executable, "-c", check], check=True, cwd=ROOT, timeout=300)
+    subprocess.run([sys.executable, "-c", check], check=True, cwd=ROOT, timeout=HANGS)
 
 
 @pytest.mark.parametrize("kind", [None, "SiLU", "ReLU", "LeakyReLU", "Hardswish"])

@@ -19,7 +19,7 @@ from dsconvert.fit import allocate as module
 from dsconvert.fit.allocate import Choice, allocate
 from dsconvert.fit.least_squares import fit_weight
 from dsconvert.fit.lockstep import fit_cds
-from dsconvert.fit.seen import Seen
+from dsconvert.fit.seen import seen_evenly
 from dsconvert.graph.ir import Node
 from dsconvert.yolo import checkpoint
 from dsconvert.yolo.checkpoint import load_checkpoint, yolov5_bytes
@@ -125,7 +125,7 @@ def test_a_shift_moves_by_less_than_a_factor_of_two_either_way(slope, moved):
     fitted = fit_weight(torch.ones(1, 1, 1, 1), 4, 1)
     x = torch.linspace(-1, 1, 16).reshape(1, 1, 4, 4)
     y = slope * float(fitted.weight()) * x
-    result = fit_cds(node, fitted, [Seen(x, y, torch.ones(1, 16))])
+    result = fit_cds(node, fitted, seen_evenly(x, y, 0))
     wanted = fitted.cds_w * (slope if moved else 1)
     torch.testing.assert_close(result.weight.cds_w, wanted, rtol=1e-5, atol=0.0)  # float32 points on a line
 

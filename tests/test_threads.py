@@ -83,7 +83,7 @@ def test_runs_are_taken_by_several_threads_also_where_torch_has_one(three):
     def run(first, last):
         names.append(threading.get_ident())
         if first < 3:
-            met.wait(timeout=20)  # as the runs are of one: three threads are here at once, or this breaks
+            met.wait(timeout=HANGS)  # as the runs are of one: three threads are here at once, or this breaks
 
     with threads_for(1):
         shared(20, run)
@@ -103,13 +103,13 @@ def test_nobody_waits_for_threads_that_never_come(three):
     busy, let_go = threading.Barrier(4), threading.Event()
 
     def hold(first, last):
-        busy.wait(timeout=20)
-        let_go.wait(timeout=60)
+        busy.wait(timeout=HANGS)
+        let_go.wait(timeout=HANGS)
 
     other = threading.Thread(target=shared, args=(3, hold))
     other.start()
     try:
-        busy.wait(timeout=20)
+        busy.wait(timeout=HANGS)
         done: list[int] = []
         shared(30, lambda first, last: done.append(threading.get_ident()))
         assert set(done) == {threading.get_ident()}
