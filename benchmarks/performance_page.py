@@ -269,7 +269,7 @@ def _start(s: Mapping[str, Any]) -> list[str]:
 
 def _profile(s: Mapping[str, Any]) -> list[str]:
     names = [n for n in ("float32", "ort-all", "packed") if n in s]
-    kinds = sorted({k for n in names for k in s[n]}, key=lambda k: -max(s[n].get(k, 0.0) for n in names))
+    kinds = sorted({k for n in names for k in s[n]}, key=lambda k: (-max(s[n].get(k, 0.0) for n in names), k))
     rows = [[k, *(f"{s[n][k]:.2f}" if k in s[n] else "" for n in names)] for k in kinds]
     shown = [row for row in rows if any(float(cell or 0) >= 0.05 for cell in row[1:])]
     total = ["all", *(f"{sum(s[n].values()):.2f}" for n in names)]
