@@ -117,3 +117,23 @@ def test_openvino_runs_float_in_what_it_is_told(float_file, images):
     # boxes reach 64: float32 with other orders of operations differs in the fifth digit; bfloat16 in the third
     np.testing.assert_allclose(model([image])[0], expected, atol=64e-4)
     assert peers.openvino_model(float_file, None, 1)[1] in {"f32", "bf16", "f16"}
+
+
+def test_the_accuracy_table_has_every_peer_by_its_file(tmp_path, float_file, images):
+    for name in ("MNN", "openvino", "nncf"):
+        pytest.importorskip(name)
+    import accuracy
+
+    image = peers.decoded(images, SIDE, 2)
+    rows = accuracy.peer_rows(float_file, image, tmp_path)
+    names = [row.name for row in rows if "as it runs on this CPU" not in row.name]
+    assert names == [
+        "ONNX Runtime int8, convolutions only, exact products", "ONNX Runtime int8, exact products",
+        "Ultralytics' way of int8 ONNX, exact products", "OpenVINO NNCF int8",
+        "MNN, 4-bit weights", "MNN, 3-bit weights",
+    ]  # fmt: skip
+    expected = peers.ort_predictor(float_file, exact=True)(image[0])
+    for row in rows:
+        assert row.path.stat().st_size > 0
+        assert row.predict(image[0]).shape == expected.shape
+    assert all(row.seconds is None for row in accuracy.peer_rows(float_file, image, tmp_path))  # kept, not made again
