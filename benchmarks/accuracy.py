@@ -267,8 +267,8 @@ def write(rows: list[Row], found: Detections, samples: np.ndarray, images: int, 
         "# Accuracy", "",
         f"Made by `{command}` on {torch.get_num_threads()} threads of {cpu}. {len(found.truths)} validation images "
         "that nothing was tuned on; calibration without labels on the train split. Every row is its file, run: ONNX in "
-        f"ONNX Runtime, NNCF in OpenVINO, MNN in MNN; what is float in a file runs in float32 everywhere. Intervals: "
-        f"paired bootstrap over images, {images} draws.", "",
+        f"ONNX Runtime, NNCF in OpenVINO. Intervals: paired bootstrap over images, {images} draws; they are wide "
+        "because the images are few.", "",
         *table(group("main", "data-free")), "",
         "The stem and Detect are int8 in every dsconvert row; activations are uint8. *DSConv layers*: VQK "
         "and KDS of all others, those that got 8 bits too, against float32. *Default* spends the bytes of "
@@ -276,8 +276,9 @@ def write(rows: list[Row], found: Detections, samples: np.ndarray, images: int, 
         "Runtime's `session.x64quantprecision`; by default a CPU without VNNI saturates ordinary int8 weights' "
         "products. dsconvert's weights cannot saturate, so its rows are the same on every CPU. *Ultralytics' way*: "
         "`quantize_static` with its defaults (MinMax, one scale for all of a layer's weights, int8 activations) on "
-        "Conv, Gemm and MatMul. *MNN*: `mnnconvert --weightQuantBits 4 --weightQuantBlock 32 --hqq`; activations stay "
-        "float, and no images are needed.", "",
+        "Conv, Gemm and MatMul. *MNN*: `mnnconvert --weightQuantBits 4 --weightQuantBlock 32 --hqq`, run in MNN; "
+        "activations stay float, and no images are needed. What is float in a file runs in float32 in every row, in "
+        "OpenVINO too, which would choose bfloat16 on CPUs that have it.", "",
         *(chance() if group("draws") else []),
         *kept(target),
         *section("What each step is worth (4 bits everywhere; the last row is the product)",
