@@ -39,7 +39,7 @@ help:
 	@echo "make test-all  the long ones: files from strangers, kills, leaks, accuracy, the demo as a whole"
 	@echo "make docs      build the documentation into site/"
 	@echo "make package   build wheel and sdist into dist/, and check them"
-	@echo "make bench     install what benchmarks compare with: OpenVINO, NNCF"
+	@echo "make bench     install what benchmarks compare with: OpenVINO, NNCF, MNN"
 	@echo "make lock      pin every dependency with its hashes in requirements.lock and locks/"
 	@echo "make lowest    the tests of make check with the oldest versions that pyproject.toml allows (gigabytes)"
 	@echo "make audit     licences and known vulnerabilities of what is pinned (the latter needs the internet)"

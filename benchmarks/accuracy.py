@@ -3,7 +3,8 @@
     python benchmarks/accuracy.py --checkpoint yolov5n.pt --data coco.yaml
 
 Needs the `bench` extra. Models are calibrated on the train split and measured on the val split, which nothing else
-sees. Finished models are kept in --work and not made again.
+sees; peers get the images that dsconvert takes by default, decoded in the same way. Finished models are kept in --work
+and not made again.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +25,16 @@ from bootstrap import bootstrap
 from machine import cpu_name
 from notes import kept
 from numpy.typing import NDArray
-from peers import nncf_int8, openvino_predictor, ort_predictor, ort_static
+from peers import (
+    decoded,
+    mnn_convert,
+    mnn_predictor,
+    nncf_int8,
+    openvino_predictor,
+    ort_predictor,
+    ort_static,
+    ultralytics_int8,
+)
 
 from dsconvert.dsconv.tensor import DSTensor
 from dsconvert.evaluate.accuracy import Detections, Predictor, detect_all
@@ -39,7 +50,6 @@ from dsconvert.pipeline import QuantizeOptions, onnx_bytes, quantize, save_quant
 from dsconvert.yolo.checkpoint import load_checkpoint
 from dsconvert.yolo.dataset import read_data_yaml
 from dsconvert.yolo.decode import decode
-from dsconvert.yolo.images import calibration_batches
 
 SIDE = 640
 PACKED = "packed.onnx"
@@ -141,16 +151,7 @@ def all_rows(checkpoint: Path, data: Path, work: Path, groups: Sequence[str], on
     float_file = work / "float32.onnx"
     made(float_file, lambda: float_file.write_bytes(onnx_bytes(checkpoint, "packed", SIDE)))
     rows = [Row("float32", "main", float_file, load_candidate(float_file, SIDE).predict, 32.0, None)]
-    images = [b.numpy() for b, _ in calibration_batches(read_data_yaml(data).train, SIDE, 1)]
-    for name, convs_only in (("ONNX Runtime int8, convolutions only", True), ("ONNX Runtime int8", False)):
-        path = work / f"ort-{'convs' if convs_only else 'all'}.onnx"
-        seconds = made(path, lambda p=path, c=convs_only: ort_static(float_file, p, images, c))  # type: ignore[misc]
-        rows.append(Row(f"{name}, exact products", "main", path, ort_predictor(path, exact=True), None, seconds))
-        if not has_vnni():
-            rows.append(Row(f"{name}, as it runs on this CPU", "main", path, ort_predictor(path, False), None, None))
-    path = work / "nncf.xml"
-    seconds = made(path, lambda: nncf_int8(float_file, path, images))
-    rows.append(Row("OpenVINO NNCF int8", "main", path.with_suffix(".bin"), openvino_predictor(path), None, seconds))
+    rows += peer_rows(float_file, decoded(data, SIDE, options.samples), work)
 
     def add(name: str, group: str, options: QuantizeOptions) -> None:
         if group in ("main", *groups) and (not only_made or (folder_of(work, name) / "model.safetensors").exists()):
@@ -181,6 +182,30 @@ def all_rows(checkpoint: Path, data: Path, work: Path, groups: Sequence[str], on
         add(f"4 bit, block size {block}", "block", replace(four, block_size=block))
     add("4 bit, activations float", "ablation", replace(four, activations="float"))
     return rows + (block_float_rows(rows[-1]) if rows[-1].name == "4 bit, activations float" else [])
+
+
+def peer_rows(float_file: Path, images: Sequence[NDArray[np.float32]], work: Path) -> list[Row]:
+    """What others make of the float file with the same decoded images (MNN takes none)."""
+    rows = []
+    for name, file, make in (
+        ("ONNX Runtime int8, convolutions only", "ort-convs", partial(ort_static, convs_only=True)),
+        ("ONNX Runtime int8", "ort-all", partial(ort_static, convs_only=False)),
+        ("Ultralytics' way of int8 ONNX", "ultralytics", ultralytics_int8),
+    ):
+        path = work / f"{file}.onnx"
+        seconds = made(path, partial(make, float_file, path, images))
+        rows.append(Row(f"{name}, exact products", "main", path, ort_predictor(path, exact=True), None, seconds))
+        if not has_vnni():
+            rows.append(Row(f"{name}, as it runs on this CPU", "main", path, ort_predictor(path, False), None, None))
+    path = work / "nncf.xml"
+    seconds = made(path, lambda: nncf_int8(float_file, path, images))
+    rows.append(Row("OpenVINO NNCF int8", "main", path.with_suffix(".bin"), openvino_predictor(path), None, seconds))
+    for bits in (4, 3):
+        path = work / f"mnn{bits}.mnn"
+        seconds = made(path, partial(mnn_convert, float_file, path, bits))
+        predict = mnn_predictor(path, torch.get_num_threads())
+        rows.append(Row(f"MNN, {bits}-bit weights", "main", path, predict, None, seconds))
+    return rows
 
 
 def block_float_rows(weights_only: Row) -> list[Row]:
@@ -256,7 +281,11 @@ def write(rows: list[Row], found: Detections, samples: np.ndarray, images: int, 
         "and KDS of all others, those that got 8 bits too, against float32. *Default* spends the bytes of "
         "4 bits everywhere where they save most (`dsconvert quantize` without `--bits`). *Exact products*: with ONNX "
         "Runtime's `session.x64quantprecision`; by default a CPU without VNNI saturates ordinary int8 weights' "
-        "products. dsconvert's weights cannot saturate, so its rows are the same on every CPU.", "",
+        "products. dsconvert's weights cannot saturate, so its rows are the same on every CPU. *Ultralytics' way*: "
+        "`quantize_static` with its defaults (MinMax, one scale for all of a layer's weights, int8 activations) on "
+        "Conv, Gemm and MatMul. *MNN*: `mnnconvert --weightQuantBits 4 --weightQuantBlock 32 --hqq`, run in MNN; "
+        "activations stay float, and no images are needed. What is float in a file runs in float32 in every row, in "
+        "OpenVINO too, which would choose bfloat16 on CPUs that have it.", "",
         *(chance() if group("draws") else []),
         *section("What each step is worth (4 bits everywhere; the last row is the product)",
                  [*group("ablation"), four] if group("ablation") else []),

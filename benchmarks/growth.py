@@ -1,6 +1,8 @@
 """How quantize's time and memory grow with images and with parameters: every point a fresh process.
 
-    python benchmarks/growth.py CHECKPOINT DATA IMGSZ SAMPLES THREADS    prints one point as JSON
+    python benchmarks/growth.py CHECKPOINT DATA IMGSZ SAMPLES THREADS BITS    prints one point as JSON
+
+BITS 0: the product as it comes.
 
 Networks other than the checkpoint's own size get random weights: only time and memory are measured.
 """
@@ -9,12 +11,12 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
 import sys
 import time
 from pathlib import Path
 
 import torch
+from fresh import AS_THE_COMMAND, last_json
 
 from dsconvert.pipeline import QuantizeOptions, quantize
 from dsconvert.yolo.checkpoint import Checkpoint, load_checkpoint, yolov5_bytes
@@ -44,14 +46,11 @@ def parameters(path: Path) -> int:
     return sum(p.numel() for p in load_checkpoint(path).network.parameters())
 
 
-def point(checkpoint: Path, data: Path, imgsz: int, samples: int, threads: int) -> dict[str, float]:
-    """Seconds of quantize at 4 bits (images decoded before the clock starts) and peak bytes, in a fresh process."""
-    arguments = [str(checkpoint), str(data), str(imgsz), str(samples), str(threads)]
-    done = subprocess.run([sys.executable, __file__, *arguments], capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise SystemExit(f"{checkpoint} with {samples} images failed: {done.stderr.strip().splitlines()[-1:]}")
-    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
-    return found
+def point(checkpoint: Path, data: Path, imgsz: int, samples: int, threads: int, bits: int | None) -> dict[str, float]:
+    """Seconds of quantize (images decoded before the clock starts), seconds of decoding, and peak bytes, in a fresh
+    process whose threads wait as the command's do. bits None: the product as it comes."""
+    arguments = [str(a) for a in (checkpoint, data, imgsz, samples, threads, bits or 0)]
+    return last_json([sys.executable, __file__, *arguments], AS_THE_COMMAND)
 
 
 def fit_seconds(checkpoint: Checkpoint, options: QuantizeOptions) -> tuple[float, float, int]:
@@ -69,13 +68,14 @@ def fit_seconds(checkpoint: Checkpoint, options: QuantizeOptions) -> tuple[float
 
 
 def main() -> None:
-    checkpoint, data, imgsz, samples, threads = sys.argv[1:]
+    checkpoint, data, imgsz, samples, threads, bits = sys.argv[1:]
     torch.set_num_threads(int(threads))
-    options = QuantizeOptions(calib=Path(data), bits=4, imgsz=int(imgsz), samples=int(samples))
-    seconds, _, images = fit_seconds(load_checkpoint(checkpoint), options)
+    options = QuantizeOptions(calib=Path(data), bits=int(bits) or None, imgsz=int(imgsz), samples=int(samples))
+    seconds, decoding, images = fit_seconds(load_checkpoint(checkpoint), options)
     found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
     assert found is not None
-    print(json.dumps({"seconds": seconds, "peak_bytes": int(found[1]) * 1024, "images": images}))
+    peak = int(found[1]) * 1024
+    print(json.dumps({"seconds": seconds, "decoding": decoding, "peak_bytes": peak, "images": images}))
 
 
 if __name__ == "__main__":
