@@ -184,7 +184,8 @@ def test_tests_named_as_proof_exist(page):
 # --- what the pages say of the code -----------------------------------------------------------------------------------
 
 NOT_OURS = {"train.py", "val.py", "detect.py", "export.py"}  # scripts of YOLOv5's tree
-NOT_OPTIONS_OF_OURS = {"--user", "--require-hashes", "--weights", "--half"}  # docker's, pip's, YOLOv5's
+NOT_OPTIONS_OF_OURS = {"--user", "--require-hashes", "--weights"}  # docker's, pip's, YOLOv5's
+NOT_OPTIONS_OF_OURS |= {"--augment", "--visualize", "--update", "--dnn"}  # of YOLOv5, named as left out
 PACKAGES = sorted(p.parent.name for p in (ROOT / "dsconvert").glob("*/__init__.py"))
 OPTIONS = {
     name: {o for p in command.params if isinstance(p, click.Option) for o in (*p.opts, *p.secondary_opts)} | {"--help"}
