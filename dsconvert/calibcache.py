@@ -68,6 +68,8 @@ def _read(path: Path, check: Callable[[Calibration], None], room: Room) -> Calib
             for key, value in stored_tensors.items():
                 kind, name = key.split("/", 1)
                 tensors[kind][name] = value
+            if not isinstance(about["even"], list):
+                raise ValueError("even layers")
             found = Calibration(
                 {name: QParams(float(scale), int(zero)) for name, (scale, zero) in about["own"].items()},
                 {

@@ -17,6 +17,7 @@ from dsconvert.dsconv.tensor import Width
 from dsconvert.errors import InputError
 from dsconvert.fit import draws
 from dsconvert.fit.channels import is_moment
+from dsconvert.fit.gptq import TOGETHER
 from dsconvert.fit.importance import Part, measure_importance
 from dsconvert.fit.kept import Kept, Room
 from dsconvert.fit.leftover import left_over
@@ -36,7 +37,7 @@ from dsconvert.yolo.images import letterbox, none_readable, read_image
 from dsconvert.yolo.network import Head
 from dsconvert.yolo.wishes import wished
 
-BATCH = 4
+SURE = 5.0  # a logit whose sigmoid is 0.993
 MOST_VALUE = 60000  # of activations, which are kept as halves
 SYNTHETIC_IMAGES, SYNTHETIC_SIDE, SYNTHETIC_STEPS = 48, 320, 80
 
@@ -110,7 +111,7 @@ def check_calibration(
 def decoded(paths: Sequence[Path], side: int, report: Progress, room: Room) -> Images:
     """This process's part of the photographs, letterboxed; each is decoded once. Raises InputError when a process has
     none that can be read."""
-    paths = paths[workers.share(len(paths), BATCH)]
+    paths = paths[workers.share(len(paths), TOGETHER)]
     pixels, mine, skipped = room.kept(len(paths), (3, side, side), torch.uint8), 0, []
 
     def read(path: Path) -> Tensor | str:
@@ -153,7 +154,7 @@ def synthetic(
     made = torch.cat((made, made.flip(3)))[:samples]
     if len(made) < workers.count():
         raise InputError(f"{len(made)} calibration images are too few for {workers.count()} processes.")
-    mine = (made[workers.share(len(made), BATCH)] * 255).round().to(torch.uint8).cpu()
+    mine = (made[workers.share(len(made), TOGETHER)] * 255).round().to(torch.uint8).cpu()
     pixels = room.kept(len(mine), (3, side, side), torch.uint8)
     for index, image in enumerate(mine):
         pixels.put(index, image)
@@ -200,7 +201,7 @@ def calibrate(
 
     chosen = list(widths)
     found = measure_importance(graph, params, singles(), measure, seed, chosen, images.part, room)
-    own = choose_grids(graph, found.samples, found.clipping, seed) if quantized else {}
+    own = choose_grids(graph, found.samples, found.clipping, seed, sure_scores(graph, head)) if quantized else {}
     damage: dict[str, dict[Width, float]] = {}
     if widths:
         again = partial(images.one, device=device)
@@ -212,6 +213,17 @@ def calibrate(
 
         damage = dict(zip(chosen, in_order(foretold, chosen), strict=True))
     return Calibration(own, found.drawn, found.channels, damage)
+
+
+def sure_scores(graph: Graph, head: Head) -> dict[str, float]:
+    """How far up the grids of objectness and classes reach at least, by value name, where Detect is split.
+
+    Images that show few objects say little of high scores, and a grid that they alone chose would cut the scores of
+    every object in other images: with 128 images of which few showed one, none could score above a half."""
+    maps, step = len(graph.outputs) - bool(head.nm), len(head.parts)
+    if maps != step * len(head.strides):
+        return {}
+    return {name: SURE for part in (1, 2) for name in graph.outputs[part:maps:step]}
 
 
 def float_outputs(

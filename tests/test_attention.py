@@ -114,8 +114,8 @@ def test_training_runs_on_the_exported_files_numbers_and_reaches_what_attention_
     parts = {name: layer.parts(name, latents) for name, layer in layers.items()}
     found = simulate(model.graph, parts, model.activations, x)
     wanted = run_integer(model.graph, model.convs, model.activations, x)
-    for name, f, w in zip(model.graph.outputs, found, wanted, strict=True):  # less than a step of the map's own grid
-        assert float((f.detach() - w).abs().mean()) < model.activations[name].scale
+    for name, f, w in zip(model.graph.outputs, found, wanted, strict=True):  # less than two steps of the map's own grid
+        assert float((f.detach() - w).abs().mean()) < 2 * model.activations[name].scale
     torch.stack([f.square().mean() for f in found]).sum().backward()
     for part in QKV:
         assert float(latents[f"model.4.m.tr.0.{part}.cdsw"].grad.abs().max()) > 0

@@ -7,12 +7,13 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from dsconvert.calibration import sure_scores
 from dsconvert.fit.clipping import LEVELS
 from dsconvert.fit.importance import measure_importance
 from dsconvert.fit.ranges import HIGHS, Seen, best_range, choose_grids, least, on_grids, share_grids
 from dsconvert.graph.integer import QParams, grid_of
 from dsconvert.graph.ir import INPUT, Graph, Node
-from dsconvert.yolo.lower import lower
+from dsconvert.yolo.lower import lower, split_detect
 
 
 def apart(values: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
@@ -159,3 +160,21 @@ def test_pools_and_groups_are_joined_through_what_they_come_from():
     assert {grids[name] for name in "abcd"} == {QParams.of_range(0.0, 10.0)}
     assert grids[INPUT] == QParams(1 / 255, 0)  # the image's grid is exact, and stays
     assert grids["e"] == QParams.of_range(0.0, 10.0)
+
+
+def test_scores_reach_up_whatever_was_seen(tiny, picture):
+    """Images of background alone: objectness far below 0 everywhere, and still an object may score 0.99."""
+    values = torch.linspace(-12, -3, 1000)
+    weights = torch.ones(1000)
+    none = torch.zeros_like(LEVELS)
+    own = best_range(values, weights, lambda x: x, none)
+    assert (255 - own.zero_point) * own.scale < 0.1
+    reaching = best_range(values, weights, lambda x: x, none, 5.0)
+    # both ends are moved so that 0 is on the grid: by half a step at most
+    assert (255 - reaching.zero_point) * reaching.scale == pytest.approx(5, abs=reaching.scale / 2)
+    network, head = tiny
+    graph, _ = split_detect(*lower(network.fuse()), head)
+    scores = [f"model.8.m.{level}.{part}" for part in ("obj", "cls") for level in (0, 1)]
+    assert sure_scores(graph, head) == dict.fromkeys(scores, 5.0)
+        [f"model.8.m.{i}.{p}" for p in ("obj", "cls") for i in (0, 1)], 5.0
+    )

@@ -14,6 +14,7 @@ from conftest import HANGS, ROOT, write_work
 from dsconvert import workers
 from dsconvert.calibration import decoded
 from dsconvert.errors import InputError
+from dsconvert.fit.kept import Room
 from dsconvert.modelfile import load_model
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "NO_COLOR": "1"}
@@ -130,4 +131,4 @@ def test_a_process_without_images_is_one_sentence(folder, monkeypatch):
     monkeypatch.setattr(workers, "number", lambda: 1)
     monkeypatch.setattr(workers, "gathered", lambda item: [type(item)(), item])  # the other one has nothing
     with pytest.raises(InputError, match="1 calibration images are too few for 2 processes"):
-        decoded([folder / "images" / "0.png"], 64, lambda *_: None)
+        decoded([folder / "images" / "0.png"], 64, lambda *_: None, Room())

@@ -41,7 +41,7 @@ Floats = NDArray[np.float64]
 # a target (cho, K), columns in order, and CDSw (cho,) -> VQK, or their code, (cho, K), and m (groups, cho)
 Rounded = Callable[[Floats, Floats], tuple[Tensor, Tensor]]
 
-TOGETHER = 16  # images whose positions are multiplied at once: a fixed number, or sums would differ by rounding
+TOGETHER = 4  # images whose positions are multiplied at once; processes share images in runs of as many, so sums agree
 DAMPING = 0.1  # of the mean diagonal of H: ten times GPTQ's, as few positions matter and a hundred images overfit
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -49,10 +50,15 @@ class Seen:
 
 
 def choose_grids(
-    graph: Graph, samples: Mapping[str, tuple[Tensor, Tensor]], clipping: Mapping[str, Tensor], seed: int
+    graph: Graph,
+    samples: Mapping[str, tuple[Tensor, Tensor]],
+    clipping: Mapping[str, Tensor],
+    seed: int,
+    reach: Mapping[str, float] = MappingProxyType({}),
 ) -> dict[str, QParams]:
     """Quantization parameters for every value that has its own (see `grid_of`), from (values, weights) and the
-    effects of clipping, both as `Importance` has them."""
+    effects of clipping, both as `Importance` has them. `reach`: how far up the grids of some values go at least,
+    whatever was seen."""
     kinds = {n.name: n.attrs["kind"] for n in graph.nodes if n.op == "act"}
     behind = judged(graph)
     generator = torch.Generator().manual_seed(seed)
@@ -65,7 +71,7 @@ def choose_grids(
             picks = torch.cat((picks, values.argmin()[None], values.argmax()[None]))
             values, weights = values[picks], weights[picks] * (values.numel() / SEARCH_SAMPLES)
         effects = clipping[behind.get(name, name)]
-        grids[name] = best_range(values, weights, judge, effects)
+        grids[name] = best_range(values, weights, judge, effects, reach.get(name, 0.0))
         if name not in behind:
             seen[name] = Seen(values, weights, effects)
     return share_grids(graph, seen, grids)
@@ -98,10 +104,13 @@ def share_grids(graph: Graph, seen: Mapping[str, Seen], own: Mapping[str, QParam
     return grids
 
 
-def best_range(values: Tensor, weights: Tensor, judge: Callable[[Tensor], Tensor], clipping: Tensor) -> QParams:
+def best_range(
+    values: Tensor, weights: Tensor, judge: Callable[[Tensor], Tensor], clipping: Tensor, reach: float = 0.0
+) -> QParams:
     """The grid of least cost, both ends searched in turn: sum weight (judge(dequantized) - judge(value))^2 over the
-    values up to the upper end, and `clipping` (squared effects by `clipping.LEVELS`, after judge) for those above."""
-    low, high = min(float(values.min()), 0.0), max(float(values.max()), 0.0)
+    values up to the upper end, and `clipping` (squared effects by `clipping.LEVELS`, after judge) for those above. The
+    upper end is no less than `reach`."""
+    low, high = min(float(values.min()), 0.0), max(float(values.max()), reach)
     target = judge(values)
     # nothing may be worth nothing: where no gradient arrives, values still count a little
     weights = weights + 1e-6 * weights.mean().clamp_min(1e-30)
@@ -118,7 +127,7 @@ def best_range(values: Tensor, weights: Tensor, judge: Callable[[Tensor], Tensor
     lo, hi = low, high
     for _ in range(ROUNDS):
         before = lo, hi
-        lo, hi = least([(lo, high * share) for share in HIGHS], errors)
+        lo, hi = least([(lo, max(high * share, reach)) for share in HIGHS], errors)
         lo, hi = least([(low * share, hi) for share in LOWS], errors)
         if (lo, hi) == before:
             break

@@ -91,7 +91,7 @@ def test_a_damaged_calibration_is_made_again(run, tmp_path, monkeypatch, share):
     given: list[Any] = []
     monkeypatch.setattr(pipeline, "remembered", lambda *all_of_it: given.append(all_of_it) or remembered(*all_of_it))
     run(cache=tmp_path / "kept")
-    (folder, key, make, check) = given[0]
+    (folder, key, make, check, room) = given[0]
     path: Path = folder / f"{key}.safetensors"
     good = path.read_bytes()
     once = make()
@@ -105,11 +105,11 @@ def test_a_damaged_calibration_is_made_again(run, tmp_path, monkeypatch, share):
     def read() -> bool:
         """True when the file was not made again."""
         made.clear()
-        remembered(folder, key, again, check)
+        remembered(folder, key, again, check, room)
         return not made
 
     assert read()
-    positions, channels = f"positions/{LAYER}", f"channels/{LAYER}"
+    picks, positions, channels = (f"{kind}/{LAYER}" for kind in ("picks", "weights", "channels"))
     shape = Opened(good, CACHE_META).tensors[positions][1]
     changes: dict[str, Change] = {
         **{f"grid {g}": put(g, "own", LAYER) for g in ([0, 0], [-1, 0], [1e40, 0], [0.1, 256], [0.1, 1e400],
@@ -126,8 +126,10 @@ def test_a_damaged_calibration_is_made_again(run, tmp_path, monkeypatch, share):
         **{f"{name} {v}": floats(name, v) for name in (positions, channels)
            for v in (-1.0, float("nan"), float("inf"))},
         **{f"{name} of another kind": retyped(name, "I32") for name in (positions, channels)},
-        **{f"{name} missing": missing(name) for name in (positions, channels)},
-        **{f"{name} of another layer": renamed(name, f"{name}x") for name in (positions, channels)},
+        "picks of another kind": retyped(picks, "F32"),
+        **{f"{name} missing": missing(name) for name in (picks, positions, channels)},
+        **{f"{name} of another layer": renamed(name, f"{name}x") for name in (picks, positions, channels)},
+        "an even layer of no name": put("x", "even"),
         "positions of another shape": reshaped(positions, shape[::-1]),
         "a tensor of no kind": renamed(positions, LAYER), "a tensor of another kind": renamed(positions, f"x/{LAYER}"),
     }  # fmt: skip
