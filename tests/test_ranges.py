@@ -176,5 +176,3 @@ def test_scores_reach_up_whatever_was_seen(tiny, picture):
     graph, _ = split_detect(*lower(network.fuse()), head)
     scores = [f"model.8.m.{level}.{part}" for part in ("obj", "cls") for level in (0, 1)]
     assert sure_scores(graph, head) == dict.fromkeys(scores, 5.0)
-        [f"model.8.m.{i}.{p}" for p in ("obj", "cls") for i in (0, 1)], 5.0
-    )
