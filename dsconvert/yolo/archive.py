@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from dsconvert.errors import InputError
+from dsconvert.filekinds import check_ordinary
 from dsconvert.yolo.container import Legacy, Storage, Zipped, open_container
 from dsconvert.yolo.families import refuse_names, usual_name
 from dsconvert.yolo.picklestack import Stack
@@ -193,6 +194,7 @@ class Archive:
 def open_archive(path: Path) -> Iterator[Archive]:
     """Open a `.pt` of either form; its tensors can be read inside the `with`. Raises InputError, one sentence, for
     anything else."""
+    check_ordinary(path)
     try:
         stream = path.open("rb")
     except OSError as error:
