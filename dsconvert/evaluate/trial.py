@@ -19,11 +19,10 @@ from dsconvert import children
 from dsconvert.errors import InputError
 from dsconvert.evaluate import bounds
 from dsconvert.evaluate.bounds import Beyond, Bounds, are_enforced, enforced
-from dsconvert.evaluate.engines import SIDE, TYPES, as_input, load_file, open_model
+from dsconvert.evaluate.engines import SIDE, TYPES, as_input, check_pixels, load_file, open_model
 
 REFUSED = 3  # exit code of the process where the file goes beyond its bounds
 GRACE = 60.0  # seconds beyond the bound for the process to begin and to end
-MOST_NUMBERS = 3 * 8192**2
 _TRIED: set[tuple[object, ...]] = set()
 
 
@@ -80,8 +79,9 @@ def _here(path: Path, engine: str, threads: int, side: int | None, size: int) ->
     last = given[3] in (1, 3) and given[1] not in (1, 3)
     usual = (1, length, length, 3) if last else (1, 3, length, length)
     shape = [n if isinstance(n, int) else other for n, other in zip(given, usual, strict=True)]
-    if min(shape) < 1 or np.prod(shape, dtype=float) > MOST_NUMBERS:
+    if min(shape) < 1:
         return
+    check_pixels(path, (shape[0], 3, *(shape[1:3] if last else shape[2:])), side)
     image = as_input(np.random.default_rng(0).random(shape, np.float32), TYPES[entries[0].type])
     running.run(None, {entries[0].name: image})
 
