@@ -47,8 +47,8 @@ SIDE = 64  # pixels, of `picture` and `converted`
 # No clock decides whether a test passes, as the machine may be busy: only what hangs is ended, and no process that a
 # test starts takes half an hour anywhere.
 HANGS = 1800  # seconds
-# Exit codes of an interrupted command, a shell's 130 both: Python ends by the signal itself where it came while a library
-# ran Python from C.
+# Exit codes of an interrupted command, a shell's 130 both: Python ends by the signal itself where it came while a
+# library ran Python from C.
 INTERRUPTED = (130, -signal.SIGINT)
 
 # Two C3 blocks (one with a residual), an SPPF, an upsampling and a concatenation, two detection levels.

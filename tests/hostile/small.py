@@ -203,8 +203,9 @@ def later(then: str, limit: float = 0.9) -> bytes:
         g = Greater(u, l) q = Squeeze(g)
         s = If (q) <then_branch = then () => (float r) {{ {then} }},
                     else_branch = other () => (float r2) {{ r2 = Constant<value = float {{0.0}}>() }}>
-        m = ReduceMin<keepdims = 0>(x) k = Constant<value = int64[3] {{1, 3, 6}}>() v = Constant<value = float {{20.0}}>()
-        e = Expand(v, k) zz = Constant<value = float {{0.0}}>() t = Mul(m, zz) o = Add(e, t) out = Add(o, s)"""
+        m = ReduceMin<keepdims = 0>(x) k = Constant<value = int64[3] {{1, 3, 6}}>()
+        v = Constant<value = float {{20.0}}>() e = Expand(v, k) z0 = Constant<value = float {{0.0}}>()
+        t = Mul(m, z0) o = Add(e, t) out = Add(o, s)"""
     return detector(body)
 
 
@@ -230,9 +231,7 @@ def pictured() -> Iterator[Small]:
     yield Small(
         "jpeg-large.jpg", of(large[:-2] + large[last:-2] * 200 + b"\xff\xd9"), [["detect", "fine.pt", "{}"]], scans
     )
-    yield Small(
-        "jpeg-tiff.tif", of(with_strip(strip)), [["detect", "fine.pt", "{}"]], scans
-    )
+    yield Small("jpeg-tiff.tif", of(with_strip(strip)), [["detect", "fine.pt", "{}"]], scans)
     animation = [Image.new("P", (8, 8), i % 200) for i in range(2)]
     gif = saved(animation[0], "GIF", save_all=True, append_images=animation[1:])
     frame = gif[gif.index(b"\x2c") : -1]
@@ -269,6 +268,38 @@ def tensors_file(tensors: dict[str, tuple[str, list[int], int]], about: object) 
         at += size
     text = json.dumps(table).encode()
     return struct.pack("<Q", len(text)) + text
+
+
+def listed() -> Iterator[Small]:
+    """Data sets of one picture whose text goes on and on."""
+    row = b"0 0.5 0.5 0.1 0.1\n"
+    rows = {"rows": row * 900_000, "row": b"0" + b" 0.5" * 4_000_000, "lines": b"\n" * (16 << 20)}
+    for name, labels in rows.items():
+        yield Small(f"labels-{name}.yaml", data_set("train: {0}\nval: {0}\nnames: [a, b]\n", labels),
+                    [["eval", "fine.pt", "--data", "{}", "--imgsz", "64"]], "label")  # fmt: skip
+    for name, text in {"lines": "nowhere/{}.jpg\n", "empty": "\n", "same": "images/val/0.jpg\n"}.items():
+        lines = "".join(text.format(i) for i in range(5_000_000)).encode()
+        commands = [["detect", "fine.pt", "{}"], ["quantize", "fine.pt", "--calib", "{}"]]
+        yield Small(f"list-{name}.txt", of(lines), commands,
+                    "more than|longer than|neither")  # fmt: skip
+    texts = {"nc": ("nc: 1{0}\nnames: [a]\n", "says nc"), "name": ("names: [1{0}, b]\nval: images/val\n", None)}
+    for name, (text, words) in texts.items():
+        minutes = text.format(":59" * 340_000).encode()
+        yield Small(f"minutes-{name}.yaml", of(minutes), [["eval", "fine.pt", "--data", "{}", "--imgsz", "64"]], words)
+    recipe = ("calib: images\nsamples: 1" + ":59" * 340_000 + "\n").encode()
+    yield Small("minutes-recipe.yaml", of(recipe), [["quantize", "fine.pt", "--config", "{}"]], "YAML")
+
+
+def data_set(text: str, labels: bytes) -> Callable[[Path], object]:
+    def write(path: Path) -> None:
+        folder = path.with_suffix("")
+        for kind in ("images", "labels"):
+            (folder / kind).mkdir(parents=True)
+        Image.new("RGB", (64, 64)).save(folder / "images/a.png")
+        (folder / "labels/a.txt").write_bytes(labels)
+        path.write_text(text.format(f"{folder.name}/images"))
+
+    return write
 
 
 def holes() -> Iterator[Small]:
@@ -344,4 +375,4 @@ def crashes() -> Iterator[Small]:
     yield Small("function.onnx", of(model.SerializeToString()), [DETECT, QUANTIZE], "crash|not an ONNX file")
 
 
-KINDS = (pickled, named, shaped, many, greedy_later, pictured, holes, crashes)
+KINDS = (pickled, named, shaped, many, greedy_later, pictured, listed, holes, crashes)

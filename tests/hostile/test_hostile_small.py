@@ -1,4 +1,4 @@
-"""A small file must not hold the machine: each within 30 seconds of the processor and 2 GiB, and refused in a sentence."""
+"""A small file must not hold the machine: 30 seconds of the processor and 2 GiB at most, and refused in a sentence."""
 
 from __future__ import annotations
 
