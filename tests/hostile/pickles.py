@@ -129,7 +129,7 @@ def opcodes() -> Iterator[Case]:
 
 def endless() -> Iterator[Case]:
     """Small pickles whose dictionaries take for ever to make: in C, where no interrupt is heard."""
-    twice = b")q\x00" + 40 * b"h\x00h\x00\x86q\x00"
+    twice = b")q\x00" + 40 * b"h\x00\x86q\x00"
     prime = (1 << 61) - 1  # hashes of integers are their remainders
 
     def key(made: bytes) -> bytes:
@@ -142,8 +142,8 @@ def endless() -> Iterator[Case]:
     for what, content in {
         "a key of 2^40 leaves": key(twice),
         "a tuple of 2^40 leaves": HEAD + twice + END,
-        "a key of 3^40 leaves": key(b")q\x00" + 40 * b"h\x00h\x00h\x00\x87q\x00"),
-        "a key of 16^20 leaves": key(b")q\x00" + 20 * (b"(" + 16 * b"h\x00" + b"tq\x00")),
+        "a key of 3^40 leaves": key(b")q\x00" + 40 * b"h\x00h\x00\x87q\x00"),
+        "a key of 16^20 leaves": key(20 * b"(" + b")" + 20 * (b"q\x00" + 15 * b"h\x00" + b"t")),
         "2^40 leaves in an OrderedDict": HEAD + name("collections.OrderedDict") + b")R" + twice + b"Ns.",
         "2^40 leaves in a call": HEAD + name("__builtin__.frozenset") + twice + b"\x85R.",
         "2^40 leaves among others": HEAD + b"}(" + text("a") + b"N" + twice + b"Nu.",

@@ -21,7 +21,7 @@ BENCH, EVAL = ["bench", "{}", "--threads", "1", "--runs", "20"], ["eval", "{}", 
 QUANTIZE, INFO = ["quantize", "{}", "--calib", "images"], ["info", "{}"]
 EVERY = [DETECT, COMPARE, BENCH, EVAL, QUANTIZE]
 TOO_MUCH, TOO_LARGE = r"needs over \d+ MB of memory", r"takes \[.*\] numbers at once"
-TWICE = "}" + ")q\0" + 40 * "h\0h\0\x86q\0" + "Ns."
+TWICE = "}" + ")q\0" + 40 * "h\0\x86q\0" + "Ns."  # each tuple twice in the next
 
 
 @dataclass(frozen=True)
@@ -277,8 +277,8 @@ def listed() -> Iterator[Small]:
     for name, labels in rows.items():
         yield Small(f"labels-{name}.yaml", data_set("train: {0}\nval: {0}\nnames: [a, b]\n", labels),
                     [["eval", "fine.pt", "--data", "{}", "--imgsz", "64"]], "label")  # fmt: skip
-    for name, text in {"lines": "nowhere/{}.jpg\n", "empty": "\n", "same": "images/val/0.jpg\n"}.items():
-        lines = "".join(text.format(i) for i in range(5_000_000)).encode()
+    for name, line in {"lines": "nowhere/{}.jpg\n", "empty": "\n", "same": "images/val/0.jpg\n"}.items():
+        lines = "".join(line.format(i) for i in range(5_000_000)).encode()
         commands = [["detect", "fine.pt", "{}"], ["quantize", "fine.pt", "--calib", "{}"]]
         yield Small(f"list-{name}.txt", of(lines), commands,
                     "more than|longer than|neither")  # fmt: skip
