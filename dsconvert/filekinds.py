@@ -5,12 +5,14 @@
 
 from __future__ import annotations
 
+import stat
 import struct
 from pathlib import Path
 
 from dsconvert.errors import InputError
 
 HEAD_BYTES = 1024
+LEAST_SPARSE, HOLES = 1 << 20, 16  # bytes; a file system that packs what it stores gains less on weights
 CHECKPOINT, MODEL, ONNX = "pt", "safetensors", "onnx"
 NAMES = {CHECKPOINT: "a PyTorch checkpoint", MODEL: "a safetensors file", ONNX: "an ONNX file"}
 _MISSING = {CHECKPOINT: "checkpoint", MODEL: "model", ONNX: "ONNX"}
@@ -66,6 +68,7 @@ def file_kind(path: Path, wanted: str | None = None) -> str:
     """CHECKPOINT, MODEL or ONNX. Raises InputError, one sentence, for what is neither; it says that the file is not of
     the kind that its name tells, or that is `wanted`."""
     named = _SUFFIXES.get(path.suffix.lower())
+    check_ordinary(path)
     if path.is_dir():
         raise InputError(f"{path} is a folder; name the model file (.pt, .safetensors or .onnx) in it.")
     if not path.is_file():
@@ -78,6 +81,25 @@ def file_kind(path: Path, wanted: str | None = None) -> str:
     if not found and not named:
         raise InputError(f"{path} is not a .pt, .safetensors or .onnx file, by name or by content.")
     return found or named or ""
+
+
+def check_ordinary(path: Path) -> None:
+    """Raises InputError for a pipe, a socket or a device, which may never end, and for a file of nothing but holes,
+    whose gigabytes cost its maker nothing. What is not there, and folders, are left to others."""
+    try:
+        status = path.stat()
+    except (OSError, ValueError):
+        return
+    if stat.S_ISDIR(status.st_mode):
+        return
+    if not stat.S_ISREG(status.st_mode):
+        raise InputError(f"{path} is a pipe or a device, and no ordinary file; give the file itself.")
+    held = getattr(status, "st_blocks", 0) * 512  # some systems do not say
+    if status.st_size > LEAST_SPARSE and 0 < held < status.st_size // HOLES:
+        raise InputError(
+            f"{path} says that it has {status.st_size / 1e6:.0f} MB, and holds {held / 1e6:.1f} MB and holes, as a "
+            f"broken download leaves them; {AGAIN}."
+        )
 
 
 def known_kind(path: Path) -> str | None:
@@ -145,8 +167,11 @@ def described(head: bytes, suffix: str, size: int) -> tuple[str, str] | None:
 
 def _head(path: Path) -> tuple[bytes, int]:
     try:
+        size = path.stat().st_size
+        if not size:  # the system's own files have no size, and some wait when they are read
+            return b"", 0
         with path.open("rb") as stream:
-            return stream.read(HEAD_BYTES), path.stat().st_size
+            return stream.read(HEAD_BYTES), size
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror}.") from None
 

@@ -10,6 +10,7 @@ head, image size, provenance, and last a digest of all of it and of the tensors 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -24,16 +25,20 @@ from dsconvert.dsconv import trellis
 from dsconvert.dsconv.packing import pack_bits, unpack_bits
 from dsconvert.dsconv.tensor import DSTensor, block_count, vqk_limits
 from dsconvert.errors import InputError, printable, shown
+from dsconvert.filekinds import check_ordinary
 from dsconvert.graph.integer import QConv, QParams
 from dsconvert.graph.ir import Graph
 from dsconvert.model import DSModel
-from dsconvert.modelcheck import KDS_BITS, check_model, tensors_of
+from dsconvert.modelcheck import KDS_BITS, Tensor, check_model, tensors_of
 from dsconvert.seal import DIGEST, NotAsWritten, seal, unseal
 from dsconvert.yolo.network import Head
 
 KEY, VERSION = "dsconvert", 3
 PARTS = {"version", "imgsz", "head", "provenance", "graph", "layers", "activations", DIGEST}
 MAX_HEADER, MAX_BLOCK = 16 << 20, 1 << 16  # characters of JSON (a yolov5n has 40 kB); channels
+MAX_TABLE = MAX_HEADER + (4 << 20)  # bytes of that JSON, and of the names and places of tensors
+MAX_LAYER, MAX_WEIGHTS = 1 << 26, 1 << 28  # a yolov5x6 has 15 million weights in its largest layer, 140 in all
+_TYPES = {"U8": "uint8", "I8": "int8", "F32": "float32"}  # of safetensors
 
 
 _PARTS = ("vqk", "code", "kds", "kdsb", "alpha", "cdsw", "cdsb")
@@ -80,27 +85,44 @@ def _head(head: Head) -> dict[str, Any]:
 
 def load_model(path: Path) -> DSModel:
     """Read a model file. Raises InputError, one sentence, for anything else, and for what is not as it was written."""
+    check_ordinary(path)
     try:
+        _check_table(path)
         with safe_open(path, framework="numpy") as stored:
-            text = (stored.metadata() or {}).get(KEY)
-            if text is None:
-                raise InputError(
-                    f"{path} is a safetensors file, but not one made by dsconvert; give dsconvert quantize the "
-                    "checkpoint (.pt) or an ONNX file of its network."
-                )
-            if len(text) > MAX_HEADER:
-                raise InputError(f"{path} has a larger header than any model file.")
-            tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 (not a dict)
+            return _read(stored, path)
     except FileNotFoundError:
         raise InputError(f"There is no model file at {path}.") from None
     except (SafetensorError, OSError, TypeError, ValueError, AttributeError) as error:
         if isinstance(error, InputError):
             raise
         raise InputError(f"{path} is not a readable safetensors file ({type(error).__name__}).") from None
+
+
+def _check_table(path: Path) -> None:
+    """Raises InputError for a larger table of contents than a model file's: some hundred bytes are made of each of its
+    bytes. One that says it is larger than the file is left to the library."""
+    with path.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+    if MAX_TABLE < length < path.stat().st_size:
+        raise InputError(f"{path} has a larger header than any model file.")
+
+
+def _read(stored: Any, path: Path) -> DSModel:
+    """The model in an open file."""
+    text = (stored.metadata() or {}).get(KEY)
+    if text is None:
+        raise InputError(
+            f"{path} is a safetensors file, but not one made by dsconvert; give dsconvert quantize the "
+            "checkpoint (.pt) or an ONNX file of its network."
+        )
+    if len(text) > MAX_HEADER:
+        raise InputError(f"{path} has a larger header than any model file.")
     try:
         header = json.loads(text)
         if header["version"] != VERSION:
             raise InputError(f"{path} has format version {shown(header['version'])}; this dsconvert reads {VERSION}.")
+        _check_sizes(header["layers"], stored)
+        tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 (not a dict)
         unseal(text, tensors)
         if not PARTS.issuperset(header):
             raise ValueError("parts")
@@ -114,6 +136,26 @@ def load_model(path: Path) -> DSModel:
         why = printable(str(error), 100)
         raise InputError(f"{path} is damaged: its header and tensors do not fit ({why}).") from None
     return model
+
+
+def _check_sizes(layers: Mapping[str, Any], stored: Any) -> None:
+    """Raises ValueError for tensors that belong to no layer, or have another type or shape than its own, and for more
+    weights than any network has: before any of them is read, as a file may be larger than what it takes on a disk."""
+    wanted: dict[str, Tensor] = {}
+    total = 0
+    for name, layer in layers.items():
+        shape, bits, block_size, coded = _layer(name, layer)
+        total += math.prod(shape)
+        if math.prod(shape) > MAX_LAYER or total > MAX_WEIGHTS:
+            raise ValueError("more weights than any network has")
+        wanted |= {f"{name}.{part}": kind for part, kind in tensors_of(shape, bits, block_size, coded).items()}
+    for name in stored.keys():  # noqa: SIM118 (not a dict)
+        part, kind = stored.get_slice(name), wanted.get(name)
+        if kind is None:
+            raise ValueError(f"a tensor {name} that belongs to no layer, or to none of its kind")
+        found = _TYPES.get(part.get_dtype(), part.get_dtype()), tuple(part.get_shape())
+        if found != (kind.dtype, kind.shape):
+            raise ValueError(f"{name} holds {found[0]} numbers {found[1]}, not {kind.dtype} {kind.shape}")
 
 
 def _model(header: Mapping[str, Any], tensors: Mapping[str, NDArray[Any]]) -> DSModel:
@@ -134,7 +176,9 @@ def _model(header: Mapping[str, Any], tensors: Mapping[str, NDArray[Any]]) -> DS
     return DSModel(graph, convs, activations, head, int(header["imgsz"]), dict(header["provenance"]))
 
 
-def _conv(name: str, layer: Mapping[str, Any], tensors: Mapping[str, NDArray[Any]]) -> QConv:
+def _layer(name: str, layer: Mapping[str, Any]) -> tuple[tuple[int, int, int, int], int, int, bool]:
+    """Shape, bits, block size of a layer, and whether it is stored along a trellis. Raises ValueError for others than a
+    layer has."""
     cho, chi, kh, kw = (int(n) for n in layer["shape"])
     bits, block_size, coded = int(layer["bits"]), int(layer["block_size"]), layer.get("trellis", False)
     if not isinstance(coded, bool):
@@ -142,6 +186,11 @@ def _conv(name: str, layer: Mapping[str, Any], tensors: Mapping[str, NDArray[Any
     vqk_limits(bits, coded)
     if min(cho, chi, kh, kw) < 1 or not 1 <= block_size <= MAX_BLOCK:
         raise ValueError(f"shape or block size of {name}")
+    return (cho, chi, kh, kw), bits, block_size, coded
+
+
+def _conv(name: str, layer: Mapping[str, Any], tensors: Mapping[str, NDArray[Any]]) -> QConv:
+    (cho, chi, kh, kw), bits, block_size, coded = _layer(name, layer)
     blocks = (cho, block_count(chi, block_size), kh, kw)
     wanted = tensors_of((cho, chi, kh, kw), bits, block_size, coded)
     for part in _PARTS:

@@ -39,6 +39,8 @@ codecs.register_error(AS_WINDOWS, _as_windows)
 def read_text(path: Path, most: int) -> str:
     """A whole file of at most `most` bytes. Raises OSError, or NotText."""
     _check_ordinary(path)
+    if not path.stat().st_size:  # the system's own files have no size, and some wait when they are read
+        return ""
     with path.open("rb") as stream:
         data = stream.read(most + 1)
     if len(data) > most:
@@ -63,7 +65,10 @@ def read_lines(path: Path, most: int, most_lines: int, longest: int) -> Iterator
     lines, or a longer one."""
     _check_ordinary(path)
     with path.open("rb") as raw:
-        if os.fstat(raw.fileno()).st_size > most:
+        size = os.fstat(raw.fileno()).st_size
+        if not size:
+            return
+        if size > most:
             raise NotText(f"is longer than {_size(most)}")
         encoding, errors = _encoding(raw.read(4))
         raw.seek(0)

@@ -22,6 +22,7 @@ from torch import Tensor
 import dsconvert
 from dsconvert.dsconv.tensor import DSTensor, Width
 from dsconvert.errors import InputError
+from dsconvert.filekinds import check_ordinary
 from dsconvert.files import write_atomic
 from dsconvert.graph.integer import QConv
 from dsconvert.seal import seal, unseal
@@ -67,6 +68,7 @@ def resumed(path: Path, meta: str, key: str, deciding: str) -> Iterator[tuple[di
 
     Raises InputError when there is no file, when its key is another, `deciding` being what the key stands for, and in
     place of whatever damage makes of the reading."""
+    check_ordinary(path)
     try:
         with safe_open(path, framework="pt") as stored:
             about, tensors = unsealed(stored, meta)

@@ -17,11 +17,12 @@ from numpy.typing import NDArray
 
 from dsconvert.errors import InputError, refusing
 from dsconvert.evaluate.engines import MAX_SIDE, TYPES, check_pixels, session
-from dsconvert.export.external import check_external_data
+from dsconvert.evaluate.trial import try_out
+from dsconvert.export.external import MAX_BYTES, parsed
+from dsconvert.filekinds import check_ordinary
 
 Array = NDArray[Any]
 MAX_BATCH = 64
-MAX_BYTES = (1 << 31) - 1  # of a protobuf message
 
 
 @dataclass(frozen=True)
@@ -154,15 +155,20 @@ def read_source(path: Path, imgsz: int | None, threads: int) -> Source:
     """The file at `path`, for images of `imgsz` pixels where it leaves that open (None: 640).
 
     Raises InputError when ONNX Runtime cannot load it, or it takes anything but one image."""
+    check_ordinary(path)
     if not path.is_file():
         raise InputError(f"There is no ONNX file at {path}.")
-    check_external_data(path)
+    given = parsed(path)
+    large = InputError(f"{path} is larger than the 2 GB an ONNX model can have in memory.")
+    if given.model.ByteSize() + given.outside > MAX_BYTES:  # tensors may all say that they are the same gigabyte
+        raise large
+    try_out(path, "onnxruntime", threads, imgsz, given.size)
     with refusing(f"{path} is not an ONNX file ONNX Runtime can run."):
-        model = onnx.load(path)
-        large = model.ByteSize() > MAX_BYTES
-        running = None if large else session(model.SerializeToString(), threads, str(path))
+        model = onnx.load(path, format="protobuf")
+        whole = None if model.ByteSize() > MAX_BYTES else model.SerializeToString()
+        running = None if whole is None else session(whole, threads, str(path), max(given.size, len(whole)))
     if running is None:
-        raise InputError(f"{path} is larger than the 2 GB an ONNX model can have in memory.")
+        raise large
     entries = running.inner.get_inputs()
     if len(entries) != 1:
         raise InputError(f"{path} has {len(entries)} inputs; only files with one, an image, can be converted.")

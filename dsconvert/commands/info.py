@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import click
-import onnx
 
 from dsconvert import pipeline
 from dsconvert.commands.shared import PATH, RUNS, as_json, cell, console, print_json, table, tell
 from dsconvert.errors import InputError
+from dsconvert.export.external import parsed
 from dsconvert.export.inspect import conv_weights
 from dsconvert.filekinds import CHECKPOINT, MODEL, file_kind
 from dsconvert.model import DSModel
@@ -72,7 +72,9 @@ def _facts(path: Path) -> dict[str, Any]:
         return {"format": "safetensors", "size_bytes": path.stat().st_size, **_model_facts(model)}
     else:
         try:
-            weights = conv_weights(onnx.load(path, load_external_data=False))
+            weights = conv_weights(parsed(path).model)
+        except InputError:
+            raise
         except Exception:  # onnx raises many kinds on malformed files
             raise InputError(f"{path} is not a readable ONNX file.") from None
         if any(max(w.count, w.bits // 8) > MAX_COUNT for w in weights):

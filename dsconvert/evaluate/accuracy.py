@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from numpy.typing import NDArray
 
 from dsconvert import workers
 from dsconvert.errors import InputError
+from dsconvert.evaluate.bounds import made_of
 from dsconvert.evaluate.coco import COCO_MOST, Metrics, coco_metrics
 from dsconvert.evaluate.masks import Encoded, MaskPredictor, look, mask_f1, mask_precision, outlines
 from dsconvert.yolo.boxes import LEAST, MOST, inside, suppressed, to_image
@@ -133,8 +135,9 @@ def detect_all(
         looked = [look(predict, batch) for predict in predictors]
         if any(p.shape[1] != nc + 5 for p, _ in looked):
             raise InputError(f"A model finds other classes than the {nc} it is measured on.")
-        for results, (raw, said), encoded in zip(found, looked, masks, strict=True):
-            boxes, rows = suppressed(raw, confidence, most_overlap(overlap, bool(labelled)))
+        for predict, results, (raw, said), encoded in zip(predictors, found, looked, masks, strict=True):
+            most = most_overlap(overlap, bool(labelled))
+            boxes, rows = made_of(predict, partial(suppressed, raw, confidence, most), image.nbytes)
             placed = to_image(boxes, box, (h, w))
             results.append(placed if labelled else placed[inside(placed)])
             if said is not None and encoded is not None:

@@ -13,6 +13,7 @@ from dsconvert.errors import InputError
 from dsconvert.evaluate.engines import check_onnx, engine_version, open_model
 from dsconvert.evaluate.footprint import Footprint, measure_footprint
 from dsconvert.evaluate.latency import Latency, Ratio, interleaved_times, ratio, summary
+from dsconvert.evaluate.trial import try_out
 from dsconvert.export.external import check_external_data
 
 LOADS = 3  # fresh processes a model is loaded in
@@ -50,6 +51,8 @@ def bench(
         for path in paths:
             check_onnx(path)
         sizes = {path: check_external_data(path) for path in paths}
+        for path, engine in entries:
+            try_out(path, engine, threads, side, sizes[path])
         calls = [open_model(path, engine, threads, side, sizes.get(path)) for path, engine in entries]
         feet = _footprints(entries, threads, side, sizes, report)
         times = interleaved_times(calls, runs, progress=lambda done, total: report("bench", done, total))

@@ -6,6 +6,7 @@ line does (`enforced`): a limit of memory is the whole process's, and a program 
 
 from __future__ import annotations
 
+import contextvars
 import gc
 import os
 import threading
@@ -31,9 +32,14 @@ BASE_BYTES, SIZES, IMAGES = 768 << 20, 4, 16
 # Stacks of threads, 8 MB each, count as soon as they are there, and engines start one for each CPU.
 THREAD_BYTES, MOST_CPUS = 10 << 20, 64
 BASE_SECONDS, SECONDS_A_MB, SECONDS_AN_IMAGE_MB = 20.0, 1.0, 0.2
+LOOK = 0.2  # seconds between two looks at what is timed
 THREAD = "dsconvert-bounded"
 _ENFORCED: ContextVar[bool] = ContextVar("enforced", default=False)
 _WARN: ContextVar[list[Callable[[str], None]] | None] = ContextVar("warn", default=None)
+
+
+class Beyond(InputError):
+    """A file takes more than its bounds."""
 
 
 @contextmanager
@@ -45,6 +51,11 @@ def enforced(warn: Callable[[str], None] = lambda sentence: None) -> Iterator[No
     finally:
         _ENFORCED.reset(token)
         _WARN.reset(waiting)
+
+
+def are_enforced() -> bool:
+    """Whether this is within `enforced`."""
+    return _ENFORCED.get()
 
 
 def _warn_if_unbounded() -> None:
@@ -87,16 +98,38 @@ class Bounds:
         try:
             return in_time(lambda: self._within(call, image, collect=True), most - self.spent)
         except TimeoutError:
-            raise InputError(
-                f"{self.what} takes over {most:.0f} s to load and run once, more than a network of its size should, so "
-                "it was stopped."
-            ) from None
+            raise self._too_slow(most, "to load and run once") from None
         finally:
             self.spent += time.perf_counter() - began
+
+    def again(self, call: Callable[[], T], image: int = 0) -> T:
+        """A later call within both bounds, that of time alone. Raises InputError beyond them."""
+        if not _ENFORCED.get():
+            return call()
+        most = self.most_seconds(image)
+        try:
+            return in_time(lambda: self._within(call, image, collect=False), most)
+        except TimeoutError:
+            raise self._too_slow(most, "to run once") from None
 
     def later(self, call: Callable[[], T], image: int = 0) -> T:
         """A call within the bound of memory. Raises InputError beyond it."""
         return self._within(call, image, collect=False) if _ENFORCED.get() else call()
+
+    def timed(self, call: Callable[[], T], image: int = 0) -> T:
+        """The same for a call whose time is measured: `patiently` ends what takes too long."""
+        if not _ENFORCED.get():
+            return call()
+        _RUNNING[:] = [(self, image, time.perf_counter())]
+        try:
+            return self._within(call, image, collect=False)
+        finally:
+            _RUNNING.clear()
+
+    def _too_slow(self, most: float, to: str) -> Beyond:
+        return Beyond(
+            f"{self.what} takes over {most:.0f} s {to}, more than a network of its size should, so it was stopped."
+        )
 
     def _within(self, call: Callable[[], T], image: int, collect: bool) -> T:
         most = self.most_bytes(image)
@@ -106,10 +139,37 @@ class Bounds:
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
-            raise InputError(
+            raise Beyond(
                 f"{self.what} needs over {most / 1e6:.0f} MB of memory, more than a network of its size should or than "
                 "there are."
             ) from None
+
+
+def made_of(predict: object, call: Callable[[], T], photo: int) -> T:
+    """What is made of what a predictor said of a photograph of so many bytes, within the bounds of the stranger's file
+    that it is from, if it is from one."""
+    bounds = getattr(predict, "bounds", None)
+    return bounds.later(call, photo) if isinstance(bounds, Bounds) else call()
+
+
+_RUNNING: list[tuple[Bounds, int, float]] = []  # at most one: what is timed, its image's bytes, when it began
+
+
+def patiently(call: Callable[[], T]) -> T:
+    """What the call returns or raises, many of `Bounds.timed` within it: in a thread of its own, so that nothing is
+    done between them. Raises InputError when one of them takes too long."""
+    if not _ENFORCED.get():
+        return call()
+    context = contextvars.copy_context()
+
+    def overdue() -> Beyond | None:
+        for bounds, image, began in _RUNNING[:]:
+            most = bounds.most_seconds(image)
+            if time.perf_counter() - began > most:
+                return bounds._too_slow(most, "to run once")
+        return None
+
+    return _in_thread(lambda: context.run(call), LOOK, overdue)
 
 
 @contextmanager
@@ -146,6 +206,11 @@ def _data_pages() -> int:
 def in_time(call: Callable[[], T], seconds: float) -> T:
     """What the call returns or raises, in a thread of its own. Raises TimeoutError when it takes longer; native code
     cannot be stopped, so the thread then goes on."""
+    return _in_thread(call, max(seconds, 0.0), TimeoutError)
+
+
+def _in_thread(call: Callable[[], T], every: float, overdue: Callable[[], Exception | None]) -> T:
+    """The call in a thread of its own; `every` so many seconds `overdue` says whether to wait for it no longer."""
     returned: list[T] = []
     raised: list[BaseException] = []
     done = threading.Event()
@@ -159,8 +224,9 @@ def in_time(call: Callable[[], T], seconds: float) -> T:
             done.set()
 
     threading.Thread(target=run, name=THREAD, daemon=True).start()
-    if not done.wait(max(seconds, 0.0)):  # an interrupted `join` would take the thread for one that has ended
-        raise TimeoutError
+    while not done.wait(every):  # an interrupted `join` would take the thread for one that has ended
+        if error := overdue():
+            raise error
     if raised:
         raise raised[0]
     return returned[0]

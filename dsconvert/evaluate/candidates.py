@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -10,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 import torch
 from numpy.typing import NDArray
 
@@ -20,8 +18,10 @@ from dsconvert.evaluate.accuracy import Predictor
 from dsconvert.evaluate.bounds import Bounds
 from dsconvert.evaluate.engines import TYPES, Session, as_input, check_image_input, check_pixels, load_file, session
 from dsconvert.evaluate.masks import MaskPredictor
-from dsconvert.evaluate.predictors import float_predictor, model_predictor
-from dsconvert.export.external import check_external_data
+from dsconvert.evaluate.metadata import MAX_CLASSES, NMS_KEY, class_names, suppression
+from dsconvert.evaluate.predictors import BoundedPredictor, float_predictor, model_predictor
+from dsconvert.evaluate.trial import try_out
+from dsconvert.export.external import parsed
 from dsconvert.export.inspect import conv_weights
 from dsconvert.export.nms import Nms
 from dsconvert.export.onnx import export_float, export_quantized
@@ -29,10 +29,11 @@ from dsconvert.filekinds import CHECKPOINT, MODEL, file_kind
 from dsconvert.graph.ir import ConvParams
 from dsconvert.modelfile import load_model
 from dsconvert.yolo.checkpoint import load_checkpoint
+from dsconvert.yolo.layers import MAX_MASKS
 from dsconvert.yolo.lower import lower
 
-NMS_KEY = "dsconvert.nms"
-MAX_METADATA = 1 << 20  # characters; ten thousand class names
+MAX_NUMBERS = 5 + MAX_CLASSES + MAX_MASKS  # of a box
+MAX_PROTOTYPES = 16  # numbers of them a pixel; the published heads have two
 
 
 @dataclass(frozen=True)
@@ -137,22 +138,22 @@ def _converted(path: Path, side: int | None) -> Candidate:
 def _onnx(path: Path, side: int | None) -> Candidate:
     if not path.is_file():
         raise InputError(f"There is no ONNX file at {path}.")
-    size = check_external_data(path)
-    try:
-        weights = conv_weights(onnx.load(path, load_external_data=False))
-    except Exception:  # onnx raises many kinds on malformed files
-        raise InputError(f"{path} is not an ONNX file ONNX Runtime can run.") from None
-    running = load_file(path, torch.get_num_threads(), size)
+    given = parsed(path)
+    with refusing(f"{path} is not an ONNX file ONNX Runtime can run."):
+        weights = conv_weights(given.model)
+    try_out(path, "onnxruntime", torch.get_num_threads(), side, given.size)
+    running = load_file(path, torch.get_num_threads(), given.size)
     entries = running.inner.get_inputs()
     check_image_input(path, [e.shape for e in entries], [e.type for e in entries], side)
     entry = entries[0]
     if isinstance(entry.shape[1], int) and entry.shape[1] != 3:
         raise InputError(f"{path} takes images of {entry.shape[1]} channels, and these commands give it three.")
-    side = _side(path, entry.shape, side)
+    asked, side = side, _side(path, entry.shape, side)
     most = entry.shape[0] if isinstance(entry.shape[0], int) else 1
+    check_pixels(path, (most, 3, side, side), side if asked else None)
     kind = TYPES.get(entry.type, np.float32)
     meta = running.inner.get_modelmeta().custom_metadata_map
-    names = _names(meta.get("names", ""), path)
+    names = class_names(meta.get("names", ""), path)
     makes_masks = [len(o.shape) for o in running.inner.get_outputs()] == [3, 4]
     nc = len(names) or _classes(running, makes_masks)
     count = sum(w.count for w in weights)
@@ -165,21 +166,29 @@ def _onnx(path: Path, side: int | None) -> Candidate:
         out = _floats(path, outputs(batch)[0])
         if out.ndim == 2 and out.shape[1] == 7 and NMS_KEY in meta:
             out = _as_predictions(out[out[:, 0] == 0], len(names), path)
-        if out.ndim != 3 or out.shape[2] < 6 or (names and out.shape[2] != 5 + len(names)):
+        if not _has_boxes(out, most, side) or (names and out.shape[2] != 5 + len(names)):
             raise _other_output(path, out, names)
         return out[:1] if most > 1 else out
 
     def predict_masks(batch: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         out, protos = (_floats(path, o)[:1] for o in outputs(batch)[:2])
-        if out.ndim != 3 or protos.ndim != 4 or not protos.size or out.shape[2] != 5 + nc + protos.shape[1]:
+        whole = _has_boxes(out, 1, side) and protos.ndim == 4 and 0 < protos.size <= MAX_PROTOTYPES * side**2
+        if not whole or max(protos.shape[2:]) > side // 2 or out.shape[2] != 5 + nc + protos.shape[1]:
             raise InputError(f"{path} does not have the outputs of YOLOv5's segmentation: boxes and prototypes.")
         return out, protos
 
     bits = sum(w.bits for w in weights) / count if count else 32.0
-    limits = _limits(meta.get(NMS_KEY, ""), path)
-    made: Predictor = MaskPredictor(predict_masks, nc) if makes_masks else predict
+    limits = suppression(meta.get(NMS_KEY, ""), path)
+    bounds = running.bounds
+    made: Predictor = MaskPredictor(predict_masks, nc, bounds) if makes_masks else BoundedPredictor(predict, bounds)
     return Candidate(path, "onnx", names, side, bits, made, _once(lambda: running, side, most),
                      nc, limits, most, kind)  # fmt: skip
+
+
+def _has_boxes(out: NDArray[Any], images: int, side: int) -> bool:
+    """Whether an output has the form (images, boxes, 5 + classes), with no more boxes than the image has pixels and no
+    more classes than any file names."""
+    return out.ndim == 3 and out.shape[0] == images and out.shape[1] <= side**2 and 6 <= out.shape[2] <= MAX_NUMBERS
 
 
 def _side(path: Path, shape: Sequence[Any], asked: int | None) -> int:
@@ -237,21 +246,3 @@ def _as_predictions(found: NDArray[np.float32], nc: int, path: Path) -> NDArray[
     out[0, :, :2], out[0, :, 2:4], out[0, :, 4] = (low + high) / 2, high - low, 1
     out[0, np.arange(len(found)), 5 + found[:, 6].astype(int)] = found[:, 5]
     return out
-
-
-def _limits(text: str, path: Path) -> Nms | None:
-    """What a file that ends with non-maximum suppression keeps, from its metadata."""
-    try:
-        return Nms(**ast.literal_eval(text)) if text else None
-    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
-        raise InputError(f"The metadata of {path} says nothing readable of its non-maximum suppression.") from None
-
-
-def _names(text: str, path: Path) -> tuple[str, ...]:
-    """Class names from YOLOv5's metadata, a Python dictionary or list in text; empty when there are none."""
-    try:
-        names = ast.literal_eval(text[:MAX_METADATA]) if text else {}
-    except (ValueError, SyntaxError, MemoryError, RecursionError):
-        raise InputError(f"The metadata of {path} names no readable classes.") from None
-    values = names.values() if isinstance(names, dict) else names
-    return tuple(printable(str(n), 200) for n in values) if isinstance(names, (dict, list, tuple)) else ()

@@ -55,14 +55,19 @@ def coco_tables(
     detections: Sequence[Array], truths: Sequence[Array], shapes: Sequence[tuple[int, int]], nc: int,
     most: int = COCO_MOST,
 ) -> dict[str, Any]:  # fmt: skip
-    """The library's result: among others `precision` and `scores`, (IoU, recall level, class, area, limit), -1 for a
-    class that has no object; besides, as `best_f1`, the mean precision and recall at one confidence. Arguments and
+    """The library's result: among others `precision` and `scores`, (IoU, recall level, class, area, limit) of the
+    `classes` that have objects; besides, as `best_f1`, the mean precision and recall at one confidence. Arguments and
     error as `coco_metrics`."""
     if not sum(len(t) for t in truths):
         raise InputError("The images have no labels: there is nothing to measure accuracy against.")
     tables = tables_of(ground_truth(truths, shapes, nc), results(detections), "bbox", most)
     hits = [matched(d, t, overlaps(d[:, :4], t[:, 1:])) for d, t in zip(detections, truths, strict=True)]
-    return {**tables, "best_f1": best_f1(detections, truths, hits)}
+    return {**tables, "classes": with_objects(truths, nc), "best_f1": best_f1(detections, truths, hits)}
+
+
+def with_objects(truths: Sequence[Array], nc: int) -> list[int]:
+    """Of nc classes, those that have objects: tables of all would take gigabytes where a file has ten thousand."""
+    return sorted({int(kind) for truth in truths for kind in truth[:, 0].tolist() if kind < nc})
 
 
 def tables_of(
@@ -88,7 +93,8 @@ def metrics_of(tables: dict[str, Any], images: int) -> Metrics:
     """Metrics from `coco_tables`."""
     precision = all_areas(tables)
     present = precision[0, 0] > -1
-    per_class = {int(i): float(precision[:, :, i].mean()) for i in np.nonzero(present)[0]}
+    classes = tables["classes"]
+    per_class = {classes[i]: float(precision[:, :, i].mean()) for i in np.nonzero(present)[0]}
     map50_95, map50 = mean_precision(tables)
     p, r = tables["best_f1"]
     return Metrics(map50_95, map50, p, r, images, per_class)
@@ -114,7 +120,7 @@ def ground_truth(truths: Sequence[Array], shapes: Sequence[tuple[int, int]], nc:
     return {
         "images": images,
         "annotations": annotations,
-        "categories": [{"id": i, "name": str(i)} for i in range(nc)],
+        "categories": [{"id": i, "name": str(i)} for i in with_objects(truths, nc)],
     }
 
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 
 from dsconvert.errors import InputError
 from dsconvert.evaluate.accuracy import CONFIDENT, Predictor
+from dsconvert.evaluate.bounds import made_of
 from dsconvert.evaluate.coco import coco_metrics, overlaps
 from dsconvert.evaluate.detect import DetectOptions, Found, sort_out
 from dsconvert.yolo.boxes import LEAST
@@ -126,7 +128,10 @@ def compare(
         square, box = letterbox(image, side)
         shape = image.shape[:2]
         batch = to_tensor([square]).numpy()
-        a, b = (sort_out(predict(batch)[0], box, shape, unsure) for predict in (first, second))
+        a, b = (
+            made_of(predict, partial(sort_out, predict(batch)[0], box, shape, unsure), image.nbytes)
+            for predict in (first, second)
+        )
         every.append((a, b))
         shapes.append(shape)
     pairs = [(a[a[:, 4] > options.confidence], b[b[:, 4] > options.confidence]) for a, b in every]

@@ -27,7 +27,7 @@ def class_curves(tables: dict[str, Any]) -> dict[int, ClassCurve]:
     precision = all_areas(tables)
     present = np.nonzero(precision[0, 0] > -1)[0]
     return {
-        int(i): ClassCurve(
+        tables["classes"][i]: ClassCurve(
             float(precision[:, :, i].mean()), float(precision[0, :, i].mean()), tuple(precision[0, :, i].tolist())
         )
         for i in present

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from dsconvert.errors import InputError, Unusable
 from dsconvert.evaluate.accuracy import CONFIDENT, OVERLAP, Predictor
+from dsconvert.evaluate.bounds import made_of
 from dsconvert.evaluate.masks import PlacedMask, look
 from dsconvert.export.nms import Nms
 from dsconvert.text import printable
@@ -68,9 +69,12 @@ def find_masks(
     """The same, and the masks that a segmentation model gives them."""
     square, box = letterbox(image, side)
     predictions, masks = look(predict, to_tensor([square]).numpy())
-    found, rows = _sorted_out(predictions, box, image.shape[:2], options)
-    placed = None if masks is None else tuple(masks.placed(rows, found, box, side, image.shape[:2]))
-    return found, placed
+
+    def sorted_out() -> tuple[Found, tuple[PlacedMask, ...] | None]:
+        found, rows = _sorted_out(predictions, box, image.shape[:2], options)
+        return found, None if masks is None else tuple(masks.placed(rows, found, box, side, image.shape[:2]))
+
+    return made_of(predict, sorted_out, image.nbytes)
 
 
 def sort_out(predictions: Found, box: Letterbox, shape: tuple[int, int], options: DetectOptions) -> Found:

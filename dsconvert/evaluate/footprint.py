@@ -14,6 +14,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from dsconvert import children
 from dsconvert.errors import InputError
 from dsconvert.evaluate.bounds import enforced
 
@@ -34,8 +35,8 @@ def measure_footprint(path: Path, engine: str, threads: int, side: int | None, s
     """Load and run the model, of `size` bytes with its external data, in a fresh process. Raises InputError when that
     process cannot use it."""
     numbers = [str(n or 0) for n in (threads, side, size)]
-    command = [sys.executable, "-m", "dsconvert.evaluate.footprint", str(path), engine, *numbers]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    command = children.command("dsconvert.evaluate.footprint", path, engine, *numbers)
+    done = subprocess.run(command, env=children.environment(), capture_output=True, text=True, check=False)
     if done.returncode:
         last = (done.stderr.strip().splitlines() or [f"it ended with {done.returncode}"])[-1]
         raise InputError(f"{path} could not be measured in {engine}: {last.removesuffix('.')}.")

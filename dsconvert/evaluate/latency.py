@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from dsconvert.evaluate.bounds import patiently
+
 Times = NDArray[np.float64]  # milliseconds, one a round
 
 
@@ -48,6 +50,13 @@ def interleaved_times(
     """Time each call `runs` times, all in turn, the order rotating; fewer rounds when `most_seconds` run out.
 
     Element i of every result is from round i."""
+    return patiently(lambda: _interleaved(calls, runs, warmup, most_seconds, progress))
+
+
+def _interleaved(
+    calls: Sequence[Callable[[], object]], runs: int, warmup: int, most_seconds: float,
+    progress: Callable[[int, int], None] | None,
+) -> list[Times]:  # fmt: skip
     for call in calls:
         for _ in range(warmup):
             call()

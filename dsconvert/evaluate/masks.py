@@ -16,6 +16,7 @@ import numpy as np
 from faster_coco_eval.core import mask as rle
 from numpy.typing import NDArray
 
+from dsconvert.evaluate.bounds import Bounds
 from dsconvert.evaluate.coco import best_f1, ground_truth, matched, mean_precision, results, tables_of
 from dsconvert.yolo.images import Letterbox
 
@@ -104,10 +105,12 @@ def _placed(logits: Array, corners: Sequence[float], box: Letterbox, side: int, 
 @dataclass(frozen=True)
 class MaskPredictor:
     """A segmentation model. Called with a batch of one image it is a `Predictor`, its boxes those of a detector; `run`
-    gives them with their coefficients (1, boxes, 5 + nc + nm), and the prototypes (1, nm, h, w)."""
+    gives them with their coefficients (1, boxes, 5 + nc + nm), and the prototypes (1, nm, h, w). `bounds` are those of
+    the stranger's file that it is from."""
 
     run: Callable[[Array], tuple[Array, Array]]
     nc: int
+    bounds: Bounds | None = None
 
     def __call__(self, batch: Array) -> Array:
         return self.run(batch)[0][:, :, : 5 + self.nc]

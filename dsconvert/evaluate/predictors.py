@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
@@ -19,6 +20,17 @@ from dsconvert.graph.run import run_float
 from dsconvert.model import DSModel
 from dsconvert.yolo.decode import decode
 from dsconvert.yolo.network import Head
+
+
+@dataclass(frozen=True)
+class BoundedPredictor:
+    """A predictor from a stranger's file, and its bounds."""
+
+    run: Predictor
+    bounds: Bounds
+
+    def __call__(self, batch: NDArray[np.float32]) -> NDArray[np.float32]:
+        return self.run(batch)
 
 
 def float_predictor(

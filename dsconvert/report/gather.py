@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from numpy.typing import NDArray
 
 from dsconvert.errors import InputError
 from dsconvert.evaluate.accuracy import CONFIDENT, OVERLAP, Detections, Predictor
+from dsconvert.evaluate.bounds import made_of
 from dsconvert.evaluate.candidates import Candidate
 from dsconvert.evaluate.coco import Metrics, coco_tables, metrics_of
 from dsconvert.evaluate.compare import ScoreShift, score_shift
@@ -45,6 +45,8 @@ from dsconvert.yolo.images import letterbox, read_image, spread, to_tensor
 from dsconvert.yolo.lower import lower, split_detect
 
 WATCHED_IMAGES = 8  # that activations are looked at on
+MOST_BYTES = 16 << 20  # of quantize.json: 0.1 MB for a yolov5x
+MOST_DB, MOST_LOSS = 1e4, 1e12  # what is noted there beyond these is not shown: no fit and no training ends there
 SHOWN_LAYERS = 6  # histograms of weights, and of activations
 
 
@@ -174,16 +176,18 @@ def read_record(path: Path, provenance: Mapping[str, Any]) -> Record:
     if not path.is_file():
         return Record({}, ())
     try:
+        if path.stat().st_size > MOST_BYTES:
+            raise ValueError("size")
         noted = json.loads(path.read_bytes())
         if noted["provenance"] != dict(provenance):
             return Record({}, ())
         errors = {str(row["name"]): float(row["sqnr_db"]) for row in noted["layers"]}
         steps = tuple((float(s["step"]), float(s["loss"])) for s in noted.get("finetune") or ())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ArithmeticError, RecursionError):
         raise InputError(f"{path} is not a readable record of dsconvert quantize; remove it or make it anew.") from None
     return Record(
-        {name: db for name, db in errors.items() if math.isfinite(db)},
-        tuple(s for s in steps if all(map(math.isfinite, s))),
+        {name: db for name, db in errors.items() if abs(db) <= MOST_DB},
+        tuple(s for s in steps if all(abs(n) <= MOST_LOSS for n in s)),
     )
 
 
@@ -199,7 +203,11 @@ def _detect(given: Entrants, say: Progress) -> tuple[Detections, list[list[NDArr
 def _noting(candidate: Candidate, seen: list[NDArray[Any]]) -> Predictor:
     def predict(batch: NDArray[Any]) -> NDArray[Any]:
         raw = candidate.predict(batch)
-        seen.append(suppressed(raw[0], iou=OVERLAP, most=DetectOptions.most, best_class_only=True)[0])
+        most = DetectOptions.most
+        found = made_of(
+            candidate.predict, lambda: suppressed(raw[0], iou=OVERLAP, most=most, best_class_only=True)[0], raw.nbytes
+        )
+        seen.append(found)
         return raw
 
     return predict

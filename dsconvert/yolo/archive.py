@@ -24,12 +24,13 @@ import torch
 from torch import Tensor
 
 from dsconvert.errors import InputError
+from dsconvert.filekinds import check_ordinary
 from dsconvert.yolo.container import Legacy, Storage, Zipped, open_container
 from dsconvert.yolo.families import refuse_names, usual_name
+from dsconvert.yolo.picklestack import Stack
 from dsconvert.yolo.stored_dsconv import KINDS as DSCONV_KINDS
 
-MAX_DIMS = 8
-MAX_TUPLES = 100  # within each other; 4 in a checkpoint
+MAX_DIMS, MAX_COUNT = 8, 1 << 40  # of a tensor: its dimensions, and their product
 
 
 class Record:
@@ -172,7 +173,8 @@ class Archive:
             raise InputError(f"{self.path} is damaged: a weight's shape or place is not one.")
         last = offset + sum((n - 1) * s for n, s in zip(size, stride, strict=False))
         numel = math.prod(size)
-        if len(size) != len(stride) or numel > storage.numel or (numel and last >= storage.numel):
+        most = math.prod(max(n, 1) for n in size)  # of no numbers at all, torch multiplies the other dimensions
+        if len(size) != len(stride) or numel > storage.numel or (numel and last >= storage.numel) or most > MAX_COUNT:
             raise InputError(f"{self.path} declares larger weights than it holds.")
         data = self._numbers(storage)
         if not numel:
@@ -192,6 +194,7 @@ class Archive:
 def open_archive(path: Path) -> Iterator[Archive]:
     """Open a `.pt` of either form; its tensors can be read inside the `with`. Raises InputError, one sentence, for
     anything else."""
+    check_ordinary(path)
     try:
         stream = path.open("rb")
     except OSError as error:
@@ -217,9 +220,10 @@ def open_archive(path: Path) -> Iterator[Archive]:
 
 
 def _refuse_unknown(stream: bytes, path: Path) -> None:
-    """Raise InputError for opcodes PyTorch never writes, and for classes that are not allowed, see `families`."""
+    """Raise InputError for opcodes PyTorch never writes, for classes that are not allowed, see `families`, and for what
+    takes for ever to make, see `Stack`."""
     names: list[str] = []
-    foreign, count, tuples = False, 0, _Tuples()
+    foreign, count, stack = False, 0, Stack()
     try:
         for op, arg, _ in pickletools.genops(io.BytesIO(stream)):
             count += 1
@@ -227,7 +231,7 @@ def _refuse_unknown(stream: bytes, path: Path) -> None:
                 names.append(str(arg).replace(" ", "."))
             # the memo is an array as long as its largest index
             far = op.name.endswith("BINPUT") and isinstance(arg, int) and arg > count
-            foreign = far or op.name not in _OPCODES or tuples.after(op.name, arg) > MAX_TUPLES
+            foreign = far or op.name not in _OPCODES or not stack.bears(op.name, arg)
             if foreign:
                 break
     except Exception:
@@ -236,46 +240,9 @@ def _refuse_unknown(stream: bytes, path: Path) -> None:
     refuse_names(names, unknown, path)
     if foreign:
         raise InputError(
-            f"{path} is pickled with a protocol that PyTorch checkpoints do not use; save it again by torch.save alone."
+            f"{path} is pickled as no PyTorch checkpoint is: by another protocol, or with numbers, tuples or keys that "
+            "take for ever to read; save it again by torch.save alone."
         )
-
-
-class _Tuples:
-    """Follows a pickle's stack to know how deep tuples lie in each other: hashing a tuple descends into it without
-    any guard, so that a dictionary key of a hundred thousand nested tuples ends the process."""
-
-    def __init__(self) -> None:
-        self.stack: list[int] = []  # the depth of every item
-        self.marks: list[int] = []
-        self.memo: dict[int, int] = {}
-
-    def after(self, op: str, arg: Any) -> int:
-        """Depth of the item on top after one opcode. Raises IndexError or ValueError where items are missing."""
-        stack = self.stack
-        if op == "MARK":
-            self.marks.append(len(stack))
-        elif op.endswith("PUT"):
-            self.memo[arg] = stack[-1]
-        elif op.endswith("GET"):
-            stack.append(self.memo.get(arg, 0))
-        elif op in ("TUPLE", "APPENDS", "SETITEMS"):
-            start = self.marks.pop()
-            items = stack[start:]
-            del stack[start:]
-            if op == "TUPLE":
-                stack.append(1 + max(items, default=0))
-        elif op in _TAKES:
-            items = stack[-_TAKES[op] :]
-            del stack[-_TAKES[op] :]
-            if op not in ("APPEND", "SETITEM", "BUILD"):
-                stack.append(1 + max(items) if op.startswith("TUPLE") else 0)
-        elif op not in ("PROTO", "STOP"):
-            stack.append(0)
-        return stack[-1] if stack else 0
-
-
-_TAKES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3, "APPEND": 1, "SETITEM": 2, "BUILD": 1, "REDUCE": 2, "NEWOBJ": 2,
-          "BINPERSID": 1}  # fmt: skip
 
 
 def _whole(value: Any) -> bool:

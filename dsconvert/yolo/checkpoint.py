@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from dsconvert.errors import InputError, printable, shown
+from dsconvert.filekinds import check_ordinary
 from dsconvert.yolo import attention, ghost, segment, yolov7
 from dsconvert.yolo import modules as ours
 from dsconvert.yolo.archive import LAYERS, Archive, Record, open_archive
@@ -58,6 +59,7 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
     path = Path(path)
     if path.is_dir():
         raise InputError(f"{path} is a folder; name the checkpoint file (.pt) in it.")
+    check_ordinary(path)
     if not path.is_file():
         raise InputError(f"There is no checkpoint file at {path}.")
     with open_archive(path) as archive:

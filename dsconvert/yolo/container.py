@@ -25,6 +25,9 @@ from dsconvert.filekinds import AGAIN, CHECKPOINT, EXPORTED, LEGACY_MAGIC, SOURC
 
 MAX_PICKLE_BYTES = 2 << 20  # structure without tensors: 0.1 MB in a yolov5n, under 1 MB in a yolov5x6 with optimizer
 MAX_DIRECTORY_BYTES = 8 << 20  # the zip's table of contents: 60 kB in a yolov5n
+# what zipfile raises, beside errors of the system, for entries that are not as the table of contents says
+_DAMAGE = (zipfile.BadZipFile, zlib.error, struct.error, OSError, ValueError, OverflowError, NotImplementedError,
+           RuntimeError, EOFError)  # fmt: skip
 _LEGACY_START = LEGACY_MAGIC + b"\x80\x02M\xe9\x03."  # the magic number, and protocol 1001
 
 
@@ -57,7 +60,7 @@ class Zipped:
             raise InputError(f"{self.path} is damaged: the numbers of a weight are missing or too few.")
         try:
             return self._archive.read(entry)
-        except (zipfile.BadZipFile, zlib.error, OSError, NotImplementedError, RuntimeError, EOFError):
+        except _DAMAGE:
             raise InputError(f"{self.path} is damaged: the checksum of a weight is wrong.") from None
 
 
@@ -139,7 +142,7 @@ def _entries(stream: BinaryIO, path: Path) -> tuple[zipfile.ZipFile, dict[str, z
         if _directory_bytes(stream) > MAX_DIRECTORY_BYTES:
             raise InputError(f"{path} is a zip archive but not a PyTorch checkpoint.")
         archive = zipfile.ZipFile(stream)
-    except (zipfile.BadZipFile, struct.error, OSError, ValueError, OverflowError, NotImplementedError) as error:
+    except _DAMAGE as error:
         raise error if isinstance(error, InputError) else not_one from None
     infos = archive.infolist()
     names = [i.filename for i in infos]
@@ -200,7 +203,7 @@ def _pickle(archive: zipfile.ZipFile, entries: dict[str, zipfile.ZipInfo], path:
     try:
         order = archive.read(entries["byteorder"]) if "byteorder" in entries else b"little"
         content = archive.read(entries["data.pkl"])
-    except (zipfile.BadZipFile, zlib.error, OSError, NotImplementedError, RuntimeError, EOFError):
+    except _DAMAGE:
         raise InputError(f"{path} is damaged: its table of contents cannot be read.") from None
     if order.strip() != b"little":
         raise InputError(f"{path} was written on a big-endian machine; save it again on an ordinary one.")

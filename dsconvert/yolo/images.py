@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dsconvert.errors import InputError
-from dsconvert.yolo.cutshort import ends_early, kind_of, whole_picture
+from dsconvert.yolo.cutshort import ends_early, goes_over_itself, kind_of, whole_picture
 
 PAD_VALUE = 114  # YOLOv5's grey
 MAX_IMAGE_BYTES = 1 << 30
@@ -47,9 +47,12 @@ def read_image(path: Path) -> Image:
             raise InputError(f"{path} cannot be read: it is no ordinary file.")
         if status.st_size > MAX_IMAGE_BYTES:
             raise InputError(f"{path} is larger than any image dsconvert reads.")
-        data = np.fromfile(path, np.uint8).tobytes()
+        # the system's own files have no size, and some wait when they are read
+        data = np.fromfile(path, np.uint8).tobytes() if status.st_size else b""
     except OSError:
         raise InputError(f"{path} cannot be read.") from None
+    if goes_over_itself(data):
+        raise InputError(f"{path} is a JPEG of more scans than any camera or program writes, so it was not decoded.")
     early = ends_early(data)
     try:
         image = whole_picture(data, _decode) if early else _decode(data)

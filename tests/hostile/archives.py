@@ -42,6 +42,14 @@ def zips(good: Path) -> Iterator[Case]:
     yield Case("an encrypted pickle", patched(archive(structure, {}), b"archive/data.pkl", flags=1), DAMAGED)
     far = patched(archive(structure, {}), b"archive/data.pkl", offset=1 << 30)
     yield Case("the pickle beyond the end", far, DAMAGED)
+    for what, fields in {
+        "a longer name": {"name": 60_000}, "a name of no length": {"name": 0}, "an extra field": {"extra": 60_000},
+        "names in UTF-8": {"flags": 0x800, "first": 0xFF}, "no header": {"magic": 0},
+    }.items():  # fmt: skip
+        for entry in (b"archive/data.pkl", b"archive/data/0"):
+            yield Case(f"local header of {entry.decode()}: {what}", local(whole_of(good), entry, **fields), DAMAGED)
+    both = patched(archive(structure, {"0": bytes(64), "1": bytes(64)}), b"archive/data/1", offset=0)
+    yield Case("two entries in one place", both, "no model|" + DAMAGED)
     yield Case("a directory of 200000 entries", many_entries(200_000), STRANGE + "|zip archive but not")
     yield Case("a directory of 2^60 bytes", zip64(1 << 60, 0), "zip archive but not")
     yield Case("a directory at 2^63", zip64(46, (1 << 64) - 1), STRANGE)
@@ -62,6 +70,26 @@ def patched(data: bytes, entry: bytes, **fields: int) -> bytes:
     out = bytearray(data)
     start = data.rindex(b"PK\x01\x02", 0, data.rindex(entry))
     places = {"flags": (8, "<H"), "method": (10, "<H"), "size": (24, "<I"), "offset": (42, "<I")}
+    for field, value in fields.items():
+        place, kind = places[field]
+        struct.pack_into(kind, out, start + place, value)
+    return bytes(out)
+
+
+def whole_of(good: Path) -> bytes:
+    """The checkpoint, its folder called `archive`."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(good) as source, zipfile.ZipFile(buffer, "w") as target:
+        for info in source.infolist():
+            target.writestr("archive/" + info.filename.partition("/")[2], source.read(info))
+    return buffer.getvalue()
+
+
+def local(data: bytes, entry: bytes, **fields: int) -> bytes:
+    """The archive with some fields changed in the header before an entry's bytes, and the first letter of its name."""
+    out = bytearray(data)
+    start = data.index(entry) - 30
+    places = {"magic": (0, "<I"), "flags": (6, "<H"), "name": (26, "<H"), "extra": (28, "<H"), "first": (30, "<B")}
     for field, value in fields.items():
         place, kind = places[field]
         struct.pack_into(kind, out, start + place, value)

@@ -25,6 +25,21 @@ MEMORY = {
     "Pad": "k = Constant<value = int64[8] {0, 0, 9999, 9999, 0, 0, 9999, 9999}>() big = Pad(x, k)",
     "MatMul": "n = Constant<value = int64[2] {40000, 1}>() a = ConstantOfShape(n) b = Transpose<perm = [1, 0]>(a)"
               " big = MatMul(a, b)",
+    "outputs of a Loop": "n = Constant<value = int64 {100000}>() c = Constant<value = bool {1}>()"
+                         " big = Loop<body = b (int64 i, bool c_in) => (bool c_out, float[1, 3, 64, 64] v)"
+                         " { c_out = Identity(c_in) v = Abs(x) }>(n, c)",
+    "outputs of a Scan": "k1 = Constant<value = int64[2] {100000, 1}>()"
+                         " f = Constant<value = float[1] {1.0}>() s = Expand(f, k1)"
+                         " d = Constant<value = int64[1] {20000}>()"
+                         " big = Scan<num_scan_inputs = 1, body = b (float[1] v) => (float[20000] vv)"
+                         " { vv = Expand(v, d) }>(s)",
+    "text": "n = Constant<value = int64[1] {100000000}>() s = Constant<value_strings = [\"1\"]>()"
+            " t = Expand(s, n) big = Cast<to = 1>(t)",
+    "a sequence": "n = Constant<value = int64 {100000}>() c = Constant<value = bool {1}>() q = SequenceConstruct(x)"
+                  " z = Constant<value = int64 {0}>()"
+                  " grown = Loop<body = b (int64 i, bool c_in, seq(float[1, 3, 64, 64]) q_in)"
+                  " => (bool c_out, seq(float[1, 3, 64, 64]) q_out)"
+                  " { c_out = Identity(c_in) q_out = SequenceInsert(q_in, x) }>(n, c, q) big = SequenceAt(grown, z)",
     "many of 512 MB": "n = Constant<value = int64[1] {134217728}>() "
                       + " ".join(f"b{i} = ConstantOfShape(n)" for i in range(12))
                       + f" big = Concat<axis = 0>({', '.join(f'b{i}' for i in range(12))})",

@@ -120,7 +120,51 @@ def opcodes() -> Iterator[Case]:
     yield Case("a larger pickle", archive(HEAD + b"(" + b"}" * (3 << 20) + b"t.", {}), "larger")
     yield Case("a million tuples deep", archive(HEAD + b")" + b"\x85" * 1000000 + END, {}), PROTOCOL)
     yield Case("hash of deep tuples", archive(HEAD + b"})" + b"\x85" * 1000000 + b"Ns.", {}), PROTOCOL)
+    yield from endless()
     yield Case("a list in itself", archive(HEAD + b"]q\x00h\x00a.", {}), "list")
     for what, content in {"no stop": b"N", "nothing": b"", "no stack": b"0.", "marks": b"((((.", "setitem": b"}s.",
                           "garbage": bytes(range(256))}.items():  # fmt: skip
         yield Case(f"pickle: {what}", archive(HEAD + content, {}), f"{DAMAGED}|{PROTOCOL}")
+
+
+def endless() -> Iterator[Case]:
+    """Small pickles whose dictionaries take for ever to make: in C, where no interrupt is heard."""
+    twice = b")q\x00" + 40 * b"h\x00\x86q\x00"
+    prime = (1 << 61) - 1  # hashes of integers are their remainders
+
+    def key(made: bytes) -> bytes:
+        return HEAD + b"}" + made + b"Ns."
+
+    def keys(numbers: Iterator[int], length: int, tail: bytes = b"") -> bytes:
+        each = (b"\x8a" + bytes([length]) + n.to_bytes(length, "little", signed=True) + tail + b"N" for n in numbers)
+        return HEAD + b"}(" + b"".join(each) + b"u."
+
+    for what, content in {
+        "a key of 2^40 leaves": key(twice),
+        "a tuple of 2^40 leaves": HEAD + twice + END,
+        "a key of 3^40 leaves": key(b")q\x00" + 40 * b"h\x00h\x00\x87q\x00"),
+        "a key of 16^20 leaves": key(20 * b"(" + b")" + 20 * (b"q\x00" + 15 * b"h\x00" + b"t")),
+        "2^40 leaves in an OrderedDict": HEAD + name("collections.OrderedDict") + b")R" + twice + b"Ns.",
+        "2^40 leaves in a call": HEAD + name("__builtin__.frozenset") + twice + b"\x85R.",
+        "2^40 leaves among others": HEAD + b"}(" + text("a") + b"N" + twice + b"Nu.",
+        "a key in a key": key(b"K\x01\x85\x85"),
+        "a key of many parts": key(b"(" + 1000 * b"N" + b"t"),
+        "keys of one hash": keys((prime * (i + 1) for i in range(120_000)), 11),
+        "keys of one hash in 255 bytes": keys((prime * (i + 1) << 900 for i in range(8_000)), 255),
+        "keys of one hash in 8 bytes": keys((prime * i for i in range(-4, 5)), 8),
+        "keys of one hash in tuples": keys((prime * i for i in range(-4, 5)), 8, b"\x85"),
+        "a number of 9 bytes": HEAD + b"\x8a\x09" + (1 << 64).to_bytes(9, "little") + END,
+    }.items():
+        yield Case(f"endless: {what}", archive(content, {}), PROTOCOL)
+    numbers = HEAD + b"}(" + b"".join(b"J" + struct.pack("<i", n) + b"N" for n in range(200_000)) + b"u."
+    yield Case("200000 keys of their own hashes", archive(numbers, {}), "no model")
+    lists = HEAD + b"]q\x00" + 60 * b"](h\x00h\x00eq\x00" + END
+    yield Case("2^60 lists in lists", archive(lists, {}), "a list")
+    for what, content in {
+        "a list": b"]",
+        "a dictionary": b"}",
+        "an OrderedDict": name("collections.OrderedDict") + b")R",
+    }.items():
+        yield Case(f"for a key {what}", archive(key(content), {}), f"{DAMAGED}|{PROTOCOL}")
+    made = HEAD + b"}(" + name("datetime.date") + b"K\x01\x85RNK\x01K\x02\x86N" + text("a") + b"NNN\x88N" + b"u."
+    yield Case("keys of the usual kinds", archive(made, {}), "no model")

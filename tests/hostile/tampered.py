@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from case import EVIL_NAMES, Case
+from case import EVIL_NAMES, PROTOCOL, Case
 from forge import Forged, Obj, tensor
 
 from dsconvert.yolo.archive import Record, Storage
@@ -79,6 +79,8 @@ def numbers() -> dict[str, Change]:
         "negative variance": (values("running_var", -1.0), "negative variances"),
         "weights as large as floats": (values("conv.weight", 3e38), "becomes infinite"),
         "shape of 2^40": (weight(lambda s: tensor(s, 0, (1 << 40,), (1,))), larger),
+        "shape of no numbers and 2^183":
+            (weight(lambda s: tensor(s, 0, (0, 1 << 61, 1 << 61, 1 << 61), (1, 1, 1, 1))), larger),
         "shape of 2^62 squared": (weight(lambda s: tensor(s, 0, (1 << 61, 1 << 61), (0, 0))), larger),
         "2^40 by stride 0": (weight(lambda s: tensor(s, 0, (1 << 20, 1 << 20), (0, 0))), larger),
         "stride beyond the end": (weight(lambda s: tensor(s, 0, shape, (1 << 40, 9, 3, 1))), larger),
@@ -133,7 +135,8 @@ def networks() -> dict[str, Change]:
         "yaml: 100 of 1600 blocks": (setting("depth_multiple", 16.0), "does not match|blocks"),
         "yaml: depth infinite": (setting("depth_multiple", float("inf")), "impossible"),
         "yaml: depth NaN": (setting("depth_multiple", float("nan")), "impossible"),
-        "yaml: width 10^600": (setting("width_multiple", 10**600), "no usable"),
+        "yaml: width 10^600": (setting("width_multiple", 10**600), PROTOCOL),
+        "yaml: width 10^18": (setting("width_multiple", 10**18), "impossible"),
         "yaml: width a list of lists": (setting("width_multiple", nested(60)), "no usable"),
         "yaml: 4 image channels": (setting("ch", 4), "4 channels"),
         "yaml: 10^9 image channels": (setting("ch", 10**9), "not a number"),
@@ -190,7 +193,8 @@ def structures() -> dict[str, Change]:
 
     classes, strides, deep = "declares .* classes", "strides|do not fit", "nests its modules|more modules"
     return {
-        **{f"{n} classes": (detect("nc", n), classes) for n in (0, -1, 10001, 10**600, True, "80", None, 2.0)},
+        **{f"{n} classes": (detect("nc", n), classes) for n in (0, -1, 10001, 1 << 62, True, "80", None, 2.0)},
+        "10^600 classes": (detect("nc", 10**600), PROTOCOL),
         "10000 classes": (detect("nc", 10000), "has shape"),
         "classes of 2^60 texts": (detect("nc", nested(60)), classes),
         **{f"{n} anchors": (detect("na", n), classes) for n in (0, 10**9, "3")},
@@ -253,7 +257,7 @@ def labels() -> dict[str, Change]:
     """Class names. None of these is worth refusing a model for; none may reach a terminal as it is."""
     for_classes = {
         "escapes": list(EVIL_NAMES), "2^60 texts": nested(60), "lists of 2^60 texts": [nested(60)] * 2,
-        "itself": [itself(), itself()], "numbers": [1, 10**600], "half a surrogate": ["\ud800", "b"], "too few": ["a"],
+        "itself": [itself(), itself()], "numbers": [1, 1 << 62], "half a surrogate": ["\ud800", "b"], "too few": ["a"],
         "too many": ["a"] * 100_000, "a text": "ab", "a number": 3, "nothing": None, "long": ["a" * 1_000_000, "b"],
         "a mapping with other keys": {"a": "b", (1,): "c"}, "a mapping": {0: EVIL_NAMES[0], 1: EVIL_NAMES[1]},
     }  # fmt: skip

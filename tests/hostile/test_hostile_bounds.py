@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from conftest import HANGS, INTERRUPTED, write_pictures
 from greedy import ENDLESS, MEMORY, greedy, large_images
+from small import ENDLESS_THEN, later
 from watched import MOST_BYTES, MOST_SECONDS, dsconvert
 
 from dsconvert.errors import InputError
@@ -190,12 +191,59 @@ def test_an_endless_file_ends(work):
     )  # fmt: skip
 
 
+@pytest.mark.parametrize("command", ["bench", "eval"])
+def test_a_file_whose_tenth_run_is_endless_ends(work, command):
+    """The first runs, of the trial too, are like any other's."""
+    (work / "greedy.onnx").write_bytes(later(ENDLESS_THEN))
+    code = (
+        "import sys; from dsconvert.evaluate import bounds; bounds.BASE_SECONDS = 2.0;"
+        "from dsconvert.cli import main; main(sys.argv[1:])"
+    )
+    command = [sys.executable, "-c", code, *COMMANDS[command]]
+    command[-1] = "20" if command[-2] == "--runs" else command[-1]
+    done = subprocess.run(command, cwd=work, capture_output=True, text=True, timeout=HANGS)
+    assert done.returncode == 2, done.stderr
+    assert re.fullmatch(
+        r"Error: greedy.onnx takes over \d s to run once, more than a network of its size should, so it was "
+        r"stopped\.\n", done.stderr,
+    ), done.stderr  # fmt: skip
+
+
+def test_an_interrupt_ends_the_trial_too(work):
+    """The process that tries a file out ends with the one that began it."""
+    (work / "greedy.onnx").write_bytes(greedy(ENDLESS))
+    code = """
+import subprocess, sys
+Popen = subprocess.Popen
+class Told(Popen):
+    def __init__(self, *given, **more):
+        super().__init__(*given, **more)
+        sys.stdout.write(f"{self.pid}\\n")
+        sys.stdout.flush()
+subprocess.Popen = Told
+from dsconvert.cli import main
+main(sys.argv[1:])
+"""
+    line = [sys.executable, "-c", code, *COMMANDS["detect"]]
+    with subprocess.Popen(line, cwd=work, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as run:
+        assert run.stdout is not None
+        assert run.stderr is not None
+        child = int(run.stdout.readline())
+        run.send_signal(signal.SIGINT)
+        assert run.wait(HANGS) in INTERRUPTED, run.stderr.read()
+        assert run.stderr.read().splitlines()[-1] == "Error: Interrupted."
+    stat = Path(f"/proc/{child}/stat")
+    while stat.exists() and stat.read_text().rpartition(")")[2].split()[0] not in "ZX":  # dead, but nobody asked
+        time.sleep(0.05)
+
+
 def test_an_interrupt_reaches_even_an_endless_file(work):
     """Python does nothing of Ctrl-C while native code runs in its main thread."""
     (work / "greedy.onnx").write_bytes(greedy(ENDLESS))
     code = """
 import sys
-from dsconvert.evaluate import bounds
+from dsconvert.evaluate import bounds, candidates
+candidates.try_out = lambda *given: None
 in_time = bounds.in_time
 bounds.in_time = lambda *given: sys.stdout.write("begun\\n") and sys.stdout.flush() or in_time(*given)
 from dsconvert.cli import main

@@ -1,0 +1,83 @@
+"""Reports on files whose names and records nobody should trust."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from report_case import make_case
+from watched import dsconvert
+
+
+@pytest.fixture(scope="module")
+def case(tmp_path_factory) -> Path:
+    return make_case(tmp_path_factory.mktemp("report"))
+
+
+def report(folder: Path, model: Path) -> tuple[int, str]:
+    code, _, err = dsconvert(folder, "report", str(model), "--data", "data.yaml", "--out", "page", "--force")
+    return code, err
+
+
+@pytest.mark.parametrize("character", ["\uffff", "\ufffe", "\U0001ffff", "\x0b", "\u2028", "\ue000"])
+def test_a_name_that_is_no_text_is_no_fault(case, character):
+    """XML, which the charts are made of, has no such characters."""
+    folder = case.parents[1]
+    named = case.with_name(f"m{character}.safetensors")
+    shutil.copy(case, named)
+    code, err = report(folder, named)
+    assert code == 0, err
+
+
+def records(good: dict) -> dict[str, str]:
+    """Text by what is wrong with it, of records that belong to the model."""
+    layers, steps = good["layers"], good["finetune"]
+
+    def with_error(value: object) -> str:
+        return json.dumps({**good, "layers": [{**layers[0], "sqnr_db": value}, *layers[1:]]})
+
+    def with_step(**values: object) -> str:
+        return json.dumps({**good, "finetune": [{**steps[0], **values}, *steps[1:]]})
+
+    return {
+        "deep lists": "[" * 100_000, "deep mappings": '{"a":' * 100_000, "an error of 10^400": with_error(10**400),
+        "a step of 10^400": with_step(step=10**400), "a loss of 10^400": with_step(loss=10**400),
+        "17 MB": " " * (17 << 20) + json.dumps(good), "a list": "[]", "nothing": "", "no text": "\x00",
+        "an error of text": with_error("much"), "an error of a list": with_error([1]), "5000 digits": "1" * 5000,
+        "layers of a number": json.dumps({**good, "layers": 5}),
+    }  # fmt: skip
+
+
+def test_a_record_that_cannot_be_read_is_refused(case):
+    folder, place = case.parents[1], case.with_name("quantize.json")
+    good = place.read_text()
+    try:
+        for what, text in records(json.loads(good)).items():
+            place.write_text(text)
+            code, err = report(folder, case)
+            assert code == 2, what
+            assert err.count("\n") == 1, what
+            assert "is not a readable record of dsconvert quantize; remove it or make it anew." in err, what
+    finally:
+        place.write_text(good)
+
+
+def test_numbers_beyond_any_fit_are_not_shown(case):
+    folder, place = case.parents[1], case.with_name("quantize.json")
+    good = json.loads(place.read_text())
+    layers, steps = good["layers"], good["finetune"]
+    try:
+        for value in (1e308, -1e308, 1e39, 1e-320):
+            noted = {
+                **good, "layers": [{**layers[0], "sqnr_db": value}, *layers[1:]],
+                "finetune": [{"step": value, "loss": 1.0}, {"step": 1, "loss": value}, *steps],
+            }  # fmt: skip
+            place.write_text(json.dumps(noted))
+            code, err = report(folder, case)
+            assert code == 0, err
+            page = next((folder / "page").glob("*.html")) if (folder / "page").is_dir() else folder / "page"
+            assert "e+3" not in page.read_text()
+    finally:
+        place.write_text(json.dumps(good))
