@@ -283,8 +283,8 @@ def listed() -> Iterator[Small]:
         yield Small(f"list-{name}.txt", of(lines), commands,
                     "more than|longer than|neither")  # fmt: skip
     texts = {"nc": ("nc: 1{0}\nnames: [a]\n", "says nc"), "name": ("names: [1{0}, b]\nval: images/val\n", None)}
-    for name, (text, words) in texts.items():
-        minutes = text.format(":59" * 340_000).encode()
+    for name, (form, words) in texts.items():
+        minutes = form.format(":59" * 340_000).encode()
         yield Small(f"minutes-{name}.yaml", of(minutes), [["eval", "fine.pt", "--data", "{}", "--imgsz", "64"]], words)
     recipe = ("calib: images\nsamples: 1" + ":59" * 340_000 + "\n").encode()
     yield Small("minutes-recipe.yaml", of(recipe), [["quantize", "fine.pt", "--config", "{}"]], "YAML")
