@@ -458,6 +458,7 @@ def test_the_engine_writes_no_log_of_its_own(tmp_path, photos, capfd):
     assert capfd.readouterr() == ("", "")
 
 
+@pytest.mark.long
 def test_the_command_writes_one_file_and_says_what_it_did(tmp_path, photos, call):
     path = exported(Small(), tmp_path / "net.onnx")
     arguments = ["quantize", path, "--calib", photos, "--block-size", "4"]

@@ -269,6 +269,7 @@ def _claim(gate, results) -> None:
         results.put(end.code)
 
 
+@pytest.mark.long
 def test_several_at_once_each_have_a_folder(clips, monkeypatch):
     monkeypatch.chdir(clips)
     context = multiprocessing.get_context("spawn")

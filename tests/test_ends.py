@@ -152,6 +152,7 @@ main(sys.argv[2:])
 """
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("number", ["SIGSTOP", "SIGKILL"])
 def test_a_partner_who_stops_does_not_hold_the_other(tiny, tmp_path, number):
     write_work(tmp_path, tiny, 4)

@@ -226,8 +226,11 @@ def test_a_run_with_other_images_labels_or_classes_has_another_key(folder, chang
 
     def key() -> str:
         data = module.read_data_yaml(folder / "data.yaml")
-        photos = module.open_photos(data.train, 2, 64)
-        return module._key(folder / "m.safetensors", FinetuneOptions(folder / "data.yaml"), photos, data)
+        rules = module.label_rules(data, data.names, "the model", False)
+        photos = module.open_photos(data.images("train"), rules, 64)
+        judging = module.read_labelled(data.images("val"), rules)
+        options = FinetuneOptions(folder / "data.yaml")
+        return module._key(folder / "m.safetensors", options, photos, judging, data.names)
 
     before = key()
     assert key() == before
@@ -235,6 +238,7 @@ def test_a_run_with_other_images_labels_or_classes_has_another_key(folder, chang
     assert key() != before
 
 
+@pytest.mark.long
 def test_two_processes_learn_what_one_learns(folder):
     found = []
     for processes in (1, 2):

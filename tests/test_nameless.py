@@ -116,7 +116,7 @@ class Any(Rows):
 
 
 @pytest.mark.parametrize("name", SHAPES)
-@pytest.mark.parametrize("imgsz", [None, 64])
+@pytest.mark.parametrize("imgsz", [pytest.param(None, marks=pytest.mark.long), 64])
 def test_what_is_no_square_of_colour_is_refused_with_its_size(work, call, name, imgsz):
     shape, how, words = SHAPES[name]
     exported(Any(shape[1]), work / "net.onnx", shape, **how)

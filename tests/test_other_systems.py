@@ -60,6 +60,7 @@ COMMANDS: dict[str, tuple[str, int]] = {
 }
 
 
+@pytest.mark.long
 def test_every_command_does_its_work(work):
     """One after the other, each on what those before it made."""
     environment = {

@@ -92,6 +92,7 @@ def test_quantize_warns_where_another_scale_shows_more(photos, tmp_path, call, n
         assert re.search(words, found[0]), found[0]
 
 
+@pytest.mark.long
 def test_following_the_advice_silences_it(photos, tmp_path, call):
     exported(Detector(*BYTES), tmp_path / "net.onnx")
     line = ("quantize", "net.onnx", "--calib", photos, "--json")

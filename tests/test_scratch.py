@@ -58,7 +58,13 @@ def elsewhere(monkeypatch, tmp_path) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "no such folder"))
 
 
-@pytest.mark.parametrize("options", [("--out", "results/a.onnx"), ("--out", "results"), ("--cache", "results"), ()])
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--out", "results/a.onnx"),
+        *(pytest.param(o, marks=pytest.mark.long) for o in (("--out", "results"), ("--cache", "results"), ())),
+    ],
+)
 def test_values_wait_beside_the_result_or_in_the_cache(network, photos, call, tmp_path, monkeypatch, options):
     elsewhere(monkeypatch, tmp_path)
     (tmp_path / "results").mkdir()
@@ -98,6 +104,7 @@ def test_a_disk_without_room_for_values_is_one_sentence_that_says_how_much(
     assert sorted(p.name for p in tmp_path.iterdir()) == ["photos", "two.onnx"]
 
 
+@pytest.mark.long
 def test_values_are_read_where_files_cannot_be_mapped(network, photos, call, tmp_path, monkeypatch):
     load = np.load
 

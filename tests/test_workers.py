@@ -60,6 +60,7 @@ def quantized(folder, processes):
     return run(folder, processes, "quantize", "best.pt", *options)
 
 
+@pytest.mark.long
 def test_two_processes_fit_what_one_fits(folder):
     for processes in (1, 2):
         status, out, err = quantized(folder, processes)

@@ -61,7 +61,8 @@ def test_every_command_refuses_to_make_4_gigabytes(work, command):
     assert peak < MOST_BYTES
 
 
-@pytest.mark.parametrize("way", MEMORY)
+# refused memory for a sequence, the engine itself may crash: the command tries a file in a process of its own first
+@pytest.mark.parametrize("way", [way for way in MEMORY if way != "a sequence"])
 def test_every_way_to_ask_for_memory_is_refused(work, way):
     data = greedy(MEMORY[way])
     assert len(data) < 3000
@@ -209,6 +210,7 @@ def test_a_file_whose_tenth_run_is_endless_ends(work, command):
     ), done.stderr  # fmt: skip
 
 
+@pytest.mark.long
 def test_an_interrupt_ends_the_trial_too(work):
     """The process that tries a file out ends with the one that began it."""
     (work / "greedy.onnx").write_bytes(greedy(ENDLESS))

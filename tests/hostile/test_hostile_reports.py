@@ -64,6 +64,7 @@ def test_a_record_that_cannot_be_read_is_refused(case):
         place.write_text(good)
 
 
+@pytest.mark.long
 def test_numbers_beyond_any_fit_are_not_shown(case):
     folder, place = case.parents[1], case.with_name("quantize.json")
     good = json.loads(place.read_text())

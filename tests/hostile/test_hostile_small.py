@@ -10,10 +10,14 @@ from pathlib import Path
 
 import pytest
 from conftest import HANGS, write_pictures
-from small import KINDS, Small
+from small import KINDS, Small, holes
 from watched import MOST_BYTES, MOST_SECONDS
 
-from dsconvert.modelfile import model_bytes
+from dsconvert import filekinds
+from dsconvert.children import environment
+from dsconvert.errors import InputError
+from dsconvert.evaluate.bounds import growth
+from dsconvert.modelfile import load_model, model_bytes
 from dsconvert.yolo.checkpoint import yolov5_bytes
 
 
@@ -44,7 +48,14 @@ def wrong(small: Small, row: dict) -> list[str]:
     return found
 
 
-@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
+SLOW = ("many", "shaped", "pictured")  # more than ten seconds each
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [pytest.param(kind, marks=pytest.mark.long) if kind.__name__ in SLOW else kind for kind in KINDS],
+    ids=lambda kind: kind.__name__,
+)
 def test_a_small_file_does_not_hold_the_machine(kind, tmp_path, tiny, converted):
     write_pictures(tmp_path)
     (tmp_path / "fine.pt").write_bytes(yolov5_bytes(*tiny))
@@ -59,3 +70,27 @@ def test_a_small_file_does_not_hold_the_machine(kind, tmp_path, tiny, converted)
         print(f"{small.name} {line[0]}: {row['seconds']:.1f} s, {row['peak'] / 1e6:.0f} MB, {row['code']} {said}")
         found += [f"{small.name} {line[0]}: {what}" for what in wrong(small, row)]
     assert not found, "\n".join(found)
+
+
+def test_the_trial_imports_nothing_heavy_and_nothing_of_the_folder(tmp_path):
+    """It starts once for every file, and where a stranger's files lie."""
+    for name in ("json", "numpy", "onnxruntime", "dsconvert"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('code of the folder ran')")
+    (tmp_path / "x.onnx").write_bytes(b"")
+    probe = (
+        "import os, sys, dsconvert.evaluate.trial as t; t._main('x.onnx', 'onnxruntime', '1', '0', '0', '20');"
+        "sys.stdout.write(str('torch' in sys.modules))"
+    )
+    line = [sys.executable, "-c", probe]
+    done = subprocess.run(line, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=HANGS)
+    assert (done.returncode, done.stdout) == (0, "False"), done.stderr
+
+
+@pytest.mark.parametrize("name", ["sparse-one.safetensors", "sparse-other.safetensors"])
+def test_names_and_sizes_come_first(tmp_path, monkeypatch, name):
+    """On disks that do not say what a file holds, too."""
+    monkeypatch.setattr(filekinds, "LEAST_SPARSE", 1 << 60)
+    small = next(s for s in holes() if s.name == name)
+    small.write(tmp_path / name)
+    with growth(256 << 20), pytest.raises(InputError, match="more weights than any network has"):
+        load_model(tmp_path / name)
