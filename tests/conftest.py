@@ -50,6 +50,11 @@ HANGS = 1800  # seconds
 # Exit codes of an interrupted command, a shell's 130 both: Python ends by the signal itself where it came while a
 # library ran Python from C.
 INTERRUPTED = (130, -signal.SIGINT)
+# What a shell starts in the background ignores an interrupt, and so does every process that it starts: tests that send
+# one would wait for ever.
+for _number, _usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+    if signal.getsignal(_number) == signal.SIG_IGN:
+        signal.signal(_number, _usual)
 
 # Two C3 blocks (one with a residual), an SPPF, an upsampling and a concatenation, two detection levels.
 TINY = {
