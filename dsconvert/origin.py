@@ -2,11 +2,12 @@
 
 A model file may come from a stranger, and name any path of this machine. Without being asked, dsconvert opens such a
 path only below the model's own folder or the working directory, links followed, and the same holds for each image that
-a list or a data.yaml there names.
+a list or a data.yaml there names. A checkpoint elsewhere is opened where it has the digest that the model names.
 """
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Mapping
 from contextlib import suppress
@@ -15,6 +16,8 @@ from typing import Any
 
 from dsconvert.errors import InputError, printable
 from dsconvert.yolo.dataset import SPLITS, image_paths, is_data_yaml, read_data_yaml
+
+MOST_HASHED = 4 << 30  # bytes: no checkpoint is as large
 
 
 def is_near(path: Path, model: Path) -> bool:
@@ -47,13 +50,25 @@ def known_source(provenance: Mapping[str, Any], model: Path, ask: str) -> Path:
     source = provenance.get("source")
     if not isinstance(source, str):
         raise InputError(f"The checkpoint that {model} was converted from is not known; {ask}.")
-    if not is_near(Path(source), model):
+    if not is_near(Path(source), model) and not _is_the_one(Path(source), provenance.get("source_sha256")):
         raise _refused(model, "the checkpoint that it was converted from", source, ask)
     if not os.path.isfile(source):  # which takes what is no name for a file that is not there
         raise InputError(
             f"The checkpoint that {model} was converted from is not at {printable(source)} any more; {ask}."
         )
     return Path(source)
+
+
+def _is_the_one(path: Path, digest: object) -> bool:
+    """Whether it is an ordinary file with the very content that the model names: who knows that learns nothing from
+    its being opened. So a checkpoint of one's own may lie anywhere."""
+    try:
+        if not path.is_file() or path.stat().st_size > MOST_HASHED:
+            return False
+        with path.open("rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest() == digest
+    except (OSError, ValueError):
+        return False
 
 
 def _refused(model: Path, what: str, path: str, ask: str) -> InputError:

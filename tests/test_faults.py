@@ -65,6 +65,7 @@ def test_killed_at_any_moment_nothing_is_lost(inputs):
     script = [sys.executable, str(ROOT / "benchmarks/stress.py"), "--runs", "20", "--imgsz", "64"]
     given = ["--checkpoint", str(inputs / "best.pt"), "--data", str(inputs / "data.yaml")]
     done = subprocess.run([*script, *given], capture_output=True, text=True, timeout=HANGS, env=ENVIRONMENT)
+    assert done.stdout, done.stderr
     figures = json.loads(done.stdout)
     assert figures["problems"] == []
     assert done.returncode == 0, done.stderr

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -130,3 +132,20 @@ def test_paths_that_are_none_are_refused(calib, tmp_path):
         known_images({"options": {"calib": calib}}, tmp_path / "m.safetensors")
     with pytest.raises(InputError):
         known_source({"source": calib}, tmp_path / "m.safetensors", "")
+
+
+def test_a_checkpoint_elsewhere_is_opened_when_it_is_the_very_one(tmp_path, monkeypatch):
+    """As after `quantize ~/models/best.pt`: `eval` finds it again."""
+    (tmp_path / "far").mkdir()
+    (tmp_path / "near").mkdir()
+    monkeypatch.chdir(tmp_path / "near")
+    source, model = tmp_path / "far/best.pt", tmp_path / "near/model.safetensors"
+    source.write_bytes(b"weights")
+    digest = hashlib.sha256(b"weights").hexdigest()
+    assert known_source({"source": str(source), "source_sha256": digest}, model, "say it") == source
+    for other in (hashlib.sha256(b"others").hexdigest(), None, 5, ""):
+        with pytest.raises(InputError, match="was not opened; say it"):
+            known_source({"source": str(source), "source_sha256": other}, model, "say it")
+    os.mkfifo(tmp_path / "far/pipe")
+    with pytest.raises(InputError, match="was not opened"):
+        known_source({"source": str(tmp_path / "far/pipe"), "source_sha256": digest}, model, "say it")
