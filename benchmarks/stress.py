@@ -252,7 +252,7 @@ def judge(stage: Stage, folder: Path, tally: Tally) -> dict[str, bytes]:
     """Every file must be one of the whole ones, and none that was there may be gone. Returns what there is."""
     left = state(folder)
     for name, data in left.items():
-        if name.endswith(".part"):
+        if is_temporary(name):
             tally.left_over += 1
         elif name.endswith(KEPT) and name not in stage.before:
             tally.kept_layers += 1
@@ -262,6 +262,11 @@ def judge(stage: Stage, folder: Path, tally: Tally) -> dict[str, bytes]:
             tally.problems.append(f"{stage.name}: {name} is {len(data)} bytes of something else")
     tally.problems += [f"{stage.name}: {name} is gone" for name in stage.before if name not in left]
     return left
+
+
+def is_temporary(name: str) -> bool:
+    """Whether it is a file that was never a result: what SIGKILL ends cannot remove its own."""
+    return name.endswith(".part") or any(part.startswith(".dsconvert-") for part in Path(name).parts)
 
 
 def readable(path: Path) -> bool:
@@ -285,7 +290,7 @@ def resume(stage: Stage, folder: Path, rng: random.Random, tally: Tally) -> None
     else:
         code = finish(start([*stage.args, "--resume"], folder))
     tally.resumed += 1
-    left = {name: data for name, data in state(folder).items() if not name.endswith(".part")}
+    left = {name: data for name, data in state(folder).items() if not is_temporary(name)}
     if code or left != stage.after:
         tally.problems.append(f"{stage.name}: resumed, it ended with {code} and other files: {sorted(left)}")
 
