@@ -96,7 +96,7 @@ def test_folded_packed_graph_is_all_qlinearconv_with_the_same_integers(yolov5n, 
             wanted, found = model.convs[key].weight.merged().numpy(), weights[node.input[3]]
             if layout == "packed" and key == "model.0.conv":
                 wanted = by_quads(wanted)
-            if layout == "packed" and len(found) > len(wanted):  # 243 scores filled up to 256 with zeros
+            if layout == "packed" and len(found) > len(wanted):  # channels of zeros, for a kernel that wants them
                 assert not found[len(wanted) :].any()
                 found = found[: len(wanted)]
             assert np.array_equal(found, wanted)
