@@ -113,12 +113,14 @@ def fit_lockstep(
     """
     side, room = _Side(grid_of(graph, own) if own else {}, device), room or Room()
     values: dict[str, Kept] = {}
-    last, behind = graph.last_use(), judged(graph)
+    last, behind, readers = graph.last_use(), judged(graph), graph.consumers()
     acts = {node.name: node for node in graph.nodes if node.name in behind.values()}
     fitted: dict[str, QConv] = {}
 
     def advance(name: str, step: Callable[[Sequence[Tensor]], Tensor], sources: Sequence[Kept]) -> None:
-        """Make a value of every image, several images at a time, and keep it."""
+        """Make a value of every image, several images at a time, and keep it; none that nobody reads."""
+        if name not in readers:
+            return
 
         def one(index: int) -> Tensor:
             return step([source.get(index) for source in sources])
@@ -151,6 +153,8 @@ def fit_lockstep(
                     values.pop(name).free()
             if progress:
                 progress(place + 1, len(graph.nodes))
+    for kept in values.values():  # outputs that are read, too: `last_use` keeps them to the end
+        kept.free()
     return fitted
 
 

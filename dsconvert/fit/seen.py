@@ -89,12 +89,6 @@ class Drawn:
         """The sum of all weights."""
         return sum(float(weights.sum()) for _, weights in self.places)
 
-    def free(self) -> None:
-        """Forget the outputs."""
-        if self.kept is not None:
-            self.kept.free()
-        self.kept = None
-
 
 def check_drawn(drawn: Drawn, images: int, count: int, most: int) -> None:
     """Raises ValueError unless positions from a file can be drawn of so many in each image, at most `most`."""
