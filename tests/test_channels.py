@@ -7,7 +7,9 @@ import torch
 
 from dsconvert.dsconv.tensor import Width
 from dsconvert.fit import draws
+from dsconvert.fit import draws
 from dsconvert.fit.channels import PARTS, SHRINK, damped, is_moment, made_up_for, parts, second_moment
+from dsconvert.fit.seen import Places
 from dsconvert.fit.gptq import Moments, fit_layer, fit_weight_gptq
 from dsconvert.fit.least_squares import fit_weight
 from dsconvert.fit.lockstep import with_shifts
@@ -27,7 +29,8 @@ def moment(size: int, seed: int) -> torch.Tensor:
 
 
 def moment_of(gradient: torch.Tensor) -> torch.Tensor:
-    return second_moment(gradient, gradient.square().sum(0).sqrt(), torch.Generator().manual_seed(0))
+    weights = gradient.square().sum(0).sqrt().double()
+    return second_moment(gradient, Places(*draws.positions(weights, torch.Generator().manual_seed(0))))
 
 
 def test_a_position_counts_as_its_gradient_is_long():

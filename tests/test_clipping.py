@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dsconvert.fit.clipping import LEAST_SHARE, LEVELS, clip_effects, effect_at, levels_below
+from dsconvert.fit.clipping import LEAST_SHARE, LEVELS, clip_effects, effects_at, levels_below
 
 
 def test_effects_are_those_of_really_clipping():
@@ -37,7 +37,5 @@ def test_nothing_above_zero_costs_nothing():
 
 def test_effects_are_read_off_between_levels():
     effects = torch.arange(len(LEVELS), dtype=torch.float64)
-    assert effect_at(effects, float(LEVELS[20])) == pytest.approx(20)
-    assert effect_at(effects, float(0.75 * LEVELS[20] + 0.25 * LEVELS[21])) == pytest.approx(20.25)
-    assert effect_at(effects, 0.0) == 0
-    assert effect_at(effects, 1e9) == len(LEVELS) - 1
+    levels = torch.tensor([LEVELS[20], 0.75 * LEVELS[20] + 0.25 * LEVELS[21], 0.0, 1e9])
+    assert effects_at(effects, levels).tolist() == pytest.approx([20, 20.25, 0, len(LEVELS) - 1])

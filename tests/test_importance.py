@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 
 from dsconvert.fit import importance
 from dsconvert.fit.importance import Part, gradients, judged, measure_importance
 from dsconvert.graph.ir import INPUT, ConvParams, Graph, Node
+from dsconvert.graph.shapes import value_shapes
 from dsconvert.yolo.decode import decode, detection_measure
 from dsconvert.yolo.lower import lower, split_detect
 
@@ -68,8 +71,10 @@ def test_an_image_draws_the_same_wherever_it_is_looked_at():
     assert not torch.equal(measure(images[1:], 0).samples["a"][0], parts[1].samples["a"][0])  # draws of other images
 
 
-def test_every_second_image_stands_for_two():
+def test_thorough_images_stand_for_the_others(monkeypatch):
     """Only they have samples, and all squares are theirs; every image has positions."""
+    monkeypatch.setattr(importance, "THOROUGH", 3)
+    monkeypatch.setattr(importance, "MANY", 0)
     images = [torch.full((1, 1, 1, 2), float(i + 1)) for i in range(6)]
 
     def measure(images, first):
@@ -81,6 +86,43 @@ def test_every_second_image_stands_for_two():
     assert len(found.drawn["c"].places) == 6
     single = [measure(images[i : i + 1], i).squares["c"] for i in (0, 2, 4)]  # the draws belong to an image
     torch.testing.assert_close(found.squares["c"], 2 * torch.stack(single).sum(0))
+
+
+@pytest.mark.parametrize(("images", "apart"), [(1, 1), (63, 1), (64, 2), (128, 4), (512, 8), (1024, 11)])
+def test_more_images_are_looked_at_thoroughly_of_more(images, apart):
+    assert importance.every(images) == apart
+
+
+def test_early_layers_take_the_gradient_behind_them(tiny, picture):
+    """Its size is the same as on the whole way back where that ends; layers before it have that size, spread out."""
+    network, head = tiny
+    graph, params = split_detect(*lower(network.fuse()), head)
+    shapes = value_shapes(graph, {n: tuple(p.weight.shape) for n, p in params.items()}, tuple(picture.shape[1:]))
+    start = importance.behind_early(graph, shapes, *picture.shape[2:])
+    assert 0 < start < len(graph.nodes) // 2
+    cells = (picture.shape[2] // 8) * (picture.shape[3] // 8)
+    assert all(shapes[n.name][1] * shapes[n.name][2] > cells for n in graph.nodes[:start])
+
+    def found(start):
+        generator = torch.Generator().manual_seed(3)
+        return gradients(graph, params, picture, lambda a, b: detection_measure(a, b, head), generator, start)
+
+    whole, cut = found(0), found(start)
+    for index, node in enumerate(graph.nodes):
+        torch.testing.assert_close(cut[node.name][0], whole[node.name][0])
+        if index >= start:
+            torch.testing.assert_close(cut[node.name][1], whole[node.name][1])
+    (border,) = {name for n in graph.nodes[start:] for name in n.inputs} & {n.name for n in graph.nodes[:start]}
+    torch.testing.assert_close(cut[border][1], whole[border][1])
+    length = importance.length_of(cut[border][1])
+    first = graph.convs()[0].name
+    assert not len(cut[first][1])
+    at = partial(torch.Generator().manual_seed, 5)
+    places, outputs = importance._Look.at_gradients(graph, cut, at, 1 << 30, start).drawn[first]
+    scale = shapes[first][1] // length.shape[0]
+    spread = length.repeat_interleave(scale, 0).repeat_interleave(scale, 1)
+    torch.testing.assert_close(places.weights.float(), spread.flatten())
+    torch.testing.assert_close(outputs, whole[first][0][0].flatten(1))
 
 
 def test_any_number_of_threads_finds_the_same(tiny, picture):

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import HANGS, ROOT
+from followed import followed
 from numba import njit
 from reference import torch_loops as reference
 
@@ -21,6 +22,7 @@ from dsconvert.dsconv.tensor import DSTensor
 from dsconvert.fit import gptq, loops, trellis
 from dsconvert.fit.gptq import Moments, fit_weight_gptq
 from dsconvert.fit.least_squares import fit_weight
+from dsconvert.fit.seen import Seen
 from dsconvert.graph.integer import SIGMOID, IntegerConv, QConv, QParams, activation_table, integer_conv
 from dsconvert.graph.ir import Node
 
@@ -59,17 +61,33 @@ def same(a: torch.Tensor, b: torch.Tensor) -> bool:
 def test_following_strings(threads, bits, cho, own, ahead):
     columns, upper = (6 * randn(cho, own + ahead)).float(), factor(own + ahead).float()
     most = min(3, 64 // int(trellis.table(bits).max()))
-    tried = trellis._around(
-        torch.randint(1, most + 1, (cho,), generator=torch.Generator().manual_seed(1)).float(), most
-    )
+    suits = torch.randint(1, most + 1, (cho,), generator=torch.Generator().manual_seed(1)).float()
+    tried = reference.around(suits, most)
     state = torch.randint(256 >> bits, (cho,), generator=torch.Generator().manual_seed(2))
     after = 1 + torch.arange(cho).float() % most
     given = (columns, upper, tried.float(), after, own, state)
-    for made, wanted in zip(
-        trellis._follow(*given, trellis.Trellis.of(bits)),
-        reference.follow(*given, reference.Trellis.of(bits)),
-        strict=True,
-    ):
+    for made, wanted in zip(followed(*given, bits), reference.follow(*given, reference.Trellis.of(bits)), strict=True):
+        assert same(made.contiguous(), wanted.contiguous())
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3, 4])
+@pytest.mark.parametrize("shape", [(1,), (7, 3), (20, 5)])
+def test_the_m_that_suits_a_block(threads, bits, shape):
+    """From blocks far below the table of expected errors to blocks far above it."""
+    rms = np.exp(4 * randn(*shape, seed=3).numpy())
+    cds = np.exp(randn(shape[0], seed=4).numpy())
+    for made, wanted in zip(trellis.suited(rms, cds, bits), reference.suited(rms, cds, bits), strict=True):
+        assert made.shape == wanted.shape == rms.shape
+        assert made.tobytes() == np.ascontiguousarray(wanted).tobytes()
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3, 4])
+@pytest.mark.parametrize(("cho", "groups", "size"), [(1, 1, 8), (3, 2, 16), (33, 4, 32), (17, 9, 8)])
+def test_rounding_strings(threads, bits, cho, groups, size):
+    """Several groups, fewer and more output channels than go along the columns together."""
+    target, upper = 6 * randn(cho, groups * size).numpy(), factor(groups * size).numpy()
+    given = target, 0.5 + randn(cho, seed=5).abs().numpy(), upper, size, bits
+    for made, wanted in zip(trellis.round_strings(*given), reference.round_strings(*given), strict=True):
         assert same(made.contiguous(), wanted.contiguous())
 
 
@@ -79,6 +97,24 @@ def test_nearest_strings(threads, bits, shape):
     wanted, m = (4 * randn(*shape)).float(), (1 + randn(*shape, seed=1).abs()).float()
     made = trellis.nearest_values(wanted, m, trellis.Trellis.of(bits))
     assert all(map(same, made, reference.nearest_values(wanted, m, reference.Trellis.of(bits))))
+
+
+@pytest.mark.parametrize(("kernel", "stride", "padding", "dilation"), [
+    ((1, 1), 1, 0, 1), ((3, 3), 1, 1, 1), ((3, 3), 2, 1, 1), ((3, 5), 2, 2, 2), ((6, 6), 2, 2, 1)
+])  # fmt: skip
+def test_gathering_columns(kernel, stride, padding, dilation):
+    """At every position, around the edges too, and at some of them more than once."""
+    node = Node("a", "conv", ("x",), {"stride": stride, "padding": padding, "dilation": dilation, "groups": 1})
+    x = torch.randint(256, (3, 17, 19), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    high, wide = ((n + 2 * padding - dilation * (k - 1) - 1) // stride + 1 for n, k in zip((17, 19), kernel, strict=True))
+    picks = torch.cat((torch.arange(high * wide), torch.tensor([3, 3, 0])))
+    seen = Seen(x, torch.empty(0, len(picks)), picks, torch.ones(len(picks)), QParams(0.125, 77))
+    size = 3 * kernel[0] * kernel[1]
+    offset, root = randn(size).float(), randn(len(picks), seed=1).abs().float()
+    found = torch.empty(size + 1, len(picks))
+    gptq.unfold(node, kernel, seen, offset, root, found[:size])
+    wanted = seen.real(gptq.unfolded(x, 77, kernel, node, picks)).sub_(offset[:, None]).mul_(root)
+    assert same(found[:size].contiguous(), wanted)
 
 
 @pytest.mark.parametrize("bits", range(2, 9))
@@ -114,14 +150,10 @@ def test_whole_layers(monkeypatch, threads, bits, block, along, shape):
         made = fit_weight_gptq(weight, moments, bits, block, channels, along)
         with monkeypatch.context() as patched:
             patched.setattr(gptq, "_round_group", reference.round_group)
-            patched.setattr(trellis, "_follow", _reference_follow)
+            patched.setattr(gptq, "round_strings", reference.round_strings)
             patched.setattr(trellis, "nearest_values", _reference_nearest)
             wanted = fit_weight_gptq(weight, moments, bits, block, channels, along)
         _assert_same(made, wanted)
-
-
-def _reference_follow(*given):
-    return reference.follow(*given[:-1], reference.Trellis.of(given[-1].bits))
 
 
 def _reference_nearest(wanted, m, given):
@@ -145,7 +177,7 @@ def test_several_python_threads_may_use_the_loops_at_once():
             assert all(map(np.array_equal, made, alone))
 
 
-@pytest.mark.parametrize("name", ["follow", "nearest_windows", "round_columns"])
+@pytest.mark.parametrize("name", ["follow", "nearest_windows", "round_columns", "round_strings", "suit"])
 def test_no_float_operations_are_joined_or_reordered(name):
     """LLVM may do either only where an operation is marked so. What comes from a cache cannot be looked at."""
     loop = getattr(loops, name)
@@ -153,7 +185,7 @@ def test_no_float_operations_are_joined_or_reordered(name):
     floats = [line for line in text.splitlines() if re.search(r" = f(add|sub|mul|div)\b", line)]
     assert floats
     assert not [line for line in floats if re.search(r"\b(fast|contract|reassoc|arcp)\b", line)]
-    assert ("llvm.fma" in text) == (name == "follow")
+    assert ("llvm.fma" in text) == (name in ("follow", "round_strings"))
 
 
 # what every run of it must print: integers, m and errors of a small group, and windows of strings

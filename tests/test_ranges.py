@@ -10,7 +10,8 @@ from torch.nn import functional as F
 from dsconvert.calibration import sure_scores
 from dsconvert.fit.clipping import LEVELS
 from dsconvert.fit.importance import measure_importance
-from dsconvert.fit.ranges import HIGHS, Seen, best_range, choose_grids, least, on_grids, share_grids
+from dsconvert.fit import loops
+from dsconvert.fit.ranges import HIGHS, Seen, best_range, choose_grids, grids_of, least, share_grids
 from dsconvert.graph.integer import QParams, grid_of
 from dsconvert.graph.ir import INPUT, Graph, Node
 from dsconvert.yolo.lower import lower, split_detect
@@ -45,7 +46,17 @@ def test_several_grids_at_once_are_each_its_own():
     values = torch.randn(1000, generator=torch.Generator().manual_seed(0))
     ends = [(-0.7, 1.3), (-3.0, 2.0), (0.0, 0.1)]
     grids = [QParams.of_range(*both) for both in ends]
-    assert torch.equal(on_grids(values, ends), torch.stack([g.dequantize(g.quantize(values)) for g in grids]))
+    scales, zeros, tables = grids_of(ends)
+    for table, grid in zip(tables, grids, strict=True):
+        assert torch.equal(table, grid.dequantize(torch.arange(256.0)))
+    # by the compiled loop, with a weight for each value, those above each grid's end left out
+    weights, highs = values.square(), torch.tensor([hi for _, hi in ends])
+    found = torch.empty(3, dtype=torch.float64)
+    given = (values, values.sin(), weights, scales, zeros, highs, tables.sin(), found)
+    loops.grid_errors(*(x.numpy() for x in given))
+    for error, grid, high in zip(found.tolist(), grids, highs, strict=True):
+        off = (grid.dequantize(grid.quantize(values)).sin() - values.sin()).square() * weights
+        assert error == pytest.approx(float(off[values <= high].double().sum()), rel=1e-6)  # products in float32
     assert least(ends, lambda given: [2.0, 1.0, 1.0][: len(given)]) == ends[1]
 
 

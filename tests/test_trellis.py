@@ -6,12 +6,13 @@ from itertools import product
 import numpy as np
 import pytest
 import torch
+from followed import followed
 
 from dsconvert.dsconv import trellis
 from dsconvert.dsconv.tensor import DSTensor, Width, largest_pair, max_multiplier, used_width
 from dsconvert.fit.gptq import Moments, fit_weight_gptq
 from dsconvert.fit.least_squares import fit_weight
-from dsconvert.fit.trellis import Trellis, _follow, expected, nearest_values, noise, round_strings, suited
+from dsconvert.fit.trellis import Trellis, expected, nearest_values, noise, round_strings, suited
 from dsconvert.graph.integer import QConv
 
 BITS = [1, 2, 3, 4]
@@ -79,7 +80,7 @@ def test_a_group_is_rounded_to_little_more_than_the_least_error_under_h(bits, le
     upper = torch.linalg.cholesky(torch.from_numpy(np.linalg.inv(h)), upper=True).float()
     w, tried = 6 * randn(6, length, seed=6), torch.tensor([[1.0, 2.0, 3.0]]).expand(6, 3)
     start = torch.zeros(6, dtype=torch.int64)
-    m, windows = _follow(w, upper, tried, tried[:, 0], length, start, Trellis.of(bits))
+    m, windows = followed(w, upper, tried, tried[:, 0], length, start, bits)
     _, every = every_string(bits, length)
     found = Trellis.of(bits).values.flatten()[windows].numpy() * m.numpy()[:, None]
     hits = 0

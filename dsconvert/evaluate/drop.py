@@ -21,7 +21,7 @@ from dsconvert.yolo.dataset import is_data_yaml, read_data_yaml
 from dsconvert.yolo.images import spread
 from dsconvert.yolo.labels import Labelled, LabelRules, label_files, read_labelled
 
-SCORED = 16  # calibration images on which scores are compared
+SCORED = 8  # calibration images on which scores are compared
 UNSURE = 0.05  # what scores less counts as nothing
 
 

@@ -31,13 +31,16 @@ def allocate(options: Mapping[str, Sequence[Choice]], budget: int) -> dict[str, 
     best = np.zeros(room + 1)  # least damage with at most that much room, over the layers so far
     picks: list[np.ndarray] = []
     for choices in options.values():
-        totals = np.full((len(choices), room + 1), np.inf)
+        least, pick = np.full(room + 1, np.inf), np.zeros(room + 1, np.uint8)
         for i, c in enumerate(choices):
             size = -(-c.size // unit)
             if size <= room:
-                totals[i, size:] = best[: room + 1 - size] + c.damage
-        picks.append(totals.argmin(0).astype(np.uint8))
-        best = totals.min(0)
+                total = best[: room + 1 - size] + c.damage
+                better = total < least[size:]
+                least[size:][better] = total[better]
+                pick[size:][better] = i
+        picks.append(pick)
+        best = least
     if not np.isfinite(best[room]):
         smallest = sum(min(c.size for c in choices) for choices in options.values())
         raise ValueError(f"the layers need at least {smallest} bytes, {budget} are allowed")

@@ -12,18 +12,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dsconvert.fit import draws
+from dsconvert.fit.seen import Places
 
 SHRINK = 0.1  # of G's off-diagonal part: what a hundred images say of it is not exact
 PARTS = 16  # runs of channels decided together: a layer of few channels is early, and matters most
 
 
-def second_moment(gradient: Tensor, length: Tensor, generator: torch.Generator) -> Tensor:
-    """Sum over positions of g g^T / |g| for g (cho, positions) of length |g|, float64 on CPU: every position counts as
-    `positions` of `importance` has it, which is |g|. Of many positions a draw by |g| stands for all."""
-    picks, weights = draws.positions(length.double().cpu(), generator)
-    g = gradient[:, picks.to(gradient.device)] / length[picks].clamp_min(1e-30)
-    g = g * weights.sqrt().to(g)
+def second_moment(gradient: Tensor, places: Places) -> Tensor:
+    """Sum over positions of g g^T / |g| for g (cho, positions), float64 on CPU, from the places drawn by |g|: every
+    position counts as `drawn` of `importance` has it, which is |g|."""
+    g = gradient[:, places.picks.to(gradient.device)]
+    g = g / torch.linalg.vector_norm(g, dim=0).clamp_min(1e-30) * places.weights.sqrt().to(g)
     return gram(g).double().cpu()
 
 

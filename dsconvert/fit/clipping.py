@@ -46,10 +46,6 @@ def levels_below(values: NDArray[np.float32]) -> NDArray[np.int32]:
     return np.clip((values.view(np.int32) - 1 >> SHIFT) - FIRST, 0, COUNT)
 
 
-def effect_at(effects: Tensor, level: float) -> float:
-    """Effects by LEVELS, read off at any level (linear from each to the next)."""
-    fraction, exponent = math.frexp(max(level, 1e-30))
-    at = (exponent - 1 - LOWEST + 2 * fraction - 1) * PER_OCTAVE
-    below = min(max(math.floor(at), 0), len(effects) - 2)
-    share = min(max(at - below, 0.0), 1.0)
-    return float(effects[below] * (1 - share) + effects[below + 1] * share)
+def effects_at(effects: Tensor, levels: Tensor) -> NDArray[np.float64]:
+    """Effects by LEVELS, read off at any levels (linear from each to the next, and beyond the ends what they have)."""
+    return np.interp(levels.double().numpy(), LEVELS.numpy(), effects.numpy())

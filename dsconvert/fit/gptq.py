@@ -83,17 +83,16 @@ def measure_moments(node: Node, weight_shape: torch.Size, images: Iterable[Seen]
     sums, total = torch.zeros(size + weight_shape[0], dtype=torch.float64), torch.zeros((), dtype=torch.float64)
     runs = batched(images, TOGETHER)
     first = next(runs, None)
-    offset: Tensor | None = None
+    offset = torch.zeros(size + weight_shape[0])
     if first is not None:  # float32 would lose what varies little around much; the same offset in all processes
-        both, w = _columns(node, kernel, first)
-        mean = (both @ w) / w.sum().clamp_min(1e-30)
-        offset = workers.gathered(mean.cpu())[0].to(mean)
+        w = torch.cat([seen.weights for seen in first])
+        mean = (_columns(node, kernel, first, offset, torch.ones_like(w)) @ w) / w.sum().clamp_min(1e-30)
+        offset = workers.gathered(mean)[0]
 
     def products(run: Sequence[Seen]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        assert offset is not None
-        both, w = _columns(node, kernel, run)
+        w = torch.cat([seen.weights for seen in run])
         root = w.sqrt()
-        both.sub_(offset[:, None]).mul_(root)
+        both = _columns(node, kernel, run, offset, root)
         return gram(both[:size]).cpu(), (both[size:] @ both[:size].T).cpu(), (both @ root).cpu(), w.double().sum().cpu()
 
     for found in in_order(products, chain([first] if first is not None else [], runs)):
@@ -102,21 +101,41 @@ def measure_moments(node: Node, weight_shape: torch.Size, images: Iterable[Seen]
     hessian, cross, sums, total = (workers.summed(t) for t in (hessian, cross, sums, total))
     left = sums / total
     left_q, left_y = left.split((size, weight_shape[0]))
-    means = left if offset is None else left + offset.double().cpu()
+    means = left + offset.double()
     return Moments(
         hessian / total - torch.outer(left_q, left_q), cross / total - torch.outer(left_y, left_q),
         *means.split((size, weight_shape[0])),
     )  # fmt: skip
 
 
-def _columns(node: Node, kernel: tuple[int, ...], run: Sequence[Seen]) -> tuple[Tensor, Tensor]:
-    """Unfolded inputs above float outputs (K + cho, positions) of some images, float32, and the positions' weights."""
-    columns, counts = [], []
+def _columns(node: Node, kernel: tuple[int, ...], run: Sequence[Seen], offset: Tensor, root: Tensor) -> Tensor:
+    """Unfolded inputs above float outputs of some images, float32: (K + cho, positions), less offset (K + cho,), times
+    root (positions,)."""
+    columns = torch.empty(len(offset), len(root))
+    size, end = len(offset) - len(run[0].float_output), 0
     for seen in run:
-        taken = seen.real(unfolded(seen.input, seen.zero, kernel, node, seen.picks.to(seen.input.device)))
-        columns.append(torch.cat((taken, seen.float_output.to(taken))))
-        counts.append(seen.weights.to(taken))
-    return torch.cat(columns, 1), torch.cat(counts)
+        start, end = end, end + len(seen.picks)
+        unfold(node, kernel, seen, offset[:size], root[start:end], columns[:size, start:end])
+        outputs = columns[size:, start:end].copy_(seen.float_output)
+        outputs.sub_(offset[size:, None]).mul_(root[start:end])
+    return columns
+
+
+def unfold(node: Node, kernel: tuple[int, ...], seen: Seen, offset: Tensor, root: Tensor, found: Tensor) -> None:
+    """found (K, p) gets the unfolded input at an image's positions, real, less offset (K,), times root (p,)."""
+    x = seen.input
+    if x.dtype != torch.uint8 or x.device.type != "cpu":
+        found.copy_(seen.real(unfolded(x, seen.zero, kernel, node, seen.picks.to(x.device))))
+        found.sub_(offset[:, None]).mul_(root)
+        return
+    from dsconvert.fit import loops  # numba takes a while to load
+
+    a = node.attrs
+    width = (x.shape[2] + 2 * a["padding"] - a["dilation"] * (kernel[1] - 1) - 1) // a["stride"] + 1
+    places = ((p * a["stride"] - a["padding"]).numpy() for p in (seen.picks // width, seen.picks % width))
+    grid = (float(seen.grid.zero_point), seen.grid.scale) if seen.grid else (0.0, 1.0)
+    given = *places, *kernel, a["dilation"], *grid, offset.numpy(), root.numpy()
+    loops.gather(x.contiguous().numpy(), *given, found.numpy())
 
 
 def unfolded(x: Tensor, zero: int, kernel: tuple[int, ...], node: Node, picks: Tensor) -> Tensor:

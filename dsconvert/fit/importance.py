@@ -14,6 +14,7 @@ from functools import partial
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from dsconvert import workers
 from dsconvert.fit import draws
@@ -26,15 +27,18 @@ from dsconvert.fit.threads import in_order
 from dsconvert.graph.integer import keeps_grid
 from dsconvert.graph.ir import INPUT, ConvParams, Graph, Node
 from dsconvert.graph.run import execute, float_step
+from dsconvert.graph.shapes import value_shapes
 
 SAMPLES_PER_IMAGE = 1024
 FEWEST_SAMPLES = 64  # of an image, and two extremes besides
 SAMPLES = 1 << 16  # of a value over all images, as far as FEWEST_SAMPLES allow
-SEARCHED = 8192  # values of a map that samples are drawn from
-EVERY = 2  # of so many images one is looked at thoroughly: it has samples, and says what widths and clipping cost
+SEARCHED = 4096  # values of a map that samples are drawn from
+THOROUGH = 32  # images at least are looked at thoroughly, as far as there are as many
+MANY = 8.0  # of n images the root of MANY n at least
+EARLY = 8  # maps finer than a cell of so many pixels are early: see `Look`
 # (raw maps, the float network's raw maps, which give the constants) -> numbers whose squared change is the damage
 Measure = Callable[[list[Tensor], list[Tensor]], list[Tensor]]
-Found = dict[str, tuple[Tensor, Tensor]]  # value name -> the value, and its gradient
+Found = dict[str, tuple[Tensor, Tensor]]  # value name -> the value, and its gradient (empty where it is not known)
 
 
 @dataclass(frozen=True)
@@ -48,14 +52,21 @@ class Part:
 
 @dataclass(frozen=True)
 class Importance:
-    """samples: value name -> (values of every EVERYth image, their weights), both (k,). drawn: convolution name ->
-    positions drawn from each image by their weights, the root of the squared gradients summed over channels; evenly
-    where nothing depends on the layer. channels: for all others the second moment (cho, cho) of the gradients of their
-    output channels (see `fit.channels`). squares: for the convolutions that were asked for, the squared gradients of
-    the weight (see `fit.sensitivity`), summed over all images, as every EVERYth has them. clipping: the squared
-    effects of cutting a value at each of `clipping.LEVELS`, over the images of `samples`, by value name, for values
-    that `samples` judges where they are. Of several processes all have the same, but for what is drawn from their
-    images."""
+    """What all images say together. Of several processes all have the same, but for what is drawn from their images.
+
+    One image of `every` is looked at thoroughly. The others give positions alone, and those of early layers by the
+    gradient behind these layers: their maps are large, and going back through them takes longer than all the rest.
+
+    samples: value name -> (values of the thorough images, their weights), both (k,).
+    drawn: convolution name -> positions drawn from each image by their weights, the root of the squared gradients
+        summed over channels; evenly where nothing depends on the layer.
+    channels: for all others the second moment (cho, cho) of the gradients of their output channels over the thorough
+        images (see `fit.channels`).
+    squares: for the convolutions that were asked for, the squared gradients of the weight (see `fit.sensitivity`),
+        summed over the thorough images, and as many times as those stand for others.
+    clipping: the squared effects of cutting a value at each of `clipping.LEVELS`, over the thorough images, by value
+        name, for values that `samples` judges where they are.
+    """
 
     samples: Mapping[str, tuple[Tensor, Tensor]]
     drawn: Mapping[str, Drawn]
@@ -64,17 +75,38 @@ class Importance:
     clipping: Mapping[str, Tensor]
 
 
+def every(images: int) -> int:
+    """One of so many is looked at thoroughly."""
+    return max(1, int(images // max(THOROUGH, (MANY * images) ** 0.5)))
+
+
+def behind_early(graph: Graph, shapes: Mapping[str, Sequence[int]], high: int, wide: int) -> int:
+    """The place of the first node behind the early ones, for images of that size and the shapes of their values."""
+    most = (high // EARLY) * (wide // EARLY)
+    return next((i for i, n in enumerate(graph.nodes) if shapes[n.name][1] * shapes[n.name][2] <= most), 0)
+
+
 def gradients(
-    graph: Graph, params: Mapping[str, ConvParams], x: Tensor, measure: Measure, generator: torch.Generator
+    graph: Graph,
+    params: Mapping[str, ConvParams],
+    x: Tensor,
+    measure: Measure,
+    generator: torch.Generator,
+    start: int = 0,
 ) -> Found:
-    """Every value of the float network on batch x (n, 3, h, w), and the gradient g of the module's docstring."""
+    """Every value of the float network on batch x (n, 3, h, w), and the gradient g of the module's docstring. Of the
+    nodes before `start` only those have one that later nodes read, and it is what comes through these alone."""
     values: dict[str, Tensor] = {}
     found: dict[str, Tensor] = {}
+    late = {node.name for node in graph.nodes[start:]}
+    wanted = late | {name for node in graph.nodes[start:] for name in node.inputs if name != INPUT}
 
     def step(node: Node, inputs: list[Tensor]) -> Tensor:
-        value = float_step(node, inputs, params)
-        value.requires_grad_(True)  # the image's own gradient, which nobody asks for, is not computed
-        value.register_hook(partial(found.__setitem__, node.name))  # no copy, unlike retain_grad
+        with torch.set_grad_enabled(node.name in late):
+            value = float_step(node, inputs, params)
+        if node.name in wanted:
+            value.requires_grad_(True)  # the image's own gradient, which nobody asks for, is not computed
+            value.register_hook(partial(found.__setitem__, node.name))  # no copy, unlike retain_grad
         values[node.name] = value
         return value
 
@@ -85,7 +117,11 @@ def gradients(
         for v in measured:
             total = total + (v * _signs(v, generator)).sum()
         total.backward()
-    return {name: (v.detach(), found[name] if name in found else torch.zeros_like(v)) for name, v in values.items()}
+
+    def gradient(name: str, value: Tensor) -> Tensor:
+        return found[name] if name in found else torch.zeros_like(value if name in wanted else value[:0])
+
+    return {name: (v.detach(), gradient(name, v)) for name, v in values.items()}
 
 
 def _signs(like: Tensor, generator: torch.Generator) -> Tensor:
@@ -115,23 +151,27 @@ def measure_importance(
         part = Part(0, len(images), len(images))
     samples: dict[str, list[tuple[Tensor, Tensor]]] = {n.name: [] for n in graph.nodes if not keeps_grid(n.op)}
     drawn = {n.name: Drawn(room or Room(), part.mine) for n in graph.convs()}
+    apart = every(part.all)
     # each image gives fewer samples where there are many
-    each = max(FEWEST_SAMPLES, min(SAMPLES_PER_IMAGE, SAMPLES * EVERY // part.all))
+    each = max(FEWEST_SAMPLES, min(SAMPLES_PER_IMAGE, SAMPLES * apart // part.all))
     most = draws.positions_each(part.all)
     sizes = {name: len(p.weight) for name, p in params.items()}
+    shapes = {name: tuple(p.weight.shape) for name, p in params.items()}
     channels = {n.name: torch.zeros(sizes[n.name], sizes[n.name], dtype=torch.float64) for n in graph.convs()}
-    squares = {name: torch.zeros(params[name].weight.shape) for name in chosen}
+    squares = {name: torch.zeros(shapes[name]) for name in chosen}
     behind = judged(graph)
     clipping = {name: torch.zeros_like(LEVELS) for name in samples if name not in behind}
     looked = torch.zeros(2, dtype=torch.float64)  # images, and those that were looked at thoroughly
 
     def look(numbered: tuple[int, Tensor]) -> _Look:
         index, image = numbered
-        generator = draws.of_image(seed, index)
+        generator, at = draws.of_image(seed, index), partial(draws.of_image, seed, index)
+        if index % apart:
+            start = behind_early(graph, value_shapes(graph, shapes, tuple(image.shape[1:])), *image.shape[2:])
+            found = gradients(graph, params, image, measure, generator, start)
+            return _Look.at_gradients(graph, found, at, most, start)
         found = gradients(graph, params, image, measure, generator)
-        made = _Look.at_gradients(graph, found, generator, partial(draws.of_image, seed, index), most)
-        if index % EVERY:
-            return made
+        made = _Look.at_gradients(graph, found, at, most)
         return made.thoroughly(graph, params, image, found, clipping, chosen, generator, each)
 
     for index, look_at in enumerate(in_order(look, enumerate(images, part.first))):
@@ -140,7 +180,8 @@ def measure_importance(
             places, outputs = look_at.drawn[name]
             taken.put(places)
             taken.put_outputs(index, outputs)
-            channels[name] += look_at.channels[name]
+        for name, moment in look_at.channels.items():
+            channels[name] += moment
         for name, pair in look_at.samples.items():
             samples[name].append(pair)
         for name, effects in look_at.clipping.items():
@@ -151,7 +192,7 @@ def measure_importance(
     counts = workers.summed(torch.tensor([taken.total() for taken in drawn.values()], dtype=torch.float64))
     for taken, count in zip(drawn.values(), counts, strict=True):
         taken.even = not count
-    every, some = workers.summed(looked).tolist()
+    all_images, some = workers.summed(looked).tolist()
 
     def joined(parts: list[Tensor]) -> Tensor:
         # a process may have none of the images that are looked at
@@ -161,37 +202,42 @@ def measure_importance(
         {name: (joined([v for v, _ in s]), joined([w for _, w in s])) for name, s in samples.items()},
         drawn,
         {name: workers.summed(c).float() for (name, c), count in zip(channels.items(), counts, strict=True) if count},
-        {name: workers.summed(square) * (every / some) for name, square in squares.items()},
+        {name: workers.summed(square) * (all_images / some) for name, square in squares.items()},
         {name: workers.summed(effects) for name, effects in clipping.items()},
     )
 
 
 @dataclass(frozen=True)
 class _Look:
-    """What one image adds to each part of `Importance`; to the last three only when it is looked at thoroughly."""
+    """What one image adds to each part of `Importance`; to all but the first only when it is looked at thoroughly."""
 
     drawn: Mapping[str, tuple[Places, Tensor]]  # and the outputs there
-    channels: Mapping[str, Tensor]
+    channels: Mapping[str, Tensor] = field(default_factory=dict)
     samples: Mapping[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     clipping: Mapping[str, Tensor] = field(default_factory=dict)
     squares: Mapping[str, Tensor] = field(default_factory=dict)
 
     @staticmethod
     def at_gradients(
-        graph: Graph, found: Found, generator: torch.Generator, places: Callable[[], torch.Generator], most: int
+        graph: Graph, found: Found, places: Callable[[], torch.Generator], most: int, start: int = 0
     ) -> _Look:
         """What every image tells, from its values and gradients: at `most` positions of each layer, drawn by a
-        generator from `places`."""
-        drawn, channels = {}, {}
+        generator from `places`. Of layers before `start` those without a gradient take that of what later ones read."""
+        drawn: dict[str, tuple[Places, Tensor]] = {}
+        passed = [length_of(g) for _, g in (found[node.name] for node in graph.nodes[:start]) if len(g)]
         for node in graph.convs():
-            value, gradient = (t[0].flatten(1) for t in found[node.name])
-            length = gradient.square().sum(0).sqrt()
-            weights = length.double().cpu()
+            value, gradient = found[node.name]
+            if len(gradient):
+                length = length_of(gradient)
+            else:
+                length = torch.stack([F.interpolate(p[None, None], value.shape[2:])[0, 0] for p in passed])
+                length = length.square().sum(0).sqrt()
+            weights = length.flatten().double()
             counts_at_all = bool(weights.any())
             picks, counts = draws.positions(weights if counts_at_all else torch.ones_like(weights), places(), most)
-            drawn[node.name] = Places(picks, counts * counts_at_all), value[:, picks.to(value.device)].cpu()
-            channels[node.name] = second_moment(gradient, length, generator)
-        return _Look(drawn, channels)
+            outputs = value[0].flatten(1)[:, picks.to(value.device)].cpu()
+            drawn[node.name] = Places(picks, counts * counts_at_all), outputs
+        return _Look(drawn)
 
     def thoroughly(
         self,
@@ -204,19 +250,30 @@ class _Look:
         generator: torch.Generator,
         each: int,
     ) -> _Look:
-        """And the rest: `each` samples of a value, clipping of the `clipped` ones, squares of the `chosen`
-        convolutions."""
+        """And the rest: how output channels go together, `each` samples of a value, clipping of the `clipped` ones,
+        squares of the `chosen` convolutions."""
         behind = judged(graph)
         names = [n.name for n in graph.nodes if not keeps_grid(n.op)]
         samples = {name: _sample(found[name][0], found[behind.get(name, name)][1], generator, each) for name in names}
-        squares = {}
+        squares, channels = {}, {}
         for node in graph.convs():
+            gradient = found[node.name][1]
+            channels[node.name] = second_moment(gradient[0].flatten(1), self.drawn[node.name][0])
             if node.name in chosen:
                 x = image if node.inputs[0] == INPUT else found[node.inputs[0]][0]
                 shape = params[node.name].weight.shape
-                squares[node.name] = squared_gradient(node, x, found[node.name][1], shape).cpu()
+                squares[node.name] = squared_gradient(node, x, gradient, shape).cpu()
         clipping = {name: clip_effects(*found[name]) for name in clipped}
-        return _Look(self.drawn, self.channels, samples, clipping, squares)
+        return _Look(self.drawn, channels, samples, clipping, squares)
+
+
+def length_of(gradient: Tensor) -> Tensor:
+    """|g| at every position: (1, c, h, w) -> (h, w), on CPU."""
+    from dsconvert.fit import loops  # numba takes a while to load
+
+    found = torch.empty(gradient.shape[2:])
+    loops.lengths(gradient[0].flatten(1).cpu().contiguous().numpy(), found.flatten().numpy())
+    return found
 
 
 def judged(graph: Graph) -> dict[str, str]:

@@ -25,7 +25,7 @@ from dsconvert.fit.threads import in_order, threads_for
 from dsconvert.graph.ir import INPUT, ConvParams, Graph, Node
 from dsconvert.graph.run import float_step
 
-IMAGES = 32  # looked at, evenly spread
+IMAGES = 16  # looked at, evenly spread
 
 
 class Left(NamedTuple):

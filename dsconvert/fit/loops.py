@@ -143,6 +143,96 @@ def follow(first, last, columns, upper, tried, after, own, state, values, bits, 
                         windows[row, j] = w
 
 
+@compiled("void(i8, i8, f8[:,::1], f8[::1], i8, f8[::1], f8[::1], f8[:,::1], f8[:,::1])")
+def suit(first, last, rms, cds, most, levels, noise, m, errors):  # type: ignore[no-untyped-def]
+    """Rows first..last of `trellis.suited`: for blocks of root mean squares rms (cho, n) and steps cds (cho,), of
+    1, 2 .. most the m (cho, n) of least expected error, and that error (cho, n). Of numbers of a root mean square in
+    steps, `noise` has the error by `levels`; what is above the last level is cut."""
+    top = levels.shape[0] - 1
+    for row in range(first, last):
+        for block in range(rms.shape[1]):
+            at, least = top, np.inf
+            for tried in range(1, most + 1):  # the level falls as the step grows
+                step = cds[row] * tried
+                level = rms[row, block] / step
+                while at > 0 and levels[at] > level:
+                    at -= 1
+                if level <= levels[0]:
+                    error = noise[0]
+                elif at == top:
+                    error = noise[top]
+                else:
+                    slope = (noise[at + 1] - noise[at]) / (levels[at + 1] - levels[at])
+                    error = slope * (level - levels[at]) + noise[at]
+                beyond = max(level - levels[top], 0.0)
+                error = (error + beyond * beyond) * (step * step)
+                if error < least:
+                    least, m[row, block] = error, tried
+            errors[row, block] = least
+
+
+STRING_ROWS = 8  # output channels that go along the columns together: they share what is read of the Cholesky factor
+
+
+@compiled(
+    "void(i8, i8, f4[:,::1], f4[::1], f4[:,::1], i8, i8, i8, i8, i8, f4[::1], f8[::1], f8[::1], u1[:,::1], f8[:,::1])"
+)
+def round_strings(first, last, w, cds, upper, size, ahead, near, most, bits, values, levels, noise, codes, chosen):  # type: ignore[no-untyped-def]
+    """Rows first..last of `trellis.round_strings`: codes (cho, K) and chosen (cho, groups), the m, of targets w
+    (cho, K), which are used up. Groups of `size` columns have an m of 1..most, no further than `near` from what suits
+    them; strings are followed `ahead` columns into the next group."""
+    length, states = w.shape[1], values.shape[0] >> bits
+    count = min(most, 2 * near + 1)
+    rows = min(STRING_ROWS, last - first)
+    rms, suited, error = np.empty((rows, 2)), np.empty((rows, 2)), np.empty((rows, 2))
+    scale, m = np.empty(rows), np.empty(rows, np.float32)
+    tried, after = np.empty((rows, count), np.float32), np.empty(rows, np.float32)
+    state, windows = np.empty(rows, np.int64), np.empty((rows, size), np.int64)
+    for start in range(first, last, rows):
+        here = min(rows, last - start)
+        state[:] = 0
+        for r in range(here):
+            scale[r] = cds[start + r]
+        for group in range((length + size - 1) // size):
+            begin = group * size
+            own = min(size, length - begin)
+            end = min(begin + own + ahead, length)
+            part = np.ascontiguousarray(upper[begin:end, begin:end])
+            columns = np.empty((here, end - begin), np.float32)
+            for r in range(here):
+                row = w[start + r]
+                for t in range(begin, end):
+                    columns[r, t - begin] = row[t] / cds[start + r]
+                for which in range(2):  # this group, and the next where there is one
+                    a = begin + own if which and end > begin + own else begin
+                    b = min(a + size, length)
+                    total = 0.0
+                    for t in range(a, b):
+                        total += np.float64(row[t]) * np.float64(row[t])
+                    rms[r, which] = np.sqrt(total / (b - a))
+            suit(0, here, rms, scale, most, levels, noise, suited, error)
+            for r in range(here):
+                lowest = min(max(suited[r, 0] - near, 1.0), np.float64(most - count + 1))
+                after[r] = suited[r, 1]
+                for a in range(count):
+                    tried[r, a] = lowest + a
+            follow(0, here, columns, part, tried[:here], after[:here], own, state[:here], values, bits, m, windows)
+            for r in range(here):
+                state[r] = windows[r, own - 1] % states
+                chosen[start + r, group] = m[r]
+            for j in range(own):
+                factors = upper[begin + j, begin + j + 1 :]
+                for r in range(here):
+                    row = w[start + r]
+                    window = windows[r, j]
+                    step = cds[start + r] * m[r]
+                    left = -(row[begin + j] - step * values[window]) / upper[begin + j, begin + j]
+                    codes[start + r, begin + j] = np.uint8(window & ((1 << bits) - 1))
+                    rest = row[begin + j + 1 :]
+                    for t in range(rest.shape[0]):
+                        rest[t] = fma(left, factors[t], rest[t])
+
+
 @compiled("void(i8, i8, f8[:,:], f8[::1], f8[:,::1], f8, f8, f8, f8[::1], f8[:,::1], f8[:,::1])")
 def round_columns(first, last, columns, cds, upper, low, high, most, m, vqk, errors):  # type: ignore[no-untyped-def]
     """Rows first..last of `gptq._round_group`: m (cho,), VQK and errors (cho, n) get, of m = 1, 2 .. most, the one of
@@ -193,3 +283,46 @@ def sum_by_level(values, bits, gradient, least, shift, first, slope, total):  # 
             level = min(max(((bits[i] - 1) >> shift) - first, 0), most)
             slope[level] += np.float64(gradient[i])
             total[level] += np.float64(gradient[i]) * np.float64(values[i])
+
+
+@compiled("void(u1[:,:,::1], i8[::1], i8[::1], i8, i8, i8, f4, f4, f4[::1], f4[::1], f4[:,:])")
+def gather(x, tops, lefts, high, wide, dilation, zero, scale, offsets, roots, found):  # type: ignore[no-untyped-def]
+    """Columns found (c high wide, p) of the unfolded integers x (c, h, w): taps of `high` by `wide`, that far apart,
+    from row tops[p] and column lefts[p] on, real (zero and scale), less each row's offset, times each column's root.
+    Outside of x is zero."""
+    for k in range(found.shape[0]):
+        plane, right = x[k // (high * wide)], k % wide * dilation
+        down, offset = k // wide % high * dilation, offsets[k]
+        for p in range(found.shape[1]):
+            i, j = tops[p] + down, lefts[p] + right
+            value = np.float32(0)
+            if 0 <= i < plane.shape[0] and 0 <= j < plane.shape[1]:
+                value = (np.float32(plane[i, j]) - zero) * scale
+            found[k, p] = (value - offset) * roots[p]
+
+
+@compiled("void(f4[:,::1], f4[::1])")
+def lengths(columns, found):  # type: ignore[no-untyped-def]
+    """found (p,) gets the length of each of the columns (n, p)."""
+    found[:] = 0
+    for k in range(columns.shape[0]):
+        row = columns[k]
+        for p in range(row.shape[0]):
+            found[p] += row[p] * row[p]
+    for p in range(found.shape[0]):
+        found[p] = np.sqrt(found[p])
+
+
+@compiled("void(f4[::1], f4[::1], f4[::1], f4[::1], f4[::1], f4[::1], f4[:,::1], f8[::1])")
+def grid_errors(values, targets, weights, scales, zeros, highs, tables, found):  # type: ignore[no-untyped-def]
+    """For each of some grids, found (grids,) gets sum weight (table - target)^2 over the values (n,) up to its high:
+    a value's place on a grid is that of its scale and zero, and its tables (grids, 256) say what is made there."""
+    last = np.float32(tables.shape[1] - 1)
+    for k in range(found.shape[0]):
+        scale, zero, high, table, total = scales[k], zeros[k], highs[k], tables[k], 0.0
+        for i in range(values.shape[0]):
+            if values[i] <= high:
+                place = min(max(np.rint(values[i] / scale) + zero, np.float32(0)), last)
+                error = table[np.uint8(place)] - targets[i]
+                total += np.float64(error * error * weights[i])
+        found[k] = total

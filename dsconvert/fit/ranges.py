@@ -19,8 +19,9 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
-from dsconvert.fit.clipping import LEAST_SHARE, effect_at
+from dsconvert.fit.clipping import LEAST_SHARE, effects_at
 from dsconvert.fit.importance import judged
+from dsconvert.fit.threads import in_order
 from dsconvert.graph.integer import QMAX, QParams, keeps_grid
 from dsconvert.graph.ir import INPUT, Graph
 from dsconvert.graph.run import ACTIVATIONS
@@ -29,7 +30,6 @@ SEARCH_SAMPLES = 8192
 LOWS = torch.logspace(-1.3, 0, 40).tolist()  # shares of the observed extremes that are tried as ends of the range
 HIGHS = [LEAST_SHARE ** (1 - i / 48) for i in range(49)]
 ROUNDS = 3
-TOGETHER = 8  # ranges tried at once: their rounded values still fit the cache
 IMAGE_GRID = QParams.of_range(0.0, 1.0)  # exact for 8-bit images: scale 1/255, zero point 0
 
 
@@ -45,7 +45,7 @@ class Seen:
         """The weighted squared error of having the values on a grid."""
         high = (QMAX - grid.zero_point) * grid.scale
         off = grid.dequantize(grid.quantize(self.values)).sub_(self.values).square_().mul_(self.weights)
-        cut = effect_at(self.clipping, high) if float(self.values.max()) > high else 0.0
+        cut = float(effects_at(self.clipping, torch.tensor(high))) if float(self.values.max()) > high else 0.0
         return float((off * (self.values <= high)).sum()) + cut
 
 
@@ -65,16 +65,19 @@ def choose_grids(
     grids = {INPUT: IMAGE_GRID}
     seen: dict[str, Seen] = {}
     for name, (values, weights) in samples.items():
-        judge = ACTIVATIONS[kinds[behind[name]]] if name in behind else lambda x: x
         if values.numel() > SEARCH_SAMPLES:
             picks = torch.randint(values.numel(), (SEARCH_SAMPLES,), generator=generator)
             picks = torch.cat((picks, values.argmin()[None], values.argmax()[None]))
             values, weights = values[picks], weights[picks] * (values.numel() / SEARCH_SAMPLES)
-        effects = clipping[behind.get(name, name)]
-        grids[name] = best_range(values, weights, judge, effects, reach.get(name, 0.0))
-        if name not in behind:
-            seen[name] = Seen(values, weights, effects)
-    return share_grids(graph, seen, grids)
+        seen[name] = Seen(values, weights, clipping[behind.get(name, name)])
+
+    def best(name: str) -> QParams:
+        judge = ACTIVATIONS[kinds[behind[name]]] if name in behind else lambda x: x
+        own = seen[name]
+        return best_range(own.values, own.weights, judge, own.clipping, reach.get(name, 0.0))
+
+    grids.update(zip(seen, in_order(best, seen), strict=True))
+    return share_grids(graph, {name: s for name, s in seen.items() if name not in behind}, grids)
 
 
 def share_grids(graph: Graph, seen: Mapping[str, Seen], own: Mapping[str, QParams]) -> dict[str, QParams]:
@@ -110,19 +113,21 @@ def best_range(
     """The grid of least cost, both ends searched in turn: sum weight (judge(dequantized) - judge(value))^2 over the
     values up to the upper end, and `clipping` (squared effects by `clipping.LEVELS`, after judge) for those above. The
     upper end is no less than `reach`."""
+    from dsconvert.fit import loops  # numba takes a while to load
+
     low, high = min(float(values.min()), 0.0), max(float(values.max()), reach)
     target = judge(values)
     # nothing may be worth nothing: where no gradient arrives, values still count a little
     weights = weights + 1e-6 * weights.mean().clamp_min(1e-30)
 
     def errors(ends: Sequence[tuple[float, float]]) -> list[float]:
-        found: list[float] = []
-        for part in (ends[i : i + TOGETHER] for i in range(0, len(ends), TOGETHER)):
-            highs = torch.tensor([hi for _, hi in part])
-            kept = (judge(on_grids(values, part)) - target).square_().mul_(weights).mul_(values <= highs[:, None])
-            cut = (0.0 if hi >= high else effect_at(clipping, float(judge(torch.tensor(hi)))) for _, hi in part)
-            found += map(sum, zip(kept.sum(1).tolist(), cut, strict=True))
-        return found
+        scales, zeros, tables = grids_of(ends)
+        highs = torch.tensor([hi for _, hi in ends])
+        kept = torch.empty(len(ends), dtype=torch.float64)
+        given = (values, target, weights, scales, zeros, highs, judge(tables), kept)
+        loops.grid_errors(*(x.contiguous().numpy() for x in given))
+        cut = torch.from_numpy(effects_at(clipping, judge(highs)))
+        return (kept + torch.where(highs >= high, 0.0, cut)).tolist()
 
     lo, hi = low, high
     for _ in range(ROUNDS):
@@ -141,9 +146,9 @@ def least(
     return min(zip(errors(ends), range(len(ends)), ends, strict=True))[2]
 
 
-def on_grids(values: Tensor, ends: Sequence[tuple[float, float]]) -> Tensor:
-    """Values (n,) rounded to the grid of each range: (ranges, n), as `QParams` rounds and reads them one by one."""
+def grids_of(ends: Sequence[tuple[float, float]]) -> tuple[Tensor, Tensor, Tensor]:
+    """Scales and zero points (ranges,) of the grid of each range, and the real values (ranges, 256) on it."""
     grids = [QParams.of_range(*both) for both in ends]
-    scales = torch.tensor([grid.scale for grid in grids])[:, None]
-    zeros = torch.tensor([float(grid.zero_point) for grid in grids])[:, None]
-    return torch.round(values / scales).add_(zeros).clamp_(0, QMAX).sub_(zeros).mul_(scales)
+    scales = torch.tensor([grid.scale for grid in grids])
+    zeros = torch.tensor([float(grid.zero_point) for grid in grids])
+    return scales, zeros, (torch.arange(QMAX + 1.0) - zeros[:, None]) * scales[:, None]

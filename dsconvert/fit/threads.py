@@ -79,7 +79,7 @@ def shared(count: int, run: Callable[[int, int], None]) -> None:
     run at most, and nobody spins. numba's own threads have a fixed share each and spin between loops, or (its
     workqueue) end the process when two Python threads use them."""
     threads = _allowed.get(torch.get_num_threads())
-    size = max(1, -(-count // (threads * RUNS) if threads > 1 else count))
+    size = max(1, -(-count // (threads * RUNS)) if threads > 1 else count)
     firsts = iter(range(0, count, size))  # taking from it holds the GIL
 
     def work() -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import pairwise
 
 import numpy as np
 import torch
@@ -72,10 +71,12 @@ def expected(rms: Floats, bits: int) -> Floats:
 def suited(rms: Floats, cds: Floats, bits: int) -> tuple[Floats, Floats]:
     """For blocks of that root mean square (cho, ...) and CDSw (cho,): the m of least expected error, and that mean
     squared error, both like rms."""
-    tried = np.arange(1.0, max_multiplier(bits, True) + 1)
-    steps = cds.reshape(-1, *[1] * rms.ndim) * tried
-    errors = expected(rms[..., None] / steps, bits) * np.square(steps)
-    return tried[errors.argmin(-1)], errors.min(-1)
+    from dsconvert.fit import loops  # numba takes a while to load
+
+    given = np.ascontiguousarray(rms.reshape(len(rms), -1)), np.ascontiguousarray(cds), max_multiplier(bits, True)
+    m, errors = np.empty(given[0].shape), np.empty(given[0].shape)
+    shared(len(rms), lambda first, last: loops.suit(first, last, *given, *noise(bits), m, errors))
+    return m.reshape(rms.shape), errors.reshape(rms.shape)
 
 
 def starting(rms: Floats, bits: int) -> Floats:
@@ -127,53 +128,10 @@ def _code(windows: Tensor, trellis: Trellis) -> Tensor:
 def round_strings(target: Floats, cds: Floats, upper: Floats, size: int, bits: int) -> tuple[Tensor, Tensor]:
     """GPTQ's loop over a target (cho, K) in strings, `size` columns of which share an m, given the Cholesky factor of
     H^-1 in that order (K, K) and CDSw (cho,): codes uint8 (cho, K) and m (groups, cho)."""
-    w, scale = torch.from_numpy(target).float(), torch.from_numpy(cds).float()
-    factor, trellis = torch.from_numpy(upper).float(), Trellis.of(bits)
-    state = torch.zeros(len(w), dtype=torch.int64)
-    codes, chosen = [], []
-    edges = [*range(0, w.shape[1], size), w.shape[1]]
-    for first, last in pairwise(edges):
-        end = min(last + AHEAD, w.shape[1])
-        own, after = (_suited(w[:, a : a + size], scale, bits) for a in (first, last if end > last else first))
-        tried = _around(own, max_multiplier(bits, True))
-        part = factor[first:end, first:end]
-        m, windows = _follow(w[:, first:end] / scale[:, None], part, tried, after, last - first, state, trellis)
-        state = windows[:, -1] % trellis.states
-        vqk = trellis.values[windows]
-        left = w[:, first:last] - (scale * m)[:, None] * vqk
-        within = factor[first:last, first:last]
-        errors = torch.linalg.solve_triangular(within, left, upper=True, left=False)
-        w[:, last:].addmm_(errors, factor[first:last, last:], alpha=-1)
-        codes.append(_code(windows, trellis))
-        chosen.append(m)
-    return torch.cat(codes, 1), torch.stack(chosen).double()
-
-
-def _suited(columns: Tensor, cds: Tensor, bits: int) -> Tensor:
-    """The m (cho,) that suits columns (cho, n)."""
-    rms = columns.double().square().mean(1, keepdim=True).sqrt().numpy()
-    return torch.from_numpy(suited(rms, cds.double().numpy(), bits)[0][:, 0]).float()
-
-
-def _around(m: Tensor, most: int) -> Tensor:
-    """m (cho,) -> those to try (cho, count): all of few, else the nearest ones that exist."""
-    count = min(most, 2 * NEAR + 1)
-    lowest = (m - NEAR).clamp(1, most - count + 1)
-    return lowest[:, None] + torch.arange(count)
-
-
-def _follow(
-    columns: Tensor, upper: Tensor, tried: Tensor, after: Tensor, own: int, state: Tensor, trellis: Trellis
-) -> tuple[Tensor, Tensor]:
-    """Of each output channel the string and m that add least to J: m (cho,) and windows (cho, own) int64.
-
-    columns (cho, n) are in steps of CDSw, of a group's `own` columns and some of the next group's, which would have m
-    `after`; `tried` (cho, count) are the group's m, `state` (cho,) where its strings begin. Every string that is
-    followed carries the columns still to come, moved by its own errors."""
     from dsconvert.fit import loops  # numba takes a while to load
 
-    m, windows = torch.empty(len(columns)), torch.empty(len(columns), own, dtype=torch.int64)
-    given = [x.contiguous().numpy() for x in (columns, upper, tried, after)]
-    rest = (own, state.contiguous().numpy(), trellis.values.numpy(), trellis.bits, m.numpy(), windows.numpy())
-    shared(len(columns), lambda first, last: loops.follow(first, last, *given, *rest))
-    return m, windows
+    w, scale, factor = (np.array(x, np.float32, order="C") for x in (target, cds, upper))
+    codes, chosen = np.empty(w.shape, np.uint8), np.empty((len(w), -(-w.shape[1] // size)))
+    rules = (size, AHEAD, NEAR, max_multiplier(bits, True), bits, Trellis.of(bits).values.numpy(), *noise(bits))
+    shared(len(w), lambda first, last: loops.round_strings(first, last, w, scale, factor, *rules, codes, chosen))
+    return torch.from_numpy(codes), torch.from_numpy(chosen).T

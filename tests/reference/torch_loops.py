@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from dsconvert.dsconv.tensor import max_multiplier, vqk_limits
 from dsconvert.dsconv.trellis import WINDOW, table
+from dsconvert.fit.trellis import AHEAD, NEAR, expected
 
 Floats = NDArray[np.float64]
 
@@ -123,3 +125,48 @@ def round_group(w: Floats, cds: Floats, upper: Floats, bits: int) -> tuple[Float
     best = np.square(errors).sum(0).argmin(-1)
     channels = np.arange(len(best))
     return tried[best], integers[:, channels, best].T, errors[:, channels, best].T
+
+
+def round_strings(target: Floats, cds: Floats, upper: Floats, size: int, bits: int) -> tuple[Tensor, Tensor]:
+    """GPTQ's loop over a target (cho, K) in strings, `size` columns of which share an m, given the Cholesky factor of
+    H^-1 in that order (K, K) and CDSw (cho,): codes uint8 (cho, K) and m (groups, cho)."""
+    w, scale, factor = (torch.from_numpy(x).float() for x in (target, cds, upper))
+    trellis = Trellis.of(bits)
+    state = torch.zeros(len(w), dtype=torch.int64)
+    codes, chosen = [], []
+    for first, last in pairwise([*range(0, w.shape[1], size), w.shape[1]]):
+        end = min(last + AHEAD, w.shape[1])
+        own, after = (_suited(w[:, a : a + size], scale, bits) for a in (first, last if end > last else first))
+        tried = around(own, max_multiplier(bits, True))
+        part = factor[first:end, first:end]
+        m, windows = follow(w[:, first:end] / scale[:, None], part, tried, after, last - first, state, trellis)
+        state = windows[:, -1] % trellis.states
+        vqk = trellis.values.flatten()[windows]
+        for j in range(first, last):
+            left = w[:, j] - (scale * m) * vqk[:, j - first]
+            w[:, j + 1 :].addcmul_((left / factor[j, j])[:, None], factor[j, j + 1 :], value=-1)
+        codes.append(_code(windows, trellis))
+        chosen.append(m)
+    return torch.cat(codes, 1), torch.stack(chosen).double()
+
+
+def _suited(columns: Tensor, cds: Tensor, bits: int) -> Tensor:
+    """The m (cho,) that suits columns (cho, n)."""
+    rms = columns.double().square().mean(1).sqrt().numpy()
+    return torch.from_numpy(suited(rms, cds.double().numpy(), bits)[0]).float()
+
+
+def suited(rms: Floats, cds: Floats, bits: int) -> tuple[Floats, Floats]:
+    """For blocks of that root mean square (cho, ...) and CDSw (cho,): the m of least expected error, and that mean
+    squared error, both like rms."""
+    tried = np.arange(1.0, max_multiplier(bits, True) + 1)
+    steps = cds.reshape(-1, *[1] * rms.ndim) * tried
+    errors = expected(rms[..., None] / steps, bits) * np.square(steps)
+    return tried[errors.argmin(-1)], errors.min(-1)
+
+
+def around(m: Tensor, most: int) -> Tensor:
+    """m (cho,) -> those to try (cho, count): all of few, else the nearest ones that exist."""
+    count = min(most, 2 * NEAR + 1)
+    lowest = (m - NEAR).clamp(1, most - count + 1)
+    return lowest[:, None] + torch.arange(count)
