@@ -26,6 +26,7 @@ from dsconvert.fit.seen import Drawn, check_drawn
 from dsconvert.fit.sensitivity import damage_of
 from dsconvert.fit.synthesize import synthesize
 from dsconvert.fit.threads import in_order
+from dsconvert.fit.views import WANTED, view
 from dsconvert.graph.integer import QParams, keeps_grid
 from dsconvert.graph.ir import INPUT, ConvParams, Graph
 from dsconvert.graph.run import run_float
@@ -51,6 +52,7 @@ class Images:
     pixels: Kept  # its own images (3, side, side), uint8
     part: Part  # which of all they are
     side: int  # in pixels
+    photographs: int  # how many of its own are no views of others: the first (see `fit.views`)
     skipped: tuple[str, ...] = ()  # why files could not be read
 
     def one(self, index: int, device: str) -> Tensor:
@@ -108,11 +110,13 @@ def check_calibration(
         raise ValueError("damage")
 
 
-def decoded(paths: Sequence[Path], side: int, report: Progress, room: Room) -> Images:
-    """This process's part of the photographs, letterboxed; each is decoded once. Raises InputError when a process has
-    none that can be read."""
-    paths = paths[workers.share(len(paths), TOGETHER)]
-    pixels, mine, skipped = room.kept(len(paths), (3, side, side), torch.uint8), 0, []
+def decoded(paths: Sequence[Path], side: int, seed: int, report: Progress, room: Room) -> Images:
+    """This process's part of the photographs, letterboxed; each is decoded once. Few of them are made up for by views.
+    Raises InputError when a process has none that can be read."""
+    whole = workers.count() == 1 or len(paths) < WANTED  # then every process reads all: views are of all
+    if not whole:
+        paths = paths[workers.share(len(paths), TOGETHER)]
+    pixels, count, skipped = room.kept(len(paths), (3, side, side), torch.uint8), 0, []
 
     def read(path: Path) -> Tensor | str:
         try:
@@ -124,15 +128,38 @@ def decoded(paths: Sequence[Path], side: int, report: Progress, room: Room) -> I
         if isinstance(image, str):
             skipped.append(image)
         else:
-            pixels.put(mine, image)
-            mine += 1
+            pixels.put(count, image)
+            count += 1
         report("images", done, len(paths))
-    found = _placed(pixels, mine, side, [reason for reasons in workers.gathered(skipped) for reason in reasons])
+    if not whole:
+        skipped = [reason for reasons in workers.gathered(skipped) for reason in reasons]
+    elif count:
+        pixels, first, mine = with_views(pixels, count, seed, room)
+        return _placed(pixels, mine, side, min(max(count - first, 0), mine), skipped)
+    found = _placed(pixels, count, side, count, skipped)
     if not found.part.all:
         raise none_readable(found.skipped, "calibration images")
-    if not all(workers.gathered(mine)):
+    if not all(workers.gathered(count)):
         raise InputError(f"{found.part.all} calibration images are too few for {workers.count()} processes.")
     return found
+
+
+def with_views(photographs: Kept, count: int, seed: int, room: Room) -> tuple[Kept, int, int]:
+    """This process's part of `count` photographs (3, side, side) and, where they are few, views of them; which is its
+    first, and how many it has."""
+    total = max(count, WANTED)
+    share = range(total)[workers.share(total, TOGETHER)]
+    if len(share) == count:
+        return photographs, 0, count
+    kept = room.like(len(share), photographs.get(0))
+
+    def made(index: int) -> Tensor:
+        return photographs.get(index) if index < count else view(photographs.get, count, index - count, seed)
+
+    for place, image in enumerate(in_order(made, share)):
+        kept.put(place, image)
+    photographs.free()
+    return kept, share.start, len(share)
 
 
 def synthetic(
@@ -158,12 +185,12 @@ def synthetic(
     pixels = room.kept(len(mine), (3, side, side), torch.uint8)
     for index, image in enumerate(mine):
         pixels.put(index, image)
-    return _placed(pixels, len(mine), side)
+    return _placed(pixels, len(mine), side, len(mine))
 
 
-def _placed(pixels: Kept, mine: int, side: int, skipped: Sequence[str] = ()) -> Images:
+def _placed(pixels: Kept, mine: int, side: int, photographs: int, skipped: Sequence[str] = ()) -> Images:
     counts = workers.gathered(mine)
-    return Images(pixels, Part(sum(counts[: workers.number()]), mine, sum(counts)), side, tuple(skipped))
+    return Images(pixels, Part(sum(counts[: workers.number()]), mine, sum(counts)), side, photographs, tuple(skipped))
 
 
 def check_values(graph: Graph, params: Mapping[str, ConvParams], image: Tensor) -> None:

@@ -101,6 +101,7 @@ class Quantized:
 
     model: DSModel
     images: int  # that it was calibrated on
+    views: int  # of these images, which it was calibrated on too where they are few
     skipped: int  # files that could not be read
     sqnr_db: Mapping[str, float]  # each layer's error
     scores: ScoreShift  # of the float network and of the model, on some of the images
@@ -144,8 +145,8 @@ def quantize(
     if paths is None:
         images = synthetic(checkpoint, options.imgsz, options.samples, options.seed, report, room)
     else:
-        images = decoded(paths, options.imgsz, report, room)
-    sameness = warning_of(images.pixels.get(index).numpy() for index in range(images.part.mine))
+        images = decoded(paths, options.imgsz, options.seed, report, room)
+    sameness = warning_of(images.pixels.get(index).numpy() for index in range(images.photographs))
     graph, params = split_detect(*lower(network.fuse()), head)
     chosen = sorted(choose_convs(network, graph, options.blocks, options.scope))
     quantized = options.activations == "int8"
@@ -202,9 +203,11 @@ def quantize(
             widths = {name: width._replace(trellis=False) for name, width in widths.items()}
         model = fitted(widths)
     sqnr = {name: _sqnr_db(params[name].weight.cpu(), conv.weight.weight()) for name, conv in model.convs.items()}
-    scores = scores_on(model, params, partial(images.one, device="cpu"), images.part.mine)
+    scores = scores_on(model, params, partial(images.one, device="cpu"), max(images.photographs, 1))
     reason = images.skipped[0] if images.skipped else ""
-    return Quantized(model, images.part.all, len(images.skipped), sqnr, scores, drop, reason, sameness)
+    photographs = sum(workers.gathered(images.photographs))
+    views, skipped = images.part.all - photographs, len(images.skipped)
+    return Quantized(model, photographs, views, skipped, sqnr, scores, drop, reason, sameness)
 
 
 def _check(options: QuantizeOptions, checkpoint: Checkpoint) -> None:
@@ -297,6 +300,7 @@ def quantize_report(result: Quantized) -> dict[str, Any]:
         "model": MODEL_FILE,
         "provenance": model.provenance,
         "calibration_images": result.images,
+        "calibration_views": result.views,
         "unreadable_images": result.skipped,
         "held_back_map_drop": result.map_drop,
         "scores": asdict(result.scores),

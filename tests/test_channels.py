@@ -7,13 +7,11 @@ import torch
 
 from dsconvert.dsconv.tensor import Width
 from dsconvert.fit import draws
-from dsconvert.fit import draws
 from dsconvert.fit.channels import PARTS, SHRINK, damped, is_moment, made_up_for, parts, second_moment
-from dsconvert.fit.seen import Places
 from dsconvert.fit.gptq import Moments, fit_layer, fit_weight_gptq
 from dsconvert.fit.least_squares import fit_weight
 from dsconvert.fit.lockstep import with_shifts
-from dsconvert.fit.seen import Seen, seen_evenly
+from dsconvert.fit.seen import Places, Seen, seen_evenly
 from dsconvert.graph.integer import QParams
 from dsconvert.graph.ir import Graph, Node
 from dsconvert.graph.run import conv

@@ -106,7 +106,9 @@ def test_gathering_columns(kernel, stride, padding, dilation):
     """At every position, around the edges too, and at some of them more than once."""
     node = Node("a", "conv", ("x",), {"stride": stride, "padding": padding, "dilation": dilation, "groups": 1})
     x = torch.randint(256, (3, 17, 19), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    high, wide = ((n + 2 * padding - dilation * (k - 1) - 1) // stride + 1 for n, k in zip((17, 19), kernel, strict=True))
+    high, wide = (
+        (n + 2 * padding - dilation * (k - 1) - 1) // stride + 1 for n, k in zip((17, 19), kernel, strict=True)
+    )
     picks = torch.cat((torch.arange(high * wide), torch.tensor([3, 3, 0])))
     seen = Seen(x, torch.empty(0, len(picks)), picks, torch.ones(len(picks)), QParams(0.125, 77))
     size = 3 * kernel[0] * kernel[1]

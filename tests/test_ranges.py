@@ -8,9 +8,9 @@ import torch
 from torch.nn import functional as F
 
 from dsconvert.calibration import sure_scores
+from dsconvert.fit import loops
 from dsconvert.fit.clipping import LEVELS
 from dsconvert.fit.importance import measure_importance
-from dsconvert.fit import loops
 from dsconvert.fit.ranges import HIGHS, Seen, best_range, choose_grids, grids_of, least, share_grids
 from dsconvert.graph.integer import QParams, grid_of
 from dsconvert.graph.ir import INPUT, Graph, Node

@@ -15,6 +15,7 @@ from dsconvert import workers
 from dsconvert.calibration import decoded
 from dsconvert.errors import InputError
 from dsconvert.fit.kept import Room
+from dsconvert.fit.views import WANTED
 from dsconvert.modelfile import load_model
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "NO_COLOR": "1"}
@@ -131,5 +132,5 @@ def test_a_process_without_images_is_one_sentence(folder, monkeypatch):
     monkeypatch.setattr(workers, "count", lambda: 2)
     monkeypatch.setattr(workers, "number", lambda: 1)
     monkeypatch.setattr(workers, "gathered", lambda item: [type(item)(), item])  # the other one has nothing
-    with pytest.raises(InputError, match="1 calibration images are too few for 2 processes"):
-        decoded([folder / "images" / "0.png"], 64, lambda *_: None, Room())
+    with pytest.raises(InputError, match="32 calibration images are too few for 2 processes"):
+        decoded([folder / "images" / "0.png"] * WANTED, 64, 0, lambda *_: None, Room())

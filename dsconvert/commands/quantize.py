@@ -234,10 +234,11 @@ def _print_layers(result: pipeline.Quantized) -> None:
 
 def _print_quantized(result: pipeline.Quantized, source: Checkpoint, written: Path, seconds: float) -> None:
     model = result.model
+    views = f" and {result.views} views of them" if result.views else ""
     kinds = [row["kind"] for row in pipeline.layer_table(model)]
     tell(
         f"Converted {kinds.count('DSConv')} of {len(kinds)} convolutions to DSConv ({bits_of_layers(model)}), "
-        f"the others to int8, on {result.images} images in {seconds:.0f} s."
+        f"the others to int8, on {result.images} images{views} in {seconds:.0f} s."
     )
     if result.map_drop is not None:
         tell(f"Lost on the images held back: {result.map_drop:.2f} points of mAP50-95.")

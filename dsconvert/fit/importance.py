@@ -167,7 +167,9 @@ def measure_importance(
         index, image = numbered
         generator, at = draws.of_image(seed, index), partial(draws.of_image, seed, index)
         if index % apart:
-            start = behind_early(graph, value_shapes(graph, shapes, tuple(image.shape[1:])), *image.shape[2:])
+            start = behind_early(
+                graph, value_shapes(graph, shapes, (image.shape[1], image.shape[2], image.shape[3])), *image.shape[2:]
+            )
             found = gradients(graph, params, image, measure, generator, start)
             return _Look.at_gradients(graph, found, at, most, start)
         found = gradients(graph, params, image, measure, generator)

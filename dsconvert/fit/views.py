@@ -1,0 +1,62 @@
+"""Views of few photographs: what the same objects look like mirrored, from afar and close by.
+
+A fit on few images trusts what they happen to show. Its ranges and moments get as many images as it wants from views
+of them, as in training: mirrored, four photographs at half their size side by side, and a part at up to twice its size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from dsconvert.fit import draws
+
+WANTED = 64  # images; fewer photographs are made up for by views of them
+CLOSEST = 0.5  # of a photograph's side, the smallest part that fills an image
+
+
+def view(photograph: Callable[[int], Tensor], count: int, index: int, seed: int) -> Tensor:
+    """The view at `index` (0, 1, ...) of `count` photographs (3, side, side) uint8, by number: of the same form."""
+    generator = draws.of_image(seed, index)
+    own, kind = index % count, index // count % 3
+    if kind == 0:
+        return photograph(own).flip(2)
+    if kind == 1:
+        return _afar(photograph, count, own, generator)
+    return _close(photograph(own), generator)
+
+
+def _afar(photograph: Callable[[int], Tensor], count: int, own: int, generator: torch.Generator) -> Tensor:
+    """One photograph and three others that are drawn, each at half its size, some of them mirrored."""
+    others = torch.randint(count, (3,), generator=generator).tolist()
+    side = photograph(own).shape[1]
+    near, far = side // 2, side - side // 2  # of an odd side
+    sizes = [(near, near), (near, far), (far, near), (far, far)]
+    parts = [
+        _mirrored(_resized(photograph(number), size), generator)
+        for number, size in zip((own, *others), sizes, strict=True)
+    ]
+    return torch.cat((torch.cat(parts[:2], 2), torch.cat(parts[2:], 2)), 1)
+
+
+def _close(image: Tensor, generator: torch.Generator) -> Tensor:
+    """A part of a photograph, of a drawn size at a drawn place, as large as the photograph; perhaps mirrored."""
+    side = image.shape[1]
+    share = CLOSEST + (1 - CLOSEST) * float(torch.rand(1, generator=generator))
+    size = max(1, int(side * share))
+    top, left = torch.randint(side - size + 1, (2,), generator=generator).tolist()
+    part = image[:, top : top + size, left : left + size]
+    return _mirrored(_resized(part, (side, side)), generator)
+
+
+def _resized(image: Tensor, size: tuple[int, int]) -> Tensor:
+    scaled = F.interpolate(image[None].float(), size, mode="bilinear", align_corners=False, antialias=True)
+    return scaled[0].round().clamp(0, 255).to(torch.uint8)
+
+
+def _mirrored(image: Tensor, generator: torch.Generator) -> Tensor:
+    """Half of the time mirrored."""
+    return image.flip(2) if torch.rand(1, generator=generator) < 0.5 else image
