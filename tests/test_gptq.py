@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -14,6 +16,7 @@ from dsconvert.fit.gptq import (
     Moments,
     _round,
     _round_group,
+    damping_for,
     fit_layer,
     fit_weight_gptq,
     inverse_factor,
@@ -123,12 +126,23 @@ def test_an_image_is_drawn_from_alike_in_any_batch():
     assert not torch.allclose(both, hessian((slice(1, 3), 0)), rtol=1e-4)
 
 
+@pytest.mark.parametrize(("images", "damping"), [(1, 1.0), (64, 1.0), (128, 0.5), (512, 0.125), (1024, 0.1)])
+def test_few_images_move_the_weights_less(images, damping):
+    assert damping_for(images) == damping
+
+
+def test_moments_know_how_many_images_they_are_of():
+    x, q = inputs(0)
+    weight = torch.randn(6, 8, 3, 3, generator=torch.Generator().manual_seed(0))
+    assert moments_of(weight, x, q).damping == damping_for(len(q))
+
+
 @pytest.mark.parametrize("bits", [2, 3, 4, 6, 8])
 @pytest.mark.parametrize("block", [3, 8])
 def test_never_worse_than_least_squares_and_clearly_better_at_few_bits(bits, block):
     x, q = inputs(bits)
     weight = torch.randn(6, 8, 3, 3, generator=torch.Generator().manual_seed(bits))
-    moments = moments_of(weight, x, q)
+    moments = replace(moments_of(weight, x, q), damping=DAMPING)  # as of many images
     ridge = DAMPING * float(moments.hessian.diagonal().mean())
     ours, plain = (
         objective(weight, f, x, q, ridge)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dsconvert.dsconv.tensor import Width
-from dsconvert.fit.gptq import DAMPING
+from dsconvert.fit.gptq import damping_for
 from dsconvert.fit.importance import Part
 from dsconvert.fit.leftover import Left, left_by, left_over
 from dsconvert.fit.lockstep import watch
@@ -47,7 +47,7 @@ def test_the_share_is_what_rounding_column_by_column_leaves():
 
 
 def test_equal_inputs_of_a_layer_make_up_for_each_other():
-    """Both channels of the input are the same x: H is var(x) everywhere, and DAMPING of it more on the diagonal."""
+    """Both channels of the input are the same x: H is var(x) everywhere, and more on the diagonal by the damping."""
     graph = Graph((Node("conv", "c", (INPUT,), POINT),), ("c",))
     params = {"c": ConvParams(torch.ones(2, 2, 1, 1), torch.zeros(2))}
     x = torch.randn(6, 1, 10, 10, generator=torch.Generator().manual_seed(0)).expand(-1, 2, -1, -1)
@@ -59,9 +59,10 @@ def test_equal_inputs_of_a_layer_make_up_for_each_other():
         part = Part(first, len(images), 6)
         return left_over(graph, params, lambda i: images[i : i + 1], drawn, {"c": alone}, part)
 
-    d = 1 + DAMPING - 1 / (1 + DAMPING)
+    more = damping_for(6)
+    d = 1 + more - 1 / (1 + more)
     left = found(x, 0)["c"]
-    assert left.columns == pytest.approx((d + 1 + DAMPING) / (2 + 2 * DAMPING), rel=1e-3)  # x is kept as half
+    assert left.columns == pytest.approx((d + 1 + more) / (2 + 2 * more), rel=1e-3)  # x is kept as half
     assert left.channels == pytest.approx(1)
     assert left.of(Width(4, 2)) == pytest.approx(left.columns)
 

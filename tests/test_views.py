@@ -60,7 +60,9 @@ def test_few_photographs_are_made_up_for():
     assert found.photographs == 5
     assert found.part.mine == found.part.all == WANTED
     for index, path in enumerate(paths):
-        assert torch.equal(found.pixels.get(index), torch.from_numpy(letterbox(read_image(path), 64)[0]).permute(2, 0, 1))
+        assert torch.equal(
+            found.pixels.get(index), torch.from_numpy(letterbox(read_image(path), 64)[0]).permute(2, 0, 1)
+        )
     assert torch.equal(found.pixels.get(5), view(found.pixels.get, 5, 0, 0))
 
 

@@ -42,23 +42,26 @@ Floats = NDArray[np.float64]
 Rounded = Callable[[Floats, Floats], tuple[Tensor, Tensor]]
 
 TOGETHER = 4  # images whose positions are multiplied at once; processes share images in runs of as many, so sums agree
-DAMPING = 0.1  # of the mean diagonal of H: ten times GPTQ's, as few positions matter and a hundred images overfit
+DAMPING = 0.1  # of the mean diagonal of H, with many images: ten times GPTQ's, as few positions matter
+FEW_DAMPING, FEW = 1.0, 64  # with so many images or fewer; with more, the damping falls as their number grows
 
 
 @dataclass(frozen=True)
 class Moments:
     """Second moments of a layer's unfolded inputs q and float outputs y, means taken out: hessian H = cov(q, q) (K, K),
     cross C = cov(y, q) (cho, K), and the means (K,) and (cho,) themselves, float64, K in the weight's own order
-    (channel, row, column)."""
+    (channel, row, column). damping: r of the module's docstring as a share of the mean diagonal of H."""
 
     hessian: Tensor
     cross: Tensor
     mean_q: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.float64))
     mean_y: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.float64))
+    damping: float = DAMPING
 
     def damped(self, weight: Tensor) -> Moments:
-        """The moments of J for the float weight (cho, K), with DAMPING's share of the mean diagonal of H as r."""
-        return replace(self, hessian=damped_hessian(self.hessian), cross=self.cross + ridge(self.hessian) * weight)
+        """The moments of J for the float weight (cho, K)."""
+        pulled = self.cross + ridge(self.hessian, self.damping) * weight
+        return replace(self, hessian=damped_hessian(self.hessian, self.damping), cross=pulled)
 
     def with_bias(self, weight: DSTensor) -> QConv:
         """The weight with the CDSb that makes the mean of its outputs the float network's."""
@@ -66,21 +69,27 @@ class Moments:
         return QConv(weight, (self.mean_y - made).float())
 
 
-def ridge(hessian: Tensor) -> Tensor:
+def damping_for(images: int) -> float:
+    """The damping of moments over so many images: what few images show is partly chance, so W stays nearer."""
+    return max(DAMPING, FEW_DAMPING * FEW / max(images, FEW))
+
+
+def ridge(hessian: Tensor, damping: float) -> Tensor:
     """r for H (K, K)."""
-    return DAMPING * hessian.diagonal().mean().clamp_min(1e-12)
+    return damping * hessian.diagonal().mean().clamp_min(1e-12)
 
 
-def damped_hessian(hessian: Tensor) -> Tensor:
+def damped_hessian(hessian: Tensor, damping: float) -> Tensor:
     """H (K, K) with r on its diagonal."""
-    return hessian + ridge(hessian) * torch.eye(len(hessian), dtype=hessian.dtype)
+    return hessian + ridge(hessian, damping) * torch.eye(len(hessian), dtype=hessian.dtype)
 
 
 def measure_moments(node: Node, weight_shape: torch.Size, images: Iterable[Seen]) -> Moments:
     """H and C from what the layer sees of every image (in all processes), groups 1."""
     kernel, size = tuple(weight_shape[2:]), weight_shape[1:].numel()
     hessian, cross = (torch.zeros(n, size, dtype=torch.float64) for n in (size, weight_shape[0]))
-    sums, total = torch.zeros(size + weight_shape[0], dtype=torch.float64), torch.zeros((), dtype=torch.float64)
+    sums = torch.zeros(size + weight_shape[0], dtype=torch.float64)
+    total, count = (torch.zeros((), dtype=torch.float64) for _ in range(2))  # weights, and images
     runs = batched(images, TOGETHER)
     first = next(runs, None)
     offset = torch.zeros(size + weight_shape[0])
@@ -89,22 +98,23 @@ def measure_moments(node: Node, weight_shape: torch.Size, images: Iterable[Seen]
         mean = (_columns(node, kernel, first, offset, torch.ones_like(w)) @ w) / w.sum().clamp_min(1e-30)
         offset = workers.gathered(mean)[0]
 
-    def products(run: Sequence[Seen]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def products(run: Sequence[Seen]) -> tuple[Tensor, ...]:
         w = torch.cat([seen.weights for seen in run])
         root = w.sqrt()
         both = _columns(node, kernel, run, offset, root)
-        return gram(both[:size]).cpu(), (both[size:] @ both[:size].T).cpu(), (both @ root).cpu(), w.double().sum().cpu()
+        count = torch.tensor(float(len(run)))
+        return gram(both[:size]), both[size:] @ both[:size].T, both @ root, w.double().sum(), count
 
     for found in in_order(products, chain([first] if first is not None else [], runs)):
-        for whole, part in zip((hessian, cross, sums, total), found, strict=True):
+        for whole, part in zip((hessian, cross, sums, total, count), found, strict=True):
             whole += part
-    hessian, cross, sums, total = (workers.summed(t) for t in (hessian, cross, sums, total))
+    hessian, cross, sums, total, count = (workers.summed(t) for t in (hessian, cross, sums, total, count))
     left = sums / total
     left_q, left_y = left.split((size, weight_shape[0]))
     means = left + offset.double()
     return Moments(
         hessian / total - torch.outer(left_q, left_q), cross / total - torch.outer(left_y, left_q),
-        *means.split((size, weight_shape[0])),
+        *means.split((size, weight_shape[0])), damping=damping_for(int(count)),
     )  # fmt: skip
 
 

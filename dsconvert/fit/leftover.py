@@ -18,7 +18,7 @@ from torch import Tensor
 
 from dsconvert.dsconv.tensor import Width
 from dsconvert.fit.channels import damped as damped_channels
-from dsconvert.fit.gptq import damped_hessian, measure_moments
+from dsconvert.fit.gptq import damped_hessian, damping_for, measure_moments
 from dsconvert.fit.importance import Part
 from dsconvert.fit.seen import HALF_MAX, Drawn, Seen
 from dsconvert.fit.threads import in_order, threads_for
@@ -64,7 +64,7 @@ def left_over(
                 )
                 hessian = measure_moments(node, torch.Size((0, *weight.shape[1:])), seen).hessian
                 with threads_for(weight.numel()):
-                    by_columns = left_by(damped_hessian(hessian))
+                    by_columns = left_by(damped_hessian(hessian, damping_for(part.all)))
                     by_channels = left_by(damped_channels(channels[node.name]))
                 found[node.name] = Left(by_columns, by_channels)
             inputs = list(zip(*(values[name] for name in node.inputs), strict=True))
