@@ -111,11 +111,9 @@ def measure_moments(node: Node, weight_shape: torch.Size, images: Iterable[Seen]
     hessian, cross, sums, total, count = (workers.summed(t) for t in (hessian, cross, sums, total, count))
     left = sums / total
     left_q, left_y = left.split((size, weight_shape[0]))
-    means = left + offset.double()
-    return Moments(
-        hessian / total - torch.outer(left_q, left_q), cross / total - torch.outer(left_y, left_q),
-        *means.split((size, weight_shape[0])), damping=damping_for(int(count)),
-    )  # fmt: skip
+    mean_q, mean_y = (left + offset.double()).split((size, weight_shape[0]))
+    centred = hessian / total - torch.outer(left_q, left_q), cross / total - torch.outer(left_y, left_q)
+    return Moments(*centred, mean_q, mean_y, damping_for(int(count)))
 
 
 def _columns(node: Node, kernel: tuple[int, ...], run: Sequence[Seen], offset: Tensor, root: Tensor) -> Tensor:
