@@ -59,6 +59,10 @@ class Images:
         """An image (1, 3, side, side) as the network reads it, 0..1."""
         return self.pixels.get(index).to(device).float()[None] / 255
 
+    def all_photographs(self) -> int:
+        """How many images of all processes are no views of others."""
+        return sum(workers.gathered(self.photographs))
+
     def digest(self) -> str:
         """A key of all pixels."""
         digest = hashlib.sha256()
@@ -232,7 +236,7 @@ def calibrate(
     damage: dict[str, dict[Width, float]] = {}
     if widths:
         again = partial(images.one, device=device)
-        left = left_over(graph, params, again, found.drawn, found.channels, images.part)
+        left = left_over(graph, params, again, found.drawn, found.channels, images.part, images.all_photographs())
 
         def foretold(name: str) -> dict[Width, float]:
             made = damage_of(params[name].weight.cpu(), widths[name], found.squares[name])

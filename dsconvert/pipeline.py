@@ -167,6 +167,7 @@ def quantize(
     if any(drawn.kept is None for drawn in calibration.drawn.values()):
         float_outputs(graph, params, images, calibration.drawn, device)
     own, damage = calibration.own, calibration.damage
+    photographs = images.all_photographs()
 
     left: Mapping[str, QConv] = {}
     keep = None
@@ -180,7 +181,7 @@ def quantize(
         wanted = [(n.name, _width(widths, n.name, params[n.name].weight)) for n in graph.convs()]
         together = coupled(graph, widths, calibration.channels, options.kds)
         convs = fit_lockstep(
-            graph, params, _layer_fit(widths, options, together), own, images.pixels, calibration.drawn,
+            graph, params, _layer_fit(widths, options, together, photographs), own, images.pixels, calibration.drawn,
             images.part.mine, room, device, lambda done, total: report("fit", done, total), usable(left, wanted), keep,
         )  # fmt: skip
         return DSModel(graph, convs, own, head, options.imgsz, _provenance(checkpoint, options, command, damage))
@@ -205,7 +206,6 @@ def quantize(
     sqnr = {name: _sqnr_db(params[name].weight.cpu(), conv.weight.weight()) for name, conv in model.convs.items()}
     scores = scores_on(model, params, partial(images.one, device="cpu"), max(images.photographs, 1))
     reason = images.skipped[0] if images.skipped else ""
-    photographs = sum(workers.gathered(images.photographs))
     views, skipped = images.part.all - photographs, len(images.skipped)
     return Quantized(model, photographs, views, skipped, sqnr, scores, drop, reason, sameness)
 
@@ -256,14 +256,14 @@ def coupled(graph: Graph, widths: Widths, channels: Mapping[str, Tensor], kds: s
     return {name: channels[name] for name in names if name in widths and widths[name].bits < 8}
 
 
-def _layer_fit(widths: Widths, options: QuantizeOptions, channels: Mapping[str, Tensor]) -> FitLayer:
+def _layer_fit(widths: Widths, options: QuantizeOptions, channels: Mapping[str, Tensor], photographs: int) -> FitLayer:
     """DSConv with its width for the chosen convolutions, plain int8 per channel for the others."""
 
     def fit(node: Node, weight: Tensor, seen: Iterable[Seen]) -> DSTensor | QConv:
         width = _width(widths, node.name, weight)
         if options.kds == "float" and node.name in widths:
-            return fit_layer_real(node, weight, width.bits, width.block_size, seen)
-        return fit_layer(node, weight, width, seen, channels.get(node.name))
+            return fit_layer_real(node, weight, width.bits, width.block_size, seen, photographs)
+        return fit_layer(node, weight, width, seen, channels.get(node.name), photographs)
 
     return fit
 

@@ -126,7 +126,9 @@ def test_an_image_is_drawn_from_alike_in_any_batch():
     assert not torch.allclose(both, hessian((slice(1, 3), 0)), rtol=1e-4)
 
 
-@pytest.mark.parametrize(("images", "damping"), [(1, 1.0), (64, 1.0), (128, 0.5), (512, 0.125), (1024, 0.1)])
+@pytest.mark.parametrize(
+    ("images", "damping"), [(1, 4.0), (16, 4.0), (32, 2.0), (64, 1.0), (128, 0.5), (512, 0.125), (1024, 0.1)]
+)
 def test_few_images_move_the_weights_less(images, damping):
     assert damping_for(images) == damping
 

@@ -57,7 +57,7 @@ def test_equal_inputs_of_a_layer_make_up_for_each_other():
 
     def found(images, first):
         part = Part(first, len(images), 6)
-        return left_over(graph, params, lambda i: images[i : i + 1], drawn, {"c": alone}, part)
+        return left_over(graph, params, lambda i: images[i : i + 1], drawn, {"c": alone}, part, 6)
 
     more = damping_for(6)
     d = 1 + more - 1 / (1 + more)

@@ -43,7 +43,7 @@ Rounded = Callable[[Floats, Floats], tuple[Tensor, Tensor]]
 
 TOGETHER = 4  # images whose positions are multiplied at once; processes share images in runs of as many, so sums agree
 DAMPING = 0.1  # of the mean diagonal of H, with many images: ten times GPTQ's, as few positions matter
-FEW_DAMPING, FEW = 1.0, 64  # with so many images or fewer; with more, the damping falls as their number grows
+SURE, MOST_DAMPING = 64, 4.0  # images of which the damping is 1; of others it is SURE / images, between these two
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class Moments:
 
 def damping_for(images: int) -> float:
     """The damping of moments over so many images: what few images show is partly chance, so W stays nearer."""
-    return max(DAMPING, FEW_DAMPING * FEW / max(images, FEW))
+    return min(max(DAMPING, SURE / images), MOST_DAMPING)
 
 
 def ridge(hessian: Tensor, damping: float) -> Tensor:
@@ -84,8 +84,11 @@ def damped_hessian(hessian: Tensor, damping: float) -> Tensor:
     return hessian + ridge(hessian, damping) * torch.eye(len(hessian), dtype=hessian.dtype)
 
 
-def measure_moments(node: Node, weight_shape: torch.Size, images: Iterable[Seen]) -> Moments:
-    """H and C from what the layer sees of every image (in all processes), groups 1."""
+def measure_moments(
+    node: Node, weight_shape: torch.Size, images: Iterable[Seen], photographs: int | None = None
+) -> Moments:
+    """H and C from what the layer sees of every image (in all processes), groups 1. photographs: how many of all
+    images are no views of others, which decides the damping (by default all)."""
     kernel, size = tuple(weight_shape[2:]), weight_shape[1:].numel()
     hessian, cross = (torch.zeros(n, size, dtype=torch.float64) for n in (size, weight_shape[0]))
     sums = torch.zeros(size + weight_shape[0], dtype=torch.float64)
@@ -113,7 +116,7 @@ def measure_moments(node: Node, weight_shape: torch.Size, images: Iterable[Seen]
     left_q, left_y = left.split((size, weight_shape[0]))
     mean_q, mean_y = (left + offset.double()).split((size, weight_shape[0]))
     centred = hessian / total - torch.outer(left_q, left_q), cross / total - torch.outer(left_y, left_q)
-    return Moments(*centred, mean_q, mean_y, damping_for(int(count)))
+    return Moments(*centred, mean_q, mean_y, damping_for(photographs or max(1, int(count))))
 
 
 def _columns(node: Node, kernel: tuple[int, ...], run: Sequence[Seen], offset: Tensor, root: Tensor) -> Tensor:
@@ -328,10 +331,11 @@ def fit_layer(
     width: Width,
     images: Iterable[Seen],
     channels: Tensor | None = None,
+    photographs: int | None = None,
 ) -> DSTensor | QConv:
     """Fit one layer from what it sees of every image; of grouped convolutions the weight alone, by least squares.
-    `channels` as in `fit_weight_gptq`."""
+    `channels` as in `fit_weight_gptq`, `photographs` as in `measure_moments`."""
     if node.attrs["groups"] > 1:
         return fit_weight(weight, *width)
-    moments = measure_moments(node, weight.shape, images)
+    moments = measure_moments(node, weight.shape, images, photographs)
     return moments.with_bias(fit_weight_gptq(weight, moments, *width[:2], channels, width.trellis))

@@ -46,10 +46,15 @@ def left_over(
     drawn: Mapping[str, Drawn],
     channels: Mapping[str, Tensor],
     part: Part,
+    photographs: int,
 ) -> dict[str, Left]:
-    """Shares by convolution name, from the float network's inputs. `images` (1, 3, h, w) by number are this process's
-    `part`; drawn and channels as `Importance` has them. Grouped convolutions, and those that nothing depends on, are
-    left out: nothing makes up for their errors."""
+    """Shares by convolution name, from the float network's inputs. Grouped convolutions, and those that nothing depends
+    on, are left out: nothing makes up for their errors.
+
+    images: (1, 3, h, w) by number, this process's `part` of all.
+    drawn, channels: as `Importance` has them.
+    photographs: how many of all images are no views of others.
+    """
     step = max(1, part.all // IMAGES)
     taken = [index for index in range(part.mine) if (part.first + index) % step == 0]
     values: dict[str, list[Tensor]] = {INPUT: [images(index).half() for index in taken]}
@@ -64,7 +69,7 @@ def left_over(
                 )
                 hessian = measure_moments(node, torch.Size((0, *weight.shape[1:])), seen).hessian
                 with threads_for(weight.numel()):
-                    by_columns = left_by(damped_hessian(hessian, damping_for(part.all)))
+                    by_columns = left_by(damped_hessian(hessian, damping_for(photographs)))
                     by_channels = left_by(damped_channels(channels[node.name]))
                 found[node.name] = Left(by_columns, by_channels)
             inputs = list(zip(*(values[name] for name in node.inputs), strict=True))

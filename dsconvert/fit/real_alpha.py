@@ -23,11 +23,13 @@ ROUNDS = 4
 RIDGE = 1e-9  # of the mean diagonal: only against blocks whose VQK are all zero
 
 
-def fit_layer_real(node: Node, weight: Tensor, bits: int, block_size: int, images: Iterable[Seen]) -> DSTensor | QConv:
+def fit_layer_real(
+    node: Node, weight: Tensor, bits: int, block_size: int, images: Iterable[Seen], photographs: int | None = None
+) -> DSTensor | QConv:
     """As `gptq.fit_layer`, with real alpha: its VQK, and the alpha that are best for them on the same objective."""
     if node.attrs["groups"] > 1:
         return fit_weight_real(weight, bits, block_size)
-    moments = measure_moments(node, weight.shape, images)
+    moments = measure_moments(node, weight.shape, images, photographs)
     return moments.with_bias(with_best_alpha(weight, fit_weight_gptq(weight, moments, bits, block_size), moments))
 
 
