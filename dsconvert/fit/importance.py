@@ -33,8 +33,8 @@ SAMPLES_PER_IMAGE = 1024
 FEWEST_SAMPLES = 64  # of an image, and two extremes besides
 SAMPLES = 1 << 16  # of a value over all images, as far as FEWEST_SAMPLES allow
 SEARCHED = 4096  # values of a map that samples are drawn from
-THOROUGH = 32  # images at least are looked at thoroughly, as far as there are as many
-MANY = 8.0  # of n images the root of MANY n at least
+THOROUGH = 64  # images at least are looked at thoroughly, as far as there are as many
+MANY = 16.0  # of n images the root of MANY n at least
 EARLY = 8  # maps finer than a cell of so many pixels are early: see `Look`
 # (raw maps, the float network's raw maps, which give the constants) -> numbers whose squared change is the damage
 Measure = Callable[[list[Tensor], list[Tensor]], list[Tensor]]
