@@ -43,7 +43,7 @@ Rounded = Callable[[Floats, Floats], tuple[Tensor, Tensor]]
 
 TOGETHER = 4  # images whose positions are multiplied at once; processes share images in runs of as many, so sums agree
 DAMPING = 0.1  # of the mean diagonal of H, with many images: ten times GPTQ's, as few positions matter
-SURE, MOST_DAMPING = 64, 4.0  # images of which the damping is 1; of others it is SURE / images, between these two
+SURE, MOST_DAMPING = 64, 2.0  # images of which the damping is 1; of others it is SURE / images, between these two
 
 
 @dataclass(frozen=True)
