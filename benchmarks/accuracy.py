@@ -37,9 +37,10 @@ from peers import (
 )
 
 from dsconvert.dsconv.tensor import DSTensor
-from dsconvert.evaluate.accuracy import Detections, Predictor, detect_all
+from dsconvert.evaluate.accuracy import CONFIDENT, Detections, Predictor, detect_all
 from dsconvert.evaluate.candidates import load_candidate
-from dsconvert.fit.gptq import Moments, fit_layer, fit_weight_gptq, measure_moments
+from dsconvert.evaluate.compare import match
+from dsconvert.fit.gptq import fit_layer, fit_weight_gptq, measure_moments
 from dsconvert.fit.least_squares import fit_weight
 from dsconvert.graph.blockfloat import run_block_float
 from dsconvert.graph.integer import QConv
@@ -54,6 +55,7 @@ from dsconvert.yolo.decode import decode
 SIDE = 640
 PACKED = "packed.onnx"
 SECOND = ", second draw"
+FEWER = (4, 16, 32, 128)  # calibration images of the rows that ask how many are needed
 DECIDES = 500  # images from which on a table says anything
 FEW = (
     "they are wide because the images are few, and a fit that draws other calibration pixels moves a drop by another "
@@ -125,24 +127,23 @@ def with_fit(fit: Callable[..., DSTensor | QConv], run: Callable[[], None]) -> N
         pipeline.fit_layer, pipeline.coupled = original
 
 
-def plain_fit(node, weight, width, images, channels):  # type: ignore[no-untyped-def]
+def plain_fit(node, weight, width, images, channels, photographs):  # type: ignore[no-untyped-def]
     """Least squares on the weights alone."""
     return fit_weight(weight, *width)
 
 
-def symmetric_fit(node, weight, width, images, channels):  # type: ignore[no-untyped-def]
+def symmetric_fit(node, weight, width, images, channels, photographs):  # type: ignore[no-untyped-def]
     """GPTQ towards the float weight on the quantized network's inputs."""
-    hessian = measure_moments(node, weight.shape, images).hessian
-    cross = weight.cpu().double().flatten(1) @ hessian
-    return fit_weight_gptq(weight, Moments(hessian, cross), width.bits, width.block_size, None, width.trellis)
+    moments = measure_moments(node, weight.shape, images, photographs)
+    moments = replace(moments, cross=weight.cpu().double().flatten(1) @ moments.hessian)
+    return fit_weight_gptq(weight, moments, width.bits, width.block_size, None, width.trellis)
 
 
-def unweighted_fit(node, weight, width, images, channels):  # type: ignore[no-untyped-def]
+def unweighted_fit(node, weight, width, images, channels, photographs):  # type: ignore[no-untyped-def]
     """Asymmetric GPTQ, every position counting the same."""
     even = (replace(seen, weights=torch.ones_like(seen.weights)) for seen in images)
-    return fit_weight_gptq(
-        weight, measure_moments(node, weight.shape, even), width.bits, width.block_size, None, width.trellis
-    )
+    moments = measure_moments(node, weight.shape, even, photographs)
+    return fit_weight_gptq(weight, moments, width.bits, width.block_size, None, width.trellis)
 
 
 def all_rows(checkpoint: Path, data: Path, work: Path, groups: Sequence[str], only_made: bool) -> list[Row]:
@@ -166,6 +167,8 @@ def all_rows(checkpoint: Path, data: Path, work: Path, groups: Sequence[str], on
         size = (folder_of(work, "dsconvert 3 bit everywhere") / PACKED).stat().st_size
         add(f"dsconvert mixed, 3 bit size{suffix}", group, replace(drawn, target_bytes=size))
     add("dsconvert default, data-free", "data-free", replace(options, calib=None))
+    for count in FEWER:
+        add(f"dsconvert default, {count} images", "images", replace(options, samples=count))
     for name, other in (
         ("dsconvert default, data-free", replace(options, calib=None)),
         ("dsconvert mixed, 0.725 MB", replace(options, target_bytes=725_000)),
@@ -222,6 +225,24 @@ def block_float_rows(weights_only: Row) -> list[Row]:
     return [row(bits) for bits in (8, 6, 5, 4, 3)]
 
 
+def beside(found: Detections, index: int) -> tuple[float, float, float]:
+    """Of the float network's sure boxes the share that a row has not, of the row's the share that the float network has
+    not, and how far the scores of the others are apart on average."""
+    sure = [
+        (a[a[:, 4] > CONFIDENT], b[b[:, 4] > CONFIDENT])
+        for a, b in zip(found.found[0], found.found[index], strict=True)
+    ]
+    pairs = [match(a, b) for a, b in sure]
+    both = sum(len(m.iou) for m in pairs)
+    moved = [
+        abs(float(a[i, 4] - b[j, 4]))
+        for (a, b), m in zip(sure, pairs, strict=True)
+        for i, j in zip(m.first, m.second, strict=True)
+    ]
+    first, second = (max(1, sum(len(pair[side]) for pair in sure)) for side in (0, 1))
+    return 1 - both / first, 1 - both / second, float(np.mean(moved)) if moved else 0.0
+
+
 def has_vnni() -> bool:
     """Whether this CPU adds int8 products in 32 bits."""
     return "vnni" in Path("/proc/cpuinfo").read_text()
@@ -235,17 +256,19 @@ def write(rows: list[Row], found: Detections, samples: np.ndarray, images: int, 
 
     def table(names: list[int]) -> list[str]:
         lines = [
-            "| model | mAP50-95 | mAP50 | drop, points | 95 % interval | file MB | bits a weight | DSConv layers |",
-            "|---|---|---|---|---|---|---|---|",
+            "| model | mAP50-95 | mAP50 | drop, points | 95 % interval | boxes lost | new | score moved | file MB | "
+            "bits a weight | DSConv layers |",
+            "|---|---|---|---|---|---|---|---|---|---|---|",
         ]
         for i in names:
             row, m = rows[i], scores[i]
             drop = 100 * (scores[0].map50_95 - m.map50_95)
             bits = f"{row.weight_bits:.2f}" if row.weight_bits else ""
             smaller = f"1/{row.smaller:.1f}" if row.smaller else ""
+            lost, new, moved = beside(found, i)
             lines.append(
                 f"| {row.name} | {m.map50_95:.4f} | {m.map50:.4f} | {drop:.2f} | {low[i]:.2f} to {high[i]:.2f} | "
-                f"{row.path.stat().st_size / 1e6:.2f} | {bits} | {smaller} |"
+                f"{100 * lost:.1f} % | {100 * new:.1f} % | {moved:.3f} | {row.path.stat().st_size / 1e6:.2f} | {bits} | {smaller} |"
             )
         return lines
 
@@ -268,6 +291,11 @@ def write(rows: list[Row], found: Detections, samples: np.ndarray, images: int, 
         ]  # fmt: skip
 
     four = next(i for i, r in enumerate(rows) if r.name == "dsconvert 4 bit everywhere")
+    default = [
+        i
+        for i, r in enumerate(rows)
+        if r.name in ("dsconvert default (mixed, 4 bit size)", "dsconvert default, data-free")
+    ]
     cpu, few = cpu_name(), len(found.truths) < DECIDES
     text = [
         "# Accuracy", "", *kept(target),
@@ -277,7 +305,10 @@ def write(rows: list[Row], found: Detections, samples: np.ndarray, images: int, 
         f"ONNX Runtime, NNCF in OpenVINO. Intervals: paired bootstrap over images, "
         f"{images} draws{f'; {FEW}' if few else '.'}", "",
         *table(group("main", "data-free")), "",
-        "The stem and Detect are int8 in every dsconvert row; activations are uint8. *DSConv layers*: VQK "
+        f"Boxes are those with a score above {CONFIDENT}, by class and at an IoU of 0.5: *lost* is the share of "
+        "float32's that a file has not, *new* the share of a file's that float32 has not, *score moved* the mean "
+        "absolute difference of the scores of all others. The stem and Detect are int8 in every dsconvert row; "
+        "activations are uint8. *DSConv layers*: VQK "
         "and KDS of all others, those that got 8 bits too, against float32. *Default* spends the bytes of "
         "4 bits everywhere where they save most (`dsconvert quantize` without `--bits`). *Exact products*: with ONNX "
         "Runtime's `session.x64quantprecision`; by default a CPU without VNNI saturates ordinary int8 weights' "
@@ -289,6 +320,7 @@ def write(rows: list[Row], found: Detections, samples: np.ndarray, images: int, 
         *(chance() if group("draws") else []),
         *section("What each step is worth (4 bits everywhere; the last row is the product)",
                  [*group("ablation"), four] if group("ablation") else []),
+        *section("How many calibration images", sorted([*group("images"), *default]) if group("images") else []),
         *section("Block size", sorted([*group("block"), four]) if group("block") else []),
         *section("The paper's activations: block floating point, blocks of 32 channels (simulated in torch)",
                  group("block float")),
@@ -330,7 +362,10 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("runs/accuracy"))
     parser.add_argument("--out", type=Path, default=Path("docs/accuracy.md"))
     parser.add_argument(
-        "--groups", nargs="*", default=["data-free", "draws", "frontier", "ablation", "block"], help="besides main"
+        "--groups",
+        nargs="*",
+        default=["data-free", "draws", "images", "frontier", "ablation", "block"],
+        help="besides main",
     )
     parser.add_argument("--only-made", action="store_true", help="leave out models that --work does not hold yet")
     parser.add_argument("--rounds", type=int, default=1000)
