@@ -268,7 +268,8 @@ def write(rows: list[Row], found: Detections, samples: np.ndarray, images: int, 
             lost, new, moved = beside(found, i)
             lines.append(
                 f"| {row.name} | {m.map50_95:.4f} | {m.map50:.4f} | {drop:.2f} | {low[i]:.2f} to {high[i]:.2f} | "
-                f"{100 * lost:.1f} % | {100 * new:.1f} % | {moved:.3f} | {row.path.stat().st_size / 1e6:.2f} | {bits} | {smaller} |"
+                f"{100 * lost:.1f} % | {100 * new:.1f} % | {moved:.3f} | {row.path.stat().st_size / 1e6:.2f} | "
+                f"{bits} | {smaller} |"
             )
         return lines
 

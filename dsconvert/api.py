@@ -222,7 +222,7 @@ def quantize(
     activations: str = "int8",
     kds: str = "int",
     imgsz: int = 640,
-    samples: int = 128,
+    samples: int = 256,
     split: str | None = None,
     strict: bool = False,
     seed: int = 0,

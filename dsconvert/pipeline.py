@@ -86,7 +86,7 @@ class QuantizeOptions:
     blocks: str = "all"
     scope: str = "all"
     imgsz: int = 640
-    samples: int = 128
+    samples: int = 256
     seed: int = 0
     device: str = "cpu"
     activations: str = "int8"

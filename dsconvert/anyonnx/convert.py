@@ -47,7 +47,7 @@ class OnnxPlan:
     block_size: int = 32
     layout: str = "packed"
     imgsz: int | None = None
-    samples: int = 128
+    samples: int = 256
     normal: Normalisation | None = None
     seed: int = 0
     split: str | None = None

@@ -93,7 +93,7 @@ def _configure(context: click.Context, parameter: click.Parameter, value: str | 
               help="Model yaml whose DSConv2D_C3 rows choose the layers; replaces --blocks, --scope.")  # fmt: skip
 @click.option("--imgsz", default=640, show_default="640; of an .onnx its own",
               help="Side of the square images, pixels.")  # fmt: skip
-@click.option("--samples", default=128, show_default=True, help="Most calibration images used.")
+@click.option("--samples", default=256, show_default=True, help="Most calibration images used.")
 @click.option("--activations", type=click.Choice(["int8", "float"]), default="int8",
               show_default="int8; of an .onnx float", help="float: only the weights are quantized.")  # fmt: skip
 @click.option("--kds", type=click.Choice(["int", "float"]), default="int", show_default=True,
