@@ -26,7 +26,7 @@ from dsconvert.fit.seen import Drawn, check_drawn
 from dsconvert.fit.sensitivity import damage_of
 from dsconvert.fit.synthesize import synthesize
 from dsconvert.fit.threads import in_order
-from dsconvert.fit.views import WANTED, view
+from dsconvert.fit.views import WANTED, view, wanted
 from dsconvert.graph.integer import QParams, keeps_grid
 from dsconvert.graph.ir import INPUT, ConvParams, Graph
 from dsconvert.graph.run import run_float
@@ -151,7 +151,7 @@ def decoded(paths: Sequence[Path], side: int, seed: int, report: Progress, room:
 def with_views(photographs: Kept, count: int, seed: int, room: Room) -> tuple[Kept, int, int]:
     """This process's part of `count` photographs (3, side, side) and, where they are few, views of them; which is its
     first, and how many it has."""
-    total = max(count, WANTED)
+    total = wanted(count)
     share = range(total)[workers.share(total, TOGETHER)]
     if len(share) == count:
         return photographs, 0, count

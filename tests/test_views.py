@@ -8,7 +8,7 @@ from conftest import ROOT
 
 from dsconvert.calibration import decoded, with_views
 from dsconvert.fit.kept import Room
-from dsconvert.fit.views import WANTED, view
+from dsconvert.fit.views import WANTED, view, wanted
 from dsconvert.yolo.images import letterbox, read_image
 
 
@@ -58,12 +58,17 @@ def test_few_photographs_are_made_up_for():
     paths = sorted((ROOT / "calib" / "demo" / "images" / "calib").iterdir())[:5]
     found = decoded(paths, 64, 0, lambda *_: None, Room())
     assert found.photographs == 5
-    assert found.part.mine == found.part.all == WANTED
+    assert found.part.mine == found.part.all == 40
     for index, path in enumerate(paths):
         assert torch.equal(
             found.pixels.get(index), torch.from_numpy(letterbox(read_image(path), 64)[0]).permute(2, 0, 1)
         )
     assert torch.equal(found.pixels.get(5), view(found.pixels.get, 5, 0, 0))
+
+
+@pytest.mark.parametrize(("photographs", "images"), [(1, 8), (5, 40), (8, 64), (20, 64), (64, 64), (100, 100)])
+def test_how_many_images_few_photographs_are_made_up_to(photographs, images):
+    assert wanted(photographs) == images
 
 
 def test_enough_photographs_stay_as_they_are():

@@ -15,7 +15,13 @@ from torch.nn import functional as F
 from dsconvert.fit import draws
 
 WANTED = 64  # images; fewer photographs are made up for by views of them
+EACH = 7  # views of a photograph at most
 CLOSEST = 0.5  # of a photograph's side, the smallest part that fills an image
+
+
+def wanted(photographs: int) -> int:
+    """How many images, views among them, there are to be of so many photographs."""
+    return max(photographs, min(WANTED, photographs * (1 + EACH)))
 
 
 def view(photograph: Callable[[int], Tensor], count: int, index: int, seed: int) -> Tensor:
