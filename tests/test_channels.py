@@ -8,7 +8,7 @@ import torch
 from dsconvert.dsconv.tensor import Width
 from dsconvert.fit import draws
 from dsconvert.fit.channels import PARTS, SHRINK, damped, is_moment, made_up_for, parts, second_moment
-from dsconvert.fit.gptq import Moments, fit_layer, fit_weight_gptq
+from dsconvert.fit.gptq import Moments, damping_for, fit_layer, fit_weight_gptq
 from dsconvert.fit.least_squares import fit_weight
 from dsconvert.fit.lockstep import with_shifts
 from dsconvert.fit.seen import Places, Seen, seen_evenly
@@ -118,8 +118,9 @@ def test_a_fitted_layer_keeps_its_scale_and_has_the_right_mean():
     kept = fit_layer(POINT, weight, Width(4, 1), seen)
     refitted = with_shifts(POINT, fit_weight(weight, 4, 1), seen)
     assert with_shifts(POINT, kept, []) is kept
-    # damped by a tenth towards the weight's 1: (0.8 + 0.1) / 1.1
-    assert float(kept.weight.weight()) == pytest.approx(0.9 / 1.1, rel=1e-4)
+    # damped towards the weight's 1, as much as two images say
+    more = damping_for(2)
+    assert float(kept.weight.weight()) == pytest.approx((0.8 + more) / (1 + more), rel=1e-4)
     assert float(refitted.weight.weight()) == pytest.approx(0.8, rel=1e-4)
     for made in (kept, refitted):  # the mean is right in either case
         assert float(made.weight.weight() * x.mean() + made.bias) == pytest.approx(float(0.8 * x.mean() + 1), rel=1e-5)
