@@ -1,0 +1,94 @@
+"""The error of a fit on training images that it never saw: what every choice about the fit is made by.
+
+    python benchmarks/heldback.py --checkpoint yolov5n.pt --data coco500.yaml --samples 4 16 128 --seeds 0 1
+
+v are the numbers of `yolo.decode.detection_measure`: scores, and box centres and sizes as far as they count. The error
+is the sum of squared differences of v over an image, float network against converted one, both run in torch. Held-back
+images are the same for every fit of a run: a spread over the training images that none of the fits has.
+Prints one line a fit: the mean over the held-back images with its standard error, the median, and seconds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+
+from dsconvert.fit.threads import in_order
+from dsconvert.graph.integer import real_params, run_integer
+from dsconvert.graph.run import run_float
+from dsconvert.model import DSModel
+from dsconvert.pipeline import QuantizeOptions, quantize
+from dsconvert.yolo.checkpoint import Checkpoint, load_checkpoint
+from dsconvert.yolo.dataset import calibration_images
+from dsconvert.yolo.decode import detection_measure
+from dsconvert.yolo.images import letterbox, read_image, spread
+from dsconvert.yolo.lower import lower, split_detect
+
+
+def divided(paths: Sequence[Path], samples: Sequence[int], held: int) -> tuple[dict[int, list[Path]], list[Path]]:
+    """By number of images the images of a fit, and `held` images that none of the fits has."""
+    fits = {count: spread(paths, min(count, len(paths) - held)) for count in samples}
+    taken = {path for chosen in fits.values() for path in chosen}
+    return fits, spread([path for path in paths if path not in taken], held)
+
+
+def errors(checkpoint: Checkpoint, model: DSModel, paths: Sequence[Path]) -> torch.Tensor:
+    """The error of v on each image, float64."""
+    graph, params = split_detect(*lower(checkpoint.network.fuse()), checkpoint.head)
+
+    def one(path: Path) -> float:
+        square = torch.from_numpy(letterbox(read_image(path), model.imgsz)[0]).permute(2, 0, 1)
+        x = square.float()[None] / 255
+        wanted = run_float(graph, params, x)
+        if model.activations:
+            made = run_integer(model.graph, model.convs, model.activations, x)
+        else:
+            made = run_float(model.graph, real_params(model.convs), x)
+        pairs = zip(*(detection_measure(raw, wanted, checkpoint.head) for raw in (wanted, made)), strict=True)
+        return sum(float((a - b).double().square().sum()) for a, b in pairs)
+
+    return torch.tensor(list(in_order(one, paths)), dtype=torch.float64)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoint", type=Path, required=True)
+    parser.add_argument("--data", type=Path, required=True, help="data.yaml or folder")
+    parser.add_argument("--samples", type=int, nargs="+", default=[128], help="images of a fit; 0 synthesises them")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--held", type=int, default=48, help="images held back")
+    parser.add_argument("--imgsz", type=int, default=640)
+    parser.add_argument("--target-size", type=int, help="bytes of the packed file (default: those of 4 bits)")
+    parser.add_argument("--activations", choices=["int8", "float"], default="int8")
+    args = parser.parse_args()
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    fits, held = divided(calibration_images(args.data), [n for n in args.samples if n], args.held)
+    for count in args.samples:
+        for seed in args.seeds:
+            with TemporaryDirectory() as folder:
+                listed = Path(folder) / "images.txt"
+                listed.write_text("".join(f"{path.resolve()}\n" for path in fits.get(count, [])))
+                options = QuantizeOptions(
+                    calib=listed if count else None, imgsz=args.imgsz, samples=max(count, 128), seed=seed,
+                    target_bytes=args.target_size, activations=args.activations,
+                )  # fmt: skip
+                began = time.perf_counter()
+                model = quantize(load_checkpoint(args.checkpoint), options).model
+                seconds = time.perf_counter() - began
+            found = errors(load_checkpoint(args.checkpoint), model, held)
+            spread_of_mean = float(found.std()) / len(found) ** 0.5
+            print(
+                f"{count} images, seed {seed}: error {float(found.mean()):.3f} +- {spread_of_mean:.3f}, "
+                f"median {float(found.median()):.3f}, {seconds:.0f} s",
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    main()
