@@ -49,8 +49,10 @@ def sigterm_unwinds() -> Iterator[None]:
 def output_of(command: Sequence[str], env: Mapping[str, str] | None = None, cwd: Path | None = None) -> str:
     """What the command prints. Raises SystemExit with its last line when it fails."""
     with sigterm_unwinds():
+        # a process group to end as a whole; no session, as Linux would give one half of the machine by itself, however
+        # many neighbours are busy
         running = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=cwd, start_new_session=True,
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=cwd, process_group=0,
             env={**os.environ, **(env or {})},
         )  # fmt: skip
         try:

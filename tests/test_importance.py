@@ -88,9 +88,30 @@ def test_thorough_images_stand_for_the_others(monkeypatch):
     torch.testing.assert_close(found.squares["c"], 2 * torch.stack(single).sum(0))
 
 
-@pytest.mark.parametrize(("images", "apart"), [(1, 1), (127, 1), (128, 2), (256, 4), (512, 5), (1024, 8)])
+@pytest.mark.parametrize(("images", "apart"), [(1, 1), (127, 1), (128, 2), (256, 4), (512, 8), (1024, 11)])
 def test_more_images_are_looked_at_thoroughly_of_more(images, apart):
     assert importance.every(images) == apart
+
+
+def test_of_many_images_only_the_last_layers_have_a_gradient(tiny, picture, monkeypatch):
+    """Every layer still has positions: coarse maps by the mean square of finer ones' lengths."""
+    monkeypatch.setattr(importance, "BRIEFLY", 0)
+    network, head = tiny
+    graph, params = split_detect(*lower(network.fuse()), head)
+    shapes = value_shapes(graph, {n: tuple(p.weight.shape) for n, p in params.items()}, tuple(picture.shape[1:]))
+    start = importance.way_back(graph, shapes, *picture.shape[2:], 1)
+    assert {node.name for node in graph.nodes[start:]} == set(graph.outputs)
+    generator = torch.Generator().manual_seed(3)
+    found = gradients(graph, params, picture, lambda a, b: detection_measure(a, b, head), generator, start)
+    at = partial(torch.Generator().manual_seed, 5)
+    drawn = importance._Look.at_gradients(graph, found, at, 1 << 30, start).drawn
+    read = sorted({name for node in graph.nodes[start:] for name in node.inputs}, key=lambda n: -shapes[n][1])
+    total = sum(float(found[name][1].square().sum()) / (shapes[name][1] * shapes[name][2]) for name in read)
+    for node in graph.nodes[:start]:
+        if node.op == "conv":
+            weights = drawn[node.name][0].weights
+            assert len(weights) == shapes[node.name][1] * shapes[node.name][2]
+            assert float(weights.square().mean()) == pytest.approx(total, rel=1e-4)  # sums of float32
 
 
 def test_early_layers_take_the_gradient_behind_them(tiny, picture):

@@ -34,8 +34,9 @@ FEWEST_SAMPLES = 64  # of an image, and two extremes besides
 SAMPLES = 1 << 16  # of a value over all images, as far as FEWEST_SAMPLES allow
 SEARCHED = 4096  # values of a map that samples are drawn from
 THOROUGH = 64  # images at least are looked at thoroughly, as far as there are as many
-MANY = 16.0  # of n images the root of MANY n at least
-EARLY = 8  # maps finer than a cell of so many pixels are early: see `Look`
+MANY = 8.0  # of n images the root of MANY n at least
+EARLY = 8  # maps finer than a cell of so many pixels are early: see `Importance`
+BRIEFLY = 256  # of more images the way back through those that are not thorough ends at the last convolutions
 # (raw maps, the float network's raw maps, which give the constants) -> numbers whose squared change is the damage
 Measure = Callable[[list[Tensor], list[Tensor]], list[Tensor]]
 Found = dict[str, tuple[Tensor, Tensor]]  # value name -> the value, and its gradient (empty where it is not known)
@@ -55,7 +56,8 @@ class Importance:
     """What all images say together. Of several processes all have the same, but for what is drawn from their images.
 
     One image of `every` is looked at thoroughly. The others give positions alone, and those of early layers by the
-    gradient behind these layers: their maps are large, and going back through them takes longer than all the rest.
+    gradient behind these layers: their maps are large, and going back through them takes longer than all the rest. Of
+    more than BRIEFLY images, all layers but the last take the gradients that arrive at the last ones' inputs.
 
     samples: value name -> (values of the thorough images, their weights), both (k,).
     drawn: convolution name -> positions drawn from each image by their weights, the root of the squared gradients
@@ -78,6 +80,14 @@ class Importance:
 def every(images: int) -> int:
     """One of so many is looked at thoroughly."""
     return max(1, int(images // max(THOROUGH, (MANY * images) ** 0.5)))
+
+
+def way_back(graph: Graph, shapes: Mapping[str, Sequence[int]], high: int, wide: int, images: int) -> int:
+    """The place of the first node that gets a gradient where an image of that size, one of so many, is not looked at
+    thoroughly."""
+    if images > BRIEFLY:
+        return min(i for i, node in enumerate(graph.nodes) if node.name in graph.outputs)
+    return behind_early(graph, shapes, high, wide)
 
 
 def behind_early(graph: Graph, shapes: Mapping[str, Sequence[int]], high: int, wide: int) -> int:
@@ -167,9 +177,8 @@ def measure_importance(
         index, image = numbered
         generator, at = draws.of_image(seed, index), partial(draws.of_image, seed, index)
         if index % apart:
-            start = behind_early(
-                graph, value_shapes(graph, shapes, (image.shape[1], image.shape[2], image.shape[3])), *image.shape[2:]
-            )
+            size = (image.shape[1], image.shape[2], image.shape[3])
+            start = way_back(graph, value_shapes(graph, shapes, size), size[1], size[2], part.all)
             found = gradients(graph, params, image, measure, generator, start)
             return _Look.at_gradients(graph, found, at, most, start)
         found = gradients(graph, params, image, measure, generator)
@@ -232,8 +241,8 @@ class _Look:
             if len(gradient):
                 length = length_of(gradient)
             else:
-                length = torch.stack([F.interpolate(p[None, None], value.shape[2:])[0, 0] for p in passed])
-                length = length.square().sum(0).sqrt()
+                squares = [F.interpolate(p[None, None].square(), value.shape[2:], mode="area")[0, 0] for p in passed]
+                length = torch.stack(squares).sum(0).sqrt()
             weights = length.flatten().double()
             counts_at_all = bool(weights.any())
             picks, counts = draws.positions(weights if counts_at_all else torch.ones_like(weights), places(), most)
