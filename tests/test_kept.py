@@ -88,3 +88,12 @@ def test_a_fit_is_the_same_from_memory_and_from_disk(tiny, picture, tmp_path):
             assert torch.equal(conv.bias, other[name].bias)
             assert torch.equal(conv.weight.cds_w, other[name].weight.cds_w)
     assert kept.MEMORY >= 1 << 28
+
+
+@pytest.mark.parametrize("error", [AttributeError, OSError, TypeError])
+def test_a_system_that_cannot_be_asked_for_free_memory_keeps_it(monkeypatch, error):
+    def refuse(name):
+        raise error
+
+    monkeypatch.setattr(kept.ctypes, "CDLL", refuse)
+    kept.give_back()

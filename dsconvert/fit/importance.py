@@ -20,7 +20,7 @@ from dsconvert import workers
 from dsconvert.fit import draws
 from dsconvert.fit.channels import second_moment
 from dsconvert.fit.clipping import LEVELS, clip_effects
-from dsconvert.fit.kept import Room
+from dsconvert.fit.kept import Room, give_back
 from dsconvert.fit.seen import Drawn, Places
 from dsconvert.fit.sensitivity import squared_gradient
 from dsconvert.fit.threads import in_order
@@ -37,6 +37,7 @@ THOROUGH = 64  # images at least are looked at thoroughly, as far as there are a
 MANY = 8.0  # of n images the root of MANY n at least
 EARLY = 8  # maps finer than a cell of so many pixels are early: see `Importance`
 BRIEFLY = 256  # of more images the way back through those that are not thorough ends at the last convolutions
+GIVE_BACK = 16  # after so many images free memory is given back to the system
 # (raw maps, the float network's raw maps, which give the constants) -> numbers whose squared change is the damage
 Measure = Callable[[list[Tensor], list[Tensor]], list[Tensor]]
 Found = dict[str, tuple[Tensor, Tensor]]  # value name -> the value, and its gradient (empty where it is not known)
@@ -186,6 +187,8 @@ def measure_importance(
         return made.thoroughly(graph, params, image, found, clipping, chosen, generator, each)
 
     for index, look_at in enumerate(in_order(look, enumerate(images, part.first))):
+        if index % GIVE_BACK == GIVE_BACK - 1:
+            give_back()
         looked += torch.tensor((1, bool(look_at.samples)))
         for name, taken in drawn.items():
             places, outputs = look_at.drawn[name]

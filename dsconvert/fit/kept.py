@@ -6,10 +6,12 @@ when it ends by itself).
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import math
 import tempfile
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from threading import Lock
 from typing import IO
@@ -20,6 +22,13 @@ from torch import Tensor
 from dsconvert.errors import InputError
 
 MEMORY = 1 << 30  # bytes that are kept in memory at once, over all kinds of values
+
+
+def give_back() -> None:
+    """Let the C library return to the system what is free. glibc keeps what its threads free where anything lies behind
+    it, which came to 10 MB an image, and is asked; others need not be."""
+    with suppress(AttributeError, OSError, TypeError):  # not glibc, no libc of that name, Windows
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 class Room:
