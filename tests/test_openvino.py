@@ -54,9 +54,9 @@ def test_every_convolution_is_int8_and_the_maps_are_onnx_runtimes(widened, pictu
 def test_suppression_keeps_the_best_though_topk_reorders_equals():
     """Boxes far apart, so that all survive, of three images, the best five of each wanted. OpenVINO's TopK does not
     keep the order of equal values, as ONNX says: sorting by image alone lost the best box."""
-    b = OnnxBuilder(13)
-    b.nodes.append(onnx.helper.make_node("Split", ["predictions", b.shape(4, 3)], ["box", "conf"], axis=2))
-    add_nms(b, Decoded("box", "conf"), 2, Nms(0.25, 0.45, 5), "detections")
+    b, parts = OnnxBuilder(13), ["box", "objectness", "classes"]
+    b.nodes.append(onnx.helper.make_node("Split", ["predictions", b.shape(4, 1, 2)], parts, axis=2))
+    add_nms(b, Decoded(*parts), Nms(0.25, 0.45, 5), "detections")
     model = b.model({"predictions": (3, 16, 7)}, {"detections": ("k", 7)}, {})
     rng = np.random.default_rng(0)
     centre = 20 + 40 * np.stack(np.meshgrid(np.arange(4), np.arange(4)), 2).reshape(1, 16, 2).repeat(3, 0)
