@@ -159,7 +159,7 @@ def test_the_simulation_is_the_integer_network(model):
         whole = simulate(model.graph, parts, model.activations, smooth_picture())
     exact = run_integer(model.graph, changed.convs, model.activations, smooth_picture())
     for a, b, name in zip(whole, exact, model.graph.outputs, strict=True):
-        # a value that is rounded the other way early moves all behind it: by one and a quarter steps of the finest output
+        # a value that is rounded the other way early moves all behind it: the finest output by a step and a quarter
         assert (a - b).abs().mean() < 2 * grids[name].scale
 
 
