@@ -137,24 +137,22 @@ def decoded(paths: Sequence[Path], side: int, seed: int, report: Progress, room:
         report("images", done, len(paths))
     if not whole:
         skipped = [reason for reasons in workers.gathered(skipped) for reason in reasons]
-    elif count:
-        pixels, first, mine = with_views(pixels, count, seed, room)
-        return _placed(pixels, mine, side, min(max(count - first, 0), mine), skipped)
-    found = _placed(pixels, count, side, count, skipped)
+    share = range(count)
+    if whole and count:
+        share = range(wanted(count))[workers.share(wanted(count), TOGETHER)]
+        pixels = with_views(pixels, count, share, seed, room)
+    found = _placed(pixels, len(share), side, len(range(count)[share.start : share.stop]), skipped)
     if not found.part.all:
         raise none_readable(found.skipped, "calibration images")
-    if not all(workers.gathered(count)):
+    if not all(workers.gathered(found.part.mine)):
         raise InputError(f"{found.part.all} calibration images are too few for {workers.count()} processes.")
     return found
 
 
-def with_views(photographs: Kept, count: int, seed: int, room: Room) -> tuple[Kept, int, int]:
-    """This process's part of `count` photographs (3, side, side) and, where they are few, views of them; which is its
-    first, and how many it has."""
-    total = wanted(count)
-    share = range(total)[workers.share(total, TOGETHER)]
-    if len(share) == count:
-        return photographs, 0, count
+def with_views(photographs: Kept, count: int, share: range, seed: int, room: Room) -> Kept:
+    """Of `count` photographs (3, side, side), and views of them behind these, those in the share."""
+    if share == range(count):
+        return photographs
     kept = room.like(len(share), photographs.get(0))
 
     def made(index: int) -> Tensor:
@@ -163,7 +161,7 @@ def with_views(photographs: Kept, count: int, seed: int, room: Room) -> tuple[Ke
     for place, image in enumerate(in_order(made, share)):
         kept.put(place, image)
     photographs.free()
-    return kept, share.start, len(share)
+    return kept
 
 
 def synthetic(

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from conftest import ROOT
 
+from dsconvert import workers
 from dsconvert.calibration import decoded, with_views
+from dsconvert.errors import InputError
 from dsconvert.fit.kept import Room
 from dsconvert.fit.views import WANTED, view, wanted
 from dsconvert.yolo.images import letterbox, read_image
@@ -55,7 +59,7 @@ def test_views_follow_from_the_seed():
 
 
 def test_few_photographs_are_made_up_for():
-    paths = sorted((ROOT / "calib" / "demo" / "images" / "calib").iterdir())[:5]
+    paths = demo_photographs(5)
     found = decoded(paths, 64, 0, lambda *_: None, Room())
     assert found.photographs == 5
     assert found.part.mine == found.part.all == 40
@@ -73,4 +77,35 @@ def test_how_many_images_few_photographs_are_made_up_to(photographs, images):
 
 def test_enough_photographs_stay_as_they_are():
     kept = Room().kept(WANTED, (3, 8, 8), torch.uint8)
-    assert with_views(kept, WANTED, 0, Room()) == (kept, 0, WANTED)
+    assert with_views(kept, WANTED, range(WANTED), 0, Room()) is kept
+
+
+def demo_photographs(count: int) -> list[Path]:
+    """Of the demo's, which are as many as are wanted."""
+    return sorted((ROOT / "calib" / "demo" / "images" / "calib").iterdir())[:count]
+
+
+@pytest.mark.parametrize("count", [5, WANTED // 2])
+def test_processes_share_photographs_and_views(monkeypatch, count):
+    """The second of two may have as many views as there are photographs: its own are views all the same."""
+    paths = demo_photographs(count)
+    whole = decoded(paths, 32, 0, lambda *_: None, Room())
+    total = wanted(count)
+    mine = {number: range(total)[number * total // 2 : (number + 1) * total // 2] for number in (0, 1)}
+    monkeypatch.setattr(workers, "count", lambda: 2)
+    for number in (0, 1):
+        monkeypatch.setattr(workers, "number", lambda number=number: number)
+        monkeypatch.setattr(workers, "gathered", lambda item: [item, item])
+        found = decoded(paths, 32, 0, lambda *_: None, Room())
+        assert found.part.mine == len(mine[number])
+        assert found.photographs == sum(index < count for index in mine[number])
+        for place, index in enumerate(mine[number]):
+            assert torch.equal(found.pixels.get(place), whole.pixels.get(index))
+
+
+def test_more_processes_than_images_are_refused(monkeypatch):
+    monkeypatch.setattr(workers, "count", lambda: 9)
+    monkeypatch.setattr(workers, "number", lambda: 0)
+    monkeypatch.setattr(workers, "gathered", lambda item: [item, *[1] * 8])  # an image each for the others
+    with pytest.raises(InputError, match="too few for 9 processes"):
+        decoded(demo_photographs(1), 32, 0, lambda *_: None, Room())
