@@ -39,7 +39,7 @@ from peers import (
 from dsconvert.dsconv.tensor import DSTensor
 from dsconvert.evaluate.accuracy import CONFIDENT, Detections, Predictor, detect_all
 from dsconvert.evaluate.candidates import load_candidate
-from dsconvert.evaluate.compare import match
+from dsconvert.evaluate.compare import match, shifts_of
 from dsconvert.fit.gptq import fit_layer, fit_weight_gptq, measure_moments
 from dsconvert.fit.least_squares import fit_weight
 from dsconvert.graph.blockfloat import run_block_float
@@ -232,15 +232,10 @@ def beside(found: Detections, index: int) -> tuple[float, float, float]:
         (a[a[:, 4] > CONFIDENT], b[b[:, 4] > CONFIDENT])
         for a, b in zip(found.found[0], found.found[index], strict=True)
     ]
-    pairs = [match(a, b) for a, b in sure]
-    both = sum(len(m.iou) for m in pairs)
-    moved = [
-        abs(float(a[i, 4] - b[j, 4]))
-        for (a, b), m in zip(sure, pairs, strict=True)
-        for i, j in zip(m.first, m.second, strict=True)
-    ]
+    matches = [match(a, b) for a, b in sure]
+    both, moved = sum(len(m.iou) for m in matches), shifts_of(sure, matches)
     first, second = (max(1, sum(len(pair[side]) for pair in sure)) for side in (0, 1))
-    return 1 - both / first, 1 - both / second, float(np.mean(moved)) if moved else 0.0
+    return 1 - both / first, 1 - both / second, float(np.abs(moved).mean()) if moved else 0.0
 
 
 def has_vnni() -> bool:

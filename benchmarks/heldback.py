@@ -27,7 +27,7 @@ from dsconvert.pipeline import QuantizeOptions, quantize
 from dsconvert.yolo.checkpoint import Checkpoint, load_checkpoint
 from dsconvert.yolo.dataset import calibration_images
 from dsconvert.yolo.decode import detection_measure
-from dsconvert.yolo.images import letterbox, read_image, spread
+from dsconvert.yolo.images import letterbox, read_image, spread, to_tensor
 from dsconvert.yolo.lower import lower, split_detect
 
 
@@ -43,8 +43,7 @@ def errors(checkpoint: Checkpoint, model: DSModel, paths: Sequence[Path]) -> tor
     graph, params = split_detect(*lower(checkpoint.network.fuse()), checkpoint.head)
 
     def one(path: Path) -> float:
-        square = torch.from_numpy(letterbox(read_image(path), model.imgsz)[0]).permute(2, 0, 1)
-        x = square.float()[None] / 255
+        x = to_tensor([letterbox(read_image(path), model.imgsz)[0]])
         wanted = run_float(graph, params, x)
         if model.activations:
             made = run_integer(model.graph, model.convs, model.activations, x)
@@ -75,7 +74,7 @@ def main() -> None:
                 listed = Path(folder) / "images.txt"
                 listed.write_text("".join(f"{path.resolve()}\n" for path in fits.get(count, [])))
                 options = QuantizeOptions(
-                    calib=listed if count else None, imgsz=args.imgsz, samples=max(count, 128), seed=seed,
+                    calib=listed if count else None, imgsz=args.imgsz, samples=count or 128, seed=seed,
                     target_bytes=args.target_size, activations=args.activations,
                 )  # fmt: skip
                 began = time.perf_counter()

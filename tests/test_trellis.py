@@ -7,12 +7,13 @@ import numpy as np
 import pytest
 import torch
 from followed import followed
+from reference.torch_loops import expected
 
 from dsconvert.dsconv import trellis
 from dsconvert.dsconv.tensor import DSTensor, Width, largest_pair, max_multiplier, used_width
 from dsconvert.fit.gptq import Moments, fit_weight_gptq
 from dsconvert.fit.least_squares import fit_weight
-from dsconvert.fit.trellis import Trellis, expected, nearest_values, noise, round_strings, suited
+from dsconvert.fit.trellis import Trellis, nearest_values, noise, round_strings, suited
 from dsconvert.graph.integer import QConv
 
 BITS = [1, 2, 3, 4]

@@ -149,11 +149,7 @@ def agreement(
 ) -> Agreement:
     """From both models' objects in each image; `scores` are of these where no others are given."""
     matches = [match(a, b) for a, b in pairs]
-    shifts = [
-        float(b[j, 4] - a[i, 4])
-        for (a, b), m in zip(pairs, matches, strict=True)
-        for i, j in zip(m.first, m.second, strict=True)
-    ]
+    shifts = shifts_of(pairs, matches)
     ious = [iou for m in matches for iou in m.iou]
     images = [
         Pictured(len(m.iou), len(a) - len(m.iou), len(b) - len(m.iou)) for (a, b), m in zip(pairs, matches, strict=True)
@@ -166,6 +162,15 @@ def agreement(
         map50_95,
         scores or score_shift([a for a, _ in pairs], [b for _, b in pairs]),
     )
+
+
+def shifts_of(pairs: Sequence[tuple[Found, Found]], matches: Sequence[Matches]) -> list[float]:
+    """The second's confidence less the first's, of every object that both find."""
+    return [
+        float(b[j, 4] - a[i, 4])
+        for (a, b), m in zip(pairs, matches, strict=True)
+        for i, j in zip(m.first, m.second, strict=True)
+    ]
 
 
 def match(a: Found, b: Found, least: float = MATCHING) -> Matches:

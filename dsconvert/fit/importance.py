@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 
 import numpy as np
 import torch
@@ -166,20 +166,23 @@ def measure_importance(
     # each image gives fewer samples where there are many
     each = max(FEWEST_SAMPLES, min(SAMPLES_PER_IMAGE, SAMPLES * apart // part.all))
     most = draws.positions_each(part.all)
-    sizes = {name: len(p.weight) for name, p in params.items()}
     shapes = {name: tuple(p.weight.shape) for name, p in params.items()}
-    channels = {n.name: torch.zeros(sizes[n.name], sizes[n.name], dtype=torch.float64) for n in graph.convs()}
+    channels = {n.name: torch.zeros((shapes[n.name][0],) * 2, dtype=torch.float64) for n in graph.convs()}
     squares = {name: torch.zeros(shapes[name]) for name in chosen}
     behind = judged(graph)
     clipping = {name: torch.zeros_like(LEVELS) for name in samples if name not in behind}
     looked = torch.zeros(2, dtype=torch.float64)  # images, and those that were looked at thoroughly
 
+    @cache
+    def start_for(depth: int, high: int, wide: int) -> int:
+        values = value_shapes(graph, shapes, (depth, high, wide))
+        return way_back(graph, values, high, wide, part.all)
+
     def look(numbered: tuple[int, Tensor]) -> _Look:
         index, image = numbered
         generator, at = draws.of_image(seed, index), partial(draws.of_image, seed, index)
         if index % apart:
-            size = (image.shape[1], image.shape[2], image.shape[3])
-            start = way_back(graph, value_shapes(graph, shapes, size), size[1], size[2], part.all)
+            start = start_for(*image.shape[1:])
             found = gradients(graph, params, image, measure, generator, start)
             return _Look.at_gradients(graph, found, at, most, start)
         found = gradients(graph, params, image, measure, generator)

@@ -61,13 +61,6 @@ def noise(bits: int) -> tuple[Floats, Floats]:
     return levels, np.array(errors, np.float64)
 
 
-def expected(rms: Floats, bits: int) -> Floats:
-    """Mean squared error of numbers of that root mean square, by `noise`; what is larger than its largest is cut."""
-    levels, errors = noise(bits)
-    beyond = np.square(np.maximum(rms - levels[-1], 0))
-    return np.interp(rms, levels, errors) + beyond
-
-
 def suited(rms: Floats, cds: Floats, bits: int) -> tuple[Floats, Floats]:
     """For blocks of that root mean square (cho, ...) and CDSw (cho,): the m of least expected error, and that mean
     squared error, both like rms."""

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dsconvert.dsconv.tensor import max_multiplier, vqk_limits
 from dsconvert.dsconv.trellis import WINDOW, table
-from dsconvert.fit.trellis import AHEAD, NEAR, expected
+from dsconvert.fit.trellis import AHEAD, NEAR, noise
 
 Floats = NDArray[np.float64]
 
@@ -163,6 +163,13 @@ def suited(rms: Floats, cds: Floats, bits: int) -> tuple[Floats, Floats]:
     steps = cds.reshape(-1, *[1] * rms.ndim) * tried
     errors = expected(rms[..., None] / steps, bits) * np.square(steps)
     return tried[errors.argmin(-1)], errors.min(-1)
+
+
+def expected(rms: Floats, bits: int) -> Floats:
+    """Mean squared error of numbers of that root mean square, by `noise`; what is larger than its largest is cut."""
+    levels, errors = noise(bits)
+    beyond = np.square(np.maximum(rms - levels[-1], 0))
+    return np.interp(rms, levels, errors) + beyond
 
 
 def around(m: Tensor, most: int) -> Tensor:
