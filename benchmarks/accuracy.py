@@ -1,29 +1,33 @@
-"""Accuracy of dsconvert and of int8 peers on the same images; writes docs/accuracy.md.
+"""Accuracy of dsconvert and of its peers on the same images; writes docs/accuracy.md.
 
-    python benchmarks/accuracy.py --checkpoint yolov5n.pt --data coco.yaml
+    python benchmarks/accuracy.py --checkpoint yolov5n.pt --data coco500.yaml --name "COCO, 500 images"
 
 Needs the `bench` extra. Models are calibrated on the train split and measured on the val split, which nothing else
 sees; peers get the images that dsconvert takes by default, decoded in the same way. Finished models are kept in --work
-and not made again.
+and not made again. The results of each --name take the place of its last ones in docs/accuracy.json, and the page is
+written from all that are there.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import shlex
 import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from datetime import date
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from accuracy_page import DATA_FREE, DEFAULT, SECOND, write_page
 from bootstrap import bootstrap
 from machine import cpu_name
-from notes import kept
 from numpy.typing import NDArray
 from peers import (
     decoded,
@@ -52,16 +56,9 @@ from dsconvert.yolo.checkpoint import load_checkpoint
 from dsconvert.yolo.dataset import read_data_yaml
 from dsconvert.yolo.decode import decode
 
-SIDE = 640
 PACKED = "packed.onnx"
-SECOND = ", second draw"
 FEWER = (4, 16, 32, 128)  # calibration images of the rows that ask how many are needed
-DECIDES = 500  # images from which on a table says anything
-FEW = (
-    "they are wide because the images are few, and a fit that draws other calibration pixels moves a drop by another "
-    "point. So no conclusion can be drawn from these tables: a difference of a point or two is chance, whatever its "
-    "sign."
-)
+SIZES = (725_000, 800_000, 1_400_000)  # bytes of the rows that ask what a file of a given size keeps
 
 
 @dataclass(frozen=True)
@@ -97,11 +94,13 @@ def dsconvert_row(name: str, group: str, checkpoint: Path, work: Path, options: 
             quantize(load_checkpoint(checkpoint), options, name, cache=work / "cache"), folder, force=True
         ),
     )
-    made(target, lambda: target.write_bytes(onnx_bytes(model, "packed", SIDE)))
+    made(target, lambda: target.write_bytes(onnx_bytes(model, "packed", options.imgsz)))
     made_of = load_model(model)
     weights = inner_weights(made_of)
     smaller = 32 * sum(w.vqk.numel() for w in weights) / sum(w.weight_bits * w.vqk.numel() for w in weights)
-    return Row(name, group, target, load_candidate(target, SIDE).predict, made_of.weight_bits, seconds, smaller)
+    return Row(
+        name, group, target, load_candidate(target, options.imgsz).predict, made_of.weight_bits, seconds, smaller
+    )
 
 
 def inner_weights(model: DSModel) -> list[DSTensor]:
@@ -146,13 +145,15 @@ def unweighted_fit(node, weight, width, images, channels, photographs):  # type:
     return fit_weight_gptq(weight, moments, width.bits, width.block_size, None, width.trellis)
 
 
-def all_rows(checkpoint: Path, data: Path, work: Path, groups: Sequence[str], only_made: bool) -> list[Row]:
+def all_rows(
+    checkpoint: Path, options: QuantizeOptions, work: Path, groups: Sequence[str], sizes: Sequence[int], only_made: bool
+) -> list[Row]:
     """Every model of the groups wanted, the float one first; `main` always. `only_made`: those in the work folder."""
-    options = QuantizeOptions(calib=data, imgsz=SIDE)
+    side = options.imgsz
     float_file = work / "float32.onnx"
-    made(float_file, lambda: float_file.write_bytes(onnx_bytes(checkpoint, "packed", SIDE)))
-    rows = [Row("float32", "main", float_file, load_candidate(float_file, SIDE).predict, 32.0, None)]
-    rows += peer_rows(float_file, decoded(data, SIDE, options.samples), work)
+    made(float_file, lambda: float_file.write_bytes(onnx_bytes(checkpoint, "packed", side)))
+    rows = [Row("float32", "main", float_file, load_candidate(float_file, side).predict, 32.0, None)]
+    rows += peer_rows(float_file, decoded(options.calib or Path(), side, options.samples), work)
 
     def add(name: str, group: str, options: QuantizeOptions) -> None:
         if group in ("main", *groups) and (not only_made or (folder_of(work, name) / "model.safetensors").exists()):
@@ -161,21 +162,21 @@ def all_rows(checkpoint: Path, data: Path, work: Path, groups: Sequence[str], on
 
     add("dsconvert 8 bit", "main", replace(options, bits=8))
     for drawn, group, suffix in ((options, "main", ""), (replace(options, seed=1), "draws", SECOND)):
-        add(f"dsconvert default (mixed, 4 bit size){suffix}", group, drawn)
+        add(f"{DEFAULT}{suffix}", group, drawn)
         add(f"dsconvert 4 bit everywhere{suffix}", group, replace(drawn, bits=4))
         add(f"dsconvert 3 bit everywhere{suffix}", group, replace(drawn, bits=3))
         size = (folder_of(work, "dsconvert 3 bit everywhere") / PACKED).stat().st_size
         add(f"dsconvert mixed, 3 bit size{suffix}", group, replace(drawn, target_bytes=size))
-    add("dsconvert default, data-free", "data-free", replace(options, calib=None))
+    add(DATA_FREE, "data-free", replace(options, calib=None))
     for count in FEWER:
         add(f"dsconvert default, {count} images", "images", replace(options, samples=count))
+    for size in sizes:
+        add(f"dsconvert mixed, {size / 1e6:g} MB", "frontier", replace(options, target_bytes=size))
     for name, other in (
-        ("dsconvert default, data-free", replace(options, calib=None)),
-        ("dsconvert mixed, 0.725 MB", replace(options, target_bytes=725_000)),
+        (DATA_FREE, replace(options, calib=None)),
+        (f"dsconvert mixed, {sizes[0] / 1e6:g} MB", replace(options, target_bytes=sizes[0])),
     ):
         add(f"{name}{SECOND}", "draws", replace(other, seed=1))
-    for size in (725_000, 800_000, 1_400_000):
-        add(f"dsconvert mixed, {size / 1e6:g} MB", "frontier", replace(options, target_bytes=size))
     four = replace(options, bits=4)
     for name, fit in (("least squares", plain_fit), ("GPTQ, symmetric", symmetric_fit),
                       ("GPTQ, asymmetric, positions unweighted", unweighted_fit),
@@ -243,138 +244,58 @@ def has_vnni() -> bool:
     return "vnni" in Path("/proc/cpuinfo").read_text()
 
 
-def write(rows: list[Row], found: Detections, samples: np.ndarray, images: int, target: Path, command: str) -> None:
-    """The page."""
+def figures(rows: Sequence[Row], found: Detections, samples: NDArray[np.float64]) -> list[dict[str, Any]]:
+    """What the page shows of every row. samples: (draws, rows) mAP50-95 of images drawn with repetition."""
     scores = found.metrics()
-    drops = 100 * (samples[:, :1] - samples)
-    low, high = np.percentile(drops, (2.5, 97.5), axis=0)
-
-    def table(names: list[int]) -> list[str]:
-        lines = [
-            "| model | mAP50-95 | mAP50 | drop, points | 95 % interval | boxes lost | new | score moved | file MB | "
-            "bits a weight | DSConv layers |",
-            "|---|---|---|---|---|---|---|---|---|---|---|",
-        ]
-        for i in names:
-            row, m = rows[i], scores[i]
-            drop = 100 * (scores[0].map50_95 - m.map50_95)
-            bits = f"{row.weight_bits:.2f}" if row.weight_bits else ""
-            smaller = f"1/{row.smaller:.1f}" if row.smaller else ""
-            lost, new, moved = beside(found, i)
-            lines.append(
-                f"| {row.name} | {m.map50_95:.4f} | {m.map50:.4f} | {drop:.2f} | {low[i]:.2f} to {high[i]:.2f} | "
-                f"{100 * lost:.1f} % | {100 * new:.1f} % | {moved:.3f} | {row.path.stat().st_size / 1e6:.2f} | "
-                f"{bits} | {smaller} |"
-            )
-        return lines
-
-    def group(*names: str) -> list[int]:
-        return [i for i, r in enumerate(rows) if r.group in names]
-
-    def section(title: str, names: list[int]) -> list[str]:
-        return [f"### {title}", "", *table(names), ""] if names else []
-
-    def chance() -> list[str]:
-        """Both draws of every row that has two."""
-        at = {r.name: i for i, r in enumerate(rows)}
-        loss = [100 * (scores[0].map50_95 - m.map50_95) for m in scores]
-        pairs = [(name, loss[i], loss[at[name + SECOND]]) for name, i in at.items() if name + SECOND in at]
-        return [
-            "### How much of this is chance", "",
-            "The same fit with another `--seed`, which draws other calibration pixels:", "",
-            "| model | drop, points | drop, points, second draw | mean |", "|---|---|---|---|",
-            *(f"| {name} | {a:.2f} | {b:.2f} | {(a + b) / 2:.2f} |" for name, a, b in pairs), "",
-        ]  # fmt: skip
-
-    four = next(i for i, r in enumerate(rows) if r.name == "dsconvert 4 bit everywhere")
-    default = [
-        i
-        for i, r in enumerate(rows)
-        if r.name in ("dsconvert default (mixed, 4 bit size)", "dsconvert default, data-free")
-    ]
-    cpu, few = cpu_name(), len(found.truths) < DECIDES
-    text = [
-        "# Accuracy", "", *kept(target),
-        f"## {'A quick look at ' if few else ''}{len(found.truths)} images", "",
-        f"Made by `{command}` on {torch.get_num_threads()} threads of {cpu}. {len(found.truths)} validation images "
-        "that nothing was tuned on; calibration without labels on the train split. Every row is its file, run: ONNX in "
-        f"ONNX Runtime, NNCF in OpenVINO. Intervals: paired bootstrap over images, "
-        f"{images} draws{f'; {FEW}' if few else '.'}", "",
-        *table(group("main", "data-free")), "",
-        f"Boxes are those with a score above {CONFIDENT}, by class and at an IoU of 0.5: *lost* is the share of "
-        "float32's that a file has not, *new* the share of a file's that float32 has not, *score moved* the mean "
-        "absolute difference of the scores of all others. The stem and Detect are int8 in every dsconvert row; "
-        "activations are uint8. *DSConv layers*: VQK "
-        "and KDS of all others, those that got 8 bits too, against float32. *Default* spends the bytes of "
-        "4 bits everywhere where they save most (`dsconvert quantize` without `--bits`). *Exact products*: with ONNX "
-        "Runtime's `session.x64quantprecision`; by default a CPU without VNNI saturates ordinary int8 weights' "
-        "products. dsconvert's weights cannot saturate, so its rows are the same on every CPU. *Ultralytics' way*: "
-        "`quantize_static` with its defaults (MinMax, one scale for all of a layer's weights, int8 activations) on "
-        "Conv, Gemm and MatMul. *MNN*: `mnnconvert --weightQuantBits 4 --weightQuantBlock 32 --hqq`, run in MNN; "
-        "activations stay float, and no images are needed. What is float in a file runs in float32 in every row, in "
-        "OpenVINO too, which would choose bfloat16 on CPUs that have it.", "",
-        *(chance() if group("draws") else []),
-        *section("What each step is worth (4 bits everywhere; the last row is the product)",
-                 [*group("ablation"), four] if group("ablation") else []),
-        *section("How many calibration images", sorted([*group("images"), *default]) if group("images") else []),
-        *section("Block size", sorted([*group("block"), four]) if group("block") else []),
-        *section("The paper's activations: block floating point, blocks of 32 channels (simulated in torch)",
-                 group("block float")),
-        "### Size against accuracy", "", "![size against accuracy](accuracy.svg)", "",
-        *(table(group("frontier")) if group("frontier") else []), "",
-    ]  # fmt: skip
-    target.write_text("\n".join(text))
-    plot(rows, [m.map50_95 for m in scores], target.with_suffix(".svg"))
-
-
-def plot(rows: list[Row], scores: list[float], target: Path) -> None:
-    """File size against mAP for the main and frontier rows."""
-    import matplotlib
-
-    matplotlib.use("svg")
-    matplotlib.rcParams["svg.hashsalt"] = "dsconvert"
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(7, 4.5))
-    mixed = sorted((r.path.stat().st_size / 1e6, s) for r, s in zip(rows, scores, strict=True)
-                   if "mixed" in r.name and "dsconvert" in r.name)  # fmt: skip
-    axes.plot(*zip(*mixed, strict=True), "o-", label="dsconvert, mixed widths")
-    for label, marker, chosen in (
-        ("dsconvert, one width", "s", lambda n: "everywhere" in n or n.endswith("8 bit")),
-        ("int8 peers", "^", lambda n: "int8" in n),
-    ):
-        points = [(r.path.stat().st_size / 1e6, s) for r, s in zip(rows, scores, strict=True) if chosen(r.name)]
-        axes.plot(*zip(*points, strict=True), marker, label=label)
-    axes.axhline(scores[0], linestyle=":", label=f"float32 ({rows[0].path.stat().st_size / 1e6:.1f} MB)")
-    axes.set(xlabel="file, MB", ylabel="mAP50-95")
-    axes.legend(loc="lower right")
-    figure.savefig(target, metadata={"Date": None})
+    low, high = np.percentile(100 * (samples[:, :1] - samples), (2.5, 97.5), axis=0)
+    made = []
+    for i, (row, score) in enumerate(zip(rows, scores, strict=True)):
+        lost, new, moved = beside(found, i)
+        made.append({
+            "name": row.name, "group": row.group, "map": score.map50_95, "map50": score.map50,
+            "drop": 100 * (scores[0].map50_95 - score.map50_95), "low": low[i], "high": high[i],
+            "lost": lost, "new": new, "moved": moved, "bytes": row.path.stat().st_size,
+            "weight bits": row.weight_bits, "smaller": row.smaller,
+        })  # fmt: skip
+    return made
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", type=Path, required=True)
     parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--name", required=True, help="what the set of images is called on the page")
+    parser.add_argument("--imgsz", type=int, default=640)
     parser.add_argument("--work", type=Path, default=Path("runs/accuracy"))
-    parser.add_argument("--out", type=Path, default=Path("docs/accuracy.md"))
+    parser.add_argument("--out", type=Path, default=Path("docs/accuracy.md"), help="its .json is beside it")
     parser.add_argument(
         "--groups",
         nargs="*",
-        default=["data-free", "draws", "images", "frontier", "ablation", "block"],
-        help="besides main",
+        default=["data-free", "draws", "images", "frontier"],
+        help="besides main; ablation and block are known too",
     )
+    parser.add_argument("--sizes", type=int, nargs="+", default=list(SIZES), help="bytes; the first in two draws")
     parser.add_argument("--only-made", action="store_true", help="leave out models that --work does not hold yet")
     parser.add_argument("--rounds", type=int, default=1000)
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     described = read_data_yaml(args.data)
-    rows = all_rows(args.checkpoint, args.data, args.work, args.groups, args.only_made)
-    found = detect_all([r.predict for r in rows], described.val, SIDE, len(described.names))
-    for row, metrics in zip(rows, found.metrics(), strict=True):
-        print(f"{metrics.map50_95:.4f} {row.name}", flush=True)
-    command = shlex.join(["python", *sys.argv])
-    write(rows, found, bootstrap(found, args.rounds), args.rounds, args.out, command)
+    options = QuantizeOptions(calib=args.data, imgsz=args.imgsz)
+    rows = all_rows(args.checkpoint, options, args.work, args.groups, args.sizes, args.only_made)
+    found = detect_all([r.predict for r in rows], described.val, args.imgsz, len(described.names))
+    shown = figures(rows, found, bootstrap(found, args.rounds))
+    for row in shown:
+        print(f"{row['map']:.4f} {row['name']}", flush=True)
+    store = args.out.with_suffix(".json")
+    results = json.loads(store.read_text()) if store.exists() else {}
+    results[args.name] = {
+        "command": shlex.join(["python", *sys.argv]), "date": date.today().isoformat(), "cpu": cpu_name(),
+        "threads": torch.get_num_threads(), "images": len(found.truths), "imgsz": args.imgsz, "rounds": args.rounds,
+        "rows": shown,
+    }  # fmt: skip
+    store.write_text(json.dumps(results, indent=1) + "\n")
+    write_page(results, args.out)
 
 
 if __name__ == "__main__":
