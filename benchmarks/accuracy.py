@@ -57,6 +57,7 @@ from dsconvert.yolo.dataset import read_data_yaml
 from dsconvert.yolo.decode import decode
 
 PACKED = "packed.onnx"
+IN_OPENVINO = ", layout openvino"
 FEWER = (4, 16, 32, 128)  # calibration images of the rows that ask how many are needed
 SIZES = (725_000, 800_000, 1_400_000)  # bytes of the rows that ask what a file of a given size keeps
 
@@ -101,6 +102,14 @@ def dsconvert_row(name: str, group: str, checkpoint: Path, work: Path, options: 
     return Row(
         name, group, target, load_candidate(target, options.imgsz).predict, made_of.weight_bits, seconds, smaller
     )
+
+
+def openvino_row(row: Row, side: int) -> Row:
+    """The same model in layout openvino, run in OpenVINO."""
+    target = row.path.with_name("openvino.onnx")
+    made(target, lambda: target.write_bytes(onnx_bytes(row.path.with_name("model.safetensors"), "openvino", side)))
+    name = f"{row.name.removesuffix(SECOND)}{IN_OPENVINO}{SECOND if row.name.endswith(SECOND) else ''}"
+    return replace(row, name=name, path=target, predict=openvino_predictor(target))
 
 
 def inner_weights(model: DSModel) -> list[DSTensor]:
@@ -157,8 +166,11 @@ def all_rows(
 
     def add(name: str, group: str, options: QuantizeOptions) -> None:
         if group in ("main", *groups) and (not only_made or (folder_of(work, name) / "model.safetensors").exists()):
-            rows.append(dsconvert_row(name, group, checkpoint, work, options))
-            print(rows[-1].name, f"{rows[-1].seconds or 0:.0f} s", flush=True)
+            row = dsconvert_row(name, group, checkpoint, work, options)
+            rows.append(row)
+            if name.removesuffix(SECOND) in ("dsconvert 8 bit", DEFAULT, f"dsconvert mixed, {sizes[0] / 1e6:g} MB"):
+                rows.append(openvino_row(row, side))
+            print(row.name, f"{row.seconds or 0:.0f} s", flush=True)
 
     add("dsconvert 8 bit", "main", replace(options, bits=8))
     for drawn, group, suffix in ((options, "main", ""), (replace(options, seed=1), "draws", SECOND)):

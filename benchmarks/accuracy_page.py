@@ -26,8 +26,8 @@ LEGEND = (
     "*Boxes* are those with a score above 0.25, by class and at an IoU of 0.5. *Lost* is the share of float32's boxes "
     "that a file has not. *New* is the share of a file's boxes that float32 has not. *Score moved* is the mean "
     "absolute difference of the scores of all others.",
-    "Every row is its file, run: ONNX in ONNX Runtime, NNCF in OpenVINO, MNN in MNN. What is float in a file runs in "
-    "float32, in OpenVINO too, which would choose bfloat16 on CPUs that have it.",
+    "Every row is its file, run: ONNX in ONNX Runtime, NNCF and layout openvino in OpenVINO, MNN in MNN. What is float "
+    "in a file runs in float32, in OpenVINO too, which would choose bfloat16 on CPUs that have it.",
     "The stem and Detect are int8 in every dsconvert row, and activations are uint8. *DSConv layers*: VQK and KDS of "
     "all other layers against float32. *Default* spends the bytes of 4 bits everywhere where they save most "
     "(`dsconvert quantize` without `--bits`).",
@@ -153,8 +153,8 @@ def plot(found: Found, target: Path) -> None:
     rows = [row for row in found["rows"] if row["group"] in ("main", "frontier")]
     points = {row["name"]: (row["bytes"] / 1e6, row["map"]) for row in rows}
     for label, marker, chosen in (
-        ("dsconvert, mixed widths", "o-", lambda n: "mixed" in n),
-        ("dsconvert, one width", "s", lambda n: n.startswith("dsconvert") and "mixed" not in n),
+        ("dsconvert, mixed widths", "o-", lambda n: "mixed" in n and "openvino" not in n),
+        ("dsconvert, one width", "s", lambda n: n.startswith("dsconvert") and "mixed" not in n and "openvino" not in n),
         ("int8 peers", "^", lambda n: "int8" in n),
         ("MNN, low-bit weights", "v", lambda n: n.startswith("MNN")),
     ):

@@ -67,7 +67,8 @@ def targets(folder: Path) -> dict[str, Target]:
     made = pipeline.save_quantized(quantized, folder / "q", False)
     model = load_model(made)
     graphs = [
-        export_quantized(model, layout, 64).SerializeToString() for layout in ("packed", "fused", "blocked", "int8")
+        export_quantized(model, layout, 64).SerializeToString()
+        for layout in ("packed", "fused", "blocked", "openvino", "int8")
     ]
     labels = [p.read_bytes() for p in sorted((DEMO / "labels").rglob("*.txt"))[:8]]
     photos = [p.read_bytes() for p in sorted((DEMO / "images").rglob("*.jpg"))[:4]]

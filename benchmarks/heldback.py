@@ -5,7 +5,8 @@
 v are the numbers of `yolo.decode.detection_measure`: scores, and box centres and sizes as far as they count. The error
 is the sum of squared differences of v over an image, float network against converted one, both run in torch. Held-back
 images are the same for every fit of a run: a spread over the training images that none of the fits has.
-Prints one line a fit: the mean over the held-back images with its standard error, the median, and seconds.
+Prints one line a fit: the mean over the held-back images with its standard error, the median, the same of layout
+openvino, and seconds.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from tempfile import TemporaryDirectory
 
 import torch
 
+from dsconvert.export.onnx import in_layout
 from dsconvert.fit.threads import in_order
 from dsconvert.graph.integer import real_params, run_integer
 from dsconvert.graph.run import run_float
@@ -36,6 +38,13 @@ def divided(paths: Sequence[Path], samples: Sequence[int], held: int) -> tuple[d
     fits = {count: spread(paths, min(count, len(paths) - held)) for count in samples}
     taken = {path for chosen in fits.values() for path in chosen}
     return fits, spread([path for path in paths if path not in taken], held)
+
+
+def said(found: torch.Tensor) -> str:
+    """Mean with its standard error, and median, of the errors on some images."""
+    return (
+        f"{float(found.mean()):.3f} +- {float(found.std()) / len(found) ** 0.5:.3f}, median {float(found.median()):.3f}"
+    )
 
 
 def errors(checkpoint: Checkpoint, model: DSModel, paths: Sequence[Path]) -> torch.Tensor:
@@ -80,13 +89,11 @@ def main() -> None:
                 began = time.perf_counter()
                 model = quantize(load_checkpoint(args.checkpoint), options).model
                 seconds = time.perf_counter() - began
-            found = errors(load_checkpoint(args.checkpoint), model, held)
-            spread_of_mean = float(found.std()) / len(found) ** 0.5
-            print(
-                f"{count} images, seed {seed}: error {float(found.mean()):.3f} +- {spread_of_mean:.3f}, "
-                f"median {float(found.median()):.3f}, {seconds:.0f} s",
-                flush=True,
-            )
+            found = [errors(load_checkpoint(args.checkpoint), in_layout(model, "packed"), held)]
+            if model.activations:
+                found.append(errors(load_checkpoint(args.checkpoint), in_layout(model, "openvino"), held))
+            ends = "; in layout openvino ".join(map(said, found))
+            print(f"{count} images, seed {seed}: error {ends}; {seconds:.0f} s", flush=True)
 
 
 if __name__ == "__main__":

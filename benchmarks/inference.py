@@ -19,14 +19,14 @@ from dsconvert.yolo.lower import lower
 
 Call = Callable[[], object]
 ONNX_RUNTIME = ("float32", "packed", "fused", "int8", "ort-convs", "ort-all", "ultralytics")
-OPENVINO = ("nncf", "blocked", "packed", "float32")
+OPENVINO = ("nncf", "openvino", "blocked", "packed", "float32")
 BESIDE_MNN = ("float32", "packed")
 MOST_SECONDS = 3600  # of one section's rounds
 
 
 def measure_sizes(b: Bench) -> dict[str, Any]:
     """Bytes of every file; of NNCF's the weights alone."""
-    files = {name: b.file(name) for name in (*ONNX_RUNTIME, "blocked", *MNN_BITS)}
+    files = {name: b.file(name) for name in (*ONNX_RUNTIME, "blocked", "openvino", *MNN_BITS)}
     sizes = {name: path.stat().st_size for name, path in files.items()}
     sizes["nncf weights"] = b.file("nncf").with_suffix(".bin").stat().st_size
     sizes["checkpoint"] = b.checkpoint.stat().st_size

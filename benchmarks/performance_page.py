@@ -13,7 +13,7 @@ from notes import kept
 Results = Mapping[str, Mapping[str, Any]]
 NAMES = {
     "float32": "float32 ONNX", "packed": "**dsconvert packed**", "fused": "dsconvert fused",
-    "blocked": "dsconvert blocked",
+    "blocked": "dsconvert blocked", "openvino": "dsconvert openvino",
     "int8": "dsconvert int8 layout", "ort-convs": "ONNX Runtime quantize_static, convolutions only",
     "ort-all": "ONNX Runtime quantize_static, all but Detect's decoding", "nncf": "OpenVINO NNCF int8",
     "nncf weights": "OpenVINO NNCF int8, weights alone", "checkpoint": "the checkpoint `.pt` (float16)",
@@ -82,9 +82,11 @@ def _file_figures(r: Results) -> list[Figure]:
                     _timed(f"latency, {name}, ONNX Runtime", "float32", 0.50, r["latency"]["ratios"][name]),
                     _timed(f"latency, {name}, ONNX Runtime", peer_name, 0.85, r["latency"][f"{name} / faster peer"]),
                 ]
-    if "blocked in f32" in r.get("openvino", {}).get("ratios", {}):
-        ratio = r["openvino"]["ratios"]["blocked in f32"]
-        found.append(_timed("latency, blocked, OpenVINO, float parts of both in f32", "NNCF int8", 1.00, ratio))
+    for layout in ("blocked", "openvino"):
+        if f"{layout} in f32" in r.get("openvino", {}).get("ratios", {}):
+            ratio = r["openvino"]["ratios"][f"{layout} in f32"]
+            what = f"latency, {layout}, OpenVINO, float parts of both in f32"
+            found.append(_timed(what, "NNCF int8", 1.00, ratio))
     for name in ("packed", "fused"):
         if name in r.get("load", {}).get("ratios", {}):
             found.append(_timed(f"session load, {name}", "float32", 1.50, r["load"]["ratios"][name]))

@@ -143,8 +143,9 @@ class QuantizedModel:
         """Write ONNX with integer weights; returns the file. Before that it is run in ONNX Runtime and must give
         torch's numbers, else CheckError is raised; check=False leaves this out.
 
-        layout: packed (smallest), fused (that for ONNX Runtime alone, loads faster), blocked (ONNX block scales), int8
-        (runs on old engines) or float (of kds="float"). imgsz: side of the input, pixels (None: as calibrated).
+        layout: packed (smallest), fused (that for ONNX Runtime alone, loads faster), blocked (ONNX block scales),
+        openvino (for OpenVINO: the most accurate there), int8 (runs on old engines) or float (of kds="float").
+        imgsz: side of the input, pixels (None: as calibrated).
         dynamic_batch=True leaves the batch size open. input_type: float32 or float16
         (0..1), or uint8 (the image's bytes). nms=True ends with non-maximum suppression, `detections` (k, 7) = image,
         x1, y1, x2, y2, score, class; conf_thres, iou_thres and max_det belong to it."""

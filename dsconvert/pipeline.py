@@ -36,7 +36,7 @@ from dsconvert.evaluate.compare import ScoreShift
 from dsconvert.evaluate.drop import labels_of, map_drop, scores_on
 from dsconvert.export.check import check_accumulators, check_export, check_images, float_reference, reference_of
 from dsconvert.export.compact import compact
-from dsconvert.export.onnx import PLAIN, Ends, export_float, export_quantized
+from dsconvert.export.onnx import PLAIN, Ends, export_float, export_quantized, in_layout
 from dsconvert.filekinds import CHECKPOINT, ONNX, file_kind
 from dsconvert.files import write_atomic
 from dsconvert.fit.gptq import fit_layer
@@ -362,7 +362,7 @@ def onnx_bytes(path: Path, layout: str, imgsz: int | None, ends: Ends = PLAIN, c
         made = named = export_float(graph, params, checkpoint.head, side, ends)
     else:
         model = load_model(path)
-        side, reference = imgsz or model.imgsz, reference_of(model)
+        side, reference = imgsz or model.imgsz, reference_of(in_layout(model, layout))
         named = export_quantized(model, layout, side, ends)
         made = compact(named)
         if check:

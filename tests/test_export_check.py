@@ -28,7 +28,7 @@ from dsconvert.export.check import (
     reference_of,
 )
 from dsconvert.export.nms import Nms
-from dsconvert.export.onnx import Ends, export_float, export_quantized
+from dsconvert.export.onnx import Ends, export_float, export_quantized, in_layout
 from dsconvert.graph.integer import QConv
 from dsconvert.model import DSModel
 from dsconvert.modelfile import model_bytes
@@ -95,11 +95,11 @@ ENDS = (
 )
 
 
-@pytest.mark.parametrize("layout", ["packed", "fused", "blocked", "int8"])
+@pytest.mark.parametrize("layout", ["packed", "fused", "blocked", "openvino", "int8"])
 @pytest.mark.parametrize("ends", ENDS)
 def test_right_files_pass(converted, layout, ends):
     data = export_quantized(converted, layout, SIDE, ends).SerializeToString()
-    check_export(data, reference_of(converted), ends, IMAGES)
+    check_export(data, reference_of(in_layout(converted, layout)), ends, IMAGES)
 
 
 @pytest.mark.parametrize("ends", ENDS)
@@ -145,6 +145,15 @@ def test_negative_weights_lost_by_an_engine_are_noticed(converted):
     file = tampered(file, "model.1.weight", lambda a: np.maximum(a, 0))
     with pytest.raises(CheckError, match=r"at layer model\.1,"):
         check_export(file.SerializeToString(), reference_of(converted), PLAIN, IMAGES)
+
+
+def test_a_wrong_activation_behind_what_has_no_grid_is_named(converted):
+    """Layout openvino has no integers before its activations: these are held against torch's of the convolution's."""
+    file = export_quantized(converted, "openvino", SIDE)
+    gate = next(node for node in file.graph.node if node.op_type == "Sigmoid" and node.output[0].startswith("model.1."))
+    gate.op_type = "Tanh"
+    with pytest.raises(CheckError, match=r"at layer model\.1\.act,"):
+        check_export(file.SerializeToString(), reference_of(in_layout(converted, "openvino")), PLAIN, IMAGES)
 
 
 def test_a_wrong_float_layer_and_a_wrong_tail_are_named(tiny, converted):

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from dsconvert.fit import importance
-from dsconvert.fit.importance import Part, gradients, judged, measure_importance
+from dsconvert.fit.importance import Part, gradients, measure_importance
 from dsconvert.graph.ir import INPUT, ConvParams, Graph, Node
 from dsconvert.graph.shapes import value_shapes
 from dsconvert.yolo.decode import decode, detection_measure
@@ -53,7 +53,7 @@ def test_positions_are_the_root_of_the_squared_gradients_over_channels():
     # one channel's gradient at a time: 6 and 10 long, in both images
     wanted = torch.tensor([[12.0, 0.0], [0.0, 20.0]])
     torch.testing.assert_close(found.channels["a"], wanted)  # square roots in float32
-    assert judged(CHAIN) == {"a": "b"}
+    assert CHAIN.activated() == {"a": "b"}
 
 
 def test_an_image_draws_the_same_wherever_it_is_looked_at():

@@ -20,6 +20,8 @@ from dsconvert.graph.integer import (
     integer_add,
     integer_conv,
     integer_step,
+    real_between,
+    run_integer,
 )
 from dsconvert.graph.ir import INPUT, Graph, Node
 
@@ -45,6 +47,32 @@ def test_conv_is_exact_integer_arithmetic(stride, padding, groups):
         multiplier = np.float32(np.float32(source.scale) * weight.cds_w[o].numpy()) / np.float32(target.scale)
         wanted = np.clip(np.rint(np.float32(acc) * multiplier) + 120, 0, 255)
         assert out[0, o, r, c] == wanted
+
+
+def test_what_is_real_between_is_rounded_once_behind_the_activation():
+    """Against float64: the convolution's accumulator in its own unit, SiLU, and one rounding."""
+    conv_node = Node("conv", "c", (INPUT,), {"stride": 1, "padding": 0, "dilation": 1, "groups": 1})
+    graph = Graph((conv_node, Node("act", "a", ("c",), {"kind": "SiLU"}), Node("maxpool", "m", ("a",), {
+        "kernel": 1, "stride": 1, "padding": 0})), ("m",))  # fmt: skip
+    weight = fit_weight(torch.randn(3, 3, 1, 1, generator=torch.Generator().manual_seed(1)), 4, 2)
+    convs = {"c": QConv(weight, torch.tensor([0.3, -0.2, 0.0]))}
+    grids = {INPUT: QParams(1 / 255, 0), "c": QParams(0.1, 90), "a": QParams(0.01, 30)}
+    own = real_between(graph, grids)
+    assert set(own) == {INPUT, "a"}
+    assert set(grid_of(graph, own)) == {INPUT, "a", "m"}
+    image = torch.from_numpy(RNG.integers(0, 256, (1, 3, 5, 5)).astype(np.float32)) / 255
+    found = run_integer(graph, convs, own, image)[0].numpy()
+
+    q = np.rint(image.numpy().astype(np.float64) * 255)
+    unit = weight.cds_w.numpy().astype(np.float64)[:, None, None] / 255
+    acc = np.einsum("oi,bihw->bohw", weight.merged().numpy()[..., 0, 0].astype(np.float64), q)
+    x = (acc + convs["c"].bias_int(1 / 255).numpy()[:, None, None]) * unit
+    wanted = np.clip(np.rint(x / (1 + np.exp(-x)) / 0.01) + 30, 0, 255)
+    # float32 may round a tie the other way, which a second rounding, on the grid of 0.1, would do by steps of ten
+    assert np.abs(found / 0.01 + 30 - wanted).max() < 1.001
+    assert np.mean(np.rint(found / 0.01 + 30) != wanted) < 0.05
+    twice = run_integer(graph, convs, grids, image)[0].numpy()
+    assert np.mean(np.rint(twice / 0.01 + 30) != wanted) > 0.5
 
 
 def test_bias_is_in_accumulator_units():

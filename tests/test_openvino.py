@@ -29,7 +29,7 @@ def with_maps(model: onnx.ModelProto, names: tuple[str, ...]) -> onnx.ModelProto
     return model
 
 
-@pytest.mark.parametrize("layout", ["packed", "blocked", "int8"])
+@pytest.mark.parametrize("layout", ["packed", "blocked", "openvino", "int8"])
 def test_every_convolution_is_int8_and_the_maps_are_onnx_runtimes(widened, picture, layout):
     file = with_maps(export_quantized(widened, layout, SIDE), widened.graph.outputs)
     engine = compiled(file)

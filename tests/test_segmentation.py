@@ -229,7 +229,9 @@ def run_opencv(data: bytes, image: np.ndarray) -> list[np.ndarray]:
     return list(net.forward(["output0", "output1"]))
 
 
-@pytest.mark.parametrize(("run", "layouts"), [(run_openvino, ("packed", "blocked", "int8")), (run_opencv, ("int8",))])
+@pytest.mark.parametrize(
+    ("run", "layouts"), [(run_openvino, ("packed", "blocked", "openvino", "int8")), (run_opencv, ("int8",))]
+)
 def test_other_engines_give_the_same(model, picture, run, layouts):
     for layout in layouts:
         data = export_quantized(model, layout, 64).SerializeToString()

@@ -10,6 +10,8 @@ blocked 4-bit VQK that are free -> DequantizeLinear in blocks of channels, its s
         has for block scales. OpenVINO folds it; ONNX Runtime computes it anew in every inference. A short last block is
         stored as a tensor of its own (OpenVINO refuses ragged blocks). Others are spelled as in packed: OpenVINO folds
         those too, but a blocked DequantizeLinear of INT8 it leaves beside a float convolution. Opset 21.
+openvino  weights as in blocked. Nothing rounds between a convolution and its activation (see
+        `graph.integer.real_between`): OpenVINO computes both in one step, in float. Opset 21.
 int8    the merged int8 tensor itself. Opset 13 (per-channel DequantizeLinear); runs anywhere, file twice as big.
 fused   packed with ONNX Runtime's own operators around the weights, channels last (see `fused`).
 float   the paper's real-valued shifts, in float (see `real`): the one layout that is not int8. Opset 21.
@@ -33,12 +35,13 @@ from dsconvert.export.builder import OnnxBuilder
 from dsconvert.export.trellis import add_trellis
 
 INT32 = TensorProto.INT32
-LAYOUT_OPSET = {"packed": 21, "fused": 21, "blocked": 21, "int8": 13, "float": 21}
+LAYOUT_OPSET = {"packed": 21, "fused": 21, "blocked": 21, "openvino": 21, "int8": 13, "float": 21}
 # The engines that run each layout: docs/compatibility.md has the same, and tests/test_compatibility.py runs them.
 ENGINES = {
     "packed": ("ONNX Runtime", "OpenVINO"),
     "fused": ("ONNX Runtime",),
     "blocked": ("ONNX Runtime", "OpenVINO"),
+    "openvino": ("ONNX Runtime", "OpenVINO"),
     "int8": ("ONNX Runtime", "OpenVINO"),
     "float": ("ONNX Runtime", "OpenVINO"),
 }
@@ -55,7 +58,7 @@ def add_int8_weight(b: OnnxBuilder, name: str, weight: DSTensor, layout: str) ->
         return b.tensor(f"{name}.weight", weight.merged().numpy())
     if weight.code is not None:
         return add_trellis(b, name, weight)
-    if layout == "blocked" and weight.bits == 4:
+    if layout in ("blocked", "openvino") and weight.bits == 4:
         return _blocked(b, name, weight)
     shape, blocks, taps = _axes(weight)
 

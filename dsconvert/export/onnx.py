@@ -26,6 +26,7 @@ from dsconvert.export.operators import add_conv, add_float, real_weight
 from dsconvert.export.quantized import Quantized
 from dsconvert.export.real import add_real_weight, check_layout
 from dsconvert.export.weights import Weights
+from dsconvert.graph.integer import real_between
 from dsconvert.graph.ir import INPUT, ConvParams, Graph, Node
 from dsconvert.model import DSModel, display_name
 from dsconvert.yolo.network import Head
@@ -50,9 +51,17 @@ PLAIN = Ends()
 def export_quantized(model: DSModel, layout: str, imgsz: int, ends: Ends = PLAIN) -> onnx.ModelProto:
     """The converted network with integer weights in the given layout (see `layouts`)."""
     check_layout(model, layout)
+    model = in_layout(model, layout)
     if layout == "fused":
         return fuse(_written(model, layout, imgsz, ends))
     return _written(model, layout, imgsz, ends)
+
+
+def in_layout(model: DSModel, layout: str) -> DSModel:
+    """The model whose arithmetic a file of that layout has: all have the model's own, but for openvino."""
+    if layout != "openvino":
+        return model
+    return replace(model, activations=real_between(model.graph, model.activations))
 
 
 def _written(model: DSModel, layout: str, imgsz: int, ends: Ends) -> onnx.ModelProto:

@@ -45,6 +45,7 @@ class Quantized:
         weights = {name: tuple(conv.weight.vqk.shape) for name, conv in model.convs.items()}
         self.shapes = value_shapes(model.graph, weights, (3, side, side)) if side is not None else {}
         self.uint8: dict[str, str] = {}
+        self.floats: dict[str, str] = {}  # values without a grid
         self.readers: Counter[str] = Counter()
         self.images: dict[tuple[int, ...], str] = {}  # the image in other shapes, bytes
         self.wide: dict[str, tuple[str, int]] = {}  # raw map -> the map it is the first channels of, and how many more
@@ -56,6 +57,12 @@ class Quantized:
     def add(self, node: Node) -> None:
         """Emit one node."""
         b = self.b
+        if node.op == "conv" and node.name not in self.grids:
+            self.floats[node.name] = self._conv(node)
+            return
+        if node.op == "act" and node.inputs[0] in self.floats:
+            self._quantize(node.name, add_float(b, node, [self.floats[node.inputs[0]]], node.name))
+            return
         same = all(self.grids[x] == self.grids[node.name] for x in node.inputs)
         if node.op == "upsample" and self.side is not None:
             self.uint8[node.name] = self._upsample(node)

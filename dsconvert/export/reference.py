@@ -47,6 +47,7 @@ class Reference:
     real: Callable[[str, Tensor], Tensor] = field(repr=False)
     numbers: Callable[[Node, str], Numbers] = field(repr=False)
     again: Callable[[str, int, Ends], onnx.ModelProto] = field(repr=False)
+    inside: frozenset[str] = frozenset()  # values without a grid, which engines compute together with what reads them
 
     @property
     def suffix(self) -> str:
@@ -71,6 +72,7 @@ def reference_of(model: DSModel) -> Reference:
         lambda node, inputs: integer_step(node, inputs, convs, grids), True,
         lambda name, value: grids[name].dequantize(value),
         lambda node, layout: _integers(convs[node.name], convs[node.name].bias_int(grids[node.inputs[0]].scale)), again,
+        frozenset(node.name for node in graph.nodes if node.name not in grids),
     )  # fmt: skip
 
 

@@ -156,7 +156,7 @@ def measure_importance(
     process, the whole, then images has a length); `squares` are those of the `chosen` convolutions; what is drawn goes
     to the room given.
 
-    Values are weighted where they count: before an activation by the gradient behind it (see `judged`)."""
+    Values are weighted where they count: before an activation by the gradient behind it (see `Graph.activated`)."""
     if part is None:
         images = list(images)
         part = Part(0, len(images), len(images))
@@ -169,7 +169,7 @@ def measure_importance(
     shapes = {name: tuple(p.weight.shape) for name, p in params.items()}
     channels = {n.name: torch.zeros((shapes[n.name][0],) * 2, dtype=torch.float64) for n in graph.convs()}
     squares = {name: torch.zeros(shapes[name]) for name in chosen}
-    behind = judged(graph)
+    behind = graph.activated()
     clipping = {name: torch.zeros_like(LEVELS) for name in samples if name not in behind}
     looked = torch.zeros(2, dtype=torch.float64)  # images, and those that were looked at thoroughly
 
@@ -269,7 +269,7 @@ class _Look:
     ) -> _Look:
         """And the rest: how output channels go together, `each` samples of a value, clipping of the `clipped` ones,
         squares of the `chosen` convolutions."""
-        behind = judged(graph)
+        behind = graph.activated()
         names = [n.name for n in graph.nodes if not keeps_grid(n.op)]
         samples = {name: _sample(found[name][0], found[behind.get(name, name)][1], generator, each) for name in names}
         squares, channels = {}, {}
@@ -291,16 +291,6 @@ def length_of(gradient: Tensor) -> Tensor:
     found = torch.empty(gradient.shape[2:])
     loops.lengths(gradient[0].flatten(1).cpu().contiguous().numpy(), found.flatten().numpy())
     return found
-
-
-def judged(graph: Graph) -> dict[str, str]:
-    """Convolution name -> its activation's name, where that is all that reads it."""
-    readers = graph.consumers()
-    return {
-        n.name: readers[n.name][0].name
-        for n in graph.convs()
-        if [r.op for r in readers.get(n.name, [])] == ["act"]
-    }  # fmt: skip
 
 
 def _sample(values: Tensor, gradient: Tensor, generator: torch.Generator, each: int) -> tuple[Tensor, Tensor]:

@@ -17,7 +17,6 @@ from torch import Tensor
 from dsconvert import workers
 from dsconvert.dsconv.tensor import DSTensor
 from dsconvert.fit import draws
-from dsconvert.fit.importance import judged
 from dsconvert.fit.kept import Kept, Room
 from dsconvert.fit.seen import Drawn, Places, Seen
 from dsconvert.fit.threads import in_order
@@ -113,7 +112,7 @@ def fit_lockstep(
     """
     side, room = _Side(grid_of(graph, own) if own else {}, device), room or Room()
     values: dict[str, Kept] = {}
-    last, behind, readers = graph.last_use(), judged(graph), graph.consumers()
+    last, behind, readers = graph.last_use(), graph.activated(), graph.consumers()
     acts = {node.name: node for node in graph.nodes if node.name in behind.values()}
     fitted: dict[str, QConv] = {}
 

@@ -20,7 +20,6 @@ import torch
 from torch import Tensor
 
 from dsconvert.fit.clipping import LEAST_SHARE, effects_at
-from dsconvert.fit.importance import judged
 from dsconvert.fit.threads import in_order
 from dsconvert.graph.integer import QMAX, QParams, keeps_grid
 from dsconvert.graph.ir import INPUT, Graph
@@ -60,7 +59,7 @@ def choose_grids(
     effects of clipping, both as `Importance` has them. `reach`: how far up the grids of some values go at least,
     whatever was seen."""
     kinds = {n.name: n.attrs["kind"] for n in graph.nodes if n.op == "act"}
-    behind = judged(graph)
+    behind = graph.activated()
     generator = torch.Generator().manual_seed(seed)
     grids = {INPUT: IMAGE_GRID}
     seen: dict[str, Seen] = {}
@@ -83,7 +82,7 @@ def choose_grids(
 def share_grids(graph: Graph, seen: Mapping[str, Seen], own: Mapping[str, QParams]) -> dict[str, QParams]:
     """The grids, those of a concatenation and of what it joins made one where the joined values' errors add up to less
     on it than on their own grids and once more on the concatenation's. `seen` has all values but convolutions' that
-    one activation reads (see `judged`)."""
+    one activation reads (see `Graph.activated`)."""
     sources = {INPUT: INPUT}  # value -> the value whose grid it has
     grids = dict(own)
     # what has the same grid, without concatenations of it

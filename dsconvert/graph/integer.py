@@ -107,11 +107,21 @@ def keeps_grid(op: str) -> bool:
 
 
 def grid_of(graph: Graph, own: Mapping[str, QParams]) -> dict[str, QParams]:
-    """Quantization parameters of every value: its own, or its input's where the op keeps the grid."""
-    grids = {INPUT: own[INPUT]}
+    """Quantization parameters of every value: its own, or its input's where the op keeps the grid. What convolutions
+    give their activations has none where it has none of its own (see `real_between`)."""
+    grids, between = {INPUT: own[INPUT]}, graph.activated()
     for node in graph.nodes:
-        grids[node.name] = grids[node.inputs[0]] if keeps_grid(node.op) else own[node.name]
+        if keeps_grid(node.op):
+            grids[node.name] = grids[node.inputs[0]]
+        elif node.name in own or node.name not in between:
+            grids[node.name] = own[node.name]
     return grids
+
+
+def real_between(graph: Graph, own: Mapping[str, QParams]) -> dict[str, QParams]:
+    """The grids without those between a convolution and its activation: what is there stays float32, and is rounded
+    once, behind the activation. For engines that compute both in one step."""
+    return {name: grid for name, grid in own.items() if name not in graph.activated()}
 
 
 def activation_table(kind: str, source: QParams, sigmoid: QParams | None, target: QParams) -> NDArray[np.uint8]:
@@ -155,6 +165,13 @@ class IntegerConv:
         multiplier = torch.tensor(source.scale, dtype=torch.float32) * conv.weight.cds_w.float() / target.scale
         return IntegerConv(node, weight, bias, multiplier.to(device), source, target)
 
+    @staticmethod
+    def real(node: Node, conv: QConv, source: QParams, q: Tensor) -> Tensor:
+        """Integers (n, chi, h, w) -> what the convolution gives, real: accumulators in units of sx CDSw."""
+        unit = QParams(1.0, 0)  # of a target that is not on a grid
+        made = IntegerConv.of(node, conv, source, unit, q.device)
+        return made.sums(q).mul_(made.multiplier[:, None, None])
+
     def sums(self, q: Tensor) -> Tensor:
         """Integers (n, chi, h, w) -> accumulators (n, cho, h', w'), float32: rounded once, as an engine converts its
         int32."""
@@ -186,8 +203,13 @@ def integer_add(inputs: list[Tensor], source: list[QParams], target: QParams) ->
 
 
 def integer_step(node: Node, inputs: list[Tensor], convs: Mapping[str, QConv], grids: Mapping[str, QParams]) -> Tensor:
-    """One node in integer arithmetic."""
-    source, target = [grids[name] for name in node.inputs], grids[node.name]
+    """One node in integer arithmetic; what has no grid is real."""
+    if node.op == "conv" and node.name not in grids:
+        return IntegerConv.real(node, convs[node.name], grids[node.inputs[0]], inputs[0])
+    target = grids[node.name]
+    if node.op == "act" and node.inputs[0] not in grids:
+        return target.quantize(run.ACTIVATIONS[node.attrs["kind"]](inputs[0]))
+    source = [grids[name] for name in node.inputs]
     if node.op == "conv":
         return integer_conv(node, inputs[0], convs[node.name], source[0], target)
     if node.op == "act":

@@ -46,6 +46,12 @@ class Graph:
                 readers.setdefault(name, []).append(node)
         return readers
 
+    def activated(self) -> dict[str, str]:
+        """Convolution name -> its activation's name, where that is all that reads it."""
+        readers = self.consumers()
+        alone = {n.name: readers[n.name][0] for n in self.convs() if len(readers.get(n.name, [])) == 1}
+        return {name: r.name for name, r in alone.items() if r.op == "act" and name not in self.outputs}
+
     def last_use(self) -> dict[str, int]:
         """Value name -> index of the last node reading it; outputs are never released."""
         last = {name: i for i, node in enumerate(self.nodes) for name in node.inputs}

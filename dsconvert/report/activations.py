@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dsconvert.fit.importance import judged
 from dsconvert.graph.integer import QMAX, QParams, grid_of
 from dsconvert.graph.ir import ConvParams, Graph
 from dsconvert.graph.run import ACTIVATIONS, run_float
@@ -38,7 +37,7 @@ def watch(
     """By convolution name. Images (1, 3, h, w) run through the float network; each value is quantized on its own, the
     convolution's output first and then the activation's, so that the error is of these two grids alone. Detect's
     outputs are judged behind the sigmoid that decoding puts them through."""
-    grids, behind = grid_of(graph, own), judged(graph)
+    grids, behind = grid_of(graph, own), graph.activated()
     before = {act: conv for conv, act in behind.items()}
     kinds = {n.name: n.attrs["kind"] for n in graph.nodes if n.op == "act"}
     convs = {n.name for n in graph.convs()}
