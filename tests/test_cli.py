@@ -246,3 +246,9 @@ def test_unreadable_images_are_counted(work, quantize):
     done = quantize(work)
     assert done.returncode == 0
     assert "1 images could not be read" in done.stderr
+
+
+def test_how_many_images_were_left_out_is_said(work, call):
+    done = call(*QUANTIZE, "--samples", "3", cwd=work)
+    assert done.code == 0, done.err
+    assert " on 3 of 4 images and 21 views of them in" in done.out

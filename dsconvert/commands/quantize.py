@@ -199,13 +199,14 @@ def quantize(
         warn(sentence)
     if as_json:
         report = pipeline.quantize_report(result)
-        print_json({**report, "path": str(written), "seconds": round(seconds, 2), "warnings": [*said, *warnings]})
+        more = {"path": str(written), "available_images": available, "seconds": round(seconds, 2)}
+        print_json({**report, **more, "warnings": [*said, *warnings]})
     elif quiet:
         tell(str(written))
     else:
         if verbose:
             _print_layers(result)
-        _print_quantized(result, loaded, written, seconds)
+        _print_quantized(result, loaded, available, written, seconds)
 
 
 def _refuse_two_choices() -> None:
@@ -232,13 +233,16 @@ def _print_layers(result: pipeline.Quantized) -> None:
     console().print(shown)
 
 
-def _print_quantized(result: pipeline.Quantized, source: Checkpoint, written: Path, seconds: float) -> None:
+def _print_quantized(
+    result: pipeline.Quantized, source: Checkpoint, available: int, written: Path, seconds: float
+) -> None:
     model = result.model
+    used = f"{result.images} of {available} images" if available > result.images else f"{result.images} images"
     views = f" and {result.views} views of them" if result.views else ""
     kinds = [row["kind"] for row in pipeline.layer_table(model)]
     tell(
         f"Converted {kinds.count('DSConv')} of {len(kinds)} convolutions to DSConv ({bits_of_layers(model)}), "
-        f"the others to int8, on {result.images} images{views} in {seconds:.0f} s."
+        f"the others to int8, on {used}{views} in {seconds:.0f} s."
     )
     if result.map_drop is not None:
         tell(f"Lost on the images held back: {result.map_drop:.2f} points of mAP50-95.")
