@@ -4,6 +4,9 @@ The squared rounding error of every calibration value is weighted by what `impor
 upper end costs is measured as a whole (`fit.clipping`). A convolution's output that feeds an activation is judged
 after that activation: the far negative side of SiLU's input is all alike and deserves no grid points.
 
+A value is rounded before its activation and once more behind it, and where both steps fall together the second rounding
+costs little. So the two grids are chosen once more, together, by the error of both roundings.
+
 What is concatenated shares one grid where that errs less. An engine that joins maps on different grids rounds them
 again, to the grid of the whole, and is slow at it: a table is looked up for every byte, where equal grids are one copy.
 What is only joined, as in a C3 block, loses nothing by having that grid from the start; what other layers read too, as
@@ -12,6 +15,7 @@ the backbone's maps, is rounded for the range of all, so the squared errors deci
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -21,7 +25,7 @@ from torch import Tensor
 
 from dsconvert.fit.clipping import LEAST_SHARE, effects_at
 from dsconvert.fit.threads import in_order
-from dsconvert.graph.integer import QMAX, QParams, keeps_grid
+from dsconvert.graph.integer import QMAX, SIGMOID, QParams, keeps_grid
 from dsconvert.graph.ir import INPUT, Graph
 from dsconvert.graph.run import ACTIVATIONS
 
@@ -29,6 +33,10 @@ SEARCH_SAMPLES = 8192
 LOWS = torch.logspace(-1.3, 0, 40).tolist()  # shares of the observed extremes that are tried as ends of the range
 HIGHS = [LEAST_SHARE ** (1 - i / 48) for i in range(49)]
 ROUNDS = 3
+# what the ends of the two grids around an activation are multiplied by. Upper ends are not lowered again: samples say
+# little of what cutting them costs.
+LOWER, UPPER = ([first + (last - first) * i / 12 for i in range(13)] for first, last in ((0.85, 1.15), (1.0, 1.12)))
+Judge = Callable[[Tensor], Tensor]
 IMAGE_GRID = QParams.of_range(0.0, 1.0)  # exact for 8-bit images: scale 1/255, zero point 0
 
 
@@ -76,7 +84,65 @@ def choose_grids(
         return best_range(own.values, own.weights, judge, own.clipping, reach.get(name, 0.0))
 
     grids.update(zip(seen, in_order(best, seen), strict=True))
-    return share_grids(graph, {name: s for name, s in seen.items() if name not in behind}, grids)
+    grids = share_grids(graph, {name: s for name, s in seen.items() if name not in behind}, grids)
+    readers = Counter(grids.values())
+
+    def pair(names: tuple[str, str]) -> tuple[QParams, QParams]:
+        before, after = (grids[name] for name in names)
+        return together(seen[names[0]], kinds[names[1]], before, after, readers[after] == 1)
+
+    for names, found in zip(behind.items(), in_order(pair, behind.items()), strict=True):
+        grids.update(zip(names, found, strict=True))
+    return grids
+
+
+def together(seen: Seen, kind: str, before: QParams, after: QParams, free: bool) -> tuple[QParams, QParams]:
+    """The grids before and behind an activation, nudged so that both roundings together err less: first the one before
+    it, then the one behind. seen: the values before it, with what they and their clipping count for behind it. free:
+    whether the grid behind it may change, as it is nobody else's."""
+    judge = ACTIVATIONS[kind]
+    target, high = judge(seen.values), float(seen.values.max())
+    weights = _never_nothing(seen.weights)
+
+    def twice(values: Tensor) -> Tensor:
+        return after.dequantize(after.quantize(as_engines(kind, values)))
+
+    def first(ends: Sequence[tuple[float, float]]) -> list[float]:
+        return range_errors(seen.values, target, weights, ends, twice, judge, seen.clipping, high)
+
+    found = QParams.of_range(*least(nudged(before), first))
+    if not free:
+        return found, after
+    kept = seen.values <= (QMAX - found.zero_point) * found.scale
+    made = as_engines(kind, found.dequantize(found.quantize(seen.values[kept])))
+
+    def second(ends: Sequence[tuple[float, float]]) -> list[float]:
+        last = float(target.max())
+        return range_errors(made, target[kept], weights[kept], ends, _same, _same, seen.clipping, last)
+
+    return found, QParams.of_range(*least(nudged(after), second))
+
+
+def nudged(grid: QParams) -> list[tuple[float, float]]:
+    """Ranges near that of a grid, its own the first."""
+    low, high = (grid.scale * (end - grid.zero_point) for end in (0, QMAX))
+    return [(low, high), *((low * down, high * up) for down in LOWER for up in UPPER)]
+
+
+def as_engines(kind: str, values: Tensor) -> Tensor:
+    """An activation of real values, with SiLU's sigmoid on its grid, as integer engines have it."""
+    if kind != "SiLU":
+        return ACTIVATIONS[kind](values)
+    return values * SIGMOID.dequantize(SIGMOID.quantize(values.sigmoid()))
+
+
+def _same(values: Tensor) -> Tensor:
+    return values
+
+
+def _never_nothing(weights: Tensor) -> Tensor:
+    """Where no gradient arrives, values still count a little."""
+    return weights + 1e-6 * weights.mean().clamp_min(1e-30)
 
 
 def share_grids(graph: Graph, seen: Mapping[str, Seen], own: Mapping[str, QParams]) -> dict[str, QParams]:
@@ -106,27 +172,15 @@ def share_grids(graph: Graph, seen: Mapping[str, Seen], own: Mapping[str, QParam
     return grids
 
 
-def best_range(
-    values: Tensor, weights: Tensor, judge: Callable[[Tensor], Tensor], clipping: Tensor, reach: float = 0.0
-) -> QParams:
+def best_range(values: Tensor, weights: Tensor, judge: Judge, clipping: Tensor, reach: float = 0.0) -> QParams:
     """The grid of least cost, both ends searched in turn: sum weight (judge(dequantized) - judge(value))^2 over the
     values up to the upper end, and `clipping` (squared effects by `clipping.LEVELS`, after judge) for those above. The
     upper end is no less than `reach`."""
-    from dsconvert.fit import loops  # numba takes a while to load
-
     low, high = min(float(values.min()), 0.0), max(float(values.max()), reach)
-    target = judge(values)
-    # nothing may be worth nothing: where no gradient arrives, values still count a little
-    weights = weights + 1e-6 * weights.mean().clamp_min(1e-30)
+    target, weights = judge(values), _never_nothing(weights)
 
     def errors(ends: Sequence[tuple[float, float]]) -> list[float]:
-        scales, zeros, tables = grids_of(ends)
-        highs = torch.tensor([hi for _, hi in ends])
-        kept = torch.empty(len(ends), dtype=torch.float64)
-        given = (values, target, weights, scales, zeros, highs, judge(tables), kept)
-        loops.grid_errors(*(x.contiguous().numpy() for x in given))
-        cut = torch.from_numpy(effects_at(clipping, judge(highs)))
-        return (kept + torch.where(highs >= high, 0.0, cut)).tolist()
+        return range_errors(values, target, weights, ends, judge, judge, clipping, high)
 
     lo, hi = low, high
     for _ in range(ROUNDS):
@@ -136,6 +190,23 @@ def best_range(
         if (lo, hi) == before:
             break
     return QParams.of_range(lo, hi)
+
+
+def range_errors(
+    values: Tensor, target: Tensor, weights: Tensor, ends: Sequence[tuple[float, float]], made: Judge, judge: Judge,
+    clipping: Tensor, high: float,
+) -> list[float]:  # fmt: skip
+    """Of the grid of each range sum weight (made(value on the grid) - target)^2 over the values up to its upper end;
+    and of ranges that end below `high`, what `clipping` says of judge(upper end)."""
+    from dsconvert.fit import loops  # numba takes a while to load
+
+    scales, zeros, tables = grids_of(ends)
+    highs = torch.tensor([high for _, high in ends])
+    kept = torch.empty(len(ends), dtype=torch.float64)
+    given = (values, target, weights, scales, zeros, highs, made(tables), kept)
+    loops.grid_errors(*(x.contiguous().numpy() for x in given))
+    cut = torch.from_numpy(effects_at(clipping, judge(highs)))
+    return (kept + torch.where(highs >= high, 0.0, cut)).tolist()
 
 
 def least(
