@@ -11,8 +11,18 @@ from dsconvert.calibration import sure_scores
 from dsconvert.fit import loops
 from dsconvert.fit.clipping import LEVELS
 from dsconvert.fit.importance import measure_importance
-from dsconvert.fit.ranges import HIGHS, Seen, best_range, choose_grids, grids_of, least, share_grids
-from dsconvert.graph.integer import QParams, grid_of
+from dsconvert.fit.ranges import (
+    HIGHS,
+    Seen,
+    as_engines,
+    best_range,
+    choose_grids,
+    grids_of,
+    least,
+    share_grids,
+    together,
+)
+from dsconvert.graph.integer import QMAX, SIGMOID, QParams, activation_table, grid_of
 from dsconvert.graph.ir import INPUT, Graph, Node
 from dsconvert.yolo.lower import lower, split_detect
 
@@ -187,3 +197,49 @@ def test_scores_reach_up_whatever_was_seen(tiny, picture):
     graph, _ = split_detect(*lower(network.fuse()), head)
     scores = [f"model.8.m.{level}.{part}" for part in ("obj", "cls") for level in (0, 1)]
     assert sure_scores(graph, head) == dict.fromkeys(scores, 5.0)
+
+
+def silu_inputs() -> Seen:
+    """Values before a SiLU, as far down as up, with weights and what clipping them costs behind it."""
+    generator = torch.Generator().manual_seed(3)
+    values = 2.5 * torch.randn(4000, generator=generator) - 0.5
+    weights = torch.rand(4000, generator=generator)
+    return Seen(values, weights, apart(F.silu(values), weights))
+
+
+def error_of_both(seen: Seen, before: QParams, after: QParams) -> float:
+    """The weighted squared error behind SiLU of both roundings, of the values that the first grid reaches."""
+    made = after.dequantize(after.quantize(as_engines("SiLU", before.dequantize(before.quantize(seen.values)))))
+    off = (made - F.silu(seen.values)).double().square() * seen.weights
+    return float(off[seen.values <= (QMAX - before.zero_point) * before.scale].sum())
+
+
+def test_grids_around_an_activation_err_less_together():
+    """Ends that reach all values, so that nothing is cut: the error of both roundings is all there is."""
+    seen = silu_inputs()
+    low, high = float(seen.values.min()), float(seen.values.max())
+    before, after = QParams.of_range(low, high), QParams.of_range(-0.28, high)
+    first, second = together(seen, "SiLU", before, after, free=True)
+    assert error_of_both(seen, first, second) < error_of_both(seen, before, after)
+    # the one before alone, as the other one is somebody else's too
+    first, second = together(seen, "SiLU", before, after, free=False)
+    assert second == after
+    assert error_of_both(seen, first, after) < error_of_both(seen, before, after)
+
+
+def test_upper_ends_are_not_lowered_once_more():
+    seen = silu_inputs()
+    before, after = QParams.of_range(-3.0, 2.0), QParams.of_range(-0.28, 1.5)  # both cut
+    for grid, found in zip((before, after), together(seen, "SiLU", before, after, free=True), strict=True):
+        reach = [(QMAX - g.zero_point) * g.scale for g in (grid, found)]
+        assert reach[1] >= reach[0] - found.scale  # a zero point is a whole number of steps
+
+
+@pytest.mark.parametrize("kind", ["SiLU", "ReLU", "LeakyReLU", "Hardswish"])
+def test_activations_are_judged_as_engines_compute_them(kind):
+    source, target = QParams(0.05, 100), QParams(0.04, 20)
+    made = target.quantize(as_engines(kind, source.dequantize(torch.arange(256.0))))
+    table = torch.from_numpy(activation_table(kind, source, SIGMOID, target)).float()
+    # float32 products in another order: a tie may fall the other way
+    assert float((made - table).abs().max()) <= 1
+    assert float((made != table).float().mean()) <= 0.02
