@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import resource
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
@@ -27,7 +29,9 @@ from dsconvert.fit.ranges import IMAGE_GRID, best_range
 from dsconvert.fit.seen import Seen, seen_evenly
 from dsconvert.graph.ir import INPUT, Node
 from dsconvert.yolo import checkpoint
+from dsconvert.yolo.archive import ALLOWED, TENSOR, Archive
 from dsconvert.yolo.checkpoint import load_checkpoint, yolov5_bytes
+from dsconvert.yolo.container import Storage
 from dsconvert.yolo.network import Network, head_from_detect
 
 # --- bounds ---------------------------------------------------------------------------------------------------------
@@ -116,6 +120,18 @@ def test_data_outside_are_found_in_training_graphs_and_functions(tmp_path, where
         check_external_data(path)
     path.write_bytes(holding("nowhere").SerializeToString())
     assert check_external_data(path) == path.stat().st_size
+
+
+# --- stored tensors -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stride", [(1, 1), ()])
+def test_a_stride_for_each_dimension_and_no_more(stride):
+    """However few the numbers are."""
+    held = SimpleNamespace(numbers=lambda storage: bytes(16))
+    record = ALLOWED[TENSOR](Storage("0", torch.float32, 4), 0, (4,), stride)
+    with pytest.raises(InputError, match="declares larger weights"):
+        Archive(Path("a.pt"), None, held, 16).tensor(record)
 
 
 # --- widths ---------------------------------------------------------------------------------------------------------
