@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import resource
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
@@ -16,13 +18,20 @@ from dsconvert.errors import InputError
 from dsconvert.evaluate import bounds
 from dsconvert.export.external import check_external_data
 from dsconvert.fit import allocate as module
+from dsconvert.fit import draws
 from dsconvert.fit.allocate import Choice, allocate
+from dsconvert.fit.clipping import LEVELS
+from dsconvert.fit.gptq import TOGETHER, measure_moments
 from dsconvert.fit.least_squares import fit_weight
-from dsconvert.fit.lockstep import fit_cds
-from dsconvert.fit.seen import seen_evenly
-from dsconvert.graph.ir import Node
+from dsconvert.fit.leftover import left_by
+from dsconvert.fit.lockstep import _Side, fit_cds
+from dsconvert.fit.ranges import IMAGE_GRID, best_range
+from dsconvert.fit.seen import Seen, seen_evenly
+from dsconvert.graph.ir import INPUT, Node
 from dsconvert.yolo import checkpoint
+from dsconvert.yolo.archive import ALLOWED, TENSOR, Archive
 from dsconvert.yolo.checkpoint import load_checkpoint, yolov5_bytes
+from dsconvert.yolo.container import Storage
 from dsconvert.yolo.network import Network, head_from_detect
 
 # --- bounds ---------------------------------------------------------------------------------------------------------
@@ -45,6 +54,18 @@ def test_an_earlier_limit_of_the_users_is_kept(monkeypatch, whose):
     with bounds.growth(0):
         assert 0 < set_to[0][0] < 1 << 45
     assert set_to[0][0] <= 512 << 20
+
+
+@pytest.mark.parametrize(("changes", "warned"), [({}, 0), ({"resource": None}, 1), ({"_data_pages": lambda: -1}, 1)])
+def test_a_system_that_bounds_no_memory_is_told_of_once_and_no_other(monkeypatch, changes, warned):
+    """Each of the two that a bound needs may be missing."""
+    for name, value in changes.items():
+        monkeypatch.setattr(bounds, name, value)
+    said: list[str] = []
+    with bounds.enforced(said.append):
+        for _ in range(2):
+            assert bounds.Bounds("a", 0).first(lambda: 5) == 5
+    assert len(said) == warned
 
 
 # --- external data --------------------------------------------------------------------------------------------------
@@ -101,6 +122,18 @@ def test_data_outside_are_found_in_training_graphs_and_functions(tmp_path, where
     assert check_external_data(path) == path.stat().st_size
 
 
+# --- stored tensors -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stride", [(1, 1), ()])
+def test_a_stride_for_each_dimension_and_no_more(stride):
+    """However few the numbers are."""
+    held = SimpleNamespace(numbers=lambda storage: bytes(16))
+    record = ALLOWED[TENSOR](Storage("0", torch.float32, 4), 0, (4,), stride)
+    with pytest.raises(InputError, match="declares larger weights"):
+        Archive(Path("a.pt"), None, held, 16).tensor(record)
+
+
 # --- widths ---------------------------------------------------------------------------------------------------------
 
 
@@ -128,6 +161,61 @@ def test_a_shift_moves_by_less_than_a_factor_of_two_either_way(slope, moved):
     result = fit_cds(node, fitted, seen_evenly(x, y, 0))
     wanted = fitted.cds_w * (slope if moved else 1)
     torch.testing.assert_close(result.weight.cds_w, wanted, rtol=1e-5, atol=0.0)  # float32 points on a line
+
+
+# --- positions ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("images", "each"), [(1, 256), (256, 256), (257, 255), (1000, 65), (4096, 16), (4097, 16), (10**6, 16)]
+)
+def test_many_images_give_fewer_positions_each(images, each):
+    """65,536 in all, as far as 16 an image allow."""
+    assert draws.positions_each(images) == each
+
+
+def test_what_is_drawn_from_an_image_stays_what_kept_calibrations_hold():
+    assert draws.of_image(2, 5).initial_seed() == 2_000_011
+
+
+def test_the_last_position_is_drawn_too():
+    picks, _ = draws.positions(torch.tensor([0.0] * 299 + [1.0]).double(), draws.of_image(0, 0))
+    assert picks.eq(299).all()
+
+
+# --- nothing to go by -----------------------------------------------------------------------------------------------
+
+
+def test_where_no_gradient_arrives_values_count_a_little():
+    """Else the first range that is tried would be as good as any, a twentieth of the values'."""
+    values, nothing = torch.linspace(-1, 1, 1001), torch.zeros(1001)
+    grid = best_range(values, nothing, lambda x: x, torch.zeros_like(LEVELS))
+    assert -grid.zero_point * grid.scale < -0.5
+
+
+def test_images_that_count_nothing_change_no_moments():
+    """Those that come first give the offset of float32 sums: here they give none."""
+    node = Node("conv", "c", ("x",), {"stride": 1, "padding": 0, "dilation": 1, "groups": 1})
+    x = torch.randn(2 * TOGETHER, 2, 3, 3, generator=torch.Generator().manual_seed(0))
+    seen = [
+        Seen(one, one.flatten(1), torch.arange(9), torch.full((9,), float(index >= TOGETHER)))
+        for index, one in enumerate(x)
+    ]
+    all_of_them, late = (measure_moments(node, torch.Size((2, 2, 1, 1)), s) for s in (seen, seen[TOGETHER:]))
+    # float32 products, around another offset
+    torch.testing.assert_close(all_of_them.hessian, late.hessian, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(all_of_them.cross, late.cross, rtol=1e-4, atol=1e-6)
+
+
+def test_inputs_that_never_change_leave_all_of_the_error():
+    assert left_by(torch.zeros(3, 3).double()) == 1
+    assert left_by(-torch.eye(3).double()) == 1
+
+
+def test_an_image_enters_the_lockstep_as_the_bytes_it_is():
+    pixels = torch.arange(256, dtype=torch.uint8).reshape(1, 16, 16)
+    assert torch.equal(_Side({INPUT: IMAGE_GRID}, "cpu").enter(pixels), pixels)
+    assert torch.equal(_Side({}, "cpu").enter(pixels), pixels.float() / 255)
 
 
 # --- epsilons -------------------------------------------------------------------------------------------------------

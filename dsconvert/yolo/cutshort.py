@@ -10,26 +10,26 @@ import math
 import re
 import struct
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from dsconvert.yolo.tifflist import TIFFS, first_list, pieces
+
 Image = NDArray[np.uint8]
 FILLINGS = (bytes(64), b"\xa5" * 64)
 PNG = b"\x89PNG\r\n\x1a\n"
-STARTS = {b"\xff\xd8": "JPEG", PNG: "PNG", b"GIF8": "GIF", b"BM": "BMP", b"II*\0": "TIFF", b"MM\0*": "TIFF"}
+STARTS = {
+    b"\xff\xd8": "JPEG", PNG: "PNG", b"GIF8": "GIF", b"BM": "BMP",
+    **dict.fromkeys(TIFFS, "TIFF"),
+}  # fmt: skip
 SOS, EOI, BYTES_AN_END = 0xDA, 0xD9, b"\xff\xd9"
 BYTES_A_SCAN = b"\xff\xda"
 FRAMES = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}  # markers of frame headers
 MOST_PARTS, MOST_BLOCKS = 100_000, 5_000_000  # of a file; one of more is left to the decoder
-# Scans of a JPEG, each of which is decoded over the whole picture: a progressive one has ten. And pixels of them all.
-MOST_SCANS, MOST_SCANNED = 500, 20 << 27
 MOST_RAW = 256 << 20  # bytes of a PNG's rows that are packed anew
-BIG_TIFF = (b"II+\0", b"MM\0+")
-TIFF_PIECES = ((273, 279), (324, 325))  # where strips or tiles begin, and their bytes
-TIFF_BYTES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8}  # of a value, by its type
 MARKER, FILL = re.compile(rb"\xff(?![\x00\xd0-\xd7])", re.DOTALL), re.compile(rb"\xff+")
 
 
@@ -44,7 +44,7 @@ def ends_early(data: bytes) -> bool:
     """Whether the file is shorter than its structure says; False for what has none that is known here."""
     kind = kind_of(data)
     if kind == "JPEG":
-        return not _walk_jpeg(data).ended
+        return not walk_jpeg(data).ended
     if kind == "PNG":
         return not any(name == b"IEND" and whole for name, _, whole in _png_chunks(data))
     if kind == "GIF":
@@ -54,23 +54,6 @@ def ends_early(data: bytes) -> bool:
     if kind == "BMP":
         return len(data) < 6 or len(data) < struct.unpack_from("<I", data, 2)[0]
     return kind == "TIFF" and _tiff_end(data) > len(data)
-
-
-def goes_over_itself(data: bytes) -> bool:
-    """Whether it is a JPEG, or a TIFF with JPEGs in it, of more scans than any camera or program writes: a decoder goes
-    over the whole picture in each, of which a few bytes are enough."""
-    kind = kind_of(data)
-    if kind == "JPEG":
-        walked = _walk_jpeg(data)
-        return walked.scans > MOST_SCANS or (walked.scans > 20 and walked.scans * walked.pixels > MOST_SCANNED)
-    if data[:4] in BIG_TIFF:  # what is packed otherwise holds these two bytes by chance alone
-        return data.count(BYTES_A_SCAN) > max(MOST_SCANS, len(data) // 10_000)
-    found = _tiff_entries(data)[0] if kind == "TIFF" else {}
-    packing = {*found.get(259, ())}
-    if 6 in packing:
-        return data.count(BYTES_A_SCAN) > MOST_SCANS
-    pieces = _pieces(found)
-    return 7 in packing and sum(data.count(BYTES_A_SCAN, o, o + n) for o, n in pieces) > 4 * len(pieces) + 16
 
 
 def whole_picture(data: bytes, decode: Callable[[bytes], Image | None]) -> Image | None:
@@ -83,7 +66,7 @@ def whole_picture(data: bytes, decode: Callable[[bytes], Image | None]) -> Image
         end = _gif_picture_end(data)
         return None if end is None else decode(data[:end] + b";")
     if kind == "JPEG":
-        if not _walk_jpeg(data).complete:
+        if not walk_jpeg(data).complete:
             return None
         filled = [data.rstrip(b"\xff") + filling + BYTES_AN_END for filling in FILLINGS]
     else:
@@ -95,7 +78,7 @@ def whole_picture(data: bytes, decode: Callable[[bytes], Image | None]) -> Image
     return first if second is not None and np.array_equal(first, second) else None
 
 
-class _Walked(NamedTuple):
+class Walked(NamedTuple):
     """Of a JPEG's first picture: whether its end is there, whether all scans have begun; scans, and pixels of it."""
 
     ended: bool
@@ -104,7 +87,7 @@ class _Walked(NamedTuple):
     pixels: int
 
 
-def _walk_jpeg(data: bytes) -> _Walked:
+def walk_jpeg(data: bytes) -> Walked:
     """Thumbnails lie in segments that say their length, and what follows the end (a film, another picture) is not
     looked at."""
     at, parts, scans, pixels = 2, 0, 0, 0
@@ -113,7 +96,7 @@ def _walk_jpeg(data: bytes) -> _Walked:
     while at + 4 <= len(data):
         parts += 1
         if parts > MOST_PARTS:
-            return _Walked(True, True, data.count(BYTES_A_SCAN), pixels)
+            return Walked(True, True, data.count(BYTES_A_SCAN), pixels)
         if data[at] != 0xFF:
             at = _next_marker(data, at)
             continue
@@ -122,7 +105,7 @@ def _walk_jpeg(data: bytes) -> _Walked:
             continue
         marker = data[at + 1]
         if marker == EOI:
-            return _Walked(True, True, scans, pixels)
+            return Walked(True, True, scans, pixels)
         if marker in (0x00, 0x01) or 0xD0 <= marker <= 0xD8:
             at += 2
             continue
@@ -142,7 +125,7 @@ def _walk_jpeg(data: bytes) -> _Walked:
         at += 2 + length
     # without an end: each coefficient of each component down to its last bit
     complete = bool(components) and all(len(known[c]) == 64 and not any(known[c].values()) for c in components)
-    return _Walked(data[at : at + 2] == BYTES_AN_END, complete, scans, pixels)
+    return Walked(data[at : at + 2] == BYTES_AN_END, complete, scans, pixels)
 
 
 def _next_marker(data: bytes, at: int) -> int:
@@ -236,37 +219,5 @@ def _gif_blocks_end(data: bytes, at: int) -> int | None:
 
 def _tiff_end(data: bytes) -> int:
     """Where the strips or tiles of the first picture end, or the list that names them."""
-    found, end = _tiff_entries(data)
-    return max([end, *(start + size for start, size in _pieces(found))])
-
-
-def _pieces(found: Mapping[int, tuple[int, ...]]) -> list[tuple[int, int]]:
-    """Where each strip or tile begins, and its bytes."""
-    pairs = [(found.get(offsets, ()), found.get(sizes, ())) for offsets, sizes in TIFF_PIECES]
-    return [piece for offsets, sizes in pairs for piece in zip(offsets, sizes, strict=False)]
-
-
-def _tiff_entries(data: bytes) -> tuple[dict[int, tuple[int, ...]], int]:
-    """Of the first picture, where its pieces are and how they are packed, by number; and where the list of all that it
-    says ends, or the values that it has no room for."""
-    order = "<" if data[:2] == b"II" else ">"
-    if len(data) < 8:
-        return {}, 8
-    (at,) = struct.unpack_from(f"{order}I", data, 4)
-    if at + 2 > len(data):
-        return {}, int(at) + 2
-    (count,) = struct.unpack_from(f"{order}H", data, at)
-    if at + 2 + 12 * count > len(data):
-        return {}, int(at) + 2 + 12 * int(count)
-    found: dict[int, tuple[int, ...]] = {}
-    end = 0
-    for entry in range(count):
-        tag, kind, values, _ = struct.unpack_from(f"{order}HHII", data, at + 2 + 12 * entry)
-        start, size = at + 10 + 12 * entry, TIFF_BYTES.get(kind, 0) * values
-        if size > 4:
-            (start,) = struct.unpack_from(f"{order}I", data, start)
-            end = max(end, start + size)
-        letter = {3: "H", 4: "I"}.get(kind)
-        if tag in (259, 273, 279, 324, 325) and letter is not None and start + size <= len(data):
-            found[tag] = struct.unpack_from(f"{order}{values}{letter}", data, start)
-    return found, end
+    said = first_list(data)
+    return max([said.end, *(start + size for start, size in pieces(said.found))])

@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dsconvert.errors import InputError
-from dsconvert.yolo.cutshort import ends_early, goes_over_itself, kind_of, whole_picture
+from dsconvert.yolo.cutshort import ends_early, kind_of, whole_picture
+from dsconvert.yolo.photobounds import too_much
 
 PAD_VALUE = 114  # YOLOv5's grey
 MAX_IMAGE_BYTES = 1 << 30
@@ -51,8 +52,8 @@ def read_image(path: Path) -> Image:
         data = np.fromfile(path, np.uint8).tobytes() if status.st_size else b""
     except OSError:
         raise InputError(f"{path} cannot be read.") from None
-    if goes_over_itself(data):
-        raise InputError(f"{path} is a JPEG of more scans than any camera or program writes, so it was not decoded.")
+    if reason := too_much(data):
+        raise InputError(f"{path} {reason}, so it was not decoded.")
     early = ends_early(data)
     try:
         image = whole_picture(data, _decode) if early else _decode(data)

@@ -10,6 +10,7 @@ import cv2
 import numpy as np
 import pytest
 from case import Case
+from photos import read, refused
 from pictures import bad, noise, odd, saved
 from PIL import Image
 from watched import dsconvert, problems, run_child, write_cases
@@ -33,6 +34,21 @@ def test_broken_images_are_refused_and_odd_ones_read(tmp_path):
     assert not found, found
     for case, result in zip(cases.values(), results, strict=True):
         assert case.words is not None or result["text"] == [*shapes[case.name], 3], case.name
+
+
+def test_what_would_hold_the_machine_is_refused_and_what_goes_in_circles_read(tmp_path):
+    """Lists, values and pieces that lie on each other, and pictures that take more memory than their pixels."""
+    warm = tmp_path / "warm.png"
+    warm.write_bytes(saved(noise(8, 8), "PNG"))
+    sides = {name: sides for name, _, sides in read()}
+    cases = write_cases(refused(), tmp_path / "bad", ".jpg")
+    cases |= write_cases([Case(name, data, None) for name, data, _ in read()], tmp_path / "odd", ".jpg")
+    results = run_child([("image", warm)], [("image", path) for path in cases])
+    found = problems(cases, results)
+    assert not found, found
+    for case, result in zip(cases.values(), results, strict=True):
+        if case.words is None:
+            assert sorted(result["text"][:2]) == sorted(sides[case.name]), case.name
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
