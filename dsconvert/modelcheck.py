@@ -77,7 +77,11 @@ def check_model(model: DSModel) -> None:
     if model.activations and model.has_real_alpha:
         raise ValueError("real shifts have no int8 activations")
     if model.activations:
-        for name, grid in grid_of(model.graph, model.activations).items():
+        grids = grid_of(model.graph, model.activations)
+        for name in (node.name for node in model.graph.nodes):
+            if name not in grids:  # layout openvino alone leaves grids out, and it is no model file
+                raise ValueError(f"no grid of {name}")
+        for name, grid in grids.items():
             check_grid(name, grid)
     else:
         for name, conv in model.convs.items():
