@@ -144,7 +144,7 @@ class QuantizedModel:
         torch's numbers, else CheckError is raised; check=False leaves this out.
 
         layout: packed (smallest), fused (that for ONNX Runtime alone, loads faster), blocked (ONNX block scales),
-        openvino (for OpenVINO: the most accurate there), int8 (runs on old engines) or float (of kds="float").
+        openvino (for OpenVINO: the fastest there), int8 (runs on old engines) or float (of kds="float").
         imgsz: side of the input, pixels (None: as calibrated).
         dynamic_batch=True leaves the batch size open. input_type: float32 or float16
         (0..1), or uint8 (the image's bytes). nms=True ends with non-maximum suppression, `detections` (k, 7) = image,

@@ -27,7 +27,7 @@ from dsconvert.yolo.dataset import SPLITS, is_data_yaml, read_data_yaml
 @click.option("--onnx", "to_onnx", is_flag=True, help="Write ONNX (the one format so far).")
 @click.option("--layout", type=click.Choice(list(LAYOUT_OPSET)), default="packed", show_default=True,
               help="packed: smallest file. fused: with ONNX Runtime's own operators, loads faster. "
-              "blocked: ONNX block scales. openvino: for OpenVINO, the most accurate there. "
+              "blocked: ONNX block scales. openvino: for OpenVINO, the fastest there. "
               "int8: runs on old engines. float: for --kds float. "
               f"OpenVINO runs {', '.join(run_by('OpenVINO'))}.")  # fmt: skip
 @click.option("--imgsz", type=int, help="Side of the input, pixels (default: as calibrated).")
