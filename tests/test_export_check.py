@@ -156,6 +156,17 @@ def test_a_wrong_activation_behind_what_has_no_grid_is_named(converted):
         check_export(file.SerializeToString(), reference_of(in_layout(converted, "openvino")), PLAIN, IMAGES)
 
 
+def test_a_wrong_operator_of_a_float_file_is_named(tiny):
+    """What it stores is right, so only the trial can tell."""
+    network, head = tiny
+    graph, params = lower(network.fuse())
+    file = export_float(graph, params, head, SIDE)
+    gate = next(node for node in file.graph.node if node.op_type == "Sigmoid" and node.output[0].startswith("model.1."))
+    gate.op_type = "Tanh"
+    with pytest.raises(CheckError, match=r"at layer model\.1\.act,"):
+        check_export(file.SerializeToString(), float_reference(graph, params, head), PLAIN, IMAGES)
+
+
 def test_a_wrong_float_layer_and_a_wrong_tail_are_named(tiny, converted):
     network, head = tiny
     graph, params = lower(network.fuse())
@@ -198,6 +209,14 @@ def test_nan_is_never_close():
         assert not check._close(check._compared([b], [a], 2, 64), 1e-5, 1e-6)
     assert check._close(check._compared([a], [a], 2, 64), 0, 0)
     assert not check._close(check._compared([a], [a, a], 2, 64), 0, 0)  # an output too few
+
+
+def test_boxes_scores_and_mask_coefficients_are_compared_each_by_itself():
+    """Two classes and three coefficients: 4 of a box, 2 scores, objectness and the classes, 3 coefficients."""
+    boxes, protos = np.ones((1, 6, 5 + 2 + 3), np.float32), np.ones((1, 3, 8, 8), np.float32)
+    pairs = check._compared([boxes, protos], [boxes, protos], 2, 64)
+    assert pairs is not None
+    assert [found.shape for found, _ in pairs] == [(1, 6, 4), (1, 6, 2), (1, 6, 3), (1, 6, 3), (1, 3, 8, 8)]
 
 
 def test_images_are_deterministic_and_use_the_range():
