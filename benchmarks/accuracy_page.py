@@ -8,14 +8,16 @@ from typing import Any
 
 from notes import kept
 
+from dsconvert.evaluate.accuracy import CONFIDENT
+
 Found = Mapping[str, Any]  # what `accuracy.py` found on one set of images
 SECOND = ", second draw"
 DEFAULT = "dsconvert default (mixed, 4 bit size)"
 DATA_FREE = "dsconvert default, data-free"
-DECIDES = 200  # images from which on a table says anything
+DECIDES = 500  # images from which on a table says anything
 FEW = (
-    "The intervals are wide because the images are few, and another draw of calibration pixels moves a drop by another "
-    "point: no conclusion can be drawn from this table."
+    "The intervals are wide because the images are few. Another draw of calibration pixels moves a drop by another "
+    "point. So no conclusion can be drawn from this table."
 )
 COLUMNS = (
     "| model | mAP50-95 | mAP50 | drop, points | 95 % interval | boxes lost | new | score moved | file MB | "
@@ -23,9 +25,9 @@ COLUMNS = (
 )
 LEGEND = (
     "*Drop*: points of mAP50-95 against float32 on the same images. The interval is a paired bootstrap over images.",
-    "*Boxes* are those with a score above 0.25, by class and at an IoU of 0.5. *Lost* is the share of float32's boxes "
-    "that a file has not. *New* is the share of a file's boxes that float32 has not. *Score moved* is the mean "
-    "absolute difference of the scores of all others.",
+    f"*Boxes* are those with a score above {CONFIDENT}, by class and at an IoU of 0.5. *Lost* is the share of "
+    "float32's boxes that a file has not. *New* is the share of a file's boxes that float32 has not. *Score moved* "
+    "is the mean absolute difference of the scores of all others.",
     "Every row is its file, run: ONNX in ONNX Runtime, NNCF and layout openvino in OpenVINO, MNN in MNN. What is float "
     "in a file runs in float32, in OpenVINO too, which would choose bfloat16 on CPUs that have it.",
     "The stem and Detect are int8 in every dsconvert row, and activations are uint8. *DSConv layers*: VQK and KDS of "

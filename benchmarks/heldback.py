@@ -89,7 +89,7 @@ def main() -> None:
                 began = time.perf_counter()
                 model = quantize(load_checkpoint(args.checkpoint), options).model
                 seconds = time.perf_counter() - began
-            found = [errors(load_checkpoint(args.checkpoint), in_layout(model, "packed"), held)]
+            found = [errors(load_checkpoint(args.checkpoint), model, held)]
             if model.activations:
                 found.append(errors(load_checkpoint(args.checkpoint), in_layout(model, "openvino"), held))
             ends = "; in layout openvino ".join(map(said, found))

@@ -27,8 +27,8 @@ from dsconvert.fit.sensitivity import damage_of
 from dsconvert.fit.synthesize import synthesize
 from dsconvert.fit.threads import in_order
 from dsconvert.fit.views import WANTED, view, wanted
-from dsconvert.graph.integer import QParams, keeps_grid
-from dsconvert.graph.ir import INPUT, ConvParams, Graph
+from dsconvert.graph.integer import QParams, gridded
+from dsconvert.graph.ir import ConvParams, Graph
 from dsconvert.graph.run import run_float
 from dsconvert.graph.shapes import value_shapes
 from dsconvert.modelcheck import check_grid
@@ -90,7 +90,7 @@ def check_calibration(
     quantized: bool,
 ) -> None:
     """Raises ValueError or KeyError unless `found` can be what `calibrate` makes of the rest: it comes from a file."""
-    if set(found.own) != ({INPUT, *(n.name for n in graph.nodes if not keeps_grid(n.op))} if quantized else set()):
+    if set(found.own) != (gridded(graph) if quantized else set()):
         raise ValueError("grids")
     for name, grid in found.own.items():
         check_grid(name, grid)

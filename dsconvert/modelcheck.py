@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dsconvert.dsconv.tensor import INT8_MAX, block_count
-from dsconvert.graph.integer import QParams, grid_of
+from dsconvert.graph.integer import QParams, grid_of, gridded
 from dsconvert.graph.shapes import check_node, value_shapes
 from dsconvert.model import DSModel, damage_by_bits, display_name
 from dsconvert.yolo.layers import MAX_MASKS
@@ -77,11 +77,9 @@ def check_model(model: DSModel) -> None:
     if model.activations and model.has_real_alpha:
         raise ValueError("real shifts have no int8 activations")
     if model.activations:
-        grids = grid_of(model.graph, model.activations)
-        for name in (node.name for node in model.graph.nodes):
-            if name not in grids:  # layout openvino alone leaves grids out, and it is no model file
-                raise ValueError(f"no grid of {name}")
-        for name, grid in grids.items():
+        if missing := gridded(model.graph) - set(model.activations):  # a layout alone may leave some out
+            raise ValueError(f"no grid of {min(missing)}")
+        for name, grid in grid_of(model.graph, model.activations).items():
             check_grid(name, grid)
     else:
         for name, conv in model.convs.items():

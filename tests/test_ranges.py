@@ -14,7 +14,6 @@ from dsconvert.fit.importance import measure_importance
 from dsconvert.fit.ranges import (
     HIGHS,
     Seen,
-    as_engines,
     best_range,
     choose_grids,
     grids_of,
@@ -22,7 +21,7 @@ from dsconvert.fit.ranges import (
     share_grids,
     together,
 )
-from dsconvert.graph.integer import QMAX, SIGMOID, QParams, activation_table, grid_of
+from dsconvert.graph.integer import QMAX, SIGMOID, QParams, activation_table, as_engines, grid_of
 from dsconvert.graph.ir import INPUT, Graph, Node
 from dsconvert.yolo.lower import lower, split_detect
 

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from dsconvert.fit.clipping import LEAST_SHARE, effects_at
 from dsconvert.fit.threads import in_order
-from dsconvert.graph.integer import QMAX, SIGMOID, QParams, keeps_grid
+from dsconvert.graph.integer import QMAX, QParams, as_engines, keeps_grid
 from dsconvert.graph.ir import INPUT, Graph
 from dsconvert.graph.run import ACTIVATIONS
 
@@ -79,7 +79,7 @@ def choose_grids(
         seen[name] = Seen(values, weights, clipping[behind.get(name, name)])
 
     def best(name: str) -> QParams:
-        judge = ACTIVATIONS[kinds[behind[name]]] if name in behind else lambda x: x
+        judge = ACTIVATIONS[kinds[behind[name]]] if name in behind else _same
         own = seen[name]
         return best_range(own.values, own.weights, judge, own.clipping, reach.get(name, 0.0))
 
@@ -129,13 +129,6 @@ def nudged(grid: QParams) -> list[tuple[float, float]]:
     return [(low, high), *((low * down, high * up) for down in LOWER for up in UPPER)]
 
 
-def as_engines(kind: str, values: Tensor) -> Tensor:
-    """An activation of real values, with SiLU's sigmoid on its grid, as integer engines have it."""
-    if kind != "SiLU":
-        return ACTIVATIONS[kind](values)
-    return values * SIGMOID.dequantize(SIGMOID.quantize(values.sigmoid()))
-
-
 def _same(values: Tensor) -> Tensor:
     return values
 
@@ -163,7 +156,7 @@ def share_grids(graph: Graph, seen: Mapping[str, Seen], own: Mapping[str, QParam
         values, weights = (
             torch.cat(t) for t in zip(*((seen[m].values, seen[m].weights) for m in members), strict=True)
         )
-        grid = best_range(values, weights, lambda x: x, torch.stack([seen[m].clipping for m in members]).sum(0))
+        grid = best_range(values, weights, _same, torch.stack([seen[m].clipping for m in members]).sum(0))
         apart = sum(seen[m].error(grids[m]) for m in members) + seen[node.name].error(grids[node.name])
         if sum(seen[m].error(grid) for m in members) > apart:
             continue
@@ -201,7 +194,7 @@ def range_errors(
     from dsconvert.fit import loops  # numba takes a while to load
 
     scales, zeros, tables = grids_of(ends)
-    highs = torch.tensor([high for _, high in ends])
+    highs = torch.tensor([hi for _, hi in ends])
     kept = torch.empty(len(ends), dtype=torch.float64)
     given = (values, target, weights, scales, zeros, highs, made(tables), kept)
     loops.grid_errors(*(x.contiguous().numpy() for x in given))

@@ -106,6 +106,11 @@ def keeps_grid(op: str) -> bool:
     return op in ("maxpool", "upsample", "space_to_depth")
 
 
+def gridded(graph: Graph) -> set[str]:
+    """The values that have a grid of their own."""
+    return {INPUT, *(node.name for node in graph.nodes if not keeps_grid(node.op))}
+
+
 def grid_of(graph: Graph, own: Mapping[str, QParams]) -> dict[str, QParams]:
     """Quantization parameters of every value: its own, or its input's where the op keeps the grid. What convolutions
     give their activations has none where it has none of its own (see `real_between`)."""
@@ -121,7 +126,16 @@ def grid_of(graph: Graph, own: Mapping[str, QParams]) -> dict[str, QParams]:
 def real_between(graph: Graph, own: Mapping[str, QParams]) -> dict[str, QParams]:
     """The grids without those between a convolution and its activation: what is there stays float32, and is rounded
     once, behind the activation. For engines that compute both in one step."""
-    return {name: grid for name, grid in own.items() if name not in graph.activated()}
+    between = graph.activated()
+    return {name: grid for name, grid in own.items() if name not in between}
+
+
+def as_engines(kind: str, values: Tensor) -> Tensor:
+    """An activation of real values, with SiLU's sigmoid on its grid, as integer engines have it. `activation_table` is
+    its rounding to a grid, in the engines' own order."""
+    if kind != "SiLU":
+        return run.ACTIVATIONS[kind](values)
+    return values * SIGMOID.dequantize(SIGMOID.quantize(values.sigmoid()))
 
 
 def activation_table(kind: str, source: QParams, sigmoid: QParams | None, target: QParams) -> NDArray[np.uint8]:
@@ -143,6 +157,7 @@ def _quantize_np(x: NDArray[np.floating[Any]], zero_point: int) -> NDArray[np.ui
 
 
 SIGMOID = QParams(float(SIGMOID_SCALE), 0)
+UNROUNDED = QParams(1.0, 0)  # stands for the target of a convolution that has none
 
 
 @dataclass(frozen=True)
@@ -165,23 +180,20 @@ class IntegerConv:
         multiplier = torch.tensor(source.scale, dtype=torch.float32) * conv.weight.cds_w.float() / target.scale
         return IntegerConv(node, weight, bias, multiplier.to(device), source, target)
 
-    @staticmethod
-    def real(node: Node, conv: QConv, source: QParams, q: Tensor) -> Tensor:
-        """Integers (n, chi, h, w) -> what the convolution gives, real: accumulators in units of sx CDSw."""
-        unit = QParams(1.0, 0)  # of a target that is not on a grid
-        made = IntegerConv.of(node, conv, source, unit, q.device)
-        return made.sums(q).mul_(made.multiplier[:, None, None])
-
     def sums(self, q: Tensor) -> Tensor:
         """Integers (n, chi, h, w) -> accumulators (n, cho, h', w'), float32: rounded once, as an engine converts its
         int32."""
         given = q.to(self.weight.dtype, copy=True).sub_(self.source.zero_point)
         return run.conv(self.node, given, self.weight, self.bias).float()
 
+    def steps(self, q: Tensor) -> Tensor:
+        """Integers (n, chi, h, w) -> what the convolution gives (n, cho, h', w') in steps of the target grid, not
+        rounded: of UNROUNDED the real numbers."""
+        return self.sums(q).mul_(self.multiplier[:, None, None])
+
     def integers(self, q: Tensor) -> Tensor:
         """Integers (n, chi, h, w) -> integers (n, cho, h', w') on the target grid, carried as float32."""
-        made = self.sums(q).mul_(self.multiplier[:, None, None])
-        return made.round_().add_(self.target.zero_point).clamp_(0, QMAX)
+        return self.steps(q).round_().add_(self.target.zero_point).clamp_(0, QMAX)
 
 
 def integer_conv(node: Node, q: Tensor, conv: QConv, source: QParams, target: QParams) -> Tensor:
@@ -205,7 +217,8 @@ def integer_add(inputs: list[Tensor], source: list[QParams], target: QParams) ->
 def integer_step(node: Node, inputs: list[Tensor], convs: Mapping[str, QConv], grids: Mapping[str, QParams]) -> Tensor:
     """One node in integer arithmetic; what has no grid is real."""
     if node.op == "conv" and node.name not in grids:
-        return IntegerConv.real(node, convs[node.name], grids[node.inputs[0]], inputs[0])
+        (q,) = inputs
+        return IntegerConv.of(node, convs[node.name], grids[node.inputs[0]], UNROUNDED, q.device).steps(q)
     target = grids[node.name]
     if node.op == "act" and node.inputs[0] not in grids:
         return target.quantize(run.ACTIVATIONS[node.attrs["kind"]](inputs[0]))

@@ -73,12 +73,18 @@ def _piled_up(data: bytes, kind: str) -> bool:
 def _exif(data: bytes, kind: str) -> Iterator[int]:
     """Where EXIF data begin."""
     for mark, ways in EXIF[kind]:
-        at = data.find(mark)
-        while at >= 0:
+        for at in _places(data, mark):
             for begin in (at + way for way in ways):
                 if data[begin : begin + 4] in (b"II*\0", b"MM\0*"):
                     yield begin
-            at = data.find(mark, at + 1)
+
+
+def _places(data: bytes, mark: bytes) -> Iterator[int]:
+    """Where some bytes stand."""
+    at = data.find(mark)
+    while at >= 0:
+        yield at
+        at = data.find(mark, at + 1)
 
 
 def _wide(data: bytes, kind: str) -> int:
@@ -92,10 +98,5 @@ def _wide(data: bytes, kind: str) -> int:
     if data.startswith(b"#?"):
         sizes = re.search(rb"[-+][XY] +(\d{1,9}) +[-+][XY] +(\d{1,9})", data[: 1 << 16])
         return int(sizes[1]) * int(sizes[2]) if sizes else 0
-    most = 0
-    for mark in AREAS:
-        at = data.find(mark)
-        while 0 <= at <= len(data) - len(mark) - 12:
-            most = max(most, math.prod(struct.unpack_from(">II", data, at + len(mark) + 4)))
-            at = data.find(mark, at + 1)
-    return most
+    sides = (at + len(mark) + 4 for mark in AREAS for at in _places(data, mark))
+    return max((math.prod(struct.unpack_from(">II", data, at)) for at in sides if at + 8 <= len(data)), default=0)
