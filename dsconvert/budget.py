@@ -83,17 +83,22 @@ def widths_for_file(
         )
     least_bytes = sum(c.size for c in least.values())
     fits, over, best = least_bytes, math.inf, smallest
-    budget = target - floor + least_bytes
+    budget, misses = target - floor + least_bytes, 0
     for _ in range(TRIES):
-        widths = {name: c.width for name, c in allocate(options, budget).items()}
+        chosen = allocate(options, budget)
+        widths = {name: c.width for name, c in chosen.items()}
+        counted = sum(c.size for c in chosen.values())
         room = target - file_size(widths)
         if room < 0:
-            over = budget
+            # Every budget from `counted` on gives these widths again, so the next one lies below it. It lies further
+            # below at every miss, or a file that is a few bytes too large would use up all tries.
+            over, budget = counted, counted + room * 2**misses
+            misses += 1
         else:
             unchanged, fits, best = widths == best, budget, widths
             if room <= FULL * target or (unchanged and math.isinf(over)):
                 break
-        budget += room  # right where layers are as many bytes as counted; else between what fits and what does not
+            budget += room  # right where layers are as many bytes as counted; else between what fits and what does not
         if not fits < budget < over:
             budget = int(fits + over) // 2
         if over - fits <= FULL * target:

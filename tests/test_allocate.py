@@ -105,6 +105,23 @@ def test_a_file_size_is_kept_whatever_the_widths_add_to_it():
         budget.widths_for_file(params, damage, 10_000, file_size)
 
 
+def test_a_file_that_is_a_few_bytes_too_large_is_not_given_up_for_the_smallest():
+    """What a file takes is 4 bytes more than its budget until the widths have changed three times."""
+    params = {f"l{i}": ConvParams(torch.zeros(64, 64, 1, 1), torch.zeros(64)) for i in range(40)}
+    damage = {name: {used_width(b, 64, 32): (i + 1) * 4.0**-b for b in budget.BITS} for i, name in enumerate(params)}
+    target, seen = 90_000, []
+
+    def file_size(widths):
+        counted = sum(budget.stored_bytes(torch.Size((64, 64, 1, 1)), w) for w in widths.values())
+        if all(w.bits == 1 for w in widths.values()):
+            return counted
+        if widths not in seen:
+            seen.append(widths)
+        return target + 4 if seen.index(widths) < 3 else counted
+
+    assert 0.95 * target < file_size(budget.widths_for_file(params, damage, target, file_size)) <= target
+
+
 @pytest.mark.parametrize("shared", [0, 4000])  # bytes that layers of 3 bits have in common
 def test_what_a_file_has_room_for_is_used(shared):
     """Where layers are a tenth less than what is counted for each."""
