@@ -7,7 +7,8 @@ from functools import partial
 import pytest
 import torch
 
-from dsconvert.fit import importance
+from dsconvert.fit import draws, importance
+from dsconvert.fit.clipping import clip_effects
 from dsconvert.fit.importance import Part, gradients, measure_importance
 from dsconvert.graph.ir import INPUT, ConvParams, Graph, Node
 from dsconvert.graph.shapes import value_shapes
@@ -72,7 +73,7 @@ def test_an_image_draws_the_same_wherever_it_is_looked_at():
 
 
 def test_thorough_images_stand_for_the_others(monkeypatch):
-    """Only they have samples, and all squares are theirs; every image has positions."""
+    """Only they have samples that weigh, and all squares are theirs; every image has positions."""
     monkeypatch.setattr(importance, "THOROUGH", 3)
     monkeypatch.setattr(importance, "MANY", 0)
     images = [torch.full((1, 1, 1, 2), float(i + 1)) for i in range(6)]
@@ -82,10 +83,36 @@ def test_thorough_images_stand_for_the_others(monkeypatch):
         return measure_importance(CHAIN, PARAMS, images, lambda raw, _: [raw[0]], 0, ["c"], part)
 
     found = measure(images, 0)
-    assert found.samples["c"][0].unique().tolist() == [3, 9, 15]
+    values, weights = found.samples["c"]
+    assert values[weights > 0].unique().tolist() == [3, 9, 15]
+    assert values[weights == 0].unique().tolist() == [3, 6, 9, 12, 15, 18]
     assert len(found.drawn["c"].places) == 6
     single = [measure(images[i : i + 1], i).squares["c"] for i in (0, 2, 4)]  # the draws belong to an image
     torch.testing.assert_close(found.squares["c"], 2 * torch.stack(single).sum(0))
+
+
+def test_clipping_is_judged_on_every_image_whose_gradient_is_whole(tiny, picture, monkeypatch):
+    """Of two images one is looked at thoroughly; the way back through the other ends before the last convolutions."""
+    monkeypatch.setattr(importance, "THOROUGH", 1)
+    monkeypatch.setattr(importance, "MANY", 0)
+    monkeypatch.setattr(importance, "BRIEFLY", 0)
+    network, head = tiny
+    graph, params = split_detect(*lower(network.fuse()), head)
+    images = [picture, picture.flip(3) * 0.5]
+
+    def measure(raw, reference):
+        return detection_measure(raw, reference, head)
+
+    found = measure_importance(graph, params, images, measure, 0)
+    single = [gradients(graph, params, x, measure, draws.of_image(0, i)) for i, x in enumerate(images)]
+    readers = graph.consumers()
+    for name, effects in found.clipping.items():
+        each = [clip_effects(*values[name]) for values in single]
+        whole = name in graph.outputs or all(r.name in graph.outputs for r in readers[name])
+        # as many as one thorough image; sums of float32
+        torch.testing.assert_close(effects, sum(each) / 2 if whole else each[0], rtol=1e-4, atol=1e-12)
+        both = torch.cat([values[name][0].flatten() for values in (single if whole else single[:1])])
+        assert torch.stack(torch.aminmax(found.samples[name][0])).tolist() == torch.stack(torch.aminmax(both)).tolist()
 
 
 @pytest.mark.parametrize(("images", "apart"), [(1, 1), (127, 1), (128, 2), (256, 4), (512, 8), (1024, 11)])

@@ -8,7 +8,7 @@ signs s, the gradient g of sum(s v) has E[g^2] = sum over v of (dv / dvalue)^2: 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache, partial
 
 import numpy as np
@@ -60,15 +60,17 @@ class Importance:
     gradient behind these layers: their maps are large, and going back through them takes longer than all the rest. Of
     more than BRIEFLY images, all layers but the last take the gradients that arrive at the last ones' inputs.
 
-    samples: value name -> (values of the thorough images, their weights), both (k,).
+    samples: value name -> (values of the thorough images, their weights), both (k,); and of all images whose `clipping`
+        is known the two extremes, weighing nothing.
     drawn: convolution name -> positions drawn from each image by their weights, the root of the squared gradients
         summed over channels; evenly where nothing depends on the layer.
     channels: for all others the second moment (cho, cho) of the gradients of their output channels over the thorough
         images (see `fit.channels`).
     squares: for the convolutions that were asked for, the squared gradients of the weight (see `fit.sensitivity`),
         summed over the thorough images, and as many times as those stand for others.
-    clipping: the squared effects of cutting a value at each of `clipping.LEVELS`, over the thorough images, by value
-        name, for values that `samples` judges where they are.
+    clipping: the squared effects of cutting a value at each of `clipping.LEVELS`, by value name, for values that
+        `samples` judges where they are. They are over all images whose way back reaches all readers of the value, and
+        scaled to as many images as are looked at thoroughly.
     """
 
     samples: Mapping[str, tuple[Tensor, Tensor]]
@@ -171,6 +173,7 @@ def measure_importance(
     squares = {name: torch.zeros(shapes[name]) for name in chosen}
     behind = graph.activated()
     clipping = {name: torch.zeros_like(LEVELS) for name in samples if name not in behind}
+    clipped = dict.fromkeys(clipping, 0)  # images that say what clipping a value does
     looked = torch.zeros(2, dtype=torch.float64)  # images, and those that were looked at thoroughly
 
     @cache
@@ -181,18 +184,17 @@ def measure_importance(
     def look(numbered: tuple[int, Tensor]) -> _Look:
         index, image = numbered
         generator, at = draws.of_image(seed, index), partial(draws.of_image, seed, index)
+        start = start_for(*image.shape[1:]) if index % apart else 0
+        found = gradients(graph, params, image, measure, generator, start)
+        made = _Look.at_gradients(graph, found, at, most, start).clipped(graph, found, list(clipping), start)
         if index % apart:
-            start = start_for(*image.shape[1:])
-            found = gradients(graph, params, image, measure, generator, start)
-            return _Look.at_gradients(graph, found, at, most, start)
-        found = gradients(graph, params, image, measure, generator)
-        made = _Look.at_gradients(graph, found, at, most)
-        return made.thoroughly(graph, params, image, found, clipping, chosen, generator, each)
+            return made
+        return made.thoroughly(graph, params, image, found, chosen, generator, each)
 
     for index, look_at in enumerate(in_order(look, enumerate(images, part.first))):
         if index % GIVE_BACK == GIVE_BACK - 1:
             give_back()
-        looked += torch.tensor((1, bool(look_at.samples)))
+        looked += torch.tensor((1, bool(look_at.channels)))
         for name, taken in drawn.items():
             places, outputs = look_at.drawn[name]
             taken.put(places)
@@ -203,6 +205,7 @@ def measure_importance(
             samples[name].append(pair)
         for name, effects in look_at.clipping.items():
             clipping[name] += effects
+            clipped[name] += 1
         for name, square in look_at.squares.items():
             squares[name] += square
     # where nothing depends on a layer, no process has anything to say about its positions
@@ -210,6 +213,7 @@ def measure_importance(
     for taken, count in zip(drawn.values(), counts, strict=True):
         taken.even = not count
     all_images, some = workers.summed(looked).tolist()
+    saying = workers.summed(torch.tensor(list(clipped.values()), dtype=torch.float64)).tolist()
 
     def joined(parts: list[Tensor]) -> Tensor:
         # a process may have none of the images that are looked at
@@ -220,13 +224,16 @@ def measure_importance(
         drawn,
         {name: workers.summed(c).float() for (name, c), count in zip(channels.items(), counts, strict=True) if count},
         {name: workers.summed(square) * (all_images / some) for name, square in squares.items()},
-        {name: workers.summed(effects) for name, effects in clipping.items()},
+        {
+            name: workers.summed(effects) * (some / max(count, 1))
+            for (name, effects), count in zip(clipping.items(), saying, strict=True)
+        },
     )
 
 
 @dataclass(frozen=True)
 class _Look:
-    """What one image adds to each part of `Importance`; to all but the first only when it is looked at thoroughly."""
+    """What one image adds to each part of `Importance`; to channels and squares only if it is looked at thoroughly."""
 
     drawn: Mapping[str, tuple[Places, Tensor]]  # and the outputs there
     channels: Mapping[str, Tensor] = field(default_factory=dict)
@@ -256,19 +263,29 @@ class _Look:
             drawn[node.name] = Places(picks, counts * counts_at_all), outputs
         return _Look(drawn)
 
+    def clipped(self, graph: Graph, found: Found, names: Sequence[str], start: int) -> _Look:
+        """And what clipping does to the values of these names whose readers all are nodes from `start` on, so that
+        their gradient is whole. The extremes of these values, and of what their activations read, are samples that
+        weigh nothing."""
+        late, readers, behind = {node.name for node in graph.nodes[start:]}, graph.consumers(), graph.activated()
+        known = {n for n in names if n in late or all(reader.name in late for reader in readers.get(n, []))}
+        clipping = {name: clip_effects(*found[name]) for name in names if name in known}
+        ends = {n: torch.stack(torch.aminmax(v)).cpu() for n, (v, _) in found.items() if behind.get(n, n) in known}
+        samples = {name: (both, torch.zeros_like(both)) for name, both in ends.items()}
+        return replace(self, clipping=clipping, samples=samples)
+
     def thoroughly(
         self,
         graph: Graph,
         params: Mapping[str, ConvParams],
         image: Tensor,
         found: Found,
-        clipped: Iterable[str],
         chosen: Sequence[str],
         generator: torch.Generator,
         each: int,
     ) -> _Look:
-        """And the rest: how output channels go together, `each` samples of a value, clipping of the `clipped` ones,
-        squares of the `chosen` convolutions."""
+        """And the rest: how output channels go together, `each` samples of a value, squares of the `chosen`
+        convolutions."""
         behind = graph.activated()
         names = [n.name for n in graph.nodes if not keeps_grid(n.op)]
         samples = {name: _sample(found[name][0], found[behind.get(name, name)][1], generator, each) for name in names}
@@ -280,8 +297,7 @@ class _Look:
                 x = image if node.inputs[0] == INPUT else found[node.inputs[0]][0]
                 shape = params[node.name].weight.shape
                 squares[node.name] = squared_gradient(node, x, gradient, shape).cpu()
-        clipping = {name: clip_effects(*found[name]) for name in clipped}
-        return _Look(self.drawn, channels, samples, clipping, squares)
+        return replace(self, channels=channels, samples=samples, squares=squares)
 
 
 def length_of(gradient: Tensor) -> Tensor:
