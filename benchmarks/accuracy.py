@@ -44,6 +44,7 @@ from dsconvert.dsconv.tensor import DSTensor
 from dsconvert.evaluate.accuracy import CONFIDENT, Detections, Predictor, detect_all
 from dsconvert.evaluate.candidates import load_candidate
 from dsconvert.evaluate.compare import match, shifts_of
+from dsconvert.exporting import onnx_bytes
 from dsconvert.fit.gptq import fit_layer, fit_weight_gptq, measure_moments
 from dsconvert.fit.least_squares import fit_weight
 from dsconvert.graph.blockfloat import run_block_float
@@ -51,7 +52,7 @@ from dsconvert.graph.integer import QConv
 from dsconvert.graph.ir import INPUT
 from dsconvert.model import DSModel
 from dsconvert.modelfile import load_model
-from dsconvert.pipeline import QuantizeOptions, onnx_bytes, quantize, save_quantized
+from dsconvert.pipeline import QuantizeOptions, quantize, save_quantized
 from dsconvert.yolo.checkpoint import load_checkpoint
 from dsconvert.yolo.dataset import read_data_yaml
 from dsconvert.yolo.decode import decode

@@ -10,7 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 from peers import decoded, mnn_convert, nncf_int8, ort_static, ultralytics_int8
 
-from dsconvert.pipeline import QuantizeOptions, onnx_bytes, quantize, save_quantized
+from dsconvert.exporting import onnx_bytes
+from dsconvert.pipeline import QuantizeOptions, quantize, save_quantized
 from dsconvert.yolo.checkpoint import load_checkpoint
 
 MNN_BITS = {"mnn32": None, "mnn4": 4, "mnn3": 3}  # None: float32

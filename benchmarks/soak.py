@@ -24,7 +24,7 @@ import torch
 from dsconvert.cli import cli
 from dsconvert.evaluate.accuracy import detect_all
 from dsconvert.evaluate.candidates import load_candidates
-from dsconvert.pipeline import onnx_bytes
+from dsconvert.exporting import onnx_bytes
 from dsconvert.yolo.dataset import image_paths
 
 DEMO = Path(__file__).resolve().parents[1] / "calib" / "demo"

@@ -22,7 +22,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from dsconvert import pipeline
+from dsconvert import exporting, pipeline
 from dsconvert.errors import InputError
 from dsconvert.evaluate import contest
 from dsconvert.export.inputs import INPUT_TYPES
@@ -81,7 +81,7 @@ class FloatModel:
         """Write the float32 network as ONNX, to compare with; returns the file. `check` and `ends` as in
         QuantizedModel.export."""
         refuse_inputs([Path(file)], [self.path])
-        return _write(file, pipeline.onnx_bytes(self.path, "packed", imgsz, _ends(**ends), check), force)
+        return _write(file, exporting.onnx_bytes(self.path, "packed", imgsz, _ends(**ends), check), force)
 
 
 @dataclass(frozen=True, repr=False)
@@ -153,7 +153,7 @@ class QuantizedModel:
             raise InputError(f"{layout!r} is not a layout; there are {', '.join(LAYOUT_OPSET)}.")
         asked = _ends(**ends)
         with tempfile.TemporaryDirectory() as folder:
-            made = pipeline.onnx_bytes(as_file(self, Path(folder)), layout, imgsz, asked, check)
+            made = exporting.onnx_bytes(as_file(self, Path(folder)), layout, imgsz, asked, check)
         return _write(file, made, force)
 
 

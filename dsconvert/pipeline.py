@@ -1,6 +1,6 @@
-"""The steps strung together: what the command line calls, and the Python API.
+"""The steps of `quantize` strung together: what the command line calls, and the Python API.
 
-checkpoint -> network -> plan -> calibrate -> fit -> DSModel -> file -> ONNX
+checkpoint -> network -> plan -> calibrate -> fit -> DSModel -> file
 """
 
 from __future__ import annotations
@@ -34,10 +34,6 @@ from dsconvert.dsconv.tensor import DSTensor, Width, used_width
 from dsconvert.errors import InputError
 from dsconvert.evaluate.compare import ScoreShift
 from dsconvert.evaluate.drop import labels_of, map_drop, scores_on
-from dsconvert.export.check import check_accumulators, check_export, check_images, float_reference, reference_of
-from dsconvert.export.compact import compact
-from dsconvert.export.onnx import PLAIN, Ends, export_float, export_quantized, in_layout
-from dsconvert.filekinds import CHECKPOINT, ONNX, file_kind
 from dsconvert.files import write_atomic
 from dsconvert.fit.gptq import fit_layer
 from dsconvert.fit.kept import MEMORY, Room
@@ -48,15 +44,13 @@ from dsconvert.fit.sensitivity import widths_of
 from dsconvert.graph.integer import QConv, QParams
 from dsconvert.graph.ir import ConvParams, Graph, Node
 from dsconvert.model import DSModel, damage_by_bits, display_name, is_dsconv
-from dsconvert.modelfile import load_model, model_bytes
-from dsconvert.notes import unheard
-from dsconvert.origin import known_images
+from dsconvert.modelfile import model_bytes
 from dsconvert.sameness import warning_of
 from dsconvert.target import smallest_within
 from dsconvert.unfinished import read_unfinished, run_key, usable, write_unfinished
-from dsconvert.yolo.checkpoint import Checkpoint, load_checkpoint
+from dsconvert.yolo.checkpoint import Checkpoint
 from dsconvert.yolo.dataset import calibration_images
-from dsconvert.yolo.images import Image, letterbox, read_image, spread
+from dsconvert.yolo.images import spread
 from dsconvert.yolo.lower import lower, split_detect
 from dsconvert.yolo.network import Head
 from dsconvert.yolo.plan import choose_convs
@@ -348,58 +342,3 @@ def save_quantized(result: Quantized, folder: Path, force: bool) -> Path:
     if report.read_bytes() != text:  # of a run at the same time, which now finds a model
         write_atomic(report, text, force=True)
     return model
-
-
-def onnx_bytes(path: Path, layout: str, imgsz: int | None, ends: Ends = PLAIN, check: bool = True) -> bytes:
-    """ONNX of a converted model in a layout, or the float32 network of a `.pt`.
-
-    Raises CheckError when `check` finds that it does not compute what it should, see `export.check`."""
-    photographs: list[Image] = []
-    if exportable(path) == CHECKPOINT:
-        checkpoint = load_checkpoint(path)
-        graph, params = lower(checkpoint.network.fuse())
-        side, reference = imgsz or 640, float_reference(graph, params, checkpoint.head)
-        made = named = export_float(graph, params, checkpoint.head, side, ends)
-    else:
-        model = load_model(path)
-        side, reference = imgsz or model.imgsz, reference_of(in_layout(model, layout))
-        named = export_quantized(model, layout, side, ends)
-        made = compact(named)
-        if check:
-            check_accumulators(model)
-            photographs = _first_calibration_image(model, side, path)
-    data = made.SerializeToString(deterministic=True)
-    if check:
-        check_export(data, reference, ends, check_images(side, photographs), named.SerializeToString())
-    return data
-
-
-def exportable(path: Path) -> str:
-    """Whether the file is a CHECKPOINT or a MODEL. Raises InputError for anything else."""
-    kind = file_kind(path)
-    if kind == ONNX:
-        raise InputError(
-            f"{path} is an ONNX file already; export takes what dsconvert quantize wrote (.safetensors), or a "
-            "checkpoint (.pt)."
-        )
-    return kind
-
-
-def _first_calibration_image(model: DSModel, side: int, path: Path = Path(MODEL_FILE)) -> list[Image]:
-    """One of the images that the model at `path` was calibrated on, (3, side, side); none when they are gone, or are
-    not to be opened (see `origin`)."""
-    split = model.provenance.get("options", {}).get("split")
-    try:
-        with unheard():
-            first = calibration_images(known_images(model.provenance, path), split)[0]
-        return [letterbox(read_image(first), side)[0].transpose(2, 0, 1)]
-    except InputError:
-        return []
-
-
-def newest_result(root: Path) -> Path:
-    """The model file written last under `root` (runs/dsconvert). Raises InputError when there is none."""
-    found = sorted(root.glob(f"*/{MODEL_FILE}"), key=lambda p: p.stat().st_mtime_ns)
-    if not found:
-        raise InputError(f"There is no converted model under {root}; run dsconvert quantize first, or name a MODEL.")
-    return found[-1]

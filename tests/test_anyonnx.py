@@ -17,7 +17,7 @@ from onnx import TensorProto, helper, numpy_helper
 from test_anymodule import Small
 from torch import nn
 
-from dsconvert import pipeline
+from dsconvert import exporting
 from dsconvert.anyonnx import convert, lockstep
 from dsconvert.anyonnx.convert import OnnxConverted, OnnxPlan, quantize_onnx
 from dsconvert.anyonnx.images import Normalisation, as_input, pictures
@@ -91,7 +91,7 @@ def resnet(tmp_path_factory, photos) -> tuple[Path, OnnxConverted]:
 def demo(tmp_path_factory) -> tuple[Path, OnnxConverted]:
     """The demo's detector as a float ONNX file, and its conversion: by least squares, which takes seconds less."""
     path = tmp_path_factory.mktemp("demo") / "demo.onnx"
-    path.write_bytes(pipeline.onnx_bytes(DEMO / "demo.pt", "packed", 96, Ends(), False))
+    path.write_bytes(exporting.onnx_bytes(DEMO / "demo.pt", "packed", 96, Ends(), False))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(convert, "MOST_COLUMNS", 0)
         return path, quantize_onnx(path, DEMO / "data.yaml", OnnxPlan(bits=6, samples=2))

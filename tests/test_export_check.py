@@ -16,7 +16,7 @@ import torch
 from conftest import SIDE, convert, smooth_picture, tiny_network
 from onnx import numpy_helper
 
-from dsconvert import cli, pipeline
+from dsconvert import cli, exporting
 from dsconvert.dsconv.tensor import DSTensor
 from dsconvert.errors import CheckError
 from dsconvert.export import check
@@ -252,11 +252,11 @@ def test_export_refuses_with_exit_1_and_writes_nothing(converted, tmp_path, monk
     options = {"source": "best.pt", "options": {"calib": str(tmp_path)}}
     (tmp_path / "m.safetensors").write_bytes(model_bytes(replace(converted, provenance=options)))
     tried = []
-    monkeypatch.setattr(pipeline, "check_export", lambda *args: (tried.append(len(args[3])), check_export(*args)))
+    monkeypatch.setattr(exporting, "check_export", lambda *args: (tried.append(len(args[3])), check_export(*args)))
     assert run(tmp_path, "export", "m.safetensors", "--onnx", "--out", "good.onnx") == (0, "")
     assert tried == [2]  # the calibration image and the drawn one
     monkeypatch.setattr(
-        pipeline, "export_quantized",
+        exporting, "export_quantized",
         lambda *args: tampered(export_quantized(*args), "model.1.cds", lambda a: a * np.float32(2)),
     )  # fmt: skip
     code, err = run(tmp_path, "export", "m.safetensors", "--onnx")
@@ -273,4 +273,4 @@ def test_export_refuses_with_exit_1_and_writes_nothing(converted, tmp_path, monk
 def test_calibration_images_that_are_gone_are_done_without(converted, tmp_path):
     for calib in (None, str(tmp_path / "gone"), str(tmp_path)):
         model = replace(converted, provenance={"options": {"calib": calib}})
-        assert pipeline._first_calibration_image(model, SIDE) == []
+        assert exporting.first_calibration_image(model, SIDE) == []

@@ -24,7 +24,7 @@ import torch
 from conftest import HANGS, INTERRUPTED, ROOT, randomise
 
 from dsconvert import __main__ as entry
-from dsconvert import cli, pipeline
+from dsconvert import cli, exporting, pipeline
 from dsconvert.commands.shared import bars
 from dsconvert.errors import InputError, system_fault
 from dsconvert.graph.integer import run_integer
@@ -358,7 +358,7 @@ def test_dead_layers_are_converted_and_exported(inputs, tmp_path, what, part):
     loaded = load_checkpoint(path)
     result = pipeline.quantize(loaded, pipeline.QuantizeOptions(calib=inputs / "data.yaml", imgsz=64, bits=4))
     (tmp_path / "m.safetensors").write_bytes(model_bytes(result.model))
-    assert pipeline.onnx_bytes(tmp_path / "m.safetensors", "packed", None)  # checked against torch, bounds included
+    assert exporting.onnx_bytes(tmp_path / "m.safetensors", "packed", None)  # checked against torch, bounds included
     image = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         wanted = loaded.network(image)[0]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from dsconvert.pipeline import onnx_bytes
+from dsconvert.exporting import onnx_bytes
 
 DEMO = Path(__file__).parents[1] / "calib" / "demo" / "demo.pt"
 RUN = """

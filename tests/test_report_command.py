@@ -12,7 +12,7 @@ from click.testing import CliRunner
 from conftest import HANGS
 from report_case import make_case
 
-from dsconvert import pipeline
+from dsconvert import exporting
 from dsconvert.cli import cli
 from dsconvert.errors import InputError
 from dsconvert.report.gather import ReportOptions, gather
@@ -27,7 +27,7 @@ def dsconvert(*args: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
 def test_report_from_the_command_line(tmp_path):
     model = make_case(tmp_path)
     peer = tmp_path / "peer.onnx"
-    peer.write_bytes(pipeline.onnx_bytes(model, "int8", None))
+    peer.write_bytes(exporting.onnx_bytes(model, "int8", None))
     args = ["report", model, "--data", tmp_path / "data.yaml", "--against", peer]
     done = dsconvert(*args, cwd=tmp_path)
     assert done.returncode == 0, done.stderr

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from dsconvert import notes, pipeline, workers
+from dsconvert import exporting, notes, workers
 from dsconvert.commands.shared import (
     PATH,
     RUNS,
@@ -77,7 +77,7 @@ def evaluate(
         raise InputError("--conf-thres must lie in 0..1 and below 1, --iou-thres must lie in 0..1.")
     paths = list(models)
     if not paths or data is None:
-        newest = pipeline.newest_result(RUNS)
+        newest = exporting.newest_result(RUNS)
         provenance = load_model(newest).provenance
         paths = paths or [known_source(provenance, newest, "name the models: dsconvert eval CHECKPOINT MODEL"), newest]
         if data is None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from dsconvert import pipeline
+from dsconvert import exporting
 from dsconvert.commands.folders import refuse_to_lose
 from dsconvert.commands.shared import PATH, RUNS, as_json, force, print_json, tell
 from dsconvert.errors import InputError
@@ -70,15 +70,15 @@ def export(
         "uint8" if uint8_input else "float16" if half_input else "float32",
         _nms(with_nms, {"confidence": conf_thres, "iou": iou_thres, "most": max_det}),
     )
-    path = model or pipeline.newest_result(RUNS)
-    float_source = pipeline.exportable(path) == CHECKPOINT
+    path = model or exporting.newest_result(RUNS)
+    float_source = exporting.exportable(path) == CHECKPOINT
     suffix = "float32" if float_source else layout
     target = out or path.with_name(f"{path.stem}-{suffix}{_mark(ends)}.onnx")
     refuse_to_lose([target], [path])
     check_target(target, force)  # before the file is made and run
     check_writable(target.parent)
     with scratch_in(target.parent):
-        data = pipeline.onnx_bytes(path, layout, imgsz, ends, not no_check)
+        data = exporting.onnx_bytes(path, layout, imgsz, ends, not no_check)
     write_atomic(target, data, force)
     if as_json:
         print_json(

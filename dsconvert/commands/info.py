@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from dsconvert import pipeline
+from dsconvert import exporting, pipeline
 from dsconvert.commands.shared import PATH, RUNS, as_json, cell, console, print_json, table, tell
 from dsconvert.errors import InputError
 from dsconvert.export.external import parsed
@@ -29,7 +29,7 @@ def info(model: Path | None, as_json: bool) -> None:
 
     Example: dsconvert info runs/dsconvert/best/model.safetensors
     """
-    path = model or pipeline.newest_result(RUNS)
+    path = model or exporting.newest_result(RUNS)
     facts = _facts(path)
     if as_json:
         print_json({"path": str(path), **facts})

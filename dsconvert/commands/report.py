@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from dsconvert import pipeline
+from dsconvert import exporting
 from dsconvert.commands.folders import refuse_to_lose
 from dsconvert.commands.shared import PATH, RUNS, bars, force, split_of, strict, tell, threads, warn
 from dsconvert.errors import InputError
@@ -52,7 +52,7 @@ def report(
     from dsconvert.report.gather import ReportOptions, gather
     from dsconvert.report.page import page_bytes
 
-    path = model or pipeline.newest_result(RUNS)
+    path = model or exporting.newest_result(RUNS)
     target = out or path.with_name("report.html")
     refuse_to_lose([target], [path, data, float_model, *against])
     check_target(target, force)  # before minutes are spent on what could not be written
