@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 import torch
 from accuracy_page import DATA_FREE, DEFAULT, SECOND, write_page
-from bootstrap import bootstrap
+from bootstrap import bootstrap, image_draws
 from machine import cpu_name
 from numpy.typing import NDArray
 from peers import (
@@ -239,17 +239,24 @@ def block_float_rows(weights_only: Row) -> list[Row]:
     return [row(bits) for bits in (8, 6, 5, 4, 3)]
 
 
-def beside(found: Detections, index: int) -> tuple[float, float, float]:
-    """Of the float network's sure boxes the share that a row has not, of the row's the share that the float network has
-    not, and how far the scores of the others are apart on average."""
-    sure = [
-        (a[a[:, 4] > CONFIDENT], b[b[:, 4] > CONFIDENT])
-        for a, b in zip(found.found[0], found.found[index], strict=True)
-    ]
-    matches = [match(a, b) for a, b in sure]
-    both, moved = sum(len(m.iou) for m in matches), shifts_of(sure, matches)
-    first, second = (max(1, sum(len(pair[side]) for pair in sure)) for side in (0, 1))
-    return 1 - both / first, 1 - both / second, float(np.abs(moved).mean()) if moved else 0.0
+def box_counts(found: Detections, index: int) -> NDArray[np.float64]:
+    """By image (images, 4): sure boxes of the float network, of a row, those that both have, and by how much the scores
+    of the latter differ in all."""
+    counts = []
+    for first, second in zip(found.found[0], found.found[index], strict=True):
+        sure = first[first[:, 4] > CONFIDENT], second[second[:, 4] > CONFIDENT]
+        both = match(*sure)
+        moved = np.abs(shifts_of([sure], [both])).sum()
+        counts.append((len(sure[0]), len(sure[1]), len(both.iou), float(moved)))
+    return np.array(counts)
+
+
+def beside(counts: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Of sums of `box_counts` (..., 4): the share of the float network's boxes that a row has not, the share of the
+    row's that the float network has not, and how far the scores of the others are apart on average, (..., 3)."""
+    first, second, both, moved = np.moveaxis(counts, -1, 0)
+    lost, new = (1 - both / np.maximum(1, boxes) for boxes in (first, second))
+    return np.stack((lost, new, moved / np.maximum(1, both)), -1)
 
 
 def has_vnni() -> bool:
@@ -257,17 +264,19 @@ def has_vnni() -> bool:
     return "vnni" in Path("/proc/cpuinfo").read_text()
 
 
-def figures(rows: Sequence[Row], found: Detections, samples: NDArray[np.float64]) -> list[dict[str, Any]]:
-    """What the page shows of every row. samples: (draws, rows) mAP50-95 of images drawn with repetition."""
-    scores = found.metrics()
+def figures(rows: Sequence[Row], found: Detections, draws: list[NDArray[np.float64]]) -> list[dict[str, Any]]:
+    """What the page shows of every row, with intervals from the images drawn in each round of a bootstrap."""
+    scores, samples = found.metrics(), bootstrap(found, draws)
     low, high = np.percentile(100 * (samples[:, :1] - samples), (2.5, 97.5), axis=0)
     made = []
     for i, (row, score) in enumerate(zip(rows, scores, strict=True)):
-        lost, new, moved = beside(found, i)
+        counts = box_counts(found, i)
+        lost, new, moved = beside(counts.sum(0)).tolist()
+        drawn = np.percentile(beside(np.stack(draws) @ counts), (2.5, 97.5), axis=0).T.tolist()
         made.append({
             "name": row.name, "group": row.group, "map": score.map50_95, "map50": score.map50,
             "drop": 100 * (scores[0].map50_95 - score.map50_95), "low": low[i], "high": high[i],
-            "lost": lost, "new": new, "moved": moved, "bytes": row.path.stat().st_size,
+            "lost": lost, "new": new, "moved": moved, "box intervals": drawn, "bytes": row.path.stat().st_size,
             "weight bits": row.weight_bits, "smaller": row.smaller,
         })  # fmt: skip
     return made
@@ -297,7 +306,7 @@ def main() -> None:
     options = QuantizeOptions(calib=args.data, imgsz=args.imgsz)
     rows = all_rows(args.checkpoint, options, args.work, args.groups, args.sizes, args.only_made)
     found = detect_all([r.predict for r in rows], described.val, args.imgsz, len(described.names))
-    shown = figures(rows, found, bootstrap(found, args.rounds))
+    shown = figures(rows, found, image_draws(len(found.truths), args.rounds))
     for row in shown:
         print(f"{row['map']:.4f} {row['name']}", flush=True)
     store = args.out.with_suffix(".json")

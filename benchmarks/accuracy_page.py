@@ -27,7 +27,8 @@ LEGEND = (
     "*Drop*: points of mAP50-95 against float32 on the same images. The interval is a paired bootstrap over images.",
     f"*Boxes* are those with a score above {CONFIDENT}, by class and at an IoU of 0.5. *Lost* is the share of "
     "float32's boxes that a file has not. *New* is the share of a file's boxes that float32 has not. *Score moved* "
-    "is the mean absolute difference of the scores of all others.",
+    "is the mean absolute difference of the scores of all others. In brackets stand 95 % intervals, of the same "
+    "draws of images.",
     "Every row is its file, run: ONNX in ONNX Runtime, NNCF and layout openvino in OpenVINO, MNN in MNN. What is float "
     "in a file runs in float32, in OpenVINO too, which would choose bfloat16 on CPUs that have it.",
     "The stem and Detect are int8 in every dsconvert row, and activations are uint8. *DSConv layers*: VQK and KDS of "
@@ -48,9 +49,22 @@ def row_line(row: Found) -> str:
     smaller = f"1/{row['smaller']:.1f}" if row["smaller"] else ""
     return (
         f"| {row['name']} | {row['map']:.4f} | {row['map50']:.4f} | {row['drop']:.2f} | {row['low']:.2f} to "
-        f"{row['high']:.2f} | {100 * row['lost']:.1f} % | {100 * row['new']:.1f} % | {row['moved']:.3f} | "
+        f"{row['high']:.2f} | {boxes_of(row)} | "
         f"{row['bytes'] / 1e6:.2f} | {bits} | {smaller} |"
     )
+
+
+def boxes_of(row: Found) -> str:
+    """The three columns of boxes, with their intervals."""
+    lost, new, (low, high) = row["box intervals"]
+    moved = f"{row['moved']:.3f} ({low:.3f} to {high:.3f})"
+    return f"{_share(row['lost'], lost)} | {_share(row['new'], new)} | {moved}"
+
+
+def _share(found: float, interval: Sequence[float]) -> str:
+    """A share and its interval in per cent."""
+    low, high = (100 * end for end in interval)
+    return f"{100 * found:.1f} % ({low:.1f} to {high:.1f})"
 
 
 def table(rows: Sequence[Found]) -> list[str]:

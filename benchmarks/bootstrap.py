@@ -84,11 +84,14 @@ def average_precision(c: ClassMatches, weights: Array) -> float:
     return float(np.mean(values))
 
 
-def bootstrap(found: Detections, rounds: int, seed: int = 0) -> Array:
-    """(rounds, predictors) mAP50-95 over images drawn with repetition, the same draw for every predictor."""
+def image_draws(count: int, rounds: int, seed: int = 0) -> list[Array]:
+    """How often each of `count` images comes, in every round that draws as many with repetition."""
     rng = np.random.default_rng(seed)
-    count = len(found.truths)
-    draws = [np.bincount(rng.integers(0, count, count), minlength=count).astype(float) for _ in range(rounds)]
+    return [np.bincount(rng.integers(0, count, count), minlength=count).astype(float) for _ in range(rounds)]
+
+
+def bootstrap(found: Detections, draws: list[Array]) -> Array:
+    """(rounds, predictors) mAP50-95 over the images drawn in each round, the same for every predictor."""
     matched = [match(found, i) for i in range(len(found.found))]
     with ProcessPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         return np.array(list(pool.map(partial(_resampled, draws), matched))).T

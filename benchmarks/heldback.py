@@ -4,9 +4,9 @@
 
 v are the numbers of `yolo.decode.detection_measure`: scores, and box centres and sizes as far as they count. The error
 is the sum of squared differences of v over an image, float network against converted one, both run in torch. Held-back
-images are the same for every fit of a run: a spread over the training images that none of the fits has.
+images are the same for every fit of a run: a spread over the training images, which none of the fits has.
 Prints one line a fit: the mean over the held-back images with its standard error, the median, the same of layout
-openvino, and seconds.
+openvino, seconds, and the brief fine-tune's curve.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from dsconvert.fit.threads import in_order
 from dsconvert.graph.integer import real_params, run_integer
 from dsconvert.graph.run import run_float
 from dsconvert.model import DSModel
-from dsconvert.pipeline import QuantizeOptions, quantize
+from dsconvert.pipeline import Quantized, QuantizeOptions, quantize
 from dsconvert.yolo.checkpoint import Checkpoint, load_checkpoint
 from dsconvert.yolo.dataset import calibration_images
 from dsconvert.yolo.decode import detection_measure
@@ -33,11 +33,11 @@ from dsconvert.yolo.images import letterbox, read_image, spread, to_tensor
 from dsconvert.yolo.lower import lower, split_detect
 
 
-def divided(paths: Sequence[Path], samples: Sequence[int], held: int) -> tuple[dict[int, list[Path]], list[Path]]:
-    """By number of images the images of a fit, and `held` images that none of the fits has."""
-    fits = {count: spread(paths, min(count, len(paths) - held)) for count in samples}
-    taken = {path for chosen in fits.values() for path in chosen}
-    return fits, spread([path for path in paths if path not in taken], held)
+def apart(paths: Sequence[Path], held: int) -> tuple[list[Path], list[Path]]:
+    """The images that fits may have, and `held` images that none of them has, evenly spread."""
+    away = spread(paths, held)
+    gone = set(away)
+    return [path for path in paths if path not in gone], away
 
 
 def said(found: torch.Tensor) -> str:
@@ -74,26 +74,38 @@ def main() -> None:
     parser.add_argument("--imgsz", type=int, default=640)
     parser.add_argument("--target-size", type=int, help="bytes of the packed file (default: those of 4 bits)")
     parser.add_argument("--activations", choices=["int8", "float"], default="int8")
+    parser.add_argument("--bits", type=int, help="of every weight (default: by layer)")
+    parser.add_argument("--kds", choices=["int", "float"], default="int")
+    parser.add_argument("--finetune-steps", type=int, help="of the brief fine-tune (default: as many as seem of use)")
     args = parser.parse_args()
     torch.set_num_threads(len(os.sched_getaffinity(0)))
-    fits, held = divided(calibration_images(args.data), [n for n in args.samples if n], args.held)
+    rest, held = apart(calibration_images(args.data), args.held)
     for count in args.samples:
         for seed in args.seeds:
             with TemporaryDirectory() as folder:
                 listed = Path(folder) / "images.txt"
-                listed.write_text("".join(f"{path.resolve()}\n" for path in fits.get(count, [])))
+                listed.write_text("".join(f"{path.resolve()}\n" for path in rest))
                 options = QuantizeOptions(
-                    calib=listed if count else None, imgsz=args.imgsz, samples=count or 128, seed=seed,
-                    target_bytes=args.target_size, activations=args.activations,
+                    calib=listed if count else None, imgsz=args.imgsz, samples=count or 128, seed=seed, bits=args.bits,
+                    target_bytes=args.target_size, activations=args.activations, kds=args.kds,
+                    finetune_steps=args.finetune_steps,
                 )  # fmt: skip
                 began = time.perf_counter()
-                model = quantize(load_checkpoint(args.checkpoint), options).model
-                seconds = time.perf_counter() - began
+                result = quantize(load_checkpoint(args.checkpoint), options)
+                seconds, model = time.perf_counter() - began, result.model
             found = [errors(load_checkpoint(args.checkpoint), model, held)]
             if model.activations:
                 found.append(errors(load_checkpoint(args.checkpoint), in_layout(model, "openvino"), held))
             ends = "; in layout openvino ".join(map(said, found))
-            print(f"{count} images, seed {seed}: error {ends}; {seconds:.0f} s", flush=True)
+            print(f"{count} images, seed {seed}: error {ends}; {seconds:.0f} s; {tuned(result)}", flush=True)
+
+
+def tuned(result: Quantized) -> str:
+    """What the brief fine-tune did."""
+    if result.tuned is None:
+        return "no fine-tune"
+    looks = ", ".join(f"{look.held_back:.3f} at {look.step}" for look in result.tuned.curve)
+    return f"its judges' error {looks}, step {result.tuned.kept} kept; activations alone {result.tuned.activations:.3f}"
 
 
 if __name__ == "__main__":

@@ -6,9 +6,10 @@ from collections.abc import Mapping, Sequence
 from statistics import median
 from typing import Any
 
+from dsconvert.division import HELD_BACK
 from dsconvert.graph.integer import QParams
 from dsconvert.model import DSModel
-from dsconvert.pipeline import HELD_BACK, Quantized, layer_table, quantize_report
+from dsconvert.pipeline import Quantized, layer_table, quantize_report
 
 FEW_IMAGES = 32
 LARGE_SHARE = 0.3  # of the expected damage, in one layer; in the yolov5n of COCO the largest is 0.11

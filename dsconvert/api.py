@@ -20,6 +20,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 from dsconvert import exporting, pipeline
@@ -226,6 +227,8 @@ def quantize(
     samples: int = 256,
     split: str | None = None,
     strict: bool = False,
+    finetune_steps: int | None = None,
+    finetune_time: float | None = None,
     seed: int = 0,
     device: str = "cpu",
     progress: Progress | None = None,
@@ -239,14 +242,17 @@ def quantize(
     backbone, or C3 layers such as "13,17,20,23"; scope: bottleneck, c3 or all. activations: int8, or float to quantize
     weights only; kds: int, or float for the paper's real-valued shifts. imgsz in pixels; samples: most images used;
     split: that of a data.yaml (None: train, else val); strict: refuse lists and labels of which a part cannot be used,
-    instead of a warning. device: cpu, or a GPU (0, cuda:0, cuda). progress(stage, done, total) is called as it goes."""
+    instead of a warning. finetune_steps: of the brief fine-tune (None: as many as seem of use; 0: none), which ends
+    after finetune_time seconds (None: never; 0: there is none). device: cpu, or a GPU (0, cuda:0, cuda).
+    progress(stage, done, total) is called as it goes."""
     source = load(model) if isinstance(model, (str, Path)) else model
     if not isinstance(source, FloatModel):
         raise InputError("This model is converted already; quantize takes a checkpoint (.pt).")
     options = pipeline.QuantizeOptions(
         calib=None if images is None else Path(images), block_size=block_size, bits=bits, target_bytes=target_size,
         target_drop=target_map_drop, blocks=blocks, scope=scope, imgsz=imgsz, samples=samples, seed=seed,
-        split=split, strict=strict, device=device, activations=activations, kds=kds,
+        split=split, strict=strict, device=device, activations=activations, kds=kds, finetune_steps=finetune_steps,
+        finetune_time=finetune_time,
     )  # fmt: skip
     _check(options)
     # fitting folds BatchNorm and may move the network to a device, in place
@@ -342,10 +348,13 @@ def _check(options: pipeline.QuantizeOptions) -> None:
     if options.kds not in ("int", "float"):
         raise InputError(f"kds {options.kds!r} is not one of int, float.")
     numbers = {"bits": options.bits, "target_size": options.target_bytes, "block_size": options.block_size,
-               "imgsz": options.imgsz, "samples": options.samples, "seed": options.seed}  # fmt: skip
+               "imgsz": options.imgsz, "samples": options.samples, "seed": options.seed,
+               "finetune_steps": options.finetune_steps}  # fmt: skip
     for name, value in numbers.items():
         if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
             raise InputError(f"{name} {value!r} is not a whole number.")
+    if not isinstance(options.finetune_time, (int, float, NoneType)):
+        raise InputError(f"finetune_time {options.finetune_time!r} is not a number.")
     check_split(options.split)
     if options.block_size is not None and options.block_size < 1:
         raise InputError("block_size must be at least 1.")

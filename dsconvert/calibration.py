@@ -122,13 +122,7 @@ def decoded(paths: Sequence[Path], side: int, seed: int, report: Progress, room:
         paths = paths[workers.share(len(paths), TOGETHER)]
     pixels, count, skipped = room.kept(len(paths), (3, side, side), torch.uint8), 0, []
 
-    def read(path: Path) -> Tensor | str:
-        try:
-            return torch.from_numpy(letterbox(read_image(path), side)[0]).permute(2, 0, 1)
-        except InputError as error:
-            return str(error)
-
-    for done, image in enumerate(in_order(read, paths), 1):
+    for done, image in enumerate(in_order(partial(_read, side=side), paths), 1):
         if isinstance(image, str):
             skipped.append(image)
         else:
@@ -147,6 +141,19 @@ def decoded(paths: Sequence[Path], side: int, seed: int, report: Progress, room:
     if not all(workers.gathered(found.part.mine)):
         raise InputError(f"{found.part.all} calibration images are too few for {workers.count()} processes.")
     return found
+
+
+def _read(path: Path, side: int) -> Tensor | str:
+    """A photograph, letterboxed (3, side, side), uint8; or why it cannot be read."""
+    try:
+        return torch.from_numpy(letterbox(read_image(path), side)[0]).permute(2, 0, 1)
+    except InputError as error:
+        return str(error)
+
+
+def photographs_of(paths: Sequence[Path], side: int) -> list[Tensor]:
+    """The photographs that can be read, letterboxed (3, side, side), uint8."""
+    return [image for image in in_order(partial(_read, side=side), paths) if not isinstance(image, str)]
 
 
 def with_views(photographs: Kept, count: int, share: range, seed: int, room: Room) -> Kept:

@@ -6,7 +6,8 @@ checkpoint -> network -> plan -> calibrate -> fit -> DSModel -> file
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -28,8 +29,18 @@ from dsconvert.budget import (
     widths_like_uniform,
 )
 from dsconvert.calibcache import remembered
+from dsconvert.calibration import (
+    Images,
+    calibrate,
+    check_calibration,
+    check_values,
+    decoded,
+    float_outputs,
+    photographs_of,
+    synthetic,
+)
 from dsconvert.calibration import Progress as Progress
-from dsconvert.calibration import calibrate, check_calibration, check_values, decoded, float_outputs, synthetic
+from dsconvert.division import Division, divided
 from dsconvert.dsconv.tensor import DSTensor, Width, used_width
 from dsconvert.errors import InputError
 from dsconvert.evaluate.compare import ScoreShift
@@ -47,16 +58,15 @@ from dsconvert.model import DSModel, damage_by_bits, display_name, is_dsconv
 from dsconvert.modelfile import model_bytes
 from dsconvert.sameness import warning_of
 from dsconvert.target import smallest_within
+from dsconvert.train.distil import Distilled, Pictures, distil
 from dsconvert.unfinished import read_unfinished, run_key, usable, write_unfinished
 from dsconvert.yolo.checkpoint import Checkpoint
 from dsconvert.yolo.dataset import calibration_images
-from dsconvert.yolo.images import spread
 from dsconvert.yolo.lower import lower, split_detect
 from dsconvert.yolo.network import Head
 from dsconvert.yolo.plan import choose_convs
 
 MODEL_FILE, REPORT_FILE = "model.safetensors", "quantize.json"
-HELD_BACK = 4  # with a target for the loss, every fourth calibration image measures it and calibrates nothing
 
 
 @dataclass(frozen=True)
@@ -70,7 +80,8 @@ class QuantizeOptions:
     scope as in `yolo.plan`; imgsz in pixels; samples the most calibration images used; split that of a data.yaml (None:
     train, else val); strict: lists and labels of which a part cannot be used are refused; activations int8, or float
     for a model whose weights alone are quantized; kds int, or float for the paper's real-valued shifts (4 bits unless
-    bits says otherwise)."""
+    bits says otherwise). finetune_steps of the brief fine-tune (see `train.distil`): None for as many as seem of use, 0
+    for none; finetune_time seconds after which it stops: None for never, 0 for none."""
 
     calib: Path | None = None
     block_size: int | None = None
@@ -87,6 +98,8 @@ class QuantizeOptions:
     kds: str = "int"
     split: str | None = None
     strict: bool = False
+    finetune_steps: int | None = None
+    finetune_time: float | None = None
 
 
 @dataclass(frozen=True)
@@ -102,6 +115,7 @@ class Quantized:
     map_drop: float | None = None  # points of mAP50-95 on held-back images, where a target was set
     skipped_reason: str = ""  # why the first file could not be read
     sameness: str = ""  # a warning where all images are the same
+    tuned: Distilled | None = None  # what the brief fine-tune did, where there was one
 
 
 def quantize(
@@ -129,17 +143,16 @@ def quantize(
     options = replace(options, device=workers.named_device(options.device))
     room = Room(cache or (unfinished.parent if unfinished is not None else None), MEMORY // workers.here())
     network, head = checkpoint.network.to(device), checkpoint.head
-    paths, held_back, held_labels = None, list[Path](), None
-    if options.calib is not None:
-        paths = spread(calibration_images(options.calib, options.split, options.strict), options.samples)
-    if options.target_drop is not None and paths is not None:
-        held_back = paths[HELD_BACK - 1 :: HELD_BACK]
-        paths = [p for p in paths if p not in set(held_back)]
-        held_labels = labels_of(options.calib or Path(), held_back, head.names, options.strict)
-    if paths is None:
+    division, held_labels = Division((), (), ()), None
+    if options.calib is None:
         images = synthetic(checkpoint, options.imgsz, options.samples, options.seed, report, room)
     else:
-        images = decoded(paths, options.imgsz, options.seed, report, room)
+        available = calibration_images(options.calib, options.split, options.strict)
+        finetune = options.finetune_steps != 0 and options.finetune_time != 0
+        division = divided(available, options.samples, options.target_drop is not None, finetune)
+        if division.target:
+            held_labels = labels_of(options.calib, division.target, head.names, options.strict)
+        images = decoded(division.fit, options.imgsz, options.seed, report, room)
     sameness = warning_of(images.pixels.get(index).numpy() for index in range(images.photographs))
     graph, params = split_detect(*lower(network.fuse()), head)
     chosen = sorted(choose_convs(network, graph, options.blocks, options.scope))
@@ -183,7 +196,7 @@ def quantize(
     def attempt(widths: Widths) -> tuple[DSModel, float]:
         model = fitted(widths)
         say = partial(report, "evaluate")
-        return model, map_drop(model, params, held_back, say, held_labels)
+        return model, map_drop(model, params, division.target, say, held_labels)
 
     drop = None
     if options.target_drop is not None:
@@ -197,11 +210,30 @@ def quantize(
         if options.kds == "float":  # the paper's form: every VQK is any integer of its bits
             widths = {name: width._replace(trellis=False) for name, width in widths.items()}
         model = fitted(widths)
+    tuned = None
+    if judges := photographs_of(division.judges, options.imgsz):
+        tuned = _tuned(model, params, images, judges, options, report)
+        if tuned.kept and drop is not None:
+            after = map_drop(tuned.model, params, division.target, partial(report, "evaluate"), held_labels)
+            tuned, drop = (tuned, after) if after <= drop else (replace(tuned, model=model, kept=0), drop)
+        model = tuned.model
     sqnr = {name: _sqnr_db(params[name].weight.cpu(), conv.weight.weight()) for name, conv in model.convs.items()}
     scores = scores_on(model, params, partial(images.one, device="cpu"), max(images.photographs, 1))
     reason = images.skipped[0] if images.skipped else ""
     views, skipped = images.part.all - photographs, len(images.skipped)
-    return Quantized(model, photographs, views, skipped, sqnr, scores, drop, reason, sameness)
+    return Quantized(model, photographs, views, skipped, sqnr, scores, drop, reason, sameness, tuned)
+
+
+def _tuned(
+    model: DSModel, params: Mapping[str, ConvParams], images: Images, judges: Sequence[Tensor],
+    options: QuantizeOptions, report: Progress,
+) -> Distilled:  # fmt: skip
+    """What the brief fine-tune makes of a fitted model."""
+    part, device = images.part, workers.device(options.device)
+    mine = range(part.first, part.first + part.mine)
+    pictures = Pictures(part.all, mine, partial(images.one, device=device), judges)
+    given = options.finetune_steps, options.finetune_time, options.seed
+    return distil(model, params, pictures, *given, device, partial(report, "finetune"))
 
 
 def _check(options: QuantizeOptions, checkpoint: Checkpoint) -> None:
@@ -216,6 +248,8 @@ def _check(options: QuantizeOptions, checkpoint: Checkpoint) -> None:
         raise InputError(f"--bits {options.bits} is not a number from 2 to 8.")
     if options.kds == "float" and (options.activations != "float" or options.target_bytes or options.target_drop):
         raise InputError("--kds float needs --activations float, and knows no --target-size or --target-map-drop.")
+    if (options.finetune_steps or 0) < 0 or not 0 <= (options.finetune_time or 0) < math.inf:
+        raise InputError("--finetune-steps and --finetune-time must be at least 0.")
     if (options.block_size or 1) < 1 or options.samples < 1:
         raise InputError("--block-size and --samples must be at least 1.")
     workers.check_device(options.device)
@@ -298,12 +332,26 @@ def quantize_report(result: Quantized) -> dict[str, Any]:
         "unreadable_images": result.skipped,
         "held_back_map_drop": result.map_drop,
         "scores": asdict(result.scores),
+        "finetune": None if result.tuned is None else tuning_report(result.tuned),
         "weights": model.weight_count,
         "weight_bits": round(model.weight_bits, 4),
         "layers": [
             {**layer, "sqnr_db": result.sqnr_db[node.name]}
             for layer, node in zip(layer_table(model), model.graph.convs(), strict=True)
         ],
+    }
+
+
+def tuning_report(tuned: Distilled) -> dict[str, Any]:
+    """What quantize.json holds of the brief fine-tune: the step that was kept (0: the fit), by how much the error fell
+    on the images held back, and the curve."""
+    return {
+        "kept_step": tuned.kept,
+        "error_fell_by": tuned.gain,
+        "standard_error": tuned.uncertainty,
+        "error_of_activations": tuned.activations,
+        "images_held_back": tuned.judges,
+        "curve": [asdict(look) for look in tuned.curve],
     }
 
 

@@ -51,7 +51,7 @@ def make_case(folder: Path) -> Path:
     note = {
         "provenance": provenance,
         "layers": layers,
-        "finetune": [{"step": i, "loss": 1 / (i + 1)} for i in range(9)],
+        "finetune": {"curve": [{"step": 40 * i, "held_back": 1 / (i + 1)} for i in range(4)]},
     }
     (folder / "q/quantize.json").write_text(json.dumps(note))
     return folder / "q/model.safetensors"

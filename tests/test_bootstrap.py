@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from bootstrap import bootstrap, match, mean_ap
+from bootstrap import bootstrap, image_draws, match, mean_ap
 
 from dsconvert.evaluate.accuracy import Detections
 
@@ -45,7 +45,7 @@ def test_weights_are_repeated_images(found):
 
 def test_draws_are_paired(found):
     same = Detections([found.found[0], found.found[0], found.found[1]], found.truths, found.shapes, 3)
-    samples = bootstrap(same, 20)
+    samples = bootstrap(same, image_draws(len(same.truths), 20))
     assert np.array_equal(samples[:, 0], samples[:, 1])
     assert (samples[:, 0] > samples[:, 2]).mean() > 0.5
     assert samples[:, 0].std() > 0

@@ -194,7 +194,9 @@ def test_record_beside_the_model(tmp_path):
     path = tmp_path / "quantize.json"
     assert read_record(path, {"a": 1}).sqnr_db == {}  # not there
     layers = [{"name": "x", "sqnr_db": 20.5}, {"name": "y", "sqnr_db": float("inf")}]
-    path.write_text(json.dumps({"provenance": {"a": 1}, "layers": layers, "finetune": [{"step": 1, "loss": 0.5}]}))
+    path.write_text(
+        json.dumps({"provenance": {"a": 1}, "layers": layers, "finetune": {"curve": [{"step": 1, "held_back": 0.5}]}})
+    )
     record = read_record(path, {"a": 1})
     assert (dict(record.sqnr_db), record.finetune) == ({"x": 20.5}, ((1.0, 0.5),))
     assert read_record(path, {"a": 2}).sqnr_db == {}  # about another model

@@ -42,6 +42,7 @@ from dsconvert.errors import InputError
 from dsconvert.filekinds import CHECKPOINT, MODEL, ONNX, file_kind
 from dsconvert.files import check_target, check_writable
 from dsconvert.notes import so_far, unheard
+from dsconvert.train.distil import Distilled
 from dsconvert.unfinished import NAME as UNFINISHED
 from dsconvert.yolo.cfgfile import chosen_blocks
 from dsconvert.yolo.checkpoint import Checkpoint, load_checkpoint
@@ -98,6 +99,10 @@ def _configure(context: click.Context, parameter: click.Parameter, value: str | 
               show_default="int8; of an .onnx float", help="float: only the weights are quantized.")  # fmt: skip
 @click.option("--kds", type=click.Choice(["int", "float"]), default="int", show_default=True,
               help="float: the paper's real-valued shifts; needs --activations float.")  # fmt: skip
+@click.option("--finetune-steps", type=click.IntRange(0), metavar="N",
+              help="Steps of the brief fine-tune; 0: none (default: as many as seem of use).")  # fmt: skip
+@click.option("--finetune-time", type=click.FloatRange(0), metavar="SECONDS",
+              help="Stop the brief fine-tune after so long; 0: none (default: never).")  # fmt: skip
 @click.option("--layout", type=click.Choice(list(LAYOUTS)), default="packed", show_default=True,
               help="Of an .onnx: packed, or int8, which keeps its opset.")  # fmt: skip
 @click.option("--mean", type=quantize_onnx.Numbers(), metavar="R,G,B",
@@ -233,6 +238,26 @@ def _print_layers(result: pipeline.Quantized) -> None:
     console().print(shown)
 
 
+def _finetune_line(tuned: Distilled) -> str:
+    """What the brief fine-tune did, in a sentence."""
+    before, steps = tuned.curve[0].held_back, tuned.curve[-1].step
+    if not tuned.tried:
+        share = 100 * tuned.activations / before
+        return (
+            f"No fine-tuning: rounded activations, which it does not change, do {share:.0f} % of the error on "
+            f"{tuned.judges} images held back."
+        )
+    if not tuned.kept:
+        return (
+            f"Fine-tuning, {steps} steps, did not lower the error on {tuned.judges} images held back ({before:.3g}) by "
+            "more than chance; the fit is kept as it was."
+        )
+    return (
+        f"Fine-tuning, {tuned.kept} steps, lowered the error on {tuned.judges} images held back by "
+        f"{100 * tuned.gain / before:.0f} % ({before:.3g} to {before - tuned.gain:.3g})."
+    )
+
+
 def _print_quantized(
     result: pipeline.Quantized, source: Checkpoint, available: int, written: Path, seconds: float
 ) -> None:
@@ -244,6 +269,8 @@ def _print_quantized(
         f"Converted {kinds.count('DSConv')} of {len(kinds)} convolutions to DSConv ({bits_of_layers(model)}), "
         f"the others to int8, on {used}{views} in {seconds:.0f} s."
     )
+    if result.tuned is not None:
+        tell(_finetune_line(result.tuned))
     if result.map_drop is not None:
         tell(f"Lost on the images held back: {result.map_drop:.2f} points of mAP50-95.")
     shown = table("", "weights", "bits each", "MB")

@@ -20,7 +20,7 @@ from dsconvert.notes import so_far
 
 # What only a checkpoint can be asked for, and what only an ONNX file can.
 CHECKPOINT_ONLY = ("target_bytes", "target_drop", "blocks", "scope", "cfg", "activations", "kds", "device",
-                   "resume")  # fmt: skip
+                   "resume", "finetune_steps", "finetune_time")  # fmt: skip
 ONNX_ONLY = ("layout", "mean", "std")
 
 

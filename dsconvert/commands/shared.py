@@ -41,6 +41,7 @@ STAGES = {
     "importance": "measuring importance",
     "widths": "choosing ranges and widths",
     "fit": "fitting layers",
+    "finetune": "fine-tuning",
     "train": "training",
     "evaluate": "evaluating",
     "load": "loading",

@@ -85,7 +85,8 @@ class Row:
 
 @dataclass(frozen=True)
 class Record:
-    """What quantize.json noted beside the model: weight errors in dB by layer name, and the fine-tuning steps."""
+    """What quantize.json noted beside the model: weight errors in dB by layer name, and the brief fine-tune's curve:
+    steps, and the error of images held back then."""
 
     sqnr_db: Mapping[str, float]
     finetune: tuple[tuple[float, float], ...]
@@ -182,7 +183,8 @@ def read_record(path: Path, provenance: Mapping[str, Any]) -> Record:
         if noted["provenance"] != dict(provenance):
             return Record({}, ())
         errors = {str(row["name"]): float(row["sqnr_db"]) for row in noted["layers"]}
-        steps = tuple((float(s["step"]), float(s["loss"])) for s in noted.get("finetune") or ())
+        curve = (noted.get("finetune") or {"curve": ()})["curve"]
+        steps = tuple((float(look["step"]), float(look["held_back"])) for look in curve)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ArithmeticError, RecursionError):
         raise InputError(f"{path} is not a readable record of dsconvert quantize; remove it or make it anew.") from None
     return Record(

@@ -89,7 +89,9 @@ def _context(r: Report) -> dict[str, Any]:
         "weights": [_weights(v, i) for i, v in enumerate(r.weights)],
         "activation_charts": [_activations(v, i) for i, v in enumerate(r.activations)],
         "facts": _facts(r.provenance),
-        "loss": Markup(plots.loss_chart(r.finetune, "loss", _loss_alt(r.finetune))) if r.finetune else None,
+        "finetune": Markup(plots.finetune_chart(r.finetune, "finetune", _finetune_alt(r.finetune)))
+        if r.finetune
+        else None,
     }
 
 
@@ -234,5 +236,6 @@ def _activations(view: ActivationView, index: int) -> dict[str, Any]:
     return {"view": view, "svg": svg, "name": plain(view.name)}
 
 
-def _loss_alt(steps: Sequence[tuple[float, float]]) -> str:
-    return f"Loss over {len(steps)} fine-tuning steps: {steps[0][1]:.4g} at first, {steps[-1][1]:.4g} at last."
+def _finetune_alt(looks: Sequence[tuple[float, float]]) -> str:
+    (_, first), (step, last) = looks[0], looks[-1]
+    return f"Error of images held back: {first:.4g} before the brief fine-tune, {last:.4g} after {step:g} steps."

@@ -153,17 +153,13 @@ def pr_chart(curves: Sequence[tuple[str, ClassCurve | None]], name: str, alt: st
         return to_svg(figure, name, alt)
 
 
-def loss_chart(steps: Sequence[tuple[float, float]], name: str, alt: str) -> str:
-    """Loss of every fine-tuning step."""
+def finetune_chart(looks: Sequence[tuple[float, float]], name: str, alt: str) -> str:
+    """The error of images held back after steps of the brief fine-tune."""
     with styled():
         figure = new_figure(360, 220)
         ax = figure.subplots()
-        ax.plot(*zip(*steps, strict=True), color=CONVERTED, linewidth=1.6, marker="o" if len(steps) < 30 else None)
-        ax.set(xlabel="step", ylabel="loss")
-        if min(loss for _, loss in steps) > 0:
-            ax.set_yscale("log")
-            ax.yaxis.set_major_formatter(FuncFormatter(_short))
-            ax.minorticks_off()
+        ax.plot(*zip(*looks, strict=True), color=CONVERTED, linewidth=1.6, marker="o" if len(looks) < 30 else None)
+        ax.set(xlabel="step", ylabel="error", ylim=(0, None))
         ax.grid(axis="y", color=LINE)
         ax.tick_params(length=0, colors=MUTED)
         return to_svg(figure, name, alt)
