@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -41,6 +41,7 @@ from dsconvert.yolo.wishes import wished
 SURE = 5.0  # a logit whose sigmoid is 0.993
 MOST_VALUE = 60000  # of activations, which are kept as halves
 SYNTHETIC_IMAGES, SYNTHETIC_SIDE, SYNTHETIC_STEPS = 48, 320, 80
+FEW = 32  # photographs; fewer have synthesised images beside them
 
 Progress = Callable[[str, int, int], None]
 
@@ -54,6 +55,7 @@ class Images:
     side: int  # in pixels
     photographs: int  # how many of its own are no views of others: the first (see `fit.views`)
     skipped: tuple[str, ...] = ()  # why files could not be read
+    synthesised: int = 0  # how many of all processes' images were made up beside the photographs: the last
 
     def one(self, index: int, device: str) -> Tensor:
         """An image (1, 3, side, side) as the network reads it, 0..1."""
@@ -114,9 +116,13 @@ def check_calibration(
         raise ValueError("damage")
 
 
-def decoded(paths: Sequence[Path], side: int, seed: int, report: Progress, room: Room) -> Images:
-    """This process's part of the photographs, letterboxed; each is decoded once. Few of them are made up for by views.
-    Raises InputError when a process has none that can be read."""
+def decoded(
+    paths: Sequence[Path], side: int, seed: int, report: Progress, room: Room, beside: Tensor | None = None
+) -> Images:
+    """This process's part of the photographs, letterboxed; each is decoded once. Few of them are made up for by views,
+    and by the images `beside` (n, 3, side, side), uint8, which come last. Raises InputError when a process has none
+    that can be read."""
+    made_up = torch.empty(0, 3, side, side, dtype=torch.uint8) if beside is None else beside
     whole = workers.count() == 1 or len(paths) < WANTED  # then every process reads all: views are of all
     if not whole:
         paths = paths[workers.share(len(paths), TOGETHER)]
@@ -133,9 +139,11 @@ def decoded(paths: Sequence[Path], side: int, seed: int, report: Progress, room:
         skipped = [reason for reasons in workers.gathered(skipped) for reason in reasons]
     share = range(count)
     if whole and count:
-        share = range(wanted(count))[workers.share(wanted(count), TOGETHER)]
-        pixels = with_views(pixels, count, share, seed, room)
-    found = _placed(pixels, len(share), side, len(range(count)[share.start : share.stop]), skipped)
+        total = wanted(count) + len(made_up)
+        share = range(total)[workers.share(total, TOGETHER)]
+        pixels = with_views(pixels, count, share, seed, room, made_up)
+    photographs = len(range(count)[share.start : share.stop])
+    found = replace(_placed(pixels, len(share), side, photographs, skipped), synthesised=len(made_up))
     if not found.part.all:
         raise none_readable(found.skipped, "calibration images")
     if not all(workers.gathered(found.part.mine)):
@@ -156,14 +164,19 @@ def photographs_of(paths: Sequence[Path], side: int) -> list[Tensor]:
     return [image for image in in_order(partial(_read, side=side), paths) if not isinstance(image, str)]
 
 
-def with_views(photographs: Kept, count: int, share: range, seed: int, room: Room) -> Kept:
-    """Of `count` photographs (3, side, side), and views of them behind these, those in the share."""
+def with_views(
+    photographs: Kept, count: int, share: range, seed: int, room: Room, beside: Sequence[Tensor] | Tensor = ()
+) -> Kept:
+    """Of `count` photographs (3, side, side), views of them behind these, and the images beside them behind all, those
+    in the share."""
     if share == range(count):
         return photographs
-    kept = room.like(len(share), photographs.get(0))
+    kept, viewed = room.like(len(share), photographs.get(0)), wanted(count)
 
     def made(index: int) -> Tensor:
-        return photographs.get(index) if index < count else view(photographs.get, count, index - count, seed)
+        if index < count:
+            return photographs.get(index)
+        return view(photographs.get, count, index - count, seed) if index < viewed else beside[index - viewed]
 
     for place, image in enumerate(in_order(made, share)):
         kept.put(place, image)
@@ -178,23 +191,52 @@ def synthetic(
     allows, each once more as its mirror image. Raises InputError where it has no such statistics left."""
     side, drawn = min(imgsz, SYNTHETIC_SIDE), min(samples, SYNTHETIC_IMAGES)
     try:
-        batches = synthesize(
-            checkpoint.network, drawn, side, SYNTHETIC_STEPS, seed,
-            lambda done, total: report("synthesize", done, total), partial(wished, checkpoint.head),
-        )  # fmt: skip
+        made = _synthesised(checkpoint, drawn, side, seed, report)[:samples]
     except ValueError:
         raise InputError(
             f"{checkpoint.path} has its BatchNorm fused away, so images cannot be synthesised from it; give --calib."
         ) from None
-    made = torch.cat(list(batches))[:drawn]
-    made = torch.cat((made, made.flip(3)))[:samples]
     if len(made) < workers.count():
         raise InputError(f"{len(made)} calibration images are too few for {workers.count()} processes.")
-    mine = (made[workers.share(len(made), TOGETHER)] * 255).round().to(torch.uint8).cpu()
+    mine = made[workers.share(len(made), TOGETHER)]
     pixels = room.kept(len(mine), (3, side, side), torch.uint8)
     for index, image in enumerate(mine):
         pixels.put(index, image)
     return _placed(pixels, len(mine), side, len(mine))
+
+
+def beside_few(checkpoint: Checkpoint, photographs: int, side: int, seed: int, report: Progress) -> Tensor | None:
+    """Synthesised images (n, 3, side, side), uint8, that are to stand beside so many photographs; None beside FEW of
+    them or more, and of a checkpoint without BatchNorm statistics."""
+    if photographs >= FEW:
+        return None
+    try:
+        made = _synthesised(checkpoint, SYNTHETIC_IMAGES, min(side, SYNTHETIC_SIDE), seed, report)
+    except ValueError:
+        return None
+    return tiled(made, side)
+
+
+def tiled(pictures: Tensor, side: int) -> Tensor:
+    """Pictures (n, 3, s, s) side by side in squares of at least `side`, cut to (m, 3, side, side)."""
+    own = pictures.shape[-1]
+    across = -(-side // own)
+    each = across * across
+    pictures = pictures.repeat(-(-each // len(pictures)), 1, 1, 1) if len(pictures) < each else pictures
+    grids = pictures[: len(pictures) // each * each].unflatten(0, (-1, across, across))
+    whole = grids.permute(0, 3, 1, 4, 2, 5).reshape(-1, 3, across * own, across * own)
+    return whole[:, :, :side, :side].contiguous()
+
+
+def _synthesised(checkpoint: Checkpoint, count: int, side: int, seed: int, report: Progress) -> Tensor:
+    """So many pictures with objects that the checkpoint detects, and then their mirror images: (2 count, 3, side,
+    side), uint8. Raises ValueError where it has no BatchNorm statistics left."""
+    batches = synthesize(
+        checkpoint.network, count, side, SYNTHETIC_STEPS, seed,
+        lambda done, total: report("synthesize", done, total), partial(wished, checkpoint.head),
+    )  # fmt: skip
+    made = torch.cat(batches)[:count]
+    return (torch.cat((made, made.flip(3))) * 255).round().to(torch.uint8).cpu()
 
 
 def _placed(pixels: Kept, mine: int, side: int, photographs: int, skipped: Sequence[str] = ()) -> Images:

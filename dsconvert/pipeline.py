@@ -31,6 +31,7 @@ from dsconvert.budget import (
 from dsconvert.calibcache import remembered
 from dsconvert.calibration import (
     Images,
+    beside_few,
     calibrate,
     check_calibration,
     check_values,
@@ -109,6 +110,7 @@ class Quantized:
     model: DSModel
     images: int  # that it was calibrated on
     views: int  # of these images, which it was calibrated on too where they are few
+    synthesised: int  # images that were made up beside them where they are fewer still
     skipped: int  # files that could not be read
     sqnr_db: Mapping[str, float]  # each layer's error
     scores: ScoreShift  # of the float network and of the model, on some of the images
@@ -152,7 +154,8 @@ def quantize(
         division = divided(available, options.samples, options.target_drop is not None, finetune)
         if division.target:
             held_labels = labels_of(options.calib, division.target, head.names, options.strict)
-        images = decoded(division.fit, options.imgsz, options.seed, report, room)
+        beside = beside_few(checkpoint, len(division.fit), options.imgsz, options.seed, report)
+        images = decoded(division.fit, options.imgsz, options.seed, report, room, beside)
     sameness = warning_of(images.pixels.get(index).numpy() for index in range(images.photographs))
     graph, params = split_detect(*lower(network.fuse()), head)
     chosen = sorted(choose_convs(network, graph, options.blocks, options.scope))
@@ -220,8 +223,9 @@ def quantize(
     sqnr = {name: _sqnr_db(params[name].weight.cpu(), conv.weight.weight()) for name, conv in model.convs.items()}
     scores = scores_on(model, params, partial(images.one, device="cpu"), max(images.photographs, 1))
     reason = images.skipped[0] if images.skipped else ""
-    views, skipped = images.part.all - photographs, len(images.skipped)
-    return Quantized(model, photographs, views, skipped, sqnr, scores, drop, reason, sameness, tuned)
+    views, skipped = images.part.all - photographs - images.synthesised, len(images.skipped)
+    made_up = images.synthesised
+    return Quantized(model, photographs, views, made_up, skipped, sqnr, scores, drop, reason, sameness, tuned)
 
 
 def _tuned(
@@ -329,6 +333,7 @@ def quantize_report(result: Quantized) -> dict[str, Any]:
         "provenance": model.provenance,
         "calibration_images": result.images,
         "calibration_views": result.views,
+        "synthesised_images": result.synthesised,
         "unreadable_images": result.skipped,
         "held_back_map_drop": result.map_drop,
         "scores": asdict(result.scores),

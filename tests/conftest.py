@@ -15,6 +15,7 @@ import pytest
 import torch
 from hypothesis import settings
 
+from dsconvert import calibration
 from dsconvert.cli import main
 from dsconvert.dsconv.trellis import fits
 from dsconvert.fit.importance import measure_importance
@@ -105,6 +106,13 @@ def randomise(network: Network, seed: int = 0) -> None:
             # linear layers, which are attention's, have no activation behind them; large values make its softmax a step
             gain = 2 if value.dim() > 2 else 0.5
             value.copy_(torch.randn(value.shape, generator=generator) * (gain / fan_in) ** 0.5)
+
+
+@pytest.fixture(autouse=True)
+def quickly_synthesised(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Most tests convert on four pictures, and so with synthesised ones beside them, which take seconds to become any
+    good; no test here looks at how good."""
+    monkeypatch.setattr(calibration, "SYNTHETIC_STEPS", 2)
 
 
 def tiny_network() -> tuple[Network, Head]:

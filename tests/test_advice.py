@@ -22,7 +22,7 @@ def make(converted):
         provenance = {"options": asdict(QuantizeOptions(**options)), "damage": damages}
         model = replace(converted, provenance=provenance, activations=grids or converted.activations)
         errors = dict.fromkeys(converted.convs, 20.0) | {four_bits[1]: sqnr}
-        return Quantized(model, images, 0, skipped, errors, scores or ScoreShift(0.7, 0.69, 5, 5))
+        return Quantized(model, images, 0, 0, skipped, errors, scores or ScoreShift(0.7, 0.69, 5, 5))
 
     return build
 

@@ -251,4 +251,4 @@ def test_unreadable_images_are_counted(work, quantize):
 def test_how_many_images_were_left_out_is_said(work, call):
     done = call(*QUANTIZE, "--samples", "3", cwd=work)
     assert done.code == 0, done.err
-    assert " on 3 of 4 images and 21 views of them in" in done.out
+    assert " on 3 of 4 images and 21 views of them and 96 synthesised ones" in done.out

@@ -68,7 +68,7 @@ def test_no_foretold_damage_is_no_reason_to_warn(converted, options):
     name = next(n for n, c in converted.convs.items() if c.weight.bits == 4)
     damage = {name: {"4/16": 0.0, "8/16": 0.0}}
     model = replace(converted, provenance={"options": asdict(QuantizeOptions(**options)), "damage": damage})
-    result = Quantized(model, 64, 0, 0, dict.fromkeys(converted.convs, 30.0), ScoreShift(0.7, 0.7, 5, 5))
+    result = Quantized(model, 64, 0, 0, 0, dict.fromkeys(converted.convs, 30.0), ScoreShift(0.7, 0.7, 5, 5))
     assert advice(result, 64) == []
 
 

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from functools import partial
 
 import pytest
 import torch
+from conftest import yolov5_bytes
 from torch import nn
 
-from dsconvert.fit.synthesize import _distance, _smooth_noise, synthesize
+from dsconvert import calibration
+from dsconvert.calibration import FEW, beside_few, tiled
+from dsconvert.fit import draws
+from dsconvert.fit.synthesize import _batch, _distance, _smooth_noise, synthesize
+from dsconvert.fit.views import EACH
+from dsconvert.yolo.checkpoint import load_checkpoint
 from dsconvert.yolo.network import Head
 from dsconvert.yolo.wishes import OBJECTS, wished
 
@@ -89,3 +96,49 @@ def test_a_detector_is_surer_of_images_that_were_asked_for_objects(tiny):
 def test_without_batchnorm_there_is_nothing_to_start_from():
     with pytest.raises(ValueError, match="BatchNorm"):
         synthesize(nn.Conv2d(3, 3, 1), 1, 32, 1, 0)
+
+
+def test_pictures_side_by_side():
+    """Four of a side fill twice the side; of half as much again the last row and column are cut."""
+    pictures = torch.arange(9, dtype=torch.uint8)[:, None, None, None].expand(9, 3, 4, 4)
+    made = tiled(pictures, 8)
+    assert made.shape == (2, 3, 8, 8)  # the ninth has no company
+    assert [int(made[1, 0, y, x]) for y in (0, 7) for x in (0, 7)] == [4, 5, 6, 7]
+    cut = tiled(pictures, 6)
+    assert cut.shape == (2, 3, 6, 6)
+    assert [(cut[0, 0] == i).sum().item() for i in range(4)] == [16, 8, 8, 4]
+    assert torch.equal(tiled(pictures, 4), pictures)
+    assert tiled(pictures[:2], 8)[0, 0, ::4, ::4].tolist() == [[0, 1], [0, 1]]  # repeated where they are too few
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_batches_made_at_the_same_time_are_those_made_alone(tiny, threads):
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        both = synthesize(tiny[0], 16, 32, 3, 0)
+    finally:
+        torch.set_num_threads(before)
+    alone = [_batch(tiny[0], 32, 3, draws.of_image(0, index), None) for index in range(2)]
+    for made, expected in zip(both, alone, strict=True):
+        # sums over a batch run in another order on several threads
+        torch.testing.assert_close(made, expected, rtol=0, atol=1.01 / 255)
+
+
+def test_few_photographs_have_company(work, call):
+    told = call("quantize", "best.pt", "--calib", "images", "--imgsz", "64", "--bits", "4", "--json", cwd=work)
+    found = json.loads(told.out)
+    assert found["calibration_images"] == 4
+    assert found["calibration_views"] == 4 * EACH
+    assert found["synthesised_images"] == 2 * calibration.SYNTHETIC_IMAGES
+
+
+def test_many_photographs_have_none(tiny, tmp_path):
+    (tmp_path / "best.pt").write_bytes(yolov5_bytes(*tiny))
+    loaded = load_checkpoint(tmp_path / "best.pt")
+    assert beside_few(loaded, FEW, 64, 0, lambda *told: None) is None
+    beside = beside_few(loaded, FEW - 1, 64, 0, lambda *told: None)
+    assert beside is not None
+    assert beside.shape[1:] == (3, 64, 64)
+    loaded.network.fuse()  # nothing is left to make them from
+    assert beside_few(loaded, FEW - 1, 64, 0, lambda *told: None) is None

@@ -264,6 +264,7 @@ def _print_quantized(
     model = result.model
     used = f"{result.images} of {available} images" if available > result.images else f"{result.images} images"
     views = f" and {result.views} views of them" if result.views else ""
+    views += f" and {result.synthesised} synthesised ones" if result.synthesised else ""
     kinds = [row["kind"] for row in pipeline.layer_table(model)]
     tell(
         f"Converted {kinds.count('DSConv')} of {len(kinds)} convolutions to DSConv ({bits_of_layers(model)}), "

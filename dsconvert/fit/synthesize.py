@@ -8,12 +8,16 @@ positions decide about detections would never be seen.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from dsconvert.fit import draws
+from dsconvert.fit.threads import in_order
 
 BATCH = 8
 LEARNING_RATE = 0.05
@@ -33,33 +37,42 @@ def synthesize(
     wish: Wish | None = None,
 ) -> list[Tensor]:
     """Batches of images (8, 3, side, side), 0..1, `count` images in all (rounded up to whole batches), that show what
-    is wished.
+    is wished. As many batches are made at a time as torch has threads.
 
     Raises ValueError when the network has no BatchNorm left (a fused checkpoint).
     """
-    norms = [m for m in network.modules() if isinstance(m, nn.BatchNorm2d)]
-    if not norms:
+    if not any(isinstance(module, nn.BatchNorm2d) for module in network.modules()):
         raise ValueError("no BatchNorm statistics")
-    generator = torch.Generator().manual_seed(seed)
-    device = next(network.parameters()).device
-    batches = []
     rounds = -(-count // BATCH)
-    for index in range(rounds):
-        pixels = _smooth_noise(BATCH, side, generator).to(device).requires_grad_(True)
-        doubt = wish(BATCH, side, generator) if wish else None
-        optimiser = torch.optim.Adam([pixels], LEARNING_RATE)
-        for step in range(steps):
-            loss, output = _distance(network, norms, pixels.sigmoid())
-            if doubt:
-                loss = loss + WISH * doubt(output)
-            optimiser.zero_grad()
-            loss.backward()
-            optimiser.step()
+
+    def one(index: int) -> Tensor:
+        own = copy.deepcopy(network)  # hooks of batches that are made at the same time must not meet
+        return _batch(own, side, steps, draws.of_image(seed, index), wish)
+
+    batches = []
+    with torch.enable_grad():
+        for done, batch in enumerate(in_order(one, range(rounds)), 1):
+            batches.append(batch)
             if progress:
-                progress(index * steps + step + 1, rounds * steps)
-        # the grid of 8-bit images, which is what the network will be fed
-        batches.append((pixels.detach().sigmoid() * 255).round() / 255)
+                progress(done, rounds)
     return batches
+
+
+def _batch(network: nn.Module, side: int, steps: int, generator: torch.Generator, wish: Wish | None) -> Tensor:
+    """One batch (BATCH, 3, side, side), on the grid of 8-bit images, which is what the network will be fed."""
+    norms = [module for module in network.modules() if isinstance(module, nn.BatchNorm2d)]
+    device = next(network.parameters()).device
+    pixels = _smooth_noise(BATCH, side, generator).to(device).requires_grad_(True)
+    doubt = wish(BATCH, side, generator) if wish else None
+    optimiser = torch.optim.Adam([pixels], LEARNING_RATE)
+    for _ in range(steps):
+        loss, output = _distance(network, norms, pixels.sigmoid())
+        if doubt:
+            loss = loss + WISH * doubt(output)
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+    return (pixels.detach().sigmoid() * 255).round() / 255
 
 
 def _smooth_noise(count: int, side: int, generator: torch.Generator) -> Tensor:
