@@ -26,8 +26,8 @@ def test_stages_warnings_the_table_and_a_next_command_that_works(work, call):
     assert done.code == 0, done.err
     lines = done.err.splitlines()
     # four photographs, views of them, and 96 synthesised images of 64 pixels
-    stages = [r"synthesising images: 6 in ", r"reading images: 4 in ", r"measuring importance: 128 in ", r"choosing ranges and widths: ",
-              r"fitting layers: \d+ in [\d.]+ s, [\d.]+/s$"]  # fmt: skip
+    stages = [r"synthesising images: 6 in ", r"reading images: 4 in ", r"measuring importance: 128 in ",
+              r"choosing ranges and widths: ", r"fitting layers: \d+ in [\d.]+ s, [\d.]+/s$"]  # fmt: skip
     assert [bool(re.match(p, line)) for p, line in zip(stages, lines, strict=False)] == [True] * 5
     assert next(line for line in lines if line.startswith("Warning: ")).endswith(
         "give --calib about 100 photos like those that the model will see (no labels needed)."
