@@ -176,11 +176,11 @@ def all_rows(
     add("dsconvert 8 bit", "main", replace(options, bits=8))
     for drawn, group, suffix in ((options, "main", ""), (replace(options, seed=1), "draws", SECOND)):
         add(f"{DEFAULT}{suffix}", group, drawn)
-        group = "main" if group == "main" else "all-draws"
-        add(f"dsconvert 4 bit everywhere{suffix}", group, replace(drawn, bits=4))
-        add(f"dsconvert 3 bit everywhere{suffix}", group, replace(drawn, bits=3))
-        size = (folder_of(work, "dsconvert 3 bit everywhere") / PACKED).stat().st_size
-        add(f"dsconvert mixed, 3 bit size{suffix}", group, replace(drawn, target_bytes=size))
+        if "uniform" in groups:
+            add(f"dsconvert 4 bit everywhere{suffix}", group, replace(drawn, bits=4))
+            add(f"dsconvert 3 bit everywhere{suffix}", group, replace(drawn, bits=3))
+            size = (folder_of(work, "dsconvert 3 bit everywhere") / PACKED).stat().st_size
+            add(f"dsconvert mixed, 3 bit size{suffix}", group, replace(drawn, target_bytes=size))
     add(DATA_FREE, "data-free", replace(options, calib=None))
     for count in FEWER:
         add(f"dsconvert default, {count} images", "images", replace(options, samples=count))
@@ -294,8 +294,8 @@ def main() -> None:
     parser.add_argument(
         "--groups",
         nargs="*",
-        default=["data-free", "draws", "images", "frontier"],
-        help="besides main; all-draws, ablation and block are known too",
+        default=["uniform", "data-free", "draws", "images", "frontier"],
+        help="besides main; ablation and block are known too",
     )
     parser.add_argument("--sizes", type=int, nargs="+", default=list(SIZES), help="bytes; the first in two draws")
     parser.add_argument("--only-made", action="store_true", help="leave out models that --work does not hold yet")

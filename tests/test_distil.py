@@ -122,6 +122,15 @@ def test_what_does_not_help_leaves_the_fit_as_it_was(spoiled, float_params, monk
     assert len(made.curve) > 1
 
 
+def test_one_judge_is_not_enough(spoiled, float_params, monkeypatch):
+    """It has no standard error."""
+    monkeypatch.setattr(brief, "RATE", 0.01)
+    pictures = given()
+    made = run(spoiled, float_params, pictures=replace(pictures, held=pictures.held[:1]))
+    assert min(look.held_back for look in made.curve) < made.curve[0].held_back
+    assert made.model is spoiled
+
+
 def test_nothing_is_learned_where_activations_do_most_of_the_error(converted, float_params, monkeypatch):
     monkeypatch.setattr(brief, "WORTHWHILE", 1.0)
     made = run(converted, float_params, steps=None)

@@ -106,7 +106,8 @@ def distil(
 
     def look(parts: Callable[[], Mapping[str, Parts]]) -> Tensor:
         with torch.no_grad():
-            return torch.stack(list(in_order(lambda x: errors(parts(), x).cpu(), held))).double()
+            found = torch.stack(list(in_order(lambda x: errors(parts(), x).cpu(), held))).double()
+        return workers.gathered(found)[0]  # all decide by the same numbers, whatever machines they are on
 
     first, floor = look(parts), float(look(lambda: unconverted).mean())
     curve = [Look(0, float(first.mean()), None)]
@@ -138,7 +139,7 @@ def distil(
         if over:
             break
     gain, uncertainty = float(gains.mean()), float(gains.std()) / len(gains) ** 0.5
-    if gain <= uncertainty:
+    if not gain > uncertainty:  # one image has no standard error
         best, kept = {}, 0
     made = learned(model, layers, best) if kept else model
     return Distilled(made, tuple(curve), kept, gain, uncertainty, len(held), floor)
