@@ -214,7 +214,8 @@ def quantize(
             widths = {name: width._replace(trellis=False) for name, width in widths.items()}
         model = fitted(widths)
     tuned = None
-    if judges := photographs_of(division.judges, options.imgsz):
+    judges = photographs_of(division.judges, options.imgsz)
+    if len(judges) > 1:  # one has no standard error
         tuned = _tuned(model, params, images, judges, options, report)
         if tuned.kept and drop is not None:
             after = map_drop(tuned.model, params, division.target, partial(report, "evaluate"), held_labels)

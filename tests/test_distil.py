@@ -19,6 +19,7 @@ from dsconvert.model import DSModel
 from dsconvert.modelfile import load_model, model_bytes
 from dsconvert.train import distil as brief
 from dsconvert.train.distil import Pictures, distil
+from dsconvert.yolo.dataset import calibration_images
 from dsconvert.yolo.decode import detection_measure
 from dsconvert.yolo.lower import lower, split_detect
 
@@ -122,15 +123,6 @@ def test_what_does_not_help_leaves_the_fit_as_it_was(spoiled, float_params, monk
     assert len(made.curve) > 1
 
 
-def test_one_judge_is_not_enough(spoiled, float_params, monkeypatch):
-    """It has no standard error."""
-    monkeypatch.setattr(brief, "RATE", 0.01)
-    pictures = given()
-    made = run(spoiled, float_params, pictures=replace(pictures, held=pictures.held[:1]))
-    assert min(look.held_back for look in made.curve) < made.curve[0].held_back
-    assert made.model is spoiled
-
-
 def test_nothing_is_learned_where_activations_do_most_of_the_error(converted, float_params, monkeypatch):
     monkeypatch.setattr(brief, "WORTHWHILE", 1.0)
     made = run(converted, float_params, steps=None)
@@ -202,6 +194,17 @@ def test_quantize_notes_what_it_did(work, call):
     assert "ine-tuning" not in told.out
     refused = call(*options, "--finetune-steps", "-1", "--out", "no", cwd=work)
     assert refused.code == 2
+
+
+def test_one_judge_is_not_enough(work, call):
+    """It has no standard error; the others cannot be read."""
+    write_photographs(work / "photos", 4 + JUDGES)
+    taken = divided(calibration_images(work / "photos"), 4, False, True)
+    for path in taken.judges[1:]:
+        path.write_bytes(b"no picture")
+    options = ["quantize", "best.pt", "--calib", "photos", "--imgsz", "64", "--samples", "4", "--bits", "2"]
+    assert call(*options, "--finetune-steps", "3", "--out", "q", cwd=work).code == 0
+    assert json.loads((work / "q/quantize.json").read_text())["finetune"] is None
 
 
 def test_processes_are_one(spoiled, float_params, monkeypatch):

@@ -247,14 +247,14 @@ LITTLE_MEMORY = """
 import re, resource, sys
 from dsconvert.cli import main
 used = int(re.search(r"VmSize:\\s+(\\d+) kB", open("/proc/self/status").read())[1]) * 1024
-resource.setrlimit(resource.RLIMIT_AS, (used + (64 << 20),) * 2)
+resource.setrlimit(resource.RLIMIT_AS, (used + (512 << 20),) * 2)
 sys.argv = ["dsconvert", *sys.argv[1:]]
 main()
 """
 
 
 def test_too_little_memory_is_one_sentence(inputs, tmp_path):
-    command = ["quantize", str(inputs / "best.pt"), "--calib", str(inputs / "data.yaml"), "--imgsz", "2048"]
+    command = ["quantize", str(inputs / "best.pt"), "--calib", str(inputs / "data.yaml"), "--imgsz", "4096"]
     line = [sys.executable, "-c", LITTLE_MEMORY, *command, "--threads", "1", "--out", "q"]
     done = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True, timeout=HANGS, env=ENVIRONMENT)
     assert done.returncode == 2, done.stderr

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from conftest import convert, smooth_picture, tiny_network, write_pictures
 
-from dsconvert import pipeline
+from dsconvert import exporting
 from dsconvert.errors import InputError
 from dsconvert.evaluate import contest
 from dsconvert.model import DSModel
@@ -74,7 +74,7 @@ def test_photos_elsewhere_are_not_opened(stranger, secret, tmp_path, call, monke
     calib = ways_out(secret, tmp_path / "work")[way]
     model = stranger(calib, tmp_path / "work/best.pt")
     (tmp_path / "work/best.pt").write_bytes((secret / "best.pt").read_bytes())
-    for module in (gather, pipeline, images):
+    for module in (gather, exporting, images):
         monkeypatch.setattr(module, "read_image", lambda path: pytest.fail(f"{path} was opened"))
     for line in (["report", model], ["eval"], ["eval", model]):
         answer = call(*line, cwd=tmp_path / "work")

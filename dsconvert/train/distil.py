@@ -47,7 +47,7 @@ class Pictures:
     count: int  # images to learn from, in all processes
     mine: range  # which of them this process has
     one: Callable[[int], Tensor]  # such an image (1, 3, side, side), 0..1, by its number here
-    held: Sequence[Tensor]  # images held back (3, side, side), uint8, the same in all processes
+    held: Sequence[Tensor]  # two or more images held back (3, side, side), uint8, the same in all processes
 
 
 @dataclass(frozen=True)
@@ -139,7 +139,7 @@ def distil(
         if over:
             break
     gain, uncertainty = float(gains.mean()), float(gains.std()) / len(gains) ** 0.5
-    if not gain > uncertainty:  # one image has no standard error
+    if gain <= uncertainty:
         best, kept = {}, 0
     made = learned(model, layers, best) if kept else model
     return Distilled(made, tuple(curve), kept, gain, uncertainty, len(held), floor)

@@ -33,17 +33,19 @@ def test_a_name_that_is_no_text_is_no_fault(case, character):
 
 def records(good: dict) -> dict[str, str]:
     """Text by what is wrong with it, of records that belong to the model."""
-    layers, steps = good["layers"], good["finetune"]
+    layers, looks = good["layers"], good["finetune"]["curve"]
 
     def with_error(value: object) -> str:
         return json.dumps({**good, "layers": [{**layers[0], "sqnr_db": value}, *layers[1:]]})
 
-    def with_step(**values: object) -> str:
-        return json.dumps({**good, "finetune": [{**steps[0], **values}, *steps[1:]]})
+    def with_look(**values: object) -> str:
+        return json.dumps({**good, "finetune": {"curve": [{**looks[0], **values}, *looks[1:]]}})
 
     return {
         "deep lists": "[" * 100_000, "deep mappings": '{"a":' * 100_000, "an error of 10^400": with_error(10**400),
-        "a step of 10^400": with_step(step=10**400), "a loss of 10^400": with_step(loss=10**400),
+        "a step of 10^400": with_look(step=10**400), "a look of 10^400": with_look(held_back=10**400),
+        "a curve of a number": json.dumps({**good, "finetune": {"curve": 5}}),
+        "a fine-tune of a list": json.dumps({**good, "finetune": [1]}),
         "17 MB": " " * (17 << 20) + json.dumps(good), "a list": "[]", "nothing": "", "no text": "\x00",
         "an error of text": with_error("much"), "an error of a list": with_error([1]), "5000 digits": "1" * 5000,
         "layers of a number": json.dumps({**good, "layers": 5}),
@@ -68,12 +70,12 @@ def test_a_record_that_cannot_be_read_is_refused(case):
 def test_numbers_beyond_any_fit_are_not_shown(case):
     folder, place = case.parents[1], case.with_name("quantize.json")
     good = json.loads(place.read_text())
-    layers, steps = good["layers"], good["finetune"]
+    layers, looks = good["layers"], good["finetune"]["curve"]
     try:
         for value in (1e308, -1e308, 1e39, 1e-320):
             noted = {
                 **good, "layers": [{**layers[0], "sqnr_db": value}, *layers[1:]],
-                "finetune": [{"step": value, "loss": 1.0}, {"step": 1, "loss": value}, *steps],
+                "finetune": {"curve": [{"step": value, "held_back": 1.0}, {"step": 1, "held_back": value}, *looks]},
             }  # fmt: skip
             place.write_text(json.dumps(noted))
             code, err = report(folder, case)
