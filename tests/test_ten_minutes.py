@@ -45,7 +45,7 @@ def kind(line: str) -> str:
     line = re.sub(rf"\b({'|'.join(CLASSES)})\b", "C", line)
     line = re.sub(r"[-+]?\d[\d,]*(?:\.\d+)?(?:e[-+]\d+)?", "N", line)
     line = re.sub(r"N C(, N C)+", "N C", line)
-    line = line.replace(" and N views of them", "")  # of the few photos here, not of the page's
+    line = line.replace(" and N views of them and N synthesised ones", "")  # of the few photos here, not of the page's
     return re.sub(r" +", " ", re.sub(r"[━─]+", "─", line)).strip()
 
 
