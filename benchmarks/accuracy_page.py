@@ -56,6 +56,8 @@ def row_line(row: Found) -> str:
 
 def boxes_of(row: Found) -> str:
     """The three columns of boxes, with their intervals."""
+    if "box intervals" not in row:  # measured before there were any
+        return f"{100 * row['lost']:.1f} % | {100 * row['new']:.1f} % | {row['moved']:.3f}"
     lost, new, (low, high) = row["box intervals"]
     moved = f"{row['moved']:.3f} ({low:.3f} to {high:.3f})"
     return f"{_share(row['lost'], lost)} | {_share(row['new'], new)} | {moved}"
