@@ -51,7 +51,7 @@ from dsconvert.yolo import archive, container, dataset, images, labels, photobou
         ("security.md", r"is named; ([\d,]+) entries", photobounds.MOST_ENTRIES),
         ("security.md", r"quantize.json, for a report \| (\d+) MiB", gather.MOST_BYTES >> 20),
         ("security.md", r"errors beyond ([\d,]+) dB", gather.MOST_DB),
-        ("security.md", r"losses beyond 10\^(\d+) are", math.log10(gather.MOST_LOSS)),
+        ("security.md", r"looks beyond 10\^(\d+) are", math.log10(gather.MOST_LOSS)),
         ("security.md", r"labels .*?at most (\d+) MiB and", labels.MAX_LABEL_BYTES >> 20),
         ("security.md", r"MiB and ([\d,]+) rows a file", labels.MAX_LABEL_ROWS),
         ("security.md", r"line by line: at most (\d+) MiB", dataset.MAX_LIST_BYTES >> 20),
