@@ -133,12 +133,10 @@ def section(name: str, found: Found) -> list[str]:
     return lines
 
 
-def source_line(name: str, found: Found) -> str:
+def source(name: str, found: Found) -> list[str]:
     """Where a set's figures are from."""
-    return (
-        f"- {name}: `{found['command']}`, {found['date']}, {found['threads']} threads of {found['cpu']}, "
-        f"{found['rounds']} draws for an interval."
-    )
+    made = f"{found['date']}, {found['threads']} threads of {found['cpu']}, {found['rounds']} draws for an interval."
+    return [f"{name}: {made}", "", f"    {found['command']}", ""]
 
 
 def write_page(results: Mapping[str, Found], target: Path) -> None:
@@ -154,7 +152,9 @@ def write_page(results: Mapping[str, Found], target: Path) -> None:
         "![size against accuracy](accuracy.svg)",
         "",
     ]
-    lines += ["## Where they are from", "", *(source_line(name, found) for name, found in results.items()), ""]
+    lines += ["## Where they are from", ""]
+    for name, found in results.items():
+        lines += source(name, found)
     target.write_text("\n".join(lines))
     plot(max(results.values(), key=lambda found: found["images"]), target.with_suffix(".svg"))
 

@@ -81,18 +81,33 @@ def measured(checkpoint: Path, data: Path, imgsz: int, samples: int) -> dict[str
     return {n: Layer(params[n].weight, left.get(n, whole), (first[n], second[n])) for n in chosen}
 
 
-def allocated(layers: Mapping[str, Layer], count: int, budget: int, shared: int) -> tuple[float, float]:
-    """Total damage on both sets with layers in so many parts at most, within a budget of bytes."""
-    options: dict[str, list[Choice]] = {}
-    damage: dict[str, dict[Width, tuple[float, float]]] = {}
+@dataclass(frozen=True)
+class Part:
+    """Some output channels of a layer: the bytes and the damage of each width, and whether they are the whole layer."""
+
+    sizes: Mapping[Width, int]
+    damage: Mapping[Width, tuple[float, float]]
+    whole: bool
+
+
+def cut(layers: Mapping[str, Layer], count: int) -> dict[str, Part]:
+    """The layers in so many parts at most."""
+    made = {}
     for name, layer in layers.items():
         parts = layer.parts(count)
         for index, channels in enumerate(parts):
-            key, shape = f"{name}/{index}", torch.Size((len(channels), *layer.weight.shape[1:]))
-            damage[key] = layer.damage(channels)
-            saved = shared if len(parts) > 1 else 0
-            options[key] = [Choice(w, stored_bytes(shape, w) - saved, first) for w, (first, _) in damage[key].items()]
-    made = [damage[key][choice.width] for key, choice in allocate(options, budget).items()]
+            shape, damage = torch.Size((len(channels), *layer.weight.shape[1:])), layer.damage(channels)
+            made[f"{name}/{index}"] = Part({w: stored_bytes(shape, w) for w in damage}, damage, len(parts) == 1)
+    return made
+
+
+def allocated(parts: Mapping[str, Part], budget: int, shared: int) -> tuple[float, float]:
+    """Total damage on both sets within a budget of bytes, each part of a layer that many bytes smaller."""
+    options = {
+        key: [Choice(w, part.sizes[w] - (0 if part.whole else shared), first) for w, (first, _) in part.damage.items()]
+        for key, part in parts.items()
+    }
+    made = [parts[key].damage[choice.width] for key, choice in allocate(options, budget).items()]
     return sum(first for first, _ in made), sum(second for _, second in made)
 
 
@@ -107,14 +122,14 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     layers = measured(args.checkpoint, args.data, args.imgsz, args.samples)
+    whole, finer = cut(layers, 1), {count: cut(layers, count) for count in PARTS}
     for budget in args.budgets:
-        whole = allocated(layers, 1, budget, 0)
-        for parts in PARTS:
+        before = allocated(whole, budget, 0)
+        for count, parts in finer.items():
             for shared in (0, args.shared):
-                found = allocated(layers, parts, budget, shared)
-                same, other = (a / b for a, b in zip(found, whole, strict=True))
+                same, other = (a / b for a, b in zip(allocated(parts, budget, shared), before, strict=True))
                 said = f"damage {same:.3f} on the images that chose, {other:.3f} on others"
-                print(f"{budget} bytes, {parts} parts, {shared} bytes shared: {said}", flush=True)
+                print(f"{budget} bytes, {count} parts, {shared} bytes shared: {said}", flush=True)
 
 
 if __name__ == "__main__":

@@ -225,8 +225,9 @@ def quantize(
     scores = scores_on(model, params, partial(images.one, device="cpu"), max(images.photographs, 1))
     reason = images.skipped[0] if images.skipped else ""
     views, skipped = images.part.all - photographs - images.synthesised, len(images.skipped)
-    made_up = images.synthesised
-    return Quantized(model, photographs, views, made_up, skipped, sqnr, scores, drop, reason, sameness, tuned)
+    return Quantized(
+        model, photographs, views, images.synthesised, skipped, sqnr, scores, drop, reason, sameness, tuned
+    )
 
 
 def _tuned(

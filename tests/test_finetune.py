@@ -25,7 +25,7 @@ from dsconvert.modelfile import load_model, model_bytes
 from dsconvert.train import finetune as module
 from dsconvert.train.finetune import FinetuneOptions, finetune
 from dsconvert.train.latents import start
-from dsconvert.train.loop import Student, _sum_gradients
+from dsconvert.train.loop import Student, sum_gradients
 from dsconvert.train.loss import Gains
 from dsconvert.train.schedule import LAST, follow, rate_share
 from dsconvert.train.state import SETS, State
@@ -193,7 +193,7 @@ def test_the_gradients_of_two_halves_are_those_of_the_batch(model, monkeypatch):
     torch.testing.assert_close(sum(parts), whole, rtol=1e-3, atol=1e-5 * float(whole.abs().max()))
     monkeypatch.setattr(workers, "count", lambda: 2)
     monkeypatch.setattr(workers, "summed", lambda mine: mine + parts[0])
-    _sum_gradients(list(latents.values()))
+    sum_gradients(list(latents.values()))
     torch.testing.assert_close(torch.cat([u.grad.flatten() for u in latents.values()]), parts[0] + parts[1])
 
 

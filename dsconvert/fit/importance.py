@@ -171,7 +171,7 @@ def measure_importance(
     shapes = {name: tuple(p.weight.shape) for name, p in params.items()}
     channels = {n.name: torch.zeros((shapes[n.name][0],) * 2, dtype=torch.float64) for n in graph.convs()}
     squares = {name: torch.zeros(shapes[name]) for name in chosen}
-    behind = graph.activated()
+    behind, readers = graph.activated(), graph.consumers()
     clipping = {name: torch.zeros_like(LEVELS) for name in samples if name not in behind}
     clipped = dict.fromkeys(clipping, 0)  # images that say what clipping a value does
     looked = torch.zeros(2, dtype=torch.float64)  # images, and those that were looked at thoroughly
@@ -181,14 +181,21 @@ def measure_importance(
         values = value_shapes(graph, shapes, (depth, high, wide))
         return way_back(graph, values, high, wide, part.all)
 
+    @cache
+    def whole_from(start: int) -> Mapping[str, None]:
+        """The values that `clipping` is about whose readers all are nodes from `start` on: their gradient is whole."""
+        late = {node.name for node in graph.nodes[start:]}
+        return {n: None for n in clipping if n in late or all(r.name in late for r in readers.get(n, []))}
+
     def look(numbered: tuple[int, Tensor]) -> _Look:
         index, image = numbered
         generator, at = draws.of_image(seed, index), partial(draws.of_image, seed, index)
         start = start_for(*image.shape[1:]) if index % apart else 0
         found = gradients(graph, params, image, measure, generator, start)
-        made = _Look.at_gradients(graph, found, at, most, start).clipped(graph, found, list(clipping), start)
+        known = whole_from(start)
+        made = _Look.at_gradients(graph, found, at, most, start).clipped(found, known)
         if index % apart:
-            return made
+            return made.extremes(found, [name for name in samples if behind.get(name, name) in known])
         return made.thoroughly(graph, params, image, found, chosen, generator, each)
 
     for index, look_at in enumerate(in_order(look, enumerate(images, part.first))):
@@ -263,16 +270,14 @@ class _Look:
             drawn[node.name] = Places(picks, counts * counts_at_all), outputs
         return _Look(drawn)
 
-    def clipped(self, graph: Graph, found: Found, names: Sequence[str], start: int) -> _Look:
-        """And what clipping does to the values of these names whose readers all are nodes from `start` on, so that
-        their gradient is whole. The extremes of these values, and of what their activations read, are samples that
-        weigh nothing."""
-        late, readers, behind = {node.name for node in graph.nodes[start:]}, graph.consumers(), graph.activated()
-        known = {n for n in names if n in late or all(reader.name in late for reader in readers.get(n, []))}
-        clipping = {name: clip_effects(*found[name]) for name in names if name in known}
-        ends = {n: torch.stack(torch.aminmax(v)).cpu() for n, (v, _) in found.items() if behind.get(n, n) in known}
-        samples = {name: (both, torch.zeros_like(both)) for name, both in ends.items()}
-        return replace(self, clipping=clipping, samples=samples)
+    def clipped(self, found: Found, names: Iterable[str]) -> _Look:
+        """And what clipping does to the values of these names, whose gradients are whole."""
+        return replace(self, clipping={name: clip_effects(*found[name]) for name in names})
+
+    def extremes(self, found: Found, names: Iterable[str]) -> _Look:
+        """And the least and the largest of the values of these names, as samples that weigh nothing."""
+        ends = {name: torch.stack(torch.aminmax(found[name][0])).cpu() for name in names}
+        return replace(self, samples={name: (both, torch.zeros_like(both)) for name, both in ends.items()})
 
     def thoroughly(
         self,

@@ -50,11 +50,10 @@ def synthesize(
         return _batch(own, side, steps, draws.of_image(seed, index), wish)
 
     batches = []
-    with torch.enable_grad():
-        for done, batch in enumerate(in_order(one, range(rounds)), 1):
-            batches.append(batch)
-            if progress:
-                progress(done, rounds)
+    for done, batch in enumerate(in_order(one, range(rounds)), 1):
+        batches.append(batch)
+        if progress:
+            progress(done, rounds)
     return batches
 
 

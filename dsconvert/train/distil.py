@@ -23,6 +23,7 @@ from dsconvert.graph.ir import ConvParams
 from dsconvert.graph.run import run_float
 from dsconvert.model import DSModel
 from dsconvert.train.latents import Latents, Parts, learned, start
+from dsconvert.train.loop import sum_gradients
 from dsconvert.train.schedule import rate_share
 from dsconvert.train.simulate import simulate
 from dsconvert.yolo.decode import detection_measure
@@ -104,12 +105,12 @@ def distil(
     generator = torch.Generator().manual_seed(seed + SEED)
     held = [image.to(device).float()[None] / 255 for image in pictures.held]
 
-    def look(parts: Callable[[], Mapping[str, Parts]]) -> Tensor:
+    def look(made: Mapping[str, Parts]) -> Tensor:
         with torch.no_grad():
-            found = torch.stack(list(in_order(lambda x: errors(parts(), x).cpu(), held))).double()
+            found = torch.stack(list(in_order(lambda x: errors(made, x).cpu(), held))).double()
         return workers.gathered(found)[0]  # all decide by the same numbers, whatever machines they are on
 
-    first, floor = look(parts), float(look(lambda: unconverted).mean())
+    first, floor = look(parts()), float(look(unconverted).mean())
     curve = [Look(0, float(first.mean()), None)]
     if steps is None:
         if curve[0].held_back - floor < WORTHWHILE * curve[0].held_back:
@@ -131,7 +132,7 @@ def distil(
         over = _over(began, seconds)
         if step % LOOK and step < steps and not over:
             continue
-        found = look(parts)
+        found = look(parts())
         curve.append(Look(step, float(found.mean()), sum(losses) / len(losses)))
         losses = []
         if float(found.mean()) < float((first - gains).mean()):
@@ -173,12 +174,10 @@ def _step(errors: Callable[[Tensor], Tensor], latents: Latents, pictures: Pictur
     for found in in_order(one, [pick for pick in picks if pick in pictures.mine]):
         for whole, part in zip(sums, found, strict=True):
             whole += part / len(picks)
-    if workers.count() > 1:
-        flat = workers.summed(torch.cat([t.flatten().cpu() for t in sums]))
-        sums = [f.view_as(t).to(t.device) for f, t in zip(flat.split([t.numel() for t in sums]), sums, strict=True)]
     for u, gradient in zip(every, sums[1:], strict=True):
         u.grad = gradient
-    return float(sums[0])
+    sum_gradients(every)
+    return float(workers.summed(sums[0].cpu()))
 
 
 def _optimiser(

@@ -89,7 +89,7 @@ def train(
             loss = student.loss(state.latents, images, targets, gains)
             optimiser.zero_grad()
             loss.backward()
-            _sum_gradients(list(state.latents.values()))
+            sum_gradients(list(state.latents.values()))
             torch.nn.utils.clip_grad_norm_(state.latents.values(), STEEPEST)
             for group in optimiser.param_groups:
                 group["lr"] = plan.rate * share * group["pace"]
@@ -128,7 +128,7 @@ def _note_moments(optimiser: torch.optim.Adam, state: State) -> None:
         state.first[key], state.second[key] = optimiser.state[u]["exp_avg"], optimiser.state[u]["exp_avg_sq"]
 
 
-def _sum_gradients(latents: Sequence[Tensor]) -> None:
+def sum_gradients(latents: Sequence[Tensor]) -> None:
     """Everyone's gradients, each divided by the whole batch's counts already, added up."""
     if workers.count() == 1:
         return
