@@ -50,7 +50,7 @@ def empty_weight(shape: torch.Size, width: Width) -> DSTensor:
     m = torch.ones(cho, block_count(chi, width.block_size), kh, kw, dtype=torch.int8)
     if width.trellis:
         return DSTensor.along_trellis(torch.zeros(shape, dtype=torch.uint8), m, torch.ones(cho), *width[:2])
-    return DSTensor(torch.zeros(shape, dtype=torch.int8), m, None, torch.ones(cho), *width[:2])
+    return DSTensor(torch.zeros(shape, dtype=torch.int8), m, torch.ones(cho), *width[:2])
 
 
 def choices(params: Mapping[str, ConvParams], damage: Damage) -> dict[str, list[Choice]]:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dsconvert.dsconv.tensor import INT8_MAX, block_count
+from dsconvert.dsconv.tensor import block_count
 from dsconvert.graph.integer import QParams, grid_of, gridded
 from dsconvert.graph.shapes import check_node, value_shapes
 from dsconvert.model import DSModel, damage_by_bits, display_name
@@ -55,7 +55,6 @@ def tensors_of(shape: tuple[int, int, int, int], bits: int, block_size: int, cod
     return {
         "code" if coded else "vqk": integers,
         "kds": Tensor("uint8", (_bytes(math.prod(blocks) * KDS_BITS),), 0, 255),
-        "kdsb": Tensor("int8", blocks, -INT8_MAX, INT8_MAX),
         "alpha": Tensor("float32", blocks, -MOST, MOST),
         # in float32 LEAST_CDS is a little above what it says
         "cdsw": Tensor("float32", (cho,), LEAST_CDS, MOST),

@@ -2,7 +2,7 @@
 
 Tensors per convolution: `<name>.vqk` and `<name>.kds` as packed bits (see `dsconv.packing`); `<name>.code` in the
 place of `.vqk` holds the bits of VQK along a trellis, in its strings' order (see `dsconv.trellis`); `<name>.alpha`
-float32 in the place of `.kds`, `<name>.kdsb` int8 where there is one, `<name>.cdsw` and `<name>.cdsb` float32. The
+float32 in the place of `.kds`, `<name>.cdsw` and `<name>.cdsb` float32. The
 header's single key `dsconvert` holds JSON: format version, graph, layers (shape, bits, block size), activation grids,
 head, image size, provenance, and last a digest of all of it and of the tensors (see `seal`).
 """
@@ -41,7 +41,7 @@ MAX_LAYER, MAX_WEIGHTS = 1 << 26, 1 << 28  # a yolov5x6 has 15 million weights i
 _TYPES = {"U8": "uint8", "I8": "int8", "F32": "float32"}  # of safetensors
 
 
-_PARTS = ("vqk", "code", "kds", "kdsb", "alpha", "cdsw", "cdsb")
+_PARTS = ("vqk", "code", "kds", "alpha", "cdsw", "cdsb")
 
 
 def model_bytes(model: DSModel) -> bytes:
@@ -60,8 +60,6 @@ def model_bytes(model: DSModel) -> bytes:
             tensors[f"{name}.alpha"] = w.alpha.numpy()
         elif not w.is_plain_int8:
             tensors[f"{name}.kds"] = pack_bits(w.m.numpy(), KDS_BITS)
-        if w.z is not None:
-            tensors[f"{name}.kdsb"] = w.z.numpy()
         tensors[f"{name}.cdsw"] = w.cds_w.numpy()
         tensors[f"{name}.cdsb"] = conv.bias.numpy()
     header = {
@@ -208,9 +206,7 @@ def _conv(name: str, layer: Mapping[str, Any], tensors: Mapping[str, NDArray[Any
         weight = DSTensor.along_trellis(code, torch.from_numpy(m), cds_w, bits, block_size)
     else:
         vqk = unpack_bits(tensors[f"{name}.vqk"], bits, (cho, chi, kh, kw))
-        z, alpha = (tensors.get(f"{name}.{part}") for part in ("kdsb", "alpha"))
-        weight = DSTensor(
-            torch.from_numpy(vqk), torch.from_numpy(m), None if z is None else torch.from_numpy(z), cds_w, bits,
-            block_size, None if alpha is None else torch.from_numpy(alpha),
-        )  # fmt: skip
+        alpha = tensors.get(f"{name}.alpha")
+        real = None if alpha is None else torch.from_numpy(alpha)
+        weight = DSTensor(torch.from_numpy(vqk), torch.from_numpy(m), cds_w, bits, block_size, real)
     return QConv(weight, bias)

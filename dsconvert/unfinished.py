@@ -91,7 +91,7 @@ def read_unfinished(path: Path, key: str, shapes: Mapping[str, Sequence[int]]) -
         layers = {
             name: QConv(
                 DSTensor(
-                    tensors[f"{name}.vqk"], tensors[f"{name}.m"], None, tensors[f"{name}.cdsw"], int(bits), int(block),
+                    tensors[f"{name}.vqk"], tensors[f"{name}.m"], tensors[f"{name}.cdsw"], int(bits), int(block),
                     tensors.get(f"{name}.alpha"), tensors[f"{name}.code"] if coded else None,
                 ),
                 tensors[f"{name}.cdsb"],

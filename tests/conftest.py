@@ -251,17 +251,14 @@ def call(capsys, monkeypatch) -> Callable[..., Answer]:
 
 
 def _widened(conv: QConv, index: int) -> QConv:
-    """DSConv layers at 2, 3, 4, ... 8 bits in turn, the first of 2, 3 and 4 bits along a trellis, every third of the
-    rest with z; small enough that no engine saturates."""
+    """DSConv layers at 2, 3, 4, ... 8 bits in turn, the first of 2, 3 and 4 bits along a
+    trellis; small enough that no engine saturates."""
     if conv.weight.is_plain_int8:
         return replace(conv, weight=replace(conv.weight, vqk=conv.weight.vqk // 2))
     along = index < 8 and fits(2 + index % 7, conv.weight.vqk.shape[1], 16)
     fitted = fit_weight(conv.weight.weight(), 2 + index % 7, 16, along)
     shrink = replace(fitted, m=(fitted.m // 2).clamp_min(1), vqk=fitted.vqk // (1 if fitted.bits < 7 else 2))
-    room = 63 - int(shrink.merged().int().abs().amax())
-    if index % 3 or room < 1 or along:
-        return replace(conv, weight=shrink)
-    return replace(conv, weight=replace(shrink, z=torch.full_like(shrink.m, room)))
+    return replace(conv, weight=shrink)
 
 
 def widen(model: DSModel) -> DSModel:

@@ -185,13 +185,9 @@ def test_boxes_of_grids_that_are_no_multiples_of_each_other():
     np.testing.assert_allclose(found, decode(raw, head).numpy(), rtol=1e-5, atol=2e-5)  # two libraries' sigmoids
 
 
-def random_tensor(cho: int, chi: int, k: int, bits: int, block: int, shifted: bool) -> DSTensor:
+def random_tensor(cho: int, chi: int, k: int, bits: int, block: int) -> DSTensor:
     weight = torch.randn(cho, chi, k, k, generator=torch.Generator().manual_seed(chi))
-    fitted = fit_weight(weight, bits, block)
-    if not shifted:
-        return fitted
-    room = 127 - fitted.merged().int().abs().amax()
-    return replace(fitted, z=torch.full_like(fitted.m, int(room)))
+    return fit_weight(weight, bits, block)
 
 
 @pytest.mark.parametrize("layout", ["packed", "blocked"])
@@ -199,9 +195,8 @@ def random_tensor(cho: int, chi: int, k: int, bits: int, block: int, shifted: bo
 @pytest.mark.parametrize(("chi", "block", "k"),
                          [(32, 32, 3), (64, 32, 3), (48, 32, 3), (5, 2, 3), (3, 32, 3), (6, 1, 3), (32, 32, 1),
                           (64, 16, 1), (48, 32, 1), (6, 3, 1), (8, 4, 2)])  # fmt: skip
-@pytest.mark.parametrize("shifted", [False, True])
-def test_stored_weights_decode_to_the_merged_int8(layout, bits, chi, block, k, shifted):
-    weight = random_tensor(3, chi, k, bits, block, shifted)
+def test_stored_weights_decode_to_the_merged_int8(layout, bits, chi, block, k):
+    weight = random_tensor(3, chi, k, bits, block)
     b = OnnxBuilder(21)
     name = add_int8_weight(b, "w", weight, layout)
     if name in b.initializers:  # plain int8
@@ -241,13 +236,8 @@ def test_stored_trellises_decode_to_the_merged_int8(layout, bits, cho, chi, bloc
 
 
 @pytest.mark.parametrize("layout", ["packed", "blocked"])
-@pytest.mark.parametrize("shifted", [False, True])
-def test_inspection_finds_the_stored_bits(converted, layout, shifted):
-    if shifted:  # one layer in ragged blocks (40 channels by 16), with z
-        name = next(n for n, c in converted.convs.items() if c.weight.vqk.shape[1] == 40)
-        weight = converted.convs[name].weight
-        weight = replace(weight, z=torch.full_like(weight.m, 127 - int(weight.merged().int().abs().amax())))
-        converted = replace(converted, convs={**converted.convs, name: replace(converted.convs[name], weight=weight)})
+def test_inspection_finds_the_stored_bits(converted, layout):
+    assert any(c.weight.vqk.shape[1] == 40 for c in converted.convs.values())  # in ragged blocks of 16
     found = {w.name: w for w in conv_weights(export_quantized(converted, layout, SIDE))}
     assert len(found) == len(converted.convs)
     for name, conv in converted.convs.items():

@@ -45,7 +45,7 @@ def converted() -> DSModel:
 
 def conv_of(weight: torch.Tensor, bias: float = 0.0) -> QConv:
     cho, chi = weight.shape[:2]
-    tensor = DSTensor(weight.to(torch.int8), torch.ones(cho, 1, *weight.shape[2:], dtype=torch.int8), None,
+    tensor = DSTensor(weight.to(torch.int8), torch.ones(cho, 1, *weight.shape[2:], dtype=torch.int8),
                       torch.full((cho,), 0.01), 8, chi)  # fmt: skip
     return QConv(tensor, torch.full((cho,), bias))
 

@@ -97,7 +97,3 @@ def test_layouts_that_cannot_hold_a_model_say_so(real, converted):
             export_quantized(real, layout, SIDE)
     with pytest.raises(InputError, match="--activations float"):
         export_quantized(converted, "float", SIDE)
-    name, conv = next((n, c) for n, c in converted.convs.items() if c.weight.bits == 4)
-    shifted = replace(conv, weight=replace(conv.weight, z=torch.zeros_like(conv.weight.m)))
-    with pytest.raises(InputError, match="additive"):
-        export_quantized(replace(converted, convs={**converted.convs, name: shifted}, activations={}), "float", SIDE)

@@ -41,7 +41,7 @@ def weight_of(shape: tuple[int, int, int, int], width: Width, seed: int = 0) -> 
     low, high = vqk_limits(width.bits)
     vqk = rng.integers(low, high + 1, shape)
     vqk.flat[:2] = low, high
-    return DSTensor(torch.from_numpy(vqk).to(torch.int8), m, None, torch.ones(cho), *width[:2])
+    return DSTensor(torch.from_numpy(vqk).to(torch.int8), m, torch.ones(cho), *width[:2])
 
 
 def model_of(weights: dict[str, DSTensor]) -> onnx.ModelProto:
@@ -95,7 +95,7 @@ def test_words_are_as_documented():
     of the eight that four words have above theirs. m 1 and 4 are one byte."""
     vqk = torch.tensor([[-16, 15, 0, -16, -16, -16, -16, -16]] * 2, dtype=torch.int8).reshape(2, 8, 1, 1)
     m = torch.tensor([1, 4], dtype=torch.int8).reshape(2, 1, 1, 1)
-    model = model_of({"w": DSTensor(vqk, m, None, torch.ones(2), 5, 8)})
+    model = model_of({"w": DSTensor(vqk, m, torch.ones(2), 5, 8)})
     stored = {t.name: numpy_helper.to_array(t) for t in model.graph.initializer}
     assert stored["w.vqk"].tolist() == [[[[0xF0, 0x00, 0x00, 0x00]], [[0xF0, 0x00, 0x00, 0x00]]]]
     assert stored["w.vqk.high"].tolist() == [[[0b0110], [0b0110]]]
@@ -151,7 +151,6 @@ def test_multipliers_beyond_what_a_fit_takes(bits, most):
 def test_what_does_not_join():
     good = weight_of((4, 32, 3, 3), Width(4, 16))
     assert joins(good)
-    assert not joins(replace(good, z=torch.zeros_like(good.m)))
     for shape, width in [
         ((4, 40, 1, 1), Width(4, 16)),  # a short last block
         ((4, 12, 1, 1), Width(4, 4)),  # a block is no whole bytes

@@ -36,16 +36,6 @@ def test_round_trip_and_equal_bytes(model, tmp_path):
     assert model_bytes(read) == path.read_bytes() == model_bytes(model)
 
 
-def test_shift_z_is_kept(model, tmp_path):
-    name = next(n for n, c in model.convs.items() if c.weight.bits == 4)
-    conv = model.convs[name]
-    z = torch.full_like(conv.weight.m, 127 - int(conv.weight.merged().int().abs().max()))
-    shifted = replace(model, convs={**model.convs, name: replace(conv, weight=replace(conv.weight, z=z))})
-    path = tmp_path / "m.safetensors"
-    path.write_bytes(model_bytes(shifted))
-    assert torch.equal(load_model(path).convs[name].weight.merged(), shifted.convs[name].weight.merged())
-
-
 def test_storage_is_the_stated_bits(model):
     tensors = sum(c.weight.weight_bits * c.weight.vqk.numel() / 8 for c in model.convs.values())
     shifts = sum(8 * len(c.bias) for c in model.convs.values())

@@ -42,7 +42,7 @@ CHANNELS = ANCHORS * (CLASSES + 5)  # of a detection map
 def weights(
     draw: st.DrawFn, cho: int | None = None, chi: int | None = None, k: int | None = None, most: int = 127
 ) -> DSTensor:
-    """Any DSConv weight: every width, block size, ragged last block, with and without z; merged at most `most`."""
+    """Any DSConv weight: every width, block size, ragged last block; merged at most `most`."""
     chi = chi or draw(st.integers(1, 20) | st.sampled_from([8, 16, 24]))
     block = draw(st.integers(1, 24) | st.sampled_from([8, 24]))
     bits = draw(st.integers(1 if fits(1, chi, block) else 2, 8))
@@ -59,12 +59,7 @@ def weights(
     low, high = max(low, -most), min(high, most)
     vqk = rng.integers(low, high + 1, (cho, chi, k, k)).astype(np.int8)
     m = rng.integers(1, min(max_multiplier(bits), max(1, most // -low)) + 1, blocks).astype(np.int8)
-    merged = np.repeat(m, block, 1)[:, :chi].astype(int) * vqk
-    z = None
-    if draw(st.booleans()):
-        room = most - int(np.abs(merged).max())
-        z = torch.from_numpy(rng.integers(-room, room + 1, blocks).astype(np.int8))
-    return DSTensor(torch.from_numpy(vqk), torch.from_numpy(m), z, cds, bits, block)
+    return DSTensor(torch.from_numpy(vqk), torch.from_numpy(m), cds, bits, block)
 
 
 @st.composite
@@ -119,7 +114,7 @@ def exposed(model: DSModel, layout: str) -> onnx.ModelProto:
 @FEW
 @given(weights(), st.sampled_from(["packed", "blocked", "int8"]))
 def test_every_weight_survives_every_layout(weight, layout):
-    """The ONNX nodes, by ONNX's own definition, give m * VQK + z; as does plain numpy."""
+    """The ONNX nodes, by ONNX's own definition, give m * VQK; as does plain numpy."""
     b = OnnxBuilder(LAYOUT_OPSET[layout])
     name = add_int8_weight(b, "w", weight, layout)
     b.node("Cast", [name], "out", to=onnx.TensorProto.FLOAT)
@@ -129,8 +124,7 @@ def test_every_weight_survives_every_layout(weight, layout):
     cho, chi, kh, kw = weight.vqk.shape
     for o, i, y, x in itertools.product(range(cho), range(chi), range(kh), range(kw)):
         block = (o, i // weight.block_size, y, x)
-        shift = 0 if weight.z is None else int(weight.z[block])
-        wanted[o, i, y, x] = int(weight.m[block]) * int(weight.vqk[o, i, y, x]) + shift
+        wanted[o, i, y, x] = int(weight.m[block]) * int(weight.vqk[o, i, y, x])
     assert np.array_equal(found, wanted)
     assert np.array_equal(weight.merged().numpy(), wanted)
     assert np.abs(wanted).max() <= 127

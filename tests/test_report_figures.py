@@ -77,7 +77,7 @@ def test_weights_on_the_grid_fall_on_its_levels(bits):
     low, high = vqk_limits(bits)
     vqk = torch.arange(low, high + 1).repeat(4, 1)[:, :, None, None].to(torch.int8)
     m = torch.ones(4, 1, 1, 1, dtype=torch.int8)
-    fitted = DSTensor(vqk, m, None, torch.tensor([0.5, 2.0, 0.0, 1e-3]), bits, vqk.shape[1])
+    fitted = DSTensor(vqk, m, torch.tensor([0.5, 2.0, 0.0, 1e-3]), bits, vqk.shape[1])
     view = weight_view("a", fitted.weight(), fitted)
     assert view.outside == 0
     assert view.levels.tolist() == list(range(low, high + 1))
@@ -94,8 +94,7 @@ def test_weights_on_the_grid_fall_on_its_levels(bits):
 def test_blocks_shifts_and_what_lies_beyond():
     vqk = torch.tensor([[-2, -1, 0, 1]], dtype=torch.int8)[:, :, None, None]
     m = torch.tensor([[3, 5]], dtype=torch.int8)[:, :, None, None]
-    z = torch.tensor([[1, -1]], dtype=torch.int8)[:, :, None, None]
-    fitted = DSTensor(vqk, m, z, torch.tensor([0.25]), 2, 2)
+    fitted = DSTensor(vqk, m, torch.tensor([0.25]), 2, 2)
     exact = weight_view("a", fitted.weight(), fitted)
     centres = (exact.edges[:-1] + exact.edges[1:]) / 2
     assert centres[exact.counts > 0].tolist() == pytest.approx([-2, -1, 0, 1])

@@ -8,10 +8,9 @@ import torch
 from dsconvert.dsconv.tensor import DSTensor, block_count, expand_blocks, largest_pair, max_multiplier, vqk_limits
 
 
-def make(vqk: list, m: list, cds: list, bits: int = 4, block: int = 2, z: list | None = None) -> DSTensor:
-    shift = None if z is None else torch.tensor(z, dtype=torch.int8)
+def make(vqk: list, m: list, cds: list, bits: int = 4, block: int = 2) -> DSTensor:
     return DSTensor(
-        torch.tensor(vqk, dtype=torch.int8), torch.tensor(m, dtype=torch.int8), shift, torch.tensor(cds), bits, block
+        torch.tensor(vqk, dtype=torch.int8), torch.tensor(m, dtype=torch.int8), torch.tensor(cds), bits, block
     )
 
 
@@ -43,28 +42,28 @@ def test_ragged_last_block_is_the_short_one():
 
 
 def test_weight_is_the_equation():
-    # 3 channels in blocks of 2: m = 3 for the first two, 5 for the last; shift 1 and -2; CDSw = 0.5
-    t = make([[[[1]], [[-2]], [[7]]]], [[[[3]], [[5]]]], [0.5], z=[[[[1]], [[-2]]]])
-    assert t.merged().flatten().tolist() == [4, -5, 33]
-    assert t.weight().flatten().tolist() == [2.0, -2.5, 16.5]
+    # 3 channels in blocks of 2: m = 3 for the first two, 5 for the last; CDSw = 0.5
+    t = make([[[[1]], [[-2]], [[7]]]], [[[[3]], [[5]]]], [0.5])
+    assert t.merged().flatten().tolist() == [3, -6, 35]
+    assert t.weight().flatten().tolist() == [1.5, -3.0, 17.5]
 
 
 def test_bits_count_the_shifts_of_dsconv_and_none_for_plain_int8():
     vqk = torch.zeros(2, 32, 1, 1, dtype=torch.int8)
     ones = torch.ones(2, 1, 1, 1, dtype=torch.int8)
-    assert DSTensor(vqk, ones, None, torch.ones(2), 4, 32).weight_bits == 4 + 4 / 32
-    plain = DSTensor(vqk, ones, None, torch.ones(2), 8, 32)
+    assert DSTensor(vqk, ones, torch.ones(2), 4, 32).weight_bits == 4 + 4 / 32
+    plain = DSTensor(vqk, ones, torch.ones(2), 8, 32)
     assert plain.is_plain_int8
     assert plain.weight_bits == 8
 
 
 @pytest.mark.parametrize(
-    ("m", "vqk", "z"),
-    [([[[[0]]]], 1, None), ([[[[16]]]], 1, None), ([[[[1]]]], 8, None), ([[[[15]]]], -8, [[[[-8]]]])],
+    ("m", "vqk", "bits"),
+    [([[[[0]]]], 1, 4), ([[[[16]]]], 1, 4), ([[[[1]]]], 8, 4), ([[[[15]]]], -9, 5)],
 )
-def test_values_outside_their_range_are_refused(m, vqk, z):
+def test_values_outside_their_range_are_refused(m, vqk, bits):
     with pytest.raises(ValueError, match=r"m must|leaves"):
-        make([[[[vqk]]]], m, [1.0], z=z)
+        make([[[[vqk]]]], m, [1.0], bits)
 
 
 def test_parts_of_the_wrong_shape_are_refused():

@@ -100,7 +100,7 @@ def test_whatever_is_learned_no_engine_saturates(model, widened, train):
 
 def test_the_multiplier_rounds_half_way_and_stops_at_its_bound():
     vqk = torch.tensor([[[[7]], [[-8]]], [[[2]], [[1]]]], dtype=torch.int8)
-    weight = DSTensor(vqk, torch.tensor([[[[4]]], [[[4]]]], dtype=torch.int8), None, torch.ones(2), 4, 2)
+    weight = DSTensor(vqk, torch.tensor([[[[4]]], [[[4]]]], dtype=torch.int8), torch.ones(2), 4, 2)
     conv = QConv(weight, torch.zeros(2))
     model = DSModel(None, {"c": conv}, {}, None, 0, {})
     layers, latents = start(model, "shifts", "cpu")

@@ -6,8 +6,6 @@ equation, so the module computes what its integers say.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -68,13 +66,10 @@ class DSConv(nn.Module):
         """A DSConv in the place of `conv` holding a fitted weight and output bias CDSb (cho,)."""
         module = cls(
             conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, conv.dilation,  # type: ignore[arg-type]
-            conv.groups, conv.padding_mode, False, weight.block_size, weight.z is not None, True,
+            conv.groups, conv.padding_mode, False, weight.block_size, False, True,
         )  # fmt: skip
         alpha = weight.m.float() if weight.alpha is None else weight.alpha
-        parts: dict[str, Any] = {"intweight": weight.vqk, "alpha": alpha, "CDSw": weight.cds_w}
-        if weight.z is not None:
-            parts["KDSb"] = weight.z.float()
-        module.load_state_dict({**parts, "CDSb": cds_b})
+        module.load_state_dict({"intweight": weight.vqk, "alpha": alpha, "CDSw": weight.cds_w, "CDSb": cds_b})
         return module
 
     def real_weight(self) -> Tensor:

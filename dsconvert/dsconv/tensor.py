@@ -2,12 +2,12 @@
 
 A convolution weight W of shape (cho, chi, kh, kw) is represented as
 
-    W'[o, i, y, x] = CDSw[o] * (m[o, i // B, y, x] * VQK[o, i, y, x] + z[o, i // B, y, x])
+    W'[o, i, y, x] = CDSw[o] * m[o, i // B, y, x] * VQK[o, i, y, x]
 
-VQK are signed b-bit integers, B is the block size along input channels (chi is per group), m (1..15) and the
-optional z are the kernel distribution shift (KDS) kept as integers, CDSw (float, one per output channel) is the
-channel distribution shift. Because |m * VQK + z| <= 127 always, W' / CDSw is an int8 tensor: every int8 engine
-runs it. A plain per-channel int8 weight is the same thing with b = 8 and m = 1.
+VQK are signed b-bit integers, B is the block size along input channels (chi is per group), m (1..15) is the kernel
+distribution shift (KDS) kept as an integer, CDSw (float, one per output channel) is the channel distribution shift.
+Because |m * VQK| <= 127 always, W' / CDSw is an int8 tensor: every int8 engine runs it. A plain per-channel int8
+weight is the same thing with b = 8 and m = 1.
 
 When chi is no multiple of B the last block is the short one: 48 channels with B = 32 are blocks of 32 and 16.
 """
@@ -73,15 +73,13 @@ def expand_blocks(kds: Tensor, chi: int, block_size: int) -> Tensor:
 
 @dataclass(frozen=True)
 class DSTensor:
-    """One DSConv weight. vqk int8 (cho, chi, kh, kw); m int8 and z int8 or None (cho, nblk, kh, kw);
-    cds_w float32 (cho,). alpha float32, of the shape of m, is the paper's real multiplier in the place of m (which is
-    1 then, and z None); such a weight has no int8 form. code uint8, of the shape of vqk, are the bits of VQK that lie
-    along a trellis (`along_trellis` makes such a weight); z and alpha are None then. Raises ValueError when the parts
-    do not fit each other or leave int8."""
+    """One DSConv weight. vqk int8 (cho, chi, kh, kw); m int8 (cho, nblk, kh, kw); cds_w float32 (cho,). alpha float32,
+    of the shape of m, is the paper's real multiplier in the place of m (which is 1 then); such a weight has no int8
+    form. code uint8, of the shape of vqk, are the bits of VQK that lie along a trellis (`along_trellis` makes such a
+    weight); alpha is None then. Raises ValueError when the parts do not fit each other or leave int8."""
 
     vqk: Tensor
     m: Tensor
-    z: Tensor | None
     cds_w: Tensor
     bits: int
     block_size: int
@@ -91,35 +89,33 @@ class DSTensor:
     @staticmethod
     def along_trellis(code: Tensor, m: Tensor, cds_w: Tensor, bits: int, block_size: int) -> DSTensor:
         """The weight whose VQK have this code, uint8 (cho, chi, kh, kw). Raises ValueError as above."""
-        return DSTensor(codes.values(code, bits, block_size), m, None, cds_w, bits, block_size, code=code)
+        return DSTensor(codes.values(code, bits, block_size), m, cds_w, bits, block_size, code=code)
 
     def __post_init__(self) -> None:
         cho, chi, kh, kw = self.vqk.shape
         blocks = (cho, block_count(chi, self.block_size), kh, kw)
-        if tuple(self.m.shape) != blocks or (self.z is not None and tuple(self.z.shape) != blocks):
+        if tuple(self.m.shape) != blocks:
             raise ValueError(f"KDS must have shape {blocks}, got {tuple(self.m.shape)}")
         if tuple(self.cds_w.shape) != (cho,):
             raise ValueError(f"CDSw must have shape ({cho},), got {tuple(self.cds_w.shape)}")
-        if self.code is not None and (
-            self.code.shape != self.vqk.shape or self.alpha is not None or self.z is not None
-        ):
-            raise ValueError(f"a trellis code must have shape {tuple(self.vqk.shape)} and stand without z and alpha")
+        if self.code is not None and (self.code.shape != self.vqk.shape or self.alpha is not None):
+            raise ValueError(f"a trellis code must have shape {tuple(self.vqk.shape)} and stand without alpha")
         low, high = vqk_limits(self.bits, self.code is not None)
         if self.vqk.numel() and (int(self.vqk.min()) < low or int(self.vqk.max()) > high):
             raise ValueError(f"VQK leaves {self.bits} bits")
         if self.code is not None and not torch.equal(codes.values(self.code, self.bits, self.block_size), self.vqk):
             raise ValueError("VQK are not those of the trellis code")
-        if self.alpha is not None and (self.alpha.shape != blocks or self.z is not None or bool((self.m != 1).any())):
+        if self.alpha is not None and (self.alpha.shape != blocks or bool((self.m != 1).any())):
             raise ValueError(f"alpha must have shape {blocks} and stand alone")
         if self.m.numel() and (int(self.m.min()) < 1 or int(self.m.max()) > M_MAX):
             raise ValueError(f"m must lie in 1..{M_MAX}")
         if self.vqk.numel() and int(_merge(self).abs().max()) > INT8_MAX:
-            raise ValueError("m * VQK + z leaves int8")
+            raise ValueError("m * VQK leaves int8")
 
     @staticmethod
     def joined(parts: Sequence[DSTensor]) -> DSTensor:
         """The output channels of all parts, one after another. Raises ValueError where they are stored differently."""
-        if len({(p.width, p.z is None, p.alpha is None) for p in parts}) != 1:
+        if len({(p.width, p.alpha is None) for p in parts}) != 1:
             raise ValueError("weights that are stored differently cannot be joined")
         columns = {f: [v for p in parts if (v := getattr(p, f)) is not None] for f in _BY_CHANNEL}
         fields: Any = {f: torch.cat(values) for f, values in columns.items() if values}
@@ -139,16 +135,16 @@ class DSTensor:
     def weight_bits(self) -> float:
         """Bits per weight in storage: VQK, plus KDS where it says anything (plain int8 stores none)."""
         per_block = 4 if self.alpha is None else 32
-        kds = 0 if self.is_plain_int8 else self.m.numel() * per_block + (0 if self.z is None else self.z.numel() * 8)
+        kds = 0 if self.is_plain_int8 else self.m.numel() * per_block
         return self.bits + kds / self.vqk.numel()
 
     @property
     def is_plain_int8(self) -> bool:
         """True when this is an ordinary per-channel int8 weight (not DSConv)."""
-        return self.alpha is None and self.bits == 8 and self.z is None and bool((self.m == 1).all())
+        return self.alpha is None and self.bits == 8 and bool((self.m == 1).all())
 
     def merged(self) -> Tensor:
-        """W' / CDSw = m * VQK + z, int8 (cho, chi, kh, kw). Raises ValueError with real alpha."""
+        """W' / CDSw = m * VQK, int8 (cho, chi, kh, kw). Raises ValueError with real alpha."""
         if self.alpha is not None:
             raise ValueError("a weight with real alpha has no int8 form")
         return _merge(self).to(torch.int8)
@@ -164,7 +160,7 @@ class DSTensor:
         return self.cds_w[:, None, None, None] * self.unscaled()
 
 
-_BY_CHANNEL = ("vqk", "m", "z", "cds_w", "alpha", "code")  # what has a row for every output channel
+_BY_CHANNEL = ("vqk", "m", "cds_w", "alpha", "code")  # what has a row for every output channel
 
 
 def largest_pair(merged: Tensor) -> int:
@@ -179,5 +175,4 @@ def largest_pair(merged: Tensor) -> int:
 
 def _merge(t: DSTensor) -> Tensor:
     chi = t.vqk.shape[1]
-    merged = expand_blocks(t.m.int(), chi, t.block_size) * t.vqk.int()
-    return merged if t.z is None else merged + expand_blocks(t.z.int(), chi, t.block_size)
+    return expand_blocks(t.m.int(), chi, t.block_size) * t.vqk.int()

@@ -69,10 +69,10 @@ class _Layer:
 
 
 def joins(weight: DSTensor) -> bool:
-    """Whether it is one of those decoded together: whole blocks of whole bytes, no z, an even number of m."""
+    """Whether it is one of those decoded together: whole blocks of whole bytes, an even number of m."""
     size = min(weight.block_size, weight.vqk.shape[1])
     whole = size % ROW == 0 and weight.vqk.shape[1] % size == 0 and weight.m.numel() % 2 == 0
-    return whole and weight.z is None and weight.alpha is None and Kind(weight.bits, weight.code is not None) in KINDS
+    return whole and weight.alpha is None and Kind(weight.bits, weight.code is not None) in KINDS
 
 
 class JointWeights:

@@ -1,4 +1,4 @@
-"""How one DSConv weight is spelled in ONNX. Every layout but float yields the same int8 numbers, m * VQK + z.
+"""How one DSConv weight is spelled in ONNX. Every layout but float yields the same int8 numbers, m * VQK.
 
 packed  VQK in its own number of bits, which nodes make int8 and ONNX Runtime folds once at load; its first and last
         convolutions are in shapes it likes (see `quickconv`). Most layers are decoded together (see `joint`). The
@@ -18,7 +18,7 @@ float   the paper's real-valued shifts, in float (see `real`): the one layout th
 
 OpenVINO folds constants of 4 bits and casts of them, but leaves INT8 and UINT8 constants as they are where a
 multiplication or subtraction follows the cast, and then convolves in float. So UINT8 meets an addition or a table
-first (z is added late and does no harm), and every layout becomes the same int8 convolution in both engines.
+first, and every layout becomes the same int8 convolution in both engines.
 BitwiseAnd, BitShift and a QuantizeLinear of constants it does not fold at all.
 """
 
@@ -53,7 +53,7 @@ def run_by(engine: str) -> list[str]:
 
 
 def add_int8_weight(b: OnnxBuilder, name: str, weight: DSTensor, layout: str) -> str:
-    """Nodes and initializers for m * VQK + z; returns the name of an int8 value (cho, chi, kh, kw)."""
+    """Nodes and initializers for m * VQK; returns the name of an int8 value (cho, chi, kh, kw)."""
     if layout == "int8" or weight.is_plain_int8:
         return b.tensor(f"{name}.weight", weight.merged().numpy())
     if weight.code is not None:
@@ -72,9 +72,6 @@ def add_int8_weight(b: OnnxBuilder, name: str, weight: DSTensor, layout: str) ->
     value = _vqk(b, name, weight, shape)
     kds = b.tensor(f"{name}.kds", weight.m.numpy().reshape(blocks).astype(ml_dtypes.uint4))
     value = b.node("Mul", [value, shift(kds)], f"{name}.scaled")
-    if weight.z is not None:
-        z = b.tensor(f"{name}.kdsb", weight.z.numpy().reshape(blocks))
-        value = b.node("Add", [value, shift(z)], f"{name}.shifted")
     value = b.node("Cast", [value], f"{name}.int8", to=TensorProto.INT8)
     whole = tuple(weight.vqk.shape)
     return value if shape == whole else b.node("Reshape", [value, b.shape(*whole)], f"{name}.weight")
@@ -104,15 +101,11 @@ def _axes(weight: DSTensor) -> tuple[tuple[int, ...], tuple[int, ...], NDArray[n
 
 def _blocked(b: OnnxBuilder, name: str, weight: DSTensor) -> str:
     """The chain of layout blocked; VQK has 4 bits."""
-    cho, chi, kh, kw = weight.vqk.shape
+    chi = weight.vqk.shape[1]
     whole = chi // weight.block_size * weight.block_size
     edges = [(0, whole), (whole, chi)]
     parts = [_block_range(b, name, weight, first, last) for first, last in edges if first < last]
     real = parts[0] if len(parts) == 1 else b.node("Concat", parts, f"{name}.scaled", axis=1)
-    if weight.z is not None:
-        z = b.tensor(f"{name}.kdsb", weight.z.numpy().reshape(cho, -1, 1, kh, kw))
-        z_real = b.node("Cast", [z], f"{name}.kdsb32", to=TensorProto.FLOAT)
-        real = b.node("Add", [real, _spread(b, z_real, z, weight)], f"{name}.shifted")
     return b.node("Cast", [real], f"{name}.weight", to=TensorProto.INT8)
 
 

@@ -32,8 +32,6 @@ def add_real_weight(b: OnnxBuilder, name: str, weight: DSTensor) -> str:
         return b.node(
             "DequantizeLinear", [b.tensor(f"{name}.weight", weight.merged().numpy()), cds], f"{name}.w", axis=0
         )
-    if weight.z is not None:
-        raise InputError("--layout float cannot hold additive shifts; use --layout packed.")
     chi, size = weight.vqk.shape[1], weight.block_size
     whole = chi // size * size
     # OpenVINO refuses a short last block: it is a tensor of its own

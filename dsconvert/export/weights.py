@@ -15,7 +15,7 @@ class Weights:
         self.b, self.layout, self.joint = b, layout, JointWeights(b)
 
     def add(self, name: str, weight: DSTensor) -> str:
-        """The name of m * VQK + z as an int8 value (cho, chi, kh, kw)."""
+        """The name of m * VQK as an int8 value (cho, chi, kh, kw)."""
         if self.layout in ("packed", "fused") and joins(weight):
             return self.joint.add(name, weight)
         return add_int8_weight(self.b, name, weight, self.layout)

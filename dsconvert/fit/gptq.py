@@ -322,7 +322,7 @@ class _Best:
         m, cds_w = self.m.to(torch.int8), self.cds.float()
         if trellis:
             return DSTensor.along_trellis(self.stored, m, cds_w, bits, block_size)
-        return DSTensor(self.stored.to(torch.int8), m, None, cds_w, bits, block_size)
+        return DSTensor(self.stored.to(torch.int8), m, cds_w, bits, block_size)
 
 
 def fit_layer(

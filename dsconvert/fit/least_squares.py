@@ -55,7 +55,6 @@ def fit_weight(
     return DSTensor(
         from_blocks(best_vqk, chi, kh, kw).to(torch.int8),
         best_m.reshape(cho, -1, kh, kw).to(torch.int8),
-        None,
         best_cds.float(),
         bits,
         block_size,

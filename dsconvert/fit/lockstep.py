@@ -194,7 +194,7 @@ def with_shifts(node: Node, made: DSTensor | QConv, images: Iterable[Seen]) -> Q
 
 
 def fit_cds(node: Node, weight: DSTensor, images: Iterable[Seen]) -> QConv:
-    """CDSw and CDSb as the weighted regression of float outputs y on accumulators a = conv(x, m VQK + z), per channel.
+    """CDSw and CDSb as the weighted regression of float outputs y on accumulators a = conv(x, m VQK), per channel.
 
     argmin sum w (CDSw a + CDSb - y)^2 gives CDSw = cov(a, y) / var(a), CDSb = mean(y) - CDSw mean(a). The old CDSw
     stays where the accumulator is constant or the regression would move it by more than a factor of two.

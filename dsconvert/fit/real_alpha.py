@@ -85,4 +85,4 @@ def with_best_alpha(weight: Tensor, fitted: DSTensor, moments: Moments) -> DSTen
 
 
 def _real(vqk: Tensor, alpha: Tensor, cds: Tensor, bits: int, block_size: int) -> DSTensor:
-    return DSTensor(vqk, torch.ones_like(alpha, dtype=torch.int8), None, cds, bits, block_size, alpha.float())
+    return DSTensor(vqk, torch.ones_like(alpha, dtype=torch.int8), cds, bits, block_size, alpha.float())

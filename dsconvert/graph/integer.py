@@ -79,7 +79,7 @@ class QConv:
         m = torch.where(kept > 0, w.m, 1)
         cds_w = torch.where(lost, scale, w.cds_w.double()).clamp_min(1e-30).float()
         if w.code is None:
-            weight = replace(w, vqk=w.vqk * kept, m=m, z=None if w.z is None else w.z * kept, cds_w=cds_w)
+            weight = replace(w, vqk=w.vqk * kept, m=m, cds_w=cds_w)
         else:
             quiet = trellis.quiet(w.bits, w.vqk[0].numel()).expand(len(w.vqk), -1)
             nothing = trellis.from_strings(quiet, tuple(w.vqk.shape), w.block_size)

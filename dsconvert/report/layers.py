@@ -138,8 +138,7 @@ def weight_view(name: str, weight: torch.Tensor, fitted: DSTensor) -> WeightView
     chi, low, high = weight.shape[1], *vqk_limits(fitted.bits, fitted.width.trellis)
     alive = fitted.cds_w != 0
     m = expand_blocks(fitted.m.double(), chi, fitted.block_size)[alive]
-    z = 0.0 if fitted.z is None else expand_blocks(fitted.z.double(), chi, fitted.block_size)[alive]
-    steps = (weight.double()[alive] / fitted.cds_w.double()[alive, None, None, None] - z) / m
+    steps = (weight.double()[alive] / fitted.cds_w.double()[alive, None, None, None]) / m
     levels, level_counts = np.unique(fitted.vqk[alive].numpy(), return_counts=True)
     edges = _level_edges(low, high)
     counts, _ = np.histogram(steps.flatten().numpy().clip(edges[0], edges[-1]), edges)

@@ -5,7 +5,7 @@ the paper's real alpha (which keeps its sign) are real numbers; the integer m is
 from 1 to the largest with which no engine's sums saturate, and VQK is VQK + latent rounded and bounded likewise. The
 gradient goes straight through the rounding. CDSb changes by its latent.
 
-m has nothing to learn in plain int8 layers, where it is 1, nor where KDSb (z) is there: z was chosen with it.
+m has nothing to learn in plain int8 layers, where it is 1.
 """
 
 from __future__ import annotations
@@ -31,27 +31,23 @@ Latents = dict[str, Tensor]  # "<convolution>.<part>" -> float32
 
 @dataclass(frozen=True)
 class Parts:
-    """One convolution as numbers, on the device it is trained on, float32: vqk (cho, chi, kh, kw), kds (m or alpha)
-    and z (cho, nblk, kh, kw), cds_w and bias (cho,)."""
+    """One convolution as numbers, on the device it is trained on, float32: vqk (cho, chi, kh, kw), kds (m or alpha;
+    cho, nblk, kh, kw), cds_w and bias (cho,)."""
 
     vqk: Tensor
     kds: Tensor
-    z: Tensor | None
     cds_w: Tensor
     bias: Tensor
     block_size: int
 
     def to(self, device: str) -> Parts:
         """The same on another device."""
-        z = None if self.z is None else self.z.to(device)
         cds_w, bias = self.cds_w.to(device), self.bias.to(device)
-        return Parts(self.vqk.to(device), self.kds.to(device), z, cds_w, bias, self.block_size)
+        return Parts(self.vqk.to(device), self.kds.to(device), cds_w, bias, self.block_size)
 
     def unscaled(self) -> Tensor:
         """W' / CDSw (cho, chi, kh, kw)."""
-        chi = self.vqk.shape[1]
-        made = expand_blocks(self.kds, chi, self.block_size) * self.vqk
-        return made if self.z is None else made + expand_blocks(self.z, chi, self.block_size)
+        return expand_blocks(self.kds, self.vqk.shape[1], self.block_size) * self.vqk
 
 
 @dataclass(frozen=True)
@@ -78,10 +74,7 @@ class Layer:
             else (PAIRED // largest.clamp_min(1)).clamp_max(M_MAX)
         )
         reach = torch.where(m * largest <= PAIRED, PAIRED, INT8_MAX).float()
-        start = Parts(
-            w.vqk.float(), m if w.alpha is None else w.alpha, None if w.z is None else w.z.float(), w.cds_w,
-            conv.bias, w.block_size,
-        )  # fmt: skip
+        start = Parts(w.vqk.float(), m if w.alpha is None else w.alpha, w.cds_w, conv.bias, w.block_size)
         return Layer(
             start.to(device), torch.maximum(bound, m).to(device), reach.to(device), low.to(device), high.to(device)
         )
@@ -126,11 +119,11 @@ def start(model: DSModel, train: str, device: str) -> tuple[dict[str, Layer], La
         shaped = {"cdsw": w.cds_w}
         if w.alpha is not None:
             shaped["alpha"] = w.alpha
-        elif w.z is None and not w.is_plain_int8:
+        elif not w.is_plain_int8:
             shaped["m"] = w.m
         if train != "shifts":
             shaped["cdsb"] = conv.bias
-        if train == "all" and w.z is None and w.code is None:
+        if train == "all" and w.code is None:
             shaped["vqk"] = w.vqk
         latents |= {f"{name}.{p}": torch.zeros(v.shape, device=device, requires_grad=True) for p, v in shaped.items()}
     return layers, latents
