@@ -14,12 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dsconvert.dsconv.codes import FREE
+from dsconvert.dsconv.format import WeightFormat
 from dsconvert.dsconv.modules import DSConv
-from dsconvert.dsconv.tensor import Width
 from dsconvert.errors import InputError
-from dsconvert.fit.gptq import fit_layer
-from dsconvert.fit.least_squares import fit_weight
-from dsconvert.fit.lockstep import with_shifts
+from dsconvert.fit.layer import GPTQ
 from dsconvert.fit.seen import Seen, seen_evenly
 from dsconvert.graph.integer import QConv, QParams
 from dsconvert.graph.ir import Node
@@ -144,13 +143,11 @@ def _converted(layer: nn.Module, seen: list[Seen], plan: ModulePlan) -> nn.Modul
     bias = conv.bias if conv.bias is not None else torch.zeros(conv.out_channels)
     node = _node(conv)
     # one channel a group: a shift would belong to a single weight, so plain int8 takes no more room
-    bits = plan.bits if conv.weight.shape[1] > 1 else 8
-    fitted: QConv
+    format = WeightFormat(plan.bits if conv.weight.shape[1] > 1 else 8, plan.block_size, FREE)
     if seen and node is not None and plan.fit == "gptq":
-        found = fit_layer(node, conv.weight, Width(bits, plan.block_size), seen)
-        fitted = with_shifts(node, found, seen)
+        fitted = GPTQ().layer(node, conv.weight, format, lambda: seen)
     else:
-        fitted = QConv(fit_weight(conv.weight, bits, plan.block_size), bias)
+        fitted = QConv(FREE.nearest(conv.weight, format), bias)
     made: nn.Module = DSConv.from_conv(conv, fitted.weight, fitted.bias.detach()).eval()
     if isinstance(layer, nn.Linear):
         made = DSLinear(made)  # type: ignore[arg-type]

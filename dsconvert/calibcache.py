@@ -13,7 +13,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from dsconvert.calibration import Calibration
-from dsconvert.dsconv.tensor import Width
+from dsconvert.dsconv.codes import format_of
 from dsconvert.files import write_atomic
 from dsconvert.fit.kept import Room
 from dsconvert.fit.seen import Drawn, Places
@@ -46,8 +46,8 @@ def calibration_bytes(calibration: Calibration) -> bytes:
     about = {
         "own": {name: [grid.scale, grid.zero_point] for name, grid in calibration.own.items()},
         "damage": {
-            name: [[*width, damage] for width, damage in by_width.items()]
-            for name, by_width in calibration.damage.items()
+            name: [[*format.spelled(), damage] for format, damage in by_format.items()]
+            for name, by_format in calibration.damage.items()
         },
         "even": [name for name, drawn in calibration.drawn.items() if drawn.even],
     }
@@ -78,9 +78,7 @@ def _read(path: Path, check: Callable[[Calibration], None], room: Room) -> Calib
                 },
                 tensors["channels"],
                 {
-                    name: {
-                        Width(int(bits), int(block), bool(coded)): float(damage) for bits, block, coded, damage in rows
-                    }
+                    name: {format_of(int(bits), int(block), code): float(damage) for bits, block, code, damage in rows}
                     for name, rows in about["damage"].items()
                 },
             )

@@ -1,4 +1,4 @@
-"""The calibration images, and what they say of the float network: activation grids, what matters, what widths cost."""
+"""The calibration images, and what they say of the float network: activation grids, what matters, what formats cost."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ import torch
 from torch import Tensor
 
 from dsconvert import workers
-from dsconvert.dsconv.tensor import Width
+from dsconvert.dsconv.format import WeightFormat
 from dsconvert.errors import InputError
 from dsconvert.fit import draws
 from dsconvert.fit.channels import is_moment
-from dsconvert.fit.gptq import TOGETHER
 from dsconvert.fit.importance import Part, measure_importance
 from dsconvert.fit.kept import Kept, Room
 from dsconvert.fit.leftover import left_over
+from dsconvert.fit.moments import TOGETHER
 from dsconvert.fit.ranges import choose_grids
 from dsconvert.fit.seen import Drawn, check_drawn
 from dsconvert.fit.sensitivity import damage_of
@@ -80,7 +80,7 @@ class Calibration:
     own: Mapping[str, QParams]  # activation grids by value name; none: activations stay float
     drawn: Mapping[str, Drawn]  # by convolution name, what was drawn from this process's images (see `Importance`)
     channels: Mapping[str, Tensor]  # second moments of output channels' gradients (see `Importance`)
-    damage: Mapping[str, Mapping[Width, float]]  # what each width of each layer would do
+    damage: Mapping[str, Mapping[WeightFormat, float]]  # what each format of each layer would do
 
 
 def check_calibration(
@@ -88,7 +88,7 @@ def check_calibration(
     graph: Graph,
     params: Mapping[str, ConvParams],
     images: Images,
-    widths: Mapping[str, Sequence[Width]],
+    formats: Mapping[str, Sequence[WeightFormat]],
     quantized: bool,
 ) -> None:
     """Raises ValueError or KeyError unless `found` can be what `calibrate` makes of the rest: it comes from a file."""
@@ -110,9 +110,9 @@ def check_calibration(
     for moment in found.channels.values():
         if moment.dtype != torch.float32 or not is_moment(moment):
             raise ValueError("channels")
-    if {name: set(by_width) for name, by_width in found.damage.items()} != {n: set(w) for n, w in widths.items()}:
-        raise ValueError("widths")
-    if not all(math.isfinite(d) and d >= 0 for by_width in found.damage.values() for d in by_width.values()):
+    if {name: set(by_format) for name, by_format in found.damage.items()} != {n: set(f) for n, f in formats.items()}:
+        raise ValueError("formats")
+    if not all(math.isfinite(d) and d >= 0 for by_format in found.damage.values() for d in by_format.values()):
         raise ValueError("damage")
 
 
@@ -259,14 +259,14 @@ def calibrate(
     params: Mapping[str, ConvParams],
     head: Head,
     images: Images,
-    widths: Mapping[str, Sequence[Width]],
+    formats: Mapping[str, Sequence[WeightFormat]],
     seed: int,
     device: str,
     quantized: bool,
     report: Progress,
     room: Room,
 ) -> Calibration:
-    """Look at the images once. `widths` are those of each layer whose damage is wanted; `quantized`: whether
+    """Look at the images once. `formats` are those of each layer whose damage is wanted; `quantized`: whether
     activations will be; what is drawn from the images goes to the `room`."""
 
     def singles() -> Iterator[Tensor]:
@@ -277,17 +277,17 @@ def calibrate(
     def measure(raw: list[Tensor], reference: list[Tensor]) -> list[Tensor]:
         return detection_measure(raw, reference, head)
 
-    chosen = list(widths)
+    chosen = list(formats)
     found = measure_importance(graph, params, singles(), measure, seed, chosen, images.part, room)
     own = choose_grids(graph, found.samples, found.clipping, seed, sure_scores(graph, head)) if quantized else {}
-    damage: dict[str, dict[Width, float]] = {}
-    if widths:
+    damage: dict[str, dict[WeightFormat, float]] = {}
+    if formats:
         again = partial(images.one, device=device)
         left = left_over(graph, params, again, found.drawn, found.channels, images.part, images.all_photographs())
 
-        def foretold(name: str) -> dict[Width, float]:
-            made = damage_of(params[name].weight.cpu(), widths[name], found.squares[name])
-            return {width: d * left[name].of(width) if name in left else d for width, d in made.items()}
+        def foretold(name: str) -> dict[WeightFormat, float]:
+            made = damage_of(params[name].weight.cpu(), formats[name], found.squares[name])
+            return {f: d * left[name].of(f) if name in left else d for f, d in made.items()}
 
         damage = dict(zip(chosen, in_order(foretold, chosen), strict=True))
     return Calibration(own, found.drawn, found.channels, damage)

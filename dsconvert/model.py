@@ -39,7 +39,7 @@ class DSModel:
     @property
     def has_real_alpha(self) -> bool:
         """True when any weight's shifts are the paper's real numbers; such a model has no int8 form."""
-        return any(c.weight.alpha is not None for c in self.convs.values())
+        return any(c.weight.format.code.real for c in self.convs.values())
 
 
 def is_dsconv(weight: DSTensor) -> bool:

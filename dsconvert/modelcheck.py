@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from dsconvert.dsconv.format import WeightFormat
 from dsconvert.dsconv.tensor import block_count
 from dsconvert.graph.integer import QParams, grid_of, gridded
 from dsconvert.graph.shapes import check_node, value_shapes
@@ -19,7 +20,8 @@ from dsconvert.model import DSModel, damage_by_bits, display_name
 from dsconvert.yolo.layers import MAX_MASKS
 from dsconvert.yolo.network import MAX_ANCHOR, MAX_STRIDE, Head
 
-MAX_NODES, MAX_SIDE, KDS_BITS = 5000, 4096, 4
+Shape = tuple[int, int, int, int]  # of a weight: cho, chi, kh, kw
+MAX_NODES, MAX_SIDE = 5000, 4096
 MAX_VALUES = 1 << 29  # of one tensor: the largest of a yolov5x6 at 4096 pixels has 335 million
 # Beyond these, products of a few of them leave float32. Fits end between 1e-30 (CDSw of a channel without weights, see
 # `QConv.with_room`) and some thousands, grids between 4e-9 (`QParams.of_range`) and 60000 / 255.
@@ -47,15 +49,18 @@ class Tensor:
             raise ValueError(f"{name} holds numbers outside {self.low:g} to {self.high:g}")
 
 
-def tensors_of(shape: tuple[int, int, int, int], bits: int, block_size: int, coded: bool) -> dict[str, Tensor]:
-    """All that a model file may hold of one convolution, by the last part of the tensor's name."""
+def tensors_of(shape: Shape, format: WeightFormat) -> dict[str, Tensor]:
+    """All that a model file holds of one convolution, by the last part of the tensor's name."""
     cho, chi, kh, kw = shape
-    blocks = (cho, block_count(chi, block_size), kh, kw)
-    integers = Tensor("uint8", (_bytes(math.prod(shape) * bits),), 0, 255)
+    blocks = (cho, block_count(chi, format.block_size), kh, kw)
+    shifts: dict[str, Tensor] = {}
+    if format.code.real:
+        shifts = {"alpha": Tensor("float32", blocks, -MOST, MOST)}
+    elif not format.is_plain:
+        shifts = {"kds": Tensor("uint8", (_bytes(math.prod(blocks) * format.kds_bits),), 0, 255)}
     return {
-        "code" if coded else "vqk": integers,
-        "kds": Tensor("uint8", (_bytes(math.prod(blocks) * KDS_BITS),), 0, 255),
-        "alpha": Tensor("float32", blocks, -MOST, MOST),
+        format.code.part: Tensor("uint8", (_bytes(math.prod(shape) * format.bits),), 0, 255),
+        **shifts,
         # in float32 LEAST_CDS is a little above what it says
         "cdsw": Tensor("float32", (cho,), LEAST_CDS, MOST),
         "cdsb": Tensor("float32", (cho,), -MOST, MOST),

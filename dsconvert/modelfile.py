@@ -1,7 +1,7 @@
 """The converted model on disk: one safetensors file, integers packed to their bits, everything else in its header.
 
 Tensors per convolution: `<name>.vqk` and `<name>.kds` as packed bits (see `dsconv.packing`); `<name>.code` in the
-place of `.vqk` holds the bits of VQK along a trellis, in its strings' order (see `dsconv.trellis`); `<name>.alpha`
+place of `.vqk` holds the bits of VQK along a trellis, in its strings' order (see `dsconv.codes`); `<name>.alpha`
 float32 in the place of `.kds`, `<name>.cdsw` and `<name>.cdsb` float32. The
 header's single key `dsconvert` holds JSON: format version, graph, layers (shape, bits, block size), activation grids,
 head, image size, provenance, and last a digest of all of it and of the tensors (see `seal`).
@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +21,17 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from dsconvert.dsconv import trellis
+from dsconvert.dsconv.codes import CODES, FREE
+from dsconvert.dsconv.codes.real import REAL
+from dsconvert.dsconv.format import WeightFormat
 from dsconvert.dsconv.packing import pack_bits, unpack_bits
-from dsconvert.dsconv.tensor import DSTensor, block_count, vqk_limits
+from dsconvert.dsconv.tensor import DSTensor, block_count
 from dsconvert.errors import InputError, printable, shown
 from dsconvert.filekinds import check_ordinary
 from dsconvert.graph.integer import QConv, QParams
 from dsconvert.graph.ir import Graph
 from dsconvert.model import DSModel
-from dsconvert.modelcheck import KDS_BITS, Tensor, check_model, tensors_of
+from dsconvert.modelcheck import Shape, Tensor, check_model, tensors_of
 from dsconvert.seal import DIGEST, NotAsWritten, seal, unseal
 from dsconvert.yolo.network import Head
 
@@ -41,9 +43,6 @@ MAX_LAYER, MAX_WEIGHTS = 1 << 26, 1 << 28  # a yolov5x6 has 15 million weights i
 _TYPES = {"U8": "uint8", "I8": "int8", "F32": "float32"}  # of safetensors
 
 
-_PARTS = ("vqk", "code", "kds", "alpha", "cdsw", "cdsb")
-
-
 def model_bytes(model: DSModel) -> bytes:
     """The file's bytes; equal models give equal bytes."""
     tensors: dict[str, NDArray[Any]] = {}
@@ -51,15 +50,14 @@ def model_bytes(model: DSModel) -> bytes:
     for name, conv in model.convs.items():
         w = conv.weight
         layers[name] = {"shape": list(w.vqk.shape), "bits": w.bits, "block_size": w.block_size}
-        if w.code is not None:
-            layers[name]["trellis"] = True
-            tensors[f"{name}.code"] = pack_bits(trellis.strings(w.code, w.block_size).contiguous().numpy(), w.bits)
-        else:
-            tensors[f"{name}.vqk"] = pack_bits(w.vqk.numpy(), w.bits)
-        if w.alpha is not None:
-            tensors[f"{name}.alpha"] = w.alpha.numpy()
+        code = w.format.code
+        if code.marked:
+            layers[name][code.name] = True
+        tensors[f"{name}.{code.part}"] = code.pack(w.stored, w.format)
+        if code.real:
+            tensors[f"{name}.alpha"] = w.m.numpy()
         elif not w.is_plain_int8:
-            tensors[f"{name}.kds"] = pack_bits(w.m.numpy(), KDS_BITS)
+            tensors[f"{name}.kds"] = pack_bits(w.m.numpy(), w.format.kds_bits)
         tensors[f"{name}.cdsw"] = w.cds_w.numpy()
         tensors[f"{name}.cdsb"] = conv.bias.numpy()
     header = {
@@ -142,11 +140,11 @@ def _check_sizes(layers: Mapping[str, Any], stored: Any) -> None:
     wanted: dict[str, Tensor] = {}
     total = 0
     for name, layer in layers.items():
-        shape, bits, block_size, coded = _layer(name, layer)
+        shape, format = _layer(name, layer, stored.keys())
         total += math.prod(shape)
         if math.prod(shape) > MAX_LAYER or total > MAX_WEIGHTS:
             raise ValueError("more weights than any network has")
-        wanted |= {f"{name}.{part}": kind for part, kind in tensors_of(shape, bits, block_size, coded).items()}
+        wanted |= {f"{name}.{part}": kind for part, kind in tensors_of(shape, format).items()}
     for name in stored.keys():  # noqa: SIM118 (not a dict)
         part, kind = stored.get_slice(name), wanted.get(name)
         if kind is None:
@@ -161,9 +159,6 @@ def _model(header: Mapping[str, Any], tensors: Mapping[str, NDArray[Any]]) -> DS
     convs = {node.name: _conv(node.name, header["layers"][node.name], tensors) for node in graph.convs()}
     if set(header["layers"]) != set(convs):
         raise ValueError("layers")
-    known = {f"{name}.{part}" for name in convs for part in _PARTS}
-    if unknown := sorted(set(tensors) - known):
-        raise ValueError(f"a tensor {unknown[0]} that belongs to no layer")
     h = header["head"]
     anchors = tuple(tuple((float(w), float(v)) for w, v in level) for level in h["anchors"])
     if not all(isinstance(n, str) for n in h["names"]):
@@ -174,39 +169,32 @@ def _model(header: Mapping[str, Any], tensors: Mapping[str, NDArray[Any]]) -> DS
     return DSModel(graph, convs, activations, head, int(header["imgsz"]), dict(header["provenance"]))
 
 
-def _layer(name: str, layer: Mapping[str, Any]) -> tuple[tuple[int, int, int, int], int, int, bool]:
-    """Shape, bits, block size of a layer, and whether it is stored along a trellis. Raises ValueError for others than a
-    layer has."""
+def _layer(name: str, layer: Mapping[str, Any], tensors: Collection[str]) -> tuple[Shape, WeightFormat]:
+    """Shape and format of a layer, by its entry and the names of all tensors. Raises ValueError for others than a layer
+    has."""
     cho, chi, kh, kw = (int(n) for n in layer["shape"])
-    bits, block_size, coded = int(layer["bits"]), int(layer["block_size"]), layer.get("trellis", False)
-    if not isinstance(coded, bool):
-        raise ValueError(f"trellis of {name}")
-    vqk_limits(bits, coded)
-    if min(cho, chi, kh, kw) < 1 or not 1 <= block_size <= MAX_BLOCK:
+    marks = [mark for mark, code in CODES.items() if code.marked and mark in layer]
+    if any(layer[mark] is not True for mark in marks) or len(marks) > 1:
+        raise ValueError(f"{marks[0]} of {name}")
+    code = CODES[marks[0]] if marks else REAL if f"{name}.alpha" in tensors else FREE
+    format = WeightFormat(int(layer["bits"]), int(layer["block_size"]), code)
+    if min(cho, chi, kh, kw) < 1 or not 1 <= format.block_size <= MAX_BLOCK or not format.limits:
         raise ValueError(f"shape or block size of {name}")
-    return (cho, chi, kh, kw), bits, block_size, coded
+    return (cho, chi, kh, kw), format
 
 
 def _conv(name: str, layer: Mapping[str, Any], tensors: Mapping[str, NDArray[Any]]) -> QConv:
-    (cho, chi, kh, kw), bits, block_size, coded = _layer(name, layer)
-    blocks = (cho, block_count(chi, block_size), kh, kw)
-    wanted = tensors_of((cho, chi, kh, kw), bits, block_size, coded)
-    for part in _PARTS:
-        value = tensors.get(f"{name}.{part}")
-        if value is not None and part not in wanted:
-            raise ValueError(f"{name}.{part} has no place in a layer of this kind")
-        if value is not None:
-            wanted[part].check(f"{name}.{part}", value)
-    kds = tensors.get(f"{name}.kds")
-    m = np.ones(blocks, np.int8) if kds is None else unpack_bits(kds, KDS_BITS, blocks, signed=False)
-    cds_w, bias = (torch.from_numpy(tensors[f"{name}.{part}"]) for part in ("cdsw", "cdsb"))
-    if coded:
-        symbols = unpack_bits(tensors[f"{name}.code"], bits, (cho, chi * kh * kw), signed=False).view(np.uint8)
-        code = trellis.from_strings(torch.from_numpy(symbols), (cho, chi, kh, kw), block_size)
-        weight = DSTensor.along_trellis(code, torch.from_numpy(m), cds_w, bits, block_size)
+    shape, format = _layer(name, layer, tensors)
+    wanted = tensors_of(shape, format)
+    for part, kind in wanted.items():
+        kind.check(f"{name}.{part}", tensors[f"{name}.{part}"])
+    blocks = (shape[0], block_count(shape[1], format.block_size), *shape[2:])
+    if "alpha" in wanted:
+        m = tensors[f"{name}.alpha"]
+    elif "kds" in wanted:
+        m = unpack_bits(tensors[f"{name}.kds"], format.kds_bits, blocks, signed=False)
     else:
-        vqk = unpack_bits(tensors[f"{name}.vqk"], bits, (cho, chi, kh, kw))
-        alpha = tensors.get(f"{name}.alpha")
-        real = None if alpha is None else torch.from_numpy(alpha)
-        weight = DSTensor(torch.from_numpy(vqk), torch.from_numpy(m), cds_w, bits, block_size, real)
-    return QConv(weight, bias)
+        m = np.ones(blocks, np.int8)
+    cds_w, bias = (torch.from_numpy(tensors[f"{name}.{part}"]) for part in ("cdsw", "cdsb"))
+    stored = format.code.unpack(tensors[f"{name}.{format.code.part}"], shape, format)
+    return QConv(DSTensor(stored, torch.from_numpy(m), cds_w, format), bias)

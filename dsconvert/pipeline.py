@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -23,10 +23,10 @@ from dsconvert.budget import (
     BLOCK_SIZES,
     UNIFORM,
     Damage,
-    Widths,
+    Formats,
+    formats_for_file,
+    formats_like_uniform,
     packed_size,
-    widths_for_file,
-    widths_like_uniform,
 )
 from dsconvert.calibcache import remembered
 from dsconvert.calibration import (
@@ -42,19 +42,18 @@ from dsconvert.calibration import (
 )
 from dsconvert.calibration import Progress as Progress
 from dsconvert.division import Division, divided
-from dsconvert.dsconv.tensor import DSTensor, Width, used_width
+from dsconvert.dsconv.codes import REAL, usual_format
+from dsconvert.dsconv.format import WeightFormat
 from dsconvert.errors import InputError
 from dsconvert.evaluate.compare import ScoreShift
 from dsconvert.evaluate.drop import labels_of, map_drop, scores_on
 from dsconvert.files import write_atomic
-from dsconvert.fit.gptq import fit_layer
 from dsconvert.fit.kept import MEMORY, Room
-from dsconvert.fit.lockstep import FitLayer, fit_lockstep
-from dsconvert.fit.real_alpha import fit_layer_real
-from dsconvert.fit.seen import Seen
-from dsconvert.fit.sensitivity import widths_of
+from dsconvert.fit.layer import GPTQ
+from dsconvert.fit.lockstep import fit_lockstep
+from dsconvert.fit.sensitivity import formats_of
 from dsconvert.graph.integer import QConv, QParams
-from dsconvert.graph.ir import ConvParams, Graph, Node
+from dsconvert.graph.ir import ConvParams, Graph
 from dsconvert.model import DSModel, damage_by_bits, display_name, is_dsconv
 from dsconvert.modelfile import model_bytes
 from dsconvert.sameness import warning_of
@@ -164,10 +163,10 @@ def quantize(
     key = {**asdict(options), "calib": None, "images": [images.part.first, images.part.all]}
     sizes = [options.block_size] if options.block_size else BLOCK_SIZES
     judged = {
-        name: widths_of(params[name].weight.shape[1], BITS, sizes) for name in (chosen if options.bits is None else [])
+        name: formats_of(params[name].weight.shape[1], BITS, sizes) for name in (chosen if options.bits is None else [])
     }
     seen = {k: key[k] for k in ("images", "imgsz", "seed", "device", "activations")}
-    seen["widths"] = judged
+    seen["formats"] = {name: [f.spelled() for f in some] for name, some in judged.items()}
     pixels = images.digest() if cache is not None or unfinished is not None else ""
     calibration = remembered(
         cache, run_key(seen, checkpoint.sha256, pixels),
@@ -186,18 +185,18 @@ def quantize(
         left = read_unfinished(unfinished, run, {n: p.weight.shape for n, p in params.items()}) if resume else {}
         keep = partial(write_unfinished, unfinished, run)
 
-    def fitted(widths: Widths) -> DSModel:
+    def fitted(formats: Formats) -> DSModel:
         report("widths", 1, 1)
-        wanted = [(n.name, _width(widths, n.name, params[n.name].weight)) for n in graph.convs()]
-        together = coupled(graph, widths, calibration.channels, options.kds)
+        every = {name: formats.get(name, usual_format(8, p.weight.shape[1], 0)) for name, p in params.items()}
+        known = usable(left, [(n.name, every[n.name]) for n in graph.convs()])
         convs = fit_lockstep(
-            graph, params, _layer_fit(widths, options, together, photographs), own, images.pixels, calibration.drawn,
-            images.part.mine, room, device, lambda done, total: report("fit", done, total), usable(left, wanted), keep,
+            graph, params, GPTQ(calibration.channels, photographs), every, own, images.pixels, calibration.drawn,
+            images.part.mine, room, device, lambda done, total: report("fit", done, total), known, keep,
         )  # fmt: skip
         return DSModel(graph, convs, own, head, options.imgsz, _provenance(checkpoint, options, command, damage))
 
-    def attempt(widths: Widths) -> tuple[DSModel, float]:
-        model = fitted(widths)
+    def attempt(formats: Formats) -> tuple[DSModel, float]:
+        model = fitted(formats)
         say = partial(report, "evaluate")
         return model, map_drop(model, params, division.target, say, held_labels)
 
@@ -209,10 +208,10 @@ def quantize(
         model = fitted(_mixed(graph, params, own, head, damage, options))
     else:
         block = options.block_size or min(BLOCK_SIZES)
-        widths = {name: used_width(options.bits, params[name].weight.shape[1], block) for name in chosen}
+        formats = {name: usual_format(options.bits, params[name].weight.shape[1], block) for name in chosen}
         if options.kds == "float":  # the paper's form: every VQK is any integer of its bits
-            widths = {name: width._replace(trellis=False) for name, width in widths.items()}
-        model = fitted(widths)
+            formats = {name: replace(format, code=REAL) for name, format in formats.items()}
+        model = fitted(formats)
     tuned = None
     judges = photographs_of(division.judges, options.imgsz)
     if len(judges) > 1:  # one has no standard error
@@ -268,38 +267,15 @@ def _mixed(
     head: Head,
     damage: Damage,
     options: QuantizeOptions,
-) -> dict[str, Width]:
-    """Widths by name within the options' budget."""
+) -> dict[str, WeightFormat]:
+    """Formats by name within the options' budget."""
     if options.target_bytes is None:
-        return widths_like_uniform(params, damage)
+        return formats_like_uniform(params, damage)
 
-    def file_size(widths: Widths) -> int:
-        return packed_size(graph, params, own, head, options.imgsz, widths)
+    def file_size(formats: Formats) -> int:
+        return packed_size(graph, params, own, head, options.imgsz, formats)
 
-    return widths_for_file(params, damage, options.target_bytes, file_size)
-
-
-def _width(widths: Widths, name: str, weight: Tensor) -> Width:
-    return widths.get(name, used_width(8, weight.shape[1], 0))
-
-
-def coupled(graph: Graph, widths: Widths, channels: Mapping[str, Tensor], kds: str) -> dict[str, Tensor]:
-    """The `channels` of the convolutions whose output channels are fitted together: below 8 bits, without groups and
-    with integer shifts."""
-    names = [n.name for n in graph.convs() if n.attrs["groups"] == 1 and kds == "int" and n.name in channels]
-    return {name: channels[name] for name in names if name in widths and widths[name].bits < 8}
-
-
-def _layer_fit(widths: Widths, options: QuantizeOptions, channels: Mapping[str, Tensor], photographs: int) -> FitLayer:
-    """DSConv with its width for the chosen convolutions, plain int8 per channel for the others."""
-
-    def fit(node: Node, weight: Tensor, seen: Iterable[Seen]) -> DSTensor | QConv:
-        width = _width(widths, node.name, weight)
-        if options.kds == "float" and node.name in widths:
-            return fit_layer_real(node, weight, width.bits, width.block_size, seen, photographs)
-        return fit_layer(node, weight, width, seen, channels.get(node.name), photographs)
-
-    return fit
+    return formats_for_file(params, damage, options.target_bytes, file_size)
 
 
 def _sqnr_db(weight: Tensor, fitted: Tensor) -> float:

@@ -1,4 +1,4 @@
-"""From a tolerable loss to widths: the smallest file whose measured loss is at most that.
+"""From a tolerable loss to formats: the smallest file whose measured loss is at most that.
 
 Every try fits a model and measures it, which takes a minute or two, so each try is placed by what the one before
 showed: over the useful range the loss grows in proportion to the expected damage (docs/method.md).
@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
-from dsconvert.budget import Damage, Widths, choices, widths_like_uniform
+from dsconvert.budget import Damage, Formats, choices, formats_like_uniform
 from dsconvert.errors import InputError
 from dsconvert.fit.allocate import allocate
 from dsconvert.graph.ir import ConvParams
@@ -23,31 +23,31 @@ Model = TypeVar("Model")
 
 @dataclass(frozen=True)
 class Tried(Generic[Model]):
-    """One fitted model: its widths, their expected damage, the loss measured (points of mAP50-95)."""
+    """One fitted model: its formats, their expected damage, the loss measured (points of mAP50-95)."""
 
-    widths: Widths
+    formats: Formats
     damage: float
     loss: float
     model: Model
 
 
-def expected(damage: Damage, widths: Widths) -> float:
-    """Damage of these widths together."""
-    return sum(damage[name][width] for name, width in widths.items())
+def expected(damage: Damage, formats: Formats) -> float:
+    """Damage of these formats together."""
+    return sum(damage[name][format] for name, format in formats.items())
 
 
-def widths_for_damage(params: Mapping[str, ConvParams], damage: Damage, most: float) -> Widths:
-    """The smallest widths whose expected damage is at most `most`; the least damage there is, if that is more."""
+def formats_for_damage(params: Mapping[str, ConvParams], damage: Damage, most: float) -> Formats:
+    """The smallest formats whose expected damage is at most `most`; the least damage there is, if that is more."""
     options = choices(params, damage)
-    low = sum(min(c.size for c in by_width) for by_width in options.values())
-    high = sum(max(c.size for c in by_width) for by_width in options.values())
-    best = {name: min(by_width, key=lambda c: c.damage).width for name, by_width in options.items()}
+    low = sum(min(c.size for c in some) for some in options.values())
+    high = sum(max(c.size for c in some) for some in options.values())
+    best = {name: min(some, key=lambda c: c.damage).format for name, some in options.items()}
     step = max((high - low) // 256, 1)
     while high - low > step:
         middle = (low + high) // 2
-        widths = {name: c.width for name, c in allocate(options, middle).items()}
-        if expected(damage, widths) <= most:
-            best, high = widths, middle
+        formats = {name: c.format for name, c in allocate(options, middle).items()}
+        if expected(damage, formats) <= most:
+            best, high = formats, middle
         else:
             low = middle
     return best
@@ -57,23 +57,23 @@ def smallest_within(
     params: Mapping[str, ConvParams],
     damage: Damage,
     most: float,
-    attempt: Callable[[Widths], tuple[Model, float]],
+    attempt: Callable[[Formats], tuple[Model, float]],
 ) -> Tried[Model]:
-    """The model of least size among the tried ones that lose at most `most` points. `attempt` fits widths and gives
-    the model and its loss. Raises InputError when the finest widths lose more."""
+    """The model of least size among the tried ones that lose at most `most` points. `attempt` fits formats and gives
+    the model and its loss. Raises InputError when the finest formats lose more."""
     good: list[Tried[Model]] = []
     bad: list[Tried[Model]] = []
-    widths: Widths = widths_like_uniform(params, damage)
+    formats: Formats = formats_like_uniform(params, damage)
     for _ in range(TRIES):
-        model, loss = attempt(widths)
-        tried = Tried(widths, expected(damage, widths), loss, model)
+        model, loss = attempt(formats)
+        tried = Tried(formats, expected(damage, formats), loss, model)
         (good if loss <= most else bad).append(tried)
-        widths = widths_for_damage(params, damage, _next(tried, good, bad, most))
-        if any(widths == t.widths for t in (*good, *bad)):
+        formats = formats_for_damage(params, damage, _next(tried, good, bad, most))
+        if any(formats == t.formats for t in (*good, *bad)):
             break
     if good:
         return max(good, key=lambda t: t.damage)
-    finest = widths_for_damage(params, damage, 0.0)
+    finest = formats_for_damage(params, damage, 0.0)
     model, loss = attempt(finest)
     if loss > most:
         raise InputError(

@@ -20,7 +20,9 @@ from safetensors.torch import save
 from torch import Tensor
 
 import dsconvert
-from dsconvert.dsconv.tensor import DSTensor, Width
+from dsconvert.dsconv.codes import format_of
+from dsconvert.dsconv.format import WeightFormat
+from dsconvert.dsconv.tensor import DSTensor
 from dsconvert.errors import InputError
 from dsconvert.filekinds import check_ordinary
 from dsconvert.files import write_atomic
@@ -40,12 +42,9 @@ def write_unfinished(path: Path, key: str, convs: Mapping[str, QConv]) -> None:
     tensors: dict[str, Tensor] = {}
     for name, conv in convs.items():
         w = conv.weight
-        tensors |= {f"{name}.vqk": w.vqk, f"{name}.m": w.m, f"{name}.cdsw": w.cds_w, f"{name}.cdsb": conv.bias}
-        for part, tensor in (("alpha", w.alpha), ("code", w.code)):
-            if tensor is not None:
-                tensors[f"{name}.{part}"] = tensor
-    widths = {name: c.weight.width for name, c in convs.items()}
-    write_atomic(path, sealed(tensors, META, {"key": key, "layers": widths}), force=True)
+        tensors |= {f"{name}.stored": w.stored, f"{name}.m": w.m, f"{name}.cdsw": w.cds_w, f"{name}.cdsb": conv.bias}
+    formats = {name: c.weight.format.spelled() for name, c in convs.items()}
+    write_atomic(path, sealed(tensors, META, {"key": key, "layers": formats}), force=True)
 
 
 def sealed(tensors: Mapping[str, Tensor], meta: str, about: Mapping[str, Any]) -> bytes:
@@ -91,12 +90,12 @@ def read_unfinished(path: Path, key: str, shapes: Mapping[str, Sequence[int]]) -
         layers = {
             name: QConv(
                 DSTensor(
-                    tensors[f"{name}.vqk"], tensors[f"{name}.m"], tensors[f"{name}.cdsw"], int(bits), int(block),
-                    tensors.get(f"{name}.alpha"), tensors[f"{name}.code"] if coded else None,
+                    tensors[f"{name}.stored"], tensors[f"{name}.m"], tensors[f"{name}.cdsw"],
+                    format_of(int(bits), int(block), code),
                 ),
                 tensors[f"{name}.cdsb"],
             )
-            for name, (bits, block, coded) in about["layers"].items()
+            for name, (bits, block, code) in about["layers"].items()
         }  # fmt: skip
         for name, conv in layers.items():
             _check(conv, shapes[name])
@@ -106,10 +105,11 @@ def read_unfinished(path: Path, key: str, shapes: Mapping[str, Sequence[int]]) -
 def _check(conv: QConv, shape: Sequence[int]) -> None:
     """Raises ValueError for numbers of another kind, or of no use, or of another shape."""
     w = conv.weight
-    reals = [w.cds_w, conv.bias, *([] if w.alpha is None else [w.alpha])]
+    reals = [w.cds_w, conv.bias, *([w.m] if w.format.code.real else [])]
     if tuple(w.vqk.shape) != tuple(shape) or tuple(conv.bias.shape) != (shape[0],):
         raise ValueError("shape")
-    if w.vqk.dtype != torch.int8 or w.m.dtype != torch.int8 or any(r.dtype != torch.float32 for r in reals):
+    integers = w.m.dtype == torch.int8 or w.format.code.real
+    if w.vqk.dtype != torch.int8 or not integers or any(r.dtype != torch.float32 for r in reals):
         raise ValueError("kinds of numbers")
     if not all(bool(torch.isfinite(r).all()) for r in reals):
         raise ValueError("numbers")
@@ -126,13 +126,13 @@ def run_key(*parts: Any) -> str:
     return digest.hexdigest()
 
 
-def usable(kept: Mapping[str, QConv], wanted: Sequence[tuple[str, Width]]) -> dict[str, QConv]:
-    """Of the layers kept, those before the first that is missing or has another width than wanted: each layer is
+def usable(kept: Mapping[str, QConv], wanted: Sequence[tuple[str, WeightFormat]]) -> dict[str, QConv]:
+    """Of the layers kept, those before the first that is missing or has another format than wanted: each layer is
     fitted on what the ones before it do."""
     taken: dict[str, QConv] = {}
-    for name, width in wanted:
+    for name, format in wanted:
         conv = kept.get(name)
-        if conv is None or conv.weight.width != width:
+        if conv is None or conv.weight.format != format:
             break
         taken[name] = conv
     return taken

@@ -13,14 +13,16 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from formats import fit_weight
 from hypothesis import settings
 
 from dsconvert import calibration
 from dsconvert.cli import main
-from dsconvert.dsconv.trellis import fits
+from dsconvert.dsconv.codes import TRELLIS, usual_format
+from dsconvert.dsconv.codes.trellis_table import fits
 from dsconvert.fit.importance import measure_importance
 from dsconvert.fit.kept import Room
-from dsconvert.fit.least_squares import fit_weight
+from dsconvert.fit.layer import fit_cds
 from dsconvert.fit.lockstep import fit_lockstep, watch
 from dsconvert.fit.ranges import choose_grids
 from dsconvert.graph.integer import QConv
@@ -151,6 +153,17 @@ def grids_of(graph, params, batches) -> dict:
     return choose_grids(graph, found.samples, found.clipping, 0)
 
 
+class Called:
+    """A fit that asks a function for a layer, or for its weight alone."""
+
+    def __init__(self, function):
+        self.function = function
+
+    def layer(self, node, weight, format, batches):
+        made = self.function(node, weight, batches())
+        return made if isinstance(made, QConv) else fit_cds(node, made, batches())
+
+
 def lockstep(graph, params, fit_layer, own, batches, progress=None, room=None):
     """`fit_lockstep` on batches (n, 3, h, w) 0..1 of whole bytes, every position counting the same."""
     images = [image for batch in batches for image in batch]
@@ -159,7 +172,10 @@ def lockstep(graph, params, fit_layer, own, batches, progress=None, room=None):
     for index, image in enumerate(images):
         pixels.put(index, (image * 255).round().to(torch.uint8))
     drawn = watch(graph, params, [pixels.get(i).float() / 255 for i in range(len(images))], 0, room)
-    return fit_lockstep(graph, params, fit_layer, own, pixels, drawn, len(images), room, progress=progress)
+    formats = {name: usual_format(8, p.weight.shape[1], 0) for name, p in params.items()}
+    return fit_lockstep(
+        graph, params, Called(fit_layer), formats, own, pixels, drawn, len(images), room, progress=progress
+    )
 
 
 @pytest.fixture(scope="session")
@@ -254,10 +270,12 @@ def _widened(conv: QConv, index: int) -> QConv:
     """DSConv layers at 2, 3, 4, ... 8 bits in turn, the first of 2, 3 and 4 bits along a
     trellis; small enough that no engine saturates."""
     if conv.weight.is_plain_int8:
-        return replace(conv, weight=replace(conv.weight, vqk=conv.weight.vqk // 2))
+        return replace(conv, weight=replace(conv.weight, stored=conv.weight.stored // 2))
     along = index < 8 and fits(2 + index % 7, conv.weight.vqk.shape[1], 16)
     fitted = fit_weight(conv.weight.weight(), 2 + index % 7, 16, along)
-    shrink = replace(fitted, m=(fitted.m // 2).clamp_min(1), vqk=fitted.vqk // (1 if fitted.bits < 7 else 2))
+    stored = fitted.stored // (1 if fitted.bits < 7 else 2)
+    m = (fitted.m // 2).clamp_min(1)
+    shrink = replace(fitted, m=m, stored=stored)
     return replace(conv, weight=shrink)
 
 
@@ -265,7 +283,7 @@ def widen(model: DSModel) -> DSModel:
     """The tiny network with every width from 2 to 8 bits in it."""
     convs = {name: _widened(conv, i) for i, (name, conv) in enumerate(model.convs.items())}
     assert {c.weight.bits for c in convs.values()} == set(range(2, 9))
-    kinds = {(c.weight.bits, c.weight.code is not None) for c in convs.values()}
+    kinds = {(c.weight.bits, c.weight.format.code is TRELLIS) for c in convs.values()}
     assert kinds >= {(bits, along) for bits in (2, 3, 4) for along in (True, False)}
     return replace(model, convs=convs)
 

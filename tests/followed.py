@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from dsconvert.dsconv.codes.trellis_search import Trellis
 from dsconvert.fit import loops
-from dsconvert.fit.trellis import Trellis
 
 
 def followed(

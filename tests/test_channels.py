@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
+from formats import free, gptq
 
-from dsconvert.dsconv.tensor import Width
+from dsconvert.dsconv.codes import REAL
 from dsconvert.fit import draws
 from dsconvert.fit.channels import PARTS, SHRINK, damped, is_moment, made_up_for, parts, second_moment
-from dsconvert.fit.gptq import Moments, damping_for, fit_layer, fit_weight_gptq
-from dsconvert.fit.least_squares import fit_weight
-from dsconvert.fit.lockstep import with_shifts
+from dsconvert.fit.layer import GPTQ, Nearest
+from dsconvert.fit.moments import Moments, damping_for
 from dsconvert.fit.seen import Places, Seen, seen_evenly
 from dsconvert.graph.integer import QParams
-from dsconvert.graph.ir import Graph, Node
+from dsconvert.graph.ir import Node
 from dsconvert.graph.run import conv
-from dsconvert.pipeline import coupled
 
 POINT = Node("conv", "c", ("x",), {"stride": 1, "padding": 0, "dilation": 1, "groups": 1})
 
@@ -98,14 +99,14 @@ def test_channels_that_pull_together_are_fitted_together(bits, cho):
     hessian = moments.damped(flat).hessian
 
     def objective(channels):
-        error = fit_weight_gptq(weight, moments, bits, 8, channels).weight().double().flatten(1) - weight.flatten(1)
+        error = gptq(weight, moments, bits, 8, channels).weight().double().flatten(1) - weight.flatten(1)
         return float(torch.trace(damped(g) @ error @ hessian @ error.T))
 
     assert objective(g) < 0.8 * objective(None)
     # channels that have nothing to do with each other are fitted on their own, whatever they weigh
     apart = torch.diag(torch.rand(cho, generator=generator, dtype=torch.float64) + 0.1)
-    alone = fit_weight_gptq(weight, moments, bits, 8)
-    together = fit_weight_gptq(weight, moments, bits, 8, apart)
+    alone = gptq(weight, moments, bits, 8)
+    together = gptq(weight, moments, bits, 8, apart)
     assert torch.equal(alone.merged(), together.merged())
     torch.testing.assert_close(alone.cds_w, together.cds_w)
 
@@ -115,9 +116,7 @@ def test_a_fitted_layer_keeps_its_scale_and_has_the_right_mean():
     x = torch.rand(2, 1, 4, 4, generator=torch.Generator().manual_seed(0))
     weight = torch.ones(1, 1, 1, 1)
     seen = list(seen_evenly(x, 0.8 * x + 1, 0))
-    kept = fit_layer(POINT, weight, Width(4, 1), seen)
-    refitted = with_shifts(POINT, fit_weight(weight, 4, 1), seen)
-    assert with_shifts(POINT, kept, []) is kept
+    kept, refitted = (fit.layer(POINT, weight, free(4, 1), lambda: seen) for fit in (GPTQ(), Nearest()))
     # damped towards the weight's 1, as much as two images say
     more = damping_for(2)
     assert float(kept.weight.weight()) == pytest.approx((0.8 + more) / (1 + more), rel=1e-4)
@@ -138,7 +137,7 @@ def test_a_bias_makes_the_means_equal_that_a_convolution_has(kernel, stride, dil
         every = torch.arange(y[0, 0].numel())
         weights = torch.rand(2, len(every), generator=generator)
         images += [Seen(q[i], y[i].flatten(1), every, weights[i], grid) for i in range(2)]
-    made = fit_layer(node, weight, Width(4, 8), images)
+    made = GPTQ().layer(node, weight, free(4, 8), lambda: images)
     total = torch.zeros(5, dtype=torch.float64)
     for s in images:
         met = conv(node, grid.dequantize(s.input[None].float()), made.weight.weight(), made.bias)[0].flatten(1)
@@ -147,11 +146,10 @@ def test_a_bias_makes_the_means_equal_that_a_convolution_has(kernel, stride, dil
     torch.testing.assert_close(total, torch.zeros_like(total), rtol=0, atol=1e-5)  # of float32 values about 10
 
 
-def test_only_narrow_layers_without_groups_and_with_integer_shifts_are_coupled():
+def test_only_narrow_layers_without_groups_and_with_integer_shifts_are_fitted_together():
     nodes = [Node("conv", name, ("images",), {**POINT.attrs, "groups": groups})
              for name, groups in (("a", 1), ("b", 2), ("c", 1), ("d", 1), ("e", 1))]  # fmt: skip
-    graph = Graph(tuple(nodes), ("a",))
-    channels = dict.fromkeys("abcd", torch.eye(2))  # nothing depends on e
-    widths = {"a": Width(4, 32), "b": Width(4, 32), "c": Width(8, 2), "e": Width(3, 16)}  # d stays int8
-    assert list(coupled(graph, widths, channels, "int")) == ["a"]
-    assert not coupled(graph, widths, channels, "float")
+    fit = GPTQ(dict.fromkeys("abcd", torch.eye(2)))  # nothing depends on e
+    formats = [free(4, 32), free(4, 32), free(8, 2), replace(free(4, 32), code=REAL), free(3, 16)]
+    found = [fit.together(node, format) for node, format in zip(nodes, formats, strict=True)]
+    assert [moment is not None for moment in found] == [True, False, False, False, False]

@@ -20,13 +20,13 @@ import onnx
 import onnxruntime as ort
 import pytest
 from conftest import HANGS, ROOT, SIDE, convert, smooth_picture, tiny_network
+from formats import fit_weight_real
 from onnx.reference import ReferenceEvaluator
 from onnx.version_converter import convert_version
 
 from dsconvert.export.compact import compact
 from dsconvert.export.nms import Nms
 from dsconvert.export.onnx import Ends, export_float, export_quantized
-from dsconvert.fit.real_alpha import fit_weight_real
 from dsconvert.model import display_name
 from dsconvert.yolo.boxes import non_max_suppression
 from dsconvert.yolo.lower import lower

@@ -13,10 +13,12 @@ import onnxruntime as ort
 import pytest
 import torch
 from conftest import SIDE, by_quads
+from formats import along, fit_weight, nearest
 from onnx import numpy_helper
 from onnx.reference import ReferenceEvaluator
 
-from dsconvert.dsconv.tensor import DSTensor, max_multiplier, used_width
+from dsconvert.dsconv.codes import TRELLIS, usual_format
+from dsconvert.dsconv.tensor import DSTensor
 from dsconvert.errors import InputError
 from dsconvert.export.builder import OnnxBuilder
 from dsconvert.export.compact import compact
@@ -24,7 +26,6 @@ from dsconvert.export.decode import RawMap, add_decode
 from dsconvert.export.inspect import conv_weights
 from dsconvert.export.layouts import add_int8_weight
 from dsconvert.export.onnx import Ends, export_float, export_quantized
-from dsconvert.fit.least_squares import fit_weight
 from dsconvert.graph.integer import run_integer
 from dsconvert.graph.ir import ConvParams
 from dsconvert.graph.run import run_float
@@ -219,8 +220,8 @@ def test_stored_trellises_decode_to_the_merged_int8(layout, bits, cho, chi, bloc
     """In ONNX Runtime, by ONNX's own definition, and in OpenVINO where it is installed; nothing is stored twice."""
     rng = np.random.default_rng(chi)
     code = torch.from_numpy(rng.integers(0, 1 << bits, (cho, chi, k, k))).to(torch.uint8)
-    m = torch.from_numpy(rng.integers(1, max_multiplier(bits, True) + 1, (cho, -(-chi // block), k, k)))
-    weight = DSTensor.along_trellis(code, m.to(torch.int8), torch.ones(cho), bits, block)
+    m = torch.from_numpy(rng.integers(1, TRELLIS.most_m(bits) + 1, (cho, -(-chi // block), k, k)))
+    weight = DSTensor(code, m.to(torch.int8), torch.ones(cho), along(bits, block))
     b = OnnxBuilder(21)
     b.node("Cast", [add_int8_weight(b, "w", weight, layout)], "out", to=onnx.TensorProto.FLOAT)
     model = b.model({}, {"out": tuple(weight.vqk.shape)}, {})
@@ -251,7 +252,7 @@ def test_every_width_is_stored_in_its_own_bits(converted, bits):
     """The file shrinks with the bits: pieces of 4, 2 and 1 bits, padded to multiples of 4."""
     name = next(n for n, c in converted.convs.items() if c.weight.bits == 4)
     old = converted.convs[name]
-    weight = fit_weight(old.weight.weight(), *used_width(bits, old.weight.vqk.shape[1], 16))
+    weight = nearest(old.weight.weight(), usual_format(bits, old.weight.vqk.shape[1], 16))
     model = replace(converted, convs={**converted.convs, name: replace(old, weight=weight)})
     entry = next(w for w in conv_weights(export_quantized(model, "packed", SIDE)) if w.name + ".conv" == name)
     assert entry.shape == tuple(weight.vqk.shape)

@@ -12,13 +12,14 @@ import torch
 from conftest import DEMO, SIDE, convert, smooth_picture, tiny_network, widen
 from onnx import numpy_helper
 
+from dsconvert.dsconv.codes import TRELLIS
+from dsconvert.dsconv.codes.real import fit_weight_real
 from dsconvert.errors import CheckError
 from dsconvert.export import check, decode, stored
 from dsconvert.export.check import check_export, check_images, float_reference, reference_of
 from dsconvert.export.nms import Nms
 from dsconvert.export.onnx import LAYOUT_KEY, Ends, export_float, export_quantized
 from dsconvert.export.reference import Reference
-from dsconvert.fit.real_alpha import fit_weight_real
 from dsconvert.graph.integer import QConv
 from dsconvert.model import DSModel
 from dsconvert.yolo.checkpoint import load_checkpoint
@@ -158,7 +159,7 @@ def test_what_the_nodes_make_of_the_bytes_is_held_against_the_model(widths, real
         vqk = conv.weight.vqk.clone()
         vqk[-1, -1, -1, -1] = 0 if vqk[-1, -1, -1, -1] else 1
         changes = [replace(conv, bias=bias), replace(conv, weight=replace(conv.weight, cds_w=cds))]
-        if conv.weight.code is None:
+        if conv.weight.format.code is not TRELLIS:
             changes.append(replace(conv, weight=replace(conv.weight, vqk=vqk)))
         for changed in changes:
             other = reference_of(replace(model, convs={**model.convs, node.name: changed}))

@@ -14,19 +14,14 @@ import onnxruntime as ort
 import pytest
 import torch
 from conftest import SIDE, convert, smooth_picture, tiny_network
+from formats import free
 from onnx import numpy_helper
 
 from dsconvert import cli, exporting
 from dsconvert.dsconv.tensor import DSTensor
 from dsconvert.errors import CheckError
 from dsconvert.export import check
-from dsconvert.export.check import (
-    check_accumulators,
-    check_export,
-    check_images,
-    float_reference,
-    reference_of,
-)
+from dsconvert.export.check import check_accumulators, check_export, check_images, float_reference, reference_of
 from dsconvert.export.nms import Nms
 from dsconvert.export.onnx import Ends, export_float, export_quantized, in_layout
 from dsconvert.graph.integer import QConv
@@ -46,7 +41,7 @@ def converted() -> DSModel:
 def conv_of(weight: torch.Tensor, bias: float = 0.0) -> QConv:
     cho, chi = weight.shape[:2]
     tensor = DSTensor(weight.to(torch.int8), torch.ones(cho, 1, *weight.shape[2:], dtype=torch.int8),
-                      torch.full((cho,), 0.01), 8, chi)  # fmt: skip
+                      torch.full((cho,), 0.01), free(8, chi))  # fmt: skip
     return QConv(tensor, torch.full((cho,), bias))
 
 

@@ -10,6 +10,7 @@ import onnxruntime as ort
 import pytest
 import torch
 from conftest import SIDE
+from formats import fit_weight, fit_weight_real
 from onnx import TensorProto, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
@@ -20,8 +21,6 @@ from dsconvert.export.compact import compact
 from dsconvert.export.inspect import conv_weights
 from dsconvert.export.onnx import export_quantized
 from dsconvert.export.real import add_real_weight
-from dsconvert.fit.least_squares import fit_weight
-from dsconvert.fit.real_alpha import fit_weight_real
 from dsconvert.graph.ir import ConvParams
 from dsconvert.graph.run import run_float
 from dsconvert.model import DSModel
@@ -58,13 +57,13 @@ def test_the_operator_is_the_blocked_dequantization_of_alphas_own_shape(real):
     graph = export_quantized(real, "float", SIDE).graph
     tensors = {t.name: t for t in graph.initializer}
     name, conv = next(
-        (n, c) for n, c in real.convs.items() if c.weight.alpha is not None and c.weight.vqk.shape[1] % 16 == 0
+        (n, c) for n, c in real.convs.items() if c.weight.format.code.real and c.weight.vqk.shape[1] % 16 == 0
     )
     stem = name.removesuffix(".conv")
     node = next(n for n in graph.node if n.input[:2] == [f"{stem}.vqk", f"{stem}.alpha"])
     assert {a.name: a.i for a in node.attribute} == {"axis": 1, "block_size": 16}
     assert tensors[f"{stem}.vqk"].data_type == TensorProto.INT4
-    assert np.array_equal(numpy_helper.to_array(tensors[f"{stem}.alpha"]), conv.weight.alpha.numpy())  # CDSw is 1
+    assert np.array_equal(numpy_helper.to_array(tensors[f"{stem}.alpha"]), conv.weight.m.numpy())  # CDSw is 1
     assert node.output[0] in next(n for n in graph.node if n.op_type == "Conv" and n.name == stem).input
 
 

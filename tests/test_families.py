@@ -13,11 +13,11 @@ import pytest
 import torch
 from conftest import randomise, write_pictures
 from fake_trees import trained
+from formats import nearest
 from tables import P6, SHORT, gflops, meta, parameters, yolov5, yolov7, yolov7_tiny
 
-from dsconvert.dsconv.tensor import used_width
+from dsconvert.dsconv.codes import usual_format
 from dsconvert.export.onnx import export_quantized
-from dsconvert.fit.least_squares import fit_weight
 from dsconvert.fit.ranges import IMAGE_GRID
 from dsconvert.graph.integer import QConv, QParams, grid_of, integer_step, keeps_grid
 from dsconvert.graph.ir import INPUT
@@ -123,8 +123,8 @@ def quick_model(checkpoint, image) -> DSModel:
     for node in graph.convs():
         p = params[node.name]
         bits = 8 if node.name in (graph.nodes[0].name, *graph.outputs) else 4
-        width = used_width(bits, p.weight.shape[1], 16)
-        conv = QConv(fit_weight(p.weight, *width), p.bias)
+        width = usual_format(bits, p.weight.shape[1], 16)
+        conv = QConv(nearest(p.weight, width), p.bias)
         convs[node.name] = conv.with_room(grids[node.inputs[0]].scale)
     return DSModel(graph, convs, own, checkpoint.head, image.shape[-1], {})
 

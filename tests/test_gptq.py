@@ -7,22 +7,16 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from formats import fit_weight, free, gptq
 from torch.nn import functional as F
 
-from dsconvert.dsconv.tensor import DSTensor, Width, largest_pair
+from dsconvert.dsconv.codes import FREE
+from dsconvert.dsconv.codes.free import round_group
+from dsconvert.dsconv.tensor import DSTensor, largest_pair
 from dsconvert.fit import draws
-from dsconvert.fit.gptq import (
-    DAMPING,
-    Moments,
-    _round,
-    _round_group,
-    damping_for,
-    fit_layer,
-    fit_weight_gptq,
-    inverse_factor,
-    measure_moments,
-)
-from dsconvert.fit.least_squares import fit_weight
+from dsconvert.fit.gptq import inverse_factor
+from dsconvert.fit.layer import GPTQ
+from dsconvert.fit.moments import DAMPING, Moments, damping_for, measure_moments
 from dsconvert.fit.seen import Seen, seen_evenly
 from dsconvert.graph.ir import Node
 
@@ -147,8 +141,7 @@ def test_never_worse_than_least_squares_and_clearly_better_at_few_bits(bits, blo
     moments = replace(moments_of(weight, x, q), damping=DAMPING)  # as of many images
     ridge = DAMPING * float(moments.hessian.diagonal().mean())
     ours, plain = (
-        objective(weight, f, x, q, ridge)
-        for f in (fit_weight_gptq(weight, moments, bits, block), fit_weight(weight, bits, block))
+        objective(weight, f, x, q, ridge) for f in (gptq(weight, moments, bits, block), fit_weight(weight, bits, block))
     )
     # channel by channel; the moments were summed from float32 products
     assert (ours <= plain * (1 + 1e-4)).all()
@@ -161,16 +154,16 @@ def test_no_fitted_pair_can_saturate_sixteen_bits(bits):
     x, q = inputs(11, noise=0.4)
     weight = torch.randn(6, 8, 3, 3, generator=torch.Generator().manual_seed(11)) ** 3
     moments = moments_of(weight, x, q)
-    assert 255 * largest_pair(fit_weight_gptq(weight, moments, bits, 8).merged()) <= 32767
+    assert 255 * largest_pair(gptq(weight, moments, bits, 8).merged()) <= 32767
 
 
 def test_asymmetric_targets_beat_symmetric_ones():
     x, q = inputs(7, noise=0.4)
     weight = torch.randn(6, 8, 3, 3, generator=torch.Generator().manual_seed(7))
     m = moments_of(weight, x, q)
-    asymmetric = objective(weight, fit_weight_gptq(weight, m, 4, 8), x, q)
+    asymmetric = objective(weight, gptq(weight, m, 4, 8), x, q)
     symmetric = Moments(m.hessian, weight.double().flatten(1) @ m.hessian)
-    unaware = objective(weight, fit_weight_gptq(weight, symmetric, 4, 8), x, q)
+    unaware = objective(weight, gptq(weight, symmetric, 4, 8), x, q)
     assert asymmetric.sum() < unaware.sum()
 
 
@@ -178,7 +171,7 @@ def test_independent_inputs_leave_nothing_to_compensate():
     """With H = 1 and C = W every column is on its own: rounding at a given CDSw is already optimal."""
     weight = torch.randn(4, 8, 1, 1, generator=torch.Generator().manual_seed(1))
     eye = torch.eye(8, dtype=torch.float64)
-    ours = fit_weight_gptq(weight, Moments(eye, weight.double().flatten(1)), 4, 8)
+    ours = gptq(weight, Moments(eye, weight.double().flatten(1)), 4, 8)
     plain = fit_weight(weight, 4, 8)
     error = (ours.weight() - weight).square().sum((1, 2, 3))
     # J is then ||W - W'||^2 itself; float32 storage of CDSw
@@ -191,7 +184,7 @@ def test_brute_force_on_two_weights():
     generator = torch.Generator().manual_seed(2)
     weight = torch.randn(40, 2, 1, 1, generator=generator)
     flat = weight.double().flatten(1)
-    fitted = fit_weight_gptq(weight, Moments(hessian, flat @ hessian), 2, 2)
+    fitted = gptq(weight, Moments(hessian, flat @ hessian), 2, 2)
     error = fitted.weight().double().flatten(1) - flat
     got = ((error @ hessian) * error).sum(1)
     candidates = torch.tensor([[a, b] for a in range(-2, 2) for b in range(-2, 2) if a or b], dtype=torch.float64)
@@ -217,11 +210,11 @@ def test_errors_squared_are_what_rounding_adds_to_j():
     cds = torch.tensor([0.08, 0.07, 0.06, 0.05, 0.04], dtype=torch.float64)
 
     def adds(w: torch.Tensor, upper: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        _, _, errors = _round_group(w.numpy(), cds.numpy(), upper.numpy(), 3)
+        _, _, errors = round_group(w.numpy(), cds.numpy(), upper.numpy(), free(3, 4))
         return torch.from_numpy(errors), torch.from_numpy(errors).square().sum(-1)
 
     def j(lengths: list[int]) -> torch.Tensor:
-        vqk, m = _round(w.numpy(), cds.numpy(), upper.numpy(), lengths, 3)
+        vqk, m = FREE.round(w.numpy(), cds.numpy(), upper.numpy(), lengths, free(3, 4))
         error = w - cds[:, None] * m.mT.repeat_interleave(torch.tensor(lengths), -1) * vqk
         return ((error @ hessian) * error).sum(-1)
 
@@ -243,15 +236,26 @@ def test_the_multiplier_is_the_best_of_all():
             moved = w[:, j:] + error @ hessian[:j, j:] @ torch.linalg.inv(hessian[j:, j:])
             made[:, j] = 0.06 * m * (moved[:, 0] / (0.06 * m)).round().clamp(-4, 3)
         costs.append((((w - made) @ hessian) * (w - made)).sum(1))
-    got, _, _ = _round_group(w.numpy(), np.full(9, 0.06), upper.numpy(), 3)
+    got, _, _ = round_group(w.numpy(), np.full(9, 0.06), upper.numpy(), free(3, 4))
     assert got.tolist() == (torch.stack(costs).argmin(0) + 1.0).tolist()
     assert len(set(got)) > 3
 
 
-def test_grouped_convolutions_fall_back_to_least_squares():
+def test_every_group_is_fitted_as_a_layer_of_its_own():
+    generator = torch.Generator().manual_seed(0)
     node = Node("conv", "c", ("x",), {**CONV.attrs, "groups": 2})
-    weight = torch.randn(4, 2, 3, 3)
-    assert torch.equal(fit_layer(node, weight, Width(4, 2), []).vqk, fit_weight(weight, 4, 2).vqk)
+    weight, x, noise = (torch.randn(*s, generator=generator) for s in ((4, 2, 3, 3), (2, 4, 9, 9), (2, 4, 9, 9)))
+    noisy = x + 0.3 * noise
+    y = F.conv2d(x, weight, padding=1, groups=2)
+    made = GPTQ().layer(node, weight, free(3, 2), lambda: seen_evenly(noisy, y, 0))
+    for group, channels in enumerate((slice(0, 2), slice(2, 4))):
+        seen = [*seen_evenly(noisy[:, channels], y[:, channels], 0)]
+        alone = GPTQ().layer(CONV, weight[channels], free(3, 2), lambda seen=seen: seen)
+        assert torch.equal(made.weight.rows(torch.arange(4)[channels]).weight(), alone.weight.weight()), group
+        assert torch.equal(made.bias[channels], alone.bias)
+    depthwise = replace(node, attrs={**node.attrs, "groups": 4})
+    lone = GPTQ().layer(depthwise, weight[:, :1], free(8, 1), lambda: seen_evenly(noisy, y, 0))
+    assert torch.equal(lone.weight.vqk, fit_weight(weight[:, :1], 8, 1).vqk)  # nothing makes up for anything
 
 
 def test_the_factor_of_the_inverse_is_upper_triangular_and_right():

@@ -7,10 +7,10 @@ import onnx
 import onnxruntime as ort
 import pytest
 import torch
+from formats import fit_weight, free
 
 from dsconvert.dsconv.tensor import DSTensor
 from dsconvert.export.builder import OnnxBuilder
-from dsconvert.fit.least_squares import fit_weight
 from dsconvert.graph.integer import (
     SIGMOID,
     QConv,
@@ -149,7 +149,7 @@ def test_sums_beyond_the_exact_integers_of_float32_are_exact():
     node = Node("conv", "c", ("x",), {"stride": 1, "padding": 0, "dilation": 1, "groups": 1})
     generator = torch.Generator().manual_seed(0)
     vqk = torch.randint(1, 128, (4, 3000, 1, 1), generator=generator, dtype=torch.int8)
-    weight = DSTensor(vqk, torch.ones(4, 1, 1, 1, dtype=torch.int8), torch.full((4,), 1e-3), 8, 3000)
+    weight = DSTensor(vqk, torch.ones(4, 1, 1, 1, dtype=torch.int8), torch.full((4,), 1e-3), free(8, 3000))
     # output steps of one accumulator unit around the sums: the last bit of every sum shows
     source = QParams(1.0, 3)
     q = torch.from_numpy(RNG.integers(0, 256, (1, 3000, 1, 1)).astype(np.float32))
@@ -167,7 +167,7 @@ def test_a_channel_whose_bias_has_no_int32_becomes_that_bias():
     """A channel switched off by its BatchNorm keeps its offset: at the scale of its weights it would be clamped."""
     node = Node("conv", "c", ("x",), {"stride": 1, "padding": 0, "dilation": 1, "groups": 1})
     vqk = torch.tensor([[7, -3], [5, 5], [0, 0]], dtype=torch.int8)[:, :, None, None]
-    weight = DSTensor(vqk, torch.ones(3, 1, 1, 1, dtype=torch.int8), torch.tensor([0.01, 1e-12, 1e-20]), 4, 2)
+    weight = DSTensor(vqk, torch.ones(3, 1, 1, 1, dtype=torch.int8), torch.tensor([0.01, 1e-12, 1e-20]), free(4, 2))
     conv = QConv(weight, torch.tensor([0.5, -0.75, 0.25]))
     source, target = QParams(0.02, 10), QParams(0.01, 128)
     assert conv.bias_int(0.02).tolist()[1:] == [-(2**31), 2**31 - 1]  # clamped: the bias is lost

@@ -12,10 +12,13 @@ import onnxruntime as ort
 import pytest
 import torch
 from conftest import SIDE
+from formats import along, free
 from onnx import numpy_helper
 from onnx.reference import ReferenceEvaluator
 
-from dsconvert.dsconv.tensor import DSTensor, Width, max_multiplier, vqk_limits
+from dsconvert.dsconv.codes import TRELLIS
+from dsconvert.dsconv.format import WeightFormat
+from dsconvert.dsconv.tensor import DSTensor
 from dsconvert.export.builder import OnnxBuilder
 from dsconvert.export.joint import JointWeights, joins
 from dsconvert.export.onnx import export_quantized
@@ -26,22 +29,22 @@ KINDS = [(1, True), (2, True), (3, True), (4, True), (4, False), (5, False), (6,
 FLOAT = onnx.TensorProto.FLOAT
 
 
-def weight_of(shape: tuple[int, int, int, int], width: Width, seed: int = 0) -> DSTensor:
+def weight_of(shape: tuple[int, int, int, int], width: WeightFormat, seed: int = 0) -> DSTensor:
     """Random integers up to both ends of their range, and all m."""
     rng = np.random.default_rng(seed)
     cho, chi, kh, kw = shape
-    most = max_multiplier(width.bits, width.trellis)
+    most = width.most_m
     multipliers = rng.integers(1, most + 1, (cho, -(-chi // width.block_size), kh, kw))
     multipliers.flat[0], multipliers.flat[-1] = 1, most
     m = torch.from_numpy(multipliers).to(torch.int8)
-    if width.trellis:
+    if width.code is TRELLIS:
         code = rng.integers(0, 1 << width.bits, shape)
         code[0, -8:, -1, -1] = (1 << width.bits) - 1  # of ones, whatever precedes the next output channel's
-        return DSTensor.along_trellis(torch.from_numpy(code).to(torch.uint8), m, torch.ones(cho), *width[:2])
-    low, high = vqk_limits(width.bits)
+        return DSTensor(torch.from_numpy(code).to(torch.uint8), m, torch.ones(cho), width)
+    low, high = width.limits
     vqk = rng.integers(low, high + 1, shape)
     vqk.flat[:2] = low, high
-    return DSTensor(torch.from_numpy(vqk).to(torch.int8), m, torch.ones(cho), *width[:2])
+    return DSTensor(torch.from_numpy(vqk).to(torch.int8), m, torch.ones(cho), width)
 
 
 def model_of(weights: dict[str, DSTensor]) -> onnx.ModelProto:
@@ -70,7 +73,7 @@ def decoded(model: onnx.ModelProto) -> list[list[np.ndarray]]:
 def test_all_come_back(bits, trellis, shapes):
     sizes = (16, 16, 32, 8)
     weights = {
-        f"layer{i}": weight_of(shape, Width(bits, size, trellis), i)
+        f"layer{i}": weight_of(shape, free(bits, size, trellis), i)
         for i, (shape, size) in enumerate(zip(shapes, sizes, strict=False))
     }
     model = model_of(weights)
@@ -84,7 +87,7 @@ def test_all_come_back(bits, trellis, shapes):
 
 
 def test_all_kinds_in_one_file():
-    weights = {f"w{bits}{trellis}": weight_of((4, 32, 3, 3), Width(bits, 16, trellis)) for bits, trellis in KINDS}
+    weights = {f"w{bits}{trellis}": weight_of((4, 32, 3, 3), free(bits, 16, trellis)) for bits, trellis in KINDS}
     for values in decoded(model_of(weights)):
         for weight, value in zip(weights.values(), values, strict=True):
             assert np.array_equal(value, weight.merged().numpy())
@@ -95,7 +98,7 @@ def test_words_are_as_documented():
     of the eight that four words have above theirs. m 1 and 4 are one byte."""
     vqk = torch.tensor([[-16, 15, 0, -16, -16, -16, -16, -16]] * 2, dtype=torch.int8).reshape(2, 8, 1, 1)
     m = torch.tensor([1, 4], dtype=torch.int8).reshape(2, 1, 1, 1)
-    model = model_of({"w": DSTensor(vqk, m, torch.ones(2), 5, 8)})
+    model = model_of({"w": DSTensor(vqk, m, torch.ones(2), free(5, 8))})
     stored = {t.name: numpy_helper.to_array(t) for t in model.graph.initializer}
     assert stored["w.vqk"].tolist() == [[[[0xF0, 0x00, 0x00, 0x00]], [[0xF0, 0x00, 0x00, 0x00]]]]
     assert stored["w.vqk.high"].tolist() == [[[0b0110], [0b0110]]]
@@ -111,7 +114,7 @@ def test_bytes_along_a_trellis_are_as_documented(bits, stored):
     digits = np.unpackbits(np.array(stored, np.uint8)).reshape(8, bits)
     code = torch.from_numpy(digits @ (1 << np.arange(bits)[::-1])).to(torch.uint8).reshape(1, 8, 1, 1)
     m = torch.ones(2, 1, 1, 1, dtype=torch.int8)
-    weight = DSTensor.along_trellis(code.repeat(2, 1, 1, 1), m, torch.ones(2), bits, 8)
+    weight = DSTensor(code.repeat(2, 1, 1, 1), m, torch.ones(2), along(bits, 8))
     found = {t.name: numpy_helper.to_array(t).tolist() for t in model_of({"w": weight}).graph.initializer}
     assert found["w.vqk"] == [stored, stored]
     assert found["w.kds"] == [0x11]
@@ -120,7 +123,7 @@ def test_bytes_along_a_trellis_are_as_documented(bits, stored):
 def test_a_row_is_a_blocks_channels_at_one_tap():
     code = torch.zeros(2, 16, 1, 2, dtype=torch.uint8)
     code[0, 8:, 0, 1] = torch.tensor([4, 0, 1, 0, 0, 6, 0, 1])  # 100 000 001 000 000 110 000 001: 80 81 81 hex
-    weight = DSTensor.along_trellis(code, torch.ones(2, 1, 1, 2, dtype=torch.int8), torch.ones(2), 3, 16)
+    weight = DSTensor(code, torch.ones(2, 1, 1, 2, dtype=torch.int8), torch.ones(2), along(3, 16))
     found = {t.name: numpy_helper.to_array(t).tolist() for t in model_of({"w": weight}).graph.initializer}
     assert found["w.vqk"] == [[0] * 6, [0, 0, 0, 0x80, 0x81, 0x81], [0] * 6, [0] * 6]
 
@@ -129,7 +132,7 @@ def test_a_row_is_a_blocks_channels_at_one_tap():
 def test_no_processors_sums_of_bytes_saturate(bits):
     """Without VNNI two neighbouring products are added in 16 bits: 2 * 255 * 64 = 32640 fits."""
     for size in (8, 16, 32):
-        for levels in (1, max_multiplier(bits, True), 15):
+        for levels in (1, TRELLIS.most_m(bits), 15):
             t = Tables(OnnxBuilder(21), "t", bits, levels)
             weights = Matrix(bits, size * bits // 8).weights(t.step, t.copies).astype(int)
             assert np.abs(weights).max() <= 64
@@ -139,7 +142,7 @@ def test_no_processors_sums_of_bytes_saturate(bits):
 @pytest.mark.parametrize(("bits", "most"), [(1, 15), (2, 14), (3, 10), (4, 6)])
 def test_multipliers_beyond_what_a_fit_takes(bits, most):
     """As a model file may hold them: up to |m VQK| = 127."""
-    weight = weight_of((4, 32, 3, 3), Width(bits, 16, True))
+    weight = weight_of((4, 32, 3, 3), free(bits, 16, True))
     m = weight.m.clone()
     m.view(-1)[::2] = most
     weights = {"high": replace(weight, m=m), "usual": weight}
@@ -149,14 +152,14 @@ def test_multipliers_beyond_what_a_fit_takes(bits, most):
 
 
 def test_what_does_not_join():
-    good = weight_of((4, 32, 3, 3), Width(4, 16))
+    good = weight_of((4, 32, 3, 3), free(4, 16))
     assert joins(good)
     for shape, width in [
-        ((4, 40, 1, 1), Width(4, 16)),  # a short last block
-        ((4, 12, 1, 1), Width(4, 4)),  # a block is no whole bytes
-        ((3, 16, 1, 1), Width(4, 16)),  # an odd number of m
-        ((3, 16, 3, 3), Width(4, 16, True)),
-        ((4, 16, 1, 1), Width(7, 16)), ((4, 16, 1, 1), Width(8, 16)),
+        ((4, 40, 1, 1), free(4, 16)),  # a short last block
+        ((4, 12, 1, 1), free(4, 4)),  # a block is no whole bytes
+        ((3, 16, 1, 1), free(4, 16)),  # an odd number of m
+        ((3, 16, 3, 3), free(4, 16, True)),
+        ((4, 16, 1, 1), free(7, 16)), ((4, 16, 1, 1), free(8, 16)),
     ]:  # fmt: skip
         assert not joins(weight_of(shape, width))
 
@@ -165,7 +168,7 @@ def test_what_does_not_join():
 @pytest.mark.parametrize(("kernel", "nodes"), [(1, 1), (3, 3)])
 def test_a_layer_more_is_one_node_or_three(bits, trellis, kernel, nodes):
     """Reshape; where the kernel is larger Reshape, Transpose, Reshape. What all share is not more for more of them."""
-    layers = {f"w{i}": weight_of((4, 16, kernel, kernel), Width(bits, 16, trellis), i) for i in range(4)}
+    layers = {f"w{i}": weight_of((4, 16, kernel, kernel), free(bits, 16, trellis), i) for i in range(4)}
     three, four = (len(model_of(dict(list(layers.items())[:count])).graph.node) for count in (3, 4))
     assert four - three - 1 == nodes  # and the Cast of this test
 
@@ -196,7 +199,7 @@ def _orders(nodes: Iterable[onnx.NodeProto]) -> Counter[tuple[int, ...]]:
 def test_beside_layers_that_are_decoded_by_themselves(bits, trellis):
     b = OnnxBuilder(21)
     weights = Weights(b, "packed")
-    width = Width(bits, 16, trellis)
+    width = free(bits, 16, trellis)
     # by itself: an odd number of m, or a short last block
     alone = weight_of((3, 16, 3, 3) if trellis else (3, 40, 3, 3), width)
     both = {"w": weight_of((4, 32, 3, 3), width), "alone": alone}

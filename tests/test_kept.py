@@ -7,11 +7,11 @@ import errno
 import pytest
 import torch
 from conftest import grids_of, lockstep
+from formats import fit_weight
 
 from dsconvert.errors import InputError
 from dsconvert.fit import kept
 from dsconvert.fit.kept import InMemory, OnDisk, Room
-from dsconvert.fit.least_squares import fit_weight
 from dsconvert.yolo.lower import lower
 
 KINDS = [torch.uint8, torch.half, torch.float32]

@@ -6,9 +6,11 @@ import itertools
 
 import pytest
 import torch
+from formats import fit_weight, free
 
-from dsconvert.dsconv.tensor import largest_pair, max_multiplier, vqk_limits
-from dsconvert.fit.least_squares import fit_weight, from_blocks, nearest_integers, project_cds, relieve_pairs, to_blocks
+from dsconvert.dsconv.codes import FREE
+from dsconvert.dsconv.codes.free_search import from_blocks, nearest_integers, project_cds, relieve_pairs, to_blocks
+from dsconvert.dsconv.tensor import largest_pair
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
@@ -16,14 +18,14 @@ def test_nearest_integers_is_the_brute_force_optimum(bits):
     generator = torch.Generator().manual_seed(bits)
     blocks = torch.randn(4, 2, 2, 1, generator=generator, dtype=torch.float64) * 10
     cds = torch.tensor([0.3, 0.7, 1.0, 2.5], dtype=torch.float64)
-    m, vqk = nearest_integers(blocks, cds, bits)
+    m, vqk = nearest_integers(blocks, cds, free(bits, 8))
     found = (blocks - cds[:, None, None, None] * m * vqk).square().sum((2, 3))
-    low, high = vqk_limits(bits)
+    low, high = FREE.limits(bits)
     for o, b in itertools.product(range(4), range(2)):
         w = blocks[o, b, :, 0]
         best = min(
             ((w - cds[o] * k * torch.tensor(q, dtype=torch.float64)).square().sum())
-            for k in range(1, max_multiplier(bits) + 1)
+            for k in range(1, FREE.most_m(bits) + 1)
             for q in itertools.product(range(low, high + 1), repeat=2)
         )
         assert found[o, b].item() == pytest.approx(best.item(), rel=1e-12)  # float64 rounding

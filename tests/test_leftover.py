@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from formats import free
 
-from dsconvert.dsconv.tensor import Width
-from dsconvert.fit.gptq import damping_for
 from dsconvert.fit.importance import Part
 from dsconvert.fit.leftover import Left, left_by, left_over
 from dsconvert.fit.lockstep import watch
+from dsconvert.fit.moments import damping_for
 from dsconvert.graph.ir import INPUT, ConvParams, Graph, Node
 
 POINT = {"stride": 1, "padding": 0, "dilation": 1, "groups": 1}
@@ -64,9 +64,9 @@ def test_equal_inputs_of_a_layer_make_up_for_each_other():
     left = found(x, 0)["c"]
     assert left.columns == pytest.approx((d + 1 + more) / (2 + 2 * more), rel=1e-3)  # x is kept as half
     assert left.channels == pytest.approx(1)
-    assert left.of(Width(4, 2)) == pytest.approx(left.columns)
+    assert left.of(free(4, 2)) == pytest.approx(left.columns)
 
 
 def test_channels_of_8_bits_are_on_their_own():
     left = Left(0.5, 0.25)
-    assert (left.of(Width(8, 64)), left.of(Width(4, 16))) == (0.5, 0.125)
+    assert (left.of(free(8, 64)), left.of(free(4, 16))) == (0.5, 0.125)

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 from conftest import grids_of, lockstep
+from formats import fit_weight
 
-from dsconvert.fit.least_squares import fit_weight
-from dsconvert.fit.lockstep import fit_cds
+from dsconvert.fit.layer import fit_cds
 from dsconvert.fit.seen import Seen, seen_evenly
 from dsconvert.graph.integer import QConv, run_integer
 from dsconvert.graph.ir import ConvParams, Node

@@ -15,13 +15,16 @@ import pytest
 import torch
 from conftest import HANGS, ROOT
 from followed import followed
+from formats import fit_weight, free, gptq
 from numba import njit
 from reference import torch_loops as reference
 
+from dsconvert.dsconv.codes import free as free_code
+from dsconvert.dsconv.codes import trellis as trellis_code
+from dsconvert.dsconv.codes import trellis_search as trellis
 from dsconvert.dsconv.tensor import DSTensor
-from dsconvert.fit import gptq, loops, trellis
-from dsconvert.fit.gptq import Moments, fit_weight_gptq
-from dsconvert.fit.least_squares import fit_weight
+from dsconvert.fit import loops
+from dsconvert.fit.moments import Moments, unfold, unfolded
 from dsconvert.fit.seen import Seen
 from dsconvert.graph.integer import SIGMOID, IntegerConv, QConv, QParams, activation_table, integer_conv
 from dsconvert.graph.ir import Node
@@ -114,8 +117,8 @@ def test_gathering_columns(kernel, stride, padding, dilation):
     size = 3 * kernel[0] * kernel[1]
     offset, root = randn(size).float(), randn(len(picks), seed=1).abs().float()
     found = torch.empty(size + 1, len(picks))
-    gptq.unfold(node, kernel, seen, offset, root, found[:size])
-    wanted = seen.real(gptq.unfolded(x, 77, kernel, node, picks)).sub_(offset[:, None]).mul_(root)
+    unfold(node, kernel, seen, offset, root, found[:size])
+    wanted = seen.real(unfolded(x, 77, kernel, node, picks)).sub_(offset[:, None]).mul_(root)
     assert same(found[:size].contiguous(), wanted)
 
 
@@ -124,7 +127,7 @@ def test_gathering_columns(kernel, stride, padding, dilation):
 def test_free_integers(threads, bits, cho, columns):
     w = randn(cho, columns + 3, seed=bits).numpy()[:, 1:-2]  # a view, as the fit has it
     cds, upper = 0.05 + randn(cho, seed=1).abs().numpy() / 9, factor(columns).numpy()
-    made, wanted = (f(w, cds, upper, bits) for f in (gptq._round_group, reference.round_group))
+    made, wanted = free_code.round_group(w, cds, upper, free(bits, 8)), reference.round_group(w, cds, upper, bits)
     for a, b in zip(made, wanted, strict=True):
         assert np.ascontiguousarray(a).tobytes() == np.ascontiguousarray(b).tobytes()
 
@@ -149,12 +152,12 @@ def test_whole_layers(monkeypatch, threads, bits, block, along, shape):
     moments = Moments(hessian, weight.double().flatten(1) @ hessian)
     mix = randn(shape[0], shape[0], seed=2)
     for channels in (None, mix @ mix.T):
-        made = fit_weight_gptq(weight, moments, bits, block, channels, along)
+        made = gptq(weight, moments, bits, block, channels, along)
         with monkeypatch.context() as patched:
-            patched.setattr(gptq, "_round_group", reference.round_group)
-            patched.setattr(gptq, "round_strings", reference.round_strings)
+            patched.setattr(free_code, "round_group", lambda w, c, u, f: reference.round_group(w, c, u, f.bits))
+            patched.setattr(trellis_code, "round_strings", reference.round_strings)
             patched.setattr(trellis, "nearest_values", _reference_nearest)
-            wanted = fit_weight_gptq(weight, moments, bits, block, channels, along)
+            wanted = gptq(weight, moments, bits, block, channels, along)
         _assert_same(made, wanted)
 
 
@@ -166,8 +169,8 @@ def _assert_same(a: DSTensor, b: DSTensor) -> None:
     assert same(a.vqk, b.vqk)
     assert same(a.m, b.m)
     assert same(a.cds_w, b.cds_w)
-    assert (a.code is None) == (b.code is None)
-    assert a.code is None or same(a.code, b.code)
+    assert a.format == b.format
+    assert same(a.stored, b.stored)
 
 
 def test_several_python_threads_may_use_the_loops_at_once():

@@ -8,10 +8,10 @@ import itertools
 import numpy as np
 import pytest
 import torch
+from formats import fit_weight
 from torch.nn import functional as F
 
 from dsconvert.dsconv.modules import DSConv
-from dsconvert.fit.least_squares import fit_weight
 from dsconvert.graph.integer import QConv
 from dsconvert.graph.ir import ConvParams
 from dsconvert.graph.run import run_float

@@ -11,9 +11,9 @@ import onnx
 import pytest
 import torch
 from conftest import TINY, randomise
+from formats import fit_weight, free
 from onnx import TensorProto, helper, numpy_helper
 
-from dsconvert.dsconv.tensor import Width
 from dsconvert.errors import InputError
 from dsconvert.evaluate import bounds
 from dsconvert.export.external import check_external_data
@@ -21,10 +21,10 @@ from dsconvert.fit import allocate as module
 from dsconvert.fit import draws
 from dsconvert.fit.allocate import Choice, allocate
 from dsconvert.fit.clipping import LEVELS
-from dsconvert.fit.gptq import TOGETHER, measure_moments
-from dsconvert.fit.least_squares import fit_weight
+from dsconvert.fit.layer import fit_cds
 from dsconvert.fit.leftover import left_by
-from dsconvert.fit.lockstep import _Side, fit_cds
+from dsconvert.fit.lockstep import _Side
+from dsconvert.fit.moments import TOGETHER, measure_moments
 from dsconvert.fit.ranges import IMAGE_GRID, best_range
 from dsconvert.fit.seen import Seen, seen_evenly
 from dsconvert.graph.ir import INPUT, Node
@@ -140,7 +140,7 @@ def test_a_stride_for_each_dimension_and_no_more(stride):
 def test_sizes_are_never_rounded_down(monkeypatch):
     """Units of 10 bytes: three layers of 14 bytes do not fit into 40, though three units of 10 would."""
     monkeypatch.setattr(module, "STATES", 4)
-    large, small = Choice(Width(4, 32), 14, 0.0), Choice(Width(2, 32), 10, 1.0)
+    large, small = Choice(free(4, 32), 14, 0.0), Choice(free(2, 32), 10, 1.0)
     options = {name: [large, small] for name in "abc"}
     chosen = allocate(options, 40)
     assert sum(c.size for c in chosen.values()) == 34

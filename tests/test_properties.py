@@ -13,17 +13,18 @@ import onnxruntime as ort
 import pytest
 import torch
 from conftest import convert, smooth_picture, tiny_network
+from formats import along, fit_weight, free
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from onnx.reference import ReferenceEvaluator
 
+from dsconvert.dsconv.codes import FREE, TRELLIS
+from dsconvert.dsconv.codes.trellis_table import fits, from_strings, largest, strings
 from dsconvert.dsconv.packing import pack_bits, unpack_bits
-from dsconvert.dsconv.tensor import DSTensor, block_count, max_multiplier, vqk_limits
-from dsconvert.dsconv.trellis import fits, from_strings, largest, strings
+from dsconvert.dsconv.tensor import DSTensor, block_count
 from dsconvert.export.builder import OnnxBuilder
 from dsconvert.export.layouts import LAYOUT_OPSET, add_int8_weight
 from dsconvert.export.onnx import Ends, export_quantized
-from dsconvert.fit.least_squares import fit_weight
 from dsconvert.graph.integer import QConv, QParams, run_integer
 from dsconvert.graph.ir import INPUT, ConvParams, Graph, Node
 from dsconvert.graph.run import run_float
@@ -53,13 +54,13 @@ def weights(
     cds = torch.from_numpy(rng.uniform(1e-4, 0.1, cho).astype(np.float32))
     if bits == 1 or (fits(bits, chi, block) and draw(st.booleans())):
         code = torch.from_numpy(rng.integers(0, 1 << bits, (cho, chi, k, k)).astype(np.uint8))
-        m = rng.integers(1, min(max_multiplier(bits, True), most // largest(bits)) + 1, blocks).astype(np.int8)
-        return DSTensor.along_trellis(code, torch.from_numpy(m), cds, bits, block)
-    low, high = vqk_limits(bits)
+        m = rng.integers(1, min(TRELLIS.most_m(bits), most // largest(bits)) + 1, blocks).astype(np.int8)
+        return DSTensor(code, torch.from_numpy(m), cds, along(bits, block))
+    low, high = FREE.limits(bits)
     low, high = max(low, -most), min(high, most)
     vqk = rng.integers(low, high + 1, (cho, chi, k, k)).astype(np.int8)
-    m = rng.integers(1, min(max_multiplier(bits), max(1, most // -low)) + 1, blocks).astype(np.int8)
-    return DSTensor(torch.from_numpy(vqk), torch.from_numpy(m), cds, bits, block)
+    m = rng.integers(1, min(FREE.most_m(bits), max(1, most // -low)) + 1, blocks).astype(np.int8)
+    return DSTensor(torch.from_numpy(vqk), torch.from_numpy(m), cds, free(bits, block))
 
 
 @st.composite
@@ -133,15 +134,15 @@ def test_every_weight_survives_every_layout(weight, layout):
 @FEW
 @given(weights())
 def test_packed_bits_come_back_and_are_no_more_than_needed(weight):
-    coded = weight.code is not None
-    stored = strings(weight.code, weight.block_size).numpy() if coded else weight.vqk.numpy()
+    coded = weight.format.code is TRELLIS
+    stored = strings(weight.stored, weight.block_size).numpy() if coded else weight.vqk.numpy()
     packed = pack_bits(stored, weight.bits)
     assert packed.size == -(-weight.vqk.numel() * weight.bits // 8)
     found = unpack_bits(packed, weight.bits, stored.shape, signed=not coded)
     assert np.array_equal(found.astype(stored.dtype), stored)
     if coded:
         back = from_strings(torch.from_numpy(stored), tuple(weight.vqk.shape), weight.block_size)
-        assert torch.equal(back, weight.code)
+        assert torch.equal(back, weight.stored)
     kds = pack_bits(weight.m.numpy(), 4)
     assert np.array_equal(unpack_bits(kds, 4, tuple(weight.m.shape), signed=False), weight.m.numpy())
 
@@ -307,7 +308,7 @@ def test_a_fit_is_never_worse_than_rounding_to_the_largest_weight(weight, bits, 
     Over a layer; single channels can lose, as the alternation of integers and scales stops where neither alone helps,
     and at 6 and 7 bits there is little left to gain."""
     fitted = fit_weight(weight, bits, block)
-    _, high = vqk_limits(bits)
+    _, high = FREE.limits(bits)
     scale = weight.abs().amax((1, 2, 3), keepdim=True) / high
     rounded = float((torch.round(weight / scale) * scale - weight).double().square().sum())
     assert error(weight, fitted) <= rounded + rounding(weight, rounded)

@@ -11,16 +11,7 @@ from dsconvert.calibration import sure_scores
 from dsconvert.fit import loops
 from dsconvert.fit.clipping import LEVELS
 from dsconvert.fit.importance import measure_importance
-from dsconvert.fit.ranges import (
-    HIGHS,
-    Seen,
-    best_range,
-    choose_grids,
-    grids_of,
-    least,
-    share_grids,
-    together,
-)
+from dsconvert.fit.ranges import HIGHS, Seen, best_range, choose_grids, grids_of, least, share_grids, together
 from dsconvert.graph.integer import QMAX, SIGMOID, QParams, activation_table, as_engines, grid_of
 from dsconvert.graph.ir import INPUT, Graph, Node
 from dsconvert.yolo.lower import lower, split_detect

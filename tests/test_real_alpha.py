@@ -8,20 +8,27 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from formats import fit_weight, fit_weight_real, gptq
 
+from dsconvert.dsconv.codes import FREE
+from dsconvert.dsconv.codes.free_search import to_blocks
+from dsconvert.dsconv.codes.real import REAL, project_alpha
+from dsconvert.dsconv.format import WeightFormat
 from dsconvert.dsconv.modules import DSConv
-from dsconvert.dsconv.tensor import DSTensor, vqk_limits
-from dsconvert.fit.gptq import Moments, fit_weight_gptq
-from dsconvert.fit.least_squares import fit_weight, to_blocks
-from dsconvert.fit.real_alpha import fit_layer_real, fit_weight_real, project_alpha, with_best_alpha
+from dsconvert.dsconv.tensor import DSTensor
+from dsconvert.fit.layer import GPTQ
+from dsconvert.fit.moments import Moments
 from dsconvert.fit.seen import seen_evenly
-from dsconvert.graph.integer import QConv
 from dsconvert.graph.ir import Node
 from dsconvert.modelfile import load_model, model_bytes
 
 
 def randn(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def real_kds(bits: int, block_size: int) -> WeightFormat:
+    return WeightFormat(bits, block_size, REAL)
 
 
 def layer(seed: int, cho: int, chi: int, k: int, columns: int = 400) -> tuple[torch.Tensor, Moments, torch.Tensor]:
@@ -49,7 +56,7 @@ def test_alpha_of_given_integers_is_the_least_squares_scale():
 def test_fit_is_the_brute_force_optimum(bits):
     """All VQK of blocks of 3, each with its best alpha. The alternation may settle beside the best of a few blocks."""
     weight = randn(40, 3, 1, 1, seed=bits)
-    low, high = vqk_limits(bits)
+    low, high = FREE.limits(bits)
     every = torch.tensor(list(itertools.product(range(low, high + 1), repeat=3)), dtype=torch.float64)
     w = weight.double().reshape(40, 1, 3)
     alpha = (w * every).sum(2) / every.square().sum(1).clamp_min(1)
@@ -74,8 +81,8 @@ def test_real_alpha_fits_better_than_integers():
 @pytest.mark.parametrize(("chi", "k"), [(8, 3), (20, 1), (16, 2)])
 def test_best_alpha_is_a_general_solvers_and_never_worse_than_m(chi, k):
     weight, moments, data = layer(chi, 4, chi, k)
-    fitted = fit_weight_gptq(weight, moments, 3, 8)
-    real = with_best_alpha(weight, fitted, moments)
+    fitted = gptq(weight, moments, 3, 8)
+    real = REAL.refit(fitted, moments.hessian, moments.cross, real_kds(3, 8))
     q, wanted = data[: chi * k * k], data[chi * k * k :]
     blocks = to_blocks(fitted.vqk.double(), 8)
     nblk = blocks.shape[1]
@@ -87,7 +94,7 @@ def test_best_alpha_is_a_general_solvers_and_never_worse_than_m(chi, k):
             only[8 * b : 8 * b + 8, t] = fitted.vqk[o].double().reshape(chi, k * k)[8 * b : 8 * b + 8, t]
             design.append(only.flatten() @ q)
         solution = torch.linalg.lstsq(torch.stack(design, 1), wanted[o][:, None], driver="gelsd").solution[:, 0]
-        made, general = (w @ torch.stack(design) for w in (real.alpha[o].double().flatten(), solution))
+        made, general = (w @ torch.stack(design) for w in (real.m[o].double().flatten(), solution))
         error = (made - wanted[o]).square().sum()
         # alpha are rounded to float32 and the solve has a small ridge
         assert error == pytest.approx(float((general - wanted[o]).square().sum()), rel=1e-5)
@@ -97,10 +104,8 @@ def test_best_alpha_is_a_general_solvers_and_never_worse_than_m(chi, k):
 
 def test_parts_that_do_not_fit_are_refused():
     t = fit_weight_real(randn(2, 8, 1, 1), 4, 4)
-    with pytest.raises(ValueError, match="alpha must have shape"):
-        replace(t, alpha=t.alpha[:, :1])
-    with pytest.raises(ValueError, match="stand alone"):
-        replace(t, m=t.m + 1)
+    with pytest.raises(ValueError, match="KDS must have shape"):
+        replace(t, m=t.m[:, :1])
 
 
 def test_torch_module_computes_the_real_weight():
@@ -112,20 +117,18 @@ def test_torch_module_computes_the_real_weight():
     torch.testing.assert_close(module(x), wanted, rtol=1e-5, atol=1e-5)  # float32 sums in another order
 
 
-def test_fit_layer_uses_what_the_layer_sees_and_keeps_groups_apart():
+def test_a_fit_uses_what_the_layer_sees():
     node = Node("conv", "c", ("x",), {"stride": 1, "padding": 1, "dilation": 1, "groups": 1})
     x = randn(2, 8, 10, 10)
     weight = randn(4, 8, 3, 3)
     y = torch.nn.functional.conv2d(x, weight, padding=1)
     noisy = x + 0.3 * randn(2, 8, 10, 10, seed=9)
-    real = fit_layer_real(node, weight, 4, 8, seen_evenly(noisy, y, 0))
-    assert isinstance(real, QConv)
+    real = GPTQ().layer(node, weight, real_kds(4, 8), lambda: seen_evenly(noisy, y, 0))
+    assert real.weight.format == real_kds(4, 8)
     error = torch.nn.functional.conv2d(noisy, real.weight.weight(), real.bias, padding=1) - y
     # VQK of 4 bits on noisy inputs, a tenth of what there is; the means are equal
     assert error.square().mean() < 0.2 * y.square().mean()
     assert error.mean((0, 2, 3)).abs().max() < 1e-4
-    grouped = replace(node, attrs={**node.attrs, "groups": 2})
-    assert torch.equal(fit_layer_real(grouped, weight[:, :4], 4, 8, []).vqk, fit_weight_real(weight[:, :4], 4, 8).vqk)
 
 
 def test_model_file_keeps_alpha(converted, tmp_path):
@@ -139,5 +142,5 @@ def test_model_file_keeps_alpha(converted, tmp_path):
     read = load_model(path)
     for name, conv in convs.items():
         assert np.array_equal(read.convs[name].weight.weight().numpy(), conv.weight.weight().numpy())
-        assert (read.convs[name].weight.alpha is None) == conv.weight.is_plain_int8
+        assert read.convs[name].weight.format == conv.weight.format
     assert model_bytes(read) == path.read_bytes()

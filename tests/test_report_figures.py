@@ -9,8 +9,10 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from formats import free
 
-from dsconvert.dsconv.tensor import DSTensor, vqk_limits
+from dsconvert.dsconv.codes import FREE
+from dsconvert.dsconv.tensor import DSTensor
 from dsconvert.errors import InputError
 from dsconvert.evaluate.coco import coco_tables, metrics_of
 from dsconvert.evaluate.curves import class_curves, mean_curve, object_counts
@@ -74,10 +76,10 @@ def test_embedded_photos_are_bounded():
 
 @pytest.mark.parametrize("bits", range(2, 9))
 def test_weights_on_the_grid_fall_on_its_levels(bits):
-    low, high = vqk_limits(bits)
+    low, high = FREE.limits(bits)
     vqk = torch.arange(low, high + 1).repeat(4, 1)[:, :, None, None].to(torch.int8)
     m = torch.ones(4, 1, 1, 1, dtype=torch.int8)
-    fitted = DSTensor(vqk, m, torch.tensor([0.5, 2.0, 0.0, 1e-3]), bits, vqk.shape[1])
+    fitted = DSTensor(vqk, m, torch.tensor([0.5, 2.0, 0.0, 1e-3]), free(bits, vqk.shape[1]))
     view = weight_view("a", fitted.weight(), fitted)
     assert view.outside == 0
     assert view.levels.tolist() == list(range(low, high + 1))
@@ -94,7 +96,7 @@ def test_weights_on_the_grid_fall_on_its_levels(bits):
 def test_blocks_shifts_and_what_lies_beyond():
     vqk = torch.tensor([[-2, -1, 0, 1]], dtype=torch.int8)[:, :, None, None]
     m = torch.tensor([[3, 5]], dtype=torch.int8)[:, :, None, None]
-    fitted = DSTensor(vqk, m, torch.tensor([0.25]), 2, 2)
+    fitted = DSTensor(vqk, m, torch.tensor([0.25]), free(2, 2))
     exact = weight_view("a", fitted.weight(), fitted)
     centres = (exact.edges[:-1] + exact.edges[1:]) / 2
     assert centres[exact.counts > 0].tolist() == pytest.approx([-2, -1, 0, 1])

@@ -6,11 +6,12 @@ import itertools
 
 import pytest
 import torch
+from formats import free, nearest
 
-from dsconvert.dsconv.tensor import Width
+from dsconvert.dsconv.codes.free import weight_error
+from dsconvert.dsconv.codes.shrink import unshrunk
 from dsconvert.fit.importance import measure_importance
-from dsconvert.fit.least_squares import fit_weight
-from dsconvert.fit.sensitivity import damage_of, squared_gradient, unshrunk, weight_error, widths_of
+from dsconvert.fit.sensitivity import damage_of, formats_of, squared_gradient
 from dsconvert.graph.ir import INPUT, ConvParams, Graph, Node
 from dsconvert.graph.run import run_float
 from dsconvert.yolo.lower import lower
@@ -40,8 +41,8 @@ def test_expected_damage_of_a_linear_layer_is_its_noise_at_the_output(picture):
     generator = torch.Generator().manual_seed(0)
     graph = Graph((Node("conv", "c", (INPUT,), POINT),), ("c",))
     params = {"c": ConvParams(torch.randn(4, 3, 1, 1, generator=generator), torch.zeros(4))}
-    weight, widths = params["c"].weight, widths_of(3, (2, 4, 8), (2, 3))
-    assert set(widths) == {Width(*w) for w in ((2, 2), (2, 3), (4, 2), (4, 3), (8, 3))}
+    weight, widths = params["c"].weight, formats_of(3, (2, 4, 8), (2, 3))
+    assert set(widths) == {free(*w) for w in ((2, 2), (2, 3), (4, 2), (4, 3), (8, 3))}
     # what columns and channels make up for is no concern of it
     squares = measure_importance(graph, params, [picture] * 200, lambda raw, _: raw, 0, ["c"]).squares["c"]
     found = damage_of(weight, widths, squares)
@@ -49,13 +50,13 @@ def test_expected_damage_of_a_linear_layer_is_its_noise_at_the_output(picture):
     for width in widths:
         wanted = float((weight_error(weight, width).flatten(1).square() * energy).sum())
         assert found[width] / 200 == pytest.approx(wanted, rel=4 * (2 / 200) ** 0.5)  # four sigma
-    assert found[Width(2, 3)] > found[Width(4, 3)] > found[Width(8, 3)] > 0
+    assert found[free(2, 3)] > found[free(4, 3)] > found[free(8, 3)] > 0
 
 
 def test_errors_shrink_about_by_four_with_every_bit():
     """From 4 bits on, where rounding is all the error there is; 8 bits are one scale an output channel."""
     weight = torch.randn(16, 64, 3, 3, generator=torch.Generator().manual_seed(0))
-    squares = [float(weight_error(weight, Width(bits, 16)).square().sum()) for bits in (4, 5, 6)]
+    squares = [float(weight_error(weight, free(bits, 16)).square().sum()) for bits in (4, 5, 6)]
     for more, less in itertools.pairwise(squares):
         assert 2.5 < more / less < 5  # m has fewer values at more bits
 
@@ -66,8 +67,8 @@ def test_damage_along_a_trellis_is_about_that_of_the_nearest_strings(bits):
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(16, 64, 3, 3, generator=generator) * (0.3 + torch.rand(16, 64, 1, 1, generator=generator))
     squares = torch.rand(weight.shape, generator=generator)
-    width = Width(bits, 16, True)
-    error = unshrunk(weight, fit_weight(weight, *width).weight()) - weight
+    width = free(bits, 16, True)
+    error = unshrunk(weight, nearest(weight, width).weight()) - weight
     wanted = float((squares * error.square()).sum())
     # measured with numbers of longer tails
     assert damage_of(weight, [width], squares)[width] == pytest.approx(wanted, rel=0.2)
@@ -90,7 +91,7 @@ def test_damage_foretells_what_replacing_the_weight_does(tiny, picture):
     def measure(raw, reference):
         return [t.sigmoid() for t in raw]
 
-    widths = {name: widths_of(params[name].weight.shape[1], (8,), (16,)) for name in names}
+    widths = {name: formats_of(params[name].weight.shape[1], (8,), (16,)) for name in names}
     squares = measure_importance(graph, params, [picture] * 30, measure, 0, names).squares
     found = {name: damage_of(params[name].weight, widths[name], squares[name]) for name in names}
     before = measure(run_float(graph, params, picture), None)
@@ -101,7 +102,7 @@ def test_damage_foretells_what_replacing_the_weight_does(tiny, picture):
         moved = {
             **params,
             node.name: ConvParams(
-                params[node.name].weight + weight_error(params[node.name].weight, *widths[node.name]),
+                params[node.name].weight + weight_error(params[node.name].weight, widths[node.name][0]),
                 params[node.name].bias,
             ),
         }

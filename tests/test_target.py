@@ -6,23 +6,23 @@ import pytest
 import torch
 
 from dsconvert.budget import BITS, stored_bytes
-from dsconvert.dsconv.tensor import used_width
+from dsconvert.dsconv.codes import usual_format
 from dsconvert.errors import InputError
 from dsconvert.graph.ir import ConvParams
-from dsconvert.target import TRIES, expected, smallest_within, widths_for_damage
+from dsconvert.target import TRIES, expected, smallest_within, formats_for_damage
 
 PARAMS = {f"l{i}": ConvParams(torch.zeros(64, 64, 1, 1), torch.zeros(64)) for i in range(6)}
-DAMAGE = {f"l{i}": {used_width(b, 64, 32): (i + 1) * 4.0 ** (4 - b) for b in BITS} for i in range(6)}
+DAMAGE = {f"l{i}": {usual_format(b, 64, 32): (i + 1) * 4.0 ** (4 - b) for b in BITS} for i in range(6)}
 
 
 def size(widths) -> int:
     return sum(stored_bytes(torch.Size((64, 64, 1, 1)), w) for w in widths.values())
 
 
-def test_widths_for_damage_keep_it_and_shrink_as_it_grows():
+def test_formats_for_damage_keep_it_and_shrink_as_it_grows():
     sizes = []
     for most in (0.5, 5.0, 50.0, 500.0):
-        widths = widths_for_damage(PARAMS, DAMAGE, most)
+        widths = formats_for_damage(PARAMS, DAMAGE, most)
         assert expected(DAMAGE, widths) <= most
         sizes.append(size(widths))
     assert sizes == sorted(sizes, reverse=True)
@@ -42,11 +42,11 @@ def test_the_loss_is_kept_and_the_search_goes_most_of_the_way(points_per_damage,
     found = smallest_within(PARAMS, DAMAGE, 0.5, attempt)
     assert found.loss <= 0.5
     assert len(calls) <= TRIES
-    assert found.model == found.widths
+    assert found.model == found.formats
     # proportion is exact for power 1, and off by what the other powers bend within the last step
     reachable = (0.5 / points_per_damage) ** (1 / power)
-    ideal = widths_for_damage(PARAMS, DAMAGE, reachable)
-    assert size(found.widths) <= 1.15 * size(ideal)
+    ideal = formats_for_damage(PARAMS, DAMAGE, reachable)
+    assert size(found.formats) <= 1.15 * size(ideal)
 
 
 def test_a_loss_out_of_reach_is_said():

@@ -4,24 +4,26 @@ from __future__ import annotations
 
 import pytest
 import torch
+from formats import free
 
-from dsconvert.dsconv.tensor import DSTensor, block_count, expand_blocks, largest_pair, max_multiplier, vqk_limits
+from dsconvert.dsconv.codes import FREE
+from dsconvert.dsconv.tensor import DSTensor, block_count, expand_blocks, largest_pair
 
 
 def make(vqk: list, m: list, cds: list, bits: int = 4, block: int = 2) -> DSTensor:
     return DSTensor(
-        torch.tensor(vqk, dtype=torch.int8), torch.tensor(m, dtype=torch.int8), torch.tensor(cds), bits, block
+        torch.tensor(vqk, dtype=torch.int8), torch.tensor(m, dtype=torch.int8), torch.tensor(cds), free(bits, block)
     )
 
 
 def test_limits_are_twos_complement_and_never_minus_128():
-    assert [vqk_limits(b) for b in (2, 3, 4, 8)] == [(-2, 1), (-4, 3), (-8, 7), (-127, 127)]
+    assert [FREE.limits(b) for b in (2, 3, 4, 8)] == [(-2, 1), (-4, 3), (-8, 7), (-127, 127)]
 
 
 @pytest.mark.parametrize("bits", range(2, 9))
 def test_largest_product_stays_in_int8_and_two_of_them_in_sixteen_bits(bits):
-    low, _ = vqk_limits(bits)
-    m = max_multiplier(bits)
+    low, _ = FREE.limits(bits)
+    m = FREE.most_m(bits)
     assert -m * low <= 127
     if bits < 8:  # plain int8 weights are kept in check pair by pair
         assert 255 * 2 * -m * low <= 32767
@@ -51,8 +53,8 @@ def test_weight_is_the_equation():
 def test_bits_count_the_shifts_of_dsconv_and_none_for_plain_int8():
     vqk = torch.zeros(2, 32, 1, 1, dtype=torch.int8)
     ones = torch.ones(2, 1, 1, 1, dtype=torch.int8)
-    assert DSTensor(vqk, ones, torch.ones(2), 4, 32).weight_bits == 4 + 4 / 32
-    plain = DSTensor(vqk, ones, torch.ones(2), 8, 32)
+    assert DSTensor(vqk, ones, torch.ones(2), free(4, 32)).weight_bits == 4 + 4 / 32
+    plain = DSTensor(vqk, ones, torch.ones(2), free(8, 32))
     assert plain.is_plain_int8
     assert plain.weight_bits == 8
 

@@ -7,9 +7,11 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import convert, smooth_picture, tiny_network, widen
+from formats import free
 
-from dsconvert.dsconv.tensor import PAIR_MAX, DSTensor, largest_pair
-from dsconvert.fit.real_alpha import fit_weight_real
+from formats import fit_weight_real
+from dsconvert.dsconv.format import PAIR_MAX
+from dsconvert.dsconv.tensor import DSTensor, largest_pair
 from dsconvert.graph.integer import QConv, QParams, grid_of, integer_step, real_params, run_integer
 from dsconvert.graph.ir import INPUT, Node
 from dsconvert.graph.run import execute, float_step, run_float
@@ -100,7 +102,7 @@ def test_whatever_is_learned_no_engine_saturates(model, widened, train):
 
 def test_the_multiplier_rounds_half_way_and_stops_at_its_bound():
     vqk = torch.tensor([[[[7]], [[-8]]], [[[2]], [[1]]]], dtype=torch.int8)
-    weight = DSTensor(vqk, torch.tensor([[[[4]]], [[[4]]]], dtype=torch.int8), torch.ones(2), 4, 2)
+    weight = DSTensor(vqk, torch.tensor([[[[4]]], [[[4]]]], dtype=torch.int8), torch.ones(2), free(4, 2))
     conv = QConv(weight, torch.zeros(2))
     model = DSModel(None, {"c": conv}, {}, None, 0, {})
     layers, latents = start(model, "shifts", "cpu")

@@ -7,13 +7,14 @@ import numpy as np
 import pytest
 import torch
 from followed import followed
+from formats import along, fit_weight, gptq
 from reference.torch_loops import expected
 
-from dsconvert.dsconv import trellis
-from dsconvert.dsconv.tensor import DSTensor, Width, largest_pair, max_multiplier, used_width
-from dsconvert.fit.gptq import Moments, fit_weight_gptq
-from dsconvert.fit.least_squares import fit_weight
-from dsconvert.fit.trellis import Trellis, nearest_values, noise, round_strings, suited
+from dsconvert.dsconv.codes import TRELLIS, usual_format
+from dsconvert.dsconv.codes import trellis_table as trellis
+from dsconvert.dsconv.codes.trellis_search import Trellis, nearest_values, noise, round_strings, suited
+from dsconvert.dsconv.tensor import DSTensor, largest_pair
+from dsconvert.fit.moments import Moments
 from dsconvert.graph.integer import QConv
 
 BITS = [1, 2, 3, 4]
@@ -38,7 +39,7 @@ def every_string(bits: int, length: int) -> tuple[np.ndarray, np.ndarray]:
 def test_vqk_are_the_last_eight_bits_looked_up(bits):
     """The definition, digit by digit: block by block, tap by tap, channel by channel."""
     code = codes((3, 16, 2, 1), bits)
-    found, book = trellis.values(code, bits, 8), trellis.table(bits)
+    found, book = along(bits, 8).values(code), trellis.table(bits)
     for o in range(3):
         digits = ""
         for block, tap, channel in product(range(2), range(2), range(8)):
@@ -56,7 +57,7 @@ def test_strings_come_back():
 
 def test_more_bits_than_there_are_are_refused():
     with pytest.raises(ValueError, match="codes leave 2 bits"):
-        trellis.values(torch.full((1, 8, 1, 1), 4, dtype=torch.uint8), 2, 8)
+        along(2, 8).values(torch.full((1, 8, 1, 1), 4, dtype=torch.uint8))
 
 
 @pytest.mark.parametrize(("bits", "length"), [(1, 10), (2, 6), (3, 4), (4, 3)])
@@ -134,7 +135,7 @@ def test_expected_errors_are_those_of_a_fit(bits):
 def test_the_m_that_suits_grows_with_the_block():
     found = suited(np.array([[0.1, 2.0, 4.0, 9.0, 100.0]]), np.array([0.8]), 2)[0][0]
     assert found[0] == 1
-    assert found[-1] == max_multiplier(2, True)
+    assert found[-1] == TRELLIS.most_m(2)
     assert bool((np.diff(found) >= 0).all())
     assert found[2] == 2 * found[1]
 
@@ -152,33 +153,34 @@ def test_gptq_along_a_trellis_is_never_worse_than_least_squares_and_mostly_much_
         d = (weight - t.weight()).double().flatten(1)
         return ((d @ damped) * d).sum(1)
 
-    ours, plain = (fit_weight_gptq(weight, moments, bits, 16, trellis=True), fit_weight(weight, bits, 16, True))
-    assert ours.width == Width(bits, 16, True)
+    ours, plain = (gptq(weight, moments, bits, 16, trellis=True), fit_weight(weight, bits, 16, True))
+    assert ours.format == along(bits, 16)
     assert bool((j(ours) <= j(plain) * (1 + 1e-6)).all())  # CDSw is rounded to float32
     assert float(j(ours).sum()) < 0.8 * float(j(plain).sum())
 
 
 def test_what_is_no_weight_along_a_trellis_is_refused():
     good = fit_weight(randn(2, 8, 1, 1), 2, 8, trellis=True)
-    zeros = torch.zeros_like(good.m)
-    for wrong in ({"code": good.vqk[:1]}, {"z": zeros}, {"bits": 5}, {"block_size": 6}, {"vqk": 9 + zeros}):
-        with pytest.raises(ValueError, match=r"trellis|VQK|KDS"):
+    for wrong in ({"stored": good.stored[:1]}, {"stored": good.vqk}, {"format": along(5, 8)}, {"format": along(2, 6)},
+                  {"stored": good.stored + 4}, {"m": good.m[:1]}):  # fmt: skip
+        with pytest.raises(ValueError, match=r"trellis|KDS|CDSw|codes"):
             replace(good, **wrong)
     with pytest.raises(ValueError, match="12 channels in blocks of 8 have no trellis of 2 bits"):
-        DSTensor.along_trellis(codes((1, 12, 1, 1), 2), torch.ones(1, 2, 1, 1, dtype=torch.int8), torch.ones(1), 2, 8)
+        DSTensor(codes((1, 12, 1, 1), 2), torch.ones(1, 2, 1, 1, dtype=torch.int8), torch.ones(1), along(2, 8))
 
 
 def test_layers_of_few_bits_lie_along_a_trellis_where_that_fits():
-    assert used_width(1, 64, 16) == (1, 16, True)
-    assert used_width(4, 64, 32) == (4, 32, True)
-    assert used_width(3, 24, 32) == (3, 32, True)  # one block of 24
-    assert not any(used_width(*w).trellis for w in ((5, 64, 16), (8, 64, 16), (2, 3, 16), (3, 48, 32), (2, 64, 4)))
+    assert usual_format(1, 64, 16) == along(1, 16)
+    assert usual_format(4, 64, 32) == along(4, 32)
+    assert usual_format(3, 24, 32) == along(3, 32)  # one block of 24
+    others = ((5, 64, 16), (8, 64, 16), (2, 3, 16), (3, 48, 32), (2, 64, 4))
+    assert not any(usual_format(*w).code is TRELLIS for w in others)
 
 
 @pytest.mark.parametrize("bits", BITS)
 def test_no_pair_along_a_trellis_can_saturate(bits):
     assert largest_pair(fit_weight(50 * randn(8, 32, 1, 1), bits, 16, trellis=True).merged()) <= 128
-    assert 2 * trellis.largest(bits) * max_multiplier(bits, True) <= 128
+    assert 2 * trellis.largest(bits) * TRELLIS.most_m(bits) <= 128
 
 
 @pytest.mark.parametrize("bits", BITS)
@@ -188,7 +190,7 @@ def test_a_channel_that_is_almost_its_bias_keeps_it(bits):
     tiny = replace(weight, cds_w=torch.tensor([1e-12, 0.1]))
     kept = QConv(tiny, torch.tensor([3.0, 1.0])).with_room(0.01)
     assert torch.equal(kept.weight.vqk[1], weight.vqk[1])
-    assert torch.equal(trellis.values(kept.weight.code, bits, 8), kept.weight.vqk)
+    assert torch.equal(along(bits, 8).values(kept.weight.stored), kept.weight.vqk)
     assert kept.weight.cds_w[1] == tiny.cds_w[1]
     unit = 0.01 * float(kept.weight.cds_w[0])
     assert int(kept.bias_int(0.01)[0]) * unit == pytest.approx(3.0, rel=1e-6)
@@ -200,5 +202,5 @@ def test_a_channel_that_is_almost_its_bias_keeps_it(bits):
 @pytest.mark.parametrize("bits", BITS)
 def test_quiet_strings_have_small_vqk(bits):
     found = trellis.quiet(bits, 40)
-    vqk = trellis.values(found.reshape(1, 40, 1, 1), bits, 40)
+    vqk = along(bits, 40).values(found.reshape(1, 40, 1, 1))
     assert int(vqk.abs().max()) <= 2  # of 7 to 21

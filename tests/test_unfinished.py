@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import write_work
+from formats import free
 
-from dsconvert.dsconv.tensor import Width
 from dsconvert.errors import InputError
 from dsconvert.fit import lockstep
 from dsconvert.modelfile import model_bytes
@@ -93,9 +93,9 @@ def test_layers_come_back_as_they_were_and_only_up_to_another_width(converted, t
         assert torch.equal(got.weight.merged(), conv.weight.merged())
         assert torch.equal(got.weight.cds_w, conv.weight.cds_w)
         assert torch.equal(got.bias, conv.bias)
-    wanted = [(n, Width(c.weight.bits, c.weight.block_size)) for n, c in converted.convs.items()]
+    wanted = [(n, free(c.weight.bits, c.weight.block_size)) for n, c in converted.convs.items()]
     assert list(usable(back, wanted)) == [n for n, _ in wanted]
-    changed = [*wanted[:3], (wanted[3][0], Width(2, 8)), *wanted[4:]]
+    changed = [*wanted[:3], (wanted[3][0], free(2, 8)), *wanted[4:]]
     assert list(usable(back, changed)) == [n for n, _ in wanted[:3]]
 
 

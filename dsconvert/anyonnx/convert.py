@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,13 +18,11 @@ from dsconvert.anyonnx.lockstep import fit_lockstep
 from dsconvert.anyonnx.rewrite import LAYOUTS, with_floats, with_integers
 from dsconvert.anyonnx.scale import warning
 from dsconvert.anyonnx.source import Array, Source, opset_of, read_source
-from dsconvert.dsconv.tensor import DSTensor, Width, used_width
+from dsconvert.dsconv.codes import usual_format
 from dsconvert.errors import CheckError, InputError
 from dsconvert.evaluate.engines import session
 from dsconvert.files import scratch_folder
-from dsconvert.fit.gptq import fit_weight_gptq, measure_moments
-from dsconvert.fit.least_squares import fit_weight
-from dsconvert.fit.seen import Seen
+from dsconvert.fit.layer import GPTQ
 from dsconvert.graph.integer import QConv
 from dsconvert.sameness import warning_of
 from dsconvert.yolo.dataset import calibration_images
@@ -107,16 +105,13 @@ def quantize_onnx(
     if doubt:
         note(doubt)
     layers = find_layers(source)
-    widths = _bits(layers, plan.bits, source)
-
-    def fit(layer: Layer, seen: Callable[[int], Iterator[Seen]]) -> DSTensor | QConv:
-        width = used_width(widths[layer.index], layer.weight.shape[1], plan.block_size)
-        return _fit(layer, width, seen)
-
+    bits = _bits(layers, plan.bits, source)
+    formats = {n.index: usual_format(bits[n.index], n.weight.shape[1], plan.block_size) for n in layers}
     with scratch_folder() as folder, torch.no_grad():
         fitted = fit_lockstep(
-            source, layers, batches(images, source.image, plan.normal), fit, folder, threads, plan.seed,
-            lambda done, total: report("fit", done, total), math.ceil(len(images) / source.image.batch),
+            source, layers, batches(images, source.image, plan.normal), GPTQ(most_columns=MOST_COLUMNS), formats,
+            folder, threads, plan.seed, lambda done, total: report("fit", done, total),
+            math.ceil(len(images) / source.image.batch),
         )  # fmt: skip
     same = warning_of(image.transpose(2, 0, 1) for image in images)
     if same:
@@ -139,22 +134,6 @@ def _bits(layers: list[Layer], bits: int, source: Source) -> dict[int, int]:
         edges |= {layer.index for layer in last}
     depthwise = {layer.index for layer in layers if layer.weight.shape[1] == 1}
     return {layer.index: 8 if layer.index in edges | depthwise else bits for layer in layers}
-
-
-def _fit(layer: Layer, width: Width, seen: Callable[[int], Iterator[Seen]]) -> DSTensor | QConv:
-    """By GPTQ, each group of channels for itself; where a group has one channel, H is too large, or strides or
-    dilations differ, the weight alone by least squares."""
-    columns = layer.weight[0].numel()
-    if layer.weight.shape[1] == 1 or columns > MOST_COLUMNS or isinstance(layer.node.attrs["stride"], tuple):
-        return fit_weight(layer.weight, *width)
-    if isinstance(layer.node.attrs["dilation"], tuple):
-        return fit_weight(layer.weight, *width)
-    parts = []
-    for group, weight in enumerate(layer.weight.chunk(layer.groups)):
-        moments = measure_moments(layer.node, weight.shape, seen(group))
-        parts.append(moments.with_bias(fit_weight_gptq(weight, moments, *width[:2], trellis=width.trellis)))
-    joined = DSTensor.joined([part.weight for part in parts])
-    return QConv(joined, torch.cat([part.bias for part in parts]))
 
 
 def _raised(path: Path, given: Source, layout: str, probe: Array) -> Source:

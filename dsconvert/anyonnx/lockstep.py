@@ -7,7 +7,7 @@ nodes read wait on disk, and are deleted after their last use. So memory holds o
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -18,19 +18,15 @@ import torch
 from dsconvert.anyonnx.layers import Layer
 from dsconvert.anyonnx.rewrite import float_tensors, replaced
 from dsconvert.anyonnx.source import Array, Source, used
+from dsconvert.dsconv.format import WeightFormat
 from dsconvert.dsconv.tensor import DSTensor
 from dsconvert.errors import InputError, refusing
 from dsconvert.evaluate.engines import Session, session
 from dsconvert.files import needs_room
-from dsconvert.fit.lockstep import with_shifts
+from dsconvert.fit.layer import Batches, Fit
 from dsconvert.fit.seen import Seen, seen_evenly
 from dsconvert.graph.integer import QConv
 from dsconvert.graph.run import conv
-
-WHOLE = -1
-# (the layer, what it sees of each group of channels: batches as often as they are asked for) -> the fitted convolution,
-# or its weight alone
-FitLayer = Callable[[Layer, Callable[[int], Iterator[Seen]]], DSTensor | QConv]
 
 
 @dataclass
@@ -71,21 +67,22 @@ def fit_lockstep(
     source: Source,
     layers: Sequence[Layer],
     batches: Iterator[Array],
-    fit_layer: FitLayer,
+    fit: Fit,
+    formats: Mapping[int, WeightFormat],
     folder: Path,
     threads: int,
     seed: int,
     progress: Callable[[int, int], None],
     count: int,
 ) -> dict[int, QConv]:
-    """The layers by the index of their node, as `fit_layer` has them; a weight alone gets CDSw and CDSb by `fit_cds`.
-    CDSb comes on top of the bias that the layer has. A weight that several nodes read is fitted where it is read first.
+    """The layers by the index of their node, as `fit` has them, in `formats` by that index. CDSb comes on top of the
+    layer's own bias. A weight that several nodes read is fitted where it is read first.
     `count` batches are read once, and wait in the folder with what is made of them.
 
     Raises InputError when ONNX Runtime fails on the images, values are not finite, or the folder has no room."""
     sides = [_Side(folder / name, {i: [n] for i, n in enumerate(source.nodes)}) for name in ("float", "quantized")]
     try:
-        return _fit(source, layers, batches, fit_layer, sides, threads, seed, progress, count)
+        return _fit(source, layers, batches, fit, formats, sides, threads, seed, progress, count)
     except OSError as error:  # numpy does not say that a disk is full
         raise needs_room(folder, count * sum(sum(side.sizes.values()) for side in sides), error) from None
 
@@ -94,7 +91,8 @@ def _fit(
     source: Source,
     layers: Sequence[Layer],
     batches: Iterator[Array],
-    fit_layer: FitLayer,
+    fit: Fit,
+    formats: Mapping[int, WeightFormat],
     sides: Sequence[_Side],
     threads: int,
     seed: int,
@@ -115,9 +113,9 @@ def _fit(
         earlier = next((e for e in layers[:done] if e.stored == layer.stored and _alike(e, layer)), None)
         seen = _watcher(layer, sides[0], sides[1], count, seed)
         if earlier is None:
-            made = with_shifts(layer.node, fit_layer(layer, seen), seen(WHOLE))
+            made = fit.layer(layer.node, layer.weight, formats[layer.index], seen)
         else:
-            made = _bias_only(layer, fitted[earlier.index].weight, seen(WHOLE))
+            made = _bias_only(layer, fitted[earlier.index].weight, seen())
         fitted[layer.index] = replace(made, bias=made.bias + layer.bias)
         name = f"{source.free_prefix}fitted{layer.index}"
         sides[1].nodes.update(replaced(source, layer, name, f"{name}.bias"))
@@ -165,27 +163,21 @@ def _forget(source: Source, sides: Sequence[_Side], layers: Sequence[Layer], lef
             side.forget(value, count)
 
 
-def _watcher(layer: Layer, floats: _Side, quants: _Side, count: int, seed: int) -> Callable[[int], Iterator[Seen]]:
-    """What the layer sees in one group of its channels, or with `WHOLE` in all; float outputs before the bias."""
+def _watcher(layer: Layer, floats: _Side, quants: _Side, count: int, seed: int) -> Batches:
+    """What the layer sees; float outputs before the bias."""
 
-    def seen(group: int) -> Iterator[Seen]:
-        chi = layer.weight.shape[1]
-        one = replace(layer.node, attrs={**layer.node.attrs, "groups": 1})
-        node, weight = (layer.node, layer.weight) if group == WHOLE else (one, layer.weight.chunk(layer.groups)[group])
+    def seen() -> Iterator[Seen]:
         first = 0
         for image in range(count):
-            arrays = [side.read(layer.value, image) for side in (floats, quants)]
-            if group >= 0:
-                arrays = [a[:, group * chi : (group + 1) * chi] for a in arrays]
-            x, q = (layer.images(a) for a in arrays)
-            y = conv(node, x, weight, None)
+            x, q = (layer.images(side.read(layer.value, image)) for side in (floats, quants))
+            y = conv(layer.node, x, layer.weight, None)
             yield from seen_evenly(q, y, seed, first)
             first += len(x)
 
     return seen
 
 
-def _bias_only(layer: Layer, weight: DSTensor, batches: Iterator[Seen]) -> QConv:
+def _bias_only(layer: Layer, weight: DSTensor, batches: Iterable[Seen]) -> QConv:
     """A weight fitted elsewhere, with the bias that makes up for its mean error here."""
     total, count = torch.zeros(len(weight.vqk), dtype=torch.float64), 0
     for seen in batches:

@@ -68,8 +68,9 @@ class DSConv(nn.Module):
             conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, conv.dilation,  # type: ignore[arg-type]
             conv.groups, conv.padding_mode, False, weight.block_size, False, True,
         )  # fmt: skip
-        alpha = weight.m.float() if weight.alpha is None else weight.alpha
-        module.load_state_dict({"intweight": weight.vqk, "alpha": alpha, "CDSw": weight.cds_w, "CDSb": cds_b})
+        module.load_state_dict(
+            {"intweight": weight.vqk, "alpha": weight.m.float(), "CDSw": weight.cds_w, "CDSb": cds_b}
+        )
         return module
 
     def real_weight(self) -> Tensor:

@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
+from dsconvert.dsconv.codes import TRELLIS
 from dsconvert.dsconv.packing import numbers_of
 from dsconvert.dsconv.tensor import DSTensor
 from dsconvert.export import trellis
@@ -50,7 +51,7 @@ class _Layer:
 
     @property
     def kind(self) -> Kind:
-        return Kind(self.weight.bits, self.weight.code is not None)
+        return Kind(self.weight.bits, self.weight.format.code is TRELLIS)
 
     @property
     def size(self) -> int:
@@ -72,7 +73,7 @@ def joins(weight: DSTensor) -> bool:
     """Whether it is one of those decoded together: whole blocks of whole bytes, an even number of m."""
     size = min(weight.block_size, weight.vqk.shape[1])
     whole = size % ROW == 0 and weight.vqk.shape[1] % size == 0 and weight.m.numel() % 2 == 0
-    return whole and weight.alpha is None and Kind(weight.bits, weight.code is not None) in KINDS
+    return whole and Kind(weight.bits, weight.format.code is TRELLIS) in KINDS
 
 
 class JointWeights:
@@ -206,7 +207,7 @@ class JointWeights:
         if len(layers) == 1:
             return [value]
         names, rows = [f"{x.name}.rows" for x in layers], [x.weight.m.numel() for x in layers]
-        if layers[0].weight.code is None:
+        if layers[0].weight.format.code is not TRELLIS:
             rows = [count // 2 for count in rows]  # in pairs
         self.b.nodes.append(helper.make_node("Split", [value, self.b.shape(*rows)], names, axis=0))
         return names

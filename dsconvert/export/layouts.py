@@ -29,6 +29,7 @@ import numpy as np
 from numpy.typing import NDArray
 from onnx import TensorProto
 
+from dsconvert.dsconv.codes import TRELLIS
 from dsconvert.dsconv.packing import numbers_of
 from dsconvert.dsconv.tensor import DSTensor, block_count
 from dsconvert.export.builder import OnnxBuilder
@@ -56,7 +57,7 @@ def add_int8_weight(b: OnnxBuilder, name: str, weight: DSTensor, layout: str) ->
     """Nodes and initializers for m * VQK; returns the name of an int8 value (cho, chi, kh, kw)."""
     if layout == "int8" or weight.is_plain_int8:
         return b.tensor(f"{name}.weight", weight.merged().numpy())
-    if weight.code is not None:
+    if weight.format.code is TRELLIS:
         return add_trellis(b, name, weight)
     if layout in ("blocked", "openvino") and weight.bits == 4:
         return _blocked(b, name, weight)

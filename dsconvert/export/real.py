@@ -43,7 +43,7 @@ def _blocks(b: OnnxBuilder, name: str, weight: DSTensor, first: int, last: int) 
     """W' of the input channels first..last, all in blocks of one size."""
     tail, size = ".tail" if first else "", min(weight.block_size, last - first)
     kind = ml_dtypes.int4 if weight.bits <= 4 else np.int8
-    alpha = (weight.m.float() if weight.alpha is None else weight.alpha) * weight.cds_w[:, None, None, None]
+    alpha = weight.m.float() * weight.cds_w[:, None, None, None]
     blocks = alpha[:, first // weight.block_size : block_count(last, weight.block_size)]
     stored = b.tensor(f"{name}.vqk{tail}", weight.vqk[:, first:last].numpy().astype(kind))
     scale = b.tensor(f"{name}.alpha{tail}", blocks.numpy())

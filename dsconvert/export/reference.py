@@ -98,6 +98,6 @@ def _weights_only(conv: QConv, layout: str) -> Numbers:
 
 def _blocks_of_reals(weight: DSTensor) -> Array:
     """W', its factors multiplied in the order that the file has them in: one real scale a block, times VQK."""
-    scale = weight.cds_w[:, None, None, None] * (weight.m.float() if weight.alpha is None else weight.alpha)
+    scale = weight.cds_w[:, None, None, None] * weight.m.float()
     made = expand_blocks(scale, weight.vqk.shape[1], weight.block_size) * weight.vqk.float()
     return np.asarray(made.numpy())

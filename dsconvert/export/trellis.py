@@ -1,4 +1,4 @@
-"""How VQK along a trellis (see `dsconv.trellis`) are spelled in ONNX.
+"""How VQK along a trellis (see `dsconv.codes.trellis`) are spelled in ONNX.
 
 Strings of bits are stored as they are, the first bit highest: a row, which shares an m, is some whole bytes. Two or
 four VQK that follow one another hang on 11 to 14 bits: these, and m, make a number, and what stands there in a table of
@@ -23,8 +23,8 @@ import numpy as np
 from numpy.typing import NDArray
 from onnx import TensorProto
 
-from dsconvert.dsconv.tensor import DSTensor, max_multiplier
-from dsconvert.dsconv.trellis import WINDOW, strings, table
+from dsconvert.dsconv.codes.trellis_table import WINDOW, strings, table
+from dsconvert.dsconv.tensor import DSTensor
 from dsconvert.export.builder import OnnxBuilder
 
 INT8, INT32, UINT8 = TensorProto.INT8, TensorProto.INT32, TensorProto.UINT8
@@ -63,8 +63,7 @@ class Rows:
 
 def bytes_of(weight: DSTensor) -> NDArray[np.uint8]:
     """A weight's code as bytes (rows, bytes of a row)."""
-    assert weight.code is not None
-    symbols = strings(weight.code, weight.block_size).numpy().reshape(-1, 1)
+    symbols = strings(weight.stored, weight.block_size).numpy().reshape(-1, 1)
     return np.packbits(np.unpackbits(symbols, axis=1)[:, -weight.bits :]).reshape(weight.m.numel(), -1)
 
 
@@ -135,7 +134,7 @@ class Tables:
     @staticmethod
     def of(b: OnnxBuilder, name: str, weights: Sequence[DSTensor]) -> Tables:
         """Those for weights of as many bits."""
-        levels = max(max_multiplier(weights[0].bits, True), *(int(w.m.max()) for w in weights))
+        levels = max(weights[0].format.most_m, *(int(w.m.max()) for w in weights))
         return Tables(b, name, weights[0].bits, levels)
 
     @property

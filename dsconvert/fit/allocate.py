@@ -7,18 +7,18 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dsconvert.dsconv.tensor import Width
+from dsconvert.dsconv.format import WeightFormat
 
 STATES = 1 << 17  # budgets distinguished; below that many bytes the result is exact to the byte
 
 
 @dataclass(frozen=True)
 class Choice:
-    """One way to store a layer: its width, bytes in the file, damage expected."""
+    """One way to store a layer."""
 
-    width: Width
-    size: int
-    damage: float
+    format: WeightFormat
+    size: int  # bytes in the file
+    damage: float  # expected
 
 
 def allocate(options: Mapping[str, Sequence[Choice]], budget: int) -> dict[str, Choice]:

@@ -16,10 +16,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dsconvert.dsconv.tensor import Width
+from dsconvert.dsconv.format import WeightFormat
 from dsconvert.fit.channels import damped as damped_channels
-from dsconvert.fit.gptq import damped_hessian, damping_for, measure_moments
 from dsconvert.fit.importance import Part
+from dsconvert.fit.moments import damped_hessian, damping_for, measure_moments
 from dsconvert.fit.seen import HALF_MAX, Drawn, Seen
 from dsconvert.fit.threads import in_order, threads_for
 from dsconvert.graph.ir import INPUT, ConvParams, Graph, Node
@@ -34,9 +34,9 @@ class Left(NamedTuple):
     columns: float
     channels: float
 
-    def of(self, width: Width) -> float:
-        """The share at a width: at 8 bits channels are fitted on their own."""
-        return self.columns * (self.channels if width.bits < 8 else 1.0)
+    def of(self, format: WeightFormat) -> float:
+        """The share in a format: at 8 bits channels are fitted on their own."""
+        return self.columns * (self.channels if format.bits < 8 else 1.0)
 
 
 def left_over(

@@ -7,17 +7,17 @@ layers before.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from dsconvert import workers
-from dsconvert.dsconv.tensor import DSTensor
+from dsconvert.dsconv.format import WeightFormat
 from dsconvert.fit import draws
 from dsconvert.fit.kept import Kept, Room
+from dsconvert.fit.layer import Fit
 from dsconvert.fit.seen import Drawn, Places, Seen
 from dsconvert.fit.threads import in_order
 from dsconvert.graph.integer import SIGMOID, IntegerConv, QConv, QParams, activation_table, grid_of, integer_step
@@ -25,8 +25,6 @@ from dsconvert.graph.ir import INPUT, ConvParams, Graph, Node
 from dsconvert.graph.run import conv, float_step, run_float
 
 Progress = Callable[[int, int], None]
-# (node, its weight, what it sees) -> the fitted convolution, or its weight alone
-FitLayer = Callable[[Node, Tensor, Iterable[Seen]], DSTensor | QConv]
 
 
 @dataclass(frozen=True)
@@ -90,7 +88,8 @@ class _Side:
 def fit_lockstep(
     graph: Graph,
     params: Mapping[str, ConvParams],
-    fit_layer: FitLayer,
+    fit: Fit,
+    formats: Mapping[str, WeightFormat],
     own: Mapping[str, QParams],
     images: Kept,
     drawn: Mapping[str, Drawn],
@@ -101,8 +100,9 @@ def fit_lockstep(
     known: Mapping[str, QConv] | None = None,
     finished: Callable[[Mapping[str, QConv]], None] | None = None,
 ) -> dict[str, QConv]:
-    """Fit every convolution by `fit_layer`, and what has no CDSb from there by `fit_cds`.
+    """Fit every convolution by `fit`.
 
+    formats: by convolution name, the format of each.
     images: `count` images (3, h, w) uint8.
     drawn: by convolution name, the positions drawn from these images and the float network's outputs there.
     own: the activation grids; without any, activations stay float.
@@ -138,8 +138,8 @@ def fit_lockstep(
                 fitted[node.name] = known[node.name]
             elif node.op == "conv":
                 seen = _seen(drawn[node.name], values[node.inputs[0]], side.grids.get(node.inputs[0]), count)
-                made = fit_layer(node, params[node.name].weight, seen())
-                fitted[node.name] = side.roomy(node, with_shifts(node, made, seen()))
+                made = fit.layer(node, params[node.name].weight, formats[node.name], seen)
+                fitted[node.name] = side.roomy(node, made)
                 if finished:
                     finished(fitted)
             if node.name in behind:  # what only its activation reads is never kept
@@ -186,32 +186,3 @@ def watch(
 
         run_float(graph, params, image[None], note)
     return drawn
-
-
-def with_shifts(node: Node, made: DSTensor | QConv, images: Iterable[Seen]) -> QConv:
-    """What is fitted already as it is, and a weight alone with the shifts of `fit_cds`."""
-    return made if isinstance(made, QConv) else fit_cds(node, made, images)
-
-
-def fit_cds(node: Node, weight: DSTensor, images: Iterable[Seen]) -> QConv:
-    """CDSw and CDSb as the weighted regression of float outputs y on accumulators a = conv(x, m VQK), per channel.
-
-    argmin sum w (CDSw a + CDSb - y)^2 gives CDSw = cov(a, y) / var(a), CDSb = mean(y) - CDSw mean(a). The old CDSw
-    stays where the accumulator is constant or the regression would move it by more than a factor of two.
-    """
-    merged = weight.unscaled()
-    sums = torch.zeros(5, weight.vqk.shape[0], dtype=torch.float64)
-    for seen in images:
-        x = seen.real(seen.input)[None]
-        acc = conv(node, x, merged.to(x), None)[0].flatten(1)[:, seen.picks.to(x.device)]
-        a, t = (v.to(x.device).double() for v in (acc, seen.float_output))
-        w = seen.weights.to(a)
-        total = w.sum().expand(len(a))
-        sums += torch.stack((total, a @ w, t @ w, a.square() @ w, (a * t) @ w)).cpu()
-    n, sa, st, saa, sat = workers.summed(sums)
-    var, cov = saa / n - (sa / n) ** 2, sat / n - (sa / n) * (st / n)
-    old = weight.cds_w.double()
-    cds = cov / var.clamp_min(1e-30)
-    usable = (var > 1e-12) & (cds > 0.5 * old) & (cds < 2 * old)
-    cds = torch.where(usable, cds, old)
-    return QConv(replace(weight, cds_w=cds.float()), ((st - cds * sa) / n).float())

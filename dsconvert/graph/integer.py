@@ -9,7 +9,7 @@ are carried in float32 tensors, and sums beyond 2^24, where those stop being exa
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dsconvert.dsconv import trellis
 from dsconvert.dsconv.tensor import DSTensor
 from dsconvert.graph import run
 from dsconvert.graph.ir import INPUT, ConvParams, Graph, Node
@@ -74,17 +73,13 @@ class QConv:
         if not bool(lost.any()):
             return self
         w = self.weight
-        scale = self.bias.double().abs() / input_scale / (1 << 20 if w.code is None else BIAS_MOST)
-        kept = torch.where(lost, 0, 1).to(torch.int8)[:, None, None, None]
-        m = torch.where(kept > 0, w.m, 1)
+        code = w.format.code
+        scale = self.bias.double().abs() / input_scale / (1 << 20 if code.has_zero else BIAS_MOST)
+        rows = lost[:, None, None, None]
+        stored = torch.where(rows, code.quiet(w.stored.shape, w.format), w.stored)
+        m = torch.where(rows, torch.ones_like(w.m), w.m)
         cds_w = torch.where(lost, scale, w.cds_w.double()).clamp_min(1e-30).float()
-        if w.code is None:
-            weight = replace(w, vqk=w.vqk * kept, m=m, cds_w=cds_w)
-        else:
-            quiet = trellis.quiet(w.bits, w.vqk[0].numel()).expand(len(w.vqk), -1)
-            nothing = trellis.from_strings(quiet, tuple(w.vqk.shape), w.block_size)
-            code = torch.where(kept > 0, w.code, nothing)
-            weight = DSTensor.along_trellis(code, m, cds_w, w.bits, w.block_size)
+        weight = DSTensor(stored, m, cds_w, w.format)
         return QConv(weight, self.bias)
 
     def largest_sum(self, input_scale: float) -> Tensor:

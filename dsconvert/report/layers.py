@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from dsconvert.dsconv.tensor import DSTensor, expand_blocks, vqk_limits
+from dsconvert.dsconv.tensor import DSTensor, expand_blocks
 from dsconvert.errors import InputError
 from dsconvert.graph.ir import ConvParams
 from dsconvert.model import DSModel
@@ -135,7 +135,7 @@ def worst_first(rows: Sequence[Layer]) -> list[Layer]:
 
 def weight_view(name: str, weight: torch.Tensor, fitted: DSTensor) -> WeightView:
     """The weights of one layer, float (cho, chi, kh, kw) and as fitted. Channels whose CDSw is 0 are left out."""
-    chi, low, high = weight.shape[1], *vqk_limits(fitted.bits, fitted.width.trellis)
+    chi, low, high = weight.shape[1], *fitted.format.limits
     alive = fitted.cds_w != 0
     m = expand_blocks(fitted.m.double(), chi, fitted.block_size)[alive]
     steps = (weight.double()[alive] / fitted.cds_w.double()[alive, None, None, None]) / m

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from dsconvert.dsconv import modules
-from dsconvert.dsconv.tensor import DSTensor, expand_blocks, vqk_limits
-from dsconvert.fit.least_squares import to_blocks
-from dsconvert.fit.real_alpha import fit_weight_real, project_alpha
+from dsconvert.dsconv.codes.free_search import to_blocks
+from dsconvert.dsconv.codes.real import REAL, nearest_alpha, project_alpha
+from dsconvert.dsconv.format import WeightFormat
+from dsconvert.dsconv.tensor import DSTensor, expand_blocks
 
 SHIFTS = ("alpha", "KDSb", "CDSw", "CDSb")
 
@@ -49,7 +50,7 @@ class DSConv(modules.DSConv):
             in_channels, out_channels, kernel_size, stride, padding, dilation, groups, padding_mode, bias, block_size,
             KDSBias, CDS,
         )  # fmt: skip
-        vqk_limits(bits)  # raises ValueError
+        REAL.limits(bits)  # raises ValueError
         self.bits = bits
         self.weight = nn.Parameter(torch.empty(self.intweight.shape))
         nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))  # as nn.Conv2d
@@ -72,7 +73,7 @@ class DSConv(modules.DSConv):
         """A frozen DSConv in the place of `conv` holding a fitted weight and output bias CDSb (cho,)."""
         made = cls(
             conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, conv.dilation,  # type: ignore[arg-type]
-            conv.groups, conv.padding_mode, False, weight.block_size, weight.z is not None, True, weight.bits,
+            conv.groups, conv.padding_mode, False, weight.block_size, False, True, weight.bits,
         )  # fmt: skip
         fitted = modules.DSConv.from_conv(conv, weight, cds_b)
         made.load_state_dict(fitted.state_dict())
@@ -86,8 +87,7 @@ class DSConv(modules.DSConv):
         if self.KDSb is not None:
             self.KDSb.copy_(self._block_means(wanted))
             wanted = wanted - self._expand(self.KDSb)
-        alpha = fit_weight_real(wanted, self.bits, self.block_size).alpha
-        assert alpha is not None
+        _, alpha = nearest_alpha(wanted, WeightFormat(self.bits, self.block_size, REAL))
         # a block of zeros has alpha 0, with which its weights could never be anything else again
         self.alpha.copy_(torch.where(alpha == 0, torch.finfo(torch.float16).tiny, alpha))
         self.refresh()
@@ -104,7 +104,7 @@ class DSConv(modules.DSConv):
             wanted = wanted / self.CDSw.float()[:, None, None, None]
         if self.KDSb is not None:
             wanted = wanted - self._expand(self.KDSb.float())
-        self.intweight.copy_((wanted / self._expand(self.alpha.float())).round().clamp_(*vqk_limits(self.bits)))
+        self.intweight.copy_((wanted / self._expand(self.alpha.float())).round().clamp_(*REAL.limits(self.bits)))
 
     @torch.no_grad()
     def _track(self) -> None:

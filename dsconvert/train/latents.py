@@ -16,8 +16,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from dsconvert.dsconv.tensor import INT8_MAX, M_MAX, PAIR_MAX, DSTensor, expand_blocks, max_multiplier, vqk_limits
-from dsconvert.fit.least_squares import to_blocks
+from dsconvert.dsconv.codes.free_search import to_blocks
+from dsconvert.dsconv.format import INT8_MAX, M_MAX, PAIR_MAX
+from dsconvert.dsconv.tensor import DSTensor, expand_blocks
 from dsconvert.graph.integer import QConv
 from dsconvert.model import DSModel
 
@@ -69,12 +70,12 @@ class Layer:
         largest = _block_amax(w)
         m = w.m.float()
         bound = (
-            torch.full_like(m, max_multiplier(w.bits))
-            if moving and w.code is None
+            torch.full_like(m, w.format.most_m)
+            if moving and w.format.code.movable
             else (PAIRED // largest.clamp_min(1)).clamp_max(M_MAX)
         )
         reach = torch.where(m * largest <= PAIRED, PAIRED, INT8_MAX).float()
-        start = Parts(w.vqk.float(), m if w.alpha is None else w.alpha, w.cds_w, conv.bias, w.block_size)
+        start = Parts(w.vqk.float(), m, w.cds_w, conv.bias, w.block_size)
         return Layer(
             start.to(device), torch.maximum(bound, m).to(device), reach.to(device), low.to(device), high.to(device)
         )
@@ -117,13 +118,13 @@ def start(model: DSModel, train: str, device: str) -> tuple[dict[str, Layer], La
         w = conv.weight
         layers[name] = Layer.of(conv, device, train == "all")
         shaped = {"cdsw": w.cds_w}
-        if w.alpha is not None:
-            shaped["alpha"] = w.alpha
+        if w.format.code.real:
+            shaped["alpha"] = w.m
         elif not w.is_plain_int8:
             shaped["m"] = w.m
         if train != "shifts":
             shaped["cdsb"] = conv.bias
-        if train == "all" and w.code is None:
+        if train == "all" and w.format.code.movable:
             shaped["vqk"] = w.vqk
         latents |= {f"{name}.{p}": torch.zeros(v.shape, device=device, requires_grad=True) for p, v in shaped.items()}
     return layers, latents
@@ -152,9 +153,8 @@ def learned(model: DSModel, layers: Mapping[str, Layer], latents: Mapping[str, T
         have = {p for p in PACE if f"{name}.{p}" in latents}
         weight = replace(
             w,
-            vqk=parts.vqk.cpu().to(torch.int8) if "vqk" in have else w.vqk,
-            m=parts.kds.cpu().to(torch.int8) if "m" in have else w.m,
-            alpha=parts.kds.cpu() if "alpha" in have else w.alpha,
+            stored=parts.vqk.cpu().to(torch.int8) if "vqk" in have else w.stored,
+            m=parts.kds.cpu().to(w.m.dtype) if have & {"m", "alpha"} else w.m,
             cds_w=parts.cds_w.cpu() if "cdsw" in have else w.cds_w,
         )
         convs[name] = QConv(weight, parts.bias.cpu() if "cdsb" in have else conv.bias)
@@ -175,7 +175,7 @@ def _straight(wanted: Tensor) -> Tensor:
 def _vqk_bounds(w: DSTensor) -> tuple[Tensor, Tensor]:
     """What each VQK may become, float, lowest and highest: its bits. Plain int8 weights go beyond PAIRED where their
     neighbour leaves room; there each of a pair may use half of the room that is left."""
-    low, high = (torch.full(w.vqk.shape, float(limit)) for limit in vqk_limits(w.bits, w.width.trellis))
+    low, high = (torch.full(w.vqk.shape, float(limit)) for limit in w.format.limits)
     if not w.is_plain_int8:
         return low, high
     v = w.vqk.float()

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 from conftest import convert, smooth_picture, tiny_network
+from formats import fit_weight_real
 from fuzz_damage import resealed
 from modelfiles import Opened, floats
 
-from dsconvert.fit.real_alpha import fit_weight_real
 from dsconvert.graph.integer import QConv, QParams, grid_of
 from dsconvert.model import DSModel
 from dsconvert.modelcheck import check_model

@@ -12,9 +12,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dsconvert.dsconv.tensor import max_multiplier, vqk_limits
-from dsconvert.dsconv.trellis import WINDOW, table
-from dsconvert.fit.trellis import AHEAD, NEAR, noise
+from dsconvert.dsconv.codes import FREE, TRELLIS
+from dsconvert.dsconv.codes.trellis_search import AHEAD, NEAR, noise
+from dsconvert.dsconv.codes.trellis_table import WINDOW, table
 
 Floats = NDArray[np.float64]
 
@@ -110,8 +110,8 @@ def round_group(w: Floats, cds: Floats, upper: Floats, bits: int) -> tuple[Float
     Those errors are in units of what the later columns leave, so what a group adds to J is the sum of their squares.
     In numpy: most of the fit's time is spent here on a few numbers at once, and torch takes five times as long to get
     to them."""
-    low, high = vqk_limits(bits)
-    tried = np.arange(1.0, max_multiplier(bits) + 1)
+    low, high = FREE.limits(bits)
+    tried = np.arange(1.0, FREE.most_m(bits) + 1)
     steps = cds[:, None] * tried
     columns = np.repeat(w.T[..., None], len(tried), -1)
     integers, errors = np.empty_like(columns), np.empty_like(columns)
@@ -137,7 +137,7 @@ def round_strings(target: Floats, cds: Floats, upper: Floats, size: int, bits: i
     for first, last in pairwise([*range(0, w.shape[1], size), w.shape[1]]):
         end = min(last + AHEAD, w.shape[1])
         own, after = (_suited(w[:, a : a + size], scale, bits) for a in (first, last if end > last else first))
-        tried = around(own, max_multiplier(bits, True))
+        tried = around(own, TRELLIS.most_m(bits))
         part = factor[first:end, first:end]
         m, windows = follow(w[:, first:end] / scale[:, None], part, tried, after, last - first, state, trellis)
         state = windows[:, -1] % trellis.states
@@ -159,7 +159,7 @@ def _suited(columns: Tensor, cds: Tensor, bits: int) -> Tensor:
 def suited(rms: Floats, cds: Floats, bits: int) -> tuple[Floats, Floats]:
     """For blocks of that root mean square (cho, ...) and CDSw (cho,): the m of least expected error, and that mean
     squared error, both like rms."""
-    tried = np.arange(1.0, max_multiplier(bits, True) + 1)
+    tried = np.arange(1.0, TRELLIS.most_m(bits) + 1)
     steps = cds.reshape(-1, *[1] * rms.ndim) * tried
     errors = expected(rms[..., None] / steps, bits) * np.square(steps)
     return tried[errors.argmin(-1)], errors.min(-1)

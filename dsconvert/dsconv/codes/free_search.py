@@ -13,38 +13,30 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dsconvert.dsconv.tensor import PAIR_MAX, DSTensor, block_count, max_multiplier, vqk_limits
-from dsconvert.dsconv.trellis import from_strings, strings
-from dsconvert.fit.trellis import nearest
+from dsconvert.dsconv.format import PAIR_MAX, WeightFormat
+from dsconvert.dsconv.tensor import block_count
 
 STARTS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5)  # starting CDSw, as a share of the one that just avoids clipping
 ROUNDS = 4
 
 
 def fit_weight(
-    weight: Tensor,
-    bits: int,
-    block_size: int,
-    trellis: bool = False,
-    starts: Sequence[float] = STARTS,
-    rounds: int = ROUNDS,
-) -> DSTensor:
-    """Float weight (cho, chi, kh, kw) -> the DSTensor minimising ||W - W'||^2 per output channel (locally), on CPU."""
-    if trellis:
-        return _along_trellis(weight, bits, block_size)
+    weight: Tensor, format: WeightFormat, starts: Sequence[float] = STARTS, rounds: int = ROUNDS
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Float weight (cho, chi, kh, kw) -> VQK and m, int8, and CDSw of least ||W - W'||^2 by output channel, as far as
+    it is found, on CPU."""
     cho, chi, kh, kw = weight.shape
-    m_max = max_multiplier(bits)
-    blocks = to_blocks(weight.detach().cpu().double(), block_size)
-    widest = _unclipped_scale(blocks, bits)
+    blocks = to_blocks(weight.detach().cpu().double(), format.block_size)
+    widest = _unclipped_scale(blocks, format)
     best_error = torch.full((cho,), torch.inf, dtype=torch.float64)
     best_cds = torch.ones(cho, dtype=torch.float64)
     best_m = torch.ones(cho, blocks.shape[1], 1, kh * kw, dtype=torch.float64)
     best_vqk = torch.zeros_like(blocks)
     for start in starts:
-        cds = widest * start / m_max
+        cds = widest * start / format.most_m
         for _ in range(rounds):
-            m, vqk = nearest_integers(blocks, cds, bits)
-            vqk = relieve_pairs(vqk, bits)
+            m, vqk = nearest_integers(blocks, cds, format)
+            vqk = relieve_pairs(vqk, format.bits)
             cds = project_cds(blocks, m * vqk, cds)
             error = (blocks - cds[:, None, None, None] * m * vqk).square().sum((1, 2, 3))
             better = error < best_error
@@ -52,32 +44,20 @@ def fit_weight(
             best_cds = torch.where(better, cds, best_cds)
             best_m = torch.where(better[:, None, None, None], m, best_m)
             best_vqk = torch.where(better[:, None, None, None], vqk, best_vqk)
-    return DSTensor(
-        from_blocks(best_vqk, chi, kh, kw).to(torch.int8),
-        best_m.reshape(cho, -1, kh, kw).to(torch.int8),
-        best_cds.float(),
-        bits,
-        block_size,
-    )
+    vqk, m = from_blocks(best_vqk, chi, kh, kw).to(torch.int8), best_m.reshape(cho, -1, kh, kw).to(torch.int8)
+    return vqk, m, best_cds.float()
 
 
-def _along_trellis(weight: Tensor, bits: int, block_size: int) -> DSTensor:
-    cho, chi, kh, kw = weight.shape
-    found, m, cds = nearest(strings(weight.detach().cpu(), block_size), min(block_size, chi), bits)
-    code = from_strings(found, tuple(weight.shape), block_size)
-    return DSTensor.along_trellis(code, m.reshape(cho, -1, kh, kw).to(torch.int8), cds.float(), bits, block_size)
-
-
-def nearest_integers(blocks: Tensor, cds: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+def nearest_integers(blocks: Tensor, cds: Tensor, format: WeightFormat) -> tuple[Tensor, Tensor]:
     """For each block, the m (cho, nblk, 1, taps) and VQK (cho, nblk, B, taps) nearest to it at the given CDSw.
 
     Exact: all m are tried, and for each the nearest VQK is the rounded quotient. Ties go to the smaller m.
     """
-    low, high = vqk_limits(bits)
+    low, high = format.limits
     scaled = blocks / cds[:, None, None, None]
     best_error = torch.full_like(scaled[:, :, :1], torch.inf)
     best_m, best_vqk = torch.ones_like(best_error), torch.zeros_like(scaled)
-    for m in range(1, max_multiplier(bits) + 1):
+    for m in range(1, format.most_m + 1):
         vqk = (scaled / m).round_().clamp_(low, high)
         error = scaled.sub(vqk, alpha=m).square_().sum(2, keepdim=True)
         better = error < best_error
@@ -87,11 +67,11 @@ def nearest_integers(blocks: Tensor, cds: Tensor, bits: int) -> tuple[Tensor, Te
     return best_m, best_vqk
 
 
-def _unclipped_scale(blocks: Tensor, bits: int) -> Tensor:
+def _unclipped_scale(blocks: Tensor, format: WeightFormat) -> Tensor:
     """The least CDSw * m (cho,) at which no VQK is clipped, to its own limits or as half of a pair."""
-    low, high = vqk_limits(bits)
+    low, high = format.limits
     scale = (blocks.amax((1, 2, 3)) / high).maximum(blocks.amin((1, 2, 3)) / low)
-    if bits == 8:
+    if format.bits == 8:
         together = 2 * blocks if blocks.shape[2] % 2 else blocks[:, :, 0::2] + blocks[:, :, 1::2]
         scale = scale.maximum(together.abs().amax((1, 2, 3)) / (PAIR_MAX - 1))  # each of the two may round up
     return scale.clamp_min(1e-12)
@@ -100,7 +80,7 @@ def _unclipped_scale(blocks: Tensor, bits: int) -> Tensor:
 def relieve_pairs(vqk: Tensor, bits: int) -> Tensor:
     """VQK (cho, nblk, B, taps) with the larger of two neighbours cut so that they stay within PAIR_MAX together.
 
-    Only 8 bits need it: below, `max_multiplier` keeps m VQK within half of PAIR_MAX."""
+    Only 8 bits need it: below, `most_m` keeps m VQK within half of PAIR_MAX."""
     if bits < 8:
         return vqk
     if vqk.shape[2] % 2:

@@ -1,4 +1,4 @@
-"""Fitting VQK along a trellis (see `dsconv.trellis`): nearest to a weight, and within GPTQ's loop.
+"""Fitting VQK along a trellis (see `trellis_table`): nearest to a weight, and within GPTQ's loop.
 
 A window is the last eight bits at a place, and decides VQK there; a state is what of it the next window keeps. Of all
 strings that lead to one state, only the best can become part of the best (Viterbi, IEEE Transactions on Information
@@ -12,19 +12,21 @@ from functools import lru_cache
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from dsconvert.dsconv.tensor import max_multiplier
-from dsconvert.dsconv.trellis import table
+from dsconvert.dsconv.codes.trellis_table import largest, table
+from dsconvert.dsconv.format import M_MAX, PAIR_MAX, Floats
 from dsconvert.fit.threads import shared
-
-Floats = NDArray[np.float64]
 
 AHEAD = 24  # columns of later groups into which strings are followed before a group's best is chosen
 NEAR = 1  # m tried on each side of the one that suits a group
 SHARES = (1.3, 1.15, 1.0, 0.87, 0.75, 0.65, 0.56, 0.48)  # starting CDSw, as shares of what suits the largest block
 MOST = 1 << 26  # windows that are remembered at once
+
+
+def most_m(bits: int) -> int:
+    """Largest m for which no two m * VQK can exceed PAIR_MAX together."""
+    return max(1, min(M_MAX, PAIR_MAX // 2 // largest(bits)))
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,7 @@ def suited(rms: Floats, cds: Floats, bits: int) -> tuple[Floats, Floats]:
     squared error, both like rms."""
     from dsconvert.fit import loops  # numba takes a while to load
 
-    given = np.ascontiguousarray(rms.reshape(len(rms), -1)), np.ascontiguousarray(cds), max_multiplier(bits, True)
+    given = np.ascontiguousarray(rms.reshape(len(rms), -1)), np.ascontiguousarray(cds), most_m(bits)
     m, errors = np.empty(given[0].shape), np.empty(given[0].shape)
     shared(len(rms), lambda first, last: loops.suit(first, last, *given, *noise(bits), m, errors))
     return m.reshape(rms.shape), errors.reshape(rms.shape)
@@ -76,7 +78,7 @@ def starting(rms: Floats, bits: int) -> Floats:
     """For blocks of that root mean square (cho, blocks): CDSw (cho,) of least expected error."""
     levels, errors = noise(bits)
     own = levels[(errors / np.square(levels)).argmin()]  # of the numbers that suit the trellis best
-    widest = rms.max(1).clip(1e-12) / own / max_multiplier(bits, True)
+    widest = rms.max(1).clip(1e-12) / own / most_m(bits)
     best, found = np.full(len(rms), np.inf), widest
     for share in SHARES:
         cds = widest * share
@@ -125,6 +127,6 @@ def round_strings(target: Floats, cds: Floats, upper: Floats, size: int, bits: i
 
     w, scale, factor = (np.array(x, np.float32, order="C") for x in (target, cds, upper))
     codes, chosen = np.empty(w.shape, np.uint8), np.empty((len(w), -(-w.shape[1] // size)))
-    rules = (size, AHEAD, NEAR, max_multiplier(bits, True), bits, Trellis.of(bits).values.numpy(), *noise(bits))
+    rules = (size, AHEAD, NEAR, most_m(bits), bits, Trellis.of(bits).values.numpy(), *noise(bits))
     shared(len(w), lambda first, last: loops.round_strings(first, last, w, scale, factor, *rules, codes, chosen))
     return torch.from_numpy(codes), torch.from_numpy(chosen).T

@@ -6,31 +6,39 @@ Such a weight is no int8 tensor: engines multiply it in float.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import torch
 from torch import Tensor
 
-from dsconvert.dsconv.tensor import DSTensor, block_count, vqk_limits
-from dsconvert.fit.gptq import Moments, fit_weight_gptq, measure_moments
-from dsconvert.fit.least_squares import from_blocks, to_blocks
-from dsconvert.fit.seen import Seen
-from dsconvert.graph.integer import QConv
-from dsconvert.graph.ir import Node
+from dsconvert.dsconv.codes.free import FREE, Free
+from dsconvert.dsconv.codes.free_search import from_blocks, to_blocks
+from dsconvert.dsconv.format import Code, WeightFormat
+from dsconvert.dsconv.tensor import DSTensor, block_count
 
 STARTS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5)  # starting alpha, as a share of the one that just avoids clipping
 ROUNDS = 4
 RIDGE = 1e-9  # of the mean diagonal: only against blocks whose VQK are all zero
 
 
-def fit_layer_real(
-    node: Node, weight: Tensor, bits: int, block_size: int, images: Iterable[Seen], photographs: int | None = None
-) -> DSTensor | QConv:
-    """As `gptq.fit_layer`, with real alpha: its VQK, and the alpha that are best for them on the same objective."""
-    if node.attrs["groups"] > 1:
-        return fit_weight_real(weight, bits, block_size)
-    moments = measure_moments(node, weight.shape, images, photographs)
-    return moments.with_bias(with_best_alpha(weight, fit_weight_gptq(weight, moments, bits, block_size), moments))
+class Real(Free):
+    """Free integers, and real alpha in the place of m."""
+
+    name = "real"
+    real = True  # and told in a model file by its alpha
+
+    @property
+    def integers(self) -> Code:
+        return FREE
+
+    def nearest(self, weight: Tensor, format: WeightFormat) -> DSTensor:
+        """Locally, from several starts, of either sign as VQK reach further down than up; CDSw = 1."""
+        return DSTensor(*nearest_alpha(weight, format), torch.ones(len(weight)), format)
+
+    def refit(self, fitted: DSTensor, hessian: Tensor, cross: Tensor, format: WeightFormat) -> DSTensor:
+        alpha = best_alpha(fitted, hessian, cross)
+        return DSTensor(fitted.vqk, alpha.float(), torch.ones(len(alpha)), format)
+
+
+REAL = Real()
 
 
 def project_alpha(blocks: Tensor, vqk: Tensor) -> Tensor:
@@ -40,14 +48,13 @@ def project_alpha(blocks: Tensor, vqk: Tensor) -> Tensor:
     return torch.where(power > 0, (blocks * vqk).sum(2, keepdim=True) / power.clamp_min(1), 0.0)
 
 
-def fit_weight_real(weight: Tensor, bits: int, block_size: int) -> DSTensor:
-    """Float weight (cho, chi, kh, kw) -> VQK and alpha minimising ||W - W'||^2 (locally, from several starts, of
-    either sign as VQK reach further down than up), CDSw = 1."""
+def nearest_alpha(weight: Tensor, format: WeightFormat) -> tuple[Tensor, Tensor]:
+    """Float weight (cho, chi, kh, kw) -> VQK int8 and alpha float32 minimising ||W - W'||^2 with CDSw = 1."""
     _, chi, kh, kw = weight.shape
-    low, high = vqk_limits(bits)
-    blocks = to_blocks(weight.detach().cpu().double(), block_size)
+    low, high = format.limits
+    blocks = to_blocks(weight.detach().cpu().double(), format.block_size)
     best_error = torch.full_like(blocks[:, :, :1], torch.inf)
-    best_alpha, best_vqk = torch.zeros_like(best_error), torch.zeros_like(blocks)
+    best, best_vqk = torch.zeros_like(best_error), torch.zeros_like(blocks)
     for sign in (1, -1):
         top, bottom = (sign * blocks).amax(2, keepdim=True), (sign * blocks).amin(2, keepdim=True)
         widest = (top / high).maximum(bottom / low).clamp_min(1e-12) * sign
@@ -59,30 +66,26 @@ def fit_weight_real(weight: Tensor, bits: int, block_size: int) -> DSTensor:
                 error = (blocks - alpha * vqk).square().sum(2, keepdim=True)
                 better = error < best_error
                 best_error = torch.where(better, error, best_error)
-                best_alpha, best_vqk = torch.where(better, alpha, best_alpha), torch.where(better, vqk, best_vqk)
+                best, best_vqk = torch.where(better, alpha, best), torch.where(better, vqk, best_vqk)
     vqk = from_blocks(best_vqk, chi, kh, kw).to(torch.int8)
-    return _real(vqk, best_alpha.reshape(len(weight), -1, kh, kw), torch.ones(len(weight)), bits, block_size)
+    return vqk, best.reshape(len(weight), -1, kh, kw).float()
 
 
-def with_best_alpha(weight: Tensor, fitted: DSTensor, moments: Moments) -> DSTensor:
-    """The same VQK with the alpha that minimise J(W') = const - 2 C W'^T + W' H W'^T (see `gptq`), CDSw = 1.
+def best_alpha(fitted: DSTensor, hessian: Tensor, cross: Tensor) -> Tensor:
+    """The alpha (cho, nblk, kh, kw) float64 that minimise J(W') = const - 2 C W'^T + W' H W'^T (see `fit.gptq`) for the
+    VQK of a weight, CDSw = 1.
 
     W' is linear in an output channel's alpha: with the columns of VQK in one matrix V (K, groups), a column for every
     block and tap, the best are (V^T H V)^-1 V^T C^T. Never worse than `fitted` itself, up to rounding."""
-    cho, chi, kh, kw = weight.shape
+    cho, chi, kh, kw = fitted.vqk.shape
     nblk = block_count(chi, fitted.block_size)
     group = (torch.arange(chi)[:, None] // fitted.block_size * (kh * kw) + torch.arange(kh * kw)).flatten()
     vqk = fitted.vqk.double().flatten(1)
-    linear = vqk * moments.cross
     alpha = torch.zeros(cho, nblk * kh * kw, dtype=torch.float64)
-    wanted = alpha.clone().index_add_(1, group, linear)
+    wanted = alpha.clone().index_add_(1, group, vqk * cross)
     for o, v in enumerate(vqk):
-        rows = alpha.new_zeros(alpha.shape[1], len(v)).index_add_(0, group, v[:, None] * moments.hessian)
+        rows = alpha.new_zeros(alpha.shape[1], len(v)).index_add_(0, group, v[:, None] * hessian)
         square = alpha.new_zeros(len(rows), len(rows)).index_add_(1, group, rows * v)
         ridge = RIDGE * square.diagonal().mean().clamp_min(1e-30)
         alpha[o] = torch.linalg.solve(square + ridge * torch.eye(len(square)), wanted[o])
-    return _real(fitted.vqk, alpha.reshape(cho, nblk, kh, kw), torch.ones(cho), fitted.bits, fitted.block_size)
-
-
-def _real(vqk: Tensor, alpha: Tensor, cds: Tensor, bits: int, block_size: int) -> DSTensor:
-    return DSTensor(vqk, torch.ones_like(alpha, dtype=torch.int8), cds, bits, block_size, alpha.float())
+    return alpha.reshape(cho, nblk, kh, kw)

@@ -74,11 +74,6 @@ def largest(bits: int) -> int:
     return int(np.abs(table(bits).astype(int)).max())
 
 
-def exists(bits: int) -> bool:
-    """Whether there is a trellis of that many bits."""
-    return bits in _TABLES
-
-
 def fits(bits: int, chi: int, block_size: int) -> bool:
     """Whether a layer of chi input channels (per group) can be stored so: its blocks are whole, and of whole bytes."""
     size = min(block_size, chi)
@@ -103,19 +98,6 @@ def windows(code: Tensor, bits: int) -> Tensor:
     for back in range(1, -(-WINDOW // bits)):
         found[:, back:] |= code[:, :-back].int() << bits * back
     return (found & 255).to(torch.uint8)
-
-
-def values(code: Tensor, bits: int, block_size: int) -> Tensor:
-    """code (cho, chi, kh, kw), uint8 -> VQK, int8. Raises ValueError where a code has more bits, and where there is no
-    such trellis."""
-    if not fits(bits, code.shape[1], block_size):
-        raise ValueError(f"{code.shape[1]} channels in blocks of {block_size} have no trellis of {bits} bits")
-    if code.dtype != torch.uint8:
-        raise ValueError(f"codes are uint8, not {code.dtype}")
-    if code.numel() and int(code.max()) >> bits:
-        raise ValueError(f"codes leave {bits} bits")
-    found = torch.from_numpy(table(bits).copy())[windows(strings(code, block_size), bits).long()]
-    return from_strings(found, tuple(code.shape), block_size)
 
 
 @lru_cache

@@ -1,0 +1,103 @@
+"""Free integers: every VQK is any integer of its bits, in two's complement."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from dsconvert.dsconv.codes.free_search import fit_weight, from_blocks, relieve_pairs, to_blocks
+from dsconvert.dsconv.codes.shrink import unshrunk
+from dsconvert.dsconv.format import INT8_MAX, Code, Floats, WeightFormat
+from dsconvert.dsconv.packing import pack_bits, unpack_bits
+from dsconvert.dsconv.tensor import DSTensor, block_count
+from dsconvert.fit.threads import shared, threads_for
+
+
+class Free(Code):
+    """2 to 8 bits."""
+
+    name = "free"
+    marked = False  # of what names no code
+    movable = True
+
+    def limits(self, bits: int) -> tuple[int, int]:
+        """Two's complement, except that 8 bits stop at -127 (see INT8_MAX)."""
+        if not 2 <= bits <= 8:
+            raise ValueError(f"bits must be 2 to 8, got {bits}")
+        return max(-(2 ** (bits - 1)), -INT8_MAX), 2 ** (bits - 1) - 1
+
+    def fits(self, bits: int, chi: int, block_size: int) -> bool:
+        return 2 <= bits <= 8
+
+    def values(self, stored: Tensor, format: WeightFormat) -> Tensor:
+        return stored
+
+    def order(self, shape: Sequence[int], format: WeightFormat, energy: Tensor) -> list[Tensor]:
+        """Blocks, and columns within a block, by falling energy: what is rounded late makes up for what came before."""
+        _, chi, kh, kw = shape
+        columns = torch.arange(chi * kh * kw).reshape(chi, kh * kw)
+        size = format.block_size
+        groups = [columns[b * size : (b + 1) * size, t]
+                  for b in range(block_count(chi, size)) for t in range(kh * kw)]  # fmt: skip
+        groups = [g[torch.argsort(energy[g], descending=True, stable=True)] for g in groups]
+        return sorted(groups, key=lambda g: -float(energy[g].mean()))
+
+    def round(
+        self, target: Floats, cds: Floats, upper: Floats, lengths: Sequence[int], format: WeightFormat
+    ) -> tuple[Tensor, Tensor]:
+        w, vqk = target.copy(), np.empty_like(target)
+        chosen = np.empty((len(lengths), len(w)))
+        ends = np.cumsum(lengths)
+        for m, length, end in zip(chosen, lengths, ends, strict=True):
+            group = slice(int(end) - length, int(end))
+            m[:], vqk[:, group], errors = round_group(w[:, group], cds, upper[group, group], format)
+            rest, factor = torch.from_numpy(w)[:, group.stop :], torch.from_numpy(upper)[group, group.stop :]
+            rest.addmm_(torch.from_numpy(errors), factor, alpha=-1)
+        return torch.from_numpy(vqk).to(torch.int8), torch.from_numpy(chosen)
+
+    def settled(self, stored: Tensor, format: WeightFormat) -> Tensor:
+        blocks = to_blocks(stored.double(), format.block_size)
+        return from_blocks(relieve_pairs(blocks, format.bits), *stored.shape[1:]).to(torch.int8)
+
+    def nearest(self, weight: Tensor, format: WeightFormat) -> DSTensor:
+        return DSTensor(*fit_weight(weight, format), format)
+
+    def damage(self, weight: Tensor, format: WeightFormat, squares: Tensor) -> float:
+        """Of least squares from two starting scales; at 8 bits of plain per-channel int8."""
+        return float(squares.flatten() @ weight_error(weight, format).flatten().square())
+
+    def pack(self, stored: Tensor, format: WeightFormat) -> NDArray[np.uint8]:
+        return pack_bits(stored.numpy(), format.bits)
+
+    def unpack(self, packed: NDArray[np.uint8], shape: Sequence[int], format: WeightFormat) -> Tensor:
+        return torch.from_numpy(unpack_bits(packed, format.bits, tuple(shape)))
+
+
+FREE = Free()
+
+
+def weight_error(weight: Tensor, format: WeightFormat) -> Tensor:
+    """W' - W (cho, chi, kh, kw) of free integers, output channels as long as they were."""
+    with threads_for(weight.numel()):
+        # many bits are best at 1, where nothing is clipped, few at 0.8
+        fitted = DSTensor(*fit_weight(weight, format, starts=(1.0, 0.8), rounds=1), format).weight().to(weight)
+        return unshrunk(weight, fitted) - weight
+
+
+def round_group(w: Floats, cds: Floats, upper: Floats, format: WeightFormat) -> tuple[Floats, Floats, Floats]:
+    """One group's columns w (cho, n) rounded with every m, given their part of the Cholesky factor; of each output
+    channel the m of least J: m (cho,), VQK and the errors to be made up for by later columns, both (cho, n).
+
+    Those errors are in units of what the later columns leave, so what a group adds to J is the sum of their squares."""
+    from dsconvert.fit import loops  # numba takes a while to load
+
+    m, vqk, errors = np.empty(len(w)), np.empty(w.shape), np.empty(w.shape)
+    limits: Any = map(float, (*format.limits, format.most_m))
+    given = (w, np.ascontiguousarray(cds), np.ascontiguousarray(upper), *limits)
+    shared(len(w), lambda first, last: loops.round_columns(first, last, *given, m, vqk, errors))
+    return m, vqk, errors

@@ -1,0 +1,167 @@
+"""How finely a weight is stored, and what the bits stand for.
+
+A `WeightFormat` is the field's name for it: bits, group size, and a code. The code is an object that the fit is handed,
+as QTIP hands its code book to the rounding (arXiv 2406.11235): it knows what stored bits mean, how a target is rounded
+to them, how they are packed into a file, and how ONNX spells them. `dsconvert.dsconv.codes` lists the codes there are;
+a new one is a file there and a line in that list.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from dsconvert.dsconv.tensor import DSTensor
+
+M_MAX = 15  # the integer multiplier fits four bits
+INT8_MAX = 127  # symmetric: -128 is never used, so that negation is safe on every engine
+# x86 CPUs without VNNI add the uint8 * int8 products of two neighbouring channels in saturating 16 bits:
+# 255 (w1 + w2) <= 32767 holds for every input only while |w1 + w2| <= 128
+PAIR_MAX = 128
+
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class WeightFormat:
+    """How finely a weight is stored."""
+
+    bits: int  # of a VQK in storage, 1 to 8
+    block_size: int  # input channels that share a KDS
+    code: Code  # what the bits of VQK stand for
+
+    @property
+    def limits(self) -> tuple[int, int]:
+        """Smallest and largest VQK."""
+        return self.code.limits(self.bits)
+
+    @property
+    def most_m(self) -> int:
+        """Largest m for which no two m * VQK can exceed PAIR_MAX together."""
+        return self.code.most_m(self.bits)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether this is ordinary int8 per channel: 8 bits leave no room for an m."""
+        return self.bits == 8 and not self.code.real
+
+    @property
+    def kds_bits(self) -> int:
+        """Bits of a stored KDS."""
+        return 32 if self.code.real else 0 if self.is_plain else 4
+
+    @property
+    def integers(self) -> WeightFormat:
+        """The format whose VQK are looked for: of real KDS the same VQK with integer ones."""
+        return replace(self, code=self.code.integers)
+
+    def values(self, stored: Tensor) -> Tensor:
+        """Stored bits (cho, chi, kh, kw) -> VQK int8. Raises ValueError where they cannot be."""
+        return self.code.values(stored, self)
+
+    def size(self, chi: int) -> int:
+        """Channels of a layer's largest block."""
+        return min(self.block_size, chi)
+
+    def spelled(self) -> tuple[int, int, str]:
+        """Bits, block size and the code's name, for JSON; `codes.format_of` is the inverse."""
+        return self.bits, self.block_size, self.code.name
+
+
+class Code:
+    """What the bits of a weight stand for. One object is one code; it holds no state.
+
+    Methods that are not here raise NotImplementedError in a code that lacks them. Weights are (cho, chi, kh, kw)."""
+
+    name: str  # in files
+    stored_as: torch.dtype = torch.int8  # of what is kept in memory of a weight
+    part: str = "vqk"  # what the packed bits are called in a model file
+    real: bool = False  # KDS are the paper's real alpha in the place of m, so there is no int8 form
+    marked: bool = True  # a model file's layer names the code; what has another mark there needs none
+    movable: bool = False  # any VQK may take a step by itself, as `finetune --train all` has it
+    has_zero: bool = True  # VQK may all be 0
+
+    def limits(self, bits: int) -> tuple[int, int]:
+        """Smallest and largest VQK. Raises ValueError for bits that the code does not have."""
+        raise NotImplementedError
+
+    def most_m(self, bits: int) -> int:
+        """Largest m for which no two m * VQK can exceed PAIR_MAX together."""
+        return max(1, min(M_MAX, PAIR_MAX // 2 // -self.limits(bits)[0]))
+
+    def fits(self, bits: int, chi: int, block_size: int) -> bool:
+        """Whether a layer of chi input channels (per group) can be stored so."""
+        raise NotImplementedError
+
+    def values(self, stored: Tensor, format: WeightFormat) -> Tensor:
+        """Stored bits (cho, chi, kh, kw) -> VQK int8. Raises ValueError where they cannot be."""
+        raise NotImplementedError
+
+    def quiet(self, shape: Sequence[int], format: WeightFormat) -> Tensor:
+        """What stands for the smallest VQK there are, of that shape."""
+        return torch.zeros(tuple(shape), dtype=self.stored_as)
+
+    # --- the fit (see `fit.gptq`)
+
+    @property
+    def integers(self) -> Code:
+        """The code whose VQK the fit looks for."""
+        return self
+
+    def order(self, shape: Sequence[int], format: WeightFormat, energy: Tensor) -> list[Tensor]:
+        """Column indices of every (block, tap), in the order of rounding. energy (K,): of each column's input."""
+        raise NotImplementedError
+
+    def start(self, target: Tensor, format: WeightFormat) -> Tensor:
+        """CDSw (cho,) float64 to round a target (cho, chi, kh, kw) with."""
+        return self.nearest(target, format).cds_w.double()
+
+    def round(
+        self, target: Floats, cds: Floats, upper: Floats, lengths: Sequence[int], format: WeightFormat
+    ) -> tuple[Tensor, Tensor]:
+        """GPTQ's loop over a target (cho, K), columns in the code's order, in groups of those lengths that share an m.
+
+        cds: CDSw (cho,).
+        upper: (K, K), the Cholesky factor of H^-1 in that order.
+        Returns the stored bits (cho, K) in that order, and m (groups, cho)."""
+        raise NotImplementedError
+
+    def settled(self, stored: Tensor, format: WeightFormat) -> Tensor:
+        """Stored bits in the weight's own order, with what all engines can add; most codes have nothing to do."""
+        return stored
+
+    def nearest(self, weight: Tensor, format: WeightFormat) -> DSTensor:
+        """The weight of least squared error, as far as it is found, on CPU."""
+        raise NotImplementedError
+
+    def refit(self, fitted: DSTensor, hessian: Tensor, cross: Tensor, format: WeightFormat) -> DSTensor:
+        """The last step of a fit: other shifts for the VQK found. hessian (K, K), cross (cho, K): see `fit.gptq`."""
+        return fitted
+
+    def damage(self, weight: Tensor, format: WeightFormat, squares: Tensor) -> float:
+        """sum g^2 D^2 for the weight's errors D, and g^2 of its shape (see `fit.sensitivity`)."""
+        raise NotImplementedError
+
+    # --- files
+
+    def pack(self, stored: Tensor, format: WeightFormat) -> NDArray[np.uint8]:
+        """Stored bits as bytes, for the model file."""
+        raise NotImplementedError
+
+    def unpack(self, packed: NDArray[np.uint8], shape: Sequence[int], format: WeightFormat) -> Tensor:
+        """Inverse of `pack`. Raises ValueError when the length is wrong."""
+        raise NotImplementedError
+
+    # --- ONNX. b is an `export.builder.OnnxBuilder`
+
+    def spell(self, b: Any, name: str, weight: DSTensor, by_blocks: bool) -> str:
+        """Nodes and initializers for m * VQK; returns the name of an int8 value (cho, chi, kh, kw). by_blocks: with
+        ONNX's operator for block scales, where that suits the code."""
+        raise NotImplementedError

@@ -1,0 +1,114 @@
+"""From a layer, a format and images to a quantized convolution: what checkpoints, ONNX files and torch modules call.
+
+A fit is an object with one method; `GPTQ` is the product's. Whoever has another one hands it to `fit_lockstep` (see
+benchmarks/fits.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from dsconvert import workers
+from dsconvert.dsconv.format import WeightFormat
+from dsconvert.dsconv.tensor import DSTensor
+from dsconvert.fit.gptq import fit_weight_gptq
+from dsconvert.fit.moments import measure_moments
+from dsconvert.fit.seen import Seen
+from dsconvert.graph.integer import QConv
+from dsconvert.graph.ir import Node
+from dsconvert.graph.run import conv
+
+Batches = Callable[[], Iterable[Seen]]  # images as one layer sees them, as often as they are asked for
+
+
+class Fit(Protocol):
+    """What chooses a layer's integers and shifts."""
+
+    def layer(self, node: Node, weight: Tensor, format: WeightFormat, batches: Batches) -> QConv:
+        """The layer's float weight (cho, chi / groups, kh, kw) in that format, with its CDSb."""
+        ...
+
+
+@dataclass(frozen=True)
+class GPTQ:
+    """Asymmetric GPTQ (see `gptq`), each group of channels for itself. Where H would be too large, strides or dilations
+    differ, or a group has one channel, it is the nearest weight with the shifts of `fit_cds`."""
+
+    # second moments (cho, cho) of output gradients by convolution name: these layers' channels are fitted together
+    channels: Mapping[str, Tensor] = field(default_factory=dict)
+    photographs: int | None = None  # images that are no views of others, which decides the damping; None: all
+    most_columns: int | None = None  # of H, K; None: any number
+
+    def layer(self, node: Node, weight: Tensor, format: WeightFormat, batches: Batches) -> QConv:
+        groups = node.attrs["groups"]
+        if self._is_for_weights_alone(node, weight):
+            return fit_cds(node, format.code.nearest(weight, format), batches())
+        alone = replace(node, attrs={**node.attrs, "groups": 1})
+        together = self.together(node, format)
+        fitted = []
+        for group, part in enumerate(weight.chunk(groups)):
+            moments = measure_moments(alone, part.shape, of_group(batches(), group, groups), self.photographs)
+            found = fit_weight_gptq(part, moments, format.integers, together)
+            fitted.append(moments.with_bias(format.code.refit(found, moments.hessian, moments.cross, format)))
+        return QConv(DSTensor.joined([f.weight for f in fitted]), torch.cat([f.bias for f in fitted]))
+
+    def together(self, node: Node, format: WeightFormat) -> Tensor | None:
+        """The second moment by which a layer's channels are fitted together: below 8 bits, without groups, with integer
+        shifts."""
+        if node.attrs["groups"] > 1 or format.is_plain or format.code.real or format.bits == 8:
+            return None
+        return self.channels.get(node.name)
+
+    def _is_for_weights_alone(self, node: Node, weight: Tensor) -> bool:
+        if self.most_columns is not None and weight[0].numel() > self.most_columns:
+            return True
+        if any(isinstance(node.attrs[key], tuple) for key in ("stride", "dilation")):
+            return True
+        return bool(node.attrs["groups"] > 1 and weight.shape[1] == 1)
+
+
+@dataclass(frozen=True)
+class Nearest:
+    """Least squares on the weight alone, with the shifts of `fit_cds`."""
+
+    def layer(self, node: Node, weight: Tensor, format: WeightFormat, batches: Batches) -> QConv:
+        return fit_cds(node, format.code.nearest(weight, format), batches())
+
+
+def of_group(images: Iterable[Seen], group: int, groups: int) -> Iterator[Seen]:
+    """Images as one group of a layer's channels sees them."""
+    for seen in images:
+        if groups == 1:
+            yield seen
+        else:
+            given, made = seen.input.chunk(groups)[group], seen.float_output.chunk(groups)[group]
+            yield replace(seen, input=given, float_output=made)
+
+
+def fit_cds(node: Node, weight: DSTensor, images: Iterable[Seen]) -> QConv:
+    """CDSw and CDSb as the weighted regression of float outputs y on accumulators a = conv(x, m VQK), per channel.
+
+    argmin sum w (CDSw a + CDSb - y)^2 gives CDSw = cov(a, y) / var(a), CDSb = mean(y) - CDSw mean(a). The old CDSw
+    stays where the accumulator is constant or the regression would move it by more than a factor of two.
+    """
+    merged = weight.unscaled()
+    sums = torch.zeros(5, weight.vqk.shape[0], dtype=torch.float64)
+    for seen in images:
+        x = seen.real(seen.input)[None]
+        acc = conv(node, x, merged.to(x), None)[0].flatten(1)[:, seen.picks.to(x.device)]
+        a, t = (v.to(x.device).double() for v in (acc, seen.float_output))
+        w = seen.weights.to(a)
+        total = w.sum().expand(len(a))
+        sums += torch.stack((total, a @ w, t @ w, a.square() @ w, (a * t) @ w)).cpu()
+    n, sa, st, saa, sat = workers.summed(sums)
+    var, cov = saa / n - (sa / n) ** 2, sat / n - (sa / n) * (st / n)
+    old = weight.cds_w.double()
+    cds = cov / var.clamp_min(1e-30)
+    usable = (var > 1e-12) & (cds > 0.5 * old) & (cds < 2 * old)
+    cds = torch.where(usable, cds, old)
+    return QConv(replace(weight, cds_w=cds.float()), ((st - cds * sa) / n).float())

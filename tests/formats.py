@@ -1,0 +1,44 @@
+"""Formats and fits of weights in few words."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from dsconvert.dsconv.codes import FREE, REAL, TRELLIS
+from dsconvert.dsconv.format import WeightFormat
+from dsconvert.dsconv.tensor import DSTensor
+from dsconvert.fit.gptq import fit_weight_gptq
+from dsconvert.fit.moments import Moments
+
+
+def free(bits: int, block_size: int, trellis: bool = False) -> WeightFormat:
+    """Of free integers, or along a trellis."""
+    return WeightFormat(bits, block_size, TRELLIS if trellis else FREE)
+
+
+def along(bits: int, block_size: int) -> WeightFormat:
+    """Along a trellis."""
+    return free(bits, block_size, True)
+
+
+def fit_weight(weight: Tensor, bits: int, block_size: int, trellis: bool = False) -> DSTensor:
+    """The weight of least squared error."""
+    format = free(bits, block_size, trellis)
+    return format.code.nearest(weight, format)
+
+
+def gptq(
+    weight: Tensor, moments: Moments, bits: int, block_size: int, channels: Tensor | None = None, trellis: bool = False
+) -> DSTensor:
+    """What GPTQ makes of a weight."""
+    return fit_weight_gptq(weight, moments, free(bits, block_size, trellis), channels)
+
+
+def fit_weight_real(weight: Tensor, bits: int, block_size: int) -> DSTensor:
+    """The weight of least squared error with real KDS."""
+    return REAL.nearest(weight, WeightFormat(bits, block_size, REAL))
+
+
+def nearest(weight: Tensor, format: WeightFormat) -> DSTensor:
+    """The weight of least squared error in a format."""
+    return format.code.nearest(weight, format)
