@@ -22,12 +22,12 @@ from torch import Tensor
 
 from dsconvert.budget import BITS, BLOCK_SIZES, stored_bytes
 from dsconvert.calibration import decoded
-from dsconvert.dsconv.tensor import Width
+from dsconvert.dsconv.format import WeightFormat
 from dsconvert.fit.allocate import Choice, allocate
 from dsconvert.fit.importance import measure_importance
 from dsconvert.fit.kept import Room
 from dsconvert.fit.leftover import Left, left_over
-from dsconvert.fit.sensitivity import damage_of, widths_of
+from dsconvert.fit.sensitivity import damage_of, formats_of
 from dsconvert.yolo.checkpoint import load_checkpoint
 from dsconvert.yolo.dataset import calibration_images
 from dsconvert.yolo.decode import detection_measure
@@ -52,10 +52,10 @@ class Layer:
         first = self.squares[0].flatten(1).sum(1) * self.weight.flatten(1).square().mean(1)
         return list(torch.argsort(first, descending=True).chunk(max(1, min(count, len(first) // SMALLEST))))
 
-    def damage(self, channels: Tensor) -> dict[Width, tuple[float, float]]:
+    def damage(self, channels: Tensor) -> dict[WeightFormat, tuple[float, float]]:
         """By width, that of some channels on both sets."""
         weight = self.weight[channels]
-        widths = widths_of(weight.shape[1], BITS, BLOCK_SIZES)
+        widths = formats_of(weight.shape[1], BITS, BLOCK_SIZES)
         first, second = (damage_of(weight, widths, squares[channels]) for squares in self.squares)
         return {w: (first[w] * self.left.of(w), second[w] * self.left.of(w)) for w in widths}
 
@@ -85,8 +85,8 @@ def measured(checkpoint: Path, data: Path, imgsz: int, samples: int) -> dict[str
 class Part:
     """Some output channels of a layer: the bytes and the damage of each width, and whether they are the whole layer."""
 
-    sizes: Mapping[Width, int]
-    damage: Mapping[Width, tuple[float, float]]
+    sizes: Mapping[WeightFormat, int]
+    damage: Mapping[WeightFormat, tuple[float, float]]
     whole: bool
 
 
@@ -107,7 +107,7 @@ def allocated(parts: Mapping[str, Part], budget: int, shared: int) -> tuple[floa
         key: [Choice(w, part.sizes[w] - (0 if part.whole else shared), first) for w, (first, _) in part.damage.items()]
         for key, part in parts.items()
     }
-    made = [parts[key].damage[choice.width] for key, choice in allocate(options, budget).items()]
+    made = [parts[key].damage[choice.format] for key, choice in allocate(options, budget).items()]
     return sum(first for first, _ in made), sum(second for _, second in made)
 
 

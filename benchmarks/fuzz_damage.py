@@ -17,7 +17,7 @@ from safetensors import safe_open
 from safetensors.numpy import save
 
 from dsconvert.seal import DIGEST, seal
-from dsconvert.unfinished import DAMAGE
+from dsconvert.sealed import DAMAGE
 
 INTERESTING = (b"\x00", b"\xff", b"\x7f", b"\x80", b"\xff" * 4, b"\xff" * 8, b"\x7f" + b"\xff" * 7, b"-1", b"1e999",
                b"nan", b"[" * 50, b"\x1b[31m", b"../../", b"&a *a", b"<<: ", b"!!python/name:os.system ")  # fmt: skip

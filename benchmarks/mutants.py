@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-FIT = "dsconvert/fit"
+FIT, CODES = "dsconvert/fit", "dsconvert/dsconv/codes"
 # file -> the tests that are about it, the quick ones first
 TESTS = {
     "dsconvert/evaluate/coco.py": "coco precision_recall",
@@ -45,11 +45,15 @@ TESTS = {
     f"{FIT}/leftover.py": "leftover",
     f"{FIT}/lockstep.py": "lockstep mutants",
     f"{FIT}/gptq.py": "gptq leftover channels",
-    f"{FIT}/trellis.py": "trellis loops",
+    f"{FIT}/moments.py": "gptq leftover channels",
+    f"{FIT}/layer.py": "channels gptq grouped real_alpha",
+    f"{CODES}/trellis.py": "trellis loops",
+    f"{CODES}/trellis_search.py": "trellis loops",
     f"{FIT}/importance.py": "importance",
-    f"{FIT}/least_squares.py": "least_squares gptq",
+    f"{CODES}/free.py": "least_squares gptq loops",
+    f"{CODES}/free_search.py": "least_squares gptq",
     f"{FIT}/sensitivity.py": "sensitivity allocate",
-    f"{FIT}/real_alpha.py": "real_alpha",
+    f"{CODES}/real.py": "real_alpha",
     f"{FIT}/synthesize.py": "synthesize",
     f"{FIT}/seen.py": "gptq lockstep importance calibcache",
     f"{FIT}/kept.py": "kept",

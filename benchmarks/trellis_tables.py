@@ -1,4 +1,4 @@
-"""Make the tables of `dsconvert.dsconv.trellis`: which integer stands for which eight bits.
+"""Make the tables of `dsconvert.dsconv.codes.trellis_table`: which integer stands for which eight bits.
 
     python benchmarks/trellis_tables.py
 
@@ -19,8 +19,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dsconvert.dsconv.trellis import WINDOW, windows
-from dsconvert.fit.trellis import Trellis, nearest_values
+from dsconvert.dsconv.codes.trellis_search import Trellis, nearest_values
+from dsconvert.dsconv.codes.trellis_table import WINDOW, windows
 
 SIZE = 1 << WINDOW
 LENGTH, TEST = 64, 800  # numbers of a string; strings that judge
@@ -94,7 +94,7 @@ def integer_table(wanted: Wanted) -> tuple[Tensor, float]:
 
 
 def spelled(table: NDArray[np.int8]) -> str:
-    """As it stands in `dsconvert.dsconv.trellis`."""
+    """As it stands in `dsconvert.dsconv.codes.trellis_table`."""
     text = table.tobytes().hex()
     return "\n".join(f'        "{text[i : i + 112]}"' for i in range(0, len(text), 112))
 

@@ -18,7 +18,7 @@ from dsconvert.files import write_atomic
 from dsconvert.fit.kept import Room
 from dsconvert.fit.seen import Drawn, Places
 from dsconvert.graph.integer import QParams
-from dsconvert.unfinished import DAMAGE, sealed, unsealed
+from dsconvert.sealed import DAMAGE, sealed, unsealed
 
 META = "dsconvert.calibration"
 

@@ -57,9 +57,10 @@ from dsconvert.graph.ir import ConvParams, Graph
 from dsconvert.model import DSModel, damage_by_bits, display_name, is_dsconv
 from dsconvert.modelfile import model_bytes
 from dsconvert.sameness import warning_of
+from dsconvert.sealed import run_key
 from dsconvert.target import smallest_within
 from dsconvert.train.distil import Distilled, Pictures, distil
-from dsconvert.unfinished import read_unfinished, run_key, usable, write_unfinished
+from dsconvert.unfinished import read_unfinished, usable, write_unfinished
 from dsconvert.yolo.checkpoint import Checkpoint
 from dsconvert.yolo.dataset import calibration_images
 from dsconvert.yolo.lower import lower, split_detect

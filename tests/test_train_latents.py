@@ -7,9 +7,8 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import convert, smooth_picture, tiny_network, widen
-from formats import free
+from formats import fit_weight_real, free
 
-from formats import fit_weight_real
 from dsconvert.dsconv.format import PAIR_MAX
 from dsconvert.dsconv.tensor import DSTensor, largest_pair
 from dsconvert.graph.integer import QConv, QParams, grid_of, integer_step, real_params, run_integer

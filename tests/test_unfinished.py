@@ -8,10 +8,11 @@ from conftest import write_work
 from formats import free
 
 from dsconvert.errors import InputError
-from dsconvert.fit import lockstep
+from dsconvert.fit.layer import GPTQ
 from dsconvert.modelfile import model_bytes
 from dsconvert.pipeline import QuantizeOptions, quantize
-from dsconvert.unfinished import read_unfinished, run_key, usable, write_unfinished
+from dsconvert.sealed import run_key
+from dsconvert.unfinished import read_unfinished, usable, write_unfinished
 from dsconvert.yolo.checkpoint import load_checkpoint
 
 
@@ -43,8 +44,8 @@ def test_the_same_bytes_wherever_it_stopped(folder, stop_after, monkeypatch):
     with pytest.raises(Killed):
         run(folder, stop_after)
     fits = []
-    original = lockstep.with_shifts
-    monkeypatch.setattr(lockstep, "with_shifts", lambda node, *rest: fits.append(node.name) or original(node, *rest))
+    original = GPTQ.layer
+    monkeypatch.setattr(GPTQ, "layer", lambda fit, node, *rest: fits.append(node.name) or original(fit, node, *rest))
     assert run(folder, resume=True) == whole
     assert fits
     assert "model.0.conv" not in fits  # what was fitted is not fitted again

@@ -17,13 +17,13 @@ from dsconvert.evaluate.predictors import model_predictor
 from dsconvert.export.check import check_accumulators
 from dsconvert.model import DSModel
 from dsconvert.modelfile import load_model
+from dsconvert.sealed import run_key
 from dsconvert.train.augment import NOTHING, Augment
 from dsconvert.train.latents import TRAINED, Latents, learned, share, start
 from dsconvert.train.loop import Plan, Student, train
 from dsconvert.train.photos import Photos, open_photos
 from dsconvert.train.schedule import SCHEDULES
 from dsconvert.train.state import SETS, State, read_state, write_state
-from dsconvert.unfinished import run_key
 from dsconvert.yolo.classes import label_rules
 from dsconvert.yolo.dataset import DataYaml, read_data_yaml
 from dsconvert.yolo.labels import Labelled, label_path, read_labelled

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from dsconvert.files import write_atomic
+from dsconvert.sealed import resumed, sealed
 from dsconvert.train.latents import Latents
-from dsconvert.unfinished import resumed, sealed
 
 NAME = "finetuning.safetensors"
 META = "dsconvert.finetuning"
