@@ -41,9 +41,6 @@ from peers import (
 )
 
 from dsconvert.dsconv.tensor import DSTensor
-from dsconvert.evaluate.accuracy import CONFIDENT, Detections, Predictor, detect_all
-from dsconvert.evaluate.candidates import load_candidate
-from dsconvert.evaluate.compare import match, shifts_of
 from dsconvert.exporting import onnx_bytes
 from dsconvert.fit.gptq import fit_layer, fit_weight_gptq, measure_moments
 from dsconvert.fit.least_squares import fit_weight
@@ -53,6 +50,9 @@ from dsconvert.graph.ir import INPUT
 from dsconvert.model import DSModel
 from dsconvert.modelfile import load_model
 from dsconvert.pipeline import QuantizeOptions, quantize, save_quantized
+from dsconvert.scoring.accuracy import CONFIDENT, Detections, Predictor, detect_all
+from dsconvert.scoring.candidates import load_candidate
+from dsconvert.scoring.compare import match, shifts_of
 from dsconvert.yolo.checkpoint import load_checkpoint
 from dsconvert.yolo.dataset import read_data_yaml
 from dsconvert.yolo.decode import decode

@@ -22,12 +22,12 @@ from dsconvert.anyonnx.convert import OnnxPlan, quantize_onnx
 from dsconvert.calibcache import META as CACHE_META
 from dsconvert.calibcache import remembered
 from dsconvert.errors import InputError
-from dsconvert.evaluate.bounds import enforced
-from dsconvert.evaluate.candidates import load_candidate
 from dsconvert.export.check import check_accumulators
 from dsconvert.export.onnx import export_quantized
 from dsconvert.model import DSModel
 from dsconvert.modelfile import load_model, model_bytes
+from dsconvert.scoring.bounds import enforced
+from dsconvert.scoring.candidates import load_candidate
 from dsconvert.train.latents import learned, start
 from dsconvert.train.state import META as STATE_META
 from dsconvert.train.state import State, read_state, write_state

@@ -25,7 +25,6 @@ from typing import Any
 
 from dsconvert import exporting, pipeline
 from dsconvert.errors import InputError
-from dsconvert.evaluate import contest
 from dsconvert.export.inputs import INPUT_TYPES
 from dsconvert.export.layouts import LAYOUT_OPSET
 from dsconvert.export.nms import Nms
@@ -35,6 +34,7 @@ from dsconvert.files import refuse_inputs, write_atomic
 from dsconvert.model import DSModel
 from dsconvert.modelfile import load_model, model_bytes
 from dsconvert.pipeline import Progress
+from dsconvert.scoring import contest
 from dsconvert.yolo.checkpoint import Checkpoint, load_checkpoint
 from dsconvert.yolo.dataset import SPLITS
 

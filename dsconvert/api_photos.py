@@ -6,7 +6,7 @@
     dsconvert.compare("best.pt", "small/best.onnx", "photos/")
 
 Models are values or files, as in `dsconvert.evaluate`. The commands of the same names run the same functions
-(`evaluate.photos`).
+(`scoring.photos`).
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from pathlib import Path
 
 from dsconvert.api import File, FloatModel, QuantizedModel, as_file, check_split, in_keywords, keywords
 from dsconvert.errors import InputError
-from dsconvert.evaluate.candidates import load_candidate
-from dsconvert.evaluate.detect import DetectOptions, Found, class_name, class_numbers, draw
-from dsconvert.evaluate.masks import PlacedMask
-from dsconvert.evaluate.photos import Skipped, compare_files, detect_files, left_out, photo_paths
+from dsconvert.scoring.candidates import load_candidate
+from dsconvert.scoring.detect import DetectOptions, Found, class_name, class_numbers, draw
+from dsconvert.scoring.masks import PlacedMask
+from dsconvert.scoring.photos import Skipped, compare_files, detect_files, left_out, photo_paths
 from dsconvert.yolo.images import Image, read_image
 
 Progress = Callable[[str, int, int], None]

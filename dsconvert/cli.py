@@ -24,8 +24,8 @@ from dsconvert.commands.quantize import quantize
 from dsconvert.commands.report import report
 from dsconvert.commands.shared import say, warn
 from dsconvert.errors import CheckError, InputError, LimitMissed, is_out_of_memory, system_fault
-from dsconvert.evaluate.bounds import enforced, left_running
 from dsconvert.notes import heard
+from dsconvert.scoring.bounds import enforced, left_running
 from dsconvert.streams import open_streams
 
 

@@ -44,8 +44,6 @@ from dsconvert.calibration import Progress as Progress
 from dsconvert.division import Division, divided
 from dsconvert.dsconv.tensor import DSTensor, Width, used_width
 from dsconvert.errors import InputError
-from dsconvert.evaluate.compare import ScoreShift
-from dsconvert.evaluate.drop import labels_of, map_drop, scores_on
 from dsconvert.files import write_atomic
 from dsconvert.fit.gptq import fit_layer
 from dsconvert.fit.kept import MEMORY, Room
@@ -58,6 +56,8 @@ from dsconvert.graph.ir import ConvParams, Graph, Node
 from dsconvert.model import DSModel, damage_by_bits, display_name, is_dsconv
 from dsconvert.modelfile import model_bytes
 from dsconvert.sameness import warning_of
+from dsconvert.scoring.compare import ScoreShift
+from dsconvert.scoring.drop import labels_of, map_drop, scores_on
 from dsconvert.target import smallest_within
 from dsconvert.train.distil import Distilled, Pictures, distil
 from dsconvert.unfinished import read_unfinished, run_key, usable, write_unfinished

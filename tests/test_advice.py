@@ -7,9 +7,9 @@ from dataclasses import asdict, replace
 import pytest
 
 from dsconvert.advice import advice, bits_of_layers
-from dsconvert.evaluate.compare import ScoreShift
 from dsconvert.graph.integer import QParams
 from dsconvert.pipeline import Quantized, QuantizeOptions
+from dsconvert.scoring.compare import ScoreShift
 
 
 @pytest.fixture

@@ -63,7 +63,7 @@ def test_importing_dsconvert_is_cheap_and_offers_everything():
         _ = dsconvert.nothing
 
 
-@pytest.mark.parametrize("before", ["pass", "import dsconvert.evaluate.coco"])
+@pytest.mark.parametrize("before", ["pass", "import dsconvert.scoring.coco"])
 def test_evaluate_is_callable_whatever_was_imported_before(before):
     code = f"import dsconvert\n{before}\ntry: dsconvert.evaluate([], 'x')\nexcept dsconvert.InputError as e: print(e)"
     assert python(code) == "There is no model to evaluate.\n"

@@ -14,8 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dsconvert.errors import InputError
-from dsconvert.evaluate.accuracy import Predictor
-from dsconvert.evaluate.detect import (
+from dsconvert.export.nms import Nms
+from dsconvert.scoring.accuracy import Predictor
+from dsconvert.scoring.detect import (
     DetectOptions,
     class_name,
     class_numbers,
@@ -29,7 +30,6 @@ from dsconvert.evaluate.detect import (
     picture_name,
     yolo_lines,
 )
-from dsconvert.export.nms import Nms
 from dsconvert.yolo.labels import read_labels
 
 WIDE = np.zeros((32, 64, 3), np.uint8)  # in a 64 x 64 letterbox it has 16 rows of padding above

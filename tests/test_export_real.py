@@ -14,7 +14,6 @@ from onnx import TensorProto, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
 from dsconvert.errors import InputError
-from dsconvert.evaluate.candidates import load_candidate
 from dsconvert.export.builder import OnnxBuilder
 from dsconvert.export.compact import compact
 from dsconvert.export.inspect import conv_weights
@@ -26,6 +25,7 @@ from dsconvert.graph.ir import ConvParams
 from dsconvert.graph.run import run_float
 from dsconvert.model import DSModel
 from dsconvert.modelfile import model_bytes
+from dsconvert.scoring.candidates import load_candidate
 from dsconvert.yolo.decode import decode
 
 

@@ -14,7 +14,7 @@ from test_anyonnx import exported
 from torch import nn
 
 from dsconvert.errors import InputError
-from dsconvert.evaluate.candidates import load_candidate
+from dsconvert.scoring.candidates import load_candidate
 
 
 @pytest.fixture

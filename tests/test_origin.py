@@ -12,11 +12,11 @@ from conftest import convert, smooth_picture, tiny_network, write_pictures
 
 from dsconvert import exporting
 from dsconvert.errors import InputError
-from dsconvert.evaluate import contest
 from dsconvert.model import DSModel
 from dsconvert.modelfile import model_bytes
 from dsconvert.origin import known_images, known_source
 from dsconvert.report import gather
+from dsconvert.scoring import contest
 from dsconvert.yolo import images
 from dsconvert.yolo.checkpoint import yolov5_bytes
 

@@ -20,13 +20,13 @@ from dsconvert.anyonnx.scale import warning
 from dsconvert.anyonnx.source import Array, Source, opset_of, read_source
 from dsconvert.dsconv.tensor import DSTensor, Width, used_width
 from dsconvert.errors import CheckError, InputError
-from dsconvert.evaluate.engines import session
 from dsconvert.files import scratch_folder
 from dsconvert.fit.gptq import fit_weight_gptq, measure_moments
 from dsconvert.fit.least_squares import fit_weight
 from dsconvert.fit.seen import Seen
 from dsconvert.graph.integer import QConv
 from dsconvert.sameness import warning_of
+from dsconvert.scoring.engines import session
 from dsconvert.yolo.dataset import calibration_images
 from dsconvert.yolo.images import spread
 

@@ -20,12 +20,12 @@ from dsconvert.anyonnx.rewrite import float_tensors, replaced
 from dsconvert.anyonnx.source import Array, Source, used
 from dsconvert.dsconv.tensor import DSTensor
 from dsconvert.errors import InputError, refusing
-from dsconvert.evaluate.engines import Session, session
 from dsconvert.files import needs_room
 from dsconvert.fit.lockstep import with_shifts
 from dsconvert.fit.seen import Seen, seen_evenly
 from dsconvert.graph.integer import QConv
 from dsconvert.graph.run import conv
+from dsconvert.scoring.engines import Session, session
 
 WHOLE = -1
 # (the layer, what it sees of each group of channels: batches as often as they are asked for) -> the fitted convolution,

@@ -16,10 +16,10 @@ import onnx
 from numpy.typing import NDArray
 
 from dsconvert.errors import InputError, refusing
-from dsconvert.evaluate.engines import MAX_SIDE, TYPES, check_pixels, session
-from dsconvert.evaluate.trial import try_out
 from dsconvert.export.external import MAX_BYTES, parsed
 from dsconvert.filekinds import check_ordinary
+from dsconvert.scoring.engines import MAX_SIDE, TYPES, check_pixels, session
+from dsconvert.scoring.trial import try_out
 
 Array = NDArray[Any]
 MAX_BATCH = 64

@@ -27,15 +27,15 @@ from dsconvert.commands.shared import (
     warn,
 )
 from dsconvert.errors import InputError
-from dsconvert.evaluate.candidates import load_candidate
-from dsconvert.evaluate.detect import DetectOptions, class_name, class_numbers
-from dsconvert.evaluate.media import Gathered, Looked, Run
-from dsconvert.evaluate.photos import left_out
-from dsconvert.evaluate.saving import CROPS, LABELS, SaveOptions, Saver, check_jobs, jobs_of
-from dsconvert.evaluate.sources import Sources, find_sources
-from dsconvert.evaluate.video import live_name
 from dsconvert.files import refuse_inputs, write_atomic
 from dsconvert.notes import so_far
+from dsconvert.scoring.candidates import load_candidate
+from dsconvert.scoring.detect import DetectOptions, class_name, class_numbers
+from dsconvert.scoring.media import Gathered, Looked, Run
+from dsconvert.scoring.photos import left_out
+from dsconvert.scoring.saving import CROPS, LABELS, SaveOptions, Saver, check_jobs, jobs_of
+from dsconvert.scoring.sources import Sources, find_sources
+from dsconvert.scoring.video import live_name
 
 PROJECT, NAME = Path("runs/detect"), "exp"
 DOCUMENT = "detections.json"

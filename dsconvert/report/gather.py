@@ -13,15 +13,6 @@ import torch
 from numpy.typing import NDArray
 
 from dsconvert.errors import InputError
-from dsconvert.evaluate.accuracy import CONFIDENT, OVERLAP, Detections, Predictor
-from dsconvert.evaluate.bounds import made_of
-from dsconvert.evaluate.candidates import Candidate
-from dsconvert.evaluate.coco import Metrics, coco_tables, metrics_of
-from dsconvert.evaluate.compare import ScoreShift, score_shift
-from dsconvert.evaluate.contest import Entrants, entrants, look
-from dsconvert.evaluate.curves import ClassCurve, class_curves, object_counts
-from dsconvert.evaluate.detect import DetectOptions
-from dsconvert.evaluate.latency import Latency, interleaved_latency
 from dsconvert.filekinds import MODEL, file_kind
 from dsconvert.graph.ir import ConvParams
 from dsconvert.model import DSModel
@@ -39,6 +30,15 @@ from dsconvert.report.layers import (
 )
 from dsconvert.report.photos import Photo, differing, load_photo
 from dsconvert.report.text import labels_of
+from dsconvert.scoring.accuracy import CONFIDENT, OVERLAP, Detections, Predictor
+from dsconvert.scoring.bounds import made_of
+from dsconvert.scoring.candidates import Candidate
+from dsconvert.scoring.coco import Metrics, coco_tables, metrics_of
+from dsconvert.scoring.compare import ScoreShift, score_shift
+from dsconvert.scoring.contest import Entrants, entrants, look
+from dsconvert.scoring.curves import ClassCurve, class_curves, object_counts
+from dsconvert.scoring.detect import DetectOptions
+from dsconvert.scoring.latency import Latency, interleaved_latency
 from dsconvert.yolo.boxes import suppressed
 from dsconvert.yolo.checkpoint import load_checkpoint
 from dsconvert.yolo.images import letterbox, read_image, spread, to_tensor

@@ -12,11 +12,11 @@ import torch
 
 from dsconvert import workers
 from dsconvert.errors import InputError
-from dsconvert.evaluate.accuracy import evaluate_predictors
-from dsconvert.evaluate.predictors import model_predictor
 from dsconvert.export.check import check_accumulators
 from dsconvert.model import DSModel
 from dsconvert.modelfile import load_model
+from dsconvert.scoring.accuracy import evaluate_predictors
+from dsconvert.scoring.predictors import model_predictor
 from dsconvert.train.augment import NOTHING, Augment
 from dsconvert.train.latents import TRAINED, Latents, learned, share, start
 from dsconvert.train.loop import Plan, Student, train

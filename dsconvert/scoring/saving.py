@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path, PurePath
 
 from dsconvert.errors import InputError
-from dsconvert.evaluate.detect import (
+from dsconvert.files import NameRefused, check_target, write_atomic
+from dsconvert.scoring.detect import (
     Found,
     class_name,
     draw,
@@ -19,10 +20,9 @@ from dsconvert.evaluate.detect import (
     picture_name,
     yolo_lines,
 )
-from dsconvert.evaluate.masks import PlacedMask
-from dsconvert.evaluate.sources import Sources
-from dsconvert.evaluate.video import film, live_stem
-from dsconvert.files import NameRefused, check_target, write_atomic
+from dsconvert.scoring.masks import PlacedMask
+from dsconvert.scoring.sources import Sources
+from dsconvert.scoring.video import film, live_stem
 from dsconvert.yolo.images import Image
 
 LABELS, CROPS = "labels", "crops"

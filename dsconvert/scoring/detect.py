@@ -14,10 +14,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dsconvert.errors import InputError, Unusable
-from dsconvert.evaluate.accuracy import CONFIDENT, OVERLAP, Predictor
-from dsconvert.evaluate.bounds import made_of
-from dsconvert.evaluate.masks import PlacedMask, look
 from dsconvert.export.nms import Nms
+from dsconvert.scoring.accuracy import CONFIDENT, OVERLAP, Predictor
+from dsconvert.scoring.bounds import made_of
+from dsconvert.scoring.masks import PlacedMask, look
 from dsconvert.text import printable
 from dsconvert.yolo.boxes import inside, suppressed, to_image
 from dsconvert.yolo.dataset import SUFFIXES

@@ -8,11 +8,11 @@ from pathlib import Path
 
 from dsconvert.calibration import Progress
 from dsconvert.errors import InputError
-from dsconvert.evaluate.accuracy import CONFIDENT, Detections, Predictor, detect_all
-from dsconvert.evaluate.candidates import Candidate, load_candidates
-from dsconvert.evaluate.coco import Metrics
-from dsconvert.evaluate.latency import Latency, interleaved_latency
-from dsconvert.evaluate.masks import MaskPredictor
+from dsconvert.scoring.accuracy import CONFIDENT, Detections, Predictor, detect_all
+from dsconvert.scoring.candidates import Candidate, load_candidates
+from dsconvert.scoring.coco import Metrics
+from dsconvert.scoring.latency import Latency, interleaved_latency
+from dsconvert.scoring.masks import MaskPredictor
 from dsconvert.yolo.boxes import LEAST
 from dsconvert.yolo.classes import label_rules, other_order
 from dsconvert.yolo.dataset import images_of

@@ -13,8 +13,8 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from dsconvert.errors import InputError, printable, refusing
-from dsconvert.evaluate.bounds import Bounds
 from dsconvert.filekinds import NAMES, ONNX, check_ordinary, file_kind
+from dsconvert.scoring.bounds import Bounds
 
 ENGINES = ("onnxruntime", "openvino")
 MAX_SIDE = 8192

@@ -14,13 +14,6 @@ from numpy.typing import NDArray
 
 from dsconvert import workers
 from dsconvert.errors import InputError, printable, refusing
-from dsconvert.evaluate.accuracy import Predictor
-from dsconvert.evaluate.bounds import Bounds
-from dsconvert.evaluate.engines import TYPES, Session, as_input, check_image_input, check_pixels, load_file, session
-from dsconvert.evaluate.masks import MaskPredictor
-from dsconvert.evaluate.metadata import MAX_CLASSES, NMS_KEY, class_names, suppression
-from dsconvert.evaluate.predictors import BoundedPredictor, float_predictor, model_predictor
-from dsconvert.evaluate.trial import try_out
 from dsconvert.export.external import parsed
 from dsconvert.export.inspect import conv_weights
 from dsconvert.export.nms import Nms
@@ -28,6 +21,13 @@ from dsconvert.export.onnx import export_float, export_quantized
 from dsconvert.filekinds import CHECKPOINT, MODEL, file_kind
 from dsconvert.graph.ir import ConvParams
 from dsconvert.modelfile import load_model
+from dsconvert.scoring.accuracy import Predictor
+from dsconvert.scoring.bounds import Bounds
+from dsconvert.scoring.engines import TYPES, Session, as_input, check_image_input, check_pixels, load_file, session
+from dsconvert.scoring.masks import MaskPredictor
+from dsconvert.scoring.metadata import MAX_CLASSES, NMS_KEY, class_names, suppression
+from dsconvert.scoring.predictors import BoundedPredictor, float_predictor, model_predictor
+from dsconvert.scoring.trial import try_out
 from dsconvert.yolo.checkpoint import load_checkpoint
 from dsconvert.yolo.layers import MAX_MASKS
 from dsconvert.yolo.lower import lower
