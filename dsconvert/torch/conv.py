@@ -72,7 +72,7 @@ class DSConv(modules.DSConv):
         """A frozen DSConv in the place of `conv` holding a fitted weight and output bias CDSb (cho,)."""
         made = cls(
             conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, conv.dilation,  # type: ignore[arg-type]
-            conv.groups, conv.padding_mode, False, weight.block_size, weight.z is not None, True, weight.bits,
+            conv.groups, conv.padding_mode, False, weight.block_size, False, True, weight.bits,
         )  # fmt: skip
         fitted = modules.DSConv.from_conv(conv, weight, cds_b)
         made.load_state_dict(fitted.state_dict())
