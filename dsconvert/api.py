@@ -13,11 +13,9 @@ Everything is a thin layer over `dsconvert.pipeline`; `detect` and `compare` are
 from __future__ import annotations
 
 import copy
-import re
 import tempfile
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import NoneType
@@ -40,22 +38,6 @@ from dsconvert.yolo.dataset import SPLITS
 
 File = str | Path
 ACTIVATIONS = ("int8", "float")
-# Where a keyword is not the option's name without its dashes, in the sentences that the steps below raise.
-_KEYWORDS = {"calib": "images", "force": "force=True", "out": "name"}
-
-
-@contextmanager
-def keywords() -> Iterator[None]:
-    """Sentences that name options of the command line name this module's keywords instead."""
-    try:
-        yield
-    except InputError as error:
-        raise InputError(in_keywords(str(error))) from None
-
-
-def in_keywords(sentence: str) -> str:
-    """The sentence with this module's keywords in place of options."""
-    return re.sub(r"--([a-z][a-z0-9-]*)", lambda m: _KEYWORDS.get(m[1], m[1].replace("-", "_")), sentence)
 
 
 @dataclass(frozen=True, repr=False)
@@ -77,7 +59,6 @@ class FloatModel:
     def __repr__(self) -> str:
         return f"FloatModel({str(self.path)!r}, {len(self.names)} classes, {self.checkpoint.size_bytes / 1e6:.2f} MB)"
 
-    @keywords()
     def export(self, file: File, *, imgsz: int = 640, check: bool = True, force: bool = False, **ends: Any) -> Path:
         """Write the float32 network as ONNX, to compare with; returns the file. `check` and `ends` as in
         QuantizedModel.export."""
@@ -123,14 +104,12 @@ class QuantizedModel:
     def __repr__(self) -> str:
         return f"QuantizedModel({_source(self.model)!r}, {len(self.names)} classes, {self.weight_bits:.2f} bits)"
 
-    @keywords()
     def save(self, folder: File, *, force: bool = False) -> Path:
         """Write model.safetensors and quantize.json into the folder; returns the former's path."""
         if self.result is None:
             raise InputError("This model was loaded from a file, so it is saved already; copy that file.")
         return pipeline.save_quantized(self.result, Path(folder), force)
 
-    @keywords()
     def export(
         self,
         file: File,
@@ -198,7 +177,6 @@ def _shown(value: float | None, digits: int) -> str:
     return "-" if value is None else f"{value:.{digits}f}"
 
 
-@keywords()
 def load(path: File) -> FloatModel | QuantizedModel:
     """Read a YOLOv5 checkpoint (`.pt`, nothing in it is executed) or a converted model (`.safetensors`)."""
     path = Path(path)
@@ -210,7 +188,6 @@ def load(path: File) -> FloatModel | QuantizedModel:
     return FloatModel(load_checkpoint(path))
 
 
-@keywords()
 def quantize(
     model: FloatModel | File,
     images: File | None = None,
@@ -261,7 +238,6 @@ def quantize(
     return QuantizedModel(result.model, result)
 
 
-@keywords()
 def evaluate(
     models: FloatModel | QuantizedModel | File | Sequence[FloatModel | QuantizedModel | File],
     data: File,
@@ -288,7 +264,7 @@ def evaluate(
         paths = [as_file(m, Path(folder, str(i))) for i, m in enumerate(given)]
         found = contest.evaluate(paths, Path(data), imgsz, samples, progress, split, strict)
         if found[0].metrics is None:
-            warnings.warn(contest.nothing_found(paths[0]), stacklevel=3)  # whoever called, past `keywords`
+            warnings.warn(contest.nothing_found(paths[0]), stacklevel=2)
         return Evaluation(_row(m, e) for m, e in zip(given, found, strict=True))
 
 

@@ -44,7 +44,7 @@ from dsconvert.calibration import Progress as Progress
 from dsconvert.division import Division, divided
 from dsconvert.dsconv.tensor import DSTensor, Width, used_width
 from dsconvert.errors import InputError
-from dsconvert.files import write_atomic
+from dsconvert.files import already_there, write_atomic
 from dsconvert.fit.gptq import fit_layer
 from dsconvert.fit.kept import MEMORY, Room
 from dsconvert.fit.lockstep import FitLayer, fit_lockstep
@@ -136,7 +136,7 @@ def quantize(
     Under torchrun every process looks at a part of the images; each returns the whole model."""
     _check(options, checkpoint)
     if resume and workers.count() > 1:
-        raise InputError("--resume goes on with one process; run it without torchrun.")
+        raise InputError.naming("{resume} goes on with one process; run it without torchrun.")
     if options.kds == "float" and options.bits is None:
         options = replace(options, bits=UNIFORM.bits)
     torch.manual_seed(options.seed)
@@ -245,19 +245,23 @@ def _tuned(
 def _check(options: QuantizeOptions, checkpoint: Checkpoint) -> None:
     stride = checkpoint.head.stride
     if options.imgsz % stride or not stride <= options.imgsz <= 4096:
-        raise InputError(f"--imgsz {options.imgsz} is not a multiple of the model's stride {stride} up to 4096.")
+        raise InputError.naming(
+            "{imgsz} {} is not a multiple of the model's stride {} up to 4096.", options.imgsz, stride
+        )
     if sum(o is not None for o in (options.bits, options.target_bytes, options.target_drop)) > 1:
-        raise InputError("--bits, --target-size and --target-map-drop each decide the widths; give one of them.")
+        raise InputError.naming("{bits}, {target_size} and {target_map_drop} each decide the widths; give one of them.")
     if options.target_drop is not None and (options.calib is None or options.target_drop <= 0):
-        raise InputError("--target-map-drop needs a number above 0, and --calib images to measure the drop on.")
+        raise InputError.naming("{target_map_drop} needs a number above 0, and {images} images to measure the drop on.")
     if options.bits is not None and not 2 <= options.bits <= 8:
-        raise InputError(f"--bits {options.bits} is not a number from 2 to 8.")
+        raise InputError.naming("{bits} {} is not a number from 2 to 8.", options.bits)
     if options.kds == "float" and (options.activations != "float" or options.target_bytes or options.target_drop):
-        raise InputError("--kds float needs --activations float, and knows no --target-size or --target-map-drop.")
+        raise InputError.naming(
+            "{kds} float needs {activations} float, and knows no {target_size} or {target_map_drop}."
+        )
     if (options.finetune_steps or 0) < 0 or not 0 <= (options.finetune_time or 0) < math.inf:
-        raise InputError("--finetune-steps and --finetune-time must be at least 0.")
+        raise InputError.naming("{finetune_steps} and {finetune_time} must be at least 0.")
     if (options.block_size or 1) < 1 or options.samples < 1:
-        raise InputError("--block-size and --samples must be at least 1.")
+        raise InputError.naming("{block_size} and {samples} must be at least 1.")
     workers.check_device(options.device)
 
 
@@ -390,7 +394,7 @@ def save_quantized(result: Quantized, folder: Path, force: bool) -> Path:
     Raises InputError when there is a model and force is off. A report alone was left by a run that was killed."""
     model, report = folder / MODEL_FILE, folder / REPORT_FILE
     if model.exists() and not force:
-        raise InputError(f"{model} already exists; give --force to replace it, or another --out.")
+        raise already_there(model)
     text = (json.dumps(quantize_report(result), indent=1) + "\n").encode()
     write_atomic(report, text, force=True)
     write_atomic(model, model_bytes(result.model), force)

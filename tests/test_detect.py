@@ -84,7 +84,7 @@ def test_agnostic_suppression_looks_across_classes():
 def test_what_a_suppressed_file_cannot_give_is_named():
     limits = Nms(0.25, 0.45, 100)
     assert DetectOptions(0.25, 0.45, 100).beyond(limits) is None
-    assert DetectOptions(0.1, 0.5, 1000).beyond(limits) == "--conf-thres 0.25, --iou-thres 0.45, --max-det 100"
+    assert DetectOptions(0.1, 0.5, 1000).beyond(limits) == "conf_thres 0.25, iou_thres 0.45, max_det 100"
 
 
 def test_classes_by_number_and_by_name():

@@ -195,7 +195,7 @@ def test_models_that_cannot_be_reported_on(folder, monkeypatch):
     with pytest.raises(InputError, match="not a converted model"):
         gather(ReportOptions(folder / "best.pt", data))
     (folder / "best.pt").rename(folder / "moved.pt")
-    with pytest.raises(InputError, match="give it with --float"):
+    with pytest.raises(InputError, match="give it with float"):
         gather(ReportOptions(model, data))
     moved = ReportOptions(model, data, float_model=folder / "moved.pt", latency=False, samples=1)
     assert gather(moved).same_source

@@ -27,6 +27,7 @@ from dsconvert.fit.seen import Seen
 from dsconvert.graph.integer import QConv
 from dsconvert.sameness import warning_of
 from dsconvert.scoring.engines import session
+from dsconvert.text import Sentence
 from dsconvert.yolo.dataset import calibration_images
 from dsconvert.yolo.images import spread
 
@@ -162,8 +163,10 @@ def _raised(path: Path, given: Source, layout: str, probe: Array) -> Source:
     before = _outputs(given.model, given, probe, path)
     if given.opset >= LAYOUTS[layout]:
         return given
-    hint = "give --layout int8, which keeps it" if given.opset >= LAYOUTS["int8"] else "export it anew"
-    refused = InputError(f"{path} has opset {given.opset}, which cannot be raised to {LAYOUTS[layout]}; {hint}.")
+    hint = Sentence("give {layout} int8, which keeps it") if given.opset >= LAYOUTS["int8"] else "export it anew"
+    refused = InputError.naming(
+        "{} has opset {}, which cannot be raised to {}; {}.", path, given.opset, LAYOUTS[layout], hint
+    )
     try:
         model = onnx.version_converter.convert_version(given.model, LAYOUTS[layout])
         made = Source(model, given.image)

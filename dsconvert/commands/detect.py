@@ -19,6 +19,7 @@ from dsconvert.commands.shared import (
     bars,
     device,
     force,
+    in_options,
     print_json,
     quiet,
     tell,
@@ -154,7 +155,7 @@ def detect(
         raise InputError(f"{model} takes no float16 input: export it with --half-input, or leave out --half.")
     options = DetectOptions(conf_thres, iou_thres, max_det, class_numbers(classes, candidate.names), agnostic_nms)
     if candidate.limits and (kept := options.beyond(candidate.limits)):
-        warn(f"{model} suppresses boxes itself, and keeps only those within {kept}; "
+        warn(f"{model} suppresses boxes itself, and keeps only those within {in_options(kept)}; "
             "to find more, export it again without --nms.")  # fmt: skip
     wanted = out or (base if exist_ok else None)
     writes = wishes.anything or save_json

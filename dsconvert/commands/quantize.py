@@ -26,6 +26,7 @@ from dsconvert.commands.shared import (
     console,
     device,
     force,
+    in_options,
     print_json,
     quiet,
     split_of,
@@ -199,7 +200,7 @@ def quantize(
     said = so_far()
     with unheard():
         available = 0 if calib is None else len(calibration_images(calib, chosen.split))
-    warnings = advice(result, available)
+    warnings = [in_options(sentence) for sentence in advice(result, available)]
     for sentence in warnings:
         warn(sentence)
     if as_json:

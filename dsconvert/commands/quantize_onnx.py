@@ -13,7 +13,7 @@ from click.core import ParameterSource
 from dsconvert.anyonnx.convert import OnnxConverted, OnnxPlan, quantize_onnx
 from dsconvert.anyonnx.images import Normalisation
 from dsconvert.commands.folders import refuse_to_lose
-from dsconvert.commands.shared import RUNS, bars, cell, console, print_json, table, tell, warn
+from dsconvert.commands.shared import RUNS, bars, cell, console, in_options, print_json, table, tell, warn
 from dsconvert.errors import InputError
 from dsconvert.files import check_target, check_writable, claim_folder, scratch_in, write_atomic
 from dsconvert.notes import so_far
@@ -106,7 +106,7 @@ def _tell(
         document = {
             "path": str(target), "layout": plan.layout, "size_bytes": after, "source_bytes": before,
             "weight_bits": made.weight_bits, "calibration_images": made.images, "layers": layers,
-            "seconds": round(seconds, 2), "warnings": [*so_far(), *made.warnings],
+            "seconds": round(seconds, 2), "warnings": [*so_far(), *map(in_options, made.warnings)],
         }  # fmt: skip
         print_json(document)
         return

@@ -31,7 +31,7 @@ from rich.table import Table
 from rich.text import Text
 
 from dsconvert import pipeline, workers
-from dsconvert.text import printable
+from dsconvert.text import in_words, printable
 from dsconvert.yolo.dataset import SPLITS
 
 RUNS = Path("runs/dsconvert")
@@ -52,6 +52,8 @@ STAGES = {
     "compare": "comparing",
 }
 PATH = click.Path(path_type=Path)
+# Where an option is not the name that Python has for it, with dashes.
+OPTIONS = {"images": "--calib", "force=True": "--force", "name": "--out"}
 
 as_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON document to stdout.")
 force = click.option("--force", is_flag=True, help="Replace files that are there.")
@@ -101,6 +103,16 @@ def print_json(document: dict[str, Any]) -> None:
     click.echo(json.dumps(document, indent=1))
 
 
+def option(name: str) -> str:
+    """The option for what Python calls so."""
+    return OPTIONS.get(name) or f"--{name.replace('_', '-')}"
+
+
+def in_options(text: str) -> str:
+    """A text; a sentence that names parameters, with the options for them."""
+    return in_words(text, option)
+
+
 def tell(text: str) -> None:
     """A line of the result, on stdout. What it quotes (names, paths) cannot command the terminal."""
     click.echo(_shown(text, plain()))
@@ -113,7 +125,7 @@ def say(text: str) -> None:
 
 def warn(text: str) -> None:
     """A remark that --quiet does not hide: it says what to do."""
-    say(f"Warning: {text}")
+    say(f"Warning: {in_options(text)}")
 
 
 def plain(stream: TextIO | None = None) -> bool:

@@ -122,8 +122,8 @@ def gather(options: ReportOptions, progress: Progress | None = None) -> Report:
     """Measure everything. Raises InputError for files that are missing, unreadable or do not fit each other."""
     say = progress or (lambda stage, done, total: None)
     if file_kind(options.model) != MODEL:
-        raise InputError(
-            f"{options.model} is not a converted model (.safetensors); name ONNX files with --against, beside one."
+        raise InputError.naming(
+            "{} is not a converted model (.safetensors); name ONNX files with {against}, beside one.", options.model
         )
     model = load_model(options.model)
     source = float_source(options, model.provenance)
@@ -158,16 +158,18 @@ def float_source(options: ReportOptions, provenance: Mapping[str, Any]) -> Path:
     known = provenance.get("source")
     if not isinstance(known, str) or not Path(known).is_file():
         missing = "is not known" if not isinstance(known, str) else f"is not at {known} any more"
-        raise InputError(f"The checkpoint that {options.model} was converted from {missing}; give it with --float.")
+        raise InputError.naming(
+            "The checkpoint that {} was converted from {}; give it with {float}.", options.model, missing
+        )
     return Path(known)
 
 
 def calibration_data(provenance: Mapping[str, Any]) -> Path:
-    """What the model was calibrated on, for want of --data."""
+    """What the model was calibrated on, for want of others."""
     options = provenance.get("options")
     calib = options.get("calib") if isinstance(options, Mapping) else None
     if not isinstance(calib, str):
-        raise InputError("Which images? Give --data data.yaml, or a folder of images to measure agreement.")
+        raise InputError.naming("Which images? Give {data} data.yaml, or a folder of images to measure agreement.")
     return Path(calib)
 
 

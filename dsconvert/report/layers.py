@@ -84,7 +84,9 @@ def check_same_network(params: Mapping[str, ConvParams], model: DSModel, source:
     """Raise InputError unless the float network `params` has the converted model's convolutions."""
     shapes = {name: tuple(p.weight.shape) for name, p in params.items()}
     if shapes != {name: tuple(c.weight.vqk.shape) for name, c in model.convs.items()}:
-        raise InputError(f"{source} is not the network that the model was converted from; give --float its checkpoint.")
+        raise InputError.naming(
+            "{} is not the network that the model was converted from; give {float} its checkpoint.", source
+        )
 
 
 def layer_rows(

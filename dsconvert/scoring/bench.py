@@ -70,7 +70,7 @@ def only_cpus(count: int) -> Iterator[None]:
         return
     before = os.sched_getaffinity(0)
     if count > len(before):
-        raise InputError(f"--threads {count} is more than the {len(before)} CPUs this process may use.")
+        raise InputError.naming("{threads} {} is more than the {} CPUs this process may use.", count, len(before))
     os.sched_setaffinity(0, sorted(before)[:count])
     try:
         yield

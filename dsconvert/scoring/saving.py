@@ -117,7 +117,9 @@ def check_jobs(jobs: Sequence[Job], document: Path | None, folder: Path, options
             if Path(_without_number(there)) in films:
                 check_target(there, force)
     if options.crops and not force and any((folder / CROPS).glob("*/*")):
-        raise InputError(f"{folder / CROPS} already holds crops; give --force to replace them, or another --out.")
+        raise InputError.naming(
+            "{} already holds crops; give {force=True} to replace them, or another {name}.", folder / CROPS
+        )
     for target in [t for j in jobs for t in (j.picture, None if j.is_video else j.label)] + [document]:
         try:
             if target is not None:

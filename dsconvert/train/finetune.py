@@ -136,11 +136,11 @@ def finetune(
 
 def _check(options: FinetuneOptions) -> None:
     if options.train not in TRAINED or options.schedule not in SCHEDULES:
-        raise InputError(f"--train is one of {', '.join(TRAINED)}, --schedule one of {', '.join(SCHEDULES)}.")
+        raise InputError.naming("{train} is one of {}, {schedule} one of {}.", ", ".join(TRAINED), ", ".join(SCHEDULES))
     if min(options.epochs, options.batch, options.patience) < 1:
-        raise InputError("--epochs, --batch and --patience must be at least 1.")
+        raise InputError.naming("{epochs}, {batch} and {patience} must be at least 1.")
     if not 0 < options.rate <= 1 or not 0 <= options.warmup <= options.epochs or not 0 <= options.mosaic <= 1:
-        raise InputError("--rate lies above 0 and up to 1, --warmup within --epochs, --mosaic from 0 to 1.")
+        raise InputError.naming("{rate} lies above 0 and up to 1, {warmup} within {epochs}, {mosaic} from 0 to 1.")
     workers.check_device(options.device)
 
 
