@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import signal
 import sys
@@ -61,6 +62,30 @@ force = click.option("--force", is_flag=True, help="Replace files that are there
 
 strict = click.option("--strict", is_flag=True, help="Refuse labels and lists of which a part cannot be used.")
 quiet = click.option("--quiet", "-q", is_flag=True, help="Only the result, warnings and errors.")
+
+
+class ByteSize(click.ParamType):
+    """A number of bytes as people write it: 900000, 900kB, 0.9MB (powers of ten)."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([km]?)b?", str(value).strip().lower())
+        if found is None:
+            self.fail(f"{value!r} is not a size such as 0.9MB, 900kB or 900000.", param, ctx)
+        return round(float(found[1]) * {"": 1, "k": 1e3, "m": 1e6}[found[2]])
+
+
+class Numbers(click.ParamType):
+    """One or several numbers with commas between them."""
+
+    name = "numbers"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[float, ...]:
+        try:
+            return tuple(float(part) for part in str(value).split(","))
+        except ValueError:
+            self.fail(f"{value!r} is not numbers such as 0.485,0.456,0.406.", param, ctx)
 
 
 def split_of(default: str) -> Callable[[Any], Any]:
