@@ -49,7 +49,9 @@ from dsconvert.graph.integer import QConv
 from dsconvert.graph.ir import INPUT
 from dsconvert.model import DSModel
 from dsconvert.modelfile import load_model
-from dsconvert.pipeline import QuantizeOptions, quantize, save_quantized
+from dsconvert.options import QuantizeOptions
+from dsconvert.pipeline import quantize
+from dsconvert.record import save_quantized
 from dsconvert.scoring.accuracy import CONFIDENT, Detections, Predictor, detect_all
 from dsconvert.scoring.candidates import load_candidate
 from dsconvert.scoring.compare import match, shifts_of

@@ -18,7 +18,9 @@ import torch
 
 from dsconvert.files import write_atomic
 from dsconvert.modelfile import model_bytes
-from dsconvert.pipeline import MODEL_FILE, QuantizeOptions, quantize, save_quantized
+from dsconvert.options import QuantizeOptions
+from dsconvert.pipeline import quantize
+from dsconvert.record import MODEL_FILE, save_quantized
 from dsconvert.scoring.accuracy import evaluate_predictors
 from dsconvert.scoring.candidates import load_candidate
 from dsconvert.train.finetune import FinetuneOptions, finetune

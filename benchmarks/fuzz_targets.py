@@ -26,6 +26,8 @@ from dsconvert.export.check import check_accumulators
 from dsconvert.export.onnx import export_quantized
 from dsconvert.model import DSModel
 from dsconvert.modelfile import load_model, model_bytes
+from dsconvert.options import QuantizeOptions
+from dsconvert.record import save_quantized
 from dsconvert.scoring.bounds import enforced
 from dsconvert.scoring.candidates import load_candidate
 from dsconvert.train.latents import learned, start
@@ -60,11 +62,11 @@ class Target:
 def targets(folder: Path) -> dict[str, Target]:
     """Readers by name; `folder` holds what they need."""
     checkpoint = DEMO / "demo.pt"
-    options = pipeline.QuantizeOptions(calib=DEMO / "images" / "calib", imgsz=64, samples=1, bits=4)
+    options = QuantizeOptions(calib=DEMO / "images" / "calib", imgsz=64, samples=1, bits=4)
     loaded = load_checkpoint(checkpoint)
     with patch.object(pipeline, "remembered", wraps=remembered) as asked:
         quantized = pipeline.quantize(loaded, options, cache=folder / "cache")
-    made = pipeline.save_quantized(quantized, folder / "q", False)
+    made = save_quantized(quantized, folder / "q", False)
     model = load_model(made)
     graphs = [
         export_quantized(model, layout, 64).SerializeToString()

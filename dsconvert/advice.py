@@ -9,7 +9,7 @@ from typing import Any
 from dsconvert.division import HELD_BACK
 from dsconvert.graph.integer import QParams
 from dsconvert.model import DSModel
-from dsconvert.pipeline import Quantized, layer_table, quantize_report
+from dsconvert.record import Quantized, layer_table, quantize_report
 from dsconvert.text import Sentence
 
 FEW_IMAGES = 32

@@ -22,6 +22,7 @@ from types import NoneType
 from typing import Any
 
 from dsconvert import exporting, pipeline
+from dsconvert.calibration import Progress
 from dsconvert.errors import InputError
 from dsconvert.export.inputs import INPUT_TYPES
 from dsconvert.export.layouts import LAYOUT_OPSET
@@ -31,7 +32,8 @@ from dsconvert.filekinds import MODEL, ONNX, file_kind
 from dsconvert.files import refuse_inputs, write_atomic
 from dsconvert.model import DSModel
 from dsconvert.modelfile import load_model, model_bytes
-from dsconvert.pipeline import Progress
+from dsconvert.options import QuantizeOptions
+from dsconvert.record import MODEL_FILE, Quantized, layer_table, quantize_report, save_quantized
 from dsconvert.scoring import contest
 from dsconvert.yolo.checkpoint import Checkpoint, load_checkpoint
 from dsconvert.yolo.dataset import SPLITS
@@ -71,7 +73,7 @@ class QuantizedModel:
     """A converted model. Get one from `quantize`, or from `load` (then `result`, how the conversion went, is None)."""
 
     model: DSModel
-    result: pipeline.Quantized | None = None
+    result: Quantized | None = None
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -98,8 +100,8 @@ class QuantizedModel:
         """One row a convolution: name, shape, kind, bits, block_size, bytes, float32_bytes, damage expected by bits;
         after `quantize` also sqnr_db, the weight's signal to quantization noise in decibels."""
         if self.result is None:
-            return pipeline.layer_table(self.model)
-        return list(pipeline.quantize_report(self.result)["layers"])
+            return layer_table(self.model)
+        return list(quantize_report(self.result)["layers"])
 
     def __repr__(self) -> str:
         return f"QuantizedModel({_source(self.model)!r}, {len(self.names)} classes, {self.weight_bits:.2f} bits)"
@@ -108,7 +110,7 @@ class QuantizedModel:
         """Write model.safetensors and quantize.json into the folder; returns the former's path."""
         if self.result is None:
             raise InputError("This model was loaded from a file, so it is saved already; copy that file.")
-        return pipeline.save_quantized(self.result, Path(folder), force)
+        return save_quantized(self.result, Path(folder), force)
 
     def export(
         self,
@@ -225,7 +227,7 @@ def quantize(
     source = load(model) if isinstance(model, (str, Path)) else model
     if not isinstance(source, FloatModel):
         raise InputError("This model is converted already; quantize takes a checkpoint (.pt).")
-    options = pipeline.QuantizeOptions(
+    options = QuantizeOptions(
         calib=None if images is None else Path(images), block_size=block_size, bits=bits, target_bytes=target_size,
         target_drop=target_map_drop, blocks=blocks, scope=scope, imgsz=imgsz, samples=samples, seed=seed,
         split=split, strict=strict, device=device, activations=activations, kds=kds, finetune_steps=finetune_steps,
@@ -289,7 +291,7 @@ def as_file(model: FloatModel | QuantizedModel | File, folder: Path) -> Path:
         return model.path
     if not isinstance(model, QuantizedModel):
         return Path(model)
-    path = folder / pipeline.MODEL_FILE
+    path = folder / MODEL_FILE
     write_atomic(path, model_bytes(model.model), force=False)
     return path
 
@@ -317,7 +319,7 @@ def _ends(
     return Ends(dynamic_batch, input_type, Nms(**chosen) if nms else None)
 
 
-def _check(options: pipeline.QuantizeOptions) -> None:
+def _check(options: QuantizeOptions) -> None:
     """What the command line's parser would have refused."""
     if options.activations not in ACTIVATIONS:
         raise InputError(f"activations {options.activations!r} is not one of {', '.join(ACTIVATIONS)}.")
@@ -342,10 +344,10 @@ def check_split(split: str | None) -> None:
         raise InputError(f"split {split!r} is not one of {', '.join(SPLITS)}.")
 
 
-def _as_call(source: FloatModel, options: pipeline.QuantizeOptions) -> str:
+def _as_call(source: FloatModel, options: QuantizeOptions) -> str:
     """What the model file notes as the command that made it."""
     keywords = {"calib": "images", "target_bytes": "target_size", "target_drop": "target_map_drop"}
-    default = pipeline.QuantizeOptions()
+    default = QuantizeOptions()
     given = {
         keywords.get(name, name): str(value) if isinstance(value, Path) else value
         for name, value in vars(options).items()

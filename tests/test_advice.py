@@ -8,7 +8,8 @@ import pytest
 
 from dsconvert.advice import advice, bits_of_layers
 from dsconvert.graph.integer import QParams
-from dsconvert.pipeline import Quantized, QuantizeOptions
+from dsconvert.options import QuantizeOptions
+from dsconvert.record import Quantized
 from dsconvert.scoring.compare import ScoreShift
 
 

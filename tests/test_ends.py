@@ -17,7 +17,8 @@ from conftest import DEMO, ROOT, write_work
 from dsconvert import cli, workers
 from dsconvert.advice import advice
 from dsconvert.errors import InputError
-from dsconvert.pipeline import Quantized, QuantizeOptions
+from dsconvert.options import QuantizeOptions
+from dsconvert.record import Quantized
 from dsconvert.sameness import warning_of
 from dsconvert.scoring.compare import ScoreShift
 

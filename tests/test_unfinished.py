@@ -10,7 +10,8 @@ from dsconvert.dsconv.tensor import Width
 from dsconvert.errors import InputError
 from dsconvert.fit import lockstep
 from dsconvert.modelfile import model_bytes
-from dsconvert.pipeline import QuantizeOptions, quantize
+from dsconvert.options import QuantizeOptions
+from dsconvert.pipeline import quantize
 from dsconvert.unfinished import read_unfinished, run_key, usable, write_unfinished
 from dsconvert.yolo.checkpoint import load_checkpoint
 

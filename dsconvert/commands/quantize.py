@@ -46,6 +46,8 @@ from dsconvert.errors import InputError
 from dsconvert.filekinds import CHECKPOINT, MODEL, ONNX, file_kind
 from dsconvert.files import check_target, check_writable, claim_folder, scratch_in, write_atomic
 from dsconvert.notes import so_far, unheard
+from dsconvert.options import QuantizeOptions
+from dsconvert.record import MODEL_FILE, REPORT_FILE, Quantized, layer_table, quantize_report, save_quantized
 from dsconvert.train.distil import Distilled
 from dsconvert.unfinished import NAME as UNFINISHED
 from dsconvert.yolo.cfgfile import chosen_blocks
@@ -115,7 +117,7 @@ class Done:
 
 
 # What a configuration file may set, and the parameter that each option fills.
-CONFIGURABLE = {f.name.replace("_", "-"): f.name for f in fields(pipeline.QuantizeOptions)}
+CONFIGURABLE = {f.name.replace("_", "-"): f.name for f in fields(QuantizeOptions)}
 CONFIGURABLE["target-size"] = CONFIGURABLE.pop("target-bytes")
 CONFIGURABLE["target-map-drop"] = CONFIGURABLE.pop("target-drop")
 
@@ -237,13 +239,13 @@ def _of_checkpoint(job: Job, options: dict[str, Any]) -> Done | None:
     chosen = {name: value for name, value in options.items() if name not in ONLY or ONLY[name].kind == CHECKPOINT}
     if job.cfg is not None:
         chosen |= {"blocks": chosen_blocks(job.cfg, loaded.network.kinds), "scope": "bottleneck"}
-    plan = pipeline.QuantizeOptions(calib=job.calib, **_typed_wins(chosen))
+    plan = QuantizeOptions(calib=job.calib, **_typed_wins(chosen))
     if workers.number():
         pipeline.quantize(loaded, plan, cache=job.cache)
         return None
     out, targets = job.out, dict[Path, bool]()
     if out is not None:  # a report alone was left by a run that was killed
-        targets = {out / pipeline.MODEL_FILE: job.force, out / pipeline.REPORT_FILE: True}
+        targets = {out / MODEL_FILE: job.force, out / REPORT_FILE: True}
     job.check(out or RUNS, [out, *targets, out / UNFINISHED] if out else [], targets)
     if job.calib is None:
         warn(
@@ -256,11 +258,11 @@ def _of_checkpoint(job: Job, options: dict[str, Any]) -> Done | None:
         bars(job.quiet, lines=True) as progress,
     ):
         result = pipeline.quantize(loaded, plan, command, progress, folder / UNFINISHED, job.resume, job.cache)
-    written = pipeline.save_quantized(result, folder, job.force)
+    written = save_quantized(result, folder, job.force)
     (folder / UNFINISHED).unlink(missing_ok=True)
     with unheard():
         available = 0 if job.calib is None else len(calibration_images(job.calib, plan.split))
-    document = {**pipeline.quantize_report(result), "path": str(written), "available_images": available}
+    document = {**quantize_report(result), "path": str(written), "available_images": available}
     return Done(
         written, result.skipped, result.skipped_reason, [], advice(result, available), document,
         lambda: _print_layers(result), lambda seconds: _print_quantized(result, loaded, available, written, seconds),
@@ -331,9 +333,9 @@ def _typed_wins(options: dict[str, Any]) -> dict[str, Any]:
     return {**options, **{name: None for name in several if name not in typed}} if len(typed) == 1 else options
 
 
-def _print_layers(result: pipeline.Quantized) -> None:
+def _print_layers(result: Quantized) -> None:
     shown = table("layer", "kind", "bits", "SQNR dB")
-    for row in pipeline.quantize_report(result)["layers"]:
+    for row in quantize_report(result)["layers"]:
         shown.add_row(cell(row["name"]), row["kind"], str(row["bits"]), f"{row['sqnr_db']:.1f}")
     console().print(shown)
 
@@ -358,14 +360,12 @@ def _finetune_line(tuned: Distilled) -> str:
     )
 
 
-def _print_quantized(
-    result: pipeline.Quantized, source: Checkpoint, available: int, written: Path, seconds: float
-) -> None:
+def _print_quantized(result: Quantized, source: Checkpoint, available: int, written: Path, seconds: float) -> None:
     model = result.model
     used = f"{result.images} of {available} images" if available > result.images else f"{result.images} images"
     views = f" and {result.views} views of them" if result.views else ""
     views += f" and {result.synthesised} synthesised ones" if result.synthesised else ""
-    kinds = [row["kind"] for row in pipeline.layer_table(model)]
+    kinds = [row["kind"] for row in layer_table(model)]
     tell(
         f"Converted {kinds.count('DSConv')} of {len(kinds)} convolutions to DSConv ({bits_of_layers(model)}), "
         f"the others to int8, on {used}{views} in {seconds:.0f} s."

@@ -31,7 +31,7 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
-from dsconvert import pipeline, workers
+from dsconvert import calibration, workers
 from dsconvert.text import in_words, printable
 from dsconvert.yolo.dataset import SPLITS
 
@@ -215,7 +215,7 @@ def _interrupts() -> Iterator[list[int]]:
 
 
 @contextmanager
-def bars(quiet: bool = False, lines: bool = False) -> Iterator[pipeline.Progress]:
+def bars(quiet: bool = False, lines: bool = False) -> Iterator[calibration.Progress]:
     """A bar per stage on stderr, with rate and time left, where stderr is a terminal.
 
     With `lines`, a line for each stage that is over takes its bar's place, and is written to files and pipes too.

@@ -12,12 +12,13 @@ from typing import Any
 import torch
 from numpy.typing import NDArray
 
+from dsconvert.calibration import Progress
 from dsconvert.errors import InputError
 from dsconvert.filekinds import MODEL, file_kind
 from dsconvert.graph.ir import ConvParams
 from dsconvert.model import DSModel
 from dsconvert.modelfile import load_model
-from dsconvert.pipeline import REPORT_FILE, Progress
+from dsconvert.record import REPORT_FILE
 from dsconvert.report.activations import activation_view, watch
 from dsconvert.report.layers import (
     ActivationView,

@@ -15,7 +15,7 @@ from dsconvert.dsconv.tensor import DSTensor, expand_blocks, vqk_limits
 from dsconvert.errors import InputError
 from dsconvert.graph.ir import ConvParams
 from dsconvert.model import DSModel
-from dsconvert.pipeline import layer_table
+from dsconvert.record import layer_table
 
 BINS = 120
 MARGIN = 0.15  # of the grid's extent that is drawn beyond its ends; what lies farther out is counted in the last bins

@@ -20,7 +20,8 @@ from dsconvert import pipeline
 from dsconvert.calibcache import META as CACHE_META
 from dsconvert.calibcache import calibration_bytes, remembered
 from dsconvert.errors import InputError
-from dsconvert.pipeline import QuantizeOptions, quantize
+from dsconvert.options import QuantizeOptions
+from dsconvert.pipeline import quantize
 from dsconvert.train.state import META as STATE_META
 from dsconvert.train.state import State, read_state, write_state
 from dsconvert.unfinished import META as UNFINISHED_META
