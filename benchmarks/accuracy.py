@@ -27,6 +27,7 @@ import numpy as np
 import torch
 from accuracy_page import DATA_FREE, DEFAULT, SECOND, write_page
 from bootstrap import bootstrap, image_draws
+from dsconvert.fit.least_squares import fit_weight
 from machine import cpu_name
 from numpy.typing import NDArray
 from peers import (
@@ -41,18 +42,19 @@ from peers import (
 )
 
 from dsconvert.dsconv.tensor import DSTensor
-from dsconvert.evaluate.accuracy import CONFIDENT, Detections, Predictor, detect_all
-from dsconvert.evaluate.candidates import load_candidate
-from dsconvert.evaluate.compare import match, shifts_of
 from dsconvert.exporting import onnx_bytes
 from dsconvert.fit.gptq import fit_layer, fit_weight_gptq, measure_moments
-from dsconvert.fit.least_squares import fit_weight
 from dsconvert.graph.blockfloat import run_block_float
 from dsconvert.graph.integer import QConv
 from dsconvert.graph.ir import INPUT
 from dsconvert.model import DSModel
 from dsconvert.modelfile import load_model
-from dsconvert.pipeline import QuantizeOptions, quantize, save_quantized
+from dsconvert.options import QuantizeOptions
+from dsconvert.pipeline import quantize
+from dsconvert.record import save_quantized
+from dsconvert.scoring.accuracy import CONFIDENT, Detections, Predictor, detect_all
+from dsconvert.scoring.candidates import load_candidate
+from dsconvert.scoring.compare import match, shifts_of
 from dsconvert.yolo.checkpoint import load_checkpoint
 from dsconvert.yolo.dataset import read_data_yaml
 from dsconvert.yolo.decode import decode

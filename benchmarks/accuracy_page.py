@@ -8,7 +8,7 @@ from typing import Any
 
 from notes import kept
 
-from dsconvert.evaluate.accuracy import CONFIDENT
+from dsconvert.scoring.accuracy import CONFIDENT
 
 Found = Mapping[str, Any]  # what `accuracy.py` found on one set of images
 SECOND = ", second draw"

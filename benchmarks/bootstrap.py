@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from dsconvert.evaluate.accuracy import Detections
-from dsconvert.evaluate.coco import ground_truth, results
+from dsconvert.scoring.accuracy import Detections
+from dsconvert.scoring.coco import ground_truth, results
 
 RECALLS = np.linspace(0, 1, 101)
 Array = NDArray[np.float64]

@@ -19,7 +19,7 @@ from neighbours import neighbours
 from peers import nncf_seconds
 from setting import ROOT, Bench
 
-from dsconvert.evaluate.latency import interleaved_times, ratio, summary
+from dsconvert.scoring.latency import interleaved_times, ratio, summary
 from dsconvert.yolo.checkpoint import load_checkpoint
 
 DSCONVERT = [sys.executable, "-m", "dsconvert"]

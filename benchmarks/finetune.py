@@ -16,11 +16,13 @@ from typing import Any
 
 import torch
 
-from dsconvert.evaluate.accuracy import evaluate_predictors
-from dsconvert.evaluate.candidates import load_candidate
 from dsconvert.files import write_atomic
 from dsconvert.modelfile import model_bytes
-from dsconvert.pipeline import MODEL_FILE, QuantizeOptions, quantize, save_quantized
+from dsconvert.options import QuantizeOptions
+from dsconvert.pipeline import quantize
+from dsconvert.record import MODEL_FILE, save_quantized
+from dsconvert.scoring.accuracy import evaluate_predictors
+from dsconvert.scoring.candidates import load_candidate
 from dsconvert.train.finetune import FinetuneOptions, finetune
 from dsconvert.train.latents import TRAINED
 from dsconvert.yolo.checkpoint import load_checkpoint

@@ -22,12 +22,14 @@ from dsconvert.anyonnx.convert import OnnxPlan, quantize_onnx
 from dsconvert.calibcache import META as CACHE_META
 from dsconvert.calibcache import remembered
 from dsconvert.errors import InputError
-from dsconvert.evaluate.bounds import enforced
-from dsconvert.evaluate.candidates import load_candidate
 from dsconvert.export.check import check_accumulators
 from dsconvert.export.onnx import export_quantized
 from dsconvert.model import DSModel
 from dsconvert.modelfile import load_model, model_bytes
+from dsconvert.options import QuantizeOptions
+from dsconvert.record import save_quantized
+from dsconvert.scoring.bounds import enforced
+from dsconvert.scoring.candidates import load_candidate
 from dsconvert.train.latents import learned, start
 from dsconvert.train.state import META as STATE_META
 from dsconvert.train.state import State, read_state, write_state
@@ -60,11 +62,11 @@ class Target:
 def targets(folder: Path) -> dict[str, Target]:
     """Readers by name; `folder` holds what they need."""
     checkpoint = DEMO / "demo.pt"
-    options = pipeline.QuantizeOptions(calib=DEMO / "images" / "calib", imgsz=64, samples=1, bits=4)
+    options = QuantizeOptions(calib=DEMO / "images" / "calib", imgsz=64, samples=1, bits=4)
     loaded = load_checkpoint(checkpoint)
     with patch.object(pipeline, "remembered", wraps=remembered) as asked:
         quantized = pipeline.quantize(loaded, options, cache=folder / "cache")
-    made = pipeline.save_quantized(quantized, folder / "q", False)
+    made = save_quantized(quantized, folder / "q", False)
     model = load_model(made)
     graphs = [
         export_quantized(model, layout, 64).SerializeToString()

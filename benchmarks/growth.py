@@ -18,7 +18,8 @@ from pathlib import Path
 import torch
 from fresh import AS_THE_COMMAND, last_json
 
-from dsconvert.pipeline import QuantizeOptions, quantize
+from dsconvert.options import QuantizeOptions
+from dsconvert.pipeline import quantize
 from dsconvert.yolo.checkpoint import Checkpoint, load_checkpoint, yolov5_bytes
 from dsconvert.yolo.network import Network
 

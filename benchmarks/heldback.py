@@ -25,7 +25,9 @@ from dsconvert.fit.threads import in_order
 from dsconvert.graph.integer import real_params, run_integer
 from dsconvert.graph.run import run_float
 from dsconvert.model import DSModel
-from dsconvert.pipeline import Quantized, QuantizeOptions, quantize
+from dsconvert.options import QuantizeOptions
+from dsconvert.pipeline import quantize
+from dsconvert.record import Quantized
 from dsconvert.yolo.checkpoint import Checkpoint, load_checkpoint
 from dsconvert.yolo.dataset import calibration_images
 from dsconvert.yolo.decode import detection_measure

@@ -11,9 +11,9 @@ from peers import mnn_predictor, openvino_model
 from profiles import int8_peak, network_macs, op_times
 from setting import MNN_BITS, Bench
 
-from dsconvert.evaluate.engines import open_model
-from dsconvert.evaluate.footprint import measure_footprint
-from dsconvert.evaluate.latency import Times, interleaved_times, ratio, summary
+from dsconvert.scoring.engines import open_model
+from dsconvert.scoring.footprint import measure_footprint
+from dsconvert.scoring.latency import Times, interleaved_times, ratio, summary
 from dsconvert.yolo.checkpoint import load_checkpoint
 from dsconvert.yolo.lower import lower
 

@@ -16,10 +16,10 @@ import onnxruntime as ort
 import torch
 from onnx import TensorProto, helper, numpy_helper
 
-from dsconvert.evaluate.engines import session
-from dsconvert.evaluate.latency import interleaved_times
 from dsconvert.graph.ir import ConvParams, Graph
 from dsconvert.graph.run import run_float
+from dsconvert.scoring.engines import session
+from dsconvert.scoring.latency import interleaved_times
 
 WARMUP = 5
 # (channels, side, kernel) of convolutions that yolov5 has many of, and the side of square matrices

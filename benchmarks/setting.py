@@ -11,7 +11,9 @@ from numpy.typing import NDArray
 from peers import decoded, mnn_convert, nncf_int8, ort_static, ultralytics_int8
 
 from dsconvert.exporting import onnx_bytes
-from dsconvert.pipeline import QuantizeOptions, quantize, save_quantized
+from dsconvert.options import QuantizeOptions
+from dsconvert.pipeline import quantize
+from dsconvert.record import save_quantized
 from dsconvert.yolo.checkpoint import load_checkpoint
 
 MNN_BITS = {"mnn32": None, "mnn4": 4, "mnn3": 3}  # None: float32

@@ -22,9 +22,9 @@ import numpy as np
 import torch
 
 from dsconvert.cli import cli
-from dsconvert.evaluate.accuracy import detect_all
-from dsconvert.evaluate.candidates import load_candidates
 from dsconvert.exporting import onnx_bytes
+from dsconvert.scoring.accuracy import detect_all
+from dsconvert.scoring.candidates import load_candidates
 from dsconvert.yolo.dataset import image_paths
 
 DEMO = Path(__file__).resolve().parents[1] / "calib" / "demo"

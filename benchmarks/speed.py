@@ -45,8 +45,8 @@ from machine import cpu_name
 from performance_page import write_page
 from setting import Bench
 
-from dsconvert.evaluate.bench import only_cpus
 from dsconvert.files import write_atomic
+from dsconvert.scoring.bench import only_cpus
 
 MEASURE: dict[str, Callable[[Bench], dict[str, Any]]] = {
     "quantize": measure_quantize, "busy": measure_busy, "many": measure_many, "memory": measure_memory,

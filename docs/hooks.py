@@ -66,8 +66,6 @@ def _api() -> Iterator[str]:
 
     for name in dsconvert.__all__:
         thing = getattr(dsconvert, name)
-        if inspect.ismodule(thing):
-            thing = dsconvert.api.evaluate
         if inspect.isfunction(thing):
             yield from _described("###", f"dsconvert.{name}", thing)
         elif inspect.isclass(thing) and thing.__module__ in ("dsconvert.api", "dsconvert.api_photos"):

@@ -63,8 +63,6 @@ os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 
 def __getattr__(name: str) -> Any:
-    if name == "evaluate":  # also a package, which Python sets here whenever one of its modules is imported
-        return importlib.import_module("dsconvert.evaluate")
     if name in ("ModulePlan", "quantize_module"):
         return getattr(importlib.import_module("dsconvert.anymodule"), name)
     if name in ("ComparedPhoto", "Comparison", "DetectedObject", "DetectedPhoto", "Detections", "compare", "detect"):

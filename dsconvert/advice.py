@@ -9,7 +9,8 @@ from typing import Any
 from dsconvert.division import HELD_BACK
 from dsconvert.graph.integer import QParams
 from dsconvert.model import DSModel
-from dsconvert.pipeline import Quantized, layer_table, quantize_report
+from dsconvert.record import Quantized, layer_table, quantize_report
+from dsconvert.text import Sentence
 
 FEW_IMAGES = 32
 LARGE_SHARE = 0.3  # of the expected damage, in one layer; in the yolov5n of COCO the largest is 0.11
@@ -44,8 +45,10 @@ def _few_images(result: Quantized, options: Mapping[str, Any], available: int) -
         read += min(available, options["samples"]) // HELD_BACK
     used = f"Only {result.images} calibration images were used, so the weights fit little else;"
     if available <= read:
-        return [f"{used} give --calib about 100 photos like those that the model will see (no labels needed)."]
-    return [f"{used} leave out --samples {options['samples']}."]
+        return [
+            Sentence(f"{used} give {{images}} about 100 photos like those that the model will see (no labels needed).")
+        ]
+    return [Sentence(f"{used} leave out {{samples}} {options['samples']}.")]
 
 
 def _largest_damage(rows: Sequence[Mapping[str, Any]], options: Mapping[str, Any]) -> list[str]:
@@ -55,15 +58,13 @@ def _largest_damage(rows: Sequence[Mapping[str, Any]], options: Mapping[str, Any
     name, (damage, bits) = max(damages.items(), key=lambda item: item[1][0], default=("", (0.0, 8)))
     if bits == 8 or not damage or damage < LARGE_SHARE * total:  # none at all where nothing reaches the detections
         return []
-    remedy = "a --target-size above this file's size"
+    remedy = Sentence("a {target_size} above this file's size")
     if options["target_bytes"]:
-        remedy = f"a --target-size above {options['target_bytes'] / 1e6:.2f}MB"
+        remedy = Sentence("a {target_size} above {:.2f}MB", options["target_bytes"] / 1e6)
     elif options["target_drop"] is not None:
-        remedy = f"a --target-map-drop below {options['target_drop']:g}"
-    return [
-        f"{name}, at {bits} bits, hurts most: {100 * damage / total:.0f} % of the expected damage; "
-        f"{remedy} gives it more bits."
-    ]
+        remedy = Sentence("a {target_map_drop} below {:g}", options["target_drop"])
+    sentence = "{}, at {} bits, hurts most: {:.0f} % of the expected damage; {} gives it more bits."
+    return [Sentence(sentence, name, bits, 100 * damage / total, remedy)]
 
 
 def _largest_error(rows: Sequence[Mapping[str, Any]], options: Mapping[str, Any]) -> list[str]:
@@ -71,10 +72,11 @@ def _largest_error(rows: Sequence[Mapping[str, Any]], options: Mapping[str, Any]
     row = min(rows, key=lambda r: r["sqnr_db"])
     if row["sqnr_db"] >= LOW_SQNR_DB or row["bits"] == 8:
         return []
-    return [
-        f"{row['name']} hurts most: at {row['bits']} bits its weights are only {row['sqnr_db']:.1f} dB above their "
-        f"error; leave out --bits {options['bits']}, and layers that matter get more bits, or give more bits to all."
-    ]
+    sentence = (
+        "{} hurts most: at {} bits its weights are only {:.1f} dB above their error; leave out {bits} {}, and layers "
+        "that matter get more bits, or give more bits to all."
+    )
+    return [Sentence(sentence, row["name"], row["bits"], row["sqnr_db"], options["bits"])]
 
 
 def _wide_ranges(grids: Mapping[str, QParams]) -> list[str]:
@@ -85,8 +87,9 @@ def _wide_ranges(grids: Mapping[str, QParams]) -> list[str]:
         return []
     name, scale = wide[0].removesuffix(".conv"), grids[wide[0]].scale
     others = f" (and {len(wide) - 1} other layers')" if len(wide) > 1 else ""
-    return [
-        f"{name}'s values{others} span {255 * scale:.4g}, {scale / usual:.0f} times the usual range in this model, so "
-        "int8 steps are coarse there; if accuracy disappoints, see what --activations float gives, and check that "
-        "--calib holds photos like those that the model will see."
-    ]
+    sentence = (
+        "{}'s values{} span {:.4g}, {:.0f} times the usual range in this model, so int8 steps are coarse there; if "
+        "accuracy disappoints, see what {activations} float gives, and check that {images} holds photos like those "
+        "that the model will see."
+    )
+    return [Sentence(sentence, name, others, 255 * scale, scale / usual)]

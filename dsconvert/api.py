@@ -13,19 +13,17 @@ Everything is a thin layer over `dsconvert.pipeline`; `detect` and `compare` are
 from __future__ import annotations
 
 import copy
-import re
 import tempfile
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import NoneType
 from typing import Any
 
 from dsconvert import exporting, pipeline
+from dsconvert.calibration import Progress
 from dsconvert.errors import InputError
-from dsconvert.evaluate import contest
 from dsconvert.export.inputs import INPUT_TYPES
 from dsconvert.export.layouts import LAYOUT_OPSET
 from dsconvert.export.nms import Nms
@@ -34,28 +32,14 @@ from dsconvert.filekinds import MODEL, ONNX, file_kind
 from dsconvert.files import refuse_inputs, write_atomic
 from dsconvert.model import DSModel
 from dsconvert.modelfile import load_model, model_bytes
-from dsconvert.pipeline import Progress
+from dsconvert.options import QuantizeOptions
+from dsconvert.record import MODEL_FILE, Quantized, layer_table, quantize_report, save_quantized
+from dsconvert.scoring import contest
 from dsconvert.yolo.checkpoint import Checkpoint, load_checkpoint
 from dsconvert.yolo.dataset import SPLITS
 
 File = str | Path
 ACTIVATIONS = ("int8", "float")
-# Where a keyword is not the option's name without its dashes, in the sentences that the steps below raise.
-_KEYWORDS = {"calib": "images", "force": "force=True", "out": "name"}
-
-
-@contextmanager
-def keywords() -> Iterator[None]:
-    """Sentences that name options of the command line name this module's keywords instead."""
-    try:
-        yield
-    except InputError as error:
-        raise InputError(in_keywords(str(error))) from None
-
-
-def in_keywords(sentence: str) -> str:
-    """The sentence with this module's keywords in place of options."""
-    return re.sub(r"--([a-z][a-z0-9-]*)", lambda m: _KEYWORDS.get(m[1], m[1].replace("-", "_")), sentence)
 
 
 @dataclass(frozen=True, repr=False)
@@ -77,7 +61,6 @@ class FloatModel:
     def __repr__(self) -> str:
         return f"FloatModel({str(self.path)!r}, {len(self.names)} classes, {self.checkpoint.size_bytes / 1e6:.2f} MB)"
 
-    @keywords()
     def export(self, file: File, *, imgsz: int = 640, check: bool = True, force: bool = False, **ends: Any) -> Path:
         """Write the float32 network as ONNX, to compare with; returns the file. `check` and `ends` as in
         QuantizedModel.export."""
@@ -90,7 +73,7 @@ class QuantizedModel:
     """A converted model. Get one from `quantize`, or from `load` (then `result`, how the conversion went, is None)."""
 
     model: DSModel
-    result: pipeline.Quantized | None = None
+    result: Quantized | None = None
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -117,20 +100,18 @@ class QuantizedModel:
         """One row a convolution: name, shape, kind, bits, block_size, bytes, float32_bytes, damage expected by bits;
         after `quantize` also sqnr_db, the weight's signal to quantization noise in decibels."""
         if self.result is None:
-            return pipeline.layer_table(self.model)
-        return list(pipeline.quantize_report(self.result)["layers"])
+            return layer_table(self.model)
+        return list(quantize_report(self.result)["layers"])
 
     def __repr__(self) -> str:
         return f"QuantizedModel({_source(self.model)!r}, {len(self.names)} classes, {self.weight_bits:.2f} bits)"
 
-    @keywords()
     def save(self, folder: File, *, force: bool = False) -> Path:
         """Write model.safetensors and quantize.json into the folder; returns the former's path."""
         if self.result is None:
             raise InputError("This model was loaded from a file, so it is saved already; copy that file.")
-        return pipeline.save_quantized(self.result, Path(folder), force)
+        return save_quantized(self.result, Path(folder), force)
 
-    @keywords()
     def export(
         self,
         file: File,
@@ -198,7 +179,6 @@ def _shown(value: float | None, digits: int) -> str:
     return "-" if value is None else f"{value:.{digits}f}"
 
 
-@keywords()
 def load(path: File) -> FloatModel | QuantizedModel:
     """Read a YOLOv5 checkpoint (`.pt`, nothing in it is executed) or a converted model (`.safetensors`)."""
     path = Path(path)
@@ -210,7 +190,6 @@ def load(path: File) -> FloatModel | QuantizedModel:
     return FloatModel(load_checkpoint(path))
 
 
-@keywords()
 def quantize(
     model: FloatModel | File,
     images: File | None = None,
@@ -248,7 +227,7 @@ def quantize(
     source = load(model) if isinstance(model, (str, Path)) else model
     if not isinstance(source, FloatModel):
         raise InputError("This model is converted already; quantize takes a checkpoint (.pt).")
-    options = pipeline.QuantizeOptions(
+    options = QuantizeOptions(
         calib=None if images is None else Path(images), block_size=block_size, bits=bits, target_bytes=target_size,
         target_drop=target_map_drop, blocks=blocks, scope=scope, imgsz=imgsz, samples=samples, seed=seed,
         split=split, strict=strict, device=device, activations=activations, kds=kds, finetune_steps=finetune_steps,
@@ -261,7 +240,6 @@ def quantize(
     return QuantizedModel(result.model, result)
 
 
-@keywords()
 def evaluate(
     models: FloatModel | QuantizedModel | File | Sequence[FloatModel | QuantizedModel | File],
     data: File,
@@ -288,7 +266,7 @@ def evaluate(
         paths = [as_file(m, Path(folder, str(i))) for i, m in enumerate(given)]
         found = contest.evaluate(paths, Path(data), imgsz, samples, progress, split, strict)
         if found[0].metrics is None:
-            warnings.warn(contest.nothing_found(paths[0]), stacklevel=3)  # whoever called, past `keywords`
+            warnings.warn(contest.nothing_found(paths[0]), stacklevel=2)
         return Evaluation(_row(m, e) for m, e in zip(given, found, strict=True))
 
 
@@ -313,7 +291,7 @@ def as_file(model: FloatModel | QuantizedModel | File, folder: Path) -> Path:
         return model.path
     if not isinstance(model, QuantizedModel):
         return Path(model)
-    path = folder / pipeline.MODEL_FILE
+    path = folder / MODEL_FILE
     write_atomic(path, model_bytes(model.model), force=False)
     return path
 
@@ -341,7 +319,7 @@ def _ends(
     return Ends(dynamic_batch, input_type, Nms(**chosen) if nms else None)
 
 
-def _check(options: pipeline.QuantizeOptions) -> None:
+def _check(options: QuantizeOptions) -> None:
     """What the command line's parser would have refused."""
     if options.activations not in ACTIVATIONS:
         raise InputError(f"activations {options.activations!r} is not one of {', '.join(ACTIVATIONS)}.")
@@ -366,10 +344,10 @@ def check_split(split: str | None) -> None:
         raise InputError(f"split {split!r} is not one of {', '.join(SPLITS)}.")
 
 
-def _as_call(source: FloatModel, options: pipeline.QuantizeOptions) -> str:
+def _as_call(source: FloatModel, options: QuantizeOptions) -> str:
     """What the model file notes as the command that made it."""
     keywords = {"calib": "images", "target_bytes": "target_size", "target_drop": "target_map_drop"}
-    default = pipeline.QuantizeOptions()
+    default = QuantizeOptions()
     given = {
         keywords.get(name, name): str(value) if isinstance(value, Path) else value
         for name, value in vars(options).items()

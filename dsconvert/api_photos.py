@@ -6,7 +6,7 @@
     dsconvert.compare("best.pt", "small/best.onnx", "photos/")
 
 Models are values or files, as in `dsconvert.evaluate`. The commands of the same names run the same functions
-(`evaluate.photos`).
+(`scoring.photos`).
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from dsconvert.api import File, FloatModel, QuantizedModel, as_file, check_split, in_keywords, keywords
+from dsconvert.api import File, FloatModel, QuantizedModel, as_file, check_split
 from dsconvert.errors import InputError
-from dsconvert.evaluate.candidates import load_candidate
-from dsconvert.evaluate.detect import DetectOptions, Found, class_name, class_numbers, draw
-from dsconvert.evaluate.masks import PlacedMask
-from dsconvert.evaluate.photos import Skipped, compare_files, detect_files, left_out, photo_paths
+from dsconvert.scoring.candidates import load_candidate
+from dsconvert.scoring.detect import DetectOptions, Found, class_name, class_numbers, draw
+from dsconvert.scoring.masks import PlacedMask
+from dsconvert.scoring.photos import Skipped, compare_files, detect_files, left_out, photo_paths
 from dsconvert.yolo.images import Image, read_image
 
 Progress = Callable[[str, int, int], None]
@@ -107,7 +107,6 @@ class Comparison:
     photos: tuple[ComparedPhoto, ...] = field(repr=False)
 
 
-@keywords()
 def detect(
     model: FloatModel | QuantizedModel | File,
     images: File | Sequence[File],
@@ -137,7 +136,7 @@ def detect(
         wanted = class_numbers([str(c) for c in classes or ()], candidate.names)
         options = DetectOptions(conf_thres, iou_thres, max_det, wanted, agnostic_nms)
         if candidate.limits and (kept := options.beyond(candidate.limits)):
-            _warn(in_keywords(f"{candidate.path} suppresses boxes itself, and keeps only those within {kept}."))
+            _warn(f"{candidate.path} suppresses boxes itself, and keeps only those within {kept}.")
         found = detect_files(candidate, paths, options, skipped, progress or _silent)
         photos = Detections([_photo(path, image, boxes, candidate.names, masks) for path, image, boxes, masks in found])
     if skipped:
@@ -145,7 +144,6 @@ def detect(
     return photos
 
 
-@keywords()
 def compare(
     first: FloatModel | QuantizedModel | File,
     second: FloatModel | QuantizedModel | File,
@@ -200,7 +198,7 @@ def _photo(
 
 
 def _warn(text: str) -> None:
-    warnings.warn(text, stacklevel=4)  # whoever called `detect` or `compare`, past `keywords`
+    warnings.warn(text, stacklevel=3)  # whoever called `detect` or `compare`
 
 
 def _silent(stage: str, done: int, total: int) -> None:

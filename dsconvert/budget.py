@@ -78,8 +78,8 @@ def formats_for_file(
     smallest = {name: c.format for name, c in least.items()}
     floor = file_size(smallest)
     if floor > target:
-        raise InputError(
-            f"--target-size {target / 1e6:.2f}MB is out of reach: the smallest file is {floor / 1e6:.2f} MB."
+        raise InputError.naming(
+            "{target_size} {:.2f}MB is out of reach: the smallest file is {:.2f} MB.", target / 1e6, floor / 1e6
         )
     least_bytes = sum(c.size for c in least.values())
     fits, over, best = least_bytes, math.inf, smallest

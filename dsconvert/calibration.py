@@ -193,8 +193,8 @@ def synthetic(
     try:
         made = _synthesised(checkpoint, drawn, side, seed, report)[:samples]
     except ValueError:
-        raise InputError(
-            f"{checkpoint.path} has its BatchNorm fused away, so images cannot be synthesised from it; give --calib."
+        raise InputError.naming(
+            "{} has its BatchNorm fused away, so images cannot be synthesised from it; give {images}.", checkpoint.path
         ) from None
     if len(made) < workers.count():
         raise InputError(f"{len(made)} calibration images are too few for {workers.count()} processes.")

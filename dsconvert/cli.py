@@ -22,10 +22,10 @@ from dsconvert.commands.finetune import finetune_command
 from dsconvert.commands.info import info
 from dsconvert.commands.quantize import quantize
 from dsconvert.commands.report import report
-from dsconvert.commands.shared import say, warn
+from dsconvert.commands.shared import in_options, option, say, warn
 from dsconvert.errors import CheckError, InputError, LimitMissed, is_out_of_memory, system_fault
-from dsconvert.evaluate.bounds import enforced, left_running
 from dsconvert.notes import heard
+from dsconvert.scoring.bounds import enforced, left_running
 from dsconvert.streams import open_streams
 
 
@@ -73,7 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             cli.main(arguments, prog_name="dsconvert", standalone_mode=False)
         sys.stdout.flush()  # whoever reads it may have gone: said here, not when Python ends
     except InputError as error:
-        _fail(str(error), 2)
+        _fail(error.said(option), 2)
     except LimitMissed as missed:
         say(f"Failed: {missed}")
         sys.exit(3)
@@ -101,11 +101,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
             traceback.print_exc()
             _fail("This is a fault of dsconvert; please report it with the lines above.", 1)
     if said and exhausted:  # what libraries do when a process ends wants memory: they are not asked
-        say(f"Error: {said}")
+        say(f"Error: {in_options(said)}")
         sys.stdout.flush()
         os._exit(2)
     if said:
-        _fail(said, 2)
+        _fail(in_options(said), 2)
 
 
 def _warn(sentence: str) -> None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Self
 
-from dsconvert.text import printable
+from dsconvert.text import Sentence, in_words, printable
 
 MOST = 2000  # characters of a message
 
@@ -30,7 +31,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 def system_fault(error: BaseException) -> str | None:
     """One sentence when the machine, and neither the input nor dsconvert, is at fault: memory, disk, permissions."""
     if is_out_of_memory(error):
-        return "There is not enough memory; fewer --samples or a smaller --imgsz need less."
+        return Sentence("There is not enough memory; fewer {samples} or a smaller {imgsz} need less.")
     if isinstance(error, OSError) and error.strerror:
         what = f"{error.filename} cannot be used" if error.filename else "Reading or writing failed"
         return printable(f"{what}: {error.strerror}.")
@@ -47,6 +48,16 @@ class InputError(ValueError):
 
     def __init__(self, message: str) -> None:
         super().__init__(printable(message, MOST))
+        self.message = message
+
+    @classmethod
+    def naming(cls, template: str, *values: object) -> Self:
+        """One whose message names parameters, see `text.Sentence`."""
+        return cls(Sentence(template, *values))
+
+    def said(self, words: Callable[[str], str]) -> str:
+        """The message with another face's words for the parameters."""
+        return printable(in_words(self.message, words), MOST)
 
 
 class Unusable(InputError):

@@ -13,7 +13,7 @@ from dsconvert.model import DSModel
 from dsconvert.modelfile import load_model
 from dsconvert.notes import unheard
 from dsconvert.origin import known_images
-from dsconvert.pipeline import MODEL_FILE
+from dsconvert.record import MODEL_FILE
 from dsconvert.yolo.checkpoint import load_checkpoint
 from dsconvert.yolo.dataset import calibration_images
 from dsconvert.yolo.images import Image, letterbox, read_image

@@ -65,7 +65,7 @@ def written_whole(path: Path, force: bool, suffix: str = ".part") -> Iterator[Pa
         _sync_folder(path.parent)
     except FileExistsError:
         temporary.unlink(missing_ok=True)
-        raise _exists(path) from None
+        raise already_there(path) from None
     except OSError as error:
         temporary.unlink(missing_ok=True)
         raise _unwritable(path, error) from None
@@ -129,17 +129,17 @@ def check_target(path: Path, force: bool) -> None:
         kind = "it is a folder" if stat.S_ISDIR(mode) else "it is a device or a pipe, no ordinary file"
         raise InputError(f"{path} cannot be written: {kind}.")
     if not force:
-        raise _exists(path)
+        raise already_there(path)
 
 
 def refuse_inputs(outputs: Iterable[Path], inputs: Iterable[Path]) -> None:
-    """Raises InputError when a file or folder to write is one that is read, under whatever name: --force is for results
+    """Raises InputError when a file or folder to write is one that is read, under whatever name: `force` is for results
     of earlier runs, not for what the user gave. What does not exist yet is neither."""
     read = {key: path for path in inputs if (key := _identity(path))}
     for path in outputs:
         if (given := read.get(_identity(path) or (0, 0))) is not None:
             same = "" if given == path else f" ({path})"
-            raise InputError(f"{given} is an input and would be overwritten{same}; give another --out.")
+            raise InputError.naming("{} is an input and would be overwritten{}; give another {name}.", given, same)
 
 
 def _identity(path: Path) -> tuple[int, int] | None:
@@ -265,14 +265,15 @@ def _removed_when_told_to_end(folder: Path) -> Iterator[None]:
 
 def needs_room(folder: Path, size: int, error: OSError) -> InputError:
     """What to say when temporary files of so many bytes do not fit into the folder."""
-    return InputError(
-        f"{folder.parent} has no room for temporary files ({error.strerror or 'it is full'}): at least "
-        f"{size / 1e6:.1f} MB are needed; give --out on a larger disk."
-    )
+    return InputError.naming(
+        "{} has no room for temporary files ({}): at least {:.1f} MB are needed; give {name} on a larger disk.",
+        folder.parent, error.strerror or "it is full", size / 1e6,
+    )  # fmt: skip
 
 
-def _exists(path: Path) -> InputError:
-    return InputError(f"{path} already exists; give --force to replace it, or another --out.")
+def already_there(path: Path) -> InputError:
+    """What to say of a file that is not to be replaced."""
+    return InputError.naming("{} already exists; give {force=True} to replace it, or another {name}.", path)
 
 
 def _unwritable(path: Path, error: OSError | ValueError) -> InputError:

@@ -1,7 +1,7 @@
 """What a user must know of images and labels while the work goes on: files left out, another split, other names.
 
 Deep code says it with `note`, as a Python warning; so programs that call dsconvert see it as any other. The command
-line prints it, and puts it into --json.
+line prints it, and puts it into its JSON.
 """
 
 from __future__ import annotations

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from dsconvert.errors import InputError, printable
+from dsconvert.text import Sentence
 from dsconvert.yolo.dataset import SPLITS, image_paths, is_data_yaml, read_data_yaml
 
 MOST_HASHED = 4 << 30  # bytes: no checkpoint is as large
@@ -30,17 +31,19 @@ def is_near(path: Path, model: Path) -> bool:
 
 
 def known_images(provenance: Mapping[str, Any], model: Path) -> Path:
-    """The images that the model was calibrated on, as they were given to --calib. Raises InputError, asking for --data,
-    when none are known, or they are not to be opened."""
+    """The images that the model was calibrated on, as they were given. Raises InputError, asking for others, when none
+    are known, or they are not to be opened."""
     options = provenance.get("options")
     calib = options.get("calib") if isinstance(options, Mapping) else None
     if not isinstance(calib, str) or not calib:
-        raise InputError("Which images? Give --data data.yaml, or a folder of images to measure agreement.")
+        raise InputError.naming("Which images? Give {data} data.yaml, or a folder of images to measure agreement.")
     path = Path(calib)
     if not is_near(path, model):
-        raise _refused(model, "its images", calib, "give --data")
+        raise _refused(model, "its images", calib, Sentence("give {data}"))
     if not all(is_near(image, model) for image in _every_image(path)):
-        raise InputError(f"{printable(calib)}, which {model} names, lists images elsewhere; give --data to use it.")
+        raise InputError.naming(
+            "{}, which {} names, lists images elsewhere; give {data} to use it.", printable(calib), model
+        )
     return path
 
 
@@ -49,12 +52,12 @@ def known_source(provenance: Mapping[str, Any], model: Path, ask: str) -> Path:
     known, gone, or not to be opened."""
     source = provenance.get("source")
     if not isinstance(source, str):
-        raise InputError(f"The checkpoint that {model} was converted from is not known; {ask}.")
+        raise InputError.naming("The checkpoint that {} was converted from is not known; {}.", model, ask)
     if not is_near(Path(source), model) and not _is_the_one(Path(source), provenance.get("source_sha256")):
         raise _refused(model, "the checkpoint that it was converted from", source, ask)
     if not os.path.isfile(source):  # which takes what is no name for a file that is not there
-        raise InputError(
-            f"The checkpoint that {model} was converted from is not at {printable(source)} any more; {ask}."
+        raise InputError.naming(
+            "The checkpoint that {} was converted from is not at {} any more; {}.", model, printable(source), ask
         )
     return Path(source)
 
@@ -72,10 +75,10 @@ def _is_the_one(path: Path, digest: object) -> bool:
 
 
 def _refused(model: Path, what: str, path: str, ask: str) -> InputError:
-    return InputError(
-        f"{model} names {what} at {printable(path, 200)}, neither below its own folder nor below the working "
-        f"directory, so it was not opened; {ask}."
-    )
+    return InputError.naming(
+        "{} names {} at {}, neither below its own folder nor below the working directory, so it was not opened; {}.",
+        model, what, printable(path, 200), ask,
+    )  # fmt: skip
 
 
 def _every_image(source: Path) -> list[Path]:

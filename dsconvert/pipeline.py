@@ -1,13 +1,11 @@
 """The steps of `quantize` strung together: what the command line calls, and the Python API.
 
-checkpoint -> network -> plan -> calibrate -> fit -> DSModel -> file
+gather (images), prepare (network) -> measure (statistics) -> choose_formats -> fit (model) -> tune -> describe
 """
 
 from __future__ import annotations
 
-import json
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -16,21 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import dsconvert
 from dsconvert import workers
-from dsconvert.budget import (
-    BITS,
-    BLOCK_SIZES,
-    UNIFORM,
-    Damage,
-    Formats,
-    formats_for_file,
-    formats_like_uniform,
-    packed_size,
-)
+from dsconvert.budget import BITS, BLOCK_SIZES, UNIFORM, Formats, formats_for_file, formats_like_uniform, packed_size
 from dsconvert.calibcache import remembered
 from dsconvert.calibration import (
+    Calibration,
     Images,
+    Progress,
     beside_few,
     calibrate,
     check_calibration,
@@ -40,84 +30,61 @@ from dsconvert.calibration import (
     photographs_of,
     synthetic,
 )
-from dsconvert.calibration import Progress as Progress
 from dsconvert.division import Division, divided
 from dsconvert.dsconv.codes import REAL, usual_format
 from dsconvert.dsconv.format import WeightFormat
 from dsconvert.errors import InputError
-from dsconvert.evaluate.compare import ScoreShift
-from dsconvert.evaluate.drop import labels_of, map_drop, scores_on
-from dsconvert.files import write_atomic
 from dsconvert.fit.kept import MEMORY, Room
-from dsconvert.fit.layer import GPTQ
+from dsconvert.fit.layer import GPTQ, Fit
 from dsconvert.fit.lockstep import fit_lockstep
 from dsconvert.fit.sensitivity import formats_of
-from dsconvert.graph.integer import QConv, QParams
+from dsconvert.graph.integer import QConv
 from dsconvert.graph.ir import ConvParams, Graph
-from dsconvert.model import DSModel, damage_by_bits, display_name, is_dsconv
-from dsconvert.modelfile import model_bytes
+from dsconvert.model import DSModel
+from dsconvert.options import QuantizeOptions, check_options
+from dsconvert.record import Quantized, provenance
 from dsconvert.sameness import warning_of
+from dsconvert.scoring.drop import labels_of, map_drop, scores_on
 from dsconvert.sealed import run_key
 from dsconvert.target import smallest_within
 from dsconvert.train.distil import Distilled, Pictures, distil
 from dsconvert.unfinished import read_unfinished, usable, write_unfinished
 from dsconvert.yolo.checkpoint import Checkpoint
 from dsconvert.yolo.dataset import calibration_images
+from dsconvert.yolo.labels import Labelled
 from dsconvert.yolo.lower import lower, split_detect
 from dsconvert.yolo.network import Head
 from dsconvert.yolo.plan import choose_convs
 
-MODEL_FILE, REPORT_FILE = "model.safetensors", "quantize.json"
+
+@dataclass(frozen=True)
+class Gathered:
+    """The images, and what is known of them."""
+
+    images: Images  # those to calibrate on, as this process has them
+    photographs: int  # how many of all processes' are no views of others
+    division: Division  # all photographs, by what they are for
+    labels: Labelled | None  # of those that a target is measured on; None: what the float network finds counts
 
 
 @dataclass(frozen=True)
-class QuantizeOptions:
-    """Everything that decides the result of `quantize` besides the checkpoint and the machine.
+class Prepared:
+    """A float network, ready to be measured and fitted."""
 
-    calib None means data-free. bits 2..8 for every DSConv layer, or None for widths by measured damage: within the
-    bytes of 4 bits everywhere, within a packed ONNX file of target_bytes, or the smallest that lose at most
-    target_drop points of mAP50-95 on calibration images held back (against labels where they have any, else against
-    what the float network finds). block_size None means one by measured damage too, or (bits given) 16. blocks and
-    scope as in `yolo.plan`; imgsz in pixels; samples the most calibration images used; split that of a data.yaml (None:
-    train, else val); strict: lists and labels of which a part cannot be used are refused; activations int8, or float
-    for a model whose weights alone are quantized; kds int, or float for the paper's real-valued shifts (4 bits unless
-    bits says otherwise). finetune_steps of the brief fine-tune (see `train.distil`): None for as many as seem of use, 0
-    for none; finetune_time seconds after which it stops: None for never, 0 for none."""
-
-    calib: Path | None = None
-    block_size: int | None = None
-    bits: int | None = None
-    target_bytes: int | None = None
-    target_drop: float | None = None
-    blocks: str = "all"
-    scope: str = "all"
-    imgsz: int = 640
-    samples: int = 256
-    seed: int = 0
-    device: str = "cpu"
-    activations: str = "int8"
-    kds: str = "int"
-    split: str | None = None
-    strict: bool = False
-    finetune_steps: int | None = None
-    finetune_time: float | None = None
+    graph: Graph  # its operations, BatchNorm folded, the outputs of Detect in parts
+    params: Mapping[str, ConvParams]  # weights and biases by convolution name, on the device
+    head: Head  # what its outputs mean
+    chosen: Sequence[str]  # convolutions that become DSConv; the others become int8
+    imgsz: int  # side of the images that it is converted for, pixels
+    device: str  # where it runs, in torch's spelling
 
 
 @dataclass(frozen=True)
-class Quantized:
-    """A fitted model, and what its owner should know of it."""
+class Resumable:
+    """Fitted layers that outlive a run that is stopped."""
 
-    model: DSModel
-    images: int  # that it was calibrated on
-    views: int  # of these images, which it was calibrated on too where they are few
-    synthesised: int  # images that were made up beside them where they are fewer still
-    skipped: int  # files that could not be read
-    sqnr_db: Mapping[str, float]  # each layer's error
-    scores: ScoreShift  # of the float network and of the model, on some of the images
-    map_drop: float | None = None  # points of mAP50-95 on held-back images, where a target was set
-    skipped_reason: str = ""  # why the first file could not be read
-    sameness: str = ""  # a warning where all images are the same
-    tuned: Distilled | None = None  # what the brief fine-tune did, where there was one
+    left: Mapping[str, QConv]  # those that such a run left
+    keep: Callable[[Mapping[str, QConv]], None] | None  # keeps those of this run; None: nothing is kept
 
 
 def quantize(
@@ -128,15 +95,17 @@ def quantize(
     unfinished: Path | None = None,
     resume: bool = False,
     cache: Path | None = None,
+    by: Callable[[Mapping[str, Tensor], int], Fit] = GPTQ,
 ) -> Quantized:
     """Convert a checkpoint. Raises InputError for options that do not fit it.
 
     Fitted layers are kept in the file `unfinished`, if one is named, until the whole is done; `resume` goes on from
     what an equal run left there. Calibrations are kept in the folder `cache`, if one is named (see `calibcache`).
+    `by` makes the fit of the second moments of output gradients, by convolution name, and the number of photographs.
     Under torchrun every process looks at a part of the images; each returns the whole model."""
-    _check(options, checkpoint)
+    check_options(options, checkpoint.head.stride)
     if resume and workers.count() > 1:
-        raise InputError("--resume goes on with one process; run it without torchrun.")
+        raise InputError.naming("{resume} goes on with one process; run it without torchrun.")
     if options.kds == "float" and options.bits is None:
         options = replace(options, bits=UNIFORM.bits)
     torch.manual_seed(options.seed)
@@ -144,139 +113,159 @@ def quantize(
     device = workers.device(options.device)
     options = replace(options, device=workers.named_device(options.device))
     room = Room(cache or (unfinished.parent if unfinished is not None else None), MEMORY // workers.here())
-    network, head = checkpoint.network.to(device), checkpoint.head
-    division, held_labels = Division((), (), ()), None
+    checkpoint.network.to(device)
+    given = gather(checkpoint, options, report, room)
+    network = prepare(checkpoint, options, device)
+    check_values(network.graph, network.params, given.images.one(0, device))
+    origin = checkpoint.sha256, given.images.digest() if cache is not None or unfinished is not None else ""
+    found = measure(network, given.images, options, origin, report, room, cache)
+    layers = resumable(unfinished, network, given.images, options, origin, resume)
+    about = provenance(checkpoint, options, command, found.damage)
+    made = by(found.channels, given.photographs)
+    fitted = partial(fit, network, given, found, made, about, layers, report, room)
+    lost = partial(loss_of, network, given, report)
+    if options.target_drop is None:
+        model, drop = fitted(choose_formats(network, found, options)), None
+    else:
+        model, drop = fit_within(network, found, options.target_drop, fitted, lost)
+    tuned = tune(model, network, given, options, report)
+    if tuned is not None and tuned.kept and drop is not None:
+        after = lost(tuned.model)
+        tuned, drop = (tuned, after) if after <= drop else (replace(tuned, model=model, kept=0), drop)
+    return describe(model, tuned, drop, network, given)
+
+
+def gather(checkpoint: Checkpoint, options: QuantizeOptions, report: Progress, room: Room) -> Gathered:
+    """Read the images, or make them up from the checkpoint's BatchNorm statistics, while it has them."""
+    division, labels = Division((), (), ()), None
     if options.calib is None:
         images = synthetic(checkpoint, options.imgsz, options.samples, options.seed, report, room)
     else:
         available = calibration_images(options.calib, options.split, options.strict)
-        finetune = options.finetune_steps != 0 and options.finetune_time != 0
-        division = divided(available, options.samples, options.target_drop is not None, finetune)
+        division = divided(available, options.samples, options.target_drop is not None, options.finetunes)
         if division.target:
-            held_labels = labels_of(options.calib, division.target, head.names, options.strict)
+            labels = labels_of(options.calib, division.target, checkpoint.head.names, options.strict)
         beside = beside_few(checkpoint, len(division.fit), options.imgsz, options.seed, report)
         images = decoded(division.fit, options.imgsz, options.seed, report, room, beside)
-    sameness = warning_of(images.pixels.get(index).numpy() for index in range(images.photographs))
-    graph, params = split_detect(*lower(network.fuse()), head)
-    chosen = sorted(choose_convs(network, graph, options.blocks, options.scope))
-    quantized = options.activations == "int8"
-    check_values(graph, params, images.one(0, device))
-    key = {**asdict(options), "calib": None, "images": [images.part.first, images.part.all]}
+    return Gathered(images, images.all_photographs(), division, labels)
+
+
+def prepare(checkpoint: Checkpoint, options: QuantizeOptions, device: str) -> Prepared:
+    """Take the network, which is on the device, apart, and choose the convolutions to convert."""
+    graph, params = split_detect(*lower(checkpoint.network.fuse()), checkpoint.head)
+    chosen = sorted(choose_convs(checkpoint.network, graph, options.blocks, options.scope))
+    return Prepared(graph, params, checkpoint.head, chosen, options.imgsz, device)
+
+
+def measure(
+    network: Prepared, images: Images, options: QuantizeOptions, origin: tuple[str, str], report: Progress, room: Room,
+    cache: Path | None,
+) -> Calibration:  # fmt: skip
+    """What the images say of the network. Where each layer's width is to be found, also what each would do to it.
+    `origin`: digests of the checkpoint and of the images."""
+    graph, params, head = network.graph, network.params, network.head
     sizes = [options.block_size] if options.block_size else BLOCK_SIZES
     judged = {
-        name: formats_of(params[name].weight.shape[1], BITS, sizes) for name in (chosen if options.bits is None else [])
+        name: formats_of(params[name].weight.shape[1], BITS, sizes)
+        for name in (network.chosen if options.bits is None else [])
     }
-    seen = {k: key[k] for k in ("images", "imgsz", "seed", "device", "activations")}
+    key = _deciding(options, images)
+    seen = {name: key[name] for name in ("images", "imgsz", "seed", "device", "activations")}
     seen["formats"] = {name: [f.spelled() for f in some] for name, some in judged.items()}
-    pixels = images.digest() if cache is not None or unfinished is not None else ""
-    calibration = remembered(
-        cache, run_key(seen, checkpoint.sha256, pixels),
-        lambda: calibrate(graph, params, head, images, judged, options.seed, device, quantized, report, room),
+    quantized = options.activations == "int8"
+    found = remembered(
+        cache, run_key(seen, *origin),
+        lambda: calibrate(
+            graph, params, head, images, judged, options.seed, network.device, quantized, report, room
+        ),
         lambda kept: check_calibration(kept, graph, params, images, judged, quantized), room,
     )  # fmt: skip
-    if any(drawn.kept is None for drawn in calibration.drawn.values()):
-        float_outputs(graph, params, images, calibration.drawn, device)
-    own, damage = calibration.own, calibration.damage
-    photographs = images.all_photographs()
+    if any(drawn.kept is None for drawn in found.drawn.values()):
+        float_outputs(graph, params, images, found.drawn, network.device)
+    return found
 
-    left: Mapping[str, QConv] = {}
-    keep = None
-    if unfinished is not None and workers.count() == 1:
-        run = run_key(key, checkpoint.sha256, pixels)
-        left = read_unfinished(unfinished, run, {n: p.weight.shape for n, p in params.items()}) if resume else {}
-        keep = partial(write_unfinished, unfinished, run)
 
-    def fitted(formats: Formats) -> DSModel:
-        report("widths", 1, 1)
-        every = {name: formats.get(name, usual_format(8, p.weight.shape[1], 0)) for name, p in params.items()}
-        known = usable(left, [(n.name, every[n.name]) for n in graph.convs()])
-        convs = fit_lockstep(
-            graph, params, GPTQ(calibration.channels, photographs), every, own, images.pixels, calibration.drawn,
-            images.part.mine, room, device, lambda done, total: report("fit", done, total), known, keep,
-        )  # fmt: skip
-        return DSModel(graph, convs, own, head, options.imgsz, _provenance(checkpoint, options, command, damage))
+def _deciding(options: QuantizeOptions, images: Images) -> dict[str, Any]:
+    """What decides the fitted layers, but their widths, besides the checkpoint and the images."""
+    return {**asdict(options), "calib": None, "images": [images.part.first, images.part.all]}
+
+
+def resumable(
+    unfinished: Path | None, network: Prepared, images: Images, options: QuantizeOptions, origin: tuple[str, str],
+    resume: bool,
+) -> Resumable:  # fmt: skip
+    """What a stopped run left in the file `unfinished`, if it is to be resumed, and how this one keeps its own there.
+    Several processes keep nothing."""
+    if unfinished is None or workers.count() > 1:
+        return Resumable({}, None)
+    key = run_key(_deciding(options, images), *origin)
+    shapes = {name: p.weight.shape for name, p in network.params.items()}
+    left = read_unfinished(unfinished, key, shapes) if resume else {}
+    return Resumable(left, partial(write_unfinished, unfinished, key))
+
+
+def choose_formats(network: Prepared, found: Calibration, options: QuantizeOptions) -> dict[str, WeightFormat]:
+    """A format for every chosen layer: the one that is asked for, else by what each would do, within the budget."""
+    params = network.params
+    if options.bits is not None:
+        block = options.block_size or min(BLOCK_SIZES)
+        formats = {name: usual_format(options.bits, params[name].weight.shape[1], block) for name in network.chosen}
+        if options.kds == "float":  # the paper's form: every VQK is any integer of its bits
+            formats = {name: replace(format, code=REAL) for name, format in formats.items()}
+        return formats
+    if options.target_bytes is None:
+        return formats_like_uniform(params, found.damage)
+    file_size = partial(packed_size, network.graph, params, found.own, network.head, network.imgsz)
+    return formats_for_file(params, found.damage, options.target_bytes, file_size)
+
+
+def fit_within(
+    network: Prepared, found: Calibration, most: float, fitted: Callable[[Formats], DSModel],
+    lost: Callable[[DSModel], float],
+) -> tuple[DSModel, float]:  # fmt: skip
+    """The smallest of some fitted models that loses at most so many points of mAP50-95, and what it loses."""
 
     def attempt(formats: Formats) -> tuple[DSModel, float]:
         model = fitted(formats)
-        say = partial(report, "evaluate")
-        return model, map_drop(model, params, division.target, say, held_labels)
+        return model, lost(model)
 
-    drop = None
-    if options.target_drop is not None:
-        found = smallest_within(params, damage, options.target_drop, attempt)
-        model, drop = found.model, found.loss
-    elif options.bits is None:
-        model = fitted(_mixed(graph, params, own, head, damage, options))
-    else:
-        block = options.block_size or min(BLOCK_SIZES)
-        formats = {name: usual_format(options.bits, params[name].weight.shape[1], block) for name in chosen}
-        if options.kds == "float":  # the paper's form: every VQK is any integer of its bits
-            formats = {name: replace(format, code=REAL) for name, format in formats.items()}
-        model = fitted(formats)
-    tuned = None
-    judges = photographs_of(division.judges, options.imgsz)
-    if len(judges) > 1:  # one has no standard error
-        tuned = _tuned(model, params, images, judges, options, report)
-        if tuned.kept and drop is not None:
-            after = map_drop(tuned.model, params, division.target, partial(report, "evaluate"), held_labels)
-            tuned, drop = (tuned, after) if after <= drop else (replace(tuned, model=model, kept=0), drop)
-        model = tuned.model
+    best = smallest_within(network.params, found.damage, most, attempt)
+    return best.model, best.loss
+
+
+def loss_of(network: Prepared, given: Gathered, report: Progress, model: DSModel) -> float:
+    """Points of mAP50-95 that a model loses on the photographs held back for a target."""
+    return map_drop(model, network.params, given.division.target, partial(report, "evaluate"), given.labels)
+
+
+def tune(
+    model: DSModel, network: Prepared, given: Gathered, options: QuantizeOptions, report: Progress
+) -> Distilled | None:
+    """What the brief fine-tune makes of a fitted model; None where there are no photographs to judge it by."""
+    judges = photographs_of(given.division.judges, network.imgsz)
+    if len(judges) < 2:  # one has no standard error
+        return None
+    part = given.images.part
+    mine = range(part.first, part.first + part.mine)
+    pictures = Pictures(part.all, mine, partial(given.images.one, device=network.device), judges)
+    bounds = options.finetune_steps, options.finetune_time, options.seed
+    return distil(model, network.params, pictures, *bounds, network.device, partial(report, "finetune"))
+
+
+def describe(
+    fitted: DSModel, tuned: Distilled | None, drop: float | None, network: Prepared, given: Gathered
+) -> Quantized:
+    """The model, and what its owner should know of it."""
+    model, images, params = tuned.model if tuned else fitted, given.images, network.params
+    views = images.part.all - given.photographs - images.synthesised
     sqnr = {name: _sqnr_db(params[name].weight.cpu(), conv.weight.weight()) for name, conv in model.convs.items()}
     scores = scores_on(model, params, partial(images.one, device="cpu"), max(images.photographs, 1))
     reason = images.skipped[0] if images.skipped else ""
-    views, skipped = images.part.all - photographs - images.synthesised, len(images.skipped)
+    sameness = warning_of(images.pixels.get(index).numpy() for index in range(images.photographs))
     return Quantized(
-        model, photographs, views, images.synthesised, skipped, sqnr, scores, drop, reason, sameness, tuned
-    )
-
-
-def _tuned(
-    model: DSModel, params: Mapping[str, ConvParams], images: Images, judges: Sequence[Tensor],
-    options: QuantizeOptions, report: Progress,
-) -> Distilled:  # fmt: skip
-    """What the brief fine-tune makes of a fitted model."""
-    part, device = images.part, workers.device(options.device)
-    mine = range(part.first, part.first + part.mine)
-    pictures = Pictures(part.all, mine, partial(images.one, device=device), judges)
-    given = options.finetune_steps, options.finetune_time, options.seed
-    return distil(model, params, pictures, *given, device, partial(report, "finetune"))
-
-
-def _check(options: QuantizeOptions, checkpoint: Checkpoint) -> None:
-    stride = checkpoint.head.stride
-    if options.imgsz % stride or not stride <= options.imgsz <= 4096:
-        raise InputError(f"--imgsz {options.imgsz} is not a multiple of the model's stride {stride} up to 4096.")
-    if sum(o is not None for o in (options.bits, options.target_bytes, options.target_drop)) > 1:
-        raise InputError("--bits, --target-size and --target-map-drop each decide the widths; give one of them.")
-    if options.target_drop is not None and (options.calib is None or options.target_drop <= 0):
-        raise InputError("--target-map-drop needs a number above 0, and --calib images to measure the drop on.")
-    if options.bits is not None and not 2 <= options.bits <= 8:
-        raise InputError(f"--bits {options.bits} is not a number from 2 to 8.")
-    if options.kds == "float" and (options.activations != "float" or options.target_bytes or options.target_drop):
-        raise InputError("--kds float needs --activations float, and knows no --target-size or --target-map-drop.")
-    if (options.finetune_steps or 0) < 0 or not 0 <= (options.finetune_time or 0) < math.inf:
-        raise InputError("--finetune-steps and --finetune-time must be at least 0.")
-    if (options.block_size or 1) < 1 or options.samples < 1:
-        raise InputError("--block-size and --samples must be at least 1.")
-    workers.check_device(options.device)
-
-
-def _mixed(
-    graph: Graph,
-    params: Mapping[str, ConvParams],
-    own: Mapping[str, QParams],
-    head: Head,
-    damage: Damage,
-    options: QuantizeOptions,
-) -> dict[str, WeightFormat]:
-    """Formats by name within the options' budget."""
-    if options.target_bytes is None:
-        return formats_like_uniform(params, damage)
-
-    def file_size(formats: Formats) -> int:
-        return packed_size(graph, params, own, head, options.imgsz, formats)
-
-    return formats_for_file(params, damage, options.target_bytes, file_size)
+        model, given.photographs, views, images.synthesised, len(images.skipped), sqnr, scores, drop, reason, sameness,
+        tuned,
+    )  # fmt: skip
 
 
 def _sqnr_db(weight: Tensor, fitted: Tensor) -> float:
@@ -285,92 +274,17 @@ def _sqnr_db(weight: Tensor, fitted: Tensor) -> float:
     return round(float(10 * torch.log10(weight.double().square().sum().clamp_min(1e-30) / noise)), 2)
 
 
-def _provenance(checkpoint: Checkpoint, options: QuantizeOptions, command: str, damage: Damage) -> dict[str, Any]:
-    return {
-        "source": str(checkpoint.path.resolve()),
-        "source_sha256": checkpoint.sha256,
-        "source_bytes": checkpoint.size_bytes,
-        "dsconvert": dsconvert.__version__,
-        "command": command,
-        "options": {
-            **asdict(options),
-            "calib": None if options.calib is None else str(options.calib.resolve()),
-        },
-        # what each width of each layer was expected to cost: why the layers have the bits they have
-        "damage": {
-            name: {f"{w.bits}/{w.block_size}": float(f"{d:.4g}") for w, d in by_width.items()}
-            for name, by_width in damage.items()
-        },
-    }
-
-
-def quantize_report(result: Quantized) -> dict[str, Any]:
-    """What quantize.json holds."""
-    model = result.model
-    return {
-        "model": MODEL_FILE,
-        "provenance": model.provenance,
-        "calibration_images": result.images,
-        "calibration_views": result.views,
-        "synthesised_images": result.synthesised,
-        "unreadable_images": result.skipped,
-        "held_back_map_drop": result.map_drop,
-        "scores": asdict(result.scores),
-        "finetune": None if result.tuned is None else tuning_report(result.tuned),
-        "weights": model.weight_count,
-        "weight_bits": round(model.weight_bits, 4),
-        "layers": [
-            {**layer, "sqnr_db": result.sqnr_db[node.name]}
-            for layer, node in zip(layer_table(model), model.graph.convs(), strict=True)
-        ],
-    }
-
-
-def tuning_report(tuned: Distilled) -> dict[str, Any]:
-    """What quantize.json holds of the brief fine-tune: the step that was kept (0: the fit), by how much the error fell
-    on the images held back, and the curve."""
-    return {
-        "kept_step": tuned.kept,
-        "error_fell_by": tuned.gain,
-        "standard_error": tuned.uncertainty,
-        "error_of_activations": tuned.activations,
-        "images_held_back": tuned.judges,
-        "curve": [asdict(look) for look in tuned.curve],
-    }
-
-
-def layer_table(model: DSModel) -> list[dict[str, Any]]:
-    """One row a convolution: name, shape, kind, bits, block size, stored weight bytes, float32 bytes,
-    and the damage expected of each number of bits at that block size (None where widths were not allocated)."""
-    rows = []
-    damage = model.provenance.get("damage") or {}
-    for node in model.graph.convs():
-        w = model.convs[node.name].weight
-        rows.append(
-            {
-                "name": display_name(node),
-                "shape": list(w.vqk.shape),
-                "kind": "DSConv" if is_dsconv(w) else "int8",
-                "bits": w.bits,
-                "block_size": w.block_size if is_dsconv(w) else None,
-                "bytes": round(w.weight_bits * w.vqk.numel() / 8),
-                "float32_bytes": w.vqk.numel() * 4,
-                "damage": damage_by_bits(damage[node.name], w) if node.name in damage else None,
-            }
-        )
-    return rows
-
-
-def save_quantized(result: Quantized, folder: Path, force: bool) -> Path:
-    """Write quantize.json and the model file into the folder; returns the model's path.
-
-    Raises InputError when there is a model and force is off. A report alone was left by a run that was killed."""
-    model, report = folder / MODEL_FILE, folder / REPORT_FILE
-    if model.exists() and not force:
-        raise InputError(f"{model} already exists; give --force to replace it, or another --out.")
-    text = (json.dumps(quantize_report(result), indent=1) + "\n").encode()
-    write_atomic(report, text, force=True)
-    write_atomic(model, model_bytes(result.model), force)
-    if report.read_bytes() != text:  # of a run at the same time, which now finds a model
-        write_atomic(report, text, force=True)
-    return model
+def fit(
+    network: Prepared, given: Gathered, found: Calibration, by: Fit, about: Mapping[str, Any], layers: Resumable,
+    report: Progress, room: Room, formats: Formats,
+) -> DSModel:  # fmt: skip
+    """Fit every convolution: the chosen ones in these formats, the others at 8 bits. `about` is the provenance."""
+    graph, params, images = network.graph, network.params, given.images
+    report("widths", 1, 1)
+    every = {name: formats.get(name, usual_format(8, p.weight.shape[1], 0)) for name, p in params.items()}
+    convs = fit_lockstep(
+        graph, params, by, every, found.own, images.pixels, found.drawn, images.part.mine, room, network.device,
+        lambda done, total: report("fit", done, total),
+        usable(layers.left, [(node.name, every[node.name]) for node in graph.convs()]), layers.keep,
+    )  # fmt: skip
+    return DSModel(graph, convs, found.own, network.head, network.imgsz, about)

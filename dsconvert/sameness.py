@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from dsconvert.text import Sentence
 from dsconvert.yolo.images import PAD_VALUE
 
 Pixels = NDArray[Any]
@@ -25,13 +26,14 @@ def warning_of(images: Iterable[Pixels]) -> str:
         if not same and not blank:
             return ""
     if blank and count:
-        return f"{_all(count)} of one colour (black, or a covered camera?): they say nothing of the network; {_REMEDY}."
+        what = "of one colour (black, or a covered camera?): they say nothing of the network"
+        return Sentence(f"{_all(count)} {what}; {_REMEDY}.")
     if same and count > 1:
-        return f"{_all(count)} the same picture, so the weights fit nothing else; {_REMEDY}."
+        return Sentence(f"{_all(count)} the same picture, so the weights fit nothing else; {_REMEDY}.")
     return ""
 
 
-_REMEDY = "give --calib about 100 different photos like those that the model will see"
+_REMEDY = "give {images} about 100 different photos like those that the model will see"
 
 
 def _all(count: int) -> str:

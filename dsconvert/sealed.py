@@ -57,7 +57,7 @@ def resumed(path: Path, meta: str, key: str, deciding: str) -> Iterator[tuple[di
     except DAMAGE as error:
         if isinstance(error, InputError):
             raise
-        raise InputError(f"{path} is damaged; start again without --resume.") from None
+        raise InputError.naming("{} is damaged; start again without {resume}.", path) from None
 
 
 def run_key(*parts: Any) -> str:

@@ -76,9 +76,10 @@ def smallest_within(
     finest = formats_for_damage(params, damage, 0.0)
     model, loss = attempt(finest)
     if loss > most:
-        raise InputError(
-            f"--target-map-drop {most:g} is out of reach: with every layer at its finest, {loss:.2f} points are lost."
-        )
+        raise InputError.naming(
+            "{target_map_drop} {:g} is out of reach: with every layer at its finest, {:.2f} points are lost.",
+            most, loss,
+        )  # fmt: skip
     return Tried(finest, expected(damage, finest), loss, model)
 
 

@@ -2,6 +2,36 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from string import Formatter
+
+
+class Sentence(str):
+    """Words that name parameters: in `Sentence("{imgsz} {} is too large.", 9000)`, {imgsz} is one and {} a value.
+
+    As a text it has the names that they have in Python; `in_words` puts another face's words in their place."""
+
+    template: str
+    values: tuple[object, ...]
+
+    def __new__(cls, template: str, *values: object) -> Sentence:
+        made = super().__new__(cls, _filled(template, values, str))
+        made.template, made.values = template, values
+        return made
+
+    def __reduce__(self) -> tuple[type[Sentence], tuple[object, ...]]:
+        return Sentence, (self.template, *self.values)
+
+
+def in_words(text: str, words: Callable[[str], str]) -> str:
+    """The text; of a Sentence with the words that are given for the names of its parameters."""
+    return _filled(text.template, text.values, words) if isinstance(text, Sentence) else text
+
+
+def _filled(template: str, values: tuple[object, ...], words: Callable[[str], str]) -> str:
+    names = {name: words(name) for _, name, _, _ in Formatter().parse(template) if name}
+    return template.format(*(in_words(v, words) if isinstance(v, str) else v for v in values), **names)
+
 
 def printable(text: object, most: int | None = None, ascii_only: bool = False) -> str:
     r"""The text on one line, with no character that commands a terminal.

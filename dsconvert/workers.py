@@ -88,11 +88,11 @@ def check_device(wanted: object) -> None:
     if name == "cpu":
         return
     if not torch.cuda.is_available():
-        raise InputError(f"--device {wanted} is not available on this machine; use --device cpu.")
+        raise InputError.naming("{device} {} is not available on this machine; use {device} cpu.", wanted)
     place, there = int(name.partition(":")[2] or 0), torch.cuda.device_count()
     if place >= there:
-        known = "one GPU, --device 0" if there == 1 else f"{there} GPUs, --device 0 to {there - 1}"
-        raise InputError(f"--device {wanted} is not there; this machine has {known}.")
+        known = "one GPU, {device} 0" if there == 1 else f"{there} GPUs, {{device}} 0 to {there - 1}"
+        raise InputError.naming(f"{{device}} {{}} is not there; this machine has {known}.", wanted)
 
 
 def named_device(wanted: object) -> str:
@@ -106,11 +106,13 @@ def named_device(wanted: object) -> str:
         return f"cuda:{int(numbers)}"
     if re.fullmatch(r"[0-9]{1,3}( ?, ?(cuda:)?[0-9]{0,3})+", numbers):
         processes = len([n for n in numbers.split(",") if n.strip()])
-        raise InputError(
-            f"--device {wanted} names several GPUs; one process uses one, so start a process for each: torchrun "
-            f"--nproc-per-node {processes} -m dsconvert ... --device cuda."
-        )
-    raise InputError(f"--device {printable(wanted, 60)} is not a device; give cpu, 0 (the first GPU) or cuda:0.")
+        raise InputError.naming(
+            "{device} {} names several GPUs; one process uses one, so start a process for each: torchrun "
+            "--nproc-per-node {} -m dsconvert ... --device cuda.", wanted, processes
+        )  # fmt: skip
+    raise InputError.naming(
+        "{device} {} is not a device; give cpu, 0 (the first GPU) or cuda:0.", printable(wanted, 60)
+    )
 
 
 def device(wanted: object) -> str:
@@ -124,7 +126,7 @@ def device(wanted: object) -> str:
         torch.zeros(1, device=name)
     except (RuntimeError, AssertionError) as error:  # a driver that is too old, a GPU that another process holds
         why = printable(str(error).partition("\n")[0], 200).rstrip(".")
-        raise InputError(f"--device {wanted} cannot be used ({why}); use --device cpu.") from None
+        raise InputError.naming("{device} {} cannot be used ({}); use {device} cpu.", wanted, why) from None
     return name
 
 

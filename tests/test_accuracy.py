@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from dsconvert.errors import InputError
-from dsconvert.evaluate.accuracy import Predictor, detect_all, evaluate_predictors
+from dsconvert.scoring.accuracy import Predictor, detect_all, evaluate_predictors
 
 # in a 64 x 64 letterbox of a 32 x 64 (h x w) image: 16 rows of padding above; x, y, w, h, objectness, two classes
 BOX = [20, 30, 10, 8, 0.9, 1.0, 0.0]

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
-from dsconvert.evaluate.accuracy import Detections
+from dsconvert.scoring.accuracy import Detections
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 

@@ -7,9 +7,10 @@ from dataclasses import asdict, replace
 import pytest
 
 from dsconvert.advice import advice, bits_of_layers
-from dsconvert.evaluate.compare import ScoreShift
 from dsconvert.graph.integer import QParams
-from dsconvert.pipeline import Quantized, QuantizeOptions
+from dsconvert.options import QuantizeOptions
+from dsconvert.record import Quantized
+from dsconvert.scoring.compare import ScoreShift
 
 
 @pytest.fixture
@@ -37,8 +38,8 @@ def test_few_images_and_what_keeps_them_few(make):
     assert advice(make(images=32), 32) == []
     (more,) = advice(make(images=9, skipped=1), 10)
     assert "Only 9 calibration images" in more
-    assert "give --calib about 100 photos" in more
-    assert "leave out --samples 9" in advice(make(images=8, skipped=1, samples=9), 500)[0]
+    assert "give images about 100 photos" in more
+    assert "leave out samples 9" in advice(make(images=8, skipped=1, samples=9), 500)[0]
 
 
 def test_scores_that_shift_come_first(make):
@@ -50,7 +51,7 @@ def test_scores_that_shift_come_first(make):
 def test_the_layer_that_does_most_of_the_damage(make):
     assert advice(make(damage=[2.9, 2.9, 2.9, 1.3]), 128) == []
     (most,) = advice(make(damage=[1, 7, 2]), 128)
-    assert most.startswith("model.2.cv1, at 4 bits, hurts most: 70 % of the expected damage; a --target-size above")
+    assert most.startswith("model.2.cv1, at 4 bits, hurts most: 70 % of the expected damage; a target_size above")
     assert "above 0.90MB" in advice(make(damage=[1, 7, 2], target_bytes=900_000), 128)[0]
 
 
@@ -58,14 +59,14 @@ def test_with_a_target_for_the_loss_images_are_held_back_on_purpose(make):
     assert advice(make(images=96, target_drop=1.0), 128) == []
     assert "photos" in advice(make(images=9, target_drop=1.0), 12)[0]  # three of them held back
     (most,) = advice(make(damage=[1, 7, 2], target_drop=1.0), 128)
-    assert "a --target-map-drop below 1 gives it more bits" in most
+    assert "a target_map_drop below 1 gives it more bits" in most
 
 
 def test_with_one_width_the_largest_error_speaks(make):
     assert advice(make(sqnr=10.0, bits=3), 128) == []
     (most,) = advice(make(sqnr=9.0, bits=3), 128)
     assert most.startswith("model.2.cv1 hurts most: at 4 bits its weights are only 9.0 dB above their error")
-    assert "leave out --bits 3" in most
+    assert "leave out bits 3" in most
     assert advice(make(sqnr=9.0, damage=[1, 1, 1, 1]), 128) == []  # where damage was measured it counts, not errors
 
 
@@ -74,7 +75,7 @@ def test_ranges_far_wider_than_the_others(make):
     assert advice(make(grids=grids | {"model.9.conv": QParams(0.16, 0)}), 128) == []
     (wide,) = advice(make(grids=grids | {"model.9.conv": QParams(0.5, 0)}), 128)
     assert wide.startswith("model.9's values span 127.5, 50 times the usual range")
-    assert "--activations float" in wide
+    assert "activations float" in wide
     (wide,) = advice(make(grids=grids | {"a": QParams(0.5, 0), "b": QParams(0.6, 0)}), 128)
     assert wide.startswith("b's values (and 1 other layers') span")
     assert advice(replace(make(), model=replace(make().model, activations={})), 128) == []  # activations float

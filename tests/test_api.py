@@ -19,6 +19,7 @@ from conftest import HANGS, ROOT, tiny_network
 import dsconvert
 from dsconvert import api, pipeline
 from dsconvert.modelfile import model_bytes
+from dsconvert.options import QuantizeOptions
 from dsconvert.yolo.checkpoint import yolov5_bytes
 
 
@@ -63,7 +64,7 @@ def test_importing_dsconvert_is_cheap_and_offers_everything():
         _ = dsconvert.nothing
 
 
-@pytest.mark.parametrize("before", ["pass", "import dsconvert.evaluate.coco"])
+@pytest.mark.parametrize("before", ["pass", "import dsconvert.scoring.coco"])
 def test_evaluate_is_callable_whatever_was_imported_before(before):
     code = f"import dsconvert\n{before}\ntry: dsconvert.evaluate([], 'x')\nexcept dsconvert.InputError as e: print(e)"
     assert python(code) == "There is no model to evaluate.\n"
@@ -102,10 +103,10 @@ def test_it_is_the_pipeline_and_notes_how_it_was_called(work, q, monkeypatch):
     checkpoint, options, command, _ = calls[0]
     assert made.model is q.model
     assert checkpoint.path == Path("best.pt")
-    assert options == pipeline.QuantizeOptions(calib=Path("images"), imgsz=64, bits=3, block_size=8)
+    assert options == QuantizeOptions(calib=Path("images"), imgsz=64, bits=3, block_size=8)
     assert command == "dsconvert.quantize('best.pt', images='images', block_size=8, bits=3, imgsz=64)"
     dsconvert.quantize("best.pt", target_size=9000)
-    assert calls[1][1] == pipeline.QuantizeOptions(target_bytes=9000)
+    assert calls[1][1] == QuantizeOptions(target_bytes=9000)
 
 
 def test_a_saved_model_comes_back(q, tmp_path):
@@ -120,10 +121,10 @@ def test_a_saved_model_comes_back(q, tmp_path):
 
 def test_every_option_of_the_pipeline_is_a_keyword():
     keywords = {"calib": "images", "target_bytes": "target_size", "target_drop": "target_map_drop"}
-    expected = {keywords.get(f.name, f.name) for f in fields(pipeline.QuantizeOptions)} | {"model", "progress"}
+    expected = {keywords.get(f.name, f.name) for f in fields(QuantizeOptions)} | {"model", "progress"}
     given = inspect.signature(dsconvert.quantize).parameters
     assert set(given) == expected
-    for f in fields(pipeline.QuantizeOptions):
+    for f in fields(QuantizeOptions):
         assert given[keywords.get(f.name, f.name)].default == f.default
 
 

@@ -11,10 +11,10 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from dsconvert.errors import InputError
-from dsconvert.evaluate.bench import bench, only_cpus
-from dsconvert.evaluate.engines import as_input, engine_version, open_model
-from dsconvert.evaluate.footprint import measure_footprint
-from dsconvert.evaluate.latency import ratio
+from dsconvert.scoring.bench import bench, only_cpus
+from dsconvert.scoring.engines import as_input, engine_version, open_model
+from dsconvert.scoring.footprint import measure_footprint
+from dsconvert.scoring.latency import ratio
 
 
 def write(path, inputs=(("x", TensorProto.FLOAT, (1, 3, 8, 8)),), weights: int = 1):

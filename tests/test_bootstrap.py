@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from bootstrap import bootstrap, image_draws, match, mean_ap
 
-from dsconvert.evaluate.accuracy import Detections
+from dsconvert.scoring.accuracy import Detections
 
 
 @pytest.fixture

@@ -10,9 +10,9 @@ import pytest
 from conftest import ROOT
 
 from dsconvert import modelfile, smallyaml, workers
-from dsconvert.evaluate import bounds, candidates, engines, metadata, video
 from dsconvert.export import inspect, wire
 from dsconvert.report import gather
+from dsconvert.scoring import bounds, candidates, engines, metadata, video
 from dsconvert.yolo import archive, container, dataset, images, labels, photobounds, picklestack, tifflist
 
 

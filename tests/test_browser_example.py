@@ -17,7 +17,7 @@ from conftest import DEMO, HANGS, ROOT
 from headless import chromium_browser, needs_chromium
 
 import dsconvert
-from dsconvert.evaluate.compare import match
+from dsconvert.scoring.compare import match
 from dsconvert.yolo.images import read_image
 
 EXAMPLE = ROOT / "examples/browser"

@@ -9,7 +9,8 @@ from conftest import write_work
 
 from dsconvert import pipeline
 from dsconvert.modelfile import model_bytes
-from dsconvert.pipeline import QuantizeOptions, quantize
+from dsconvert.options import QuantizeOptions
+from dsconvert.pipeline import quantize
 from dsconvert.yolo.checkpoint import load_checkpoint
 
 

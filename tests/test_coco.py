@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from dsconvert.errors import InputError
-from dsconvert.evaluate.coco import coco_metrics
+from dsconvert.scoring.coco import coco_metrics
 
 SHAPE = (200, 300)  # height, width
 A, B, C, D = ([x, 10, x + 30, 60] for x in (5, 55, 105, 155))  # four boxes apart

@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dsconvert.errors import InputError
-from dsconvert.evaluate.accuracy import Predictor
-from dsconvert.evaluate.compare import MOST_SHIFT, ScoreShift, agreement, compare, match, score_shift
-from dsconvert.evaluate.detect import DetectOptions
+from dsconvert.scoring.accuracy import Predictor
+from dsconvert.scoring.compare import MOST_SHIFT, ScoreShift, agreement, compare, match, score_shift
+from dsconvert.scoring.detect import DetectOptions
 
 SQUARE = np.zeros((64, 64, 3), np.uint8)
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import DEMO
 
-from dsconvert.evaluate.accuracy import evaluate_predictors
+from dsconvert.scoring.accuracy import evaluate_predictors
 from dsconvert.yolo.checkpoint import load_checkpoint
 from dsconvert.yolo.dataset import read_data_yaml
 from dsconvert.yolo.decode import decode

@@ -14,8 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dsconvert.errors import InputError
-from dsconvert.evaluate.accuracy import Predictor
-from dsconvert.evaluate.detect import (
+from dsconvert.export.nms import Nms
+from dsconvert.scoring.accuracy import Predictor
+from dsconvert.scoring.detect import (
     DetectOptions,
     class_name,
     class_numbers,
@@ -29,7 +30,6 @@ from dsconvert.evaluate.detect import (
     picture_name,
     yolo_lines,
 )
-from dsconvert.export.nms import Nms
 from dsconvert.yolo.labels import read_labels
 
 WIDE = np.zeros((32, 64, 3), np.uint8)  # in a 64 x 64 letterbox it has 16 rows of padding above
@@ -84,7 +84,7 @@ def test_agnostic_suppression_looks_across_classes():
 def test_what_a_suppressed_file_cannot_give_is_named():
     limits = Nms(0.25, 0.45, 100)
     assert DetectOptions(0.25, 0.45, 100).beyond(limits) is None
-    assert DetectOptions(0.1, 0.5, 1000).beyond(limits) == "--conf-thres 0.25, --iou-thres 0.45, --max-det 100"
+    assert DetectOptions(0.1, 0.5, 1000).beyond(limits) == "conf_thres 0.25, iou_thres 0.45, max_det 100"
 
 
 def test_classes_by_number_and_by_name():

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from conftest import SIDE
 
-from dsconvert.evaluate.candidates import load_candidate
-from dsconvert.evaluate.detect import DetectOptions, find
 from dsconvert.export.nms import Nms
 from dsconvert.export.onnx import Ends, export_quantized
 from dsconvert.modelfile import model_bytes
+from dsconvert.scoring.candidates import load_candidate
+from dsconvert.scoring.detect import DetectOptions, find
 from dsconvert.yolo.boxes import non_max_suppression, to_image
 from dsconvert.yolo.images import letterbox, read_image, to_tensor
 

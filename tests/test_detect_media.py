@@ -15,14 +15,14 @@ import numpy as np
 import pytest
 from test_detect_video import write_video
 
-import dsconvert.evaluate.video as video
+import dsconvert.scoring.video as video
 from dsconvert.cli import main
 from dsconvert.commands.detect import detect, spread_classes
-from dsconvert.evaluate.candidates import load_candidate
-from dsconvert.evaluate.detect import DetectOptions, find
-from dsconvert.evaluate.saving import crop
-from dsconvert.evaluate.video import opened
 from dsconvert.export.onnx import Ends, export_quantized
+from dsconvert.scoring.candidates import load_candidate
+from dsconvert.scoring.detect import DetectOptions, find
+from dsconvert.scoring.saving import crop
+from dsconvert.scoring.video import opened
 from dsconvert.yolo.checkpoint import yolov5_bytes
 from dsconvert.yolo.images import read_image
 

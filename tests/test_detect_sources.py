@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from dsconvert.errors import InputError
-from dsconvert.evaluate.sources import Sources, find_sources
+from dsconvert.scoring.sources import Sources, find_sources
 
 
 @pytest.fixture

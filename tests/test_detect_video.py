@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from dsconvert.errors import InputError, Unusable
-from dsconvert.evaluate.video import OPTIONS, film, live_name, live_stem, opened
+from dsconvert.scoring.video import OPTIONS, film, live_name, live_stem, opened
 
 GREYS = [40 * i for i in range(6)]
 CODECS = {".avi": "MJPG", ".mkv": "mp4v", ".mov": "mp4v", ".mp4": "mp4v", ".wmv": "WMV2", ".m4v": "mp4v"}
@@ -175,7 +175,7 @@ def test_a_path_that_looks_like_an_address_or_a_pattern_is_a_path(tmp_path, monk
 
 def test_frames_larger_than_any_image_are_refused(tmp_path, monkeypatch):
     path = write_video(tmp_path / "clip.mp4")
-    monkeypatch.setattr("dsconvert.evaluate.video.MAX_PIXELS", 64 * 48 - 1)
+    monkeypatch.setattr("dsconvert.scoring.video.MAX_PIXELS", 64 * 48 - 1)
     with pytest.raises(Unusable, match="64x48 pixels, larger"), opened(path):
         pass
 

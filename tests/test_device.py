@@ -60,7 +60,7 @@ def test_several_are_refused_with_the_way(gpus, text, processes, count):
 
 @pytest.mark.parametrize(("text", "count", "words"), [
     ("0", 0, "not available"), ("cuda", 0, "not available"), ("cuda:3", 0, "not available"),
-    ("1", 1, "this machine has one GPU, --device 0"), ("cuda:7", 4, "this machine has 4 GPUs, --device 0 to 3"),
+    ("1", 1, "this machine has one GPU, device 0"), ("cuda:7", 4, "this machine has 4 GPUs, device 0 to 3"),
 ])  # fmt: skip
 def test_what_the_machine_has_not(gpus, text, count, words):
     gpus(count)

@@ -21,11 +21,11 @@ from conftest import HANGS, ROOT
 import dsconvert
 from dsconvert.cli import cli
 from dsconvert.config import recipe_names
-from dsconvert.evaluate import drop
-from dsconvert.evaluate.compare import MOST_SHIFT
 from dsconvert.export.layouts import ENGINES, LAYOUT_OPSET, run_by
 from dsconvert.fit import draws, kept, threads
 from dsconvert.modelfile import VERSION
+from dsconvert.scoring import drop
+from dsconvert.scoring.compare import MOST_SHIFT
 from dsconvert.yolo.lower import PARTS
 
 DOCS = ROOT / "docs"

@@ -17,9 +17,10 @@ from conftest import DEMO, ROOT, write_work
 from dsconvert import cli, workers
 from dsconvert.advice import advice
 from dsconvert.errors import InputError
-from dsconvert.evaluate.compare import ScoreShift
-from dsconvert.pipeline import Quantized, QuantizeOptions
+from dsconvert.options import QuantizeOptions
+from dsconvert.record import Quantized
 from dsconvert.sameness import warning_of
+from dsconvert.scoring.compare import ScoreShift
 
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 INFO = [sys.executable, "-m", "dsconvert", "info", str(DEMO / "demo.pt")]

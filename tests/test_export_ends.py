@@ -12,13 +12,13 @@ from conftest import SIDE
 from onnx.reference import ReferenceEvaluator
 
 from dsconvert.errors import InputError
-from dsconvert.evaluate.candidates import load_candidate
 from dsconvert.export.builder import OnnxBuilder
 from dsconvert.export.decode import Decoded
 from dsconvert.export.nms import Nms, add_nms
 from dsconvert.export.onnx import Ends, export_float, export_quantized
 from dsconvert.graph.integer import QParams
 from dsconvert.graph.ir import INPUT
+from dsconvert.scoring.candidates import load_candidate
 from dsconvert.yolo.boxes import non_max_suppression
 from dsconvert.yolo.lower import lower
 

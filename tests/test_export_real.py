@@ -15,7 +15,6 @@ from onnx import TensorProto, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
 from dsconvert.errors import InputError
-from dsconvert.evaluate.candidates import load_candidate
 from dsconvert.export.builder import OnnxBuilder
 from dsconvert.export.compact import compact
 from dsconvert.export.inspect import conv_weights
@@ -25,6 +24,7 @@ from dsconvert.graph.ir import ConvParams
 from dsconvert.graph.run import run_float
 from dsconvert.model import DSModel
 from dsconvert.modelfile import model_bytes
+from dsconvert.scoring.candidates import load_candidate
 from dsconvert.yolo.decode import decode
 
 
@@ -92,7 +92,7 @@ def test_inspection_counts_alpha(real):
 
 def test_layouts_that_cannot_hold_a_model_say_so(real, converted):
     for layout in ("packed", "blocked", "int8"):
-        with pytest.raises(InputError, match="use --layout float"):
+        with pytest.raises(InputError, match="use layout float"):
             export_quantized(real, layout, SIDE)
-    with pytest.raises(InputError, match="--activations float"):
+    with pytest.raises(InputError, match=" activations float"):
         export_quantized(converted, "float", SIDE)

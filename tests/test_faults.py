@@ -29,6 +29,8 @@ from dsconvert.commands.shared import bars
 from dsconvert.errors import InputError, system_fault
 from dsconvert.graph.integer import run_integer
 from dsconvert.modelfile import load_model, model_bytes
+from dsconvert.options import QuantizeOptions
+from dsconvert.record import save_quantized
 from dsconvert.yolo.checkpoint import load_checkpoint, yolov5_bytes
 from dsconvert.yolo.network import Network, head_from_detect
 
@@ -287,7 +289,7 @@ def test_a_network_whose_values_overflow_is_one_sentence(inputs, tmp_path):
         if name.endswith("bn.weight"):
             value.mul_(50_000)  # the most a half holds is 65504
     (tmp_path / "huge.pt").write_bytes(yolov5_bytes(network, head_from_detect(network.detect, [2], ["cat", "dog"])))
-    options = pipeline.QuantizeOptions(calib=inputs / "data.yaml", imgsz=64, bits=4)
+    options = QuantizeOptions(calib=inputs / "data.yaml", imgsz=64, bits=4)
     with pytest.raises(InputError, match=r"The values of layer model\.\S+ are infinite or beyond"):
         pipeline.quantize(load_checkpoint(tmp_path / "huge.pt"), options)
 
@@ -310,7 +312,7 @@ def test_a_checkpoint_and_images_may_vanish_once_they_were_read(inputs, tmp_path
             for path in photos.iterdir():
                 path.unlink()
 
-    options = pipeline.QuantizeOptions(calib=photos, imgsz=64, bits=4)
+    options = QuantizeOptions(calib=photos, imgsz=64, bits=4)
     result = pipeline.quantize(loaded, options, progress=progress)
     (tmp_path / "m.safetensors").write_bytes(model_bytes(result.model))
     assert re.fullmatch("[0-9a-f]{64}", load_model(tmp_path / "m.safetensors").provenance["source_sha256"])
@@ -327,7 +329,7 @@ def test_images_that_vanish_before_they_are_read_are_left_out(inputs, tmp_path):
             (photos / "g.jpg").unlink(missing_ok=True)
 
     loaded = load_checkpoint(inputs / "best.pt")
-    result = pipeline.quantize(loaded, pipeline.QuantizeOptions(calib=photos, imgsz=64, bits=4), progress=progress)
+    result = pipeline.quantize(loaded, QuantizeOptions(calib=photos, imgsz=64, bits=4), progress=progress)
     assert (result.images, result.skipped) == (7, 1)
     assert result.skipped_reason == f"{photos / 'g.jpg'} cannot be read."
 
@@ -356,7 +358,7 @@ def test_dead_layers_are_converted_and_exported(inputs, tmp_path, what, part):
     path = tmp_path / "best.pt"
     path.write_bytes(yolov5_bytes(network, head_from_detect(network.detect, [2], ["cat", "dog"])))
     loaded = load_checkpoint(path)
-    result = pipeline.quantize(loaded, pipeline.QuantizeOptions(calib=inputs / "data.yaml", imgsz=64, bits=4))
+    result = pipeline.quantize(loaded, QuantizeOptions(calib=inputs / "data.yaml", imgsz=64, bits=4))
     (tmp_path / "m.safetensors").write_bytes(model_bytes(result.model))
     assert exporting.onnx_bytes(tmp_path / "m.safetensors", "packed", None)  # checked against torch, bounds included
     image = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
@@ -370,11 +372,11 @@ def test_dead_layers_are_converted_and_exported(inputs, tmp_path, what, part):
 
 def test_a_report_that_a_killed_run_left_is_no_obstacle(inputs, tmp_path):
     loaded = load_checkpoint(inputs / "best.pt")
-    result = pipeline.quantize(loaded, pipeline.QuantizeOptions(calib=inputs / "data.yaml", imgsz=64, bits=4))
+    result = pipeline.quantize(loaded, QuantizeOptions(calib=inputs / "data.yaml", imgsz=64, bits=4))
     (tmp_path / "quantize.json").write_text("{}")
-    written = pipeline.save_quantized(result, tmp_path, force=False)
+    written = save_quantized(result, tmp_path, force=False)
     whole = (tmp_path / "quantize.json").read_bytes()
     assert json.loads(whole)["model"] == written.name
     with pytest.raises(InputError, match="already exists"):
-        pipeline.save_quantized(result, tmp_path, force=False)
+        save_quantized(result, tmp_path, force=False)
     assert (tmp_path / "quantize.json").read_bytes() == whole

@@ -57,7 +57,7 @@ def test_the_file_has_the_permissions_of_any_new_file(tmp_path, force):
 def test_an_existing_file_is_kept_unless_forced(tmp_path):
     path = tmp_path / "model.bin"
     path.write_bytes(b"old")
-    with pytest.raises(InputError, match=r"already exists; give --force"):
+    with pytest.raises(InputError, match=r"already exists; give force=True"):
         write_atomic(path, b"new", force=False)
     assert path.read_bytes() == b"old"
     write_atomic(path, b"new", force=True)

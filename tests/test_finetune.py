@@ -17,11 +17,11 @@ from conftest import HANGS, ROOT, convert, smooth_picture, tiny_network
 
 from dsconvert import workers
 from dsconvert.errors import InputError
-from dsconvert.evaluate.coco import Metrics
 from dsconvert.exporting import onnx_bytes
 from dsconvert.graph.integer import run_integer
 from dsconvert.model import DSModel
 from dsconvert.modelfile import load_model, model_bytes
+from dsconvert.scoring.coco import Metrics
 from dsconvert.train import finetune as module
 from dsconvert.train.finetune import FinetuneOptions, finetune
 from dsconvert.train.latents import start

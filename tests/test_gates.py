@@ -70,7 +70,7 @@ def test_a_drop_of_just_the_limit_is_allowed(monkeypatch, pair, call):
             for m in models
         ]
 
-    monkeypatch.setattr("dsconvert.evaluate.contest.evaluate", measured)
+    monkeypatch.setattr("dsconvert.scoring.contest.evaluate", measured)
     monkeypatch.setattr("dsconvert.commands.evaluate._print_evaluation", lambda rows, quiet: None)
     args = ["eval", *values, "--data", "data.yaml", "--max-map-drop"]
     assert call(*args, "0.5", cwd=pair).code == 0

@@ -6,8 +6,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from dsconvert.evaluate import latency
-from dsconvert.evaluate.latency import Latency, interleaved_latency
+from dsconvert.scoring import latency
+from dsconvert.scoring.latency import Latency, interleaved_latency
 
 
 class Clock:

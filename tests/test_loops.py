@@ -288,7 +288,7 @@ def test_a_cpu_without_fused_instructions_finds_the_same(compiled, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "line", ["import dsconvert.cli", "import dsconvert.api, dsconvert.fit.gptq", "import dsconvert.evaluate"]
+    "line", ["import dsconvert.cli", "import dsconvert.api, dsconvert.fit.gptq", "import dsconvert.scoring"]
 )
 def test_numba_is_loaded_only_by_a_fit(line):
     check = f"{line}; import sys; assert not [m for m in sys.modules if m.split('.')[0] in ('numba', 'llvmlite')]"

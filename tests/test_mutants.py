@@ -15,7 +15,6 @@ from formats import fit_weight, free
 from onnx import TensorProto, helper, numpy_helper
 
 from dsconvert.errors import InputError
-from dsconvert.evaluate import bounds
 from dsconvert.export.external import check_external_data
 from dsconvert.fit import allocate as module
 from dsconvert.fit import draws
@@ -28,6 +27,7 @@ from dsconvert.fit.moments import TOGETHER, measure_moments
 from dsconvert.fit.ranges import IMAGE_GRID, best_range
 from dsconvert.fit.seen import Seen, seen_evenly
 from dsconvert.graph.ir import INPUT, Node
+from dsconvert.scoring import bounds
 from dsconvert.yolo import checkpoint
 from dsconvert.yolo.archive import ALLOWED, TENSOR, Archive
 from dsconvert.yolo.checkpoint import load_checkpoint, yolov5_bytes

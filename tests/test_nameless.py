@@ -14,7 +14,7 @@ from test_anyonnx import exported
 from torch import nn
 
 from dsconvert.errors import InputError
-from dsconvert.evaluate.candidates import load_candidate
+from dsconvert.scoring.candidates import load_candidate
 
 
 @pytest.fixture
@@ -143,7 +143,7 @@ def test_a_side_that_is_left_open_is_the_fixed_one(work, call, shape, open_side)
     exported(Any(3), work / "net.onnx", (1, 3, 64, 64), input_names=["x"], dynamic_axes={"x": axes})
     assert load_candidate(work / "net.onnx", None).side == open_side
     if open_side == 64:
-        with pytest.raises(InputError, match="was exported for 64 pixels; --imgsz 96 does not fit it"):
+        with pytest.raises(InputError, match="was exported for 64 pixels; imgsz 96 does not fit it"):
             load_candidate(work / "net.onnx", 96)
     else:
         assert load_candidate(work / "net.onnx", 96).side == 96

@@ -12,11 +12,11 @@ from conftest import convert, smooth_picture, tiny_network, write_pictures
 
 from dsconvert import exporting
 from dsconvert.errors import InputError
-from dsconvert.evaluate import contest
 from dsconvert.model import DSModel
 from dsconvert.modelfile import model_bytes
 from dsconvert.origin import known_images, known_source
 from dsconvert.report import gather
+from dsconvert.scoring import contest
 from dsconvert.yolo import images
 from dsconvert.yolo.checkpoint import yolov5_bytes
 
@@ -120,7 +120,7 @@ def test_what_is_near_is_opened_unasked(made, tmp_path, monkeypatch, place):
 
 @pytest.mark.parametrize("provenance", [{}, {"options": {}}, {"options": {"calib": None}}, {"options": {"calib": ""}}])
 def test_what_is_not_known_is_asked_for(provenance, tmp_path):
-    with pytest.raises(InputError, match="Give --data"):
+    with pytest.raises(InputError, match="Give data"):
         known_images(provenance, tmp_path / "m.safetensors")
     with pytest.raises(InputError, match="is not known; say it"):
         known_source(provenance, tmp_path / "m.safetensors", "say it")

@@ -55,9 +55,9 @@ def test_a_list_takes_the_convs_between(yolov5n):
     ("blocks", "scope", "words"),
     [
         ("5", "all", "Layer 5 is not a C3"),
-        ("neck", "all", "--blocks neck"),
+        ("neck", "all", "blocks neck"),
         ("99", "c3", "99"),
-        ("all", "x", "--scope"),
+        ("all", "x", "scope x"),
     ],
 )
 def test_nonsense_is_refused(yolov5n, blocks, scope, words):

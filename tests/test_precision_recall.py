@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_coco import random_case
 
-from dsconvert.evaluate.accuracy import detect_all
-from dsconvert.evaluate.candidates import load_candidate
-from dsconvert.evaluate.coco import best_f1, coco_metrics, matched, overlaps
-from dsconvert.evaluate.masks import mask_f1, outlines
+from dsconvert.scoring.accuracy import detect_all
+from dsconvert.scoring.candidates import load_candidate
+from dsconvert.scoring.coco import best_f1, coco_metrics, matched, overlaps
+from dsconvert.scoring.masks import mask_f1, outlines
 from dsconvert.yolo.dataset import read_data_yaml
 
 COCO500, YOLOV5N = SHARED / "coco" / "coco500.yaml", SHARED / "checkpoints" / "yolov5n.pt"

@@ -16,7 +16,7 @@ RUN = """
 import sys
 from pathlib import Path
 {first}
-from dsconvert.evaluate.candidates import load_candidate
+from dsconvert.scoring.candidates import load_candidate
 load_candidate(Path(sys.argv[1]), 96).run_once()
 """
 

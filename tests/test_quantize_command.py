@@ -16,6 +16,7 @@ from rich.console import Console
 
 from dsconvert import pipeline
 from dsconvert.commands import shared
+from dsconvert.options import QuantizeOptions
 
 QUANTIZE = ["quantize", "best.pt", "--calib", "images", "--imgsz", "64"]
 
@@ -57,7 +58,7 @@ def test_quiet_leaves_the_path_and_the_warnings_and_verbose_adds_the_layers(work
     assert "model.7.cv1" in layers
 
 
-def options_of(call, monkeypatch, work, *args: str) -> pipeline.QuantizeOptions:
+def options_of(call, monkeypatch, work, *args: str) -> QuantizeOptions:
     """The options that quantize would have been called with."""
     seen = []
 
@@ -72,19 +73,19 @@ def options_of(call, monkeypatch, work, *args: str) -> pipeline.QuantizeOptions:
 
 
 def test_recipes_are_what_they_say(work, call, monkeypatch):
-    def of(*args: str) -> pipeline.QuantizeOptions:
+    def of(*args: str) -> QuantizeOptions:
         return options_of(call, monkeypatch, work, *args)
 
-    assert of("--config", "balanced") == of() == pipeline.QuantizeOptions()
-    assert of("--config", "seed") == pipeline.QuantizeOptions(blocks="head", scope="bottleneck", bits=4, block_size=32)
-    assert of("--config", "safest") == pipeline.QuantizeOptions(bits=8, activations="float")
+    assert of("--config", "balanced") == of() == QuantizeOptions()
+    assert of("--config", "seed") == QuantizeOptions(blocks="head", scope="bottleneck", bits=4, block_size=32)
+    assert of("--config", "safest") == QuantizeOptions(bits=8, activations="float")
 
 
 def test_the_command_line_wins(work, call, monkeypatch):
     (work / "ours.yaml").write_text("bits: 3\nblock_size: 16\ncalib: images\nseed: 7\n")
     (work / "size.yaml").write_text("target-size: 0.5MB\n")
 
-    def of(*args: str) -> pipeline.QuantizeOptions:
+    def of(*args: str) -> QuantizeOptions:
         return options_of(call, monkeypatch, work, *args)
 
     ours = of("--config", "ours.yaml", "--seed", "1")

@@ -14,6 +14,7 @@ from report_case import make_case
 
 from dsconvert import exporting
 from dsconvert.cli import cli
+from dsconvert.commands.shared import option
 from dsconvert.errors import InputError
 from dsconvert.report.gather import ReportOptions, gather
 from dsconvert.report.page import page_bytes
@@ -39,7 +40,7 @@ def test_report_from_the_command_line(tmp_path):
 
     refused = CliRunner().invoke(cli, list(map(str, args)))
     assert isinstance(refused.exception, InputError)
-    assert "--force" in str(refused.exception)
+    assert "--force" in refused.exception.said(option)
     assert page.read_text() == html
 
     # another process, the same bytes

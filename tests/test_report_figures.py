@@ -14,8 +14,6 @@ from formats import free
 from dsconvert.dsconv.codes import FREE
 from dsconvert.dsconv.tensor import DSTensor
 from dsconvert.errors import InputError
-from dsconvert.evaluate.coco import coco_tables, metrics_of
-from dsconvert.evaluate.curves import class_curves, mean_curve, object_counts
 from dsconvert.graph.integer import grid_of
 from dsconvert.graph.run import run_float
 from dsconvert.report.activations import activation_view, watch
@@ -24,6 +22,8 @@ from dsconvert.report.layers import Layer, check_same_network, layer_rows, weigh
 from dsconvert.report.photos import MOST_BYTES, alone, differing, load_photo, small_jpeg
 from dsconvert.report.placing import Spot, place, text_width
 from dsconvert.report.text import labels_of, plain
+from dsconvert.scoring.coco import coco_tables, metrics_of
+from dsconvert.scoring.curves import class_curves, mean_curve, object_counts
 from dsconvert.yolo.lower import lower, split_detect
 
 

@@ -15,10 +15,10 @@ from report_case import HOSTILE, SCRIPT, make_case
 
 from dsconvert.commands import report as command
 from dsconvert.errors import InputError
-from dsconvert.evaluate.compare import ScoreShift
 from dsconvert.report.gather import ReportOptions, gather
 from dsconvert.report.page import page_bytes
 from dsconvert.report.svg import COLOURS
+from dsconvert.scoring.compare import ScoreShift
 from dsconvert.text import printable
 
 VOID = {"meta", "link", "image", "use", "rect", "path", "br", "img"}
@@ -163,7 +163,7 @@ def test_without_labels_float_is_the_reference(folder):
 
 
 def test_without_labels_and_without_anything_found_the_rest_is_there(folder, monkeypatch):
-    monkeypatch.setattr("dsconvert.evaluate.accuracy.CONFIDENT", 1.0)  # no score is above it
+    monkeypatch.setattr("dsconvert.scoring.accuracy.CONFIDENT", 1.0)  # no score is above it
     found = gather(ReportOptions(folder / "q/model.safetensors", latency=False, images=1, samples=2))
     html = page_bytes(found).decode()
     ids = {attrs.get("id") for _, attrs in Page(html).found}
@@ -195,7 +195,7 @@ def test_models_that_cannot_be_reported_on(folder, monkeypatch):
     with pytest.raises(InputError, match="not a converted model"):
         gather(ReportOptions(folder / "best.pt", data))
     (folder / "best.pt").rename(folder / "moved.pt")
-    with pytest.raises(InputError, match="give it with --float"):
+    with pytest.raises(InputError, match="give it with float"):
         gather(ReportOptions(model, data))
     moved = ReportOptions(model, data, float_model=folder / "moved.pt", latency=False, samples=1)
     assert gather(moved).same_source

@@ -133,7 +133,7 @@ def test_a_scale_on_which_numbers_stay_finite_is_proposed():
     def run(x):
         return [np.array([[1.0, 2.0 * x.mean() if x.max() < 2 else np.inf]])]
 
-    assert "leave out --mean and --std" in warning(run, images(), wanted, RAW)
+    assert "leave out mean and std" in warning(run, images(), wanted, RAW)
     assert warning(run, images(), wanted, Normalisation((0.5,), (0.5,))) is None
 
 

@@ -6,11 +6,11 @@ import pytest
 import torch
 from conftest import SIDE, TINY, convert, randomise, smooth_picture
 
-from dsconvert.evaluate.engines import session
 from dsconvert.export.compact import compact
 from dsconvert.export.onnx import export_quantized
 from dsconvert.graph.integer import run_integer
 from dsconvert.modelfile import load_model, model_bytes
+from dsconvert.scoring.engines import session
 from dsconvert.yolo.decode import decode
 from dsconvert.yolo.network import Network, head_from_detect
 

@@ -180,11 +180,12 @@ def test_a_folder_that_cannot_be_written_is_known_before_the_work(
 ):
     """Whatever `os.access` says of it."""
     from dsconvert import exporting, files, pipeline
-    from dsconvert.commands import finetune, quantize_onnx
+    from dsconvert.commands import finetune
+    from dsconvert.commands import quantize as command_file
     from dsconvert.report import gather
 
     for module, name in (
-        (pipeline, "quantize"), (quantize_onnx, "quantize_onnx"), (exporting, "onnx_bytes"), (gather, "gather"),
+        (pipeline, "quantize"), (command_file, "quantize_onnx"), (exporting, "onnx_bytes"), (gather, "gather"),
         (finetune, "finetune"),
     ):  # fmt: skip
         monkeypatch.setattr(module, name, lambda *_, **__: pytest.fail("the work was begun"))

@@ -13,9 +13,9 @@ from pycocotools.cocoeval import COCOeval
 from segmentation import tiny_segment
 
 from dsconvert.errors import InputError
-from dsconvert.evaluate.accuracy import detect_all
-from dsconvert.evaluate.detect import TINT, coco_document, draw, yolo_lines
-from dsconvert.evaluate.masks import MaskPredictor, Masks, PlacedMask, mask_precision, outlines, rle
+from dsconvert.scoring.accuracy import detect_all
+from dsconvert.scoring.detect import TINT, coco_document, draw, yolo_lines
+from dsconvert.scoring.masks import MaskPredictor, Masks, PlacedMask, mask_precision, outlines, rle
 from dsconvert.yolo.checkpoint import yolov5_bytes
 from dsconvert.yolo.images import Letterbox, letterbox
 from dsconvert.yolo.labels import label_rows

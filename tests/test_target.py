@@ -50,5 +50,5 @@ def test_the_loss_is_kept_and_the_search_goes_most_of_the_way(points_per_damage,
 
 
 def test_a_loss_out_of_reach_is_said():
-    with pytest.raises(InputError, match=r"--target-map-drop 0.1 is out of reach.*3.00 points"):
+    with pytest.raises(InputError, match=r"target_map_drop 0.1 is out of reach.*3.00 points"):
         smallest_within(PARAMS, DAMAGE, 0.1, lambda widths: (None, 3.0))

@@ -1,12 +1,29 @@
-"""Hostile names on their way to a terminal."""
+"""Hostile names on their way to a terminal, and parameters in the words of each face."""
 
 from __future__ import annotations
+
+import ast
+import pickle
+from pathlib import Path
+from string import Formatter
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dsconvert.text import printable
+import dsconvert
+from dsconvert.cli import cli
+from dsconvert.commands.shared import option
+from dsconvert.errors import InputError
+from dsconvert.text import Sentence, in_words, printable
+
+
+def named_in(path: Path) -> set[str]:
+    """The parameters in the sentences of a file."""
+    calls = [n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Call) and n.args]
+    made = [c.args[0] for c in calls if getattr(c.func, "attr", getattr(c.func, "id", "")) in ("naming", "Sentence")]
+    texts = [n.value for words in made for n in ast.walk(words) if isinstance(n, ast.Constant)]
+    return {name for text in texts for _, name, _, _ in Formatter().parse(str(text)) if name}
 
 
 @pytest.mark.parametrize(
@@ -43,3 +60,22 @@ def test_always_one_printable_line_of_bounded_length(text, most, ascii_only):
 def test_a_text_that_fits_is_left_whole_and_a_longer_one_ends_in_dots():
     assert printable("abcdef", 6) == "abcdef"
     assert printable("abcdefg", 6) == "abc..."
+
+
+def test_a_sentence_names_parameters_in_the_words_of_who_says_it():
+    inner = Sentence("leave out {bits} {}", 3)
+    sentence = Sentence("{} is not {:.1f}; {}, or {imgsz}.", "{imgsz} of {}", 2, inner)
+    assert sentence == "{imgsz} of {} is not 2.0; leave out bits 3, or imgsz."
+    said = "{imgsz} of {} is not 2.0; leave out <bits> 3, or <imgsz>."
+    assert in_words(sentence, "<{}>".format) == said
+    error = pickle.loads(pickle.dumps(InputError(sentence)))  # as between processes
+    assert (str(error), error.said("<{}>".format)) == (sentence, said)
+    assert in_words("any {text}", "<{}>".format) == "any {text}"
+    assert InputError.naming("{}\x1b {imgsz}", "a").said(str) == r"a\x1b imgsz"
+
+
+def test_every_parameter_that_a_sentence_names_is_an_option():
+    options = {o for c in cli.commands.values() for p in c.params for o in p.opts}
+    named = {name for path in Path(dsconvert.__file__).parent.rglob("*.py") for name in named_in(path)}
+    assert {"imgsz", "images", "force=True", "target_map_drop"} <= named
+    assert {option(name) for name in named} <= options

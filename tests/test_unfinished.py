@@ -10,7 +10,8 @@ from formats import free
 from dsconvert.errors import InputError
 from dsconvert.fit.layer import GPTQ
 from dsconvert.modelfile import model_bytes
-from dsconvert.pipeline import QuantizeOptions, quantize
+from dsconvert.options import QuantizeOptions
+from dsconvert.pipeline import quantize
 from dsconvert.sealed import run_key
 from dsconvert.unfinished import read_unfinished, usable, write_unfinished
 from dsconvert.yolo.checkpoint import load_checkpoint

@@ -14,9 +14,9 @@ from conftest import DEMO, ROOT, SHARED
 from trees import Tree, difference, noise, read_boxes, unmatched, worst
 
 import dsconvert
-from dsconvert.evaluate.accuracy import detect_all
-from dsconvert.evaluate.candidates import load_candidate
-from dsconvert.evaluate.detect import yolo_lines
+from dsconvert.scoring.accuracy import detect_all
+from dsconvert.scoring.candidates import load_candidate
+from dsconvert.scoring.detect import yolo_lines
 from dsconvert.yolo.checkpoint import load_checkpoint
 
 pytestmark = pytest.mark.long

@@ -12,13 +12,13 @@ import pytest
 import torch
 from conftest import SIDE, TINY, convert, randomise, smooth_picture
 
-from dsconvert.evaluate.candidates import load_candidate
-from dsconvert.evaluate.detect import DetectOptions, find
 from dsconvert.export.check import check_export, check_images, float_reference, reference_of
 from dsconvert.export.nms import Nms
 from dsconvert.export.onnx import PLAIN, Ends, export_float, export_quantized
 from dsconvert.modelcheck import check_model
 from dsconvert.modelfile import _head, load_model, model_bytes
+from dsconvert.scoring.candidates import load_candidate
+from dsconvert.scoring.detect import DetectOptions, find
 from dsconvert.yolo.checkpoint import load_checkpoint, yolov5_bytes
 from dsconvert.yolo.decode import decode, detection_measure
 from dsconvert.yolo.lower import lower, split_detect

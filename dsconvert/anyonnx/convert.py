@@ -20,11 +20,12 @@ from dsconvert.anyonnx.scale import warning
 from dsconvert.anyonnx.source import Array, Source, opset_of, read_source
 from dsconvert.dsconv.codes import usual_format
 from dsconvert.errors import CheckError, InputError
-from dsconvert.evaluate.engines import session
 from dsconvert.files import scratch_folder
 from dsconvert.fit.layer import GPTQ
 from dsconvert.graph.integer import QConv
 from dsconvert.sameness import warning_of
+from dsconvert.scoring.engines import session
+from dsconvert.text import Sentence
 from dsconvert.yolo.dataset import calibration_images
 from dsconvert.yolo.images import spread
 
@@ -37,19 +38,17 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class OnnxPlan:
-    """bits (2..8) and block_size of the layers; the first, depthwise ones and those at the end that hold few weights
-    have 8 bits. layout: packed, or int8, which keeps the file's opset. imgsz is for files that leave it open (None:
-    640), normal for those that do not take 0..1. split and strict as `QuantizeOptions` has them."""
+    """What decides the result besides the file, the images and the machine."""
 
-    bits: int = 4
-    block_size: int = 32
-    layout: str = "packed"
-    imgsz: int | None = None
-    samples: int = 256
-    normal: Normalisation | None = None
-    seed: int = 0
-    split: str | None = None
-    strict: bool = False
+    bits: int = 4  # 2..8, of every layer but the first, depthwise ones, and those at the end that hold few weights: 8
+    block_size: int = 32  # input channels a shift covers
+    layout: str = "packed"  # or int8, which keeps the file's opset
+    imgsz: int | None = None  # side of the images for a file that leaves it open, pixels; None: 640
+    samples: int = 256  # most calibration images used
+    normal: Normalisation | None = None  # for files that do not take 0..1
+    seed: int = 0  # of every random choice
+    split: str | None = None  # which images of a data.yaml; None: train, else val
+    strict: bool = False  # lists of which a part cannot be used are refused
 
     def __post_init__(self) -> None:
         if not 2 <= self.bits <= 8 or self.block_size < 1 or self.samples < 1:
@@ -60,16 +59,15 @@ class OnnxPlan:
 
 @dataclass(frozen=True)
 class OnnxConverted:
-    """The written model, and what it was made from: source (opset raised where needed), layers, fitted weights by node
-    index, images used and left out, and what the user should know."""
+    """A converted file, and what its owner should know of it."""
 
-    model: onnx.ModelProto
-    source: Source
-    layers: list[Layer]
-    fitted: dict[int, QConv]
-    images: int
-    skipped: list[str]
-    warnings: tuple[str, ...] = ()
+    model: onnx.ModelProto  # what is written
+    source: Source  # what it was made from, its opset raised where needed
+    layers: list[Layer]  # those that are converted
+    fitted: dict[int, QConv]  # their weights by node index
+    images: int  # that it was fitted on
+    skipped: list[str]  # why files could not be read
+    warnings: tuple[str, ...] = ()  # sentences about the images and their scale
 
     @property
     def weight_bits(self) -> float:
@@ -141,8 +139,10 @@ def _raised(path: Path, given: Source, layout: str, probe: Array) -> Source:
     before = _outputs(given.model, given, probe, path)
     if given.opset >= LAYOUTS[layout]:
         return given
-    hint = "give --layout int8, which keeps it" if given.opset >= LAYOUTS["int8"] else "export it anew"
-    refused = InputError(f"{path} has opset {given.opset}, which cannot be raised to {LAYOUTS[layout]}; {hint}.")
+    hint = Sentence("give {layout} int8, which keeps it") if given.opset >= LAYOUTS["int8"] else "export it anew"
+    refused = InputError.naming(
+        "{} has opset {}, which cannot be raised to {}; {}.", path, given.opset, LAYOUTS[layout], hint
+    )
     try:
         model = onnx.version_converter.convert_version(given.model, LAYOUTS[layout])
         made = Source(model, given.image)

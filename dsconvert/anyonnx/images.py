@@ -26,7 +26,9 @@ class Normalisation:
     def __post_init__(self) -> None:
         sizes = {len(self.mean), len(self.std)}
         if not sizes <= {1, 3} or not np.isfinite([*self.mean, *self.std]).all() or min(self.std) <= 0:
-            raise InputError("--mean and --std are one or three numbers such as 0.485,0.456,0.406, --std above 0.")
+            raise InputError.naming(
+                "{mean} and {std} are one or three numbers such as 0.485,0.456,0.406, {std} above 0."
+            )
 
 
 def pictures(paths: Sequence[Path], wanted: ImageInput, crop: bool) -> tuple[list[Image], list[str]]:
@@ -61,11 +63,11 @@ def as_input(images: Sequence[Image], wanted: ImageInput, normal: Normalisation 
         batch = batch.astype(np.float32) / np.float32(255)
         if normal:
             if wanted.channels < max(len(normal.mean), len(normal.std)):
-                raise InputError("The image has one channel, so --mean and --std are one number each.")
+                raise InputError.naming("The image has one channel, so {mean} and {std} are one number each.")
             batch = (batch - np.array(normal.mean, np.float32)) / np.array(normal.std, np.float32)
         batch = batch.astype(wanted.type)
     elif normal:
-        raise InputError("The file takes bytes, so --mean and --std do not belong to it.")
+        raise InputError.naming("The file takes bytes, so {mean} and {std} do not belong to it.")
     return batch if wanted.channels_last else np.ascontiguousarray(batch.transpose(0, 3, 1, 2))
 
 

@@ -17,8 +17,8 @@ from torch.nn import functional as F
 
 from dsconvert.anyonnx.source import Array, Source, used
 from dsconvert.errors import InputError, printable, refusing
-from dsconvert.evaluate.engines import session
 from dsconvert.graph.ir import Node
+from dsconvert.scoring.engines import session
 
 FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16)
 

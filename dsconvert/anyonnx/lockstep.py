@@ -21,12 +21,12 @@ from dsconvert.anyonnx.source import Array, Source, used
 from dsconvert.dsconv.format import WeightFormat
 from dsconvert.dsconv.tensor import DSTensor
 from dsconvert.errors import InputError, refusing
-from dsconvert.evaluate.engines import Session, session
 from dsconvert.files import needs_room
 from dsconvert.fit.layer import Batches, Fit
 from dsconvert.fit.seen import Seen, seen_evenly
 from dsconvert.graph.integer import QConv
 from dsconvert.graph.run import conv
+from dsconvert.scoring.engines import Session, session
 
 
 @dataclass

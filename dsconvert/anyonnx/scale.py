@@ -11,6 +11,7 @@ import numpy as np
 
 from dsconvert.anyonnx.images import Normalisation, as_input
 from dsconvert.anyonnx.source import Array, ImageInput
+from dsconvert.text import Sentence
 from dsconvert.yolo.images import Image
 
 MOST_IMAGES = 8
@@ -20,10 +21,10 @@ CONSTANT = 0.005  # of the spread of an output: six real detectors have 0.08 and
 RAW = Normalisation((0.0,), (1 / 255,))
 # what can be given in the place of 0..1, and how it reads
 _OTHERS = (
-    (None, "as 0..1", "leave out --mean and --std"),
-    (RAW, "as 0..255", "give --mean 0 --std 0.003921569"),
+    (None, "as 0..1", "leave out {mean} and {std}"),
+    (RAW, "as 0..255", "give {mean} 0 {std} 0.003921569"),
     (Normalisation((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)), "with ImageNet's mean and deviation",
-     "give --mean 0.485,0.456,0.406 --std 0.229,0.224,0.225"),
+     "give {mean} 0.485,0.456,0.406 {std} 0.229,0.224,0.225"),
 )  # fmt: skip
 
 
@@ -69,9 +70,9 @@ def warning(
         if found is not None and found.fault is None and _better(found, given):
             shows = f"its best score is {found.best:.2f}" if found.best is not None else "they differ"
             crops = "; it also crops images to their middle" if other is not None else ""
-            return f"{begun}; fed {how}, {shows}: {option}, if the network was trained so{crops}."
-    scale = "" if wanted.type is np.uint8 else ", and that its input is 0..1 (--mean and --std give another scale)"
-    return f"{begun}; check that the images are like those it was trained on{scale}."
+            return Sentence(f"{begun}; fed {how}, {shows}: {option}, if the network was trained so{crops}.")
+    scale = "" if wanted.type is np.uint8 else ", and that its input is 0..1 ({mean} and {std} give another scale)"
+    return Sentence(f"{begun}; check that the images are like those it was trained on{scale}.")
 
 
 def _alike(a: Normalisation | None, b: Normalisation | None) -> bool:

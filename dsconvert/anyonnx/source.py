@@ -16,10 +16,10 @@ import onnx
 from numpy.typing import NDArray
 
 from dsconvert.errors import InputError, refusing
-from dsconvert.evaluate.engines import MAX_SIDE, TYPES, check_pixels, session
-from dsconvert.evaluate.trial import try_out
 from dsconvert.export.external import MAX_BYTES, parsed
 from dsconvert.filekinds import check_ordinary
+from dsconvert.scoring.engines import MAX_SIDE, TYPES, check_pixels, session
+from dsconvert.scoring.trial import try_out
 
 Array = NDArray[Any]
 MAX_BATCH = 64
@@ -199,7 +199,9 @@ def _image(path: Path, name: str, shape: list[Any], kind: str, imgsz: int | None
     channels, batch = (n if isinstance(n, int) else usual for n, usual in ((channels, 3), (batch, 1)))
     sides = [n if isinstance(n, int) else imgsz or 640 for n in (height, width)]
     if imgsz is not None and sides != [imgsz, imgsz]:
-        raise InputError(f"{path} takes images of {sides[1]} by {sides[0]} pixels; --imgsz {imgsz} does not fit it.")
+        raise InputError.naming(
+            "{} takes images of {} by {} pixels; {imgsz} {} does not fit it.", path, sides[1], sides[0], imgsz
+        )
     if channels not in (1, 3) or not 1 <= batch <= MAX_BATCH or not all(1 <= n <= MAX_SIDE for n in sides):
         raise refused
     check_pixels(path, [batch, channels, *sides], imgsz)

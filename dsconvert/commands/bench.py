@@ -10,9 +10,9 @@ import click
 
 from dsconvert.commands.shared import PATH, as_json, bars, cell, console, print_json, quiet, short, table, tell, threads
 from dsconvert.errors import InputError
-from dsconvert.evaluate.bench import Benchmarked
-from dsconvert.evaluate.bench import bench as measure
-from dsconvert.evaluate.engines import ENGINES
+from dsconvert.scoring.bench import Benchmarked
+from dsconvert.scoring.bench import bench as measure
+from dsconvert.scoring.engines import ENGINES
 
 
 @click.command()

@@ -25,11 +25,11 @@ from dsconvert.commands.shared import (
     warn,
 )
 from dsconvert.errors import InputError, LimitMissed
-from dsconvert.evaluate.accuracy import CONFIDENT
-from dsconvert.evaluate.compare import MATCHING, Agreement
-from dsconvert.evaluate.detect import DetectOptions
-from dsconvert.evaluate.photos import Compared, compare_files, left_out
 from dsconvert.notes import so_far
+from dsconvert.scoring.accuracy import CONFIDENT
+from dsconvert.scoring.compare import MATCHING, Agreement
+from dsconvert.scoring.detect import DetectOptions
+from dsconvert.scoring.photos import Compared, compare_files, left_out
 
 
 @click.command()

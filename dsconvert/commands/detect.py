@@ -19,6 +19,7 @@ from dsconvert.commands.shared import (
     bars,
     device,
     force,
+    in_options,
     print_json,
     quiet,
     tell,
@@ -27,15 +28,15 @@ from dsconvert.commands.shared import (
     warn,
 )
 from dsconvert.errors import InputError
-from dsconvert.evaluate.candidates import load_candidate
-from dsconvert.evaluate.detect import DetectOptions, class_name, class_numbers
-from dsconvert.evaluate.media import Gathered, Looked, Run
-from dsconvert.evaluate.photos import left_out
-from dsconvert.evaluate.saving import CROPS, LABELS, SaveOptions, Saver, check_jobs, jobs_of
-from dsconvert.evaluate.sources import Sources, find_sources
-from dsconvert.evaluate.video import live_name
 from dsconvert.files import refuse_inputs, write_atomic
 from dsconvert.notes import so_far
+from dsconvert.scoring.candidates import load_candidate
+from dsconvert.scoring.detect import DetectOptions, class_name, class_numbers
+from dsconvert.scoring.media import Gathered, Looked, Run
+from dsconvert.scoring.photos import left_out
+from dsconvert.scoring.saving import CROPS, LABELS, SaveOptions, Saver, check_jobs, jobs_of
+from dsconvert.scoring.sources import Sources, find_sources
+from dsconvert.scoring.video import live_name
 
 PROJECT, NAME = Path("runs/detect"), "exp"
 DOCUMENT = "detections.json"
@@ -154,7 +155,7 @@ def detect(
         raise InputError(f"{model} takes no float16 input: export it with --half-input, or leave out --half.")
     options = DetectOptions(conf_thres, iou_thres, max_det, class_numbers(classes, candidate.names), agnostic_nms)
     if candidate.limits and (kept := options.beyond(candidate.limits)):
-        warn(f"{model} suppresses boxes itself, and keeps only those within {kept}; "
+        warn(f"{model} suppresses boxes itself, and keeps only those within {in_options(kept)}; "
             "to find more, export it again without --nms.")  # fmt: skip
     wanted = out or (base if exist_ok else None)
     writes = wishes.anything or save_json

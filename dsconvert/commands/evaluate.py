@@ -28,13 +28,13 @@ from dsconvert.commands.shared import (
     warn,
 )
 from dsconvert.errors import InputError, LimitMissed
-from dsconvert.evaluate import contest
-from dsconvert.evaluate.accuracy import OVERLAP, VAL_OVERLAP, most_overlap
-from dsconvert.evaluate.candidates import Candidate
-from dsconvert.evaluate.coco import Metrics
-from dsconvert.evaluate.detect import class_name
 from dsconvert.modelfile import load_model
 from dsconvert.origin import known_images, known_source
+from dsconvert.scoring import contest
+from dsconvert.scoring.accuracy import OVERLAP, VAL_OVERLAP, most_overlap
+from dsconvert.scoring.candidates import Candidate
+from dsconvert.scoring.coco import Metrics
+from dsconvert.scoring.detect import class_name
 from dsconvert.yolo.boxes import LEAST
 from dsconvert.yolo.dataset import is_data_yaml
 

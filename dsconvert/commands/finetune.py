@@ -36,7 +36,7 @@ from dsconvert.filekinds import MODEL, NAMES, file_kind
 from dsconvert.files import check_target, check_writable, write_atomic
 from dsconvert.modelfile import model_bytes
 from dsconvert.notes import so_far
-from dsconvert.pipeline import MODEL_FILE
+from dsconvert.record import MODEL_FILE
 from dsconvert.train.finetune import Finetuned, FinetuneOptions, finetune
 from dsconvert.train.latents import TRAINED
 from dsconvert.train.schedule import SCHEDULES

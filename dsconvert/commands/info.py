@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from dsconvert import exporting, pipeline
+from dsconvert import exporting
 from dsconvert.commands.shared import PATH, RUNS, as_json, cell, console, print_json, table, tell
 from dsconvert.errors import InputError
 from dsconvert.export.external import parsed
@@ -15,6 +15,7 @@ from dsconvert.export.inspect import conv_weights
 from dsconvert.filekinds import CHECKPOINT, MODEL, file_kind
 from dsconvert.model import DSModel
 from dsconvert.modelfile import load_model
+from dsconvert.record import layer_table
 from dsconvert.yolo.checkpoint import load_checkpoint
 from dsconvert.yolo.lower import lower
 
@@ -86,7 +87,7 @@ def _facts(path: Path) -> dict[str, Any]:
 
 def _model_facts(model: DSModel) -> dict[str, Any]:
     return {
-        "layers": pipeline.layer_table(model),
+        "layers": layer_table(model),
         "weight_bits": round(model.weight_bits, 4),
         "provenance": model.provenance,
     }

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import re
 import shlex
 import time
-from dataclasses import fields
+from collections.abc import Callable
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +14,22 @@ from click.core import ParameterSource
 
 from dsconvert import pipeline, workers
 from dsconvert.advice import advice, bits_of_layers
+from dsconvert.anyonnx.convert import OnnxPlan, quantize_onnx
+from dsconvert.anyonnx.images import Normalisation
 from dsconvert.anyonnx.rewrite import LAYOUTS
-from dsconvert.commands import quantize_onnx
 from dsconvert.commands.folders import refuse_to_lose, run_folder
 from dsconvert.commands.shared import (
     PATH,
     RUNS,
+    ByteSize,
+    Numbers,
     as_json,
     bars,
     cell,
     console,
     device,
     force,
+    in_options,
     print_json,
     quiet,
     split_of,
@@ -40,8 +44,10 @@ from dsconvert.commands.shared import (
 from dsconvert.config import read_config, recipe_names
 from dsconvert.errors import InputError
 from dsconvert.filekinds import CHECKPOINT, MODEL, ONNX, file_kind
-from dsconvert.files import check_target, check_writable
+from dsconvert.files import check_target, check_writable, claim_folder, scratch_in, write_atomic
 from dsconvert.notes import so_far, unheard
+from dsconvert.options import QuantizeOptions
+from dsconvert.record import MODEL_FILE, REPORT_FILE, Quantized, layer_table, quantize_report, save_quantized
 from dsconvert.train.distil import Distilled
 from dsconvert.unfinished import NAME as UNFINISHED
 from dsconvert.yolo.cfgfile import chosen_blocks
@@ -50,20 +56,68 @@ from dsconvert.yolo.dataset import calibration_images
 from dsconvert.yolo.plan import SCOPES
 
 
-class ByteSize(click.ParamType):
-    """A number of bytes as people write it: 900000, 900kB, 0.9MB (powers of ten)."""
+@dataclass(frozen=True)
+class Only:
+    """An option that files of one kind alone can be asked for."""
 
-    name = "size"
+    kind: str  # CHECKPOINT or ONNX
+    harmless: object = None  # the value that asks nothing of other files
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([km]?)b?", str(value).strip().lower())
-        if found is None:
-            self.fail(f"{value!r} is not a size such as 0.9MB, 900kB or 900000.", param, ctx)
-        return round(float(found[1]) * {"": 1, "k": 1e3, "m": 1e6}[found[2]])
+
+# All other options mean the same for both kinds.
+ONLY = {
+    **{name: Only(CHECKPOINT) for name in ("target_bytes", "target_drop", "blocks", "scope", "cfg", "device", "resume",
+                                           "finetune_steps", "finetune_time")},
+    "activations": Only(CHECKPOINT, harmless="float"),
+    "kds": Only(CHECKPOINT, harmless="int"),
+    **{name: Only(ONNX) for name in ("layout", "mean", "std")},
+}  # fmt: skip
+REFUSED = {
+    CHECKPOINT: "{} is for a checkpoint; of an ONNX file the weights alone are quantized, with --bits in every layer.",
+    ONNX: "{} is for an ONNX file; a checkpoint has no use for it.",
+}
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a run reads and writes, and how loudly."""
+
+    source: Path  # the checkpoint or ONNX file
+    calib: Path | None  # its calibration images
+    cfg: Path | None  # the model yaml that chooses layers
+    cache: Path | None  # folder where calibrations are kept, or values wait
+    out: Path | None  # folder to write; of an ONNX file, perhaps the file itself
+    resume: bool  # go on where a run was stopped
+    force: bool  # replace what is there
+    quiet: bool  # no progress
+
+    def check(self, place: Path, outputs: list[Path], targets: dict[Path, bool]) -> None:
+        """Raises InputError, before any work, for folders that cannot be written, for `outputs` that are inputs, and
+        for `targets` that are there, unless they may be replaced."""
+        check_writable(place)
+        if self.cache is not None:
+            check_writable(self.cache)
+        refuse_to_lose(outputs, [self.source, self.calib, self.cfg])
+        for target, replaced in targets.items():
+            check_target(target, replaced)
+
+
+@dataclass(frozen=True)
+class Done:
+    """A conversion, as it is told of."""
+
+    path: Path  # the file written
+    unreadable: int  # images that were left out
+    reason: str  # why the first of them was
+    said: list[str]  # what was warned of while it ran
+    advice: list[str]  # what is still to be warned of
+    document: dict[str, Any]  # of --json, but for seconds and warnings
+    layers: Callable[[], None]  # prints a table of them
+    result: Callable[[float], None]  # prints what came of it in so many seconds
 
 
 # What a configuration file may set, and the parameter that each option fills.
-CONFIGURABLE = {f.name.replace("_", "-"): f.name for f in fields(pipeline.QuantizeOptions)}
+CONFIGURABLE = {f.name.replace("_", "-"): f.name for f in fields(QuantizeOptions)}
 CONFIGURABLE["target-size"] = CONFIGURABLE.pop("target-bytes")
 CONFIGURABLE["target-map-drop"] = CONFIGURABLE.pop("target-drop")
 
@@ -105,9 +159,9 @@ def _configure(context: click.Context, parameter: click.Parameter, value: str | 
               help="Stop the brief fine-tune after so long; 0: none (default: never).")  # fmt: skip
 @click.option("--layout", type=click.Choice(list(LAYOUTS)), default="packed", show_default=True,
               help="Of an .onnx: packed, or int8, which keeps its opset.")  # fmt: skip
-@click.option("--mean", type=quantize_onnx.Numbers(), metavar="R,G,B",
+@click.option("--mean", type=Numbers(), metavar="R,G,B",
               help="Of an .onnx: images are cropped, and (pixel / 255 - mean) / std.")  # fmt: skip
-@click.option("--std", type=quantize_onnx.Numbers(), metavar="R,G,B", help="See --mean.")
+@click.option("--std", type=Numbers(), metavar="R,G,B", help="See --mean.")
 @split_of("train")
 @strict
 @click.option("--seed", default=0, show_default=True, help="Seed of every random choice.")
@@ -155,70 +209,118 @@ def quantize(
     kind = file_kind(checkpoint, CHECKPOINT)
     if kind == MODEL:
         raise InputError(f"{checkpoint} is a safetensors file; quantize takes a checkpoint (.pt) or a float ONNX file.")
-    if kind == ONNX:
-        rest = {"threads": threads, "force": force, "quiet": quiet, "verbose": verbose, "as_json": as_json}
-        quantize_onnx.run(checkpoint, calib, out, cache, {**options, **rest})
+    _refuse_what_is_for_others(kind)
+    job = Job(checkpoint, calib, cfg, cache, out, resume, force, quiet)
+    done = (_of_onnx if kind == ONNX else _of_checkpoint)(job, options)
+    if done is None:
         return
-    quantize_onnx.refuse_onnx_only()
-    for name in quantize_onnx.ONNX_ONLY:
-        del options[name]
-    if cfg is not None:
+    seconds = time.perf_counter() - began
+    if done.unreadable:
+        warn(f"{done.unreadable} images could not be read and were left out; the first: {done.reason}")
+    for sentence in done.advice:
+        warn(sentence)
+    if as_json:
+        warnings = list(map(in_options, (*so_far(), *done.said, *done.advice)))
+        print_json({**done.document, "seconds": round(seconds, 2), "warnings": warnings})
+    elif quiet:
+        tell(str(done.path))
+    else:
+        if verbose:
+            done.layers()
+        done.result(seconds)
+
+
+def _of_checkpoint(job: Job, options: dict[str, Any]) -> Done | None:
+    """Convert a checkpoint; None in all processes but the one that speaks for all, and writes."""
+    if job.cfg is not None:
         _refuse_two_choices()
     workers.start()
-    loaded = load_checkpoint(checkpoint)
-    if cfg is not None:
-        options |= {"blocks": chosen_blocks(cfg, loaded.network.kinds), "scope": "bottleneck"}
-    chosen = pipeline.QuantizeOptions(calib=calib, **_typed_wins(options))
-    if workers.number():  # one speaks for all, and writes
-        pipeline.quantize(loaded, chosen, cache=cache)
-        return
-    check_writable(out or RUNS)
-    if cache is not None:
-        check_writable(cache)
-    if out is not None:
-        targets = [out / name for name in (pipeline.MODEL_FILE, pipeline.REPORT_FILE, UNFINISHED)]
-        refuse_to_lose([out, *targets], [checkpoint, calib, cfg])
-        check_target(targets[0], force)
-        check_target(targets[1], force=True)  # a report alone was left by a run that was killed
-    if calib is None:
+    loaded = load_checkpoint(job.source)
+    chosen = {name: value for name, value in options.items() if name not in ONLY or ONLY[name].kind == CHECKPOINT}
+    if job.cfg is not None:
+        chosen |= {"blocks": chosen_blocks(job.cfg, loaded.network.kinds), "scope": "bottleneck"}
+    plan = QuantizeOptions(calib=job.calib, **_typed_wins(chosen))
+    if workers.number():
+        pipeline.quantize(loaded, plan, cache=job.cache)
+        return None
+    out, targets = job.out, dict[Path, bool]()
+    if out is not None:  # a report alone was left by a run that was killed
+        targets = {out / MODEL_FILE: job.force, out / REPORT_FILE: True}
+    job.check(out or RUNS, [out, *targets, out / UNFINISHED] if out else [], targets)
+    if job.calib is None:
         warn(
             "Without --calib, images are synthesised from the checkpoint's BatchNorm statistics; about 100 of your own "
             "(no labels needed) with --calib FOLDER would lose less accuracy."
         )
     command = typed_command()
     with (
-        run_folder(out, RUNS / checkpoint.stem, UNFINISHED, resume) as folder,
-        bars(quiet, lines=True) as progress,
+        run_folder(out, RUNS / job.source.stem, UNFINISHED, job.resume) as folder,
+        bars(job.quiet, lines=True) as progress,
     ):
-        result = pipeline.quantize(loaded, chosen, command, progress, folder / UNFINISHED, resume, cache)
-    written = pipeline.save_quantized(result, folder, force)
+        result = pipeline.quantize(loaded, plan, command, progress, folder / UNFINISHED, job.resume, job.cache)
+    written = save_quantized(result, folder, job.force)
     (folder / UNFINISHED).unlink(missing_ok=True)
-    seconds = time.perf_counter() - began
-    if result.skipped:
-        warn(f"{result.skipped} images could not be read and were left out; the first: {result.skipped_reason}")
-    said = so_far()
     with unheard():
-        available = 0 if calib is None else len(calibration_images(calib, chosen.split))
-    warnings = advice(result, available)
-    for sentence in warnings:
-        warn(sentence)
-    if as_json:
-        report = pipeline.quantize_report(result)
-        more = {"path": str(written), "available_images": available, "seconds": round(seconds, 2)}
-        print_json({**report, **more, "warnings": [*said, *warnings]})
-    elif quiet:
-        tell(str(written))
-    else:
-        if verbose:
-            _print_layers(result)
-        _print_quantized(result, loaded, available, written, seconds)
+        available = 0 if job.calib is None else len(calibration_images(job.calib, plan.split))
+    document = {**quantize_report(result), "path": str(written), "available_images": available}
+    return Done(
+        written, result.skipped, result.skipped_reason, [], advice(result, available), document,
+        lambda: _print_layers(result), lambda seconds: _print_quantized(result, loaded, available, written, seconds),
+    )  # fmt: skip
+
+
+def _of_onnx(job: Job, options: dict[str, Any]) -> Done:
+    """Convert an ONNX file."""
+    if job.calib is None:
+        raise InputError("An ONNX file is converted on images: give --calib FOLDER.")
+    normal = None
+    if options["mean"] is not None or options["std"] is not None:
+        normal = Normalisation(options["mean"] or (0.0,), options["std"] or (1.0,))
+    plan = OnnxPlan(
+        options["bits"] or 4, options["block_size"] or 32, options["layout"],
+        options["imgsz"] if _given("imgsz") else None, options["samples"], normal, options["seed"],
+        options["split"], options["strict"],
+    )  # fmt: skip
+    name, single = f"{job.source.stem}-{plan.layout}.onnx", job.out is not None and job.out.suffix == ".onnx"
+    target = None if job.out is None else job.out if single else job.out / name
+    place = target.parent if target else RUNS
+    job.check(place, [target] if target else [], {target: job.force} if target else {})
+    with scratch_in(job.cache or place), bars(job.quiet, lines=True) as progress:
+        made = quantize_onnx(job.source, job.calib, plan, progress, warn)
+    data = made.model.SerializeToString()
+    written = target or claim_folder(RUNS / job.source.stem) / name
+    write_atomic(written, data, job.force)
+    weights = [(layer, made.fitted[layer.index].weight.bits) for layer in made.layers]
+    document = {
+        "path": str(written), "layout": plan.layout, "size_bytes": written.stat().st_size,
+        "source_bytes": job.source.stat().st_size, "weight_bits": made.weight_bits, "calibration_images": made.images,
+        "layers": [{"name": layer.name, "shape": list(layer.weight.shape), "bits": bits} for layer, bits in weights],
+    }  # fmt: skip
+    return Done(
+        written, len(made.skipped), made.skipped[0] if made.skipped else "", list(made.warnings), [], document,
+        lambda: _print_onnx_layers(document), lambda seconds: _print_onnx(document, job.source, seconds),
+    )  # fmt: skip
+
+
+def _given(name: str) -> bool:
+    """Whether an option was typed or configured."""
+    return click.get_current_context().get_parameter_source(name) not in (None, ParameterSource.DEFAULT)
+
+
+def _refuse_what_is_for_others(kind: str) -> None:
+    """Raises InputError when an option was given that files of this kind know nothing of."""
+    context = click.get_current_context()
+    for parameter in context.command.params:
+        name = str(parameter.name)
+        only = ONLY.get(name, Only(kind))
+        if only.kind != kind and _given(name) and context.params[name] != only.harmless:
+            raise InputError(REFUSED[only.kind].format(parameter.opts[0]))
 
 
 def _refuse_two_choices() -> None:
     """--cfg says which layers; so do --blocks and --scope, typed or from a configuration file."""
-    context = click.get_current_context()
     for name in ("blocks", "scope"):
-        if context.get_parameter_source(name) != ParameterSource.DEFAULT:
+        if _given(name):
             raise InputError(f"--cfg and --{name} each choose the layers; give one of them.")
 
 
@@ -231,9 +333,9 @@ def _typed_wins(options: dict[str, Any]) -> dict[str, Any]:
     return {**options, **{name: None for name in several if name not in typed}} if len(typed) == 1 else options
 
 
-def _print_layers(result: pipeline.Quantized) -> None:
+def _print_layers(result: Quantized) -> None:
     shown = table("layer", "kind", "bits", "SQNR dB")
-    for row in pipeline.quantize_report(result)["layers"]:
+    for row in quantize_report(result)["layers"]:
         shown.add_row(cell(row["name"]), row["kind"], str(row["bits"]), f"{row['sqnr_db']:.1f}")
     console().print(shown)
 
@@ -258,14 +360,12 @@ def _finetune_line(tuned: Distilled) -> str:
     )
 
 
-def _print_quantized(
-    result: pipeline.Quantized, source: Checkpoint, available: int, written: Path, seconds: float
-) -> None:
+def _print_quantized(result: Quantized, source: Checkpoint, available: int, written: Path, seconds: float) -> None:
     model = result.model
     used = f"{result.images} of {available} images" if available > result.images else f"{result.images} images"
     views = f" and {result.views} views of them" if result.views else ""
     views += f" and {result.synthesised} synthesised ones" if result.synthesised else ""
-    kinds = [row["kind"] for row in pipeline.layer_table(model)]
+    kinds = [row["kind"] for row in layer_table(model)]
     tell(
         f"Converted {kinds.count('DSConv')} of {len(kinds)} convolutions to DSConv ({bits_of_layers(model)}), "
         f"the others to int8, on {used}{views} in {seconds:.0f} s."
@@ -281,3 +381,19 @@ def _print_quantized(
     console().print(shown)
     tell(f"Wrote {written}")
     tell(f"Next: dsconvert export {shlex.quote(str(written))} --onnx")
+
+
+def _print_onnx_layers(document: dict[str, Any]) -> None:
+    shown = table("layer", "shape", "bits")
+    for layer in document["layers"]:
+        shown.add_row(cell(layer["name"]), "x".join(map(str, layer["shape"])), str(layer["bits"]))
+    console().print(shown)
+
+
+def _print_onnx(document: dict[str, Any], source: Path, seconds: float) -> None:
+    tell(
+        f"Converted {len(document['layers'])} layers to DSConv, {document['weight_bits']:.2f} bits a weight, on "
+        f"{document['calibration_images']} images in {seconds:.0f} s."
+    )
+    before, after = document["source_bytes"] / 1e6, document["size_bytes"] / 1e6
+    tell(f"Wrote {document['path']} ({after:.2f} MB, {document['layout']}; {source.name} has {before:.2f} MB).")

@@ -48,9 +48,9 @@ def report(
     """
     if missing := [name for name in ("jinja2", "matplotlib") if find_spec(name) is None]:
         raise InputError(f"The report needs {' and '.join(missing)}; pip install 'dsconvert[report]'.")
-    from dsconvert.evaluate.contest import nothing_found
     from dsconvert.report.gather import ReportOptions, gather
     from dsconvert.report.page import page_bytes
+    from dsconvert.scoring.contest import nothing_found
 
     path = model or exporting.newest_result(RUNS)
     target = out or path.with_name("report.html")

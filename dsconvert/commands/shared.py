@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import signal
 import sys
@@ -30,8 +31,8 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
-from dsconvert import pipeline, workers
-from dsconvert.text import printable
+from dsconvert import calibration, workers
+from dsconvert.text import in_words, printable
 from dsconvert.yolo.dataset import SPLITS
 
 RUNS = Path("runs/dsconvert")
@@ -52,6 +53,8 @@ STAGES = {
     "compare": "comparing",
 }
 PATH = click.Path(path_type=Path)
+# Where an option is not the name that Python has for it, with dashes.
+OPTIONS = {"images": "--calib", "force=True": "--force", "name": "--out"}
 
 as_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON document to stdout.")
 force = click.option("--force", is_flag=True, help="Replace files that are there.")
@@ -59,6 +62,30 @@ force = click.option("--force", is_flag=True, help="Replace files that are there
 
 strict = click.option("--strict", is_flag=True, help="Refuse labels and lists of which a part cannot be used.")
 quiet = click.option("--quiet", "-q", is_flag=True, help="Only the result, warnings and errors.")
+
+
+class ByteSize(click.ParamType):
+    """A number of bytes as people write it: 900000, 900kB, 0.9MB (powers of ten)."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([km]?)b?", str(value).strip().lower())
+        if found is None:
+            self.fail(f"{value!r} is not a size such as 0.9MB, 900kB or 900000.", param, ctx)
+        return round(float(found[1]) * {"": 1, "k": 1e3, "m": 1e6}[found[2]])
+
+
+class Numbers(click.ParamType):
+    """One or several numbers with commas between them."""
+
+    name = "numbers"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[float, ...]:
+        try:
+            return tuple(float(part) for part in str(value).split(","))
+        except ValueError:
+            self.fail(f"{value!r} is not numbers such as 0.485,0.456,0.406.", param, ctx)
 
 
 def split_of(default: str) -> Callable[[Any], Any]:
@@ -101,6 +128,16 @@ def print_json(document: dict[str, Any]) -> None:
     click.echo(json.dumps(document, indent=1))
 
 
+def option(name: str) -> str:
+    """The option for what Python calls so."""
+    return OPTIONS.get(name) or f"--{name.replace('_', '-')}"
+
+
+def in_options(text: str) -> str:
+    """A text; a sentence that names parameters, with the options for them."""
+    return in_words(text, option)
+
+
 def tell(text: str) -> None:
     """A line of the result, on stdout. What it quotes (names, paths) cannot command the terminal."""
     click.echo(_shown(text, plain()))
@@ -113,7 +150,7 @@ def say(text: str) -> None:
 
 def warn(text: str) -> None:
     """A remark that --quiet does not hide: it says what to do."""
-    say(f"Warning: {text}")
+    say(f"Warning: {in_options(text)}")
 
 
 def plain(stream: TextIO | None = None) -> bool:
@@ -178,7 +215,7 @@ def _interrupts() -> Iterator[list[int]]:
 
 
 @contextmanager
-def bars(quiet: bool = False, lines: bool = False) -> Iterator[pipeline.Progress]:
+def bars(quiet: bool = False, lines: bool = False) -> Iterator[calibration.Progress]:
     """A bar per stage on stderr, with rate and time left, where stderr is a terminal.
 
     With `lines`, a line for each stage that is over takes its bar's place, and is written to files and pipes too.

@@ -25,7 +25,9 @@ class Nms:
 
     def __post_init__(self) -> None:
         if not (0 <= self.confidence < 1 and 0 <= self.iou <= 1 and self.most >= 1):
-            raise InputError("--conf-thres must lie in 0..1, --iou-thres in 0..1, and --max-det must be at least 1.")
+            raise InputError.naming(
+                "{conf_thres} must lie in 0..1, {iou_thres} in 0..1, and {max_det} must be at least 1."
+            )
 
 
 def add_nms(b: OnnxBuilder, decoded: Decoded, nms: Nms, output: str) -> None:

@@ -122,7 +122,7 @@ def _finish(
     decoded = add_decode(b, raw[:maps], head, imgsz)
     output: dict[str, tuple[int | str, ...]]
     if ends.nms and head.nm:
-        raise InputError("--nms is for detectors: a segmentation model's masks need every box's coefficients.")
+        raise InputError.naming("{nms} is for detectors: a segmentation model's masks need every box's coefficients.")
     if ends.nms:
         add_nms(b, decoded, ends.nms, DETECTIONS)
         output = {DETECTIONS: ("detections", 7)}

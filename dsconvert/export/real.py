@@ -18,11 +18,15 @@ from dsconvert.model import DSModel
 def check_layout(model: DSModel, layout: str) -> None:
     """Raises InputError when the layout cannot hold the model."""
     if layout == "float" and model.activations:
-        raise InputError("--layout float has float activations; quantize with --activations float to use it.")
+        raise InputError.naming("{layout} float has float activations; quantize with {activations} float to use it.")
     if layout in ("fused", "openvino") and not model.activations:
-        raise InputError(f"--layout {layout} has int8 activations; quantize without --activations float to use it.")
+        raise InputError.naming(
+            "{layout} {} has int8 activations; quantize without {activations} float to use it.", layout
+        )
     if layout != "float" and model.has_real_alpha:
-        raise InputError(f"This model's shifts are real numbers (--kds float); use --layout float, not {layout}.")
+        raise InputError.naming(
+            "This model's shifts are real numbers ({kds} float); use {layout} float, not {}.", layout
+        )
 
 
 def add_real_weight(b: OnnxBuilder, name: str, weight: DSTensor) -> str:

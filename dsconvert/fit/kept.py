@@ -112,9 +112,10 @@ class OnDisk(Kept):
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
                 raise
-            raise InputError(
-                f"{self._where()} has no room for what calibration keeps of so many images; fewer --samples, a smaller "
-                "--imgsz, or --out or --cache on a larger disk."
+            raise InputError.naming(
+                "{} has no room for what calibration keeps of so many images; fewer {samples}, a smaller {imgsz}, or "
+                "{name} or {cache} on a larger disk.",
+                self._where(),
             ) from None
 
     def get(self, index: int) -> Tensor:

@@ -12,21 +12,13 @@ from typing import Any
 import torch
 from numpy.typing import NDArray
 
+from dsconvert.calibration import Progress
 from dsconvert.errors import InputError
-from dsconvert.evaluate.accuracy import CONFIDENT, OVERLAP, Detections, Predictor
-from dsconvert.evaluate.bounds import made_of
-from dsconvert.evaluate.candidates import Candidate
-from dsconvert.evaluate.coco import Metrics, coco_tables, metrics_of
-from dsconvert.evaluate.compare import ScoreShift, score_shift
-from dsconvert.evaluate.contest import Entrants, entrants, look
-from dsconvert.evaluate.curves import ClassCurve, class_curves, object_counts
-from dsconvert.evaluate.detect import DetectOptions
-from dsconvert.evaluate.latency import Latency, interleaved_latency
 from dsconvert.filekinds import MODEL, file_kind
 from dsconvert.graph.ir import ConvParams
 from dsconvert.model import DSModel
 from dsconvert.modelfile import load_model
-from dsconvert.pipeline import REPORT_FILE, Progress
+from dsconvert.record import REPORT_FILE
 from dsconvert.report.activations import activation_view, watch
 from dsconvert.report.layers import (
     ActivationView,
@@ -39,6 +31,15 @@ from dsconvert.report.layers import (
 )
 from dsconvert.report.photos import Photo, differing, load_photo
 from dsconvert.report.text import labels_of
+from dsconvert.scoring.accuracy import CONFIDENT, OVERLAP, Detections, Predictor
+from dsconvert.scoring.bounds import made_of
+from dsconvert.scoring.candidates import Candidate
+from dsconvert.scoring.coco import Metrics, coco_tables, metrics_of
+from dsconvert.scoring.compare import ScoreShift, score_shift
+from dsconvert.scoring.contest import Entrants, entrants, look
+from dsconvert.scoring.curves import ClassCurve, class_curves, object_counts
+from dsconvert.scoring.detect import DetectOptions
+from dsconvert.scoring.latency import Latency, interleaved_latency
 from dsconvert.yolo.boxes import suppressed
 from dsconvert.yolo.checkpoint import load_checkpoint
 from dsconvert.yolo.images import letterbox, read_image, spread, to_tensor
@@ -122,8 +123,8 @@ def gather(options: ReportOptions, progress: Progress | None = None) -> Report:
     """Measure everything. Raises InputError for files that are missing, unreadable or do not fit each other."""
     say = progress or (lambda stage, done, total: None)
     if file_kind(options.model) != MODEL:
-        raise InputError(
-            f"{options.model} is not a converted model (.safetensors); name ONNX files with --against, beside one."
+        raise InputError.naming(
+            "{} is not a converted model (.safetensors); name ONNX files with {against}, beside one.", options.model
         )
     model = load_model(options.model)
     source = float_source(options, model.provenance)
@@ -158,16 +159,18 @@ def float_source(options: ReportOptions, provenance: Mapping[str, Any]) -> Path:
     known = provenance.get("source")
     if not isinstance(known, str) or not Path(known).is_file():
         missing = "is not known" if not isinstance(known, str) else f"is not at {known} any more"
-        raise InputError(f"The checkpoint that {options.model} was converted from {missing}; give it with --float.")
+        raise InputError.naming(
+            "The checkpoint that {} was converted from {}; give it with {float}.", options.model, missing
+        )
     return Path(known)
 
 
 def calibration_data(provenance: Mapping[str, Any]) -> Path:
-    """What the model was calibrated on, for want of --data."""
+    """What the model was calibrated on, for want of others."""
     options = provenance.get("options")
     calib = options.get("calib") if isinstance(options, Mapping) else None
     if not isinstance(calib, str):
-        raise InputError("Which images? Give --data data.yaml, or a folder of images to measure agreement.")
+        raise InputError.naming("Which images? Give {data} data.yaml, or a folder of images to measure agreement.")
     return Path(calib)
 
 

@@ -15,7 +15,7 @@ from dsconvert.dsconv.tensor import DSTensor, expand_blocks
 from dsconvert.errors import InputError
 from dsconvert.graph.ir import ConvParams
 from dsconvert.model import DSModel
-from dsconvert.pipeline import layer_table
+from dsconvert.record import layer_table
 
 BINS = 120
 MARGIN = 0.15  # of the grid's extent that is drawn beyond its ends; what lies farther out is counted in the last bins
@@ -84,7 +84,9 @@ def check_same_network(params: Mapping[str, ConvParams], model: DSModel, source:
     """Raise InputError unless the float network `params` has the converted model's convolutions."""
     shapes = {name: tuple(p.weight.shape) for name, p in params.items()}
     if shapes != {name: tuple(c.weight.vqk.shape) for name, c in model.convs.items()}:
-        raise InputError(f"{source} is not the network that the model was converted from; give --float its checkpoint.")
+        raise InputError.naming(
+            "{} is not the network that the model was converted from; give {float} its checkpoint.", source
+        )
 
 
 def layer_rows(

@@ -12,9 +12,6 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from dsconvert.evaluate.accuracy import CONFIDENT, OVERLAP
-from dsconvert.evaluate.contest import nothing_found
-from dsconvert.evaluate.curves import ClassCurve, mean_curve
 from dsconvert.report import plots
 from dsconvert.report.gather import Report, Row
 from dsconvert.report.layers import ActivationView, Layer, WeightView
@@ -22,6 +19,9 @@ from dsconvert.report.photos import SAME_IOU, Box, Photo
 from dsconvert.report.placing import Spot, place
 from dsconvert.report.svg import COLOURS
 from dsconvert.report.text import plain
+from dsconvert.scoring.accuracy import CONFIDENT, OVERLAP
+from dsconvert.scoring.contest import nothing_found
+from dsconvert.scoring.curves import ClassCurve, mean_curve
 
 PR_CLASSES = 12  # most classes with a chart of their own: those that lose most
 FACTS = {

@@ -11,10 +11,10 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter
 from numpy.typing import NDArray
 
-from dsconvert.evaluate.curves import RECALLS, ClassCurve
 from dsconvert.report.layers import ActivationView, Layer, WeightView
 from dsconvert.report.svg import ALARM, CONVERTED, FLOAT, LINE, MUTED, PEERS, new_figure, styled, to_svg
 from dsconvert.report.text import plain
+from dsconvert.scoring.curves import RECALLS, ClassCurve
 
 ROW = 38  # pixels of one labelled bar
 COLUMN, LEAST_WIDTH = 16, 640  # pixels of one layer, and of the whole chart of layers

@@ -12,11 +12,11 @@ import torch
 
 from dsconvert import workers
 from dsconvert.errors import InputError
-from dsconvert.evaluate.accuracy import evaluate_predictors
-from dsconvert.evaluate.predictors import model_predictor
 from dsconvert.export.check import check_accumulators
 from dsconvert.model import DSModel
 from dsconvert.modelfile import load_model
+from dsconvert.scoring.accuracy import evaluate_predictors
+from dsconvert.scoring.predictors import model_predictor
 from dsconvert.sealed import run_key
 from dsconvert.train.augment import NOTHING, Augment
 from dsconvert.train.latents import TRAINED, Latents, learned, share, start
@@ -136,11 +136,11 @@ def finetune(
 
 def _check(options: FinetuneOptions) -> None:
     if options.train not in TRAINED or options.schedule not in SCHEDULES:
-        raise InputError(f"--train is one of {', '.join(TRAINED)}, --schedule one of {', '.join(SCHEDULES)}.")
+        raise InputError.naming("{train} is one of {}, {schedule} one of {}.", ", ".join(TRAINED), ", ".join(SCHEDULES))
     if min(options.epochs, options.batch, options.patience) < 1:
-        raise InputError("--epochs, --batch and --patience must be at least 1.")
+        raise InputError.naming("{epochs}, {batch} and {patience} must be at least 1.")
     if not 0 < options.rate <= 1 or not 0 <= options.warmup <= options.epochs or not 0 <= options.mosaic <= 1:
-        raise InputError("--rate lies above 0 and up to 1, --warmup within --epochs, --mosaic from 0 to 1.")
+        raise InputError.naming("{rate} lies above 0 and up to 1, {warmup} within {epochs}, {mosaic} from 0 to 1.")
     workers.check_device(options.device)
 
 

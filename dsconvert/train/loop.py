@@ -99,7 +99,7 @@ def train(
             follow(state.average, state.latents, state.steps)
             losses.append(float(workers.summed(loss.detach().cpu())))
             if not torch.isfinite(torch.tensor(losses[-1])):
-                raise InputError(f"The loss is no longer finite in epoch {epoch}; try a smaller --rate.")
+                raise InputError.naming("The loss is no longer finite in epoch {}; try a smaller {rate}.", epoch)
             report(number + 1, len(batches))
         _note_moments(optimiser, state)
         state.log.append({"map50_95": measure(state.average), "loss": sum(losses) / len(losses)})

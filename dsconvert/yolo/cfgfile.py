@@ -50,7 +50,7 @@ def read_rows(path: Path) -> list[str]:
 
 
 def chosen_blocks(path: Path, kinds: list[str]) -> str:
-    """The DSConv2D_C3 layers of a model yaml, as `--blocks` has them, for a checkpoint whose layers are of `kinds`.
+    """The DSConv2D_C3 layers of a model yaml, as `blocks` has them, for a checkpoint whose layers are of `kinds`.
     Raises InputError when the two are not the same network, or no row is one."""
     rows = read_rows(path)
     if len(rows) != len(kinds):

@@ -20,7 +20,7 @@ def choose_layers(network: Network, blocks: str) -> list[int]:
     try:
         wanted = [int(part) for part in blocks.split(",")]
     except ValueError:
-        raise InputError(f"--blocks {blocks} is not all, head, backbone or a list of layer indices.") from None
+        raise InputError.naming("{blocks} {} is not all, head, backbone or a list of layer indices.", blocks) from None
     wrong = [i for i in wanted if i not in c3]
     if wrong:
         raise InputError(f"Layer {wrong[0]} is not a C3 block; the C3 blocks of this model are {_join(c3)}.")
@@ -37,7 +37,7 @@ def choose_convs(network: Network, graph: Graph, blocks: str, scope: str) -> fro
     `all` alone.
     """
     if scope not in SCOPES:
-        raise InputError(f"--scope {scope} is not one of {', '.join(SCOPES)}.")
+        raise InputError.naming("{scope} {} is not one of {}.", scope, ", ".join(SCOPES))
     chosen = choose_layers(network, blocks)
     if not chosen and (scope != "all" or any(kind in C3_BLOCKS for kind in network.kinds)):
         raise InputError("This model has no C3 block to convert there.")

@@ -48,8 +48,8 @@ def peak_bytes() -> int:
 
 def readers() -> dict[str, Callable[[Path], Any]]:
     """Everything of dsconvert that reads a stranger's file, by name."""
-    from dsconvert.evaluate.candidates import load_candidate
     from dsconvert.modelfile import load_model
+    from dsconvert.scoring.candidates import load_candidate
     from dsconvert.yolo.checkpoint import load_checkpoint
     from dsconvert.yolo.dataset import calibration_images, read_data_yaml
     from dsconvert.yolo.images import read_image

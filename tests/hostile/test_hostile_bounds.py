@@ -20,11 +20,11 @@ from small import ENDLESS_THEN, later
 from watched import MOST_BYTES, MOST_SECONDS, dsconvert
 
 from dsconvert.errors import InputError
-from dsconvert.evaluate import bounds
-from dsconvert.evaluate.bounds import Bounds, enforced, growth, in_time
-from dsconvert.evaluate.engines import session
 from dsconvert.graph.ir import INPUT, Node
 from dsconvert.modelfile import model_bytes
+from dsconvert.scoring import bounds
+from dsconvert.scoring.bounds import Bounds, enforced, growth, in_time
+from dsconvert.scoring.engines import session
 
 TOO_MUCH = r"needs over \d+ MB of memory, more than a network of its size should or than there are\.$"
 COMMANDS = {
@@ -180,7 +180,7 @@ def test_an_endless_file_ends(work):
     """In a process of its own, with half a second for 20: what runs for ever ends with it."""
     (work / "greedy.onnx").write_bytes(greedy(ENDLESS))
     code = (
-        "import sys; from dsconvert.evaluate import bounds; bounds.BASE_SECONDS = 0.5;"
+        "import sys; from dsconvert.scoring import bounds; bounds.BASE_SECONDS = 0.5;"
         "from dsconvert.cli import main; main(sys.argv[1:])"
     )
     command = [sys.executable, "-c", code, *COMMANDS["detect"]]
@@ -197,7 +197,7 @@ def test_a_file_whose_tenth_run_is_endless_ends(work, command):
     """The first runs, of the trial too, are like any other's."""
     (work / "greedy.onnx").write_bytes(later(ENDLESS_THEN))
     code = (
-        "import sys; from dsconvert.evaluate import bounds; bounds.BASE_SECONDS = 2.0;"
+        "import sys; from dsconvert.scoring import bounds; bounds.BASE_SECONDS = 2.0;"
         "from dsconvert.cli import main; main(sys.argv[1:])"
     )
     command = [sys.executable, "-c", code, *COMMANDS[command]]
@@ -244,7 +244,7 @@ def test_an_interrupt_reaches_even_an_endless_file(work):
     (work / "greedy.onnx").write_bytes(greedy(ENDLESS))
     code = """
 import sys
-from dsconvert.evaluate import bounds, candidates
+from dsconvert.scoring import bounds, candidates
 candidates.try_out = lambda *given: None
 in_time = bounds.in_time
 bounds.in_time = lambda *given: sys.stdout.write("begun\\n") and sys.stdout.flush() or in_time(*given)

@@ -18,10 +18,10 @@ from texts import labels, yamls
 from watched import dsconvert, problems, run_child, unharmed, write_cases
 
 from dsconvert.errors import InputError
-from dsconvert.evaluate.bench import bench
 from dsconvert.export.onnx import export_quantized
 from dsconvert.model import DSModel
 from dsconvert.modelfile import model_bytes
+from dsconvert.scoring.bench import bench
 from dsconvert.yolo.dataset import image_paths, read_data_yaml
 from dsconvert.yolo.images import read_image
 from dsconvert.yolo.labels import read_labels

@@ -16,7 +16,7 @@ from PIL import Image
 from watched import dsconvert, problems, run_child, write_cases
 
 from dsconvert.errors import InputError
-from dsconvert.evaluate.accuracy import detect_all
+from dsconvert.scoring.accuracy import detect_all
 from dsconvert.yolo import dataset
 from dsconvert.yolo.checkpoint import yolov5_bytes
 from dsconvert.yolo.dataset import image_paths

@@ -20,7 +20,8 @@ from dsconvert import pipeline
 from dsconvert.calibcache import META as CACHE_META
 from dsconvert.calibcache import calibration_bytes, remembered
 from dsconvert.errors import InputError
-from dsconvert.pipeline import QuantizeOptions, quantize
+from dsconvert.options import QuantizeOptions
+from dsconvert.pipeline import quantize
 from dsconvert.train.state import META as STATE_META
 from dsconvert.train.state import State, read_state, write_state
 from dsconvert.unfinished import META as UNFINISHED_META
@@ -167,7 +168,7 @@ def test_a_damaged_unfinished_run_is_one_sentence(run, tmp_path, share):
     for what, data in [*files.items(), *enumerate(flips(good))][::share]:
         path.write_bytes(data)
         assert (
-            refusal(lambda: read_unfinished(path, key, shapes)) == f"{path} is damaged; start again without --resume."
+            refusal(lambda: read_unfinished(path, key, shapes)) == f"{path} is damaged; start again without resume."
         ), what
 
 
@@ -203,4 +204,4 @@ def test_a_damaged_finetune_is_one_sentence(tmp_path, share):
     for what, data in [*damaged(good, STATE_META, changes).items(), *enumerate(flips(good))][::share]:
         path.write_bytes(data)
         refused = refusal(lambda: read_state(path, "key", like))
-        assert refused == f"{path} is damaged; start again without --resume.", what
+        assert refused == f"{path} is damaged; start again without resume.", what

@@ -17,8 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dsconvert.errors import InputError, Unusable
-from dsconvert.evaluate.bounds import Bounds
 from dsconvert.files import written_whole
+from dsconvert.scoring.bounds import Bounds
 from dsconvert.yolo.images import Image
 
 FPS = 30.0  # of what does not say

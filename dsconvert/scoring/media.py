@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 
 from dsconvert.errors import InputError, Unusable
-from dsconvert.evaluate.candidates import Candidate
-from dsconvert.evaluate.detect import DetectOptions, Found, coco_document, counts, find_masks
-from dsconvert.evaluate.photos import Progress, Skipped, readable
-from dsconvert.evaluate.saving import Job, Masks, Saver
-from dsconvert.evaluate.video import MISSING, opened
+from dsconvert.scoring.candidates import Candidate
+from dsconvert.scoring.detect import DetectOptions, Found, coco_document, counts, find_masks
+from dsconvert.scoring.photos import Progress, Skipped, readable
+from dsconvert.scoring.saving import Job, Masks, Saver
+from dsconvert.scoring.video import MISSING, opened
 from dsconvert.yolo.images import Image
 
 

@@ -8,13 +8,13 @@ from pathlib import Path
 from torch import Tensor
 
 from dsconvert.errors import InputError
-from dsconvert.evaluate.accuracy import OVERLAP, evaluate_predictors
-from dsconvert.evaluate.compare import ScoreShift, score_shift
-from dsconvert.evaluate.detect import Found
-from dsconvert.evaluate.predictors import float_predictor, model_predictor
 from dsconvert.fit.threads import in_order
 from dsconvert.graph.ir import ConvParams
 from dsconvert.model import DSModel
+from dsconvert.scoring.accuracy import OVERLAP, evaluate_predictors
+from dsconvert.scoring.compare import ScoreShift, score_shift
+from dsconvert.scoring.detect import Found
+from dsconvert.scoring.predictors import float_predictor, model_predictor
 from dsconvert.yolo.boxes import non_max_suppression
 from dsconvert.yolo.classes import label_rules
 from dsconvert.yolo.dataset import is_data_yaml, read_data_yaml

@@ -9,10 +9,10 @@ from functools import partial
 import numpy as np
 
 from dsconvert.errors import InputError
-from dsconvert.evaluate.accuracy import CONFIDENT, Predictor
-from dsconvert.evaluate.bounds import made_of
-from dsconvert.evaluate.coco import coco_metrics, overlaps
-from dsconvert.evaluate.detect import DetectOptions, Found, sort_out
+from dsconvert.scoring.accuracy import CONFIDENT, Predictor
+from dsconvert.scoring.bounds import made_of
+from dsconvert.scoring.coco import coco_metrics, overlaps
+from dsconvert.scoring.detect import DetectOptions, Found, sort_out
 from dsconvert.yolo.boxes import LEAST
 from dsconvert.yolo.images import Image, letterbox, to_tensor
 

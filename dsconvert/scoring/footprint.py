@@ -1,6 +1,6 @@
 """What loading and running a model costs a fresh process: time to load, and memory at its peak.
 
-Every measurement is a process of its own, `python -m dsconvert.evaluate.footprint`, because peak memory never falls
+Every measurement is a process of its own, `python -m dsconvert.scoring.footprint`, because peak memory never falls
 and a second model would hide behind the first. VmHWM is read, not getrusage's maximum, which a child inherits."""
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 
 from dsconvert import children
 from dsconvert.errors import InputError
-from dsconvert.evaluate.bounds import enforced
+from dsconvert.scoring.bounds import enforced
 
 RUNS = 3  # inferences before the peak is read: buffers are allocated by the first
 
@@ -35,7 +35,7 @@ def measure_footprint(path: Path, engine: str, threads: int, side: int | None, s
     """Load and run the model, of `size` bytes with its external data, in a fresh process. Raises InputError when that
     process cannot use it."""
     numbers = [str(n or 0) for n in (threads, side, size)]
-    command = children.command("dsconvert.evaluate.footprint", path, engine, *numbers)
+    command = children.command("dsconvert.scoring.footprint", path, engine, *numbers)
     done = subprocess.run(command, env=children.environment(), capture_output=True, text=True, check=False)
     if done.returncode:
         last = (done.stderr.strip().splitlines() or [f"it ended with {done.returncode}"])[-1]
@@ -45,7 +45,7 @@ def measure_footprint(path: Path, engine: str, threads: int, side: int | None, s
 
 def _here(path: Path, engine: str, threads: int, side: int | None, size: int | None) -> Footprint:
     """The measurement, in this process."""
-    from dsconvert.evaluate.engines import engine_version, open_model
+    from dsconvert.scoring.engines import engine_version, open_model
 
     engine_version(engine)  # imports it
     base = _peak_bytes()

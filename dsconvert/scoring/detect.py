@@ -14,11 +14,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dsconvert.errors import InputError, Unusable
-from dsconvert.evaluate.accuracy import CONFIDENT, OVERLAP, Predictor
-from dsconvert.evaluate.bounds import made_of
-from dsconvert.evaluate.masks import PlacedMask, look
 from dsconvert.export.nms import Nms
-from dsconvert.text import printable
+from dsconvert.scoring.accuracy import CONFIDENT, OVERLAP, Predictor
+from dsconvert.scoring.bounds import made_of
+from dsconvert.scoring.masks import PlacedMask, look
+from dsconvert.text import Sentence, printable
 from dsconvert.yolo.boxes import inside, suppressed, to_image
 from dsconvert.yolo.dataset import SUFFIXES
 from dsconvert.yolo.images import Image, Letterbox, letterbox, to_tensor
@@ -46,16 +46,15 @@ class DetectOptions:
     def __post_init__(self) -> None:
         Nms(self.confidence, self.iou, self.most)  # the same limits, the same sentence when they mean nothing
 
-    def beyond(self, limits: Nms) -> str | None:
+    def beyond(self, limits: Nms) -> Sentence | None:
         """Why a file that already suppresses boxes within `limits` cannot give all that is asked for here."""
-        asked = []
-        if self.confidence < limits.confidence:
-            asked.append(f"--conf-thres {limits.confidence:g}")
-        if self.iou > limits.iou:
-            asked.append(f"--iou-thres {limits.iou:g}")
-        if self.most > limits.most:
-            asked.append(f"--max-det {limits.most}")
-        return ", ".join(asked) or None
+        asked = {
+            "{conf_thres} {:g}": limits.confidence if self.confidence < limits.confidence else None,
+            "{iou_thres} {:g}": limits.iou if self.iou > limits.iou else None,
+            "{max_det} {}": limits.most if self.most > limits.most else None,
+        }
+        kept = {words: value for words, value in asked.items() if value is not None}
+        return Sentence(", ".join(kept), *kept.values()) if kept else None
 
 
 def find(predict: Predictor, image: Image, side: int, options: DetectOptions) -> Found:
@@ -109,7 +108,9 @@ def class_numbers(given: Sequence[str], names: Sequence[str]) -> frozenset[int] 
             chosen.add(list(names).index(part))
         else:
             known = ", ".join(printable(n, NAME_LENGTH) for n in names[:10]) + (", ..." if len(names) > 10 else "")
-            raise InputError(f"--classes: the model has no class {part}; its {len(names)} are {known or 'unnamed'}.")
+            raise InputError.naming(
+                "{classes}: the model has no class {}; its {} are {}.", part, len(names), known or "unnamed"
+            )
     return frozenset(chosen) or None
 
 

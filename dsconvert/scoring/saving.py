@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path, PurePath
 
 from dsconvert.errors import InputError
-from dsconvert.evaluate.detect import (
+from dsconvert.files import NameRefused, check_target, write_atomic
+from dsconvert.scoring.detect import (
     Found,
     class_name,
     draw,
@@ -19,10 +20,9 @@ from dsconvert.evaluate.detect import (
     picture_name,
     yolo_lines,
 )
-from dsconvert.evaluate.masks import PlacedMask
-from dsconvert.evaluate.sources import Sources
-from dsconvert.evaluate.video import film, live_stem
-from dsconvert.files import NameRefused, check_target, write_atomic
+from dsconvert.scoring.masks import PlacedMask
+from dsconvert.scoring.sources import Sources
+from dsconvert.scoring.video import film, live_stem
 from dsconvert.yolo.images import Image
 
 LABELS, CROPS = "labels", "crops"
@@ -117,7 +117,9 @@ def check_jobs(jobs: Sequence[Job], document: Path | None, folder: Path, options
             if Path(_without_number(there)) in films:
                 check_target(there, force)
     if options.crops and not force and any((folder / CROPS).glob("*/*")):
-        raise InputError(f"{folder / CROPS} already holds crops; give --force to replace them, or another --out.")
+        raise InputError.naming(
+            "{} already holds crops; give {force=True} to replace them, or another {name}.", folder / CROPS
+        )
     for target in [t for j in jobs for t in (j.picture, None if j.is_video else j.label)] + [document]:
         try:
             if target is not None:

@@ -16,8 +16,8 @@ import numpy as np
 from faster_coco_eval.core import mask as rle
 from numpy.typing import NDArray
 
-from dsconvert.evaluate.bounds import Bounds
-from dsconvert.evaluate.coco import best_f1, ground_truth, matched, mean_precision, results, tables_of
+from dsconvert.scoring.bounds import Bounds
+from dsconvert.scoring.coco import best_f1, ground_truth, matched, mean_precision, results, tables_of
 from dsconvert.yolo.images import Letterbox
 
 Array = NDArray[np.float32]

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from dsconvert.evaluate.coco import Array, all_areas
+from dsconvert.scoring.coco import Array, all_areas
 
 RECALLS = 101  # COCO's recall levels: 0, 0.01, .., 1
 

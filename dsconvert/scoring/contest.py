@@ -8,11 +8,11 @@ from pathlib import Path
 
 from dsconvert.calibration import Progress
 from dsconvert.errors import InputError
-from dsconvert.evaluate.accuracy import CONFIDENT, Detections, Predictor, detect_all
-from dsconvert.evaluate.candidates import Candidate, load_candidates
-from dsconvert.evaluate.coco import Metrics
-from dsconvert.evaluate.latency import Latency, interleaved_latency
-from dsconvert.evaluate.masks import MaskPredictor
+from dsconvert.scoring.accuracy import CONFIDENT, Detections, Predictor, detect_all
+from dsconvert.scoring.candidates import Candidate, load_candidates
+from dsconvert.scoring.coco import Metrics
+from dsconvert.scoring.latency import Latency, interleaved_latency
+from dsconvert.scoring.masks import MaskPredictor
 from dsconvert.yolo.boxes import LEAST
 from dsconvert.yolo.classes import label_rules, other_order
 from dsconvert.yolo.dataset import images_of
@@ -69,14 +69,14 @@ def entrants(
     first = next((c for c in candidates if c.nc), candidates[0])
     whose, nc = (str(data), len(described.names)) if described else (str(first.path), first.nc)
     if not nc:
-        raise InputError(f"{first.path} does not say how many classes it finds; give --data a data.yaml, which does.")
+        raise InputError.naming(
+            "{} does not say how many classes it finds; give {data} a data.yaml, which does.", first.path
+        )
     for c in candidates:
         if c.nc and c.nc != nc:
-            way = "give --data a folder of images to measure agreement with the first model without labels"
-            raise InputError(
-                f"{c.path} has {c.nc} classes, {whose} has {nc}; "
-                f"{way if described else 'models of different classes cannot be compared'}."
-            )
+            way = "give {data} a folder of images to measure agreement with the first model without labels"
+            way = way if described else "models of different classes cannot be compared"
+            raise InputError.naming(f"{{}} has {{}} classes, {{}} has {{}}; {way}.", c.path, c.nc, whose, nc)
     named = [c for c in candidates if c.names]
     for c in named:
         if other_order(named[0].names, c.names):
@@ -89,10 +89,10 @@ def entrants(
     masks = any(isinstance(c.predict, MaskPredictor) for c in candidates)
     labels = read_labelled(paths, label_rules(described, names, of, strict), masks)
     if not labels.files:
-        raise InputError(
-            f"None of the {len(paths)} images of {data} has labels; those of the first were looked for at "
-            f"{label_path(paths[0])}; give --data a folder of images to measure agreement without labels."
-        )
+        raise InputError.naming(
+            "None of the {} images of {} has labels; those of the first were looked for at {}; give {data} a folder of "
+            "images to measure agreement without labels.", len(paths), data, label_path(paths[0])
+        )  # fmt: skip
     return Entrants(candidates, labels.paths, nc, True, labels, given.split, confidence, overlap)
 
 

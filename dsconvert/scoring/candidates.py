@@ -14,13 +14,6 @@ from numpy.typing import NDArray
 
 from dsconvert import workers
 from dsconvert.errors import InputError, printable, refusing
-from dsconvert.evaluate.accuracy import Predictor
-from dsconvert.evaluate.bounds import Bounds
-from dsconvert.evaluate.engines import TYPES, Session, as_input, check_image_input, check_pixels, load_file, session
-from dsconvert.evaluate.masks import MaskPredictor
-from dsconvert.evaluate.metadata import MAX_CLASSES, NMS_KEY, class_names, suppression
-from dsconvert.evaluate.predictors import BoundedPredictor, float_predictor, model_predictor
-from dsconvert.evaluate.trial import try_out
 from dsconvert.export.external import parsed
 from dsconvert.export.inspect import conv_weights
 from dsconvert.export.nms import Nms
@@ -28,6 +21,13 @@ from dsconvert.export.onnx import export_float, export_quantized
 from dsconvert.filekinds import CHECKPOINT, MODEL, file_kind
 from dsconvert.graph.ir import ConvParams
 from dsconvert.modelfile import load_model
+from dsconvert.scoring.accuracy import Predictor
+from dsconvert.scoring.bounds import Bounds
+from dsconvert.scoring.engines import TYPES, Session, as_input, check_image_input, check_pixels, load_file, session
+from dsconvert.scoring.masks import MaskPredictor
+from dsconvert.scoring.metadata import MAX_CLASSES, NMS_KEY, class_names, suppression
+from dsconvert.scoring.predictors import BoundedPredictor, float_predictor, model_predictor
+from dsconvert.scoring.trial import try_out
 from dsconvert.yolo.checkpoint import load_checkpoint
 from dsconvert.yolo.layers import MAX_MASKS
 from dsconvert.yolo.lower import lower
@@ -68,7 +68,9 @@ def load_candidate(path: Path, side: int | None, device: str = "cpu") -> Candida
     if kind == CHECKPOINT:
         return _float(path, side or 640, device)
     if workers.named_device(device) != "cpu":
-        raise InputError(f"{path} runs on the CPU here; leave out --device {device}, or give the float checkpoint.")
+        raise InputError.naming(
+            "{} runs on the CPU here; leave out {device} {}, or give the float checkpoint.", path, device
+        )
     return _converted(path, side) if kind == MODEL else _onnx(path, side)
 
 
@@ -77,7 +79,7 @@ def load_candidates(paths: Sequence[Path], side: int | None) -> list[Candidate]:
     sized = {p: load_candidate(p, side) for p in paths if file_kind(p) != CHECKPOINT}
     sides = {c.side for c in sized.values()}
     if len(sides) > 1:
-        raise InputError(f"The models were made for different image sizes {sorted(sides)}; give --imgsz.")
+        raise InputError.naming("The models were made for different image sizes {}; give {imgsz}.", sorted(sides))
     side = sides.pop() if sides else side
     return [sized[p] if p in sized else load_candidate(p, side) for p in paths]
 
@@ -99,7 +101,7 @@ def _once(make: Callable[[], Session], side: int, count: int = 1) -> Callable[[]
 
 def _check_side(path: Path, side: int, stride: int) -> None:
     if side < stride or side % stride:
-        raise InputError(f"--imgsz {side} is not a multiple of the stride {stride} of {path}.")
+        raise InputError.naming("{imgsz} {} is not a multiple of the stride {} of {}.", side, stride, path)
 
 
 def _float(path: Path, side: int, device: str = "cpu") -> Candidate:
@@ -196,13 +198,13 @@ def _side(path: Path, shape: Sequence[Any], asked: int | None) -> int:
     height, width = shape[2:]
     fixed = [n for n in (height, width) if isinstance(n, int)]
     if len({*fixed}) > 1:
-        raise InputError(
-            f"{path} takes images of {width} by {height} pixels (width by height); eval, detect, compare and report "
-            "measure on squares, so export it again at one side, such as --imgsz 640 (quantize and bench take it as "
-            "it is)."
-        )
+        raise InputError.naming(
+            "{} takes images of {} by {} pixels (width by height); eval, detect, compare and report measure on "
+            "squares, so export it again at one side, such as {imgsz} 640 (quantize and bench take it as it is).",
+            path, width, height,
+        )  # fmt: skip
     if fixed and asked is not None and fixed[0] != asked:
-        raise InputError(f"{path} was exported for {fixed[0]} pixels; --imgsz {asked} does not fit it.")
+        raise InputError.naming("{} was exported for {} pixels; {imgsz} {} does not fit it.", path, fixed[0], asked)
     return fixed[0] if fixed else asked or 640
 
 

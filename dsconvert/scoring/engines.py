@@ -13,8 +13,8 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from dsconvert.errors import InputError, printable, refusing
-from dsconvert.evaluate.bounds import Bounds
 from dsconvert.filekinds import NAMES, ONNX, check_ordinary, file_kind
+from dsconvert.scoring.bounds import Bounds
 
 ENGINES = ("onnxruntime", "openvino")
 MAX_SIDE = 8192
@@ -103,7 +103,9 @@ def engine_version(engine: str) -> str:
     try:
         import openvino
     except ImportError:
-        raise InputError("OpenVINO is not installed; pip install openvino, or leave out --engine openvino.") from None
+        raise InputError.naming(
+            "OpenVINO is not installed; pip install openvino, or leave out {engine} openvino."
+        ) from None
     return str(openvino.__version__)
 
 
@@ -175,10 +177,10 @@ def check_pixels(path: Path, numbers: Sequence[int], asked: int | None) -> None:
     for may be as large together as the largest one."""
     most = 3 * MAX_SIDE**2 if asked in numbers[-2:] else 3 * LARGE
     if math.prod(numbers) > most:
-        raise InputError(
-            f"{path} takes {list(numbers)} numbers at once, gigabytes with all that is made of them; give its --imgsz "
-            "to have it nevertheless."
-        )
+        raise InputError.naming(
+            "{} takes {} numbers at once, gigabytes with all that is made of them; give its {imgsz} to have it "
+            "nevertheless.", path, list(numbers)
+        )  # fmt: skip
 
 
 def _image(path: Path, shapes: Sequence[Sequence[object]], types: Sequence[str], side: int | None) -> NDArray[Any]:

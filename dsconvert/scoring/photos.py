@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dsconvert.errors import InputError
-from dsconvert.evaluate.candidates import Candidate, load_candidates
-from dsconvert.evaluate.compare import Agreement, compare
-from dsconvert.evaluate.detect import DetectOptions, Found, find_masks
-from dsconvert.evaluate.masks import PlacedMask
+from dsconvert.scoring.candidates import Candidate, load_candidates
+from dsconvert.scoring.compare import Agreement, compare
+from dsconvert.scoring.detect import DetectOptions, Found, find_masks
+from dsconvert.scoring.masks import PlacedMask
 from dsconvert.yolo.dataset import evaluation_images, image_paths
 from dsconvert.yolo.images import Image, none_readable, read_image, spread
 

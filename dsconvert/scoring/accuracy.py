@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 
 from dsconvert import workers
 from dsconvert.errors import InputError
-from dsconvert.evaluate.bounds import made_of
-from dsconvert.evaluate.coco import COCO_MOST, Metrics, coco_metrics
-from dsconvert.evaluate.masks import Encoded, MaskPredictor, look, mask_f1, mask_precision, outlines
+from dsconvert.scoring.bounds import made_of
+from dsconvert.scoring.coco import COCO_MOST, Metrics, coco_metrics
+from dsconvert.scoring.masks import Encoded, MaskPredictor, look, mask_f1, mask_precision, outlines
 from dsconvert.yolo.boxes import LEAST, MOST, inside, suppressed, to_image
 from dsconvert.yolo.images import letterbox, none_readable, read_image, to_tensor
 from dsconvert.yolo.labels import Labelled, LabelRules, in_pixels, read_labelled

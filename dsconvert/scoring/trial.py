@@ -1,7 +1,7 @@
 """A stranger's ONNX file, loaded and run once in a process of its own: an engine that crashes on it takes that process
 away, and not this one.
 
-The process is `python -m dsconvert.evaluate.trial`; it imports no torch, and takes about half a second. What it finds
+The process is `python -m dsconvert.scoring.trial`; it imports no torch, and takes about half a second. What it finds
 wrong without dying is not said here: the file is loaded again by whoever asked, and refused in their words."""
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ import numpy as np
 
 from dsconvert import children
 from dsconvert.errors import InputError
-from dsconvert.evaluate import bounds
-from dsconvert.evaluate.bounds import Beyond, Bounds, are_enforced, enforced
-from dsconvert.evaluate.engines import SIDE, TYPES, as_input, check_pixels, load_file, open_model
+from dsconvert.scoring import bounds
+from dsconvert.scoring.bounds import Beyond, Bounds, are_enforced, enforced
+from dsconvert.scoring.engines import SIDE, TYPES, as_input, check_pixels, load_file, open_model
 
 REFUSED = 3  # exit code of the process where the file goes beyond its bounds
 GRACE = 60.0  # seconds beyond the bound for the process to begin and to end
@@ -45,7 +45,7 @@ def try_out(path: Path, engine: str, threads: int, side: int | None, size: int) 
     )
     if key in _TRIED:
         return
-    line = children.command("dsconvert.evaluate.trial", path, engine, threads, side or 0, size, bounds.BASE_SECONDS)
+    line = children.command("dsconvert.scoring.trial", path, engine, threads, side or 0, size, bounds.BASE_SECONDS)
     most = Bounds(str(path), size).most_seconds(0) + GRACE
     try:
         done = subprocess.run(line, env=children.environment(), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,

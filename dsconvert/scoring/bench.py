@@ -10,11 +10,11 @@ from pathlib import Path
 from statistics import median
 
 from dsconvert.errors import InputError
-from dsconvert.evaluate.engines import check_onnx, engine_version, open_model
-from dsconvert.evaluate.footprint import Footprint, measure_footprint
-from dsconvert.evaluate.latency import Latency, Ratio, interleaved_times, ratio, summary
-from dsconvert.evaluate.trial import try_out
 from dsconvert.export.external import check_external_data
+from dsconvert.scoring.engines import check_onnx, engine_version, open_model
+from dsconvert.scoring.footprint import Footprint, measure_footprint
+from dsconvert.scoring.latency import Latency, Ratio, interleaved_times, ratio, summary
+from dsconvert.scoring.trial import try_out
 
 LOADS = 3  # fresh processes a model is loaded in
 Progress = Callable[[str, int, int], None]
@@ -70,7 +70,7 @@ def only_cpus(count: int) -> Iterator[None]:
         return
     before = os.sched_getaffinity(0)
     if count > len(before):
-        raise InputError(f"--threads {count} is more than the {len(before)} CPUs this process may use.")
+        raise InputError.naming("{threads} {} is more than the {} CPUs this process may use.", count, len(before))
     os.sched_setaffinity(0, sorted(before)[:count])
     try:
         yield
