@@ -25,6 +25,7 @@ from dsconvert.errors import InputError
 from dsconvert.evaluate.bounds import enforced
 from dsconvert.evaluate.candidates import load_candidate
 from dsconvert.export.check import check_accumulators
+from dsconvert.export.layouts import layout_named
 from dsconvert.export.onnx import export_quantized
 from dsconvert.model import DSModel
 from dsconvert.modelfile import load_model, model_bytes
@@ -67,7 +68,7 @@ def targets(folder: Path) -> dict[str, Target]:
     made = pipeline.save_quantized(quantized, folder / "q", False)
     model = load_model(made)
     graphs = [
-        export_quantized(model, layout, 64).SerializeToString()
+        export_quantized(model, layout_named(layout), 64).SerializeToString()
         for layout in ("packed", "fused", "blocked", "openvino", "int8")
     ]
     labels = [p.read_bytes() for p in sorted((DEMO / "labels").rglob("*.txt"))[:8]]

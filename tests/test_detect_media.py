@@ -22,6 +22,7 @@ from dsconvert.evaluate.candidates import load_candidate
 from dsconvert.evaluate.detect import DetectOptions, find
 from dsconvert.evaluate.saving import crop
 from dsconvert.evaluate.video import opened
+from dsconvert.export.layouts import layout_named
 from dsconvert.export.onnx import Ends, export_quantized
 from dsconvert.yolo.checkpoint import yolov5_bytes
 from dsconvert.yolo.images import read_image
@@ -373,7 +374,7 @@ def test_options_that_cannot_be_met_are_one_sentence(clips, call, monkeypatch, o
 
 def test_half_is_for_files_that_take_it_and_other_devices_for_checkpoints(clips, call, converted, monkeypatch):
     for name, kind in (("half", "float16"), ("plain", "float32")):
-        made = export_quantized(converted, "packed", 64, Ends(input_type=kind))
+        made = export_quantized(converted, layout_named("packed"), 64, Ends(input_type=kind))
         (clips / f"{name}.onnx").write_bytes(made.SerializeToString())
     assert call("detect", "half.onnx", "images", "--half", "--nosave", cwd=clips).code == 0
     assert call("detect", "plain.onnx", "images", "--half", "--nosave", cwd=clips).code == 2

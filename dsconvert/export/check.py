@@ -21,7 +21,7 @@ from torch import Tensor
 
 from dsconvert.errors import CheckError
 from dsconvert.export.lastchannels import LAST
-from dsconvert.export.onnx import LAYOUT_KEY, Ends
+from dsconvert.export.onnx import Ends
 from dsconvert.export.reference import Reference, float_reference, reference_of
 from dsconvert.export.stored import DETECT, wrong_layer
 from dsconvert.graph.ir import INPUT
@@ -69,9 +69,8 @@ def check_export(
 
     Layers are told by the names of their values: `named` is the same file with all of them, where `data` lacks some."""
     file = _File.of(data, reference, (), ends)
-    layout = next((entry.value for entry in file.model.metadata_props if entry.key == LAYOUT_KEY), "")
     found = [file.run(_inputs(image, ends)[0]).boxes for image in images]
-    wrong = wrong_layer(data, named, reference, reference.again(layout, images[0].shape[-1], ends), layout)
+    wrong = wrong_layer(data, named, reference, reference.again(images[0].shape[-1], ends))
     if wrong is None:
         every = _File.of(named or data, reference, reference.graph.outputs, ends)
         for image, boxes in zip(images, found, strict=True):
@@ -142,7 +141,7 @@ class _File:
             kinds = [f"{name}{kind}" for kind in (reference.suffix, f"{reference.suffix}{LAST}", WIDE, f"{WIDE}{LAST}")]
             stored = next((kind for kind in kinds if kind in there), None)
             if stored is not None:
-                cho = len(reference.numbers(nodes[name], "").bias) if WIDE in stored.removeprefix(name) else None
+                cho = len(reference.numbers(nodes[name]).bias) if WIDE in stored.removeprefix(name) else None
                 values.append((name, stored, cho))
         model.graph.output.extend(onnx.ValueInfoProto(name=stored) for _, stored, _ in values)
         if ends.nms:  # what goes into the suppression: boxes and scores

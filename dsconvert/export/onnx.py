@@ -20,11 +20,11 @@ from dsconvert.export.builder import OnnxBuilder
 from dsconvert.export.decode import RawMap, add_decode, box_count
 from dsconvert.export.fused import fuse
 from dsconvert.export.inputs import INPUT_TYPES, add_real_image
-from dsconvert.export.layouts import LAYOUT_OPSET
+from dsconvert.export.layouts import Layout, check_layout
 from dsconvert.export.nms import Nms, add_nms
 from dsconvert.export.operators import add_conv, add_float, real_weight
 from dsconvert.export.quantized import Quantized
-from dsconvert.export.real import add_real_weight, check_layout
+from dsconvert.export.real import add_real_weight
 from dsconvert.export.weights import Weights
 from dsconvert.graph.integer import real_between
 from dsconvert.graph.ir import INPUT, ConvParams, Graph, Node
@@ -48,28 +48,27 @@ class Ends:
 PLAIN = Ends()
 
 
-def export_quantized(model: DSModel, layout: str, imgsz: int, ends: Ends = PLAIN) -> onnx.ModelProto:
+def export_quantized(model: DSModel, layout: Layout, imgsz: int, ends: Ends = PLAIN) -> onnx.ModelProto:
     """The converted network with integer weights in the given layout (see `layouts`)."""
     check_layout(model, layout)
     model = in_layout(model, layout)
-    if layout == "fused":
-        return fuse(_written(model, layout, imgsz, ends))
-    return _written(model, layout, imgsz, ends)
+    made = _written(model, layout, imgsz, ends)
+    return fuse(made) if layout.fused else made
 
 
-def in_layout(model: DSModel, layout: str) -> DSModel:
-    """The model whose arithmetic a file of that layout has: all have the model's own, but for openvino."""
-    if layout != "openvino":
+def in_layout(model: DSModel, layout: Layout) -> DSModel:
+    """The model whose arithmetic a file of that layout has: the model's own, where all is rounded."""
+    if layout.rounds_between:
         return model
     return replace(model, activations=real_between(model.graph, model.activations))
 
 
-def _written(model: DSModel, layout: str, imgsz: int, ends: Ends) -> onnx.ModelProto:
-    """The file operator by operator; in layouts packed and fused (to be) in the shapes ONNX Runtime is fast at."""
+def _written(model: DSModel, layout: Layout, imgsz: int, ends: Ends) -> onnx.ModelProto:
+    """The file operator by operator."""
     _check_side(imgsz, model.head)
-    b = OnnxBuilder(LAYOUT_OPSET[layout])
+    b = OnnxBuilder(layout.opset)
     if model.activations:
-        q = Quantized(b, model, layout, ends.input_type, imgsz if layout in ("packed", "fused") else None)
+        q = Quantized(b, model, layout, ends.input_type, imgsz if layout.quick else None)
         for node in model.graph.nodes:
             q.add(node)
         q.finish()
@@ -80,7 +79,7 @@ def _written(model: DSModel, layout: str, imgsz: int, ends: Ends) -> onnx.ModelP
             _weight_only(b, _reading(node, image), model, weights)
         weights.finish()
         raw = [RawMap(name) for name in model.graph.outputs]
-    return _finish(b, raw, model.head, imgsz, ends, {LAYOUT_KEY: layout})
+    return _finish(b, raw, model.head, imgsz, ends, {LAYOUT_KEY: layout.name})
 
 
 def export_float(
@@ -151,7 +150,7 @@ def _weight_only(b: OnnxBuilder, node: Node, model: DSModel, weights: Weights) -
         add_float(b, node, list(node.inputs), node.name)
         return
     conv, name = model.convs[node.name], display_name(node)
-    if weights.layout == "float":
+    if weights.layout.real:
         weight = add_real_weight(b, name, conv.weight)
     else:
         weight, _ = real_weight(b, name, conv.weight, weights)

@@ -13,6 +13,7 @@ from dsconvert.export.builder import OnnxBuilder
 from dsconvert.export.decode import SHORT, RawMap
 from dsconvert.export.inputs import BYTES, add_real_image
 from dsconvert.export.lastchannels import LAST, TO_FIRST, TO_LAST
+from dsconvert.export.layouts import Layout
 from dsconvert.export.operators import add_conv, add_float, real_weight
 from dsconvert.export.quickconv import (
     RUN,
@@ -38,7 +39,7 @@ class Quantized:
     Given the image's `side`, it writes what ONNX Runtime is fast at, with equal integers: convolutions in other shapes
     (see `quickconv`), upsampling by Gather, and maps for `decode` with their channels last."""
 
-    def __init__(self, b: OnnxBuilder, model: DSModel, layout: str, input_type: str, side: int | None) -> None:
+    def __init__(self, b: OnnxBuilder, model: DSModel, layout: Layout, input_type: str, side: int | None) -> None:
         self.b, self.model, self.layout, self.biases, self.side = b, model, layout, Biases(b), side
         self.weights = Weights(b, layout)
         self.grids = grid_of(model.graph, model.activations)
@@ -105,7 +106,7 @@ class Quantized:
         if self.side is None or prototypes:
             return RawMap(self.uint8[value], grid)
         name, more = self.wide.get(value) or (self.uint8[value], 0)
-        if self.layout == "packed" and not more and self.shapes[value][0] <= SHORT * self.model.head.na:
+        if not self.layout.fused and not more and self.shapes[value][0] <= SHORT * self.model.head.na:
             # decoding turns it around by itself; ONNX Runtime would make one Transpose of the two
             return RawMap(name, grid)
         return RawMap(self.b.node("Transpose", [name], f"{value}.last", perm=TO_LAST), grid, True, more)
@@ -208,7 +209,7 @@ class Quantized:
         b, name, conv = self.b, display_name(node), self.model.convs[node.name]
         source = self.grids[node.inputs[0]]
         integers = conv.bias_int(source.scale).numpy()
-        if self.layout == "int8":
+        if not self.layout.bias_vector:
             unit = b.node("Mul", [cds, b.scalar(source.scale)], f"{name}.unit")
             return b.tensor(f"{name}.bias", integers), unit
         return self.biases.add(name, integers, cds, source.scale, more)

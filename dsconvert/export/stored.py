@@ -30,13 +30,11 @@ SCALE = 4  # place of the weight's scale among a QLinearConv's inputs
 INTEGERS, REALS = ("weight", "int8"), ("w", "blocks", "weight")
 
 
-def wrong_layer(
-    data: bytes, named: bytes | None, reference: Reference, again: onnx.ModelProto, layout: str
-) -> str | None:
+def wrong_layer(data: bytes, named: bytes | None, reference: Reference, again: onnx.ModelProto) -> str | None:
     """The first layer of which the file holds other numbers than the model, None when all are the model's. `named` is
     the same file with the names of all its values, where `data` lacks some; `again` the file made once more."""
     model = onnx.load_from_string(named or data)
-    found = _other_bytes(model, again, reference) or _other_numbers(model, reference, layout)
+    found = _other_bytes(model, again, reference) or _other_numbers(model, reference)
     if found is None and named is not None and data != named and not _is_compacted(data, model):
         return _other_bytes(onnx.load_from_string(data), compact(again), reference) or DETECT
     return found
@@ -46,11 +44,11 @@ def _is_compacted(data: bytes, named: onnx.ModelProto) -> bool:
     return bool(data == compact(named).SerializeToString(deterministic=True))
 
 
-def _other_numbers(model: onnx.ModelProto, reference: Reference, layout: str) -> str | None:
+def _other_numbers(model: onnx.ModelProto, reference: Reference) -> str | None:
     """The first layer whose weight, scale or bias, as the file's own nodes unpack them, is not the model's."""
     convs = reference.graph.convs()
     known = {t.name for t in model.graph.initializer} | {out for node in model.graph.node for out in node.output}
-    wanted = {node.name: reference.numbers(node, layout) for node in convs}
+    wanted = {node.name: reference.numbers(node) for node in convs}
     # ONNX Runtime's optimiser keeps equal scales once, under the name of one of them
     scales = {node.name: node.input[SCALE] for node in model.graph.node if node.op_type == "QLinearConv"}
     names = {node.name: _names(node, wanted[node.name], known, scales) for node in convs}
@@ -147,5 +145,5 @@ def _owner_of_bias(tensor: onnx.TensorProto, again: onnx.ModelProto, reference: 
         return display_name(convs[0])
     one, other = (numpy_helper.to_array(t).astype(np.int64) for t in (tensor, right))
     place = int(np.argmax(one != other))
-    ends = np.cumsum([len(reference.numbers(node, "").bias) for node in convs])
+    ends = np.cumsum([len(reference.numbers(node).bias) for node in convs])
     return display_name(convs[min(int(np.searchsorted(ends, place, "right")), len(convs) - 1)])
