@@ -42,7 +42,7 @@ class Layout:
     real: bool = False  # W' is made in float, for shifts that are real numbers
     joint: bool = False  # weights of many layers are decoded together, see `joint`
     bias_vector: bool = True  # all biases are one, see `biases`; else each layer stores its own
-    quick: bool = False  # convolutions and maps are in the shapes that ONNX Runtime is fast at, see `quickconv`
+    quick: bool = False  # convolutions and maps are in the shapes that ONNX Runtime is fast at, see `quickform`
     fused: bool = False  # ONNX Runtime's own operators stand around the weights, channels last, see `fused`
 
 

@@ -24,6 +24,7 @@ from dsconvert.export.layouts import Layout, check_layout
 from dsconvert.export.nms import Nms, add_nms
 from dsconvert.export.operators import add_conv, add_float, real_weight
 from dsconvert.export.quantized import Quantized
+from dsconvert.export.quickform import QuickForm
 from dsconvert.export.real import add_real_weight
 from dsconvert.export.weights import Weights
 from dsconvert.graph.integer import real_between
@@ -68,7 +69,11 @@ def _written(model: DSModel, layout: Layout, imgsz: int, ends: Ends) -> onnx.Mod
     _check_side(imgsz, model.head)
     b = OnnxBuilder(layout.opset)
     if model.activations:
-        q = Quantized(b, model, layout, ends.input_type, imgsz if layout.quick else None)
+        q = (
+            QuickForm(b, model, layout, ends.input_type, imgsz)
+            if layout.quick
+            else Quantized(b, model, layout, ends.input_type)
+        )
         for node in model.graph.nodes:
             q.add(node)
         q.finish()
