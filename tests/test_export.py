@@ -20,10 +20,11 @@ from dsconvert.dsconv.tensor import DSTensor, max_multiplier, used_width
 from dsconvert.errors import InputError
 from dsconvert.export.builder import OnnxBuilder
 from dsconvert.export.compact import compact
-from dsconvert.export.decode import RawMap, add_decode
+from dsconvert.export.decode import add_decode
 from dsconvert.export.inspect import conv_weights
 from dsconvert.export.layouts import add_int8_weight, layout_named
 from dsconvert.export.onnx import Ends, export_float, export_quantized
+from dsconvert.export.written import Place
 from dsconvert.fit.least_squares import fit_weight
 from dsconvert.graph.integer import run_integer
 from dsconvert.graph.ir import ConvParams
@@ -180,7 +181,7 @@ def test_boxes_of_grids_that_are_no_multiples_of_each_other():
     head = Head(("a", "b"), (4, 6), (((3.0, 5.0), (6.0, 4.0)), ((9.0, 7.0), (8.0, 2.0))))
     raw = [torch.randn(2, 14, side, side, generator=torch.Generator().manual_seed(side)) for side in (6, 4)]
     b = OnnxBuilder(21)
-    decoded = add_decode(b, [RawMap("x"), RawMap("y")], head, 24)
+    decoded = add_decode(b, [Place("x"), Place("y")], head, 24)
     b.node("Concat", decoded.all(), "out", axis=2)
     model = b.model({n: tuple(t.shape) for n, t in zip("xy", raw, strict=True)}, {"out": (2, 104, 7)}, {})
     found = session(model).run(None, {n: t.numpy() for n, t in zip("xy", raw, strict=True)})[0]

@@ -17,7 +17,7 @@ from dsconvert.export import check, decode, stored
 from dsconvert.export.check import check_export, check_images, float_reference, reference_of
 from dsconvert.export.layouts import layout_named
 from dsconvert.export.nms import Nms
-from dsconvert.export.onnx import Ends, export_float, export_quantized
+from dsconvert.export.onnx import Ends, export_float, export_quantized, write_quantized
 from dsconvert.fit.real_alpha import fit_weight_real
 from dsconvert.graph.integer import QConv
 from dsconvert.model import DSModel
@@ -81,7 +81,7 @@ def test_a_flipped_bit_of_any_stored_tensor_is_noticed(widths, reals, layout):
     model = reals if layout == "float" else widths
     reference = reference_of(model, layout_named(layout))
     file = export_quantized(model, layout_named(layout), SIDE)
-    again = reference.again(SIDE, PLAIN)
+    again = reference.again(SIDE, PLAIN).model
     assert stored._other_bytes(file, again, reference) is None
     tried = 0
     for index, tensor in enumerate(file.graph.initializer):
@@ -114,11 +114,11 @@ def test_a_flipped_bit_of_the_joint_biases_is_laid_to_its_layer(widths):
     reference = reference_of(widths, layout_named("packed"))
     file = export_quantized(widths, layout_named("packed"), SIDE)
     index = next(i for i, t in enumerate(file.graph.initializer) if t.name == "bias.low")
-    convs = widths.graph.convs()
+    again, convs = reference.again(SIDE, PLAIN).model, widths.graph.convs()
     place = 0
     for node in convs:
         other = with_tensor(file, index, flipped(file.graph.initializer[index], 16 * place))
-        assert stored._other_bytes(other, reference.again(SIDE, PLAIN), reference) == node.name.removesuffix(".conv")
+        assert stored._other_bytes(other, again, reference) == node.name.removesuffix(".conv")
         place += len(widths.convs[node.name].bias)
 
 
@@ -128,7 +128,7 @@ def test_flipped_bits_of_a_float_file_are_noticed():
     reference, file = float_reference(graph, params, head), export_float(graph, params, head, SIDE)
     images = check_images(SIDE)
     check_export(file.SerializeToString(), reference, PLAIN, images)
-    again = reference.again(SIDE, PLAIN)
+    again = reference.again(SIDE, PLAIN).model
     for index, tensor in enumerate(file.graph.initializer):
         other = with_tensor(file, index, flipped(tensor, 0))  # the last bit of a float32, or of a shape
         assert stored._other_bytes(other, again, reference) is not None
@@ -142,9 +142,9 @@ def test_flipped_bits_of_a_float_file_are_noticed():
 def test_what_the_nodes_make_of_the_bytes_is_held_against_the_model(widths, reals, layout):
     """Without the file made once more: an exporter that is wrong is wrong twice."""
     model = reals if layout == "float" else widths
-    file = export_quantized(model, layout_named(layout), SIDE)
-    reference = reference_of(model, layout_named(layout))
-    assert stored._other_numbers(file, reference) is None
+    written, reference = write_quantized(model, layout_named(layout), SIDE), reference_of(model, layout_named(layout))
+    file, weights = written.model, written.weights
+    assert stored._other_numbers(file, reference, weights) is None
     for node in (*model.graph.convs()[:4], *model.graph.convs()[-2:]):
         conv = model.convs[node.name]
         cds, bias = conv.weight.cds_w.clone(), conv.bias.clone()
@@ -157,7 +157,7 @@ def test_what_the_nodes_make_of_the_bytes_is_held_against_the_model(widths, real
             changes.append(replace(conv, weight=replace(conv.weight, vqk=vqk)))
         for changed in changes:
             other = reference_of(replace(model, convs={**model.convs, node.name: changed}), layout_named(layout))
-            assert stored._other_numbers(file, other) == node.name.removesuffix(".conv")
+            assert stored._other_numbers(file, other, weights) == node.name.removesuffix(".conv")
 
 
 def test_a_compacted_file_that_is_not_the_named_one_is_refused(widths):

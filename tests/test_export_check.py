@@ -29,8 +29,8 @@ from dsconvert.export.check import (
 )
 from dsconvert.export.layouts import layout_named
 from dsconvert.export.nms import Nms
-from dsconvert.export.onnx import Ends, export_float, export_quantized
-from dsconvert.graph.integer import QConv
+from dsconvert.export.onnx import Ends, export_float, export_quantized, in_layout, write_quantized
+from dsconvert.graph.integer import QConv, grid_of
 from dsconvert.model import DSModel
 from dsconvert.modelfile import model_bytes
 from dsconvert.yolo.lower import lower
@@ -112,6 +112,17 @@ def test_right_float_files_pass(tiny, converted, ends):
     weights_only = replace(converted, activations={})
     data = export_quantized(weights_only, layout_named("packed"), SIDE, ends).SerializeToString()
     check_export(data, reference_of(weights_only, layout_named("packed")), ends, IMAGES)
+
+
+@pytest.mark.parametrize("layout", ["packed", "fused", "blocked", "openvino", "int8"])
+def test_all_maps_on_a_grid_have_a_place_in_the_file(converted, layout):
+    """What has none is not looked at."""
+    written = write_quantized(converted, layout_named(layout), SIDE)
+    own = in_layout(converted, layout_named(layout)).activations
+    assert written.places.keys() == grid_of(converted.graph, own).keys()
+    made = {out for node in written.model.graph.node for out in node.output}
+    assert made.issuperset(place.name for place in written.places.values())
+    assert all(place.last == (layout == "fused") for place in written.places.values() if place.name != "images.q")
 
 
 def tampered(model: onnx.ModelProto, name: str, change) -> onnx.ModelProto:

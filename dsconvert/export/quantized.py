@@ -10,11 +10,11 @@ import numpy as np
 
 from dsconvert.export.biases import Biases
 from dsconvert.export.builder import OnnxBuilder
-from dsconvert.export.decode import RawMap
 from dsconvert.export.inputs import BYTES, add_real_image
 from dsconvert.export.layouts import Layout
 from dsconvert.export.operators import add_conv, add_float, real_weight
 from dsconvert.export.weights import Weights
+from dsconvert.export.written import Place
 from dsconvert.graph.integer import SIGMOID, QParams, grid_of, keeps_grid
 from dsconvert.graph.ir import INPUT, Node
 from dsconvert.model import DSModel, display_name
@@ -59,9 +59,13 @@ class Quantized:
         self.biases.finish()
         self.weights.finish()
 
-    def raw(self, value: str) -> RawMap:
+    def places(self) -> dict[str, Place]:
+        """Where the file has the graph's values, but for those without a grid."""
+        return {value: Place(name, self.grids[value]) for value, name in self.uint8.items()}
+
+    def raw(self, value: str) -> Place:
         """An output of the graph, as `decode` shall have it."""
-        return RawMap(self.uint8[value], self.grids[value])
+        return Place(self.uint8[value], self.grids[value])
 
     def real(self, value: str) -> str:
         """A dequantized name of a value, another one every time."""

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
 from dsconvert.export.builder import OnnxBuilder
-from dsconvert.export.decode import SHORT, RawMap
+from dsconvert.export.decode import SHORT
 from dsconvert.export.lastchannels import LAST, TO_FIRST, TO_LAST
 from dsconvert.export.layouts import Layout
 from dsconvert.export.operators import add_conv, real_weight
@@ -20,6 +22,7 @@ from dsconvert.export.quickconv import (
     quads_of,
     twice,
 )
+from dsconvert.export.written import Place
 from dsconvert.graph.ir import INPUT, Node
 from dsconvert.graph.shapes import value_shapes
 from dsconvert.model import DSModel, display_name
@@ -35,18 +38,22 @@ class QuickForm(Quantized):
         weights = {name: tuple(conv.weight.vqk.shape) for name, conv in model.convs.items()}
         self.shapes = value_shapes(model.graph, weights, (3, side, side))
         self.images: dict[tuple[int, ...], str] = {}  # the image in other shapes, bytes
-        self.wide: dict[str, tuple[str, int]] = {}  # raw map -> the map it is the first channels of, and how many more
+        self.wide: dict[str, Place] = {}  # raw maps that have more channels than the graph's
 
-    def raw(self, value: str) -> RawMap:
+    def places(self) -> dict[str, Place]:
+        """Where the file has the graph's values."""
+        return super().places() | self.wide
+
+    def raw(self, value: str) -> Place:
         """An output of the graph, as `decode` shall have it."""
-        name, more = self.wide.get(value) or (self.uint8[value], 0)
-        grid, head = self.grids[value], self.model.head
+        place, head = self.wide.get(value) or super().raw(value), self.model.head
         prototypes = bool(head.nm) and value == self.model.graph.outputs[-1]
         # decoding turns few channels around by itself; ONNX Runtime would make one Transpose of the two
-        few = not self.layout.fused and not more and self.shapes[value][0] <= SHORT * head.na
+        few = not self.layout.fused and not place.more and self.shapes[value][0] <= SHORT * head.na
         if prototypes or few:
-            return RawMap(name, grid)
-        return RawMap(self.b.node("Transpose", [name], f"{value}.last", perm=TO_LAST), grid, True, more)
+            return place
+        turned = self.b.node("Transpose", [place.name], f"{value}.last", perm=TO_LAST)
+        return replace(place, name=turned, last=True)
 
     def _moved(self, node: Node) -> str:
         return self._upsample(node) if node.op == "upsample" else super()._moved(node)
@@ -72,7 +79,7 @@ class QuickForm(Quantized):
             return
         wide = self._q(self._conv(node), f"{node.name}.wide", self.grids[node.name])
         if node.name in self.model.graph.outputs:
-            self.wide[node.name] = wide, more  # decoding cuts them off
+            self.wide[node.name] = Place(wide, self.grids[node.name], more=more)  # decoding cuts them off
             return
         cut = [self.b.shape(0), self.b.shape(len(self.model.convs[node.name].bias)), self.b.shape(1)]
         self.uint8[node.name] = self.b.node("Slice", [wide, *cut], f"{node.name}.q")

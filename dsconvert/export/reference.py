@@ -8,13 +8,13 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-import onnx
 from numpy.typing import NDArray
 from torch import Tensor
 
 from dsconvert.dsconv.tensor import DSTensor, expand_blocks
 from dsconvert.export.layouts import Layout
-from dsconvert.export.onnx import Ends, export_float, export_quantized, in_layout
+from dsconvert.export.onnx import Ends, in_layout, write_float, write_quantized
+from dsconvert.export.written import Written
 from dsconvert.graph.integer import QConv, grid_of, integer_step, real_params, run_integer
 from dsconvert.graph.ir import ConvParams, Graph, Node
 from dsconvert.graph.run import float_step, run_float
@@ -46,20 +46,15 @@ class Reference:
     exact: bool
     real: Callable[[str, Tensor], Tensor] = field(repr=False)
     numbers: Callable[[Node], Numbers] = field(repr=False)
-    again: Callable[[int, Ends], onnx.ModelProto] = field(repr=False)
+    again: Callable[[int, Ends], Written] = field(repr=False)
     inside: frozenset[str] = frozenset()  # values without a grid, which engines compute together with what reads them
-
-    @property
-    def suffix(self) -> str:
-        """Of a value's name in the file: integers are the quantizers' outputs."""
-        return ".q" if self.exact else ""
 
 
 def reference_of(model: DSModel, layout: Layout) -> Reference:
     """A converted model's arithmetic in a layout: integers, or weights in float when its activations are."""
     model = in_layout(model, layout)
     graph, convs, own = model.graph, model.convs, model.activations
-    again = partial(export_quantized, model, layout)
+    again = partial(write_quantized, model, layout)
     if not own:
         params = real_params(convs)
         return Reference(
@@ -83,7 +78,7 @@ def float_reference(graph: Graph, params: Mapping[str, ConvParams], head: Head) 
         graph, head, lambda x: run_float(graph, params, x),
         lambda node, inputs: float_step(node, inputs, params), False, lambda name, value: value,
         lambda node: Numbers(params[node.name].weight.numpy(), None, params[node.name].bias.numpy()),
-        lambda side, ends: export_float(graph, params, head, side, ends),
+        partial(write_float, graph, params, head),
     )  # fmt: skip
 
 
