@@ -42,6 +42,7 @@ from peers import (
 )
 
 from dsconvert.dsconv.tensor import DSTensor
+from dsconvert.export.layouts import layout_named
 from dsconvert.exporting import onnx_bytes
 from dsconvert.fit.gptq import fit_layer, fit_weight_gptq, measure_moments
 from dsconvert.graph.blockfloat import run_block_float
@@ -98,7 +99,7 @@ def dsconvert_row(name: str, group: str, checkpoint: Path, work: Path, options: 
             quantize(load_checkpoint(checkpoint), options, name, cache=work / "cache"), folder, force=True
         ),
     )
-    made(target, lambda: target.write_bytes(onnx_bytes(model, "packed", options.imgsz)))
+    made(target, lambda: target.write_bytes(onnx_bytes(model, layout_named("packed"), options.imgsz)))
     made_of = load_model(model)
     weights = inner_weights(made_of)
     smaller = 32 * sum(w.vqk.numel() for w in weights) / sum(w.weight_bits * w.vqk.numel() for w in weights)
@@ -110,7 +111,10 @@ def dsconvert_row(name: str, group: str, checkpoint: Path, work: Path, options: 
 def openvino_row(row: Row, side: int) -> Row:
     """The same model in layout openvino, run in OpenVINO."""
     target = row.path.with_name("openvino.onnx")
-    made(target, lambda: target.write_bytes(onnx_bytes(row.path.with_name("model.safetensors"), "openvino", side)))
+    made(
+        target,
+        lambda: target.write_bytes(onnx_bytes(row.path.with_name("model.safetensors"), layout_named("openvino"), side)),
+    )
     name = f"{row.name.removesuffix(SECOND)}{IN_OPENVINO}{SECOND if row.name.endswith(SECOND) else ''}"
     return replace(row, name=name, path=target, predict=openvino_predictor(target))
 
@@ -163,7 +167,7 @@ def all_rows(
     """Every model of the groups wanted, the float one first; `main` always. `only_made`: those in the work folder."""
     side = options.imgsz
     float_file = work / "float32.onnx"
-    made(float_file, lambda: float_file.write_bytes(onnx_bytes(checkpoint, "packed", side)))
+    made(float_file, lambda: float_file.write_bytes(onnx_bytes(checkpoint, layout_named("packed"), side)))
     rows = [Row("float32", "main", float_file, load_candidate(float_file, side).predict, 32.0, None)]
     rows += peer_rows(float_file, decoded(options.calib or Path(), side, options.samples), work)
 

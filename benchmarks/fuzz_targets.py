@@ -23,6 +23,7 @@ from dsconvert.calibcache import META as CACHE_META
 from dsconvert.calibcache import remembered
 from dsconvert.errors import InputError
 from dsconvert.export.check import check_accumulators
+from dsconvert.export.layouts import layout_named
 from dsconvert.export.onnx import export_quantized
 from dsconvert.model import DSModel
 from dsconvert.modelfile import load_model, model_bytes
@@ -69,7 +70,7 @@ def targets(folder: Path) -> dict[str, Target]:
     made = save_quantized(quantized, folder / "q", False)
     model = load_model(made)
     graphs = [
-        export_quantized(model, layout, 64).SerializeToString()
+        export_quantized(model, layout_named(layout), 64).SerializeToString()
         for layout in ("packed", "fused", "blocked", "openvino", "int8")
     ]
     labels = [p.read_bytes() for p in sorted((DEMO / "labels").rglob("*.txt"))[:8]]

@@ -20,6 +20,7 @@ from tempfile import TemporaryDirectory
 
 import torch
 
+from dsconvert.export.layouts import layout_named
 from dsconvert.export.onnx import in_layout
 from dsconvert.fit.threads import in_order
 from dsconvert.graph.integer import real_params, run_integer
@@ -97,7 +98,7 @@ def main() -> None:
                 seconds, model = time.perf_counter() - began, result.model
             found = [errors(load_checkpoint(args.checkpoint), model, held)]
             if model.activations:
-                found.append(errors(load_checkpoint(args.checkpoint), in_layout(model, "openvino"), held))
+                found.append(errors(load_checkpoint(args.checkpoint), in_layout(model, layout_named("openvino")), held))
             ends = "; in layout openvino ".join(map(said, found))
             print(f"{count} images, seed {seed}: error {ends}; {seconds:.0f} s; {tuned(result)}", flush=True)
 

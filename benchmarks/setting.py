@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from peers import decoded, mnn_convert, nncf_int8, ort_static, ultralytics_int8
 
+from dsconvert.export.layouts import layout_named
 from dsconvert.exporting import onnx_bytes
 from dsconvert.options import QuantizeOptions
 from dsconvert.pipeline import quantize
@@ -85,5 +86,5 @@ class Bench:
             ort_static(self.file("float32"), path, self.images(), convs_only=name == "ort-convs")
         else:
             source = self.checkpoint if name == "float32" else self.converted()
-            path.write_bytes(onnx_bytes(source, "packed" if name == "float32" else name, self.imgsz))
+            path.write_bytes(onnx_bytes(source, layout_named("packed" if name == "float32" else name), self.imgsz))
         return path

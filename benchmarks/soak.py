@@ -22,6 +22,7 @@ import numpy as np
 import torch
 
 from dsconvert.cli import cli
+from dsconvert.export.layouts import layout_named
 from dsconvert.exporting import onnx_bytes
 from dsconvert.scoring.accuracy import detect_all
 from dsconvert.scoring.candidates import load_candidates
@@ -94,7 +95,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         model = folder / "demo.onnx"
-        model.write_bytes(onnx_bytes(DEMO / "demo.pt", "packed", args.imgsz))
+        model.write_bytes(onnx_bytes(DEMO / "demo.pt", layout_named("packed"), args.imgsz))
         for what, work in (
             ("evaluate", lambda: evaluated([DEMO / "demo.pt", model], args.images, args.imgsz)),
             ("detect", lambda: detected(model, args.images, args.imgsz, folder)),

@@ -25,7 +25,7 @@ from dsconvert import exporting, pipeline
 from dsconvert.calibration import Progress
 from dsconvert.errors import InputError
 from dsconvert.export.inputs import INPUT_TYPES
-from dsconvert.export.layouts import LAYOUT_OPSET
+from dsconvert.export.layouts import PACKED, layout_named
 from dsconvert.export.nms import Nms
 from dsconvert.export.onnx import Ends
 from dsconvert.filekinds import MODEL, ONNX, file_kind
@@ -65,7 +65,7 @@ class FloatModel:
         """Write the float32 network as ONNX, to compare with; returns the file. `check` and `ends` as in
         QuantizedModel.export."""
         refuse_inputs([Path(file)], [self.path])
-        return _write(file, exporting.onnx_bytes(self.path, "packed", imgsz, _ends(**ends), check), force)
+        return _write(file, exporting.onnx_bytes(self.path, PACKED, imgsz, _ends(**ends), check), force)
 
 
 @dataclass(frozen=True, repr=False)
@@ -115,7 +115,7 @@ class QuantizedModel:
     def export(
         self,
         file: File,
-        layout: str = "packed",
+        layout: str = PACKED.name,
         *,
         imgsz: int | None = None,
         check: bool = True,
@@ -131,11 +131,9 @@ class QuantizedModel:
         dynamic_batch=True leaves the batch size open. input_type: float32 or float16
         (0..1), or uint8 (the image's bytes). nms=True ends with non-maximum suppression, `detections` (k, 7) = image,
         x1, y1, x2, y2, score, class; conf_thres, iou_thres and max_det belong to it."""
-        if layout not in LAYOUT_OPSET:
-            raise InputError(f"{layout!r} is not a layout; there are {', '.join(LAYOUT_OPSET)}.")
-        asked = _ends(**ends)
+        chosen, asked = layout_named(layout), _ends(**ends)
         with tempfile.TemporaryDirectory() as folder:
-            made = exporting.onnx_bytes(as_file(self, Path(folder)), layout, imgsz, asked, check)
+            made = exporting.onnx_bytes(as_file(self, Path(folder)), chosen, imgsz, asked, check)
         return _write(file, made, force)
 
 

@@ -16,7 +16,7 @@ from dsconvert.dsconv.tensor import DSTensor, block_count
 from dsconvert.errors import InputError
 from dsconvert.export.builder import OnnxBuilder
 from dsconvert.export.compact import compact
-from dsconvert.export.layouts import LAYOUT_OPSET, add_int8_weight
+from dsconvert.export.layouts import PACKED, add_int8_weight
 from dsconvert.export.onnx import export_quantized
 from dsconvert.fit.allocate import Choice, allocate
 from dsconvert.graph.integer import QConv, QParams
@@ -37,9 +37,9 @@ Formats = Mapping[str, WeightFormat]
 def stored_bytes(shape: torch.Size, format: WeightFormat) -> int:
     """Bytes that a weight (cho, chi, kh, kw) adds to the packed file: VQK, KDS and the nodes that unpack them, if it is
     unpacked by itself. Of those unpacked together nodes are fewer bytes; what it counts for must not hang on others."""
-    b = OnnxBuilder(LAYOUT_OPSET["packed"])
+    b = OnnxBuilder(PACKED.opset)
     name = "model.00.m.0.cv0"
-    add_int8_weight(b, name, empty_weight(shape, format), "packed")
+    add_int8_weight(b, name, empty_weight(shape, format), PACKED)
     # constants and tables are shared by all layers
     nodes = [n for n in b.nodes if n.output[0].startswith(name)]
     tensors = [t for t in b.initializers.values() if t.name.startswith(name)]
@@ -123,4 +123,4 @@ def packed_size(
         )
         for name, p in params.items()
     }
-    return compact(export_quantized(DSModel(graph, convs, own, head, imgsz, {}), "packed", imgsz)).ByteSize()
+    return compact(export_quantized(DSModel(graph, convs, own, head, imgsz, {}), PACKED, imgsz)).ByteSize()

@@ -7,7 +7,8 @@ from pathlib import Path
 from dsconvert.errors import InputError
 from dsconvert.export.check import check_accumulators, check_export, check_images, float_reference, reference_of
 from dsconvert.export.compact import compact
-from dsconvert.export.onnx import PLAIN, Ends, export_float, export_quantized, in_layout
+from dsconvert.export.layouts import Layout
+from dsconvert.export.onnx import PLAIN, Ends, export_float, export_quantized
 from dsconvert.filekinds import CHECKPOINT, ONNX, file_kind
 from dsconvert.model import DSModel
 from dsconvert.modelfile import load_model
@@ -20,7 +21,7 @@ from dsconvert.yolo.images import Image, letterbox, read_image
 from dsconvert.yolo.lower import lower
 
 
-def onnx_bytes(path: Path, layout: str, imgsz: int | None, ends: Ends = PLAIN, check: bool = True) -> bytes:
+def onnx_bytes(path: Path, layout: Layout, imgsz: int | None, ends: Ends = PLAIN, check: bool = True) -> bytes:
     """ONNX of a converted model in a layout, or the float32 network of a `.pt`.
 
     Raises CheckError when `check` finds that it does not compute what it should, see `export.check`."""
@@ -32,7 +33,7 @@ def onnx_bytes(path: Path, layout: str, imgsz: int | None, ends: Ends = PLAIN, c
         made = named = export_float(graph, params, checkpoint.head, side, ends)
     else:
         model = load_model(path)
-        side, reference = imgsz or model.imgsz, reference_of(in_layout(model, layout))
+        side, reference = imgsz or model.imgsz, reference_of(model, layout)
         named = export_quantized(model, layout, side, ends)
         made = compact(named)
         if check:

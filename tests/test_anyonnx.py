@@ -25,6 +25,7 @@ from dsconvert.anyonnx.layers import find_layers
 from dsconvert.anyonnx.source import ImageInput, read_source
 from dsconvert.errors import CheckError, InputError
 from dsconvert.export.inspect import conv_weights
+from dsconvert.export.layouts import layout_named
 from dsconvert.export.onnx import Ends
 from dsconvert.graph.run import conv
 
@@ -91,7 +92,7 @@ def resnet(tmp_path_factory, photos) -> tuple[Path, OnnxConverted]:
 def demo(tmp_path_factory) -> tuple[Path, OnnxConverted]:
     """The demo's detector as a float ONNX file, and its conversion: by least squares, which takes seconds less."""
     path = tmp_path_factory.mktemp("demo") / "demo.onnx"
-    path.write_bytes(exporting.onnx_bytes(DEMO / "demo.pt", "packed", 96, Ends(), False))
+    path.write_bytes(exporting.onnx_bytes(DEMO / "demo.pt", layout_named("packed"), 96, Ends(), False))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(convert, "MOST_COLUMNS", 0)
         return path, quantize_onnx(path, DEMO / "data.yaml", OnnxPlan(bits=6, samples=2))

@@ -14,6 +14,7 @@ from conftest import SIDE, convert, smooth_picture, tiny_network
 
 import dsconvert
 from dsconvert.api import QuantizedModel
+from dsconvert.export.layouts import layout_named
 from dsconvert.export.nms import Nms
 from dsconvert.export.onnx import Ends, export_quantized
 from dsconvert.model import DSModel
@@ -32,7 +33,9 @@ def models(work, converted, monkeypatch):
     """The folder `work`, now the current one, with the tiny network converted: q.safetensors, packed.onnx, nms.onnx."""
     (work / "q.safetensors").write_bytes(model_bytes(converted))
     for name, ends in {"packed": Ends(), "nms": Ends(nms=Nms(0.2, 0.45, 1000))}.items():
-        (work / f"{name}.onnx").write_bytes(export_quantized(converted, "packed", SIDE, ends).SerializeToString())
+        (work / f"{name}.onnx").write_bytes(
+            export_quantized(converted, layout_named("packed"), SIDE, ends).SerializeToString()
+        )
     monkeypatch.chdir(work)
     return work
 
@@ -155,7 +158,9 @@ def test_a_file_that_suppresses_is_as_sure_as_one_that_does_not(models, converte
     least = (best[1] + best[2]) / 2
     assert best[1] < least < best[2]
     ends = Ends(nms=Nms(least, 0.45, 1000))
-    (models / "sure.onnx").write_bytes(export_quantized(converted, "packed", SIDE, ends).SerializeToString())
+    (models / "sure.onnx").write_bytes(
+        export_quantized(converted, layout_named("packed"), SIDE, ends).SerializeToString()
+    )
     found = dsconvert.compare("packed.onnx", "sure.onnx", "images")
     # the same integers, decoded in float32 by the same engine
     assert found.mean_best_score_first == pytest.approx((best[2] + best[3]) / 4, abs=1e-6)

@@ -16,6 +16,7 @@ from onnx import TensorProto, helper, numpy_helper
 from dsconvert.errors import CheckError, InputError
 from dsconvert.export.builder import OnnxBuilder
 from dsconvert.export.check import check_export, check_images, reference_of
+from dsconvert.export.layouts import layout_named
 from dsconvert.export.onnx import PLAIN, Ends, export_quantized
 from dsconvert.export.quickconv import image_by_quads, kernel_by_quads, more_channels, outputs_apart, quads_of, twice
 from dsconvert.graph.ir import INPUT, Node
@@ -113,8 +114,8 @@ def network_of(stem: list[int], nc: int = 2) -> DSModel:
 @pytest.mark.parametrize("layout", ["packed", "fused"])
 def test_first_convolutions_in_channels_that_are_a_multiple_of_four(stem, taken, layout, tmp_path):
     model = network_of(stem)
-    made = export_quantized(model, layout, SIDE)
-    check_export(made.SerializeToString(), reference_of(model), PLAIN, check_images(SIDE))
+    made = export_quantized(model, layout_named(layout), SIDE)
+    check_export(made.SerializeToString(), reference_of(model, layout_named(layout)), PLAIN, check_images(SIDE))
     session(made, tmp_path)
     folded = onnx.load(tmp_path / "optimised.onnx").graph
     node = next(n for n in folded.node if n.op_type == "QLinearConv")
@@ -128,7 +129,7 @@ def test_channels_are_filled_up_where_that_is_faster(cho, computed):
 
 
 def test_maps_are_turned_around_once_and_boxes_once(converted, tmp_path):
-    made = export_quantized(converted, "fused", SIDE)
+    made = export_quantized(converted, layout_named("fused"), SIDE)
     session(made, tmp_path)
     loaded = onnx.load(tmp_path / "optimised.onnx")
     levels = len(converted.head.strides)
@@ -159,7 +160,9 @@ def test_boxes_of_many_classes_are_cut_out_by_anchor(nc, pieces, rest):
     network.requires_grad_(False)
     head = head_from_detect(network.detect, [4, 8], [str(i) for i in range(nc)])
     model = convert(network, head, smooth_picture())
-    packed, fused = (export_quantized(model, layout, SIDE, Ends(dynamic_batch=True)) for layout in ("packed", "fused"))
+    packed, fused = (
+        export_quantized(model, layout_named(layout), SIDE, Ends(dynamic_batch=True)) for layout in ("packed", "fused")
+    )
     x = np.random.default_rng(0).random((2, 3, SIDE, SIDE), np.float32)
     found, wanted = (session(made).run(None, {"images": x})[0] for made in (fused, packed))
     assert np.array_equal(found, wanted)
@@ -173,11 +176,13 @@ def test_boxes_of_many_classes_are_cut_out_by_anchor(nc, pieces, rest):
 
 @pytest.mark.parametrize("layer", ["model.0", "model.2.m.0.cv1", "model.7.cv3"])
 def test_the_check_names_a_wrong_layer(converted, layer):
-    made = export_quantized(converted, "fused", SIDE)
+    made = export_quantized(converted, layout_named("fused"), SIDE)
     stored = next(t for t in made.graph.initializer if t.name == f"{layer}.cds")
     stored.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(stored) * np.float32(1.5), stored.name))
     with pytest.raises(CheckError, match=rf"at layer {layer},"):
-        check_export(made.SerializeToString(), reference_of(converted), PLAIN, check_images(SIDE))
+        check_export(
+            made.SerializeToString(), reference_of(converted, layout_named("fused")), PLAIN, check_images(SIDE)
+        )
 
 
 def also_of_the_image(model: DSModel, kernels: list[tuple[int, int, int]], end: str = "sum") -> DSModel:
@@ -204,12 +209,14 @@ def also_of_the_image(model: DSModel, kernels: list[tuple[int, int, int]], end: 
 def test_several_convolutions_read_the_image(layout, kind):
     """One in the same quads, one in others, two with the image's channels filled up."""
     model = also_of_the_image(network_of([32, 6, 2, 2]), [(6, 2, 1), (2, 0, 1), (2, 1, 2), (2, 1, 2)])
-    made = export_quantized(model, layout, SIDE, Ends(input_type=kind))
+    made = export_quantized(model, layout_named(layout), SIDE, Ends(input_type=kind))
     names = [out for node in made.graph.node for out in node.output if out]
     assert len(names) == len(set(names))
     pads = [n for n in made.graph.node if n.op_type == "Pad" and n.output[0].endswith(f"{INPUT}.filled")]
     assert len(pads) == 3  # the first two share the image that they read
-    check_export(made.SerializeToString(), reference_of(model), Ends(input_type=kind), check_images(SIDE))
+    check_export(
+        made.SerializeToString(), reference_of(model, layout_named(layout)), Ends(input_type=kind), check_images(SIDE)
+    )
 
 
 @pytest.mark.parametrize("name", ["both", "act.q", "split"])
@@ -217,4 +224,4 @@ def test_names_of_layers_that_the_file_needs_itself_are_refused(name):
     """As only a forged model file has them."""
     model = also_of_the_image(network_of([32, 6, 2, 2]), [(6, 2, 1)], name)
     with pytest.raises(InputError, match=rf"^Two values of the exported file would be called more0\.{name}, as"):
-        export_quantized(model, "packed", SIDE)
+        export_quantized(model, layout_named("packed"), SIDE)

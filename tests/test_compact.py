@@ -12,6 +12,7 @@ from conftest import SIDE
 from onnx import TensorProto, helper, numpy_helper
 
 from dsconvert.export.compact import compact, short_names
+from dsconvert.export.layouts import layout_named
 from dsconvert.export.onnx import Ends, export_quantized
 
 
@@ -21,7 +22,7 @@ def run(model: onnx.ModelProto, image: np.ndarray) -> np.ndarray:
 
 @pytest.mark.parametrize("layout", ["packed", "int8"])
 def test_only_names_differ(converted, picture, layout):
-    before = export_quantized(converted, layout, SIDE)
+    before = export_quantized(converted, layout_named(layout), SIDE)
     after = compact(before)
     onnx.checker.check_model(after, full_check=True)
     assert np.array_equal(run(before, picture.numpy()), run(after, picture.numpy()))
@@ -56,7 +57,7 @@ def test_names_that_stay_are_never_given_again():
 
 
 def test_optional_inputs_stay_empty_and_so_does_the_original(converted):
-    before = export_quantized(converted, "blocked", SIDE, Ends(dynamic_batch=True))
+    before = export_quantized(converted, layout_named("blocked"), SIDE, Ends(dynamic_batch=True))
     text = before.SerializeToString()
     resize = next(n for n in compact(before).graph.node if n.op_type == "Resize")
     assert resize.input[1] == ""

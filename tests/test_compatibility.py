@@ -25,6 +25,7 @@ from onnx.reference import ReferenceEvaluator
 from onnx.version_converter import convert_version
 
 from dsconvert.export.compact import compact
+from dsconvert.export.layouts import layout_named
 from dsconvert.export.nms import Nms
 from dsconvert.export.onnx import Ends, export_float, export_quantized
 from dsconvert.model import display_name
@@ -70,8 +71,8 @@ def files() -> Files:
     made = {}
     for option, ends in OPTIONS.items():
         for layout in (*INTEGER, "openvino"):
-            made[layout, option] = compact(export_quantized(quantized, layout, SIDE, ends))
-        made["float", option] = compact(export_quantized(real, "float", SIDE, ends))
+            made[layout, option] = compact(export_quantized(quantized, layout_named(layout), SIDE, ends))
+        made["float", option] = compact(export_quantized(real, layout_named("float"), SIDE, ends))
         made["float32", option] = export_float(graph, params, head, SIDE, ends)
     return {key: model.SerializeToString() for key, model in made.items()}
 

@@ -13,6 +13,7 @@ import pytest
 from conftest import ROOT, SIDE, convert, smooth_picture, tiny_network
 
 from dsconvert.export.compact import compact
+from dsconvert.export.layouts import layout_named
 from dsconvert.export.nms import Nms
 from dsconvert.export.onnx import Ends, export_float, export_quantized
 from dsconvert.yolo.lower import lower
@@ -39,9 +40,9 @@ def program(tmp_path_factory) -> Path:
 def files() -> dict[str, bytes]:
     network, head = tiny_network()
     quantized = convert(*tiny_network(), smooth_picture())
-    made = {layout: compact(export_quantized(quantized, layout, SIDE, Ends())) for layout in INTEGER}
+    made = {layout: compact(export_quantized(quantized, layout_named(layout), SIDE, Ends())) for layout in INTEGER}
     made["float32"] = export_float(*lower(network.fuse()), head, SIDE, Ends())
-    made["nms"] = compact(export_quantized(quantized, "packed", SIDE, Ends(nms=Nms(0.2, 0.45, 20))))
+    made["nms"] = compact(export_quantized(quantized, layout_named("packed"), SIDE, Ends(nms=Nms(0.2, 0.45, 20))))
     return {name: model.SerializeToString() for name, model in made.items()}
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from conftest import SIDE
 
+from dsconvert.export.layouts import layout_named
 from dsconvert.export.nms import Nms
 from dsconvert.export.onnx import Ends, export_quantized
 from dsconvert.modelfile import model_bytes
@@ -29,7 +30,9 @@ def models(work, converted):
         "plain": Ends(), "bytes": Ends(input_type="uint8"), "half": Ends(input_type="float16"),
         "nms": Ends(nms=Nms(0.2, 0.45, 1000)),
     }.items():  # fmt: skip
-        (work / f"{name}.onnx").write_bytes(export_quantized(converted, "packed", SIDE, ends).SerializeToString())
+        (work / f"{name}.onnx").write_bytes(
+            export_quantized(converted, layout_named("packed"), SIDE, ends).SerializeToString()
+        )
     return work
 
 
@@ -131,7 +134,7 @@ def test_hostile_names_command_no_terminal(work, converted, call):
     """A model file of ours with such names is refused, but an ONNX file may come from anywhere."""
     names = ("\x1b]0;owned\x07\nError: no", "[red]dog[/]")
     hostile = replace(converted, head=replace(converted.head, names=names))
-    (work / "q.onnx").write_bytes(export_quantized(hostile, "packed", SIDE).SerializeToString())
+    (work / "q.onnx").write_bytes(export_quantized(hostile, layout_named("packed"), SIDE).SerializeToString())
     (work / "images/val/0.jpg").rename(work / "images/val/\x1b[2J.jpg")
     (work / "images/val/1.jpg").rename(work / "images/val/\x1b[3J.jpg")
     (work / "images/val/\x1b[3J.jpg").write_bytes(b"broken")

@@ -18,6 +18,7 @@ from test_detect_video import write_video
 import dsconvert.scoring.video as video
 from dsconvert.cli import main
 from dsconvert.commands.detect import detect, spread_classes
+from dsconvert.export.layouts import layout_named
 from dsconvert.export.onnx import Ends, export_quantized
 from dsconvert.scoring.candidates import load_candidate
 from dsconvert.scoring.detect import DetectOptions, find
@@ -373,7 +374,7 @@ def test_options_that_cannot_be_met_are_one_sentence(clips, call, monkeypatch, o
 
 def test_half_is_for_files_that_take_it_and_other_devices_for_checkpoints(clips, call, converted, monkeypatch):
     for name, kind in (("half", "float16"), ("plain", "float32")):
-        made = export_quantized(converted, "packed", 64, Ends(input_type=kind))
+        made = export_quantized(converted, layout_named("packed"), 64, Ends(input_type=kind))
         (clips / f"{name}.onnx").write_bytes(made.SerializeToString())
     assert call("detect", "half.onnx", "images", "--half", "--nosave", cwd=clips).code == 0
     assert call("detect", "plain.onnx", "images", "--half", "--nosave", cwd=clips).code == 2

@@ -21,7 +21,7 @@ from conftest import HANGS, ROOT
 import dsconvert
 from dsconvert.cli import cli
 from dsconvert.config import recipe_names
-from dsconvert.export.layouts import ENGINES, LAYOUT_OPSET, run_by
+from dsconvert.export.layouts import LAYOUTS, run_by
 from dsconvert.fit import draws, kept, threads
 from dsconvert.modelfile import VERSION
 from dsconvert.scoring import drop
@@ -143,7 +143,7 @@ def test_the_reference_has_every_command_option_and_function():
         assert max(map(len, section.splitlines())) <= 80
     for part in (
         "### dsconvert.quantize\n",
-        "### dsconvert.evaluate\n",
+        "### dsconvert.scoring\n",
         "#### QuantizedModel.export\n",
         "    bits: ",
     ):
@@ -277,7 +277,7 @@ def test_the_check_of_the_text_can_fail():
     assert missing_name("fit.nothing")
     assert missing_name("dsconvert.fit.gptq.nothing")
     assert not missing_name("fit.gptq.fit_layer")
-    assert not missing_name("dsconvert.evaluate")
+    assert not missing_name("dsconvert.scoring")
     assert strange_options("see `--calibrate`") == ["--calibrate of no command"]
     assert strange_options("`eval --calib photos`") == ["--calib of eval"]
     assert strange_options("- `eval` takes `--calib`, as\n  `quantize --calib` does") == ["--calib of eval"]
@@ -310,24 +310,24 @@ def test_layouts_and_engines_are_those_of_the_code():
     page = (DOCS / "compatibility.md").read_text()
     heads = [c.strip() for c in re.search(r"^\| engine \| packed.*$", page, re.MULTILINE)[0].strip("|").split("|")]
     runs = {row[0]: dict(zip(heads[1:], row[1:], strict=True)) for row in rows(page, "engine")}
-    assert list(ENGINES) == list(LAYOUT_OPSET) == heads[1 : 1 + len(ENGINES)]
+    assert list(LAYOUTS) == heads[1 : 1 + len(LAYOUTS)]
     for engine in ("ONNX Runtime", "OpenVINO"):
-        assert [layout for layout in ENGINES if runs[engine][layout] == "yes"] == run_by(engine)
-    refused = [layout for layout in ENGINES if layout not in run_by("OpenVINO")]
+        assert [layout for layout in LAYOUTS if runs[engine][layout] == "yes"] == run_by(engine)
+    refused = [layout for layout in LAYOUTS if layout not in run_by("OpenVINO")]
     assert refused
     faq = (DOCS / "faq.md").read_text().split("## Does it run in OpenVINO?\n\n")[1]
     howto = (DOCS / "howto.md").read_text().split("- OpenVINO reads ")[1]
     for before, after in (faq.split(";", 1), howto.split("but not", 1)):
-        assert [s for s in spans(before) if s in ENGINES] == run_by("OpenVINO")
-        assert [s for s in spans(after) if s in ENGINES][: len(refused)] == refused
+        assert [s for s in spans(before) if s in LAYOUTS] == run_by("OpenVINO")
+        assert [s for s in spans(after) if s in LAYOUTS][: len(refused)] == refused
     for path in PAGES:
         assert not re.search(r"OpenVINO[^.]*\b(reads|runs|takes) (all|every) layouts?", path.read_text())
 
 
 def test_layouts_are_spelled_as_many_times_as_there_are():
     method = (DOCS / "method.md").read_text()
-    assert [row[0] for row in rows(method, "layout")] == list(LAYOUT_OPSET)
-    counted = {4: "four", 5: "five", 6: "six"}[len(LAYOUT_OPSET)]
+    assert [row[0] for row in rows(method, "layout")] == list(LAYOUTS)
+    counted = {4: "four", 5: "five", 6: "six"}[len(LAYOUTS)]
     assert f"{counted} spellings (`dsconvert/export/layouts.py`)" in method
 
 

@@ -22,10 +22,11 @@ from dsconvert.dsconv.tensor import DSTensor
 from dsconvert.errors import InputError
 from dsconvert.export.builder import OnnxBuilder
 from dsconvert.export.compact import compact
-from dsconvert.export.decode import RawMap, add_decode
+from dsconvert.export.decode import add_decode
 from dsconvert.export.inspect import conv_weights
-from dsconvert.export.layouts import add_int8_weight
+from dsconvert.export.layouts import add_int8_weight, layout_named
 from dsconvert.export.onnx import Ends, export_float, export_quantized
+from dsconvert.export.written import Place
 from dsconvert.graph.integer import run_integer
 from dsconvert.graph.ir import ConvParams
 from dsconvert.graph.run import run_float
@@ -47,7 +48,9 @@ def session(model: onnx.ModelProto, level=LEVELS.ORT_ENABLE_ALL, saved: str | No
 
 def test_torch_and_all_layouts_agree_to_the_last_integer(converted, picture):
     outputs = {
-        layout: session(export_quantized(converted, layout, SIDE)).run(None, {"images": picture.numpy()})[0]
+        layout: session(export_quantized(converted, layout_named(layout), SIDE)).run(None, {"images": picture.numpy()})[
+            0
+        ]
         for layout in LAYOUTS
     }
     assert np.array_equal(outputs["packed"], outputs["int8"])
@@ -61,7 +64,7 @@ def test_torch_and_all_layouts_agree_to_the_last_integer(converted, picture):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_internal_integer_is_torchs(converted, picture, layout):
-    model = export_quantized(converted, layout, SIDE)
+    model = export_quantized(converted, layout_named(layout), SIDE)
     names = [o for n in model.graph.node for o in n.output if o.endswith(".q")]
     for name in names:
         model.graph.output.append(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.UINT8, None))
@@ -84,7 +87,7 @@ def test_without_optimisation_the_maps_are_the_same_but_for_rounding(converted, 
     feed = {"images": picture.numpy()}
     results = {}
     for layout in LAYOUTS:
-        model = export_quantized(converted, layout, SIDE)
+        model = export_quantized(converted, layout_named(layout), SIDE)
         for name in converted.graph.outputs:
             model.graph.output.append(onnx.helper.make_tensor_value_info(f"{name}.q", onnx.TensorProto.UINT8, None))
         for level in (LEVELS.ORT_ENABLE_ALL, LEVELS.ORT_DISABLE_ALL):
@@ -102,7 +105,7 @@ def test_without_optimisation_the_maps_are_the_same_but_for_rounding(converted, 
 def test_optimised_packed_graph_has_no_weight_arithmetic(widened, tmp_path):
     converted = widened
     saved = str(tmp_path / "optimised.onnx")
-    session(compact(export_quantized(converted, "packed", SIDE)), LEVELS.ORT_ENABLE_EXTENDED, saved)
+    session(compact(export_quantized(converted, layout_named("packed"), SIDE)), LEVELS.ORT_ENABLE_EXTENDED, saved)
     optimised = onnx.load(saved)
     kinds = Counter(n.op_type for n in optimised.graph.node)
     assert kinds["QLinearConv"] == len(converted.convs)
@@ -125,7 +128,7 @@ def test_optimised_packed_graph_has_no_weight_arithmetic(widened, tmp_path):
 
 
 def test_names_metadata_opset_and_shapes(converted):
-    packed, int8 = (export_quantized(converted, layout, SIDE) for layout in ("packed", "int8"))
+    packed, int8 = (export_quantized(converted, layout_named(layout), SIDE) for layout in ("packed", "int8"))
     assert packed.opset_import[0].version == 21  # INT4
     assert int8.opset_import[0].version == 13  # per-channel DequantizeLinear
     running = session(packed)
@@ -143,7 +146,7 @@ def test_names_metadata_opset_and_shapes(converted):
 
 
 def test_dynamic_batch_gives_each_image_its_own_result(converted, picture):
-    running = session(export_quantized(converted, "packed", SIDE, Ends(dynamic_batch=True)))
+    running = session(export_quantized(converted, layout_named("packed"), SIDE, Ends(dynamic_batch=True)))
     both = torch.cat((picture, picture.flip(3))).numpy()
     together = running.run(None, {"images": both})[0]
     assert together.shape[0] == 2
@@ -164,14 +167,14 @@ def test_weight_only_export_is_the_weight_only_network(converted, picture):
     params = {name: ConvParams(c.weight.weight(), c.bias) for name, c in model.convs.items()}
     wanted = decode(run_float(model.graph, params, picture), model.head).numpy()
     for layout in LAYOUTS:
-        out = session(export_quantized(model, layout, SIDE)).run(None, {"images": picture.numpy()})[0]
+        out = session(export_quantized(model, layout_named(layout), SIDE)).run(None, {"images": picture.numpy()})[0]
         # float32 convolutions summed in another order; boxes up to 64 pixels
         np.testing.assert_allclose(out, wanted, rtol=1e-4, atol=1e-3)
 
 
 def test_image_size_must_fit_the_stride(converted):
     with pytest.raises(InputError, match="not a multiple"):
-        export_quantized(converted, "packed", 60)
+        export_quantized(converted, layout_named("packed"), 60)
 
 
 def test_boxes_of_grids_that_are_no_multiples_of_each_other():
@@ -179,7 +182,7 @@ def test_boxes_of_grids_that_are_no_multiples_of_each_other():
     head = Head(("a", "b"), (4, 6), (((3.0, 5.0), (6.0, 4.0)), ((9.0, 7.0), (8.0, 2.0))))
     raw = [torch.randn(2, 14, side, side, generator=torch.Generator().manual_seed(side)) for side in (6, 4)]
     b = OnnxBuilder(21)
-    decoded = add_decode(b, [RawMap("x"), RawMap("y")], head, 24)
+    decoded = add_decode(b, [Place("x"), Place("y")], head, 24)
     b.node("Concat", decoded.all(), "out", axis=2)
     model = b.model({n: tuple(t.shape) for n, t in zip("xy", raw, strict=True)}, {"out": (2, 104, 7)}, {})
     found = session(model).run(None, {n: t.numpy() for n, t in zip("xy", raw, strict=True)})[0]
@@ -199,7 +202,7 @@ def random_tensor(cho: int, chi: int, k: int, bits: int, block: int) -> DSTensor
 def test_stored_weights_decode_to_the_merged_int8(layout, bits, chi, block, k):
     weight = random_tensor(3, chi, k, bits, block)
     b = OnnxBuilder(21)
-    name = add_int8_weight(b, "w", weight, layout)
+    name = add_int8_weight(b, "w", weight, layout_named(layout))
     if name in b.initializers:  # plain int8
         assert np.array_equal(numpy_helper.to_array(b.initializers[name]), weight.merged().numpy())
         return
@@ -223,7 +226,7 @@ def test_stored_trellises_decode_to_the_merged_int8(layout, bits, cho, chi, bloc
     m = torch.from_numpy(rng.integers(1, TRELLIS.most_m(bits) + 1, (cho, -(-chi // block), k, k)))
     weight = DSTensor(code, m.to(torch.int8), torch.ones(cho), along(bits, block))
     b = OnnxBuilder(21)
-    b.node("Cast", [add_int8_weight(b, "w", weight, layout)], "out", to=onnx.TensorProto.FLOAT)
+    b.node("Cast", [add_int8_weight(b, "w", weight, layout_named(layout))], "out", to=onnx.TensorProto.FLOAT)
     model = b.model({}, {"out": tuple(weight.vqk.shape)}, {})
     wanted = weight.merged().numpy().astype(np.float32)
     assert np.array_equal(session(model).run(None, {})[0], wanted)
@@ -239,7 +242,7 @@ def test_stored_trellises_decode_to_the_merged_int8(layout, bits, cho, chi, bloc
 @pytest.mark.parametrize("layout", ["packed", "blocked"])
 def test_inspection_finds_the_stored_bits(converted, layout):
     assert any(c.weight.vqk.shape[1] == 40 for c in converted.convs.values())  # in ragged blocks of 16
-    found = {w.name: w for w in conv_weights(export_quantized(converted, layout, SIDE))}
+    found = {w.name: w for w in conv_weights(export_quantized(converted, layout_named(layout), SIDE))}
     assert len(found) == len(converted.convs)
     for name, conv in converted.convs.items():
         entry = found[name.removesuffix(".conv")]
@@ -254,7 +257,9 @@ def test_every_width_is_stored_in_its_own_bits(converted, bits):
     old = converted.convs[name]
     weight = nearest(old.weight.weight(), usual_format(bits, old.weight.vqk.shape[1], 16))
     model = replace(converted, convs={**converted.convs, name: replace(old, weight=weight)})
-    entry = next(w for w in conv_weights(export_quantized(model, "packed", SIDE)) if w.name + ".conv" == name)
+    entry = next(
+        w for w in conv_weights(export_quantized(model, layout_named("packed"), SIDE)) if w.name + ".conv" == name
+    )
     assert entry.shape == tuple(weight.vqk.shape)
     # at most two pieces share UINT4s, each padded by at most 3 bits
     assert 0 <= entry.bits - round(weight.weight_bits * entry.count) <= 6

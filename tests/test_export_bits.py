@@ -17,9 +17,9 @@ from dsconvert.dsconv.codes.real import fit_weight_real
 from dsconvert.errors import CheckError
 from dsconvert.export import check, decode, stored
 from dsconvert.export.check import check_export, check_images, float_reference, reference_of
+from dsconvert.export.layouts import layout_named
 from dsconvert.export.nms import Nms
-from dsconvert.export.onnx import LAYOUT_KEY, Ends, export_float, export_quantized
-from dsconvert.export.reference import Reference
+from dsconvert.export.onnx import Ends, export_float, export_quantized, write_quantized
 from dsconvert.graph.integer import QConv
 from dsconvert.model import DSModel
 from dsconvert.yolo.checkpoint import load_checkpoint
@@ -56,11 +56,6 @@ def demo() -> DSModel:
     return replace(convert(checkpoint.network, checkpoint.head, smooth_picture()), imgsz=DEMO_SIDE)
 
 
-def made_again(model: onnx.ModelProto, reference: Reference) -> onnx.ModelProto:
-    layout = next(p.value for p in model.metadata_props if p.key == LAYOUT_KEY)
-    return reference.again(layout, SIDE, PLAIN)
-
-
 def flipped(tensor: onnx.TensorProto, bit: int) -> onnx.TensorProto:
     """The tensor with one bit of its bytes the other way."""
     made = onnx.TensorProto()
@@ -85,9 +80,9 @@ def with_tensor(model: onnx.ModelProto, index: int, tensor: onnx.TensorProto) ->
 def test_a_flipped_bit_of_any_stored_tensor_is_noticed(widths, reals, layout):
     """Of everything that is stored, constants too, a bit of some bytes, the last among them."""
     model = reals if layout == "float" else widths
-    reference = reference_of(model)
-    file = export_quantized(model, layout, SIDE)
-    again = made_again(file, reference)
+    reference = reference_of(model, layout_named(layout))
+    file = export_quantized(model, layout_named(layout), SIDE)
+    again = reference.again(SIDE, PLAIN).model
     assert stored._other_bytes(file, again, reference) is None
     tried = 0
     for index, tensor in enumerate(file.graph.initializer):
@@ -102,8 +97,8 @@ def test_a_flipped_bit_of_any_stored_tensor_is_noticed(widths, reals, layout):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_flipped_bit_is_laid_to_its_layer(widths, layout):
     """By the check that the command makes; the bit is of the last number, whatever stands there."""
-    reference, images = reference_of(widths), check_images(SIDE)
-    file = export_quantized(widths, layout, SIDE)
+    reference, images = reference_of(widths, layout_named(layout)), check_images(SIDE)
+    file = export_quantized(widths, layout_named(layout), SIDE)
     for part in ("kds", "vqk", "cds", "weight", "bias"):
         found = [i for i, t in enumerate(file.graph.initializer) if t.name.startswith("model.") and part in t.name]
         if not found:
@@ -117,14 +112,14 @@ def test_a_flipped_bit_is_laid_to_its_layer(widths, layout):
 
 
 def test_a_flipped_bit_of_the_joint_biases_is_laid_to_its_layer(widths):
-    reference = reference_of(widths)
-    file = export_quantized(widths, "packed", SIDE)
+    reference = reference_of(widths, layout_named("packed"))
+    file = export_quantized(widths, layout_named("packed"), SIDE)
     index = next(i for i, t in enumerate(file.graph.initializer) if t.name == "bias.low")
-    convs = widths.graph.convs()
+    again, convs = reference.again(SIDE, PLAIN).model, widths.graph.convs()
     place = 0
     for node in convs:
         other = with_tensor(file, index, flipped(file.graph.initializer[index], 16 * place))
-        assert stored._other_bytes(other, made_again(file, reference), reference) == node.name.removesuffix(".conv")
+        assert stored._other_bytes(other, again, reference) == node.name.removesuffix(".conv")
         place += len(widths.convs[node.name].bias)
 
 
@@ -134,7 +129,7 @@ def test_flipped_bits_of_a_float_file_are_noticed():
     reference, file = float_reference(graph, params, head), export_float(graph, params, head, SIDE)
     images = check_images(SIDE)
     check_export(file.SerializeToString(), reference, PLAIN, images)
-    again = reference.again("", SIDE, PLAIN)
+    again = reference.again(SIDE, PLAIN).model
     for index, tensor in enumerate(file.graph.initializer):
         other = with_tensor(file, index, flipped(tensor, 0))  # the last bit of a float32, or of a shape
         assert stored._other_bytes(other, again, reference) is not None
@@ -148,9 +143,9 @@ def test_flipped_bits_of_a_float_file_are_noticed():
 def test_what_the_nodes_make_of_the_bytes_is_held_against_the_model(widths, reals, layout):
     """Without the file made once more: an exporter that is wrong is wrong twice."""
     model = reals if layout == "float" else widths
-    file = export_quantized(model, layout, SIDE)
-    reference = reference_of(model)
-    assert stored._other_numbers(file, reference, layout) is None
+    written, reference = write_quantized(model, layout_named(layout), SIDE), reference_of(model, layout_named(layout))
+    file, weights = written.model, written.weights
+    assert stored._other_numbers(file, reference, weights) is None
     for node in (*model.graph.convs()[:4], *model.graph.convs()[-2:]):
         conv = model.convs[node.name]
         cds, bias = conv.weight.cds_w.clone(), conv.bias.clone()
@@ -162,13 +157,13 @@ def test_what_the_nodes_make_of_the_bytes_is_held_against_the_model(widths, real
         if conv.weight.format.code is not TRELLIS:
             changes.append(replace(conv, weight=replace(conv.weight, vqk=vqk)))
         for changed in changes:
-            other = reference_of(replace(model, convs={**model.convs, node.name: changed}))
-            assert stored._other_numbers(file, other, layout) == node.name.removesuffix(".conv")
+            other = reference_of(replace(model, convs={**model.convs, node.name: changed}), layout_named(layout))
+            assert stored._other_numbers(file, other, weights) == node.name.removesuffix(".conv")
 
 
 def test_a_compacted_file_that_is_not_the_named_one_is_refused(widths):
-    file = export_quantized(widths, "packed", SIDE)
-    named, reference = file.SerializeToString(), reference_of(widths)
+    file = export_quantized(widths, layout_named("packed"), SIDE)
+    named, reference = file.SerializeToString(), reference_of(widths, layout_named("packed"))
     short = stored.compact(file)
     check_export(short.SerializeToString(deterministic=True), reference, PLAIN, check_images(SIDE), named)
     index = next(i for i, t in enumerate(short.graph.initializer) if t.name == "model.7.cv3.kds")
@@ -218,7 +213,7 @@ def others(value: np.generic) -> list[object]:
 @pytest.mark.parametrize("layout", ["packed", "int8"])
 def test_each_constant_of_the_demos_decoding_is_told_from_decoding_it_here(demo, layout):
     """Each number of it for itself, zeroed and doubled: anchors, strides, cells, the grids of the maps."""
-    file, reference = export_quantized(demo, layout, DEMO_SIDE), reference_of(demo)
+    file, reference = export_quantized(demo, layout_named(layout), DEMO_SIDE), reference_of(demo, layout_named(layout))
     names = {name: f"{name}.q" for name in demo.graph.outputs}
     whole = onnx.ModelProto()
     whole.CopyFrom(file)
@@ -252,7 +247,7 @@ def test_each_constant_of_the_demos_decoding_is_told_from_decoding_it_here(demo,
 def test_a_wrong_number_of_the_decoding_is_laid_to_detect(demo, monkeypatch, how):
     """The stored bytes are not looked at: as if the exporter itself were wrong."""
     monkeypatch.setattr(check, "wrong_layer", lambda *args: None)
-    file = export_quantized(demo, "int8", DEMO_SIDE)
+    file = export_quantized(demo, layout_named("int8"), DEMO_SIDE)
     reader = "detect.square.wide" if how == "an anchor doubled" else "detect.0.xyxy"
     name = next(n for n in file.graph.node if n.output[0] == reader).input[how == "a column zeroed"]
     index = next(i for i, t in enumerate(file.graph.initializer) if t.name == name)
@@ -260,13 +255,15 @@ def test_a_wrong_number_of_the_decoding_is_laid_to_detect(demo, monkeypatch, how
     values.flat[3] *= 2 if how == "an anchor doubled" else 0
     other = with_tensor(file, index, numpy_helper.from_array(values, name))
     with pytest.raises(CheckError, match="at layer Detect,"):
-        check_export(other.SerializeToString(), reference_of(demo), PLAIN, check_images(DEMO_SIDE))
+        check_export(
+            other.SerializeToString(), reference_of(demo, layout_named("int8")), PLAIN, check_images(DEMO_SIDE)
+        )
 
 
 @pytest.mark.parametrize(("layout", "ends"), [("packed", PLAIN), ("fused", PLAIN), ("int8", Ends(nms=Nms()))])
 def test_an_exporter_with_a_wrong_tail_is_refused(demo, monkeypatch, layout, ends):
     """Wrong whenever it is asked, so that writing the file once more shows nothing: strides and grids."""
-    reference, images = reference_of(demo), check_images(DEMO_SIDE)
+    reference, images = reference_of(demo, layout_named(layout)), check_images(DEMO_SIDE)
     rows, table = decode._rows, decode._table
 
     def longer(b, values, name, sides):
@@ -278,20 +275,22 @@ def test_an_exporter_with_a_wrong_tail_is_refused(demo, monkeypatch, layout, end
 
     for name, wrong in (("_rows", longer), ("_table", coarser)):
         monkeypatch.setattr(decode, name, wrong)
-        file = export_quantized(demo, layout, DEMO_SIDE, ends)
+        file = export_quantized(demo, layout_named(layout), DEMO_SIDE, ends)
         with pytest.raises(CheckError, match="at layer Detect,"):
             check_export(file.SerializeToString(), reference, ends, images)
         monkeypatch.undo()
-    file = export_quantized(demo, layout, DEMO_SIDE, ends)
+    file = export_quantized(demo, layout_named(layout), DEMO_SIDE, ends)
     check_export(file.SerializeToString(), reference, ends, images)
 
 
 def test_limits_of_the_suppression_are_numbers_of_the_file(demo):
     """Nothing that is run shows that a threshold is another one."""
     ends = Ends(nms=Nms(0.2, 0.5, 9))
-    file = export_quantized(demo, "packed", DEMO_SIDE, Ends(nms=Nms(0.21, 0.5, 9)))
+    file = export_quantized(demo, layout_named("packed"), DEMO_SIDE, Ends(nms=Nms(0.21, 0.5, 9)))
     with pytest.raises(CheckError):
-        check_export(file.SerializeToString(), reference_of(demo), ends, check_images(DEMO_SIDE))
+        check_export(
+            file.SerializeToString(), reference_of(demo, layout_named("packed")), ends, check_images(DEMO_SIDE)
+        )
 
 
 # --- roundings ------------------------------------------------------------------------------------------------------

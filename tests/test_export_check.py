@@ -22,9 +22,10 @@ from dsconvert.dsconv.tensor import DSTensor
 from dsconvert.errors import CheckError
 from dsconvert.export import check
 from dsconvert.export.check import check_accumulators, check_export, check_images, float_reference, reference_of
+from dsconvert.export.layouts import layout_named
 from dsconvert.export.nms import Nms
-from dsconvert.export.onnx import Ends, export_float, export_quantized, in_layout
-from dsconvert.graph.integer import QConv
+from dsconvert.export.onnx import Ends, export_float, export_quantized, in_layout, write_quantized
+from dsconvert.graph.integer import QConv, grid_of
 from dsconvert.model import DSModel
 from dsconvert.modelfile import model_bytes
 from dsconvert.yolo.lower import lower
@@ -93,8 +94,8 @@ ENDS = (
 @pytest.mark.parametrize("layout", ["packed", "fused", "blocked", "openvino", "int8"])
 @pytest.mark.parametrize("ends", ENDS)
 def test_right_files_pass(converted, layout, ends):
-    data = export_quantized(converted, layout, SIDE, ends).SerializeToString()
-    check_export(data, reference_of(in_layout(converted, layout)), ends, IMAGES)
+    data = export_quantized(converted, layout_named(layout), SIDE, ends).SerializeToString()
+    check_export(data, reference_of(converted, layout_named(layout)), ends, IMAGES)
 
 
 @pytest.mark.parametrize("ends", ENDS)
@@ -104,8 +105,19 @@ def test_right_float_files_pass(tiny, converted, ends):
     data = export_float(graph, params, head, SIDE, ends).SerializeToString()
     check_export(data, float_reference(graph, params, head), ends, IMAGES)
     weights_only = replace(converted, activations={})
-    data = export_quantized(weights_only, "packed", SIDE, ends).SerializeToString()
-    check_export(data, reference_of(weights_only), ends, IMAGES)
+    data = export_quantized(weights_only, layout_named("packed"), SIDE, ends).SerializeToString()
+    check_export(data, reference_of(weights_only, layout_named("packed")), ends, IMAGES)
+
+
+@pytest.mark.parametrize("layout", ["packed", "fused", "blocked", "openvino", "int8"])
+def test_all_maps_on_a_grid_have_a_place_in_the_file(converted, layout):
+    """What has none is not looked at."""
+    written = write_quantized(converted, layout_named(layout), SIDE)
+    own = in_layout(converted, layout_named(layout)).activations
+    assert written.places.keys() == grid_of(converted.graph, own).keys()
+    made = {out for node in written.model.graph.node for out in node.output}
+    assert made.issuperset(place.name for place in written.places.values())
+    assert all(place.last == (layout == "fused") for place in written.places.values() if place.name != "images.q")
 
 
 def tampered(model: onnx.ModelProto, name: str, change) -> onnx.ModelProto:
@@ -129,26 +141,26 @@ WRONG = {
 @pytest.mark.parametrize("ends", [PLAIN, Ends(input_type="uint8", nms=Nms())])
 def test_the_wrong_layer_is_named(converted, what, layer, ends):
     part, change = WRONG[what]
-    file = tampered(export_quantized(converted, "packed", SIDE, ends), f"{layer}.{part}", change)
+    file = tampered(export_quantized(converted, layout_named("packed"), SIDE, ends), f"{layer}.{part}", change)
     with pytest.raises(CheckError, match=f"at layer {layer},"):
-        check_export(file.SerializeToString(), reference_of(converted), ends, IMAGES)
+        check_export(file.SerializeToString(), reference_of(converted, layout_named("packed")), ends, IMAGES)
 
 
 def test_negative_weights_lost_by_an_engine_are_noticed(converted):
     """As in onnxruntime #28491, where an optimisation zeroed them."""
-    file = export_quantized(converted, "int8", SIDE)
+    file = export_quantized(converted, layout_named("int8"), SIDE)
     file = tampered(file, "model.1.weight", lambda a: np.maximum(a, 0))
     with pytest.raises(CheckError, match=r"at layer model\.1,"):
-        check_export(file.SerializeToString(), reference_of(converted), PLAIN, IMAGES)
+        check_export(file.SerializeToString(), reference_of(converted, layout_named("int8")), PLAIN, IMAGES)
 
 
 def test_a_wrong_activation_behind_what_has_no_grid_is_named(converted):
     """Layout openvino has no integers before its activations: these are held against torch's of the convolution's."""
-    file = export_quantized(converted, "openvino", SIDE)
+    file = export_quantized(converted, layout_named("openvino"), SIDE)
     gate = next(node for node in file.graph.node if node.op_type == "Sigmoid" and node.output[0].startswith("model.1."))
     gate.op_type = "Tanh"
     with pytest.raises(CheckError, match=r"at layer model\.1\.act,"):
-        check_export(file.SerializeToString(), reference_of(in_layout(converted, "openvino")), PLAIN, IMAGES)
+        check_export(file.SerializeToString(), reference_of(converted, layout_named("openvino")), PLAIN, IMAGES)
 
 
 def test_a_wrong_operator_of_a_float_file_is_named(tiny):
@@ -169,9 +181,9 @@ def test_a_wrong_float_layer_and_a_wrong_tail_are_named(tiny, converted):
     with pytest.raises(CheckError, match=r"at layer model\.4\.cv2,"):
         check_export(file.SerializeToString(), float_reference(graph, params, head), PLAIN, IMAGES)
     moved = replace(converted.head, anchors=tuple(tuple((w * 2, h) for w, h in level) for level in head.anchors))
-    other = export_quantized(replace(converted, head=moved), "packed", SIDE)
+    other = export_quantized(replace(converted, head=moved), layout_named("packed"), SIDE)
     with pytest.raises(CheckError, match="at layer Detect,"):
-        check_export(other.SerializeToString(), reference_of(converted), PLAIN, IMAGES)
+        check_export(other.SerializeToString(), reference_of(converted, layout_named("packed")), PLAIN, IMAGES)
 
 
 def test_an_engine_that_rounds_otherwise_passes(converted, monkeypatch):
@@ -184,16 +196,16 @@ def test_an_engine_that_rounds_otherwise_passes(converted, monkeypatch):
 
     monkeypatch.setattr(check, "_session", unoptimised)
     for images in ([IMAGES[0]], [np.ascontiguousarray(IMAGES[0][:, ::-1])]):
-        data = export_quantized(converted, "packed", SIDE).SerializeToString()
-        check_export(data, reference_of(converted), PLAIN, images)
+        data = export_quantized(converted, layout_named("packed"), SIDE).SerializeToString()
+        check_export(data, reference_of(converted, layout_named("packed")), PLAIN, images)
 
 
 def test_what_cannot_be_loaded_or_run_is_said(converted):
-    data = export_quantized(converted, "packed", SIDE).SerializeToString()
+    data = export_quantized(converted, layout_named("packed"), SIDE).SerializeToString()
     with pytest.raises(CheckError, match="cannot load"):
-        check_export(data[:-500], reference_of(converted), PLAIN, IMAGES)
+        check_export(data[:-500], reference_of(converted, layout_named("packed")), PLAIN, IMAGES)
     with pytest.raises(CheckError, match="fails on"):
-        check_export(data, reference_of(converted), Ends(input_type="uint8"), IMAGES)
+        check_export(data, reference_of(converted, layout_named("packed")), Ends(input_type="uint8"), IMAGES)
 
 
 def test_nan_is_never_close():

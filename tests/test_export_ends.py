@@ -14,6 +14,7 @@ from onnx.reference import ReferenceEvaluator
 from dsconvert.errors import InputError
 from dsconvert.export.builder import OnnxBuilder
 from dsconvert.export.decode import Decoded
+from dsconvert.export.layouts import layout_named
 from dsconvert.export.nms import Nms, add_nms
 from dsconvert.export.onnx import Ends, export_float, export_quantized
 from dsconvert.graph.integer import QParams
@@ -38,8 +39,8 @@ def as_bytes(picture) -> np.ndarray:
 @pytest.mark.parametrize("layout", ["packed", "int8"])
 @pytest.mark.parametrize("kind", [np.uint8, np.float16])
 def test_bytes_and_halves_give_the_float_files_numbers(converted, picture, layout, kind):
-    wanted = run(export_quantized(converted, layout, SIDE), picture.numpy())
-    model = export_quantized(converted, layout, SIDE, Ends(input_type=np.dtype(kind).name))
+    wanted = run(export_quantized(converted, layout_named(layout), SIDE), picture.numpy())
+    model = export_quantized(converted, layout_named(layout), SIDE, Ends(input_type=np.dtype(kind).name))
     image = as_bytes(picture) if kind is np.uint8 else picture.numpy().astype(kind)
     assert session(model).get_inputs()[0].type == f"tensor({'uint8' if kind is np.uint8 else 'float16'})"
     assert np.array_equal(run(model, image), wanted)  # a half is within 1/16 of a byte of the float: same integers
@@ -47,22 +48,24 @@ def test_bytes_and_halves_give_the_float_files_numbers(converted, picture, layou
 
 def test_every_byte_is_its_own_integer(converted):
     ramp = np.resize(np.arange(256, dtype=np.uint8), (1, 3, SIDE, SIDE))
-    wanted = run(export_quantized(converted, "packed", SIDE), ramp.astype(np.float32) / 255)
-    assert np.array_equal(run(export_quantized(converted, "packed", SIDE, Ends(input_type="uint8")), ramp), wanted)
+    wanted = run(export_quantized(converted, layout_named("packed"), SIDE), ramp.astype(np.float32) / 255)
+    assert np.array_equal(
+        run(export_quantized(converted, layout_named("packed"), SIDE, Ends(input_type="uint8")), ramp), wanted
+    )
 
 
 def test_bytes_need_no_quantizer(converted):
     for layout, reader in (("int8", "DequantizeLinear"), ("packed", "Pad")):  # the latter to whole quads
-        model = export_quantized(converted, layout, SIDE, Ends(input_type="uint8"))
+        model = export_quantized(converted, layout_named(layout), SIDE, Ends(input_type="uint8"))
         assert [n.op_type for n in model.graph.node if "images" in n.input] == [reader]
-    plain = [n.op_type for n in export_quantized(converted, "packed", SIDE).graph.node]
+    plain = [n.op_type for n in export_quantized(converted, layout_named("packed"), SIDE).graph.node]
     assert plain.count("QuantizeLinear") == [n.op_type for n in model.graph.node].count("QuantizeLinear") + 1
 
 
 def test_bytes_on_another_image_grid_are_quantized_to_it(converted, picture):
     other = replace(converted, activations={**converted.activations, INPUT: QParams(1 / 200, 3)})
-    wanted = run(export_quantized(other, "packed", SIDE), picture.numpy())
-    model = export_quantized(other, "packed", SIDE, Ends(input_type="uint8"))
+    wanted = run(export_quantized(other, layout_named("packed"), SIDE), picture.numpy())
+    model = export_quantized(other, layout_named("packed"), SIDE, Ends(input_type="uint8"))
     assert np.array_equal(run(model, as_bytes(picture)), wanted)
 
 
@@ -72,7 +75,7 @@ def test_bytes_into_float_networks(tiny, converted, picture):
     weights_only = replace(converted, activations={})
     for make in (
         lambda ends: export_float(graph, params, head, SIDE, ends),
-        lambda ends: export_quantized(weights_only, "packed", SIDE, ends),
+        lambda ends: export_quantized(weights_only, layout_named("packed"), SIDE, ends),
     ):
         wanted = run(make(Ends()), picture.numpy())
         assert np.array_equal(run(make(Ends(input_type="uint8")), as_bytes(picture)), wanted)
@@ -84,9 +87,9 @@ def test_bytes_into_float_networks(tiny, converted, picture):
 @pytest.mark.parametrize("ends", [Ends(), Ends(input_type="uint8"), Ends(input_type="float16")])
 def test_evaluation_feeds_each_file_what_it_takes(converted, picture, tmp_path, ends):
     path = tmp_path / "model.onnx"
-    path.write_bytes(export_quantized(converted, "packed", SIDE, ends).SerializeToString())
+    path.write_bytes(export_quantized(converted, layout_named("packed"), SIDE, ends).SerializeToString())
     candidate = load_candidate(path, None)
-    wanted = run(export_quantized(converted, "packed", SIDE), picture.numpy())
+    wanted = run(export_quantized(converted, layout_named("packed"), SIDE), picture.numpy())
     assert np.array_equal(candidate.predict(picture.numpy()), wanted)
     candidate.run_once()
 
@@ -167,9 +170,9 @@ def test_random_crowds_as_our_own_suppression(nms):
 def test_the_whole_network_with_suppression(converted, picture):
     both = np.concatenate((picture.numpy(), picture.flip(3).numpy()))
     nms = Nms(0.2, 0.5, 20)
-    plain = session(export_quantized(converted, "packed", SIDE, Ends(dynamic_batch=True)))
+    plain = session(export_quantized(converted, layout_named("packed"), SIDE, Ends(dynamic_batch=True)))
     raw = plain.run(None, {"images": both})[0]
-    model = export_quantized(converted, "packed", SIDE, Ends(True, "float32", nms))
+    model = export_quantized(converted, layout_named("packed"), SIDE, Ends(True, "float32", nms))
     running = session(model)
     assert [(o.name, o.shape) for o in running.get_outputs()] == [("detections", ["detections", 7])]
     found = running.run(None, {"images": both})[0]
@@ -181,9 +184,11 @@ def test_the_whole_network_with_suppression(converted, picture):
 
 def test_evaluation_understands_suppressed_files(converted, picture, tmp_path):
     path = tmp_path / "model.onnx"
-    path.write_bytes(export_quantized(converted, "int8", SIDE, Ends(nms=Nms(0.2, 0.5, 20))).SerializeToString())
+    path.write_bytes(
+        export_quantized(converted, layout_named("int8"), SIDE, Ends(nms=Nms(0.2, 0.5, 20))).SerializeToString()
+    )
     predictions = load_candidate(path, None).predict(picture.numpy())
-    raw = run(export_quantized(converted, "int8", SIDE), picture.numpy())
+    raw = run(export_quantized(converted, layout_named("int8"), SIDE), picture.numpy())
     wanted = non_max_suppression(raw[0], 0.2, 0.5, 20)
     np.testing.assert_allclose(non_max_suppression(predictions[0]), wanted, rtol=0, atol=1e-4)
 

@@ -18,6 +18,7 @@ from dsconvert.errors import InputError
 from dsconvert.export.builder import OnnxBuilder
 from dsconvert.export.compact import compact
 from dsconvert.export.inspect import conv_weights
+from dsconvert.export.layouts import layout_named
 from dsconvert.export.onnx import export_quantized
 from dsconvert.export.real import add_real_weight
 from dsconvert.graph.ir import ConvParams
@@ -43,7 +44,7 @@ def run(model: onnx.ModelProto, feed: dict) -> np.ndarray:
 
 
 def test_the_file_is_torchs_network(real, picture, tmp_path):
-    model = compact(export_quantized(real, "float", SIDE))
+    model = compact(export_quantized(real, layout_named("float"), SIDE))
     params = {name: ConvParams(c.weight.weight(), c.bias) for name, c in real.convs.items()}
     wanted = decode(run_float(real.graph, params, picture), real.head).numpy()
     # float32 convolutions summed in another order; boxes up to 64 pixels
@@ -54,7 +55,7 @@ def test_the_file_is_torchs_network(real, picture, tmp_path):
 
 
 def test_the_operator_is_the_blocked_dequantization_of_alphas_own_shape(real):
-    graph = export_quantized(real, "float", SIDE).graph
+    graph = export_quantized(real, layout_named("float"), SIDE).graph
     tensors = {t.name: t for t in graph.initializer}
     name, conv = next(
         (n, c) for n, c in real.convs.items() if c.weight.format.code.real and c.weight.vqk.shape[1] % 16 == 0
@@ -83,7 +84,7 @@ def test_stored_weights_are_the_weight(bits, chi, block, integer):
 
 
 def test_inspection_counts_alpha(real):
-    found = {w.name: w for w in conv_weights(export_quantized(real, "float", SIDE))}
+    found = {w.name: w for w in conv_weights(export_quantized(real, layout_named("float"), SIDE))}
     for name, conv in real.convs.items():
         entry = found[name.removesuffix(".conv")]
         assert entry.shape == tuple(conv.weight.vqk.shape)
@@ -93,6 +94,6 @@ def test_inspection_counts_alpha(real):
 def test_layouts_that_cannot_hold_a_model_say_so(real, converted):
     for layout in ("packed", "blocked", "int8"):
         with pytest.raises(InputError, match="use layout float"):
-            export_quantized(real, layout, SIDE)
+            export_quantized(real, layout_named(layout), SIDE)
     with pytest.raises(InputError, match=" activations float"):
-        export_quantized(converted, "float", SIDE)
+        export_quantized(converted, layout_named("float"), SIDE)

@@ -17,6 +17,7 @@ from formats import nearest
 from tables import P6, SHORT, gflops, meta, parameters, yolov5, yolov7, yolov7_tiny
 
 from dsconvert.dsconv.codes import usual_format
+from dsconvert.export.layouts import layout_named
 from dsconvert.export.onnx import export_quantized
 from dsconvert.fit.ranges import IMAGE_GRID
 from dsconvert.graph.integer import QConv, QParams, grid_of, integer_step, keeps_grid
@@ -142,7 +143,7 @@ def test_onnx_computes_the_integers(family):
     image = image_of(checkpoint, 2)
     model = quick_model(checkpoint, image)
     feed = {INPUT: image.numpy()}
-    packed = export_quantized(model, "packed", model.imgsz)
+    packed = export_quantized(model, layout_named("packed"), model.imgsz)
     exposed = copy.deepcopy(packed)
     names = [o for n in packed.graph.node for o in n.output if o.endswith(".q")]
     exposed.graph.output.extend(onnx.helper.make_tensor_value_info(n, onnx.TensorProto.UINT8, None) for n in names)
@@ -162,7 +163,7 @@ def test_onnx_computes_the_integers(family):
     raw = [grids[o].dequantize(got[o]) for o in model.graph.outputs]
     np.testing.assert_allclose(values[0], decode(raw, model.head).numpy(), rtol=1e-5, atol=1e-3)
     for layout in ("blocked", "int8", "fused"):
-        out = session(export_quantized(model, layout, model.imgsz)).run(None, feed)[0]
+        out = session(export_quantized(model, layout_named(layout), model.imgsz)).run(None, feed)[0]
         np.testing.assert_allclose(out, values[0], rtol=1e-5, atol=1e-4)
 
 

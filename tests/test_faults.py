@@ -27,6 +27,7 @@ from dsconvert import __main__ as entry
 from dsconvert import cli, exporting, pipeline
 from dsconvert.commands.shared import bars
 from dsconvert.errors import InputError, system_fault
+from dsconvert.export.layouts import PACKED
 from dsconvert.graph.integer import run_integer
 from dsconvert.modelfile import load_model, model_bytes
 from dsconvert.options import QuantizeOptions
@@ -360,7 +361,7 @@ def test_dead_layers_are_converted_and_exported(inputs, tmp_path, what, part):
     loaded = load_checkpoint(path)
     result = pipeline.quantize(loaded, QuantizeOptions(calib=inputs / "data.yaml", imgsz=64, bits=4))
     (tmp_path / "m.safetensors").write_bytes(model_bytes(result.model))
-    assert exporting.onnx_bytes(tmp_path / "m.safetensors", "packed", None)  # checked against torch, bounds included
+    assert exporting.onnx_bytes(tmp_path / "m.safetensors", PACKED, None)  # checked against torch, bounds included
     image = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         wanted = loaded.network(image)[0]

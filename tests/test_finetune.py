@@ -17,6 +17,7 @@ from conftest import HANGS, ROOT, convert, smooth_picture, tiny_network
 
 from dsconvert import workers
 from dsconvert.errors import InputError
+from dsconvert.export.layouts import layout_named
 from dsconvert.exporting import onnx_bytes
 from dsconvert.graph.integer import run_integer
 from dsconvert.model import DSModel
@@ -101,7 +102,7 @@ def test_the_file_exports_and_computes_the_integers(folder, rising):
     old = decode(run_integer(before.graph, before.convs, before.activations, x), back.head).numpy()
     assert np.abs(old - wanted).max() > 1
     for layout in ("packed", "int8"):
-        data = onnx_bytes(path, layout, None)  # which compares with torch, too
+        data = onnx_bytes(path, layout_named(layout), None)  # which compares with torch, too
         (found,) = ort.InferenceSession(data).run(None, {"images": x.numpy()})
         np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-3)
 

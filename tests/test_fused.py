@@ -13,6 +13,7 @@ import pytest
 from dsconvert.errors import InputError
 from dsconvert.export.compact import compact
 from dsconvert.export.inspect import conv_weights
+from dsconvert.export.layouts import layout_named
 from dsconvert.export.nms import Nms
 from dsconvert.export.onnx import PLAIN, Ends, export_quantized
 
@@ -30,7 +31,7 @@ def outputs(model: onnx.ModelProto, feed: np.ndarray) -> np.ndarray:
     ids=["plain", "batch", "bytes", "half", "nms"],
 )  # fmt: skip
 def test_the_same_numbers_as_packed(converted, ends):
-    packed, fused = (export_quantized(converted, layout, SIDE, ends) for layout in ("packed", "fused"))
+    packed, fused = (export_quantized(converted, layout_named(layout), SIDE, ends) for layout in ("packed", "fused"))
     count = 3 if ends.dynamic_batch else 1
     feed = np.random.default_rng(0).integers(0, 256, (count, 3, SIDE, SIDE), dtype=np.uint8)
     if ends.input_type != "uint8":
@@ -45,7 +46,7 @@ def test_the_same_numbers_as_packed(converted, ends):
 
 
 def test_nothing_is_left_to_fuse_and_nothing_is_stored_twice(converted):
-    packed, fused = (compact(export_quantized(converted, layout, SIDE)) for layout in ("packed", "fused"))
+    packed, fused = (compact(export_quantized(converted, layout_named(layout), SIDE)) for layout in ("packed", "fused"))
     ops = Counter(node.op_type for node in fused.graph.node)
     assert ops["QLinearConv"] == len(converted.convs)
     assert ops["QuantizeLinear"] == 1  # the image
@@ -59,10 +60,13 @@ def test_nothing_is_left_to_fuse_and_nothing_is_stored_twice(converted):
 
 
 def test_the_same_bytes_every_time(converted):
-    one, two = (compact(export_quantized(converted, "fused", SIDE)).SerializeToString(deterministic=True) for _ in "ab")
+    one, two = (
+        compact(export_quantized(converted, layout_named("fused"), SIDE)).SerializeToString(deterministic=True)
+        for _ in "ab"
+    )
     assert one == two
 
 
 def test_float_activations_have_nothing_to_fuse(converted):
     with pytest.raises(InputError, match="int8 activations"):
-        export_quantized(replace(converted, activations={}), "fused", SIDE)
+        export_quantized(replace(converted, activations={}), layout_named("fused"), SIDE)

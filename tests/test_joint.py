@@ -21,6 +21,7 @@ from dsconvert.dsconv.format import WeightFormat
 from dsconvert.dsconv.tensor import DSTensor
 from dsconvert.export.builder import OnnxBuilder
 from dsconvert.export.joint import JointWeights, joins
+from dsconvert.export.layouts import layout_named
 from dsconvert.export.onnx import export_quantized
 from dsconvert.export.trellis import Matrix, Tables
 from dsconvert.export.weights import Weights
@@ -175,7 +176,7 @@ def test_a_layer_more_is_one_node_or_three(bits, trellis, kernel, nodes):
 
 def test_onnx_runtime_finds_nothing_to_change_but_constants(widened, tmp_path):
     """It copies what several read, and makes one Transpose of two: each time it looks at the whole graph again."""
-    made = export_quantized(widened, "packed", SIDE)
+    made = export_quantized(widened, layout_named("packed"), SIDE)
     options = ort.SessionOptions()
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
     options.optimized_model_filepath = str(tmp_path / "basic.onnx")
@@ -198,7 +199,7 @@ def _orders(nodes: Iterable[onnx.NodeProto]) -> Counter[tuple[int, ...]]:
 @pytest.mark.parametrize(("bits", "trellis"), KINDS)
 def test_beside_layers_that_are_decoded_by_themselves(bits, trellis):
     b = OnnxBuilder(21)
-    weights = Weights(b, "packed")
+    weights = Weights(b, layout_named("packed"))
     width = free(bits, 16, trellis)
     # by itself: an odd number of m, or a short last block
     alone = weight_of((3, 16, 3, 3) if trellis else (3, 40, 3, 3), width)

@@ -10,6 +10,7 @@ from conftest import SIDE
 
 from dsconvert.export.builder import OnnxBuilder
 from dsconvert.export.decode import Decoded
+from dsconvert.export.layouts import layout_named
 from dsconvert.export.nms import Nms, add_nms
 from dsconvert.export.onnx import export_quantized
 
@@ -31,7 +32,7 @@ def with_maps(model: onnx.ModelProto, names: tuple[str, ...]) -> onnx.ModelProto
 
 @pytest.mark.parametrize("layout", ["packed", "blocked", "openvino", "int8"])
 def test_every_convolution_is_int8_and_the_maps_are_onnx_runtimes(widened, picture, layout):
-    file = with_maps(export_quantized(widened, layout, SIDE), widened.graph.outputs)
+    file = with_maps(export_quantized(widened, layout_named(layout), SIDE), widened.graph.outputs)
     engine = compiled(file)
     kinds = {
         node.get_friendly_name().split("/")[0]: node.rt_info["runtimePrecision"].value

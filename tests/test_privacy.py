@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from dsconvert.export.layouts import PACKED
 from dsconvert.exporting import onnx_bytes
 
 DEMO = Path(__file__).parents[1] / "calib" / "demo" / "demo.pt"
@@ -24,7 +25,7 @@ load_candidate(Path(sys.argv[1]), 96).run_once()
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory) -> Path:
     path: Path = tmp_path_factory.mktemp("model") / "demo.onnx"
-    path.write_bytes(onnx_bytes(DEMO, "packed", 96, check=False))
+    path.write_bytes(onnx_bytes(DEMO, PACKED, 96, check=False))
     return path
 
 

@@ -23,7 +23,7 @@ from dsconvert.dsconv.codes.trellis_table import fits, from_strings, largest, st
 from dsconvert.dsconv.packing import pack_bits, unpack_bits
 from dsconvert.dsconv.tensor import DSTensor, block_count
 from dsconvert.export.builder import OnnxBuilder
-from dsconvert.export.layouts import LAYOUT_OPSET, add_int8_weight
+from dsconvert.export.layouts import LAYOUTS, add_int8_weight, layout_named
 from dsconvert.export.onnx import Ends, export_quantized
 from dsconvert.graph.integer import QConv, QParams, run_integer
 from dsconvert.graph.ir import INPUT, ConvParams, Graph, Node
@@ -98,12 +98,12 @@ def image_of(model: DSModel, seed: int = 0) -> torch.Tensor:
 
 
 def onnx_bytes(model: DSModel, layout: str) -> bytes:
-    return export_quantized(model, layout, model.imgsz).SerializeToString(deterministic=True)
+    return export_quantized(model, layout_named(layout), model.imgsz).SerializeToString(deterministic=True)
 
 
 def exposed(model: DSModel, layout: str) -> onnx.ModelProto:
     """The exported file with every integer as a further output."""
-    file = export_quantized(model, layout, model.imgsz)
+    file = export_quantized(model, layout_named(layout), model.imgsz)
     for node in model.graph.nodes:
         file.graph.output.append(onnx.helper.make_tensor_value_info(f"{node.name}.q", onnx.TensorProto.UINT8, None))
     return file
@@ -116,8 +116,8 @@ def exposed(model: DSModel, layout: str) -> onnx.ModelProto:
 @given(weights(), st.sampled_from(["packed", "blocked", "int8"]))
 def test_every_weight_survives_every_layout(weight, layout):
     """The ONNX nodes, by ONNX's own definition, give m * VQK; as does plain numpy."""
-    b = OnnxBuilder(LAYOUT_OPSET[layout])
-    name = add_int8_weight(b, "w", weight, layout)
+    b = OnnxBuilder(LAYOUTS[layout].opset)
+    name = add_int8_weight(b, "w", weight, layout_named(layout))
     b.node("Cast", [name], "out", to=onnx.TensorProto.FLOAT)
     model = b.model({}, {"out": tuple(weight.vqk.shape)}, {})
     (found,) = ReferenceEvaluator(model).run(None, {})
@@ -154,9 +154,10 @@ def test_a_model_file_read_and_written_is_the_same_file(tmp_path_factory, model)
     path.write_bytes(model_bytes(model))
     read = load_model(path)
     assert model_bytes(read) == path.read_bytes()
-    for layout in set(LAYOUT_OPSET) - {"float"}:  # which has float activations
+    for layout in set(LAYOUTS) - {"float"}:  # which has float activations
         first, second = (
-            export_quantized(m, layout, m.imgsz).SerializeToString(deterministic=True) for m in (model, read)
+            export_quantized(m, layout_named(layout), m.imgsz).SerializeToString(deterministic=True)
+            for m in (model, read)
         )
         assert first == second  # exporting what was read gives the same bytes, and so does exporting it again
 
@@ -270,7 +271,7 @@ def test_weights_only_files_are_the_float_network(model, seed):
     x = image_of(model, seed)
     params = {name: ConvParams(c.weight.weight(), c.bias) for name, c in model.convs.items()}
     wanted = decode(run_float(model.graph, params, x), model.head).numpy()
-    file = export_quantized(model, "packed", model.imgsz, Ends())
+    file = export_quantized(model, layout_named("packed"), model.imgsz, Ends())
     running = ort.InferenceSession(file.SerializeToString(), providers=["CPUExecutionProvider"])
     # float32 sums in another order, of terms up to a few hundred
     np.testing.assert_allclose(running.run(None, {INPUT: x.numpy()})[0], wanted, rtol=1e-3, atol=1e-3)
@@ -351,5 +352,5 @@ def test_fits_scale_with_their_weights(scale):
 
 def test_exporting_twice_gives_the_same_bytes():
     model = convert(*tiny_network(), smooth_picture())
-    for layout in set(LAYOUT_OPSET) - {"float"}:  # which has float activations
+    for layout in set(LAYOUTS) - {"float"}:  # which has float activations
         assert onnx_bytes(model, layout) == onnx_bytes(model, layout)

@@ -16,6 +16,7 @@ from dsconvert import exporting
 from dsconvert.cli import cli
 from dsconvert.commands.shared import option
 from dsconvert.errors import InputError
+from dsconvert.export.layouts import layout_named
 from dsconvert.report.gather import ReportOptions, gather
 from dsconvert.report.page import page_bytes
 
@@ -28,7 +29,7 @@ def dsconvert(*args: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
 def test_report_from_the_command_line(tmp_path):
     model = make_case(tmp_path)
     peer = tmp_path / "peer.onnx"
-    peer.write_bytes(exporting.onnx_bytes(model, "int8", None))
+    peer.write_bytes(exporting.onnx_bytes(model, layout_named("int8"), None))
     args = ["report", model, "--data", tmp_path / "data.yaml", "--against", peer]
     done = dsconvert(*args, cwd=tmp_path)
     assert done.returncode == 0, done.stderr

@@ -7,6 +7,7 @@ import torch
 from conftest import SIDE, TINY, convert, randomise, smooth_picture
 
 from dsconvert.export.compact import compact
+from dsconvert.export.layouts import layout_named
 from dsconvert.export.onnx import export_quantized
 from dsconvert.graph.integer import run_integer
 from dsconvert.modelfile import load_model, model_bytes
@@ -44,7 +45,7 @@ def test_the_logit_of_a_single_class_is_not_clipped(logit, tmp_path):
     assert float((classes - wanted).abs().max()) < 0.03
     loaded = load_model(path)
     for layout in LAYOUTS:
-        made = compact(export_quantized(loaded, layout, SIDE))
+        made = compact(export_quantized(loaded, layout_named(layout), SIDE))
         out = torch.from_numpy(session(made.SerializeToString(), 1).run(None, {"images": picture.numpy()})[0])
         # sigmoids of two libraries
         torch.testing.assert_close(out[..., 4:], decode(raw, head)[..., 4:], rtol=1e-5, atol=1e-5)

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from dsconvert.errors import CheckError, InputError
 from dsconvert.export.check import check_export, check_images, float_reference, reference_of
+from dsconvert.export.layouts import layout_named
 from dsconvert.export.onnx import PLAIN, export_float, export_quantized
 from dsconvert.fit.importance import measure_importance
 from dsconvert.graph.integer import run_integer
@@ -142,7 +143,7 @@ def test_a_model_file_whose_prototypes_are_too_few_is_damaged(model, tmp_path):
 
 @pytest.mark.parametrize("layout", ["packed", "fused", "blocked", "int8"])
 def test_every_layout_gives_torchs_numbers(model, picture, layout):
-    data = export_quantized(model, layout, 64).SerializeToString()
+    data = export_quantized(model, layout_named(layout), 64).SerializeToString()
     session = ort.InferenceSession(data)
     assert [(o.name, o.shape) for o in session.get_outputs()] == [
         ("output0", [1, 960, COLUMNS]), ("output1", [1, MASKS, 32, 32]),
@@ -151,7 +152,7 @@ def test_every_layout_gives_torchs_numbers(model, picture, layout):
     raw = run_integer(model.graph, model.convs, model.activations, picture)
     np.testing.assert_allclose(boxes, decode(raw, model.head).numpy(), rtol=1e-5, atol=1e-4)
     np.testing.assert_array_equal(protos, raw[-1].numpy())
-    check_export(data, reference_of(model), PLAIN, check_images(64))
+    check_export(data, reference_of(model, layout_named(layout)), PLAIN, check_images(64))
 
 
 def test_the_float_file_gives_torchs_numbers(segment, picture):
@@ -234,7 +235,7 @@ def run_opencv(data: bytes, image: np.ndarray) -> list[np.ndarray]:
 )
 def test_other_engines_give_the_same(model, picture, run, layouts):
     for layout in layouts:
-        data = export_quantized(model, layout, 64).SerializeToString()
+        data = export_quantized(model, layout_named(layout), 64).SerializeToString()
         wanted = ort.InferenceSession(data).run(None, {"images": picture.numpy()})
         for found, expected in zip(run(data, picture.numpy()), wanted, strict=True):
             assert found.shape == expected.shape

@@ -13,6 +13,7 @@ import torch
 from conftest import SIDE, TINY, convert, randomise, smooth_picture
 
 from dsconvert.export.check import check_export, check_images, float_reference, reference_of
+from dsconvert.export.layouts import layout_named
 from dsconvert.export.nms import Nms
 from dsconvert.export.onnx import PLAIN, Ends, export_float, export_quantized
 from dsconvert.modelcheck import check_model
@@ -101,10 +102,12 @@ def test_an_object_of_four_tenths_is_found(tmp_path):
     (tmp_path / "m.safetensors").write_bytes(model_bytes(model))
     files = ["best.pt", "m.safetensors"]
     for layout in ("packed", "fused", "int8"):
-        (tmp_path / f"{layout}.onnx").write_bytes(export_quantized(model, layout, SIDE).SerializeToString())
+        (tmp_path / f"{layout}.onnx").write_bytes(
+            export_quantized(model, layout_named(layout), SIDE).SerializeToString()
+        )
         files.append(f"{layout}.onnx")
     ends = Ends(nms=Nms())
-    (tmp_path / "nms.onnx").write_bytes(export_quantized(model, "packed", SIDE, ends).SerializeToString())
+    (tmp_path / "nms.onnx").write_bytes(export_quantized(model, layout_named("packed"), SIDE, ends).SerializeToString())
     image = (smooth_picture()[0] * 255).byte().permute(1, 2, 0).numpy()
     for name in [*files, "nms.onnx"]:
         candidate = load_candidate(tmp_path / name, SIDE)
@@ -117,8 +120,8 @@ def test_an_object_of_four_tenths_is_found(tmp_path):
 @pytest.mark.parametrize("layout", ["packed", "fused", "blocked", "int8"])
 def test_exported_files_say_one_for_the_class(made, layout):
     """So that readers who multiply, as YOLOv5's scripts do, are right too. `check_export` is what `export` asks."""
-    data = export_quantized(made, layout, SIDE).SerializeToString()
-    check_export(data, reference_of(made), PLAIN, check_images(SIDE))
+    data = export_quantized(made, layout_named(layout), SIDE).SerializeToString()
+    check_export(data, reference_of(made, layout_named(layout)), PLAIN, check_images(SIDE))
     if layout != "blocked":  # ONNX Runtime's own 4-bit blocks: the check above ran it
         out = ort.InferenceSession(data).run(None, {"images": smooth_picture().numpy()})[0]
         assert (out[..., 5] == 1).all()

@@ -20,6 +20,7 @@ from dsconvert.anyonnx.scale import warning
 from dsconvert.anyonnx.source import Array, Source, opset_of, read_source
 from dsconvert.dsconv.codes import usual_format
 from dsconvert.errors import CheckError, InputError
+from dsconvert.export.layouts import PACKED, Layout
 from dsconvert.files import scratch_folder
 from dsconvert.fit.layer import GPTQ
 from dsconvert.graph.integer import QConv
@@ -42,7 +43,7 @@ class OnnxPlan:
 
     bits: int = 4  # 2..8, of every layer but the first, depthwise ones, and those at the end that hold few weights: 8
     block_size: int = 32  # input channels a shift covers
-    layout: str = "packed"  # or int8, which keeps the file's opset
+    layout: str = PACKED.name  # or int8, which keeps the file's opset
     imgsz: int | None = None  # side of the images for a file that leaves it open, pixels; None: 640
     samples: int = 256  # most calibration images used
     normal: Normalisation | None = None  # for files that do not take 0..1
@@ -90,14 +91,14 @@ def quantize_onnx(
     Raises InputError when the file or the images cannot be used, CheckError when the result computes something else
     than its weights say."""
     plan, report = plan or OnnxPlan(), progress or (lambda stage, done, total: None)
-    threads = torch.get_num_threads()
+    threads, layout = torch.get_num_threads(), LAYOUTS[plan.layout]
     given = read_source(path, plan.imgsz, threads)
     find_layers(given)  # nothing to do is said before images are read
     paths = calibration_images(calib, plan.split, plan.strict)
     images, skipped = pictures(spread(paths, plan.samples), given.image, plan.normal is not None)
     report("images", len(images), len(images))
     probe = as_input(images[:1] * given.image.batch, given.image, plan.normal)
-    source = _raised(path, given, plan.layout, probe)
+    source = _raised(path, given, layout, probe)
     running = session(given.model.SerializeToString(), threads, str(path))
     doubt = warning(lambda x: running.run(None, {given.image.name: x}), images, given.image, plan.normal)
     if doubt:
@@ -115,7 +116,7 @@ def quantize_onnx(
     if same:
         note(same)
     made = OnnxConverted(
-        with_integers(source, layers, fitted, plan.layout), source, layers, fitted, len(images), skipped,
+        with_integers(source, layers, fitted, layout), source, layers, fitted, len(images), skipped,
         tuple(sentence for sentence in (doubt, same) if sentence),
     )  # fmt: skip
     _check(made, probe)
@@ -134,22 +135,24 @@ def _bits(layers: list[Layer], bits: int, source: Source) -> dict[int, int]:
     return {layer.index: 8 if layer.index in edges | depthwise else bits for layer in layers}
 
 
-def _raised(path: Path, given: Source, layout: str, probe: Array) -> Source:
+def _raised(path: Path, given: Source, layout: Layout, probe: Array) -> Source:
     """The source at an opset that knows the layout; it must compute what it did before."""
     before = _outputs(given.model, given, probe, path)
-    if given.opset >= LAYOUTS[layout]:
+    if given.opset >= layout.rewrites:
         return given
-    hint = Sentence("give {layout} int8, which keeps it") if given.opset >= LAYOUTS["int8"] else "export it anew"
+    hint = (
+        Sentence("give {layout} int8, which keeps it") if given.opset >= LAYOUTS["int8"].rewrites else "export it anew"
+    )
     refused = InputError.naming(
-        "{} has opset {}, which cannot be raised to {}; {}.", path, given.opset, LAYOUTS[layout], hint
+        "{} has opset {}, which cannot be raised to {}; {}.", path, given.opset, layout.rewrites, hint
     )
     try:
-        model = onnx.version_converter.convert_version(given.model, LAYOUTS[layout])
+        model = onnx.version_converter.convert_version(given.model, layout.rewrites)
         made = Source(model, given.image)
         after = _outputs(model, made, probe, path)
     except Exception:  # the converter raises many kinds, on operators that it does not know
         raise refused from None
-    if opset_of(model) < LAYOUTS[layout] or not _close(before, after):
+    if opset_of(model) < layout.rewrites or not _close(before, after):
         raise refused
     find_layers(made)
     return made

@@ -12,12 +12,14 @@ import dsconvert
 from dsconvert.anyonnx.layers import Layer
 from dsconvert.anyonnx.source import Source, used
 from dsconvert.dsconv.tensor import DSTensor
-from dsconvert.export.builder import OnnxBuilder
+from dsconvert.export import layouts
+from dsconvert.export.builder import IR_VERSION, OnnxBuilder
 from dsconvert.export.compact import short_names
-from dsconvert.export.layouts import add_int8_weight
 from dsconvert.graph.integer import QConv
 
-LAYOUTS = {"packed": 21, "int8": 7}  # the least opset of each: broadcasting came with 7, INT4 with 21
+LAYOUTS = {
+    name: layout for name, layout in layouts.LAYOUTS.items() if layout.rewrites
+}  # those there are for such a file
 LAYOUT_KEY = "dsconvert.layout"
 
 
@@ -62,7 +64,9 @@ def with_floats(source: Source, layers: Sequence[Layer], fitted: Mapping[int, QC
     return _assembled(source, nodes, [], tensors)
 
 
-def with_integers(source: Source, layers: Sequence[Layer], fitted: Mapping[int, QConv], layout: str) -> onnx.ModelProto:
+def with_integers(
+    source: Source, layers: Sequence[Layer], fitted: Mapping[int, QConv], layout: layouts.Layout
+) -> onnx.ModelProto:
     """The file with VQK and shifts in the place of its weights, multiplied into W' when it is loaded: cast to float
     and scaled, as engines compute that once, but a DequantizeLinear in every inference."""
     b = OnnxBuilder(source.opset)
@@ -90,17 +94,17 @@ def with_integers(source: Source, layers: Sequence[Layer], fitted: Mapping[int, 
     for tensor in tensors:
         tensor.name = renamed.get(tensor.name, tensor.name)
     made = _assembled(source, nodes, b.nodes, tensors)
-    if layout == "packed":
-        made.ir_version = max(made.ir_version, 10)  # the first that has INT4
+    if not layout.merged:
+        made.ir_version = max(made.ir_version, IR_VERSION[layout.opset])  # the first that has INT4
     made.producer_name, made.producer_version = "dsconvert", dsconvert.__version__
     meta = {p.key: p.value for p in made.metadata_props}
-    helper.set_model_props(made, {**meta, LAYOUT_KEY: layout})
+    helper.set_model_props(made, {**meta, LAYOUT_KEY: layout.name})
     return made
 
 
-def _real_weight(b: OnnxBuilder, name: str, layer: Layer, weight: DSTensor, layout: str) -> str:
+def _real_weight(b: OnnxBuilder, name: str, layer: Layer, weight: DSTensor, layout: layouts.Layout) -> str:
     """Nodes for W' as the layer reads it."""
-    integers = add_int8_weight(b, name, weight, layout)
+    integers = layouts.add_int8_weight(b, name, weight, layout)
     cds = b.tensor(f"{name}.cds", weight.cds_w.numpy()[:, None, None, None])
     value = b.node("Cast", [integers], f"{name}.real", to=TensorProto.FLOAT)
     value = b.node("Mul", [value, cds], f"{name}.w")

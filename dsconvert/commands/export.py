@@ -13,7 +13,7 @@ from dsconvert import exporting
 from dsconvert.commands.folders import refuse_to_lose
 from dsconvert.commands.shared import PATH, RUNS, as_json, force, print_json, tell
 from dsconvert.errors import InputError
-from dsconvert.export.layouts import LAYOUT_OPSET, run_by
+from dsconvert.export.layouts import LAYOUTS, PACKED, layout_named, run_by
 from dsconvert.export.nms import Nms
 from dsconvert.export.onnx import Ends
 from dsconvert.filekinds import CHECKPOINT, MODEL, file_kind
@@ -25,11 +25,9 @@ from dsconvert.yolo.dataset import SPLITS, is_data_yaml, read_data_yaml
 @click.command()
 @click.argument("model", type=PATH, required=False)
 @click.option("--onnx", "to_onnx", is_flag=True, help="Write ONNX (the one format so far).")
-@click.option("--layout", type=click.Choice(list(LAYOUT_OPSET)), default="packed", show_default=True,
-              help="packed: smallest file. fused: with ONNX Runtime's own operators, loads faster. "
-              "blocked: ONNX block scales. openvino: for OpenVINO, the fastest there. "
-              "int8: runs on old engines. float: for --kds float. "
-              f"OpenVINO runs {', '.join(run_by('OpenVINO'))}.")  # fmt: skip
+@click.option("--layout", type=click.Choice(list(LAYOUTS)), default=PACKED.name, show_default=True,
+              help=" ".join(f"{x.name}: {x.about}." for x in LAYOUTS.values())
+              + f" OpenVINO runs {', '.join(run_by('OpenVINO'))}.")  # fmt: skip
 @click.option("--imgsz", type=int, help="Side of the input, pixels (default: as calibrated).")
 @click.option("--dynamic-batch", is_flag=True, help="Leave the batch size open.")
 @click.option("--uint8-input", is_flag=True, help="Input is the image's bytes, 0..255; dividing by 255 is not needed.")
@@ -78,7 +76,7 @@ def export(
     check_target(target, force)  # before the file is made and run
     check_writable(target.parent)
     with scratch_in(target.parent):
-        data = exporting.onnx_bytes(path, layout, imgsz, ends, not no_check)
+        data = exporting.onnx_bytes(path, layout_named(layout), imgsz, ends, not no_check)
     write_atomic(target, data, force)
     if as_json:
         print_json(

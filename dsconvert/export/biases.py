@@ -18,6 +18,7 @@ from onnx import TensorProto, helper
 from dsconvert.export.builder import OnnxBuilder
 
 RUN = 8  # channels: units of layers with a multiple of it are computed together
+VECTOR = "bias."  # what names of the stored parts of all biases begin with
 
 
 @dataclass(frozen=True)
@@ -56,13 +57,13 @@ class Biases:
 
     def _integers(self) -> None:
         b, rest = self.b, np.concatenate([x.integers for x in self.found]).astype(np.int64)
-        low = b.tensor("bias.low", (rest & 0xFFFF).astype(np.uint16))
+        low = b.tensor(f"{VECTOR}low", (rest & 0xFFFF).astype(np.uint16))
         total = b.node("Cast", [low], "bias.0", to=TensorProto.INT32)
         place, rest = 16, rest >> 16
         while rest.any():
             last = bool((np.abs(2 * rest + 1) < 16).all())  # -8..7
             stored = rest.astype(ml_dtypes.int4) if last else (rest & 15).astype(ml_dtypes.uint4)
-            nibble = b.node("Cast", [b.tensor(f"bias.high{place}", stored)], f"bias.{place}", to=TensorProto.INT32)
+            nibble = b.node("Cast", [b.tensor(f"{VECTOR}high{place}", stored)], f"bias.{place}", to=TensorProto.INT32)
             scaled = b.node("Mul", [nibble, b.constant(np.array(1 << place, np.int32))], f"bias.{place}.up")
             total = b.node("Add", [total, scaled], f"bias.{place}.sum")
             place, rest = place + 4, np.zeros(1, np.int64) if last else rest >> 4

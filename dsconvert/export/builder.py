@@ -18,6 +18,11 @@ from dsconvert.errors import InputError
 IR_VERSION = {13: 7, 21: 10}
 
 
+def is_constant(tensor: onnx.TensorProto) -> bool:
+    """Whether it is one that nodes share, not a layer's own: these are called after their layers, with a dot."""
+    return "." not in tensor.name
+
+
 class OnnxBuilder:
     """Collects nodes and initializers; equal constants are stored once."""
 

@@ -20,10 +20,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dsconvert.errors import CheckError
-from dsconvert.export.lastchannels import LAST
-from dsconvert.export.onnx import LAYOUT_KEY, Ends
+from dsconvert.export.onnx import Ends
 from dsconvert.export.reference import Reference, float_reference, reference_of
 from dsconvert.export.stored import DETECT, wrong_layer
+from dsconvert.export.written import Place
 from dsconvert.graph.ir import INPUT
 from dsconvert.model import DSModel, display_name
 from dsconvert.modelcheck import largest_sum
@@ -32,7 +32,6 @@ from dsconvert.yolo.decode import decode
 __all__ = ["check_accumulators", "check_export", "check_images", "float_reference", "reference_of"]
 
 Array = NDArray[Any]
-WIDE = ".wide"  # suffix of a map that has more channels than anybody asks for
 # Decoding equal integers, two libraries differ by a few roundings of float32: 2^-24 of a number, some ten times.
 EXACT = (1e-5, 1e-6)
 # Float convolutions are summed in another order by each library; 60 layers of it.
@@ -68,14 +67,15 @@ def check_export(
     reference.
 
     Layers are told by the names of their values: `named` is the same file with all of them, where `data` lacks some."""
-    file = _File.of(data, reference, (), ends)
-    layout = next((entry.value for entry in file.model.metadata_props if entry.key == LAYOUT_KEY), "")
+    file = _File.of(data, {}, ends)
     found = [file.run(_inputs(image, ends)[0]).boxes for image in images]
-    wrong = wrong_layer(data, named, reference, reference.again(layout, images[0].shape[-1], ends), layout)
+    again = reference.again(images[0].shape[-1], ends)
+    wrong = wrong_layer(data, named, reference, again)
     if wrong is None:
-        every = _File.of(named or data, reference, reference.graph.outputs, ends)
+        outputs = {name: place for name, place in again.places.items() if name in reference.graph.outputs}
+        every = _File.of(named or data, outputs, ends)
         for image, boxes in zip(images, found, strict=True):
-            wrong = wrong or _wrong_on(image, boxes, every, reference, ends)
+            wrong = wrong or _wrong_on(image, boxes, every, again.places, reference, ends)
     if wrong is not None:
         raise CheckError(
             f"The exported file computes something else than it should at layer {wrong}, so it was not written; "
@@ -83,7 +83,9 @@ def check_export(
         )
 
 
-def _wrong_on(image: Array, found: Sequence[Array], every: _File, reference: Reference, ends: Ends) -> str | None:
+def _wrong_on(
+    image: Array, found: Sequence[Array], every: _File, places: Mapping[str, Place], reference: Reference, ends: Ends
+) -> str | None:  # fmt: skip
     """The layer that an image shows to be wrong. What the file makes of its own maps must be what they are decoded to
     here; its layers may differ by what an engine rounds otherwise."""
     graph, head = reference.graph, reference.head
@@ -100,8 +102,7 @@ def _wrong_on(image: Array, found: Sequence[Array], every: _File, reference: Ref
         return DETECT
     if alike(found, reference.run(real), *(EXACT if reference.exact else FLOAT)):
         return None
-    whole = _File.of(every.data, reference, [INPUT, *(node.name for node in graph.nodes)], ends)
-    values = whole.run(feed).values
+    values = _File.of(every.data, places, ends).run(feed).values
     if INPUT not in values:  # bytes are the integers of the image
         values[INPUT] = torch.from_numpy(feed).float() if reference.exact else real
     return _first_wrong(values, reference)
@@ -118,33 +119,26 @@ class _Run:
 
 @dataclass(frozen=True)
 class _File:
-    """A file that is run, with `values` behind its `ends` own outputs: their names in the graph and in the file, and
-    how many channels are asked for (None: all). `suppressed`: it ends with non-maximum suppression; what goes into that
-    stands for its boxes then: box, 1 and the scores of each class."""
+    """A file that is run, with `values` behind its `ends` own outputs, by their names in the graph. `suppressed`: it
+    ends with non-maximum suppression; what goes into that stands for its boxes then: box, 1 and the scores of each
+    class."""
 
     data: bytes
     model: onnx.ModelProto
     running: ort.InferenceSession
-    values: Sequence[tuple[str, str, int | None]]
+    values: Mapping[str, Place]
     ends: int
     suppressed: bool
 
     @staticmethod
-    def of(data: bytes, reference: Reference, wanted: Sequence[str], ends: Ends) -> _File:
-        """The file, giving those of the values that it has by their names."""
+    def of(data: bytes, wanted: Mapping[str, Place], ends: Ends) -> _File:
+        """The file, giving those of the values that it has."""
         _session(data)
         model = onnx.load_from_string(data)
         there = {name for node in model.graph.node for name in node.output}
-        nodes = {node.name: node for node in reference.graph.nodes}
-        outputs, values = len(model.graph.output), []
-        for name in wanted:
-            # layout fused has maps with channels last, under names of their own; some have more channels than asked for
-            kinds = [f"{name}{kind}" for kind in (reference.suffix, f"{reference.suffix}{LAST}", WIDE, f"{WIDE}{LAST}")]
-            stored = next((kind for kind in kinds if kind in there), None)
-            if stored is not None:
-                cho = len(reference.numbers(nodes[name], "").bias) if WIDE in stored.removeprefix(name) else None
-                values.append((name, stored, cho))
-        model.graph.output.extend(onnx.ValueInfoProto(name=stored) for _, stored, _ in values)
+        outputs = len(model.graph.output)
+        values = {name: place for name, place in wanted.items() if place.name in there}
+        model.graph.output.extend(onnx.ValueInfoProto(name=place.name) for place in values.values())
         if ends.nms:  # what goes into the suppression: boxes and scores
             node = next(n for n in model.graph.node if n.op_type == "NonMaxSuppression")
             model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in node.input[:2])
@@ -155,9 +149,10 @@ class _File:
         outputs = [np.asarray(value) for value in _run(self.running, feed)]
         boxes, rest = outputs[: self.ends], outputs[self.ends :]
         got = {}
-        for (name, stored, cho), value in zip(self.values, rest, strict=False):
-            first = value.transpose(0, 3, 1, 2) if stored.endswith(LAST) else value
-            got[name] = torch.from_numpy(np.ascontiguousarray(first[:, :cho])).float()
+        for (name, place), value in zip(self.values.items(), rest, strict=False):
+            first = value.transpose(0, 3, 1, 2) if place.last else value
+            asked = first[:, : first.shape[1] - place.more]
+            got[name] = torch.from_numpy(np.ascontiguousarray(asked)).float()
         if not self.suppressed:
             return _Run(boxes, got)
         (found,), (box, scores) = boxes, rest[len(self.values) :]

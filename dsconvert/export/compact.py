@@ -12,15 +12,15 @@ from string import ascii_letters, digits
 
 import onnx
 
+from dsconvert.export.builder import is_constant
+
 
 def compact(model: onnx.ModelProto) -> onnx.ModelProto:
-    """A copy with one- and two-letter names for all values but inputs, outputs and weights, the most used first.
-
-    Weights are initializers with a dot in their name; constants have none."""
+    """A copy with one- and two-letter names for all values but inputs, outputs and weights, the most used first."""
     made = onnx.ModelProto()
     made.CopyFrom(model)
     graph = made.graph
-    kept = {v.name for v in (*graph.input, *graph.output)} | {t.name for t in graph.initializer if "." in t.name}
+    kept = {v.name for v in (*graph.input, *graph.output)} | {t.name for t in graph.initializer if not is_constant(t)}
     uses = Counter(name for node in graph.node for name in (*node.input, *node.output) if name and name not in kept)
     free = (name for name in short_names() if name not in kept)
     names = {old: next(free) for old, _ in uses.most_common()}

@@ -14,22 +14,11 @@ import numpy as np
 from onnx import helper
 
 from dsconvert.export.builder import OnnxBuilder
-from dsconvert.graph.integer import QParams
+from dsconvert.export.written import Place
 from dsconvert.yolo.lower import PARTS
 from dsconvert.yolo.network import Head
 
 SHORT = 16  # bytes of a box that a Transpose moves faster than a Split
-
-
-@dataclass(frozen=True)
-class RawMap:
-    """A map that boxes are decoded of: float, or uint8 on a grid; (n, channels, ny, nx), or with its channels last and
-    some more of them, which nobody asks for."""
-
-    name: str
-    grid: QParams | None = None
-    last: bool = False
-    more: int = 0
 
 
 @dataclass(frozen=True)
@@ -48,7 +37,7 @@ class Decoded:
         return [self.box, self.objectness, self.classes, *self.masks]
 
 
-def add_decode(b: OnnxBuilder, raw: Sequence[RawMap], head: Head, imgsz: int) -> Decoded:
+def add_decode(b: OnnxBuilder, raw: Sequence[Place], head: Head, imgsz: int) -> Decoded:
     """Raw maps -> boxes.
 
     `raw` is one map a level of na * no channels, or a map a level of each of a box's parts (see
@@ -84,7 +73,7 @@ def _pixels(b: OnnxBuilder, box: str, head: Head, sides: Sequence[int]) -> str:
 
 
 def _table(
-    b: OnnxBuilder, maps: Sequence[RawMap], name: str, na: int, columns: int, sides: Sequence[int], sigmoid: bool = True
+    b: OnnxBuilder, maps: Sequence[Place], name: str, na: int, columns: int, sides: Sequence[int], sigmoid: bool = True
 ) -> str:
     """Raw maps of na * columns channels, one a level -> (n, boxes, columns), their sigmoids unless not wanted."""
     run, runs = _runs(sides)
@@ -110,9 +99,7 @@ def _table(
     return b.node("Reshape", [joined, b.shape(0, -1, columns)], f"{name}.rows")
 
 
-def _by_anchor(
-    b: OnnxBuilder, raw: RawMap, name: str, na: int, columns: int, places: tuple[int, int, int]
-) -> list[str]:
+def _by_anchor(b: OnnxBuilder, raw: Place, name: str, na: int, columns: int, places: tuple[int, int, int]) -> list[str]:
     """A map with its channels last -> its anchors' boxes in runs, to be joined along axis 1: turned around together,
     or, quicker where each box has many bytes, cut out one by one. `places` are (side, run, runs)."""
     side, run, runs = places

@@ -11,18 +11,21 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 
 import onnx
 import onnxruntime as ort
 
 from dsconvert.export.lastchannels import channels_last
+from dsconvert.export.written import Written
 from dsconvert.files import needs_room, scratch_folder
 
 UNPACKED = 8  # times the packed file's bytes: weights of 1 bit as int8
 
 
-def fuse(packed: onnx.ModelProto) -> onnx.ModelProto:
+def fuse(written: Written) -> Written:
     """The packed model as ONNX Runtime would run it on any CPU, constants as they were."""
+    packed = written.model
     optimised = _optimised(packed)
     stored = {t.name: t for t in packed.graph.initializer}
     makers = _constant_makers(packed, set(stored))
@@ -36,12 +39,16 @@ def fuse(packed: onnx.ModelProto) -> onnx.ModelProto:
     made.graph.node.extend(optimised.graph.node)
     made.graph.initializer.extend(stored[name] for name in needed if name in stored)
     made.graph.initializer.extend(new[name] for name in needed if name in new)
-    channels_last(made, {t.name: tuple(t.dims) for t in optimised.graph.initializer})
+    turned = channels_last(made, {t.name: tuple(t.dims) for t in optimised.graph.initializer})
     used = {node.domain for node in made.graph.node}
     # the optimiser lists every domain it knows
     made.opset_import.extend(o for o in optimised.opset_import if o.domain in used)
     _plain_names(made, set(new))
-    return made
+    places = {
+        value: replace(place, name=turned[place.name], last=True) if place.name in turned else place
+        for value, place in written.places.items()
+    }
+    return Written(made, places, written.weights)
 
 
 def _optimised(model: onnx.ModelProto) -> onnx.ModelProto:

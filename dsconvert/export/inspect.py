@@ -97,7 +97,7 @@ class _Web:
     def measured(self, value: str, prefix: str) -> _Measured | None:
         """Of the initializers that the value is computed from, the largest, and the bits of all; of those alone whose
         names begin with the prefix, where there is one and they are some: where all weights are made together, these
-        are the convolution's own."""
+        are the convolution's own. (That tensors begin with their convolution's name docs/compatibility.md promises.)"""
         sources = self._sources_of(value)
         for key in ((sources, prefix), (sources, "")) if prefix else ((sources, ""),):
             if key not in self._measures:

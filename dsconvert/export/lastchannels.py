@@ -27,8 +27,9 @@ JOINING = ("QLinearConcat", "Concat")
 Shapes = Mapping[str, tuple[int, ...]]
 
 
-def channels_last(model: onnx.ModelProto, constants: Shapes) -> None:
-    """Turn the graph around, in place. `constants` are the shapes of all values that are known before an image is."""
+def channels_last(model: onnx.ModelProto, constants: Shapes) -> dict[str, str]:
+    """Turn the graph around, in place; the new names of maps that have their channels last now, by their old ones.
+    `constants` are the shapes of all values that are known before an image is."""
     walk = _Walk(model, constants)
     for node in model.graph.node:
         walk.add(node)
@@ -41,6 +42,7 @@ def channels_last(model: onnx.ModelProto, constants: Shapes) -> None:
     del model.graph.node[:], model.graph.initializer[:]
     model.graph.node.extend(reversed(nodes))
     model.graph.initializer.extend(kept)
+    return walk.last
 
 
 class _Walk:

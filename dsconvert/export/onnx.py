@@ -17,15 +17,17 @@ import onnx
 
 from dsconvert.errors import InputError
 from dsconvert.export.builder import OnnxBuilder
-from dsconvert.export.decode import RawMap, add_decode, box_count
+from dsconvert.export.decode import add_decode, box_count
 from dsconvert.export.fused import fuse
 from dsconvert.export.inputs import INPUT_TYPES, add_real_image
-from dsconvert.export.layouts import LAYOUT_OPSET
+from dsconvert.export.layouts import Layout, check_layout
 from dsconvert.export.nms import Nms, add_nms
 from dsconvert.export.operators import add_conv, add_float, real_weight
 from dsconvert.export.quantized import Quantized
-from dsconvert.export.real import add_real_weight, check_layout
+from dsconvert.export.quickform import QuickForm
+from dsconvert.export.real import add_real_weight
 from dsconvert.export.weights import Weights
+from dsconvert.export.written import Place, Written, float_places
 from dsconvert.graph.integer import real_between
 from dsconvert.graph.ir import INPUT, ConvParams, Graph, Node
 from dsconvert.model import DSModel, display_name
@@ -48,57 +50,72 @@ class Ends:
 PLAIN = Ends()
 
 
-def export_quantized(model: DSModel, layout: str, imgsz: int, ends: Ends = PLAIN) -> onnx.ModelProto:
+def export_quantized(model: DSModel, layout: Layout, imgsz: int, ends: Ends = PLAIN) -> onnx.ModelProto:
     """The converted network with integer weights in the given layout (see `layouts`)."""
+    return write_quantized(model, layout, imgsz, ends).model
+
+
+def write_quantized(model: DSModel, layout: Layout, imgsz: int, ends: Ends = PLAIN) -> Written:
+    """The same, and what its names are."""
     check_layout(model, layout)
     model = in_layout(model, layout)
-    if layout == "fused":
-        return fuse(_written(model, layout, imgsz, ends))
-    return _written(model, layout, imgsz, ends)
+    made = _written(model, layout, imgsz, ends)
+    return fuse(made) if layout.fused else made
 
 
-def in_layout(model: DSModel, layout: str) -> DSModel:
-    """The model whose arithmetic a file of that layout has: all have the model's own, but for openvino."""
-    if layout != "openvino":
+def in_layout(model: DSModel, layout: Layout) -> DSModel:
+    """The model whose arithmetic a file of that layout has: the model's own, where all is rounded."""
+    if layout.rounds_between:
         return model
     return replace(model, activations=real_between(model.graph, model.activations))
 
 
-def _written(model: DSModel, layout: str, imgsz: int, ends: Ends) -> onnx.ModelProto:
-    """The file operator by operator; in layouts packed and fused (to be) in the shapes ONNX Runtime is fast at."""
+def _written(model: DSModel, layout: Layout, imgsz: int, ends: Ends) -> Written:
+    """The file operator by operator."""
     _check_side(imgsz, model.head)
-    b = OnnxBuilder(LAYOUT_OPSET[layout])
+    b = OnnxBuilder(layout.opset)
     if model.activations:
-        q = Quantized(b, model, layout, ends.input_type, imgsz if layout in ("packed", "fused") else None)
+        q = (
+            QuickForm(b, model, layout, ends.input_type, imgsz)
+            if layout.quick
+            else Quantized(b, model, layout, ends.input_type)
+        )
         for node in model.graph.nodes:
             q.add(node)
         q.finish()
-        raw = [q.raw(name) for name in model.graph.outputs]
+        raw, places, weights = [q.raw(name) for name in model.graph.outputs], q.places(), q.weights
     else:
         image, weights = add_real_image(b, ends.input_type), Weights(b, layout)
         for node in model.graph.nodes:
             _weight_only(b, _reading(node, image), model, weights)
         weights.finish()
-        raw = [RawMap(name) for name in model.graph.outputs]
-    return _finish(b, raw, model.head, imgsz, ends, {LAYOUT_KEY: layout})
+        places = float_places(model.graph)
+        raw = [places[name] for name in model.graph.outputs]
+    return Written(_finish(b, raw, model.head, imgsz, ends, {LAYOUT_KEY: layout.name}), places, weights.made)
 
 
 def export_float(
     graph: Graph, params: Mapping[str, ConvParams], head: Head, imgsz: int, ends: Ends = PLAIN
 ) -> onnx.ModelProto:
     """The float32 network, for comparison."""
+    return write_float(graph, params, head, imgsz, ends).model
+
+
+def write_float(graph: Graph, params: Mapping[str, ConvParams], head: Head, imgsz: int, ends: Ends = PLAIN) -> Written:
+    """The same, and what its names are."""
     _check_side(imgsz, head)
-    b = OnnxBuilder(FLOAT_OPSET)
+    b, weights, places = OnnxBuilder(FLOAT_OPSET), {}, float_places(graph)
     image = add_real_image(b, ends.input_type)
     for node in (_reading(n, image) for n in graph.nodes):
         if node.op == "conv":
             p, name = params[node.name], display_name(node)
-            weight = b.tensor(f"{name}.weight", p.weight.numpy())
+            weight = weights[name] = b.tensor(f"{name}.weight", p.weight.numpy())
             bias = b.tensor(f"{name}.bias", p.bias.numpy())
             add_conv(b, node, [node.inputs[0], weight, bias])
         else:
             add_float(b, node, list(node.inputs), node.name)
-    return _finish(b, [RawMap(name) for name in graph.outputs], head, imgsz, ends, {})
+    made = _finish(b, [places[name] for name in graph.outputs], head, imgsz, ends, {})
+    return Written(made, places, weights)
 
 
 def _check_side(imgsz: int, head: Head) -> None:
@@ -112,7 +129,7 @@ def _reading(node: Node, image: str) -> Node:
 
 
 def _finish(
-    b: OnnxBuilder, raw: list[RawMap], head: Head, imgsz: int, ends: Ends, extra: Mapping[str, str]
+    b: OnnxBuilder, raw: list[Place], head: Head, imgsz: int, ends: Ends, extra: Mapping[str, str]
 ) -> onnx.ModelProto:
     """Raw maps -> the model: decoding, NMS if wanted, metadata."""
     n: int | str = "batch" if ends.dynamic_batch else 1
@@ -136,7 +153,7 @@ def _finish(
     return b.model({INPUT: (n, 3, imgsz, imgsz)}, output, metadata, INPUT_TYPES[ends.input_type])
 
 
-def _prototypes(b: OnnxBuilder, raw: RawMap) -> None:
+def _prototypes(b: OnnxBuilder, raw: Place) -> None:
     """The last output, real."""
     if raw.grid is None:
         b.node("Identity", [raw.name], PROTOTYPES)
@@ -151,8 +168,8 @@ def _weight_only(b: OnnxBuilder, node: Node, model: DSModel, weights: Weights) -
         add_float(b, node, list(node.inputs), node.name)
         return
     conv, name = model.convs[node.name], display_name(node)
-    if weights.layout == "float":
-        weight = add_real_weight(b, name, conv.weight)
+    if weights.layout.real:
+        weight = weights.made[name] = add_real_weight(b, name, conv.weight)
     else:
         weight, _ = real_weight(b, name, conv.weight, weights)
     bias = b.tensor(f"{name}.bias", conv.bias.numpy())

@@ -10,23 +10,7 @@ import ml_dtypes
 import numpy as np
 
 from dsconvert.dsconv.tensor import DSTensor, block_count
-from dsconvert.errors import InputError
 from dsconvert.export.builder import OnnxBuilder
-from dsconvert.model import DSModel
-
-
-def check_layout(model: DSModel, layout: str) -> None:
-    """Raises InputError when the layout cannot hold the model."""
-    if layout == "float" and model.activations:
-        raise InputError.naming("{layout} float has float activations; quantize with {activations} float to use it.")
-    if layout in ("fused", "openvino") and not model.activations:
-        raise InputError.naming(
-            "{layout} {} has int8 activations; quantize without {activations} float to use it.", layout
-        )
-    if layout != "float" and model.has_real_alpha:
-        raise InputError.naming(
-            "This model's shifts are real numbers ({kds} float); use {layout} float, not {}.", layout
-        )
 
 
 def add_real_weight(b: OnnxBuilder, name: str, weight: DSTensor) -> str:

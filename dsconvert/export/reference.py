@@ -8,12 +8,13 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-import onnx
 from numpy.typing import NDArray
 from torch import Tensor
 
 from dsconvert.dsconv.tensor import DSTensor, expand_blocks
-from dsconvert.export.onnx import Ends, export_float, export_quantized
+from dsconvert.export.layouts import Layout
+from dsconvert.export.onnx import Ends, in_layout, write_float, write_quantized
+from dsconvert.export.written import Written
 from dsconvert.graph.integer import QConv, grid_of, integer_step, real_params, run_integer
 from dsconvert.graph.ir import ConvParams, Graph, Node
 from dsconvert.graph.run import float_step, run_float
@@ -36,8 +37,7 @@ class Numbers:
 @dataclass(frozen=True)
 class Reference:
     """What the file is held against: a graph, torch's way of running it (whole, and node by node on given inputs), a
-    value's real numbers from what the file has of it, each convolution's numbers by layout, and the file made anew by
-    layout and side."""
+    value's real numbers from what the file has of it, each convolution's numbers, and the file made anew by side."""
 
     graph: Graph
     head: Head
@@ -45,33 +45,29 @@ class Reference:
     step: Callable[[Node, list[Tensor]], Tensor]
     exact: bool
     real: Callable[[str, Tensor], Tensor] = field(repr=False)
-    numbers: Callable[[Node, str], Numbers] = field(repr=False)
-    again: Callable[[str, int, Ends], onnx.ModelProto] = field(repr=False)
+    numbers: Callable[[Node], Numbers] = field(repr=False)
+    again: Callable[[int, Ends], Written] = field(repr=False)
     inside: frozenset[str] = frozenset()  # values without a grid, which engines compute together with what reads them
 
-    @property
-    def suffix(self) -> str:
-        """Of a value's name in the file: integers are the quantizers' outputs."""
-        return ".q" if self.exact else ""
 
-
-def reference_of(model: DSModel) -> Reference:
-    """A converted model's integer arithmetic, or its weights in float when its activations are."""
+def reference_of(model: DSModel, layout: Layout) -> Reference:
+    """A converted model's arithmetic in a layout: integers, or weights in float when its activations are."""
+    model = in_layout(model, layout)
     graph, convs, own = model.graph, model.convs, model.activations
-    again = partial(export_quantized, model)
+    again = partial(write_quantized, model, layout)
     if not own:
         params = real_params(convs)
         return Reference(
             graph, model.head, lambda x: run_float(graph, params, x),
             lambda node, inputs: float_step(node, inputs, params), False, lambda name, value: value,
-            lambda node, layout: _weights_only(convs[node.name], layout), again,
+            lambda node: _weights_only(convs[node.name], layout), again,
         )  # fmt: skip
     grids = grid_of(graph, own)
     return Reference(
         graph, model.head, lambda x: run_integer(graph, convs, own, x),
         lambda node, inputs: integer_step(node, inputs, convs, grids), True,
         lambda name, value: grids[name].dequantize(value),
-        lambda node, layout: _integers(convs[node.name], convs[node.name].bias_int(grids[node.inputs[0]].scale)), again,
+        lambda node: _integers(convs[node.name], convs[node.name].bias_int(grids[node.inputs[0]].scale)), again,
         frozenset(node.name for node in graph.nodes if node.name not in grids),
     )  # fmt: skip
 
@@ -81,8 +77,8 @@ def float_reference(graph: Graph, params: Mapping[str, ConvParams], head: Head) 
     return Reference(
         graph, head, lambda x: run_float(graph, params, x),
         lambda node, inputs: float_step(node, inputs, params), False, lambda name, value: value,
-        lambda node, layout: Numbers(params[node.name].weight.numpy(), None, params[node.name].bias.numpy()),
-        lambda layout, side, ends: export_float(graph, params, head, side, ends),
+        lambda node: Numbers(params[node.name].weight.numpy(), None, params[node.name].bias.numpy()),
+        partial(write_float, graph, params, head),
     )  # fmt: skip
 
 
@@ -90,8 +86,8 @@ def _integers(conv: QConv, bias: Tensor) -> Numbers:
     return Numbers(conv.weight.merged().numpy(), conv.weight.cds_w.numpy(), bias.numpy())
 
 
-def _weights_only(conv: QConv, layout: str) -> Numbers:
-    if layout == "float":
+def _weights_only(conv: QConv, layout: Layout) -> Numbers:
+    if layout.real:
         return Numbers(_blocks_of_reals(conv.weight), None, conv.bias.numpy())
     return _integers(conv, conv.bias)
 

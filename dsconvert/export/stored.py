@@ -18,27 +18,25 @@ from numpy.typing import NDArray
 from onnx import numpy_helper
 
 from dsconvert.errors import CheckError
+from dsconvert.export.biases import VECTOR
+from dsconvert.export.builder import is_constant
 from dsconvert.export.compact import compact
-from dsconvert.export.reference import Numbers, Reference
-from dsconvert.graph.ir import Node
+from dsconvert.export.reference import Reference
+from dsconvert.export.written import Written
 from dsconvert.model import display_name
 
 Array = NDArray[Any]
 DETECT = "Detect"
 SCALE = 4  # place of the weight's scale among a QLinearConv's inputs
-# what an int8 weight, or in layout float a real one, is called in a file with all names, by how it is spelled
-INTEGERS, REALS = ("weight", "int8"), ("w", "blocks", "weight")
 
 
-def wrong_layer(
-    data: bytes, named: bytes | None, reference: Reference, again: onnx.ModelProto, layout: str
-) -> str | None:
+def wrong_layer(data: bytes, named: bytes | None, reference: Reference, again: Written) -> str | None:
     """The first layer of which the file holds other numbers than the model, None when all are the model's. `named` is
     the same file with the names of all its values, where `data` lacks some; `again` the file made once more."""
     model = onnx.load_from_string(named or data)
-    found = _other_bytes(model, again, reference) or _other_numbers(model, reference, layout)
+    found = _other_bytes(model, again.model, reference) or _other_numbers(model, reference, again.weights)
     if found is None and named is not None and data != named and not _is_compacted(data, model):
-        return _other_bytes(onnx.load_from_string(data), compact(again), reference) or DETECT
+        return _other_bytes(onnx.load_from_string(data), compact(again.model), reference) or DETECT
     return found
 
 
@@ -46,38 +44,31 @@ def _is_compacted(data: bytes, named: onnx.ModelProto) -> bool:
     return bool(data == compact(named).SerializeToString(deterministic=True))
 
 
-def _other_numbers(model: onnx.ModelProto, reference: Reference, layout: str) -> str | None:
-    """The first layer whose weight, scale or bias, as the file's own nodes unpack them, is not the model's."""
+def _other_numbers(model: onnx.ModelProto, reference: Reference, weights: Mapping[str, str]) -> str | None:
+    """The first layer whose weight, scale or bias, as the file's own nodes unpack them, is not the model's. `weights`
+    are the values that layers' weights are unpacked to."""
     convs = reference.graph.convs()
     known = {t.name for t in model.graph.initializer} | {out for node in model.graph.node for out in node.output}
-    wanted = {node.name: reference.numbers(node, layout) for node in convs}
+    wanted = {node.name: reference.numbers(node) for node in convs}
     # ONNX Runtime's optimiser keeps equal scales once, under the name of one of them
     scales = {node.name: node.input[SCALE] for node in model.graph.node if node.op_type == "QLinearConv"}
-    names = {node.name: _names(node, wanted[node.name], known, scales) for node in convs}
-    if missing := next((node for node in convs if None in names[node.name]), None):
+    names: dict[str, list[str]] = {}
+    for node in convs:  # tensors are called as docs/compatibility.md says
+        name = display_name(node)
+        cds = f"{name}.cds" if f"{name}.cds" in known else scales.get(name, "")
+        names[node.name] = [weights[name], f"{name}.bias", *([] if wanted[node.name].cds is None else [cds])]
+    if missing := next((node for node in convs if not known.issuperset(names[node.name])), None):
         return display_name(missing)
-    values = _constants(model, sorted({str(name) for found in names.values() for name in found}))
+    values = _constants(model, sorted({name for found in names.values() for name in found}))
     for node in convs:
         w = wanted[node.name]
         parts = [part for part in (w.weight, w.bias, w.cds) if part is not None]
         for name, part in zip(names[node.name], parts, strict=True):
-            value = values[str(name)]
+            value = values[name]
             value = value[: len(part)] if part.ndim == 1 else value  # zeros may be behind: see `quickconv`
             if value.dtype != part.dtype or value.shape != part.shape or value.tobytes() != part.tobytes():
                 return display_name(node)
     return None
-
-
-def _names(node: Node, numbers: Numbers, known: set[str], scales: Mapping[str, str]) -> list[str | None]:
-    """What the weight, the bias and, where there is one, CDSw are called in the file; None for what is not there."""
-    name = display_name(node)
-    kinds = INTEGERS if numbers.cds is not None else REALS
-    parts = [
-        next((f"{name}.{kind}" for kind in some if f"{name}.{kind}" in known), None) for some in (kinds, ("bias",))
-    ]
-    if numbers.cds is None:
-        return parts
-    return [*parts, f"{name}.cds" if f"{name}.cds" in known else scales.get(name)]
 
 
 def _constants(model: onnx.ModelProto, names: Sequence[str]) -> dict[str, Array]:
@@ -122,14 +113,15 @@ def _key(tensor: onnx.TensorProto) -> bytes:
     """Constants are numbered, and a number says nothing."""
     copied = onnx.TensorProto()
     copied.CopyFrom(tensor)
-    copied.name = tensor.name if "." in tensor.name else ""
+    copied.name = "" if is_constant(tensor) else tensor.name
     return bytes(copied.SerializeToString(deterministic=True))
 
 
 def _layer_of(tensor: onnx.TensorProto, file: onnx.ModelProto, again: onnx.ModelProto, reference: Reference) -> str:
-    """Whose tensor it is: by its own name, by its place among the biases, or by the node that reads it."""
+    """Whose tensor it is: by its own name, which begins with its layer's (docs/compatibility.md promises it), by its
+    place among the biases, or by the node that reads it."""
     nodes = sorted(reference.graph.nodes, key=lambda node: -len(display_name(node)))
-    if tensor.name.startswith("bias."):
+    if tensor.name.startswith(VECTOR):
         return _owner_of_bias(tensor, again, reference)
     readers = (out for node in file.graph.node if tensor.name in node.input for out in node.output)
     for name in (tensor.name, *readers):
@@ -147,5 +139,5 @@ def _owner_of_bias(tensor: onnx.TensorProto, again: onnx.ModelProto, reference: 
         return display_name(convs[0])
     one, other = (numpy_helper.to_array(t).astype(np.int64) for t in (tensor, right))
     place = int(np.argmax(one != other))
-    ends = np.cumsum([len(reference.numbers(node, "").bias) for node in convs])
+    ends = np.cumsum([len(reference.numbers(node).bias) for node in convs])
     return display_name(convs[min(int(np.searchsorted(ends, place, "right")), len(convs) - 1)])

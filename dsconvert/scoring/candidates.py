@@ -16,6 +16,7 @@ from dsconvert import workers
 from dsconvert.errors import InputError, printable, refusing
 from dsconvert.export.external import parsed
 from dsconvert.export.inspect import conv_weights
+from dsconvert.export.layouts import PACKED, REAL
 from dsconvert.export.nms import Nms
 from dsconvert.export.onnx import export_float, export_quantized
 from dsconvert.filekinds import CHECKPOINT, MODEL, file_kind
@@ -127,7 +128,7 @@ def _converted(path: Path, side: int | None) -> Candidate:
     check_pixels(path, (3, side or model.imgsz, side or model.imgsz), side)
     side = side or model.imgsz
     _check_side(path, side, model.head.stride)
-    layout = "float" if model.has_real_alpha else "packed"
+    layout = REAL if model.has_real_alpha else PACKED
 
     def running() -> Session:
         return session(export_quantized(model, layout, side).SerializeToString(), torch.get_num_threads(), str(path))

@@ -18,6 +18,7 @@ from texts import labels, yamls
 from watched import dsconvert, problems, run_child, unharmed, write_cases
 
 from dsconvert.errors import InputError
+from dsconvert.export.layouts import layout_named
 from dsconvert.export.onnx import export_quantized
 from dsconvert.model import DSModel
 from dsconvert.modelfile import model_bytes
@@ -36,7 +37,7 @@ def model() -> DSModel:
 @pytest.mark.parametrize("share", SHARES)
 def test_every_kind_of_bad_file(model, tmp_path, share):
     good = {"model": model_bytes(model), "yaml": b"names: [a, 2001-01-01]\n", "labels": b"0 0.5 0.5 0.1 0.1\n"}
-    graph = export_quantized(model, "packed", SIDE)
+    graph = export_quantized(model, layout_named("packed"), SIDE)
     good["onnx"] = graph.SerializeToString()
     (tmp_path / "onnx").mkdir()
     corpora = {
@@ -72,7 +73,7 @@ def test_every_kind_of_bad_file(model, tmp_path, share):
 @pytest.mark.parametrize("share", SHARES)
 def test_info_reads_bad_files_harmlessly(model, tmp_path, share):
     """It parses ONNX files without an engine: what ONNX Runtime would refuse may pass."""
-    graph = export_quantized(model, "packed", SIDE)
+    graph = export_quantized(model, layout_named("packed"), SIDE)
     (tmp_path / "onnx").mkdir()
     graphs, models = (
         list(made)[::share] for made in (onnx_files(graph, tmp_path / "onnx"), model_files(model_bytes(model)))
@@ -102,7 +103,7 @@ def flipped_headers(good: bytes, folder: Path, count: int) -> list[Path]:
 
 
 def test_bench_follows_no_data_out_of_the_folder(model, tmp_path):
-    good = export_quantized(model, "packed", SIDE)
+    good = export_quantized(model, layout_named("packed"), SIDE)
     case = next(c for c in onnx_files(good, tmp_path) if c.name == "external data: up")
     (tmp_path / "x.onnx").write_bytes(case.data)
     with pytest.raises(InputError, match="outside of its own folder"):
