@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dsconvert.dsconv.modules import DSConv
+from dsconvert.dsconv.modules import DSConv, fitted_conv
 from dsconvert.dsconv.tensor import Width
 from dsconvert.errors import InputError
 from dsconvert.fit.gptq import fit_layer
@@ -151,7 +151,7 @@ def _converted(layer: nn.Module, seen: list[Seen], plan: ModulePlan) -> nn.Modul
         fitted = with_shifts(node, found, seen)
     else:
         fitted = QConv(fit_weight(conv.weight, bits, plan.block_size), bias)
-    made: nn.Module = DSConv.from_conv(conv, fitted.weight, fitted.bias.detach()).eval()
+    made: nn.Module = fitted_conv(conv, fitted.weight, fitted.bias.detach()).eval()
     if isinstance(layer, nn.Linear):
         made = DSLinear(made)  # type: ignore[arg-type]
     if plan.activations and seen:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from dsconvert.dsconv.modules import DSConv
+from dsconvert.dsconv.modules import fitted_conv
 from dsconvert.dsconv.tensor import DSTensor, vqk_limits
 from dsconvert.fit.gptq import Moments, fit_weight_gptq
 from dsconvert.fit.least_squares import fit_weight, to_blocks
@@ -107,7 +107,7 @@ def test_torch_module_computes_the_real_weight():
     conv = torch.nn.Conv2d(8, 5, 3, padding=1, bias=False)
     t = fit_weight_real(conv.weight, 4, 4)
     x = randn(1, 8, 6, 6)
-    module = DSConv.from_conv(conv, t, torch.zeros(5))
+    module = fitted_conv(conv, t, torch.zeros(5))
     wanted = torch.nn.functional.conv2d(x, t.weight(), padding=1)
     torch.testing.assert_close(module(x), wanted, rtol=1e-5, atol=1e-5)  # float32 sums in another order
 
