@@ -13,6 +13,7 @@ import click
 import cv2
 import numpy as np
 import pytest
+from pt_writer import yolov5_bytes
 from test_detect_video import write_video
 
 import dsconvert.evaluate.video as video
@@ -23,7 +24,6 @@ from dsconvert.evaluate.detect import DetectOptions, find
 from dsconvert.evaluate.saving import crop
 from dsconvert.evaluate.video import opened
 from dsconvert.export.onnx import Ends, export_quantized
-from dsconvert.yolo.checkpoint import yolov5_bytes
 from dsconvert.yolo.images import read_image
 
 SMALL = ("--imgsz", "64")

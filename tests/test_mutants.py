@@ -12,6 +12,7 @@ import pytest
 import torch
 from conftest import TINY, randomise
 from onnx import TensorProto, helper, numpy_helper
+from pt_writer import yolov5_bytes
 
 from dsconvert.dsconv.tensor import Width
 from dsconvert.errors import InputError
@@ -30,7 +31,7 @@ from dsconvert.fit.seen import Seen, seen_evenly
 from dsconvert.graph.ir import INPUT, Node
 from dsconvert.yolo import checkpoint
 from dsconvert.yolo.archive import ALLOWED, TENSOR, Archive
-from dsconvert.yolo.checkpoint import load_checkpoint, yolov5_bytes
+from dsconvert.yolo.checkpoint import load_checkpoint
 from dsconvert.yolo.container import Storage
 from dsconvert.yolo.network import Network, head_from_detect
 

@@ -11,6 +11,7 @@ import onnxruntime as ort
 import pytest
 import torch
 from conftest import SIDE, TINY, convert, randomise, smooth_picture
+from pt_writer import yolov5_bytes
 
 from dsconvert.evaluate.candidates import load_candidate
 from dsconvert.evaluate.detect import DetectOptions, find
@@ -19,7 +20,7 @@ from dsconvert.export.nms import Nms
 from dsconvert.export.onnx import PLAIN, Ends, export_float, export_quantized
 from dsconvert.modelcheck import check_model
 from dsconvert.modelfile import _head, load_model, model_bytes
-from dsconvert.yolo.checkpoint import load_checkpoint, yolov5_bytes
+from dsconvert.yolo.checkpoint import load_checkpoint
 from dsconvert.yolo.decode import decode, detection_measure
 from dsconvert.yolo.lower import lower, split_detect
 from dsconvert.yolo.network import Head, Network, head_from_detect
