@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 import torch
 from accuracy_page import DATA_FREE, DEFAULT, SECOND, write_page
+from blockfloat import run_block_float
 from bootstrap import bootstrap, image_draws
 from machine import cpu_name
 from numpy.typing import NDArray
@@ -47,7 +48,6 @@ from dsconvert.evaluate.compare import match, shifts_of
 from dsconvert.exporting import onnx_bytes
 from dsconvert.fit.gptq import fit_layer, fit_weight_gptq, measure_moments
 from dsconvert.fit.least_squares import fit_weight
-from dsconvert.graph.blockfloat import run_block_float
 from dsconvert.graph.integer import QConv
 from dsconvert.graph.ir import INPUT
 from dsconvert.model import DSModel
