@@ -149,7 +149,7 @@ def distil(
 def _as_parts(float_layer: ConvParams) -> Parts:
     """A float convolution in the form of a converted one."""
     w, b = float_layer.weight, float_layer.bias
-    return Parts(w, torch.ones_like(w[:, :1]), None, torch.ones_like(b), b, w.shape[1])
+    return Parts(w, torch.ones_like(w[:, :1]), torch.ones_like(b), b, w.shape[1])
 
 
 def _errors(model: DSModel, teacher: Mapping[str, ConvParams], parts: Mapping[str, Parts], x: Tensor) -> Tensor:
