@@ -26,8 +26,8 @@ from typing import Any
 import numpy as np
 import torch
 from accuracy_page import DATA_FREE, DEFAULT, SECOND, write_page
+from blockfloat import run_block_float
 from bootstrap import bootstrap, image_draws
-from dsconvert.fit.least_squares import fit_weight
 from machine import cpu_name
 from numpy.typing import NDArray
 from peers import (
@@ -45,7 +45,6 @@ from dsconvert.dsconv.tensor import DSTensor
 from dsconvert.export.layouts import layout_named
 from dsconvert.exporting import onnx_bytes
 from dsconvert.fit.gptq import fit_layer, fit_weight_gptq, measure_moments
-from dsconvert.graph.blockfloat import run_block_float
 from dsconvert.graph.integer import QConv
 from dsconvert.graph.ir import INPUT
 from dsconvert.model import DSModel

@@ -20,8 +20,11 @@ from fresh import AS_THE_COMMAND, last_json
 
 from dsconvert.options import QuantizeOptions
 from dsconvert.pipeline import quantize
-from dsconvert.yolo.checkpoint import Checkpoint, load_checkpoint, yolov5_bytes
+from dsconvert.yolo.checkpoint import Checkpoint, load_checkpoint
 from dsconvert.yolo.network import Network
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "calib" / "demo"))
+from pt_writer import yolov5_bytes
 
 # depth and width multiples of the published sizes
 SIZES = {"n": (0.33, 0.25), "s": (0.33, 0.5), "m": (0.67, 0.75), "l": (1.0, 1.0), "x": (1.33, 1.25)}

@@ -1,4 +1,4 @@
-"""DSConv's compiled kernel (dsconvert/dsconv/kernel.cpp) against float32 and int8 convolutions.
+"""DSConv's compiled kernel (benchmarks/kernel.cpp) against float32 and int8 convolutions.
 
     python benchmarks/kernel_speed.py
 
@@ -17,11 +17,11 @@ from typing import Any
 import numpy as np
 import onnx
 import torch
+from kernel import BLOCK, Kernel, Library, compiled
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 from torch.nn import functional as F
 
-from dsconvert.dsconv.kernel import BLOCK, Kernel, Library, compiled
 from dsconvert.scoring.engines import session
 
 # (input channels, output channels, kernel, side), as in YOLOv5 and ResNet

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from dsconvert.dsconv.codes import FREE
 from dsconvert.dsconv.format import WeightFormat
-from dsconvert.dsconv.modules import DSConv
+from dsconvert.dsconv.modules import DSConv, fitted_conv
 from dsconvert.errors import InputError
 from dsconvert.fit.layer import GPTQ
 from dsconvert.fit.seen import Seen, seen_evenly
@@ -148,7 +148,7 @@ def _converted(layer: nn.Module, seen: list[Seen], plan: ModulePlan) -> nn.Modul
         fitted = GPTQ().layer(node, conv.weight, format, lambda: seen)
     else:
         fitted = QConv(FREE.nearest(conv.weight, format), bias)
-    made: nn.Module = DSConv.from_conv(conv, fitted.weight, fitted.bias.detach()).eval()
+    made: nn.Module = fitted_conv(conv, fitted.weight, fitted.bias.detach()).eval()
     if isinstance(layer, nn.Linear):
         made = DSLinear(made)  # type: ignore[arg-type]
     if plan.activations and seen:

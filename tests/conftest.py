@@ -15,6 +15,7 @@ import pytest
 import torch
 from formats import fit_weight
 from hypothesis import settings
+from pt_writer import yolov5_bytes
 
 from dsconvert import calibration
 from dsconvert.cli import main
@@ -27,7 +28,6 @@ from dsconvert.fit.lockstep import fit_lockstep, watch
 from dsconvert.fit.ranges import choose_grids
 from dsconvert.graph.integer import QConv
 from dsconvert.model import DSModel
-from dsconvert.yolo.checkpoint import yolov5_bytes
 from dsconvert.yolo.lower import lower, split_detect
 from dsconvert.yolo.network import Head, Network, head_from_detect
 

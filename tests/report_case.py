@@ -10,10 +10,10 @@ from pathlib import Path
 import cv2
 import numpy as np
 from conftest import convert, smooth_picture, tiny_network
+from pt_writer import yolov5_bytes
 
 from dsconvert.model import display_name
 from dsconvert.modelfile import model_bytes
-from dsconvert.yolo.checkpoint import yolov5_bytes
 
 SCRIPT = "<script>alert(1)</script>"
 ESCAPES = "\x1b]0;owned\x07\x9b31m\u202etac $x^2$ & \"quoted\" 'kind' {{ 7 * 7 }}"

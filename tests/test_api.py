@@ -15,12 +15,12 @@ import onnx
 import pytest
 import torch
 from conftest import HANGS, ROOT, tiny_network
+from pt_writer import yolov5_bytes
 
 import dsconvert
 from dsconvert import api, pipeline
 from dsconvert.modelfile import model_bytes
 from dsconvert.options import QuantizeOptions
-from dsconvert.yolo.checkpoint import yolov5_bytes
 
 
 @pytest.fixture

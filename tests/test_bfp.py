@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from bfp import integer_dsconv, to_block_float
+from blockfloat import run_block_float
 from torch.nn import functional as F
 
-from dsconvert.dsconv.bfp import integer_dsconv, to_block_float
 from dsconvert.dsconv.tensor import expand_blocks
-from dsconvert.graph.blockfloat import run_block_float
 from dsconvert.graph.integer import real_params
 from dsconvert.graph.run import run_float
 

@@ -116,7 +116,9 @@ def test_hostile_and_unfit_files_are_one_sentence(tmp_path, monkeypatch, text, w
 
 def test_a_checkpoint_with_dsconv_rows_converts(tmp_path, work, call):
     """One trained in a registered tree: its own yaml names DSConv2D_C3."""
-    from dsconvert.yolo.checkpoint import load_checkpoint, yolov5_bytes
+    from pt_writer import yolov5_bytes
+
+    from dsconvert.yolo.checkpoint import load_checkpoint
     from dsconvert.yolo.network import head_from_detect
 
     network = Network(tiny_cfg(), 2, 3).eval()

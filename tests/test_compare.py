@@ -163,7 +163,9 @@ def test_a_shift_of_more_than_three_hundredths_is_said(second, large):
 
 def test_the_command_says_how_sure_both_are(work, call):
     """A network beside one whose objectness is lower."""
-    from dsconvert.yolo.checkpoint import load_checkpoint, yolov5_bytes
+    from pt_writer import yolov5_bytes
+
+    from dsconvert.yolo.checkpoint import load_checkpoint
 
     loaded = load_checkpoint(work / "best.pt")
     for conv in loaded.network.detect.m:

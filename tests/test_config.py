@@ -7,6 +7,7 @@ from conftest import ROOT
 
 from dsconvert.config import read_config, recipe_names
 from dsconvert.errors import InputError
+from dsconvert.pipeline import QuantizeOptions
 
 ALLOWED = ["bits", "block-size", "blocks", "calib", "imgsz"]
 
@@ -32,6 +33,11 @@ def test_recipes_go_by_their_names_and_are_those_in_calib():
     for name in recipe_names():
         in_repository = read_config(str(ROOT / "calib" / "recipes" / f"{name}.yaml"), [*ALLOWED, *OTHERS])
         assert read_config(name, [*ALLOWED, *OTHERS]) == in_repository != {}
+
+
+def test_balanced_is_what_happens_without_a_recipe():
+    for name, value in read_config("balanced", [*ALLOWED, *OTHERS]).items():
+        assert value == str(getattr(QuantizeOptions(), name))
 
 
 OTHERS = ["scope", "activations", "samples"]

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-import sys
 from itertools import pairwise
 
 import cv2
 import numpy as np
 import pytest
+import scenes
 import torch
 from conftest import DEMO
+from looks import LOOKS
+from make_dataset import SPLITS, write_scene
+from make_dataset import main as make_dataset
+from train import batch_of, new_network
 
 from dsconvert.scoring.accuracy import evaluate_predictors
 from dsconvert.yolo.checkpoint import load_checkpoint
@@ -17,13 +21,6 @@ from dsconvert.yolo.dataset import read_data_yaml
 from dsconvert.yolo.decode import decode
 from dsconvert.yolo.images import read_image
 from dsconvert.yolo.labels import label_path, read_labels
-
-sys.path.insert(0, str(DEMO))
-import scenes
-from looks import LOOKS
-from make_dataset import SPLITS, write_scene
-from make_dataset import main as make_dataset
-from train import batch_of, new_network
 
 NOTHING = -1e6  # a canvas value no object has
 

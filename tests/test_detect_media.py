@@ -13,6 +13,7 @@ import click
 import cv2
 import numpy as np
 import pytest
+from pt_writer import yolov5_bytes
 from test_detect_video import write_video
 
 import dsconvert.scoring.video as video
@@ -24,7 +25,6 @@ from dsconvert.scoring.candidates import load_candidate
 from dsconvert.scoring.detect import DetectOptions, find
 from dsconvert.scoring.saving import crop
 from dsconvert.scoring.video import opened
-from dsconvert.yolo.checkpoint import yolov5_bytes
 from dsconvert.yolo.images import read_image
 
 SMALL = ("--imgsz", "64")

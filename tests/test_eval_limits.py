@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 
 import pytest
+from pt_writer import yolov5_bytes
 
 import dsconvert
-from dsconvert.yolo.checkpoint import yolov5_bytes
 
 ROOM = ("--imgsz", "64")
 

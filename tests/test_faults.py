@@ -22,6 +22,7 @@ import pytest
 import stress
 import torch
 from conftest import HANGS, INTERRUPTED, ROOT, randomise
+from pt_writer import yolov5_bytes
 
 from dsconvert import __main__ as entry
 from dsconvert import cli, exporting, pipeline
@@ -32,7 +33,7 @@ from dsconvert.graph.integer import run_integer
 from dsconvert.modelfile import load_model, model_bytes
 from dsconvert.options import QuantizeOptions
 from dsconvert.record import save_quantized
-from dsconvert.yolo.checkpoint import load_checkpoint, yolov5_bytes
+from dsconvert.yolo.checkpoint import load_checkpoint
 from dsconvert.yolo.network import Network, head_from_detect
 
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}

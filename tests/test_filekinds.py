@@ -15,13 +15,14 @@ import pytest
 import torch
 from fake_trees import COMMON, YOLO, trained
 from importable import importable
+from pt_writer import yolov5_bytes
 from safetensors.torch import save as safetensors
 from tables import SHORT
 from torch import nn
 
 from dsconvert.errors import InputError
 from dsconvert.filekinds import file_kind
-from dsconvert.yolo.checkpoint import load_checkpoint, yolov5_bytes
+from dsconvert.yolo.checkpoint import load_checkpoint
 
 COMMANDS = (
     ("info", "FILE"), ("quantize", "FILE", "--calib", "images"), ("export", "FILE", "--onnx"),

@@ -158,11 +158,10 @@ def test_it_stops_early_and_keeps_the_best(folder, model, monkeypatch):
 
 
 def test_the_rate_rises_and_falls_and_the_average_follows():
-    assert rate_share(0, 101, 10, "linear") == pytest.approx(0.1)
-    assert rate_share(50, 101, 10, "linear") == pytest.approx(LAST + (1 - LAST) / 2)
-    assert rate_share(50, 101, 10, "cosine") == pytest.approx(LAST + (1 - LAST) / 2)
-    assert rate_share(25, 101, 0, "cosine") == pytest.approx(LAST + (1 - LAST) * (1 + 0.5**0.5) / 2)
-    assert rate_share(100, 101, 10, "cosine") == pytest.approx(LAST)
+    assert rate_share(0, 101, 10) == pytest.approx(0.1)
+    assert rate_share(50, 101, 10) == pytest.approx(LAST + (1 - LAST) / 2)
+    assert rate_share(25, 101, 0) == pytest.approx(LAST + (1 - LAST) * (1 + 0.5**0.5) / 2)
+    assert rate_share(100, 101, 10) == pytest.approx(LAST)
     average = {"a": torch.zeros(1)}
     for step in (1, 2):
         follow(average, {"a": torch.ones(1)}, step)

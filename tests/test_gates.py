@@ -6,9 +6,9 @@ import json
 from types import SimpleNamespace
 
 import pytest
+from pt_writer import yolov5_bytes
 
 from dsconvert.modelfile import model_bytes
-from dsconvert.yolo.checkpoint import yolov5_bytes
 from dsconvert.yolo.network import Head
 
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+import kernel
 import kernel_speed as bench
 import numpy as np
 import pytest
 import torch
+from bfp import integer_dsconv, to_block_float
 
-from dsconvert.dsconv import kernel
-from dsconvert.dsconv.bfp import integer_dsconv, to_block_float
 from dsconvert.errors import InputError
 
 FLAGS = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").is_file() else ""

@@ -1,7 +1,8 @@
-"""DSConv as a torch module against the equation in float64 loops, and the published wrappers."""
+"""DSConv as a torch module against the equation in float64 loops, and in the place of a network's convolutions."""
 
 from __future__ import annotations
 
+import copy
 import inspect
 import itertools
 
@@ -11,13 +12,11 @@ import torch
 from formats import fit_weight
 from torch.nn import functional as F
 
-from dsconvert.dsconv.modules import DSConv
+from dsconvert.dsconv.modules import DSConv, fitted_conv
 from dsconvert.graph.integer import QConv
 from dsconvert.graph.ir import ConvParams
 from dsconvert.graph.run import run_float
-from dsconvert.yolo.dsconv_blocks import Bottleneck_DSConv2D, DSConv2D, DSConv2D_C3, with_dsconv
 from dsconvert.yolo.lower import lower
-from dsconvert.yolo.modules import C3
 
 
 def filled(module: DSConv, seed: int = 0) -> DSConv:
@@ -108,24 +107,16 @@ def test_impossible_arguments_are_refused(wrong):
         DSConv(4, 4, 3, **wrong)
 
 
-def test_c3_wraps_only_its_bottlenecks():
-    block = DSConv2D_C3(16, 16, n=2)
-    assert all(isinstance(b, Bottleneck_DSConv2D) for b in block.m)
-    assert isinstance(block.m[0].cv2, DSConv2D)
-    assert isinstance(block.m[0].cv2.conv, DSConv)
-    assert isinstance(block, C3)
-    assert isinstance(block.cv1.conv, torch.nn.Conv2d)
-    assert block(torch.rand(1, 16, 8, 8)).shape == (1, 16, 8, 8)
-
-
 def test_converted_network_computes_what_the_graph_does(tiny, picture):
     network, _ = tiny
     graph, params = lower(network.fuse())
     names = [n.name for n in graph.convs() if ".m." in n.name and not n.name.startswith("model.8")]
     convs = {n: QConv(fit_weight(params[n].weight, 4, 32), params[n].bias + 0.1) for n in names}
-    converted = with_dsconv(network, convs)
-    assert isinstance(converted.model[2], DSConv2D_C3)
-    assert isinstance(converted.model[2].cv1.conv, torch.nn.Conv2d)
+    converted = copy.deepcopy(network)
+    for name, c in convs.items():
+        parent, _, last = name.rpartition(".")
+        fitted = fitted_conv(converted.get_submodule(name), c.weight, c.bias)
+        setattr(converted.get_submodule(parent), last, fitted)
     replaced = {**params, **{n: ConvParams(c.weight.weight(), c.bias) for n, c in convs.items()}}
     for ours, wanted in zip(converted(picture), run_float(graph, replaced, picture), strict=True):
         # the module multiplies CDSw after alpha, the graph before: float32 rounding through 12 layers
@@ -133,10 +124,10 @@ def test_converted_network_computes_what_the_graph_does(tiny, picture):
     assert not torch.allclose(converted(picture)[0], network(picture)[0], atol=1e-3)  # and it did change something
 
 
-def test_from_conv_keeps_geometry():
+def test_a_fitted_conv_keeps_geometry():
     conv = torch.nn.Conv2d(4, 6, 3, stride=2, padding=1, dilation=1, groups=2)
     fitted = fit_weight(conv.weight, 8, 2)
-    module = DSConv.from_conv(conv, fitted, torch.zeros(6))
+    module = fitted_conv(conv, fitted, torch.zeros(6))
     x = torch.rand(1, 4, 9, 9)
     assert torch.equal(module.real_weight(), fitted.weight())
     assert torch.allclose(module(x), F.conv2d(x, fitted.weight(), None, 2, 1, 1, 2), atol=1e-6)  # float32 rounding

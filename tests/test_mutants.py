@@ -13,6 +13,7 @@ import torch
 from conftest import TINY, randomise
 from formats import fit_weight, free
 from onnx import TensorProto, helper, numpy_helper
+from pt_writer import yolov5_bytes
 
 from dsconvert.errors import InputError
 from dsconvert.export.external import check_external_data
@@ -30,7 +31,7 @@ from dsconvert.graph.ir import INPUT, Node
 from dsconvert.scoring import bounds
 from dsconvert.yolo import checkpoint
 from dsconvert.yolo.archive import ALLOWED, TENSOR, Archive
-from dsconvert.yolo.checkpoint import load_checkpoint, yolov5_bytes
+from dsconvert.yolo.checkpoint import load_checkpoint
 from dsconvert.yolo.container import Storage
 from dsconvert.yolo.network import Network, head_from_detect
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from conftest import convert, smooth_picture, tiny_network, write_pictures
+from pt_writer import yolov5_bytes
 
 from dsconvert import exporting
 from dsconvert.errors import InputError
@@ -18,7 +19,6 @@ from dsconvert.origin import known_images, known_source
 from dsconvert.report import gather
 from dsconvert.scoring import contest
 from dsconvert.yolo import images
-from dsconvert.yolo.checkpoint import yolov5_bytes
 
 
 @pytest.fixture(scope="module")

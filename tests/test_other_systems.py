@@ -10,8 +10,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, tiny_network, write_pictures
-
-from dsconvert.yolo.checkpoint import yolov5_bytes
+from pt_writer import yolov5_bytes
 
 # Python runs it when it starts, in every process that a command starts too.
 HIDING = """

@@ -14,7 +14,7 @@ from dsconvert.dsconv.codes import FREE
 from dsconvert.dsconv.codes.free_search import to_blocks
 from dsconvert.dsconv.codes.real import REAL, project_alpha
 from dsconvert.dsconv.format import WeightFormat
-from dsconvert.dsconv.modules import DSConv
+from dsconvert.dsconv.modules import fitted_conv
 from dsconvert.dsconv.tensor import DSTensor
 from dsconvert.fit.layer import GPTQ
 from dsconvert.fit.moments import Moments
@@ -112,7 +112,7 @@ def test_torch_module_computes_the_real_weight():
     conv = torch.nn.Conv2d(8, 5, 3, padding=1, bias=False)
     t = fit_weight_real(conv.weight, 4, 4)
     x = randn(1, 8, 6, 6)
-    module = DSConv.from_conv(conv, t, torch.zeros(5))
+    module = fitted_conv(conv, t, torch.zeros(5))
     wanted = torch.nn.functional.conv2d(x, t.weight(), padding=1)
     torch.testing.assert_close(module(x), wanted, rtol=1e-5, atol=1e-5)  # float32 sums in another order
 

@@ -9,6 +9,7 @@ import onnxruntime as ort
 import pytest
 import torch
 from conftest import convert, smooth_picture, write_pictures
+from pt_writer import yolov5_bytes
 from segmentation import MASKS, tiny_segment
 from torch.nn import functional as F
 
@@ -20,7 +21,7 @@ from dsconvert.fit.importance import measure_importance
 from dsconvert.graph.integer import run_integer
 from dsconvert.graph.run import run_float
 from dsconvert.modelfile import load_model, model_bytes
-from dsconvert.yolo.checkpoint import load_checkpoint, yolov5_bytes
+from dsconvert.yolo.checkpoint import load_checkpoint
 from dsconvert.yolo.decode import decode, detection_measure
 from dsconvert.yolo.lower import lower, split_detect
 from dsconvert.yolo.masks import mask_measure

@@ -8,6 +8,7 @@ import cv2
 import numpy as np
 import pytest
 from conftest import write_pictures
+from pt_writer import yolov5_bytes
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from segmentation import tiny_segment
@@ -16,7 +17,6 @@ from dsconvert.errors import InputError
 from dsconvert.scoring.accuracy import detect_all
 from dsconvert.scoring.detect import TINT, coco_document, draw, yolo_lines
 from dsconvert.scoring.masks import MaskPredictor, Masks, PlacedMask, mask_precision, outlines, rle
-from dsconvert.yolo.checkpoint import yolov5_bytes
 from dsconvert.yolo.images import Letterbox, letterbox
 from dsconvert.yolo.labels import label_rows
 

@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import HANGS
+from pt_writer import yolov5_bytes
 
 from dsconvert.graph.run import run_float
-from dsconvert.yolo.checkpoint import load_checkpoint, yolov5_bytes
+from dsconvert.yolo.checkpoint import load_checkpoint
 from dsconvert.yolo.decode import decode
 from dsconvert.yolo.lower import lower
 

@@ -11,9 +11,10 @@ import onnxruntime as ort
 import pytest
 import torch
 from conftest import ROOT, TINY
+from pt_writer import yolov5_bytes
 
 from dsconvert.graph.ir import ConvParams, Graph, Node
-from dsconvert.yolo.checkpoint import Checkpoint, load_checkpoint, yolov5_bytes
+from dsconvert.yolo.checkpoint import Checkpoint, load_checkpoint
 from dsconvert.yolo.lower import lower
 from dsconvert.yolo.network import Network, head_from_detect
 

@@ -7,7 +7,7 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import yolov5_bytes
+from pt_writer import yolov5_bytes
 from torch import nn
 
 from dsconvert import calibration

@@ -11,6 +11,7 @@ import onnxruntime as ort
 import pytest
 import torch
 from conftest import SIDE, TINY, convert, randomise, smooth_picture
+from pt_writer import yolov5_bytes
 
 from dsconvert.export.check import check_export, check_images, float_reference, reference_of
 from dsconvert.export.layouts import layout_named
@@ -20,7 +21,7 @@ from dsconvert.modelcheck import check_model
 from dsconvert.modelfile import _head, load_model, model_bytes
 from dsconvert.scoring.candidates import load_candidate
 from dsconvert.scoring.detect import DetectOptions, find
-from dsconvert.yolo.checkpoint import load_checkpoint, yolov5_bytes
+from dsconvert.yolo.checkpoint import load_checkpoint
 from dsconvert.yolo.decode import decode, detection_measure
 from dsconvert.yolo.lower import lower, split_detect
 from dsconvert.yolo.network import Head, Network, head_from_detect

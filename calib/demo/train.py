@@ -15,12 +15,12 @@ from pathlib import Path
 import numpy as np
 import torch
 import yaml
+from pt_writer import yolov5_bytes
 from scenes import NAMES, SIDE, draw_scene
 from torch import Tensor, nn
 
 from dsconvert.files import write_atomic
 from dsconvert.train.loss import detection_loss
-from dsconvert.yolo.checkpoint import yolov5_bytes
 from dsconvert.yolo.network import Network, head_from_detect
 
 HERE = Path(__file__).resolve().parent

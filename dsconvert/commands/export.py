@@ -24,7 +24,7 @@ from dsconvert.yolo.dataset import SPLITS, is_data_yaml, read_data_yaml
 
 @click.command()
 @click.argument("model", type=PATH, required=False)
-@click.option("--onnx", "to_onnx", is_flag=True, help="Write ONNX (the one format so far).")
+@click.option("--onnx", is_flag=True, expose_value=False, help="Write ONNX: the one format, so it may be left out.")
 @click.option("--layout", type=click.Choice(list(LAYOUTS)), default=PACKED.name, show_default=True,
               help=" ".join(f"{x.name}: {x.about}." for x in LAYOUTS.values())
               + f" OpenVINO runs {', '.join(run_by('OpenVINO'))}.")  # fmt: skip
@@ -46,9 +46,9 @@ from dsconvert.yolo.dataset import SPLITS, is_data_yaml, read_data_yaml
 @force
 @as_json
 def export(
-    model: Path | None, to_onnx: bool, layout: str, imgsz: int | None, dynamic_batch: bool, uint8_input: bool,
-    half_input: bool, with_nms: bool, conf_thres: float | None, iou_thres: float | None, max_det: int | None,
-    no_check: bool, out: Path | None, force: bool, as_json: bool,
+    model: Path | None, layout: str, imgsz: int | None, dynamic_batch: bool, uint8_input: bool, half_input: bool,
+    with_nms: bool, conf_thres: float | None, iou_thres: float | None, max_det: int | None, no_check: bool,
+    out: Path | None, force: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Write MODEL (default: the newest quantize result) as ONNX.
 
@@ -59,8 +59,6 @@ def export(
     Examples: dsconvert export --onnx --layout packed
               dsconvert export --onnx --uint8-input --nms --conf-thres 0.3
     """
-    if not to_onnx:
-        raise InputError("Say what to export to: dsconvert export --onnx.")
     if uint8_input and half_input:
         raise InputError("The input is either --uint8-input or --half-input; give one of them.")
     ends = Ends(

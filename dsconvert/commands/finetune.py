@@ -39,7 +39,6 @@ from dsconvert.notes import so_far
 from dsconvert.record import MODEL_FILE
 from dsconvert.train.finetune import Finetuned, FinetuneOptions, finetune
 from dsconvert.train.latents import TRAINED
-from dsconvert.train.schedule import SCHEDULES
 from dsconvert.train.state import NAME as UNFINISHED
 
 RECORD_FILE = "finetune.json"
@@ -54,8 +53,6 @@ DEFAULT = FinetuneOptions(Path())
 @click.option("--epochs", default=DEFAULT.epochs, show_default=True, help="Times that every image is seen, at most.")
 @click.option("--batch", default=DEFAULT.batch, show_default=True, help="Images a step.")
 @click.option("--rate", default=DEFAULT.rate, show_default=True, help="Learning rate at its highest.")
-@click.option("--schedule", type=click.Choice(SCHEDULES), default=DEFAULT.schedule, show_default=True,
-              help="How the rate falls to a hundredth.")  # fmt: skip
 @click.option("--warmup", default=DEFAULT.warmup, show_default=True, help="Epochs in which the rate rises.")
 @click.option("--patience", default=DEFAULT.patience, show_default=True,
               help="Stop after so many epochs without a better mAP50-95 on val.")  # fmt: skip

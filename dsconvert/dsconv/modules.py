@@ -61,18 +61,6 @@ class DSConv(nn.Module):
         self.register_buffer("CDSb", torch.zeros(out_channels) if CDS else None)
         self.bias = nn.Parameter(torch.zeros(out_channels)) if bias else None
 
-    @classmethod
-    def from_conv(cls, conv: nn.Conv2d, weight: DSTensor, cds_b: Tensor) -> DSConv:
-        """A DSConv in the place of `conv` holding a fitted weight and output bias CDSb (cho,)."""
-        module = cls(
-            conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, conv.dilation,  # type: ignore[arg-type]
-            conv.groups, conv.padding_mode, False, weight.block_size, False, True,
-        )  # fmt: skip
-        module.load_state_dict(
-            {"intweight": weight.vqk, "alpha": weight.m.float(), "CDSw": weight.cds_w, "CDSb": cds_b}
-        )
-        return module
-
     def real_weight(self) -> Tensor:
         """W' of the equation above, in alpha's dtype."""
         chi = self.intweight.shape[1]
@@ -89,6 +77,17 @@ class DSConv(nn.Module):
             padding = (0, 0)
         out = F.conv2d(x, self.real_weight(), self.bias, self.stride, padding, self.dilation, self.groups)
         return out if self.CDSb is None else out + self.CDSb[:, None, None]
+
+
+def fitted_conv(conv: nn.Conv2d, weight: DSTensor, cds_b: Tensor) -> DSConv:
+    """A DSConv in the place of `conv` holding a fitted weight and output bias CDSb (cho,)."""
+    module = DSConv(
+        conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, conv.dilation,  # type: ignore[arg-type]
+        conv.groups, conv.padding_mode, False, weight.block_size, False, True,
+    )  # fmt: skip
+    parts = {"intweight": weight.vqk, "alpha": weight.m.float(), "CDSw": weight.cds_w, "CDSb": cds_b}
+    module.load_state_dict(parts)
+    return module
 
 
 def _pair(value: int | tuple[int, ...]) -> tuple[int, int]:

@@ -12,7 +12,7 @@ from dsconvert.dsconv import modules
 from dsconvert.dsconv.codes.free_search import to_blocks
 from dsconvert.dsconv.codes.real import REAL, nearest_alpha, project_alpha
 from dsconvert.dsconv.format import WeightFormat
-from dsconvert.dsconv.tensor import DSTensor, expand_blocks
+from dsconvert.dsconv.tensor import expand_blocks
 
 SHIFTS = ("alpha", "KDSb", "CDSw", "CDSb")
 
@@ -67,17 +67,6 @@ class DSConv(modules.DSConv):
         )  # fmt: skip
         made.load_state_dict(conv.state_dict())
         return made.to(conv.weight.device)
-
-    @classmethod
-    def from_conv(cls, conv: nn.Conv2d, weight: DSTensor, cds_b: Tensor) -> DSConv:
-        """A frozen DSConv in the place of `conv` holding a fitted weight and output bias CDSb (cho,)."""
-        made = cls(
-            conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, conv.dilation,  # type: ignore[arg-type]
-            conv.groups, conv.padding_mode, False, weight.block_size, False, True, weight.bits,
-        )  # fmt: skip
-        fitted = modules.DSConv.from_conv(conv, weight, cds_b)
-        made.load_state_dict(fitted.state_dict())
-        return made
 
     @torch.no_grad()
     def refit(self) -> None:

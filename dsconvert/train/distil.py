@@ -124,7 +124,7 @@ def distil(
             order += torch.randperm(pictures.count, generator=generator).tolist()
         picks, order = order[:IMAGES], order[IMAGES:]
         losses.append(_step(lambda x: errors(parts(), x), latents, pictures, picks))
-        share = rate_share(step - 1, steps, WARMUP, "cosine")
+        share = rate_share(step - 1, steps, WARMUP)
         for group in optimiser.param_groups:
             group["lr"] = group["rate"] * share
         optimiser.step()

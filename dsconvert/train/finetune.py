@@ -22,7 +22,6 @@ from dsconvert.train.augment import NOTHING, Augment
 from dsconvert.train.latents import TRAINED, Latents, learned, share, start
 from dsconvert.train.loop import Plan, Student, train
 from dsconvert.train.photos import Photos, open_photos
-from dsconvert.train.schedule import SCHEDULES
 from dsconvert.train.state import SETS, State, read_state, write_state
 from dsconvert.yolo.classes import label_rules
 from dsconvert.yolo.dataset import DataYaml, read_data_yaml
@@ -45,7 +44,6 @@ class FinetuneOptions:
     epochs: int = 20
     batch: int = 16
     rate: float = 0.01
-    schedule: str = "cosine"
     warmup: float = 0.5
     patience: int = 10
     mosaic: float = 0.5
@@ -118,8 +116,7 @@ def finetune(
 
     how = replace(Augment(), mosaic=options.mosaic) if options.augment else NOTHING
     plan = Plan(
-        options.epochs, options.batch, options.rate, options.schedule, options.warmup, options.patience, options.seed,
-        how,
+        options.epochs, options.batch, options.rate, options.warmup, options.patience, options.seed, how
     )  # fmt: skip
     student = Student(model.graph, layers, model.activations, model.head, device)
     torch.manual_seed(options.seed)
@@ -135,8 +132,8 @@ def finetune(
 
 
 def _check(options: FinetuneOptions) -> None:
-    if options.train not in TRAINED or options.schedule not in SCHEDULES:
-        raise InputError.naming("{train} is one of {}, {schedule} one of {}.", ", ".join(TRAINED), ", ".join(SCHEDULES))
+    if options.train not in TRAINED:
+        raise InputError.naming("{train} is one of {}.", ", ".join(TRAINED))
     if min(options.epochs, options.batch, options.patience) < 1:
         raise InputError.naming("{epochs}, {batch} and {patience} must be at least 1.")
     if not 0 < options.rate <= 1 or not 0 <= options.warmup <= options.epochs or not 0 <= options.mosaic <= 1:

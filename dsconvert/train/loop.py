@@ -27,13 +27,12 @@ STEEPEST = 10.0  # norm beyond which a gradient is shortened
 
 @dataclass(frozen=True)
 class Plan:
-    """How to train: epochs, images a batch (over all processes), rate of CDSw's factor, `schedule` of SCHEDULES, epochs
-    of warm-up, epochs without a better mAP after which to stop, seed."""
+    """How to train: epochs, images a batch (over all processes), rate of CDSw's factor, epochs of warm-up,
+    epochs without a better mAP after which to stop, seed."""
 
     epochs: int
     batch: int
     rate: float
-    schedule: str
     warmup: float
     patience: int
     seed: int
@@ -83,9 +82,7 @@ def train(
         for number, picks in enumerate(batches):
             mine = picks[workers.share(len(picks))]
             images, targets = photos.batch(mine, plan.augment, [plan.seed, epoch])
-            share = rate_share(
-                state.steps, plan.epochs * len(batches), round(plan.warmup * len(batches)), plan.schedule
-            )
+            share = rate_share(state.steps, plan.epochs * len(batches), round(plan.warmup * len(batches)))
             loss = student.loss(state.latents, images, targets, gains)
             optimiser.zero_grad()
             loss.backward()

@@ -8,16 +8,14 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-SCHEDULES = ("cosine", "linear")
 LAST = 0.01  # of the rate, at the end
 LONGEST_AVERAGE = 0.999
 
 
-def rate_share(step: int, total: int, warm: int, schedule: str) -> float:
-    """Share of the full rate at step 0 .. total - 1: it rises for `warm` steps, and falls all along, by half a cosine
-    or a line, to LAST."""
-    done = step / max(1, total - 1)
-    falling = (1 + math.cos(math.pi * done)) / 2 if schedule == "cosine" else 1 - done
+def rate_share(step: int, total: int, warm: int) -> float:
+    """Share of the full rate at step 0 .. total - 1: it rises for `warm` steps, and falls all along, by half a cosine,
+    to LAST."""
+    falling = (1 + math.cos(math.pi * (step / max(1, total - 1)))) / 2
     return min(1.0, (step + 1) / max(1, warm)) * (LAST + (1 - LAST) * falling)
 
 

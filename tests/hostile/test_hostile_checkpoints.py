@@ -13,9 +13,9 @@ from case import SHARES, Case
 from checkpoints import all_cases
 from conftest import TINY, randomise
 from pickles import END, HEAD, call
+from pt_writer import yolov5_bytes
 from watched import Result, dsconvert, problems, run_child, unharmed, write_cases
 
-from dsconvert.yolo.checkpoint import yolov5_bytes
 from dsconvert.yolo.network import Network, head_from_detect
 
 

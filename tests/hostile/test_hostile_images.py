@@ -13,12 +13,12 @@ from case import Case
 from photos import read, refused
 from pictures import bad, noise, odd, saved
 from PIL import Image
+from pt_writer import yolov5_bytes
 from watched import dsconvert, problems, run_child, write_cases
 
 from dsconvert.errors import InputError
 from dsconvert.scoring.accuracy import detect_all
 from dsconvert.yolo import dataset
-from dsconvert.yolo.checkpoint import yolov5_bytes
 from dsconvert.yolo.dataset import image_paths
 from dsconvert.yolo.images import calibration_batches, letterbox, read_image
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from conftest import HANGS, write_pictures
+from pt_writer import yolov5_bytes
 from small import KINDS, Small, holes
 from watched import MOST_BYTES, MOST_SECONDS
 
@@ -18,7 +19,6 @@ from dsconvert.children import environment
 from dsconvert.errors import InputError
 from dsconvert.modelfile import load_model, model_bytes
 from dsconvert.scoring.bounds import growth
-from dsconvert.yolo.checkpoint import yolov5_bytes
 
 
 def measure(folder: Path, lines: list[list[str]]) -> list[dict]:

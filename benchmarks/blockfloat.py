@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
+from bfp import to_block_float
 from torch import Tensor
 
-from dsconvert.dsconv.bfp import to_block_float
 from dsconvert.graph.integer import QConv, real_params
 from dsconvert.graph.ir import Graph, Node
 from dsconvert.graph.run import execute, float_step
