@@ -173,8 +173,8 @@ def _layer(name: str, layer: Mapping[str, Any], tensors: Collection[str]) -> tup
     """Shape and format of a layer, by its entry and the names of all tensors. Raises ValueError for others than a layer
     has."""
     cho, chi, kh, kw = (int(n) for n in layer["shape"])
-    marks = [mark for mark, code in CODES.items() if code.marked and mark in layer]
-    if any(layer[mark] is not True for mark in marks) or len(marks) > 1:
+    marks = sorted(set(layer) - {"shape", "bits", "block_size"})
+    if any(mark not in CODES or not CODES[mark].marked or layer[mark] is not True for mark in marks) or len(marks) > 1:
         raise ValueError(f"{marks[0]} of {name}")
     code = CODES[marks[0]] if marks else REAL if f"{name}.alpha" in tensors else FREE
     format = WeightFormat(int(layer["bits"]), int(layer["block_size"]), code)

@@ -164,7 +164,7 @@ class Called:
         return made if isinstance(made, QConv) else fit_cds(node, made, batches())
 
 
-def lockstep(graph, params, fit_layer, own, batches, progress=None, room=None):
+def lockstep(graph, params, fit, own, batches, progress=None, room=None, formats=None):
     """`fit_lockstep` on batches (n, 3, h, w) 0..1 of whole bytes, every position counting the same."""
     images = [image for batch in batches for image in batch]
     room = room or Room()
@@ -172,9 +172,19 @@ def lockstep(graph, params, fit_layer, own, batches, progress=None, room=None):
     for index, image in enumerate(images):
         pixels.put(index, (image * 255).round().to(torch.uint8))
     drawn = watch(graph, params, [pixels.get(i).float() / 255 for i in range(len(images))], 0, room)
-    formats = {name: usual_format(8, p.weight.shape[1], 0) for name, p in params.items()}
+    chosen = fit if hasattr(fit, "layer") else Called(fit)
+    formats = formats or {name: usual_format(8, p.weight.shape[1], 0) for name, p in params.items()}
     return fit_lockstep(
-        graph, params, Called(fit_layer), formats, own, pixels, drawn, len(images), room, progress=progress
+        graph,
+        params,
+        chosen,
+        formats,
+        own,
+        pixels,
+        drawn,
+        len(images),
+        room,
+        progress=progress,
     )
 
 

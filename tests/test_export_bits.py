@@ -10,10 +10,10 @@ import onnxruntime as ort
 import pytest
 import torch
 from conftest import DEMO, SIDE, convert, smooth_picture, tiny_network, widen
+from formats import fit_weight_real
 from onnx import numpy_helper
 
 from dsconvert.dsconv.codes import TRELLIS
-from dsconvert.dsconv.codes.real import fit_weight_real
 from dsconvert.errors import CheckError
 from dsconvert.export import check, decode, stored
 from dsconvert.export.check import check_export, check_images, float_reference, reference_of

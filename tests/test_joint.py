@@ -17,13 +17,13 @@ from onnx import numpy_helper
 from onnx.reference import ReferenceEvaluator
 
 from dsconvert.dsconv.codes import TRELLIS
+from dsconvert.dsconv.codes.trellis_onnx import Matrix, Tables
 from dsconvert.dsconv.format import WeightFormat
 from dsconvert.dsconv.tensor import DSTensor
 from dsconvert.export.builder import OnnxBuilder
 from dsconvert.export.joint import JointWeights, joins
 from dsconvert.export.layouts import layout_named
 from dsconvert.export.onnx import export_quantized
-from dsconvert.export.trellis import Matrix, Tables
 from dsconvert.export.weights import Weights
 
 KINDS = [(1, True), (2, True), (3, True), (4, True), (4, False), (5, False), (6, False)]

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import torch
@@ -18,7 +18,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 if TYPE_CHECKING:
+    from dsconvert.dsconv.codes.rows import JointLayer
     from dsconvert.dsconv.tensor import DSTensor
+    from dsconvert.export.builder import OnnxBuilder
 
 M_MAX = 15  # the integer multiplier fits four bits
 INT8_MAX = 127  # symmetric: -128 is never used, so that negation is safe on every engine
@@ -159,9 +161,30 @@ class Code:
         """Inverse of `pack`. Raises ValueError when the length is wrong."""
         raise NotImplementedError
 
-    # --- ONNX. b is an `export.builder.OnnxBuilder`
+    # --- ONNX
 
-    def spell(self, b: Any, name: str, weight: DSTensor, by_blocks: bool) -> str:
+    joint_bits: tuple[int, ...] = ()  # at which several layers can be decoded together (see `export.joint`)
+    rows_together: int = 1  # rows that `spell_rows` gives as one
+    label: str = ""  # begins the names of what such layers share
+
+    def spell(self, b: OnnxBuilder, name: str, weight: DSTensor, by_blocks: bool) -> str:
         """Nodes and initializers for m * VQK; returns the name of an int8 value (cho, chi, kh, kw). by_blocks: with
         ONNX's operator for block scales, where that suits the code."""
         raise NotImplementedError
+
+    def spell_rows(self, joint: Joint, group: Sequence[JointLayer], layers: Sequence[JointLayer], label: str) -> str:
+        """The same for a group of layers with blocks of one size, some of all layers of the code and as many bits: an
+        INT8 value of all their rows. label begins the names of its values."""
+        raise NotImplementedError
+
+
+class Joint(Protocol):
+    """What `spell_rows` makes use of: see `export.joint.JointWeights`."""
+
+    b: OnnxBuilder
+
+    def kds(self, group: Sequence[JointLayer], label: str) -> str: ...
+    def pairs(self) -> str: ...
+    def pieces(self, count: int) -> str: ...
+    def joined(self, names: list[str], label: str) -> str: ...
+    def label_of(self, layer: JointLayer) -> str: ...

@@ -9,8 +9,8 @@ from dsconvert.dsconv.format import Code, WeightFormat
 
 # by the name that files have of it
 CODES: dict[str, Code] = {
-    "free": FREE,  # any integer of its bits
     "trellis": TRELLIS,  # integers that hang together: less error at 1 to 4 bits
+    "free": FREE,  # any integer of its bits
     "real": REAL,  # free integers with the paper's real KDS
 }
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -12,10 +12,14 @@ from torch import Tensor
 
 from dsconvert.dsconv.codes.free_search import fit_weight, from_blocks, relieve_pairs, to_blocks
 from dsconvert.dsconv.codes.shrink import unshrunk
-from dsconvert.dsconv.format import INT8_MAX, Code, Floats, WeightFormat
+from dsconvert.dsconv.format import INT8_MAX, Code, Floats, Joint, WeightFormat
 from dsconvert.dsconv.packing import pack_bits, unpack_bits
 from dsconvert.dsconv.tensor import DSTensor, block_count
 from dsconvert.fit.threads import shared, threads_for
+
+if TYPE_CHECKING:
+    from dsconvert.dsconv.codes.rows import JointLayer
+    from dsconvert.export.builder import OnnxBuilder
 
 
 class Free(Code):
@@ -76,6 +80,20 @@ class Free(Code):
 
     def unpack(self, packed: NDArray[np.uint8], shape: Sequence[int], format: WeightFormat) -> Tensor:
         return torch.from_numpy(unpack_bits(packed, format.bits, tuple(shape)))
+
+    joint_bits: tuple[int, ...] = (4, 5, 6)
+    rows_together = 2
+    label = "bits"
+
+    def spell(self, b: OnnxBuilder, name: str, weight: DSTensor, by_blocks: bool) -> str:
+        from dsconvert.dsconv.codes.free_onnx import add_free  # onnx takes a while to load
+
+        return add_free(b, name, weight, by_blocks)
+
+    def spell_rows(self, joint: Joint, group: Sequence[JointLayer], layers: Sequence[JointLayer], label: str) -> str:
+        from dsconvert.dsconv.codes.free_joint import add_rows
+
+        return add_rows(joint, group, layers, label)
 
 
 FREE = Free()

@@ -24,6 +24,7 @@ class Real(Free):
 
     name = "real"
     real = True  # and told in a model file by its alpha
+    joint_bits = ()
 
     @property
     def integers(self) -> Code:

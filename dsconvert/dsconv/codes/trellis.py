@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -13,9 +14,13 @@ from dsconvert.dsconv.codes import trellis_table
 from dsconvert.dsconv.codes.shrink import MOST
 from dsconvert.dsconv.codes.trellis_search import nearest, round_strings, starting, suited
 from dsconvert.dsconv.codes.trellis_table import from_strings, strings, table, windows
-from dsconvert.dsconv.format import Code, Floats, WeightFormat
+from dsconvert.dsconv.format import Code, Floats, Joint, WeightFormat
 from dsconvert.dsconv.packing import pack_bits, unpack_bits
 from dsconvert.dsconv.tensor import DSTensor
+
+if TYPE_CHECKING:
+    from dsconvert.dsconv.codes.rows import JointLayer
+    from dsconvert.export.builder import OnnxBuilder
 
 
 class Trellis(Code):
@@ -91,6 +96,19 @@ class Trellis(Code):
         cho, chi, kh, kw = shape
         symbols = unpack_bits(packed, format.bits, (cho, chi * kh * kw), signed=False).view(np.uint8)
         return from_strings(torch.from_numpy(symbols), (cho, chi, kh, kw), format.block_size)
+
+    joint_bits = (1, 2, 3, 4)
+    label = "trellis"
+
+    def spell(self, b: OnnxBuilder, name: str, weight: DSTensor, by_blocks: bool) -> str:
+        from dsconvert.dsconv.codes.trellis_onnx import add_trellis  # onnx takes a while to load
+
+        return add_trellis(b, name, weight)
+
+    def spell_rows(self, joint: Joint, group: Sequence[JointLayer], layers: Sequence[JointLayer], label: str) -> str:
+        from dsconvert.dsconv.codes.trellis_onnx import add_rows
+
+        return add_rows(joint, group, layers, label)
 
 
 TRELLIS = Trellis()

@@ -16,19 +16,24 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 from onnx import TensorProto
 
+from dsconvert.dsconv.codes.rows import BYTE, weight_of_rows
 from dsconvert.dsconv.codes.trellis_table import WINDOW, strings, table
 from dsconvert.dsconv.tensor import DSTensor
 from dsconvert.export.builder import OnnxBuilder
 
+if TYPE_CHECKING:
+    from dsconvert.dsconv.codes.rows import JointLayer
+    from dsconvert.dsconv.format import Joint
+
 INT8, INT32, UINT8 = TensorProto.INT8, TensorProto.INT32, TensorProto.UINT8
-BYTE, BITS = 256, 8
+BITS = 8  # of a byte
 MOST = 64  # weight of a byte
 ONE = 128  # the byte that stands for 1 where numbers of several tables are told apart
 MEMBERS = {1: 4, 2: 4, 3: 2, 4: 2}  # bits -> VQK of a number
@@ -240,13 +245,20 @@ def _divisors(t: Tables, divisor: int, channels: int, each: int) -> str:
     return name
 
 
-def add_weight(b: OnnxBuilder, name: str, value: str, shape: tuple[int, ...], size: int) -> str:
-    """Rows of `size` integers -> the weight (cho, chi, kh, kw)."""
-    taps = shape[2] * shape[3]
-    if taps > 1:
-        value = b.node("Reshape", [value, b.shape(-1, taps, size)], f"{name}.blocks")
-        value = b.node("Transpose", [value], f"{name}.taps", perm=[0, 2, 1])
-    return b.node("Reshape", [value, b.shape(*shape)], f"{name}.weight")
+def add_rows(joint: Joint, group: Sequence[JointLayer], layers: Sequence[JointLayer], label: str) -> str:
+    """INT8 rows of a group, some of all layers of their kind (see `export.joint`)."""
+    b, tables = joint.b, Tables.of(joint.b, "joint.trellis", [x.weight for x in layers])
+    m = b.node("Gather", [_steps(joint, tables), joint.kds(group, label)], f"{label}.pairs.m")
+    m = b.node("Reshape", [m, b.shape(-1, tables.columns)], f"{label}.m")
+    stored = [b.tensor(f"{x.name}.vqk", bytes_of(x.weight)) for x in group]
+    rows = [Rows.of(x.weight) for x in group]
+    return add_values(tables, label, joint.joined(stored, label), m, rows)
+
+
+def _steps(joint: Joint, tables: Tables) -> str:
+    """UINT8 (256, 2, columns): of a byte's two m what `Tables.steps` makes."""
+    label = f"{tables.label}.pairs"
+    return f"{label}.m" if joint.b.has(f"{label}.m") else tables.steps(joint.pairs(), label)
 
 
 def add_trellis(b: OnnxBuilder, name: str, weight: DSTensor) -> str:
@@ -256,7 +268,7 @@ def add_trellis(b: OnnxBuilder, name: str, weight: DSTensor) -> str:
     kds = b.tensor(f"{name}.kds", weight.m.numpy().reshape(-1, 1).astype(ml_dtypes.uint4))
     m = tables.steps(b.node("Cast", [kds], f"{name}.kds32", to=INT32), f"{name}.kds")
     value = add_values(tables, name, b.tensor(f"{name}.vqk", bytes_of(weight)), m, [rows])
-    return add_weight(b, name, value, tuple(weight.vqk.shape), rows.size)
+    return weight_of_rows(b, name, value, tuple(weight.vqk.shape), rows.size)
 
 
 def _number(b: OnnxBuilder, value: int) -> str:
