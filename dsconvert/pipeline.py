@@ -54,8 +54,8 @@ from dsconvert.fit.real_alpha import fit_layer_real
 from dsconvert.fit.seen import Seen
 from dsconvert.fit.sensitivity import widths_of
 from dsconvert.graph.integer import QConv, QParams
-from dsconvert.graph.ir import ConvParams, Graph, Node
-from dsconvert.model import DSModel, damage_by_bits, display_name, is_dsconv
+from dsconvert.graph.ir import ConvParams, Graph, Node, display_name
+from dsconvert.model import DSModel, damage_by_bits, is_dsconv
 from dsconvert.modelfile import model_bytes
 from dsconvert.sameness import warning_of
 from dsconvert.target import smallest_within

@@ -11,7 +11,7 @@ import cv2
 import numpy as np
 from conftest import convert, smooth_picture, tiny_network
 
-from dsconvert.model import display_name
+from dsconvert.graph.ir import display_name
 from dsconvert.modelfile import model_bytes
 from dsconvert.yolo.checkpoint import yolov5_bytes
 

@@ -14,7 +14,7 @@ from dsconvert.fit.lockstep import with_shifts
 from dsconvert.fit.seen import Places, Seen, seen_evenly
 from dsconvert.graph.integer import QParams
 from dsconvert.graph.ir import Graph, Node
-from dsconvert.graph.run import conv
+from dsconvert.graph.ops import conv
 from dsconvert.pipeline import coupled
 
 POINT = Node("conv", "c", ("x",), {"stride": 1, "padding": 0, "dilation": 1, "groups": 1})

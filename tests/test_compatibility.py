@@ -27,7 +27,7 @@ from dsconvert.export.compact import compact
 from dsconvert.export.nms import Nms
 from dsconvert.export.onnx import Ends, export_float, export_quantized
 from dsconvert.fit.real_alpha import fit_weight_real
-from dsconvert.model import display_name
+from dsconvert.graph.ir import display_name
 from dsconvert.yolo.boxes import non_max_suppression
 from dsconvert.yolo.lower import lower
 

@@ -12,7 +12,8 @@ from dsconvert.fit.lockstep import fit_cds
 from dsconvert.fit.seen import Seen, seen_evenly
 from dsconvert.graph.integer import QConv, run_integer
 from dsconvert.graph.ir import ConvParams, Node
-from dsconvert.graph.run import conv, run_float
+from dsconvert.graph.ops import conv
+from dsconvert.graph.run import run_float
 from dsconvert.yolo.lower import lower
 
 POINT = {"stride": 1, "padding": 0, "dilation": 1, "groups": 1}

@@ -23,7 +23,9 @@ from dsconvert.fit import gptq, loops, trellis
 from dsconvert.fit.gptq import Moments, fit_weight_gptq
 from dsconvert.fit.least_squares import fit_weight
 from dsconvert.fit.seen import Seen
-from dsconvert.graph.integer import SIGMOID, IntegerConv, QConv, QParams, activation_table, integer_conv
+from dsconvert.graph.activations import activation_table
+from dsconvert.graph.grids import SIGMOID, QParams
+from dsconvert.graph.integer import IntegerConv, QConv, integer_conv
 from dsconvert.graph.ir import Node
 
 LOOPS = ROOT / "dsconvert" / "fit" / "loops.py"

@@ -21,7 +21,9 @@ from dsconvert.fit.ranges import (
     share_grids,
     together,
 )
-from dsconvert.graph.integer import QMAX, SIGMOID, QParams, activation_table, as_engines, grid_of
+from dsconvert.graph.activations import activation_table, as_engines
+from dsconvert.graph.grids import QMAX, SIGMOID, QParams
+from dsconvert.graph.integer import grid_of
 from dsconvert.graph.ir import INPUT, Graph, Node
 from dsconvert.yolo.lower import lower, split_detect
 

@@ -25,7 +25,7 @@ from dsconvert.files import needs_room
 from dsconvert.fit.lockstep import with_shifts
 from dsconvert.fit.seen import Seen, seen_evenly
 from dsconvert.graph.integer import QConv
-from dsconvert.graph.run import conv
+from dsconvert.graph.ops import conv
 
 WHOLE = -1
 # (the layer, what it sees of each group of channels: batches as often as they are asked for) -> the fitted convolution,

@@ -22,13 +22,14 @@ from dsconvert.export.fused import fuse
 from dsconvert.export.inputs import INPUT_TYPES, add_real_image
 from dsconvert.export.layouts import LAYOUT_OPSET
 from dsconvert.export.nms import Nms, add_nms
-from dsconvert.export.operators import add_conv, add_float, real_weight
+from dsconvert.export.operators import real_weight
 from dsconvert.export.quantized import Quantized
 from dsconvert.export.real import add_real_weight, check_layout
 from dsconvert.export.weights import Weights
 from dsconvert.graph.integer import real_between
-from dsconvert.graph.ir import INPUT, ConvParams, Graph, Node
-from dsconvert.model import DSModel, display_name
+from dsconvert.graph.ir import INPUT, ConvParams, Graph, Node, display_name
+from dsconvert.graph.ops import OPS
+from dsconvert.model import DSModel
 from dsconvert.yolo.network import Head
 
 OUTPUT, PROTOTYPES, DETECTIONS = "output0", "output1", "detections"
@@ -91,13 +92,11 @@ def export_float(
     b = OnnxBuilder(FLOAT_OPSET)
     image = add_real_image(b, ends.input_type)
     for node in (_reading(n, image) for n in graph.nodes):
+        given = list(node.inputs)
         if node.op == "conv":
             p, name = params[node.name], display_name(node)
-            weight = b.tensor(f"{name}.weight", p.weight.numpy())
-            bias = b.tensor(f"{name}.bias", p.bias.numpy())
-            add_conv(b, node, [node.inputs[0], weight, bias])
-        else:
-            add_float(b, node, list(node.inputs), node.name)
+            given += [b.tensor(f"{name}.weight", p.weight.numpy()), b.tensor(f"{name}.bias", p.bias.numpy())]
+        OPS[node.op].onnx(b, node, given, node.name)
     return _finish(b, [RawMap(name) for name in graph.outputs], head, imgsz, ends, {})
 
 
@@ -147,13 +146,12 @@ def _prototypes(b: OnnxBuilder, raw: RawMap) -> None:
 
 def _weight_only(b: OnnxBuilder, node: Node, model: DSModel, weights: Weights) -> None:
     """Integer weights in a float graph."""
-    if node.op != "conv":
-        add_float(b, node, list(node.inputs), node.name)
-        return
-    conv, name = model.convs[node.name], display_name(node)
-    if weights.layout == "float":
-        weight = add_real_weight(b, name, conv.weight)
-    else:
-        weight, _ = real_weight(b, name, conv.weight, weights)
-    bias = b.tensor(f"{name}.bias", conv.bias.numpy())
-    add_conv(b, node, [node.inputs[0], weight, bias])
+    given = list(node.inputs)
+    if node.op == "conv":
+        conv, name = model.convs[node.name], display_name(node)
+        if weights.layout == "float":
+            weight = add_real_weight(b, name, conv.weight)
+        else:
+            weight, _ = real_weight(b, name, conv.weight, weights)
+        given += [weight, b.tensor(f"{name}.bias", conv.bias.numpy())]
+    OPS[node.op].onnx(b, node, given, node.name)

@@ -13,7 +13,7 @@ from dsconvert.export.builder import OnnxBuilder
 from dsconvert.export.decode import SHORT, RawMap
 from dsconvert.export.inputs import BYTES, add_real_image
 from dsconvert.export.lastchannels import LAST, TO_FIRST, TO_LAST
-from dsconvert.export.operators import add_conv, add_float, real_weight
+from dsconvert.export.operators import real_weight
 from dsconvert.export.quickconv import (
     RUN,
     Quads,
@@ -25,10 +25,12 @@ from dsconvert.export.quickconv import (
     twice,
 )
 from dsconvert.export.weights import Weights
-from dsconvert.graph.integer import SIGMOID, QParams, grid_of, keeps_grid
-from dsconvert.graph.ir import INPUT, Node
+from dsconvert.graph.grids import SIGMOID, QParams
+from dsconvert.graph.integer import grid_of
+from dsconvert.graph.ir import INPUT, Node, display_name
+from dsconvert.graph.ops import OPS
 from dsconvert.graph.shapes import value_shapes
-from dsconvert.model import DSModel, display_name
+from dsconvert.model import DSModel
 
 
 class Quantized:
@@ -47,6 +49,7 @@ class Quantized:
         self.uint8: dict[str, str] = {}
         self.floats: dict[str, str] = {}  # values without a grid
         self.readers: Counter[str] = Counter()
+        self.quick = {} if side is None else {"upsample": self._upsample}  # operation -> its own way here
         self.images: dict[tuple[int, ...], str] = {}  # the image in other shapes, bytes
         self.wide: dict[str, tuple[str, int]] = {}  # raw map -> the map it is the first channels of, and how many more
         if input_type == "uint8" and self.grids[INPUT] == BYTES:
@@ -56,42 +59,38 @@ class Quantized:
 
     def add(self, node: Node) -> None:
         """Emit one node."""
-        b = self.b
-        if node.op == "conv" and node.name not in self.grids:
-            self.floats[node.name] = self._conv(node)
-            return
-        if node.op == "act" and node.inputs[0] in self.floats:
-            self._quantize(node.name, add_float(b, node, [self.floats[node.inputs[0]]], node.name))
-            return
-        same = all(self.grids[x] == self.grids[node.name] for x in node.inputs)
-        if node.op == "upsample" and self.side is not None:
-            self.uint8[node.name] = self._upsample(node)
-            return
-        if keeps_grid(node.op) or (node.op == "concat" and same):
-            self.uint8[node.name] = add_float(b, node, [self.uint8[x] for x in node.inputs], f"{node.name}.q")
-            return
-        quads = self._quads(node) if node.op == "conv" else None
-        if quads:
-            self.uint8[node.name] = self._conv_by_quads(node, quads)
-            return
+        b, op = self.b, OPS[node.op]
         if node.op == "conv":
-            out = self._conv(node)
-        elif node.op == "act" and node.attrs["kind"] == "SiLU":
+            self._add_conv(node)
+        elif quick := self.quick.get(node.op):
+            self.uint8[node.name] = quick(node)
+        elif op.moves and all(self.grids[x] == self.grids[node.name] for x in node.inputs):
+            self.uint8[node.name] = op.onnx(b, node, [self.uint8[x] for x in node.inputs], f"{node.name}.q")
+        elif node.op == "act" and node.attrs["kind"] == "SiLU" and node.inputs[0] in self.uint8:
             gate = b.node("Sigmoid", [self.real(node.inputs[0])], f"{node.name}.s")
             gate = self._dq(self._q(gate, f"{node.name}.sq", SIGMOID), f"{node.name}.sd", SIGMOID)
-            out = b.node("Mul", [self.real(node.inputs[0]), gate], node.name)
+            self._quantize(node.name, b.node("Mul", [self.real(node.inputs[0]), gate], node.name))
         else:
-            out = add_float(b, node, [self.real(x) for x in node.inputs], node.name)
-        more = self._more(node) if node.op == "conv" else 0
-        if more:
-            wide = self._q(out, f"{node.name}.wide", self.grids[node.name])
-            if node.name in self.model.graph.outputs:
-                self.wide[node.name] = wide, more
-                return
-            cut = [b.shape(0), b.shape(len(self.model.convs[node.name].bias)), b.shape(1)]
-            self.uint8[node.name] = b.node("Slice", [wide, *cut], f"{node.name}.q")
-        else:
+            self._quantize(node.name, op.onnx(b, node, [self.real(x) for x in node.inputs], node.name))
+
+    def _add_conv(self, node: Node) -> None:
+        b = self.b
+        if node.name not in self.grids:
+            self.floats[node.name] = self._conv(node)
+            return
+        if quads := self._quads(node):
+            self.uint8[node.name] = self._conv_by_quads(node, quads)
+            return
+        out, more = self._conv(node), self._more(node)
+        if not more:
             self._quantize(node.name, out)
+            return
+        wide = self._q(out, f"{node.name}.wide", self.grids[node.name])
+        if node.name in self.model.graph.outputs:
+            self.wide[node.name] = wide, more
+            return
+        cut = [b.shape(0), b.shape(len(self.model.convs[node.name].bias)), b.shape(1)]
+        self.uint8[node.name] = b.node("Slice", [wide, *cut], f"{node.name}.q")
 
     def finish(self) -> None:
         """After the last node: put what biases and weights are made of in front."""
@@ -111,8 +110,8 @@ class Quantized:
         return RawMap(self.b.node("Transpose", [name], f"{value}.last", perm=TO_LAST), grid, True, more)
 
     def real(self, value: str) -> str:
-        """A dequantized name of a value, another one every time."""
-        return self._read(value, self.uint8[value], self.grids[value])
+        """A dequantized name of a value, another one every time; of one without a grid its own."""
+        return self.floats[value] if value in self.floats else self._read(value, self.uint8[value], self.grids[value])
 
     def _read(self, value: str, integers: str, grid: QParams) -> str:
         self.readers[value] += 1
@@ -139,7 +138,8 @@ class Quantized:
         if more:
             bias = b.node("Pad", [bias, b.shape(0, more)], f"{name}.bias.wide")
         x = self._filled_image(node, fill) if fill else self.real(node.inputs[0])
-        return add_conv(b, node, [x, weight, b.node("DequantizeLinear", [bias, unit], f"{name}.b", axis=0)])
+        real = b.node("DequantizeLinear", [bias, unit], f"{name}.b", axis=0)
+        return OPS[node.op].onnx(b, node, [x, weight, real], node.name)
 
     def _more(self, node: Node) -> int:
         """How many output channels of zeros it shall have."""
@@ -162,7 +162,8 @@ class Quantized:
         key = (q.left, q.right, q.units)
         if key not in self.images:
             name, (_, zero) = self._image_name(node), self._grid(self.grids[INPUT])
-            last = image_by_quads(self.b, self.uint8[INPUT], self.shapes[INPUT][:2], q, zero, name)
+            depth, high, _ = self.shapes[INPUT]
+            last = image_by_quads(self.b, self.uint8[INPUT], (depth, high), q, zero, name)
             self.images[key] = self.b.node("Transpose", [last], f"{name}.first", perm=TO_FIRST)
         return self._read(self.images[key], self.images[key], self.grids[INPUT])
 

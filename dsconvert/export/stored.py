@@ -20,8 +20,7 @@ from onnx import numpy_helper
 from dsconvert.errors import CheckError
 from dsconvert.export.compact import compact
 from dsconvert.export.reference import Numbers, Reference
-from dsconvert.graph.ir import Node
-from dsconvert.model import display_name
+from dsconvert.graph.ir import Node, display_name
 
 Array = NDArray[Any]
 DETECT = "Detect"
