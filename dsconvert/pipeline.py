@@ -157,7 +157,7 @@ def quantize(
         beside = beside_few(checkpoint, len(division.fit), options.imgsz, options.seed, report)
         images = decoded(division.fit, options.imgsz, options.seed, report, room, beside)
     sameness = warning_of(images.pixels.get(index).numpy() for index in range(images.photographs))
-    graph, params = split_detect(*lower(network.fuse()), head)
+    graph, params = split_detect(*lower(network.fused()), head)
     chosen = sorted(choose_convs(network, graph, options.blocks, options.scope))
     quantized = options.activations == "int8"
     check_values(graph, params, images.one(0, device))

@@ -96,7 +96,7 @@ def test_its_layers_are_those_of_a_bottleneck():
     config, _ = SHORT["attention"]
     network = Network(config, 3, 3).eval()
     randomise(network)
-    graph, _ = lower(network.fuse())
+    graph, _ = lower(network.fused())
     names = choose_convs(network, graph, "4", "bottleneck")
     inner = {f"model.4.m.tr.{i}.{part}" for i in (0, 1) for part in (*QKV, "out", "fc")}
     assert names == {"model.4.m.linear", *inner}

@@ -68,7 +68,7 @@ def test_bytes_on_another_image_grid_are_quantized_to_it(converted, picture):
 
 def test_bytes_into_float_networks(tiny, converted, picture):
     network, head = tiny
-    graph, params = lower(network.fuse())
+    graph, params = lower(network.fused())
     weights_only = replace(converted, activations={})
     for make in (
         lambda ends: export_float(graph, params, head, SIDE, ends),

@@ -69,7 +69,7 @@ def given(weights):
 
 def network_parts(tiny, picture):
     network, _ = tiny
-    graph, params = lower(network.fuse())
+    graph, params = lower(network.fused())
     batches = [picture, picture.flip(3), picture.flip(2), 1 - picture]
     own = grids_of(graph, params, batches)
     return graph, params, batches, own
