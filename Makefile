@@ -21,7 +21,7 @@ NOT_AGAIN = $$(sed -n 's/^\([A-Za-z0-9._-]*\)==.*/--no-emit-package \1/p' requir
 # The tests of `make check`, by what they are about: tests/test_NAME.py. Every module of dsconv, graph, fit and export is
 # reached by one of them.
 MATHS := anymodule bfp kernel modules packing tensor torch trellis
-GRAPH := attention families integer network plan
+GRAPH := attention families integer network ops plan
 FIT := allocate channels clipping gptq importance least_squares leftover lockstep ranges real_alpha sensitivity \
   synthesize target threads
 EXPORT := biases channels_last compact export export_check export_ends export_real fused joint

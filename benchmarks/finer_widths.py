@@ -63,7 +63,7 @@ class Layer:
 def measured(checkpoint: Path, data: Path, imgsz: int, samples: int) -> dict[str, Layer]:
     """The layers, looked at on two sets of images."""
     loaded = load_checkpoint(checkpoint)
-    graph, params = split_detect(*lower(loaded.network.fuse()), loaded.head)
+    graph, params = split_detect(*lower(loaded.network.fused()), loaded.head)
     chosen = sorted(choose_convs(loaded.network, graph, "all", "all"))
     squares: list[Mapping[str, Tensor]] = []
     left: dict[str, Left] = {}

@@ -52,7 +52,7 @@ def said(found: torch.Tensor) -> str:
 
 def errors(checkpoint: Checkpoint, model: DSModel, paths: Sequence[Path]) -> torch.Tensor:
     """The error of v on each image, float64."""
-    graph, params = split_detect(*lower(checkpoint.network.fuse()), checkpoint.head)
+    graph, params = split_detect(*lower(checkpoint.network.fused()), checkpoint.head)
 
     def one(path: Path) -> float:
         x = to_tensor([letterbox(read_image(path), model.imgsz)[0]])

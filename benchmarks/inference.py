@@ -108,7 +108,7 @@ def measure_profile(b: Bench) -> dict[str, Any]:
 def measure_roofline(b: Bench) -> dict[str, Any]:
     """Multiplications of the network, the best any int8 kernel reaches, and the packed file's time beside it."""
     checkpoint = load_checkpoint(b.checkpoint)
-    macs = network_macs(*lower(checkpoint.network.fuse()), b.imgsz)
+    macs = network_macs(*lower(checkpoint.network.fused()), b.imgsz)
     peak = int8_peak(b.threads, max(5, b.runs // 2))
     times = _interleaved(b, _in_onnxruntime(b, ("packed",)))["packed"]
     kernels = op_times(b.file("packed"), b.threads, max(5, b.runs // 2)).get("QLinearConv", 0.0)

@@ -7,7 +7,7 @@ from statistics import median
 from typing import Any
 
 from dsconvert.division import HELD_BACK
-from dsconvert.graph.integer import QParams
+from dsconvert.graph.grids import QParams
 from dsconvert.model import DSModel
 from dsconvert.record import Quantized, layer_table, quantize_report
 from dsconvert.text import Sentence

@@ -20,7 +20,8 @@ from dsconvert.dsconv.modules import DSConv, fitted_conv
 from dsconvert.errors import InputError
 from dsconvert.fit.layer import GPTQ
 from dsconvert.fit.seen import Seen, seen_evenly
-from dsconvert.graph.integer import QConv, QParams
+from dsconvert.graph.grids import QParams
+from dsconvert.graph.integer import QConv
 from dsconvert.graph.ir import Node
 
 FITS = ("gptq", "least_squares")

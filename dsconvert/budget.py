@@ -19,7 +19,8 @@ from dsconvert.export.compact import compact
 from dsconvert.export.layouts import PACKED, add_int8_weight
 from dsconvert.export.onnx import export_quantized
 from dsconvert.fit.allocate import Choice, allocate
-from dsconvert.graph.integer import QConv, QParams
+from dsconvert.graph.grids import QParams
+from dsconvert.graph.integer import QConv
 from dsconvert.graph.ir import ConvParams, Graph
 from dsconvert.model import DSModel
 from dsconvert.yolo.network import Head

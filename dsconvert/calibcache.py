@@ -17,7 +17,7 @@ from dsconvert.dsconv.codes import format_of
 from dsconvert.files import write_atomic
 from dsconvert.fit.kept import Room
 from dsconvert.fit.seen import Drawn, Places
-from dsconvert.graph.integer import QParams
+from dsconvert.graph.grids import QParams
 from dsconvert.sealed import DAMAGE, sealed, unsealed
 
 META = "dsconvert.calibration"

@@ -27,7 +27,8 @@ from dsconvert.fit.sensitivity import damage_of
 from dsconvert.fit.synthesize import synthesize
 from dsconvert.fit.threads import in_order
 from dsconvert.fit.views import WANTED, view, wanted
-from dsconvert.graph.integer import QParams, gridded
+from dsconvert.graph.grids import QParams
+from dsconvert.graph.integer import gridded
 from dsconvert.graph.ir import ConvParams, Graph
 from dsconvert.graph.run import run_float
 from dsconvert.graph.shapes import value_shapes

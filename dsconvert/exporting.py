@@ -28,7 +28,7 @@ def onnx_bytes(path: Path, layout: Layout, imgsz: int | None, ends: Ends = PLAIN
     photographs: list[Image] = []
     if exportable(path) == CHECKPOINT:
         checkpoint = load_checkpoint(path)
-        graph, params = lower(checkpoint.network.fuse())
+        graph, params = lower(checkpoint.network.fused())
         side, reference = imgsz or 640, float_reference(graph, params, checkpoint.head)
         made = named = export_float(graph, params, checkpoint.head, side, ends)
     else:

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from dsconvert.dsconv.tensor import DSTensor
-from dsconvert.graph.integer import QConv, QParams
-from dsconvert.graph.ir import Graph, Node
+from dsconvert.graph.grids import QParams
+from dsconvert.graph.integer import QConv
+from dsconvert.graph.ir import Graph
 from dsconvert.yolo.network import Head
 
 
@@ -45,11 +46,6 @@ class DSModel:
 def is_dsconv(weight: DSTensor) -> bool:
     """True when the layer is DSConv, False when it is plain int8 per channel."""
     return not weight.is_plain_int8
-
-
-def display_name(node: Node) -> str:
-    """`model.2.m.0.cv1.conv` -> `model.2.m.0.cv1`; Detect's convolutions keep their name."""
-    return node.name.removesuffix(".conv")
 
 
 def damage_by_bits(damage: Mapping[str, float], weight: DSTensor) -> dict[str, float]:

@@ -14,9 +14,11 @@ from numpy.typing import NDArray
 
 from dsconvert.dsconv.format import WeightFormat
 from dsconvert.dsconv.tensor import block_count
-from dsconvert.graph.integer import QParams, grid_of, gridded
+from dsconvert.graph.grids import QParams
+from dsconvert.graph.integer import grid_of, gridded
+from dsconvert.graph.ir import display_name
 from dsconvert.graph.shapes import check_node, value_shapes
-from dsconvert.model import DSModel, damage_by_bits, display_name
+from dsconvert.model import DSModel, damage_by_bits
 from dsconvert.yolo.layers import MAX_MASKS
 from dsconvert.yolo.network import MAX_ANCHOR, MAX_STRIDE, Head
 

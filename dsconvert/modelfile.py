@@ -28,7 +28,8 @@ from dsconvert.dsconv.packing import pack_bits, unpack_bits
 from dsconvert.dsconv.tensor import DSTensor, block_count
 from dsconvert.errors import InputError, printable, shown
 from dsconvert.filekinds import check_ordinary
-from dsconvert.graph.integer import QConv, QParams
+from dsconvert.graph.grids import QParams
+from dsconvert.graph.integer import QConv
 from dsconvert.graph.ir import Graph
 from dsconvert.model import DSModel
 from dsconvert.modelcheck import Shape, Tensor, check_model, tensors_of

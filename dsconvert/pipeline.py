@@ -152,7 +152,7 @@ def gather(checkpoint: Checkpoint, options: QuantizeOptions, report: Progress, r
 
 def prepare(checkpoint: Checkpoint, options: QuantizeOptions, device: str) -> Prepared:
     """Take the network, which is on the device, apart, and choose the convolutions to convert."""
-    graph, params = split_detect(*lower(checkpoint.network.fuse()), checkpoint.head)
+    graph, params = split_detect(*lower(checkpoint.network.fused()), checkpoint.head)
     chosen = sorted(choose_convs(checkpoint.network, graph, options.blocks, options.scope))
     return Prepared(graph, params, checkpoint.head, chosen, options.imgsz, device)
 

@@ -11,7 +11,8 @@ from typing import Any
 import dsconvert
 from dsconvert.budget import Damage
 from dsconvert.files import already_there, write_atomic
-from dsconvert.model import DSModel, damage_by_bits, display_name, is_dsconv
+from dsconvert.graph.ir import display_name
+from dsconvert.model import DSModel, damage_by_bits, is_dsconv
 from dsconvert.modelfile import model_bytes
 from dsconvert.options import QuantizeOptions
 from dsconvert.scoring.compare import ScoreShift

@@ -195,15 +195,14 @@ def converted_once() -> DSModel:
 
 
 @pytest.fixture
-def converted(tiny, converted_once) -> DSModel:
-    """The tiny network as `convert` makes it, which folds the network's BatchNorm; a copy that a test may change."""
-    tiny[0].fuse()
+def converted(converted_once) -> DSModel:
+    """The tiny network as `convert` makes it; a copy that a test may change."""
     return copy.deepcopy(converted_once)
 
 
 def convert(network: Network, head: Head, picture: torch.Tensor) -> DSModel:
     """A network at 4 bits in blocks of 16, its stem and Detect at 8."""
-    graph, params = split_detect(*lower(network.fuse()), head)
+    graph, params = split_detect(*lower(network.fused()), head)
     batches = [picture, picture.flip(3)]
     own = grids_of(graph, params, batches)
     plain = {graph.convs()[0].name, *graph.outputs}

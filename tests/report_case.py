@@ -12,7 +12,7 @@ import numpy as np
 from conftest import convert, smooth_picture, tiny_network
 from pt_writer import yolov5_bytes
 
-from dsconvert.model import display_name
+from dsconvert.graph.ir import display_name
 from dsconvert.modelfile import model_bytes
 
 SCRIPT = "<script>alert(1)</script>"

@@ -255,7 +255,7 @@ def parameters(network: Network) -> int:
 
 def gflops(network: Network, side: int = 640, count: Callable[[int], float] = lambda n: 2 * n / 1e9) -> float:
     """Two for every multiplication of a convolution with one image of side x side, in 10^9; the network is fused."""
-    graph, params = lower(network.fuse())
+    graph, params = lower(network.fused())
     weights = {name: tuple(p.weight.shape) for name, p in params.items()}
     shapes = value_shapes(graph, weights, (3, side, side))
     return sum(

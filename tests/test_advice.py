@@ -7,7 +7,7 @@ from dataclasses import asdict, replace
 import pytest
 
 from dsconvert.advice import advice, bits_of_layers
-from dsconvert.graph.integer import QParams
+from dsconvert.graph.grids import QParams
 from dsconvert.options import QuantizeOptions
 from dsconvert.record import Quantized
 from dsconvert.scoring.compare import ScoreShift

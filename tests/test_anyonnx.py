@@ -27,7 +27,7 @@ from dsconvert.errors import CheckError, InputError
 from dsconvert.export.inspect import conv_weights
 from dsconvert.export.layouts import layout_named
 from dsconvert.export.onnx import Ends
-from dsconvert.graph.run import conv
+from dsconvert.graph.ops import conv
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # the exporter's own
 

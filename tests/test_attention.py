@@ -11,9 +11,9 @@ from tables import SHORT, meta, parameters, yolov5
 from torch.nn import functional as F
 
 from dsconvert.errors import InputError
-from dsconvert.graph import run
 from dsconvert.graph.integer import run_integer
 from dsconvert.graph.ir import INPUT, Graph, Node
+from dsconvert.graph.ops import attention
 from dsconvert.graph.shapes import check_node, value_shapes
 from dsconvert.train.latents import start
 from dsconvert.train.simulate import simulate
@@ -30,7 +30,7 @@ def test_by_hand():
     alike, the second the second key three times as much."""
     node = Node("attention", "a", ("q", "k", "v"), {"heads": 1, "size": 1})
     q, k, v = (torch.tensor(x).reshape(1, 1, 1, 2) for x in ([0.0, math.log(3)], [0.0, 1.0], [1.0, 5.0]))
-    torch.testing.assert_close(run.attention(node, [q, k, v]).flatten(), torch.tensor([3.0, 4.0]))
+    torch.testing.assert_close(attention(node, [q, k, v]).flatten(), torch.tensor([3.0, 4.0]))
 
 
 def test_it_is_torchs():
@@ -38,7 +38,7 @@ def test_it_is_torchs():
     q, k, v = (torch.randn(2, 6, 4, 5, generator=g) for _ in range(3))
     tokens = [x.reshape(2, 2, 3, 20).transpose(2, 3) for x in (q, k, v)]
     wanted = F.scaled_dot_product_attention(*tokens).transpose(2, 3).reshape(2, 6, 4, 5)
-    torch.testing.assert_close(run.attention(TWO, [q, k, v]), wanted)
+    torch.testing.assert_close(attention(TWO, [q, k, v]), wanted)
 
 
 def test_folded_layers_are_the_block():
@@ -49,7 +49,7 @@ def test_folded_layers_are_the_block():
     p = layer.projections()
     q, k, v = ((tokens @ w.T + b).permute(1, 2, 0)[..., None] for w, b in (p[name] for name in QKV))
     node = Node("attention", "a", ("q", "k", "v"), {"heads": 4, "size": 2})
-    seen = run.attention(node, [q, k, v])[..., 0].permute(2, 0, 1)
+    seen = attention(node, [q, k, v])[..., 0].permute(2, 0, 1)
     x = tokens + seen @ p["out"][0].T + p["out"][1]
     torch.testing.assert_close(x + x @ p["fc"][0].T, layer(tokens), rtol=0, atol=1e-5)
 
@@ -62,7 +62,7 @@ def test_channels_that_the_heads_do_not_share_evenly_are_refused():
 def test_a_map_that_takes_too_much_memory_is_one_sentence():
     large = torch.zeros(1, 1, 256, 256).expand(1, 6, 256, 256)
     with pytest.raises(InputError, match="over 256 by 256 pixels"):
-        run.attention(TWO, [large] * 3)
+        attention(TWO, [large] * 3)
 
 
 @pytest.mark.parametrize(
@@ -96,7 +96,7 @@ def test_its_layers_are_those_of_a_bottleneck():
     config, _ = SHORT["attention"]
     network = Network(config, 3, 3).eval()
     randomise(network)
-    graph, _ = lower(network.fuse())
+    graph, _ = lower(network.fused())
     names = choose_convs(network, graph, "4", "bottleneck")
     inner = {f"model.4.m.tr.{i}.{part}" for i in (0, 1) for part in (*QKV, "out", "fc")}
     assert names == {"model.4.m.linear", *inner}

@@ -14,9 +14,9 @@ from dsconvert.fit.channels import PARTS, SHRINK, damped, is_moment, made_up_for
 from dsconvert.fit.layer import GPTQ, Nearest
 from dsconvert.fit.moments import Moments, damping_for
 from dsconvert.fit.seen import Places, Seen, seen_evenly
-from dsconvert.graph.integer import QParams
+from dsconvert.graph.grids import QParams
 from dsconvert.graph.ir import Node
-from dsconvert.graph.run import conv
+from dsconvert.graph.ops import conv
 
 POINT = Node("conv", "c", ("x",), {"stride": 1, "padding": 0, "dilation": 1, "groups": 1})
 

@@ -58,9 +58,9 @@ def test_fused_and_leaky_checkpoints_load(tmp_path, picture):
     head = Head(("a", "b"), (4, 8), tuple(tuple((4.0, 4.0) for _ in range(3)) for _ in range(2)))
     loaded = load_checkpoint(write(tmp_path / "a.pt", yolov5_bytes(network, head))).network
     assert type(loaded.model[0].act).__name__ == "LeakyReLU"
-    data = yolov5_bytes(copy.deepcopy(loaded).fuse(), head)
+    data = yolov5_bytes(loaded.fused(), head)
     fused = load_checkpoint(write(tmp_path / "b.pt", data)).network
-    for a, b in zip(loaded.fuse()(picture), fused(picture), strict=True):
+    for a, b in zip(loaded.fused()(picture), fused(picture), strict=True):
         # the fused weights were rounded to float16: eleven bits through 12 layers
         assert torch.allclose(a, b, rtol=0.05, atol=0.05)
 
@@ -252,8 +252,7 @@ def test_a_one_layer_detector_keeps_its_numbers(tmp_path):
 
 
 def test_a_fused_checkpoint_has_no_batchnorm_and_exactly_its_weights(tiny, tmp_path):
-    network, head = tiny
-    network.fuse()
+    network, head = tiny[0].fused(), tiny[1]
     loaded = load_checkpoint(write(tmp_path / "fused.pt", yolov5_bytes(network, head))).network
     wanted, got = network.state_dict(), loaded.state_dict()
     assert wanted.keys() == got.keys()
@@ -269,10 +268,10 @@ def test_what_a_batchnorm_adds_to_its_variance_is_read(tiny, tmp_path, picture):
         norm.eps = 1e-5 + 0.01 * place
     loaded = load_checkpoint(write(tmp_path / "a.pt", yolov5_bytes(network, head))).network
     assert [m.eps for m in loaded.modules() if isinstance(m, torch.nn.BatchNorm2d)] == [n.eps for n in norms]
-    got, usual = (copy.deepcopy(loaded), copy.deepcopy(loaded))
+    usual = copy.deepcopy(loaded)
     for norm in (m for m in usual.modules() if isinstance(m, torch.nn.BatchNorm2d)):
         norm.eps = 1e-3
-    assert not torch.allclose(got.fuse()(picture)[0], usual.fuse()(picture)[0], atol=1e-3)
+    assert not torch.allclose(loaded.fused()(picture)[0], usual.fused()(picture)[0], atol=1e-3)
     norms[0].eps = -1e-3
     assert "adds -0.001 to its variances" in one_sentence(write(tmp_path / "b.pt", yolov5_bytes(network, head)))
 

@@ -112,7 +112,7 @@ def book(monkeypatch) -> WeightFormat:
 
 def test_a_toy_code_goes_all_the_way(book, tiny, picture, tmp_path):
     network, head = tiny
-    graph, params = split_detect(*lower(network.fuse()), head)
+    graph, params = split_detect(*lower(network.fused()), head)
     batches = [picture, picture.flip(3)]
     own = grids_of(graph, params, batches)
     plain = {graph.convs()[0].name, *graph.outputs}

@@ -28,7 +28,7 @@ from dsconvert.export.compact import compact
 from dsconvert.export.layouts import layout_named
 from dsconvert.export.nms import Nms
 from dsconvert.export.onnx import Ends, export_float, export_quantized
-from dsconvert.model import display_name
+from dsconvert.graph.ir import display_name
 from dsconvert.yolo.boxes import non_max_suppression
 from dsconvert.yolo.lower import lower
 
@@ -62,7 +62,7 @@ def message(cell: str) -> str:
 def files() -> Files:
     """The tiny network in every layout with every option, as `export` writes it."""
     network, head = tiny_network()
-    graph, params = lower(network.fuse())
+    graph, params = lower(network.fused())
     quantized = convert(*tiny_network(), smooth_picture())
     real = replace(quantized, activations={}, convs={
         name: c if c.weight.is_plain_int8 else replace(c, weight=fit_weight_real(c.weight.weight(), 4, 16))
@@ -240,7 +240,7 @@ def test_names_that_netron_shows(files, layout):
     graph = onnx.load_from_string(files[layout, "none"]).graph
     convs = {n.name for n in graph.node if "Conv" in n.op_type}
     network = tiny_network()[0]
-    expected = {display_name(n) for n in lower(network.fuse())[0].nodes if n.op == "conv"}
+    expected = {display_name(n) for n in lower(network.fused())[0].nodes if n.op == "conv"}
     assert "model.2.m.0.cv1" in expected
     # Detect's convolutions are split into boxes and scores in a converted model
     assert {n for n in convs if not n.startswith("model.8.")} == {n for n in expected if not n.startswith("model.8.")}

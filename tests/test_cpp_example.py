@@ -41,7 +41,7 @@ def files() -> dict[str, bytes]:
     network, head = tiny_network()
     quantized = convert(*tiny_network(), smooth_picture())
     made = {layout: compact(export_quantized(quantized, layout_named(layout), SIDE, Ends())) for layout in INTEGER}
-    made["float32"] = export_float(*lower(network.fuse()), head, SIDE, Ends())
+    made["float32"] = export_float(*lower(network.fused()), head, SIDE, Ends())
     made["nms"] = compact(export_quantized(quantized, layout_named("packed"), SIDE, Ends(nms=Nms(0.2, 0.45, 20))))
     return {name: model.SerializeToString() for name, model in made.items()}
 

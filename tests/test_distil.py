@@ -42,7 +42,7 @@ def given(count: int = 8) -> Pictures:
 def float_params(tiny, converted):
     """The float network's convolutions, as the converted model has them split."""
     network, head = tiny
-    return split_detect(*lower(network), head)[1]
+    return split_detect(*lower(network.fused()), head)[1]
 
 
 @pytest.fixture

@@ -156,7 +156,7 @@ def test_dynamic_batch_gives_each_image_its_own_result(converted, picture):
 
 def test_float_export_is_the_float_network(tiny, picture):
     network, head = tiny
-    graph, params = lower(network.fuse())
+    graph, params = lower(network.fused())
     out = session(export_float(graph, params, head, SIDE)).run(None, {"images": picture.numpy()})[0]
     # float32 convolutions summed in another order; boxes up to 64 pixels
     np.testing.assert_allclose(out, decode(network(picture), head).detach().numpy(), rtol=1e-4, atol=1e-3)

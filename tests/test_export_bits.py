@@ -125,7 +125,7 @@ def test_a_flipped_bit_of_the_joint_biases_is_laid_to_its_layer(widths):
 
 def test_flipped_bits_of_a_float_file_are_noticed():
     network, head = tiny_network()
-    graph, params = lower(network.fuse())
+    graph, params = lower(network.fused())
     reference, file = float_reference(graph, params, head), export_float(graph, params, head, SIDE)
     images = check_images(SIDE)
     check_export(file.SerializeToString(), reference, PLAIN, images)

@@ -101,7 +101,7 @@ def test_right_files_pass(converted, layout, ends):
 @pytest.mark.parametrize("ends", ENDS)
 def test_right_float_files_pass(tiny, converted, ends):
     network, head = tiny
-    graph, params = lower(network.fuse())
+    graph, params = lower(network.fused())
     data = export_float(graph, params, head, SIDE, ends).SerializeToString()
     check_export(data, float_reference(graph, params, head), ends, IMAGES)
     weights_only = replace(converted, activations={})
@@ -166,7 +166,7 @@ def test_a_wrong_activation_behind_what_has_no_grid_is_named(converted):
 def test_a_wrong_operator_of_a_float_file_is_named(tiny):
     """What it stores is right, so only the trial can tell."""
     network, head = tiny
-    graph, params = lower(network.fuse())
+    graph, params = lower(network.fused())
     file = export_float(graph, params, head, SIDE)
     gate = next(node for node in file.graph.node if node.op_type == "Sigmoid" and node.output[0].startswith("model.1."))
     gate.op_type = "Tanh"
@@ -176,7 +176,7 @@ def test_a_wrong_operator_of_a_float_file_is_named(tiny):
 
 def test_a_wrong_float_layer_and_a_wrong_tail_are_named(tiny, converted):
     network, head = tiny
-    graph, params = lower(network.fuse())
+    graph, params = lower(network.fused())
     file = tampered(export_float(graph, params, head, SIDE), "model.4.cv2.weight", lambda a: a * np.float32(1.1))
     with pytest.raises(CheckError, match=r"at layer model\.4\.cv2,"):
         check_export(file.SerializeToString(), float_reference(graph, params, head), PLAIN, IMAGES)

@@ -17,7 +17,7 @@ from dsconvert.export.decode import Decoded
 from dsconvert.export.layouts import layout_named
 from dsconvert.export.nms import Nms, add_nms
 from dsconvert.export.onnx import Ends, export_float, export_quantized
-from dsconvert.graph.integer import QParams
+from dsconvert.graph.grids import QParams
 from dsconvert.graph.ir import INPUT
 from dsconvert.scoring.candidates import load_candidate
 from dsconvert.yolo.boxes import non_max_suppression
@@ -71,7 +71,7 @@ def test_bytes_on_another_image_grid_are_quantized_to_it(converted, picture):
 
 def test_bytes_into_float_networks(tiny, converted, picture):
     network, head = tiny
-    graph, params = lower(network.fuse())
+    graph, params = lower(network.fused())
     weights_only = replace(converted, activations={})
     for make in (
         lambda ends: export_float(graph, params, head, SIDE, ends),

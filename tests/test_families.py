@@ -20,7 +20,8 @@ from dsconvert.dsconv.codes import usual_format
 from dsconvert.export.layouts import layout_named
 from dsconvert.export.onnx import export_quantized
 from dsconvert.fit.ranges import IMAGE_GRID
-from dsconvert.graph.integer import QConv, QParams, grid_of, integer_step, keeps_grid
+from dsconvert.graph.grids import QParams
+from dsconvert.graph.integer import QConv, grid_of, integer_step, keeps_grid
 from dsconvert.graph.ir import INPUT
 from dsconvert.graph.run import run_float
 from dsconvert.model import DSModel
@@ -106,7 +107,7 @@ def test_a_checkpoint_gives_its_own_models_maps(family):
     image, network = image_of(checkpoint, 7), checkpoint.network
     wanted = run(image)
     close(network(image), wanted)
-    fused = copy.deepcopy(network).fuse()
+    fused = network.fused()
     close(fused(image), wanted, 1e-4)
     close(run_float(*lower(fused), image), wanted, 1e-4)
     assert not any(isinstance(m, torch.nn.BatchNorm2d) for m in fused.modules())
@@ -115,7 +116,7 @@ def test_a_checkpoint_gives_its_own_models_maps(family):
 
 def quick_model(checkpoint, image) -> DSModel:
     """Integers in a second: 4 bits by least squares, plain int8 first and last, ranges as they are on one image."""
-    graph, params = split_detect(*lower(copy.deepcopy(checkpoint.network).fuse()), checkpoint.head)
+    graph, params = split_detect(*lower(checkpoint.network.fused()), checkpoint.head)
     own: dict[str, QParams] = {}
     run_float(graph, params, image, lambda n, v: own.__setitem__(n, QParams.of_range(float(v.min()), float(v.max()))))
     own = {INPUT: IMAGE_GRID} | {n.name: own[n.name] for n in graph.nodes if not keeps_grid(n.op)}

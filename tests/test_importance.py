@@ -97,7 +97,7 @@ def test_clipping_is_judged_on_every_image_whose_gradient_is_whole(tiny, picture
     monkeypatch.setattr(importance, "MANY", 0)
     monkeypatch.setattr(importance, "BRIEFLY", 0)
     network, head = tiny
-    graph, params = split_detect(*lower(network.fuse()), head)
+    graph, params = split_detect(*lower(network.fused()), head)
     images = [picture, picture.flip(3) * 0.5]
 
     def measure(raw, reference):
@@ -124,7 +124,7 @@ def test_of_many_images_only_the_last_layers_have_a_gradient(tiny, picture, monk
     """Every layer still has positions: coarse maps by the mean square of finer ones' lengths."""
     monkeypatch.setattr(importance, "BRIEFLY", 0)
     network, head = tiny
-    graph, params = split_detect(*lower(network.fuse()), head)
+    graph, params = split_detect(*lower(network.fused()), head)
     shapes = value_shapes(graph, {n: tuple(p.weight.shape) for n, p in params.items()}, tuple(picture.shape[1:]))
     start = importance.way_back(graph, shapes, *picture.shape[2:], 1)
     assert {node.name for node in graph.nodes[start:]} == set(graph.outputs)
@@ -144,7 +144,7 @@ def test_of_many_images_only_the_last_layers_have_a_gradient(tiny, picture, monk
 def test_early_layers_take_the_gradient_behind_them(tiny, picture):
     """Its size is the same as on the whole way back where that ends; layers before it have that size, spread out."""
     network, head = tiny
-    graph, params = split_detect(*lower(network.fuse()), head)
+    graph, params = split_detect(*lower(network.fused()), head)
     shapes = value_shapes(graph, {n: tuple(p.weight.shape) for n, p in params.items()}, tuple(picture.shape[1:]))
     start = importance.behind_early(graph, shapes, *picture.shape[2:])
     assert 0 < start < len(graph.nodes) // 2
@@ -175,7 +175,7 @@ def test_early_layers_take_the_gradient_behind_them(tiny, picture):
 
 def test_any_number_of_threads_finds_the_same(tiny, picture):
     network, head = tiny
-    graph, params = split_detect(*lower(network.fuse()), head)
+    graph, params = split_detect(*lower(network.fused()), head)
     images = [picture, picture.flip(2), picture.flip(3), picture.flip(2, 3)]
     before = torch.get_num_threads()
     found = []
@@ -222,7 +222,7 @@ def test_split_detect_changes_no_number(tiny, picture):
     from dsconvert.graph.run import run_float
 
     network, head = tiny
-    graph, params = lower(network.fuse())
+    graph, params = lower(network.fused())
     apart, parts = split_detect(graph, params, head)
     assert len(apart.outputs) == 3 * len(graph.outputs)
     whole, split = (run_float(g, p, picture) for g, p in ((graph, params), (apart, parts)))

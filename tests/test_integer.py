@@ -11,13 +11,11 @@ from formats import fit_weight, free
 
 from dsconvert.dsconv.tensor import DSTensor
 from dsconvert.export.builder import OnnxBuilder
+from dsconvert.graph.activations import activation_table
+from dsconvert.graph.grids import SIGMOID, QParams
 from dsconvert.graph.integer import (
-    SIGMOID,
     QConv,
-    QParams,
-    activation_table,
     grid_of,
-    integer_add,
     integer_conv,
     integer_step,
     real_between,
@@ -128,7 +126,7 @@ def test_add_and_concat_requantize_to_the_target_grid():
     exact = (qa.double() - 10) * 0.1 / 0.12 + qb.double() * 0.03 / 0.12 + 40
     # float32 rounding can only tip values that are within 1e-4 of a tie
     clear = ((exact % 1) - 0.5).abs() > 1e-4
-    got = integer_add([qa, qb], [a, b], out)
+    got = integer_step(Node("add", "o", ("a", "b")), [qa, qb], {}, {"a": a, "b": b, "o": out})
     assert torch.equal(got[clear].double(), exact.round().clamp(0, 255)[clear])
     node = Node("concat", "o", ("a", "b"))
     x = qa.reshape(1, 1, 20, 25)

@@ -75,7 +75,7 @@ def test_a_folder_that_cannot_be_written_is_one_sentence(tmp_path):
 
 def test_a_fit_is_the_same_from_memory_and_from_disk(tiny, picture, tmp_path):
     network, _ = tiny
-    graph, params = lower(network.fuse())
+    graph, params = lower(network.fused())
     batches = [picture, picture.flip(3), picture.flip(2)]
     own = grids_of(graph, params, batches)
     weights = {n.name: fit_weight(params[n.name].weight, 4, 32) for n in graph.convs()}

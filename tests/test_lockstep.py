@@ -12,7 +12,8 @@ from dsconvert.fit.layer import fit_cds
 from dsconvert.fit.seen import Seen, seen_evenly
 from dsconvert.graph.integer import QConv, run_integer
 from dsconvert.graph.ir import ConvParams, Node
-from dsconvert.graph.run import conv, run_float
+from dsconvert.graph.ops import conv
+from dsconvert.graph.run import run_float
 from dsconvert.yolo.lower import lower
 
 POINT = {"stride": 1, "padding": 0, "dilation": 1, "groups": 1}
@@ -68,7 +69,7 @@ def given(weights):
 
 def network_parts(tiny, picture):
     network, _ = tiny
-    graph, params = lower(network.fuse())
+    graph, params = lower(network.fused())
     batches = [picture, picture.flip(3), picture.flip(2), 1 - picture]
     own = grids_of(graph, params, batches)
     return graph, params, batches, own

@@ -26,7 +26,9 @@ from dsconvert.dsconv.tensor import DSTensor
 from dsconvert.fit import loops
 from dsconvert.fit.moments import Moments, unfold, unfolded
 from dsconvert.fit.seen import Seen
-from dsconvert.graph.integer import SIGMOID, IntegerConv, QConv, QParams, activation_table, integer_conv
+from dsconvert.graph.activations import activation_table
+from dsconvert.graph.grids import SIGMOID, QParams
+from dsconvert.graph.integer import IntegerConv, QConv, integer_conv
 from dsconvert.graph.ir import Node
 
 LOOPS = ROOT / "dsconvert" / "fit" / "loops.py"

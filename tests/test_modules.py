@@ -108,8 +108,8 @@ def test_impossible_arguments_are_refused(wrong):
 
 
 def test_converted_network_computes_what_the_graph_does(tiny, picture):
-    network, _ = tiny
-    graph, params = lower(network.fuse())
+    network = tiny[0].fused()
+    graph, params = lower(network)
     names = [n.name for n in graph.convs() if ".m." in n.name and not n.name.startswith("model.8")]
     convs = {n: QConv(fit_weight(params[n].weight, 4, 32), params[n].bias + 0.1) for n in names}
     converted = copy.deepcopy(network)

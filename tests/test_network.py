@@ -8,6 +8,7 @@ import pytest
 import torch
 import yaml
 from conftest import DEMO, TINY, randomise
+from tables import yolov7_tiny
 
 from dsconvert.errors import InputError
 from dsconvert.graph.ir import Graph
@@ -36,11 +37,29 @@ def test_parameter_counts_are_the_published_ones(depth, width, parameters):
 def test_fused_equals_unfused(tiny, picture):
     network, _ = tiny
     before = network(picture)
-    fused = copy.deepcopy(network).fuse()
+    fused = network.fused()
     assert not any(isinstance(m, torch.nn.BatchNorm2d) for m in fused.modules())
     for a, b in zip(before, fused(picture), strict=True):
         # the same sums with the scale inside the weights: float32 rounding through 12 layers
         assert torch.allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("config", [TINY, yolov7_tiny(2, 0.125)], ids=["YOLOv5", "YOLOv7"])
+def test_fusing_leaves_the_network_as_it_was(config, picture):
+    """In training mode even, and with convolutions that IDetect's fusing would write into."""
+    network = Network(config, 2, 3)
+    randomise(network)
+    before, modules = copy.deepcopy(network.state_dict()), [type(m) for m in network.modules()]
+    fused = network.fused()
+    assert network.training
+    assert not fused.training
+    assert [type(m) for m in network.modules()] == modules
+    assert network.state_dict().keys() == before.keys()
+    assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
+    own = {t.data_ptr() for t in network.state_dict().values()}
+    assert not own & {t.data_ptr() for t in fused.state_dict().values()}  # what changes one does not change the other
+    again = fused.fused()
+    assert all(torch.equal(a, b) for a, b in zip(again(picture), fused(picture), strict=True))
 
 
 def test_one_conv_fuses_to_float32_rounding():
@@ -80,7 +99,8 @@ V5 = {**TINY, "backbone": [[-1, 1, "Focus", [32, 3]], *TINY["backbone"][1:4], [-
 def test_lowered_graph_computes_the_network(config, act, picture):
     network = Network(config, 2, 3, act).eval()
     randomise(network)
-    graph, params = lower(network.requires_grad_(False).fuse())
+    network = network.requires_grad_(False).fused()
+    graph, params = lower(network)
     for a, b in zip(network(picture), run_float(graph, params, picture), strict=True):
         assert torch.equal(a, b)  # the very same operations
     assert Graph.from_json(graph.to_json()) == graph

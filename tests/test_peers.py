@@ -24,7 +24,7 @@ SIDE = 64
 def float_file(tmp_path, tiny):
     network, head = tiny
     path = tmp_path / "float32.onnx"
-    path.write_bytes(export_float(*lower(network.fuse()), head, SIDE).SerializeToString())
+    path.write_bytes(export_float(*lower(network.fused()), head, SIDE).SerializeToString())
     return path
 
 

@@ -14,7 +14,7 @@ from dsconvert.yolo.plan import choose_convs, choose_layers
 
 @pytest.fixture(scope="module")
 def yolov5n() -> Network:
-    return Network(yaml.safe_load((DEMO / "model.yaml").read_text()), 6, 3).fuse()
+    return Network(yaml.safe_load((DEMO / "model.yaml").read_text()), 6, 3).fused()
 
 
 def chosen(network: Network, blocks: str, scope: str) -> set[str]:

@@ -25,7 +25,8 @@ from dsconvert.dsconv.tensor import DSTensor, block_count
 from dsconvert.export.builder import OnnxBuilder
 from dsconvert.export.layouts import LAYOUTS, add_int8_weight, layout_named
 from dsconvert.export.onnx import Ends, export_quantized
-from dsconvert.graph.integer import QConv, QParams, run_integer
+from dsconvert.graph.grids import QParams
+from dsconvert.graph.integer import QConv, run_integer
 from dsconvert.graph.ir import INPUT, ConvParams, Graph, Node
 from dsconvert.graph.run import run_float
 from dsconvert.model import DSModel

@@ -12,7 +12,9 @@ from dsconvert.fit import loops
 from dsconvert.fit.clipping import LEVELS
 from dsconvert.fit.importance import measure_importance
 from dsconvert.fit.ranges import HIGHS, Seen, best_range, choose_grids, grids_of, least, share_grids, together
-from dsconvert.graph.integer import QMAX, SIGMOID, QParams, activation_table, as_engines, grid_of
+from dsconvert.graph.activations import activation_table, as_engines
+from dsconvert.graph.grids import QMAX, SIGMOID, QParams
+from dsconvert.graph.integer import grid_of
 from dsconvert.graph.ir import INPUT, Graph, Node
 from dsconvert.yolo.lower import lower, split_detect
 
@@ -94,7 +96,7 @@ def test_range_before_silu_ignores_what_silu_flattens():
 
 def test_every_value_gets_a_grid_and_the_image_is_exact(tiny, picture):
     network, _ = tiny
-    graph, params = lower(network.fuse())
+    graph, params = lower(network.fused())
 
     def grids():
         found = measure_importance(graph, params, [picture], lambda raw, _: raw, seed=0)
@@ -184,7 +186,7 @@ def test_scores_reach_up_whatever_was_seen(tiny, picture):
     # both ends are moved so that 0 is on the grid: by half a step at most
     assert (255 - reaching.zero_point) * reaching.scale == pytest.approx(5, abs=reaching.scale / 2)
     network, head = tiny
-    graph, _ = split_detect(*lower(network.fuse()), head)
+    graph, _ = split_detect(*lower(network.fused()), head)
     scores = [f"model.8.m.{level}.{part}" for part in ("obj", "cls") for level in (0, 1)]
     assert sure_scores(graph, head) == dict.fromkeys(scores, 5.0)
 

@@ -106,7 +106,7 @@ def test_blocks_shifts_and_what_lies_beyond():
 
 def test_layers_say_what_was_measured(tiny, converted):
     network, head = tiny
-    _, params = split_detect(*lower(network.fuse()), head)
+    _, params = split_detect(*lower(network.fused()), head)
     check_same_network(params, converted, "best.pt")
     rows = layer_rows(converted, params, {"model.1": 12.5}, {"model.2.cv1.conv": 33.0})
     for row, node in zip(rows, converted.graph.convs(), strict=True):
@@ -122,7 +122,7 @@ def test_layers_say_what_was_measured(tiny, converted):
 
 def test_shares_of_damage_are_of_four_bits_everywhere(tiny, converted):
     network, head = tiny
-    _, params = split_detect(*lower(network.fuse()), head)
+    _, params = split_detect(*lower(network.fused()), head)
     names = [n.name for n in converted.graph.convs()[1:3]]  # both have 4 bits
     damage = {names[0]: {"4": 3.0, "8": 0.5}, names[1]: {"4": 1.0, "8": 0.1}}
     converted.provenance["damage"] = damage
@@ -136,7 +136,7 @@ def test_shares_of_damage_are_of_four_bits_everywhere(tiny, converted):
 
 def test_activation_errors_by_brute_force(tiny, converted, picture):
     network, head = tiny
-    _, params = split_detect(*lower(network.fuse()), head)
+    _, params = split_detect(*lower(network.fused()), head)
     own = converted.activations
     found = watch(converted.graph, params, own, [picture])
     values: dict[str, torch.Tensor] = {}

@@ -76,8 +76,8 @@ def test_hidden_channels_follow_the_width(segment):
 
 @pytest.mark.parametrize("split", [False, True])
 def test_decoding_leaves_coefficients_as_they_are(segment, picture, split):
-    network, head = segment
-    graph, params = lower(network.fuse())
+    network, head = segment[0].fused(), segment[1]
+    graph, params = lower(network)
     raw = network(picture)
     if split:
         raw = run_float(*split_detect(graph, params, head), picture)
@@ -93,7 +93,7 @@ def test_decoding_leaves_coefficients_as_they_are(segment, picture, split):
 
 def test_the_prototypes_layers_belong_to_the_head(segment):
     network, head = segment
-    graph, _ = split_detect(*lower(network.fuse()), head)
+    graph, _ = split_detect(*lower(network.fused()), head)
     proto = {f"model.8.proto.cv{i}.conv" for i in (1, 2, 3)}
     assert proto <= choose_convs(network, graph, "all", "all")
     assert proto <= choose_convs(network, graph, "head", "all")
@@ -117,7 +117,7 @@ def test_the_measure_is_the_mean_over_a_boxs_pixels(segment):
 
 def test_every_layer_of_the_prototypes_has_importance(segment, picture):
     network, head = segment
-    graph, params = split_detect(*lower(network.fuse()), head)
+    graph, params = split_detect(*lower(network.fused()), head)
     found = measure_importance(graph, params, [picture], lambda a, b: detection_measure(a, b, head), 0)
     for node in graph.convs():
         assert not found.drawn[node.name].even, node.name
@@ -158,7 +158,7 @@ def test_every_layout_gives_torchs_numbers(model, picture, layout):
 
 def test_the_float_file_gives_torchs_numbers(segment, picture):
     network, head = segment
-    graph, params = lower(network.fuse())
+    graph, params = lower(network.fused())
     data = export_float(graph, params, head, 64).SerializeToString()
     boxes, protos = ort.InferenceSession(data).run(None, {"images": picture.numpy()})
     raw = run_float(graph, params, picture)
@@ -170,7 +170,7 @@ def test_the_float_file_gives_torchs_numbers(segment, picture):
 @pytest.mark.parametrize("output", ["output0", "output1"])
 def test_the_check_looks_at_coefficients_and_prototypes(segment, output):
     network, head = segment
-    graph, params = lower(network.fuse())
+    graph, params = lower(network.fused())
     model = export_float(graph, params, head, 64)
     node = next(n for n in model.graph.node if output in n.output)
     mask = np.array([1.0] * 7 + [1.1] * MASKS, np.float32)

@@ -50,7 +50,7 @@ def test_we_read_their_checkpoint_and_compute_what_they_do(theirs):
     with torch.no_grad():
         raw = ours.network(wanted["image"])
     torch.testing.assert_close(raw[-1], wanted["prototypes"])
-    fused = run_float(*lower(ours.network.fuse()), wanted["image"])
+    fused = run_float(*lower(ours.network.fused()), wanted["image"])
     for maps in (raw, fused):
         torch.testing.assert_close(decode(maps, ours.head), wanted["boxes"], rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(maps[-1], wanted["prototypes"], rtol=1e-4, atol=1e-5)

@@ -85,7 +85,7 @@ def test_fitted_channels_are_made_as_long_as_they_were():
 def test_damage_foretells_what_replacing_the_weight_does(tiny, picture):
     """Through sigmoids and SiLUs, for small errors: 8 bits. A random sign pass is right to a factor, so sums are."""
     network, _ = tiny
-    graph, params = lower(network.fuse())
+    graph, params = lower(network.fused())
     names = [n.name for n in graph.convs()]
 
     def measure(raw, reference):

@@ -67,7 +67,7 @@ def test_profile_of_a_real_file(tmp_path, tiny):
 
     network, head = tiny
     float_path = tmp_path / "f.onnx"
-    float_path.write_bytes(export_float(*lower(network.fuse()), head, 64).SerializeToString())
+    float_path.write_bytes(export_float(*lower(network.fused()), head, 64).SerializeToString())
     times = profiles.op_times(float_path, 1, 3)
     assert times["Conv"] > 0
     assert list(times.values()) == sorted(times.values(), reverse=True)

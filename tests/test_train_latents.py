@@ -11,7 +11,8 @@ from formats import fit_weight_real, free
 
 from dsconvert.dsconv.format import PAIR_MAX
 from dsconvert.dsconv.tensor import DSTensor, largest_pair
-from dsconvert.graph.integer import QConv, QParams, grid_of, integer_step, real_params, run_integer
+from dsconvert.graph.grids import QParams
+from dsconvert.graph.integer import QConv, grid_of, integer_step, real_params, run_integer
 from dsconvert.graph.ir import INPUT, Node
 from dsconvert.graph.run import execute, float_step, run_float
 from dsconvert.model import DSModel

@@ -77,7 +77,7 @@ def test_checkpoints_say_whose_head_they_have(tmp_path, last, nc, second, untrai
 
 def test_objectness_is_decoded_as_it_is(seven):
     network, head = copy.deepcopy(seven)
-    graph, params = lower(network.fuse())
+    graph, params = lower(network.fused())
     raw = network(smooth_picture())
     plain, own = decode(raw, replace(head, class_untrained=False)), decode(raw, head)
     assert torch.equal(own[..., :5], plain[..., :5])
@@ -131,7 +131,7 @@ def test_exported_files_say_one_for_the_class(made, layout):
 
 def test_the_float_file_and_suppression_in_the_file(seven):
     network, head = copy.deepcopy(seven)
-    graph, params = lower(network.fuse())
+    graph, params = lower(network.fused())
     reference = float_reference(graph, params, head)
     for ends in (PLAIN, Ends(nms=Nms(0.05, 0.45, 50))):
         data = export_float(graph, params, head, SIDE, ends).SerializeToString()
@@ -145,7 +145,7 @@ def test_the_float_file_and_suppression_in_the_file(seven):
 def test_the_fit_measures_objectness(seven):
     """The class's logit changes nothing, objectness changes the scores as much as it changes."""
     network, head = copy.deepcopy(seven)
-    raw = network.fuse()(smooth_picture())
+    raw = network.fused()(smooth_picture())
     other = [t.clone().unflatten(1, (3, 6)) for t in raw]
     for t in other:
         t[:, :, 5] = 4

@@ -25,7 +25,7 @@ from dsconvert.files import needs_room
 from dsconvert.fit.layer import Batches, Fit
 from dsconvert.fit.seen import Seen, seen_evenly
 from dsconvert.graph.integer import QConv
-from dsconvert.graph.run import conv
+from dsconvert.graph.ops import conv
 from dsconvert.scoring.engines import Session, session
 
 

@@ -64,7 +64,7 @@ def _facts(path: Path) -> dict[str, Any]:
     """Layer rows of any model file."""
     kind = file_kind(path)
     if kind == CHECKPOINT:
-        network = load_checkpoint(path).network.fuse()
+        network = load_checkpoint(path).network.fused()
         graph, params = lower(network)
         convs = [(n.name.removesuffix(".conv"), tuple(params[n.name].weight.shape)) for n in graph.convs()]
         rows = [_plain_row(name, shape, "float32", 32) for name, shape in convs]

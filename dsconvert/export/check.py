@@ -24,8 +24,8 @@ from dsconvert.export.onnx import Ends
 from dsconvert.export.reference import Reference, float_reference, reference_of
 from dsconvert.export.stored import DETECT, wrong_layer
 from dsconvert.export.written import Place
-from dsconvert.graph.ir import INPUT
-from dsconvert.model import DSModel, display_name
+from dsconvert.graph.ir import INPUT, display_name
+from dsconvert.model import DSModel
 from dsconvert.modelcheck import largest_sum
 from dsconvert.yolo.decode import decode
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from onnx import TensorProto
 
 from dsconvert.export.builder import OnnxBuilder
-from dsconvert.graph.integer import QParams
+from dsconvert.graph.grids import QParams
 from dsconvert.graph.ir import INPUT
 
 INPUT_TYPES: dict[str, int] = {

@@ -22,15 +22,16 @@ from dsconvert.export.fused import fuse
 from dsconvert.export.inputs import INPUT_TYPES, add_real_image
 from dsconvert.export.layouts import Layout, check_layout
 from dsconvert.export.nms import Nms, add_nms
-from dsconvert.export.operators import add_conv, add_float, real_weight
+from dsconvert.export.operators import real_weight
 from dsconvert.export.quantized import Quantized
 from dsconvert.export.quickform import QuickForm
 from dsconvert.export.real import add_real_weight
 from dsconvert.export.weights import Weights
 from dsconvert.export.written import Place, Written, float_places
 from dsconvert.graph.integer import real_between
-from dsconvert.graph.ir import INPUT, ConvParams, Graph, Node
-from dsconvert.model import DSModel, display_name
+from dsconvert.graph.ir import INPUT, ConvParams, Graph, Node, display_name
+from dsconvert.graph.ops import OPS
+from dsconvert.model import DSModel
 from dsconvert.yolo.network import Head
 
 OUTPUT, PROTOTYPES, DETECTIONS = "output0", "output1", "detections"
@@ -107,13 +108,12 @@ def write_float(graph: Graph, params: Mapping[str, ConvParams], head: Head, imgs
     b, weights, places = OnnxBuilder(FLOAT_OPSET), {}, float_places(graph)
     image = add_real_image(b, ends.input_type)
     for node in (_reading(n, image) for n in graph.nodes):
+        given = list(node.inputs)
         if node.op == "conv":
             p, name = params[node.name], display_name(node)
-            weight = weights[name] = b.tensor(f"{name}.weight", p.weight.numpy())
-            bias = b.tensor(f"{name}.bias", p.bias.numpy())
-            add_conv(b, node, [node.inputs[0], weight, bias])
-        else:
-            add_float(b, node, list(node.inputs), node.name)
+            weights[name] = b.tensor(f"{name}.weight", p.weight.numpy())
+            given += [weights[name], b.tensor(f"{name}.bias", p.bias.numpy())]
+        OPS[node.op].onnx(b, node, given, node.name)
     made = _finish(b, [places[name] for name in graph.outputs], head, imgsz, ends, {})
     return Written(made, places, weights)
 
@@ -164,13 +164,12 @@ def _prototypes(b: OnnxBuilder, raw: Place) -> None:
 
 def _weight_only(b: OnnxBuilder, node: Node, model: DSModel, weights: Weights) -> None:
     """Integer weights in a float graph."""
-    if node.op != "conv":
-        add_float(b, node, list(node.inputs), node.name)
-        return
-    conv, name = model.convs[node.name], display_name(node)
-    if weights.layout.real:
-        weight = weights.made[name] = add_real_weight(b, name, conv.weight)
-    else:
-        weight, _ = real_weight(b, name, conv.weight, weights)
-    bias = b.tensor(f"{name}.bias", conv.bias.numpy())
-    add_conv(b, node, [node.inputs[0], weight, bias])
+    given = list(node.inputs)
+    if node.op == "conv":
+        conv, name = model.convs[node.name], display_name(node)
+        if weights.layout.real:
+            weight = weights.made[name] = add_real_weight(b, name, conv.weight)
+        else:
+            weight, _ = real_weight(b, name, conv.weight, weights)
+        given += [weight, b.tensor(f"{name}.bias", conv.bias.numpy())]
+    OPS[node.op].onnx(b, node, given, node.name)

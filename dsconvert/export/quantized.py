@@ -12,12 +12,14 @@ from dsconvert.export.biases import Biases
 from dsconvert.export.builder import OnnxBuilder
 from dsconvert.export.inputs import BYTES, add_real_image
 from dsconvert.export.layouts import Layout
-from dsconvert.export.operators import add_conv, add_float, real_weight
+from dsconvert.export.operators import real_weight
 from dsconvert.export.weights import Weights
 from dsconvert.export.written import Place
-from dsconvert.graph.integer import SIGMOID, QParams, grid_of, keeps_grid
-from dsconvert.graph.ir import INPUT, Node
-from dsconvert.model import DSModel, display_name
+from dsconvert.graph.grids import SIGMOID, QParams
+from dsconvert.graph.integer import grid_of
+from dsconvert.graph.ir import INPUT, Node, display_name
+from dsconvert.graph.ops import OPS
+from dsconvert.model import DSModel
 
 
 class Quantized:
@@ -38,21 +40,19 @@ class Quantized:
 
     def add(self, node: Node) -> None:
         """Emit one node."""
+        op = OPS[node.op]
         if node.op == "conv" and node.name not in self.grids:
             self.floats[node.name] = self._conv(node)
         elif node.op == "conv":
             self._add_conv(node)
-        elif node.op == "act" and node.inputs[0] in self.floats:
-            self._quantize(node.name, add_float(self.b, node, [self.floats[node.inputs[0]]], node.name))
-        elif keeps_grid(node.op) or (node.op == "concat" and self._same_grids(node)):
+        elif op.moves and all(self.grids[x] == self.grids[node.name] for x in node.inputs):
             self.uint8[node.name] = self._moved(node)
-        elif node.op == "act" and node.attrs["kind"] == "SiLU":
+        elif node.op == "act" and node.attrs["kind"] == "SiLU" and node.inputs[0] in self.uint8:
             gate = self.b.node("Sigmoid", [self.real(node.inputs[0])], f"{node.name}.s")
             gate = self._dq(self._q(gate, f"{node.name}.sq", SIGMOID), f"{node.name}.sd", SIGMOID)
             self._quantize(node.name, self.b.node("Mul", [self.real(node.inputs[0]), gate], node.name))
         else:
-            reals = [self.real(x) for x in node.inputs]
-            self._quantize(node.name, add_float(self.b, node, reals, node.name))
+            self._quantize(node.name, op.onnx(self.b, node, [self.real(x) for x in node.inputs], node.name))
 
     def finish(self) -> None:
         """After the last node: put what biases and weights are made of in front."""
@@ -68,15 +68,12 @@ class Quantized:
         return Place(self.uint8[value], self.grids[value])
 
     def real(self, value: str) -> str:
-        """A dequantized name of a value, another one every time."""
-        return self._read(value, self.uint8[value], self.grids[value])
-
-    def _same_grids(self, node: Node) -> bool:
-        return all(self.grids[x] == self.grids[node.name] for x in node.inputs)
+        """A dequantized name of a value, another one every time; of one without a grid its own."""
+        return self.floats[value] if value in self.floats else self._read(value, self.uint8[value], self.grids[value])
 
     def _moved(self, node: Node) -> str:
         """What only moves values, on uint8."""
-        return add_float(self.b, node, [self.uint8[x] for x in node.inputs], f"{node.name}.q")
+        return OPS[node.op].onnx(self.b, node, [self.uint8[x] for x in node.inputs], f"{node.name}.q")
 
     def _add_conv(self, node: Node) -> None:
         """A convolution, and its result on its grid."""
@@ -87,7 +84,8 @@ class Quantized:
         b, name = self.b, display_name(node)
         weight, cds = real_weight(b, name, self.model.convs[node.name].weight, self.weights)
         bias, x = self._bias(node, cds), self.real(node.inputs[0])
-        return add_conv(b, node, [x, weight, b.node("DequantizeLinear", list(bias), f"{name}.b", axis=0)])
+        real = b.node("DequantizeLinear", list(bias), f"{name}.b", axis=0)
+        return OPS[node.op].onnx(b, node, [x, weight, real], node.name)
 
     def _bias(self, node: Node, cds: str, more: int = 0) -> tuple[str, str]:
         """Names of the bias's integers and of their units; the latter with as many more as CDSw."""

@@ -10,7 +10,7 @@ from dsconvert.export.builder import OnnxBuilder
 from dsconvert.export.decode import SHORT
 from dsconvert.export.lastchannels import LAST, TO_FIRST, TO_LAST
 from dsconvert.export.layouts import Layout
-from dsconvert.export.operators import add_conv, real_weight
+from dsconvert.export.operators import real_weight
 from dsconvert.export.quantized import Quantized
 from dsconvert.export.quickconv import (
     RUN,
@@ -23,9 +23,10 @@ from dsconvert.export.quickconv import (
     twice,
 )
 from dsconvert.export.written import Place
-from dsconvert.graph.ir import INPUT, Node
+from dsconvert.graph.ir import INPUT, Node, display_name
+from dsconvert.graph.ops import OPS
 from dsconvert.graph.shapes import value_shapes
-from dsconvert.model import DSModel, display_name
+from dsconvert.model import DSModel
 
 
 class QuickForm(Quantized):
@@ -93,7 +94,8 @@ class QuickForm(Quantized):
         if more:
             bias = b.node("Pad", [bias, b.shape(0, more)], f"{name}.bias.wide")
         x = self._filled_image(node, fill) if fill else self.real(node.inputs[0])
-        return add_conv(b, node, [x, weight, b.node("DequantizeLinear", [bias, unit], f"{name}.b", axis=0)])
+        real = b.node("DequantizeLinear", [bias, unit], f"{name}.b", axis=0)
+        return OPS[node.op].onnx(b, node, [x, weight, real], node.name)
 
     def _more(self, node: Node) -> int:
         """How many output channels of zeros it shall have."""
@@ -114,7 +116,8 @@ class QuickForm(Quantized):
         key = (q.left, q.right, q.units)
         if key not in self.images:
             name, (_, zero) = self._image_name(node), self._grid(self.grids[INPUT])
-            last = image_by_quads(self.b, self.uint8[INPUT], self.shapes[INPUT][:2], q, zero, name)
+            depth, high, _ = self.shapes[INPUT]
+            last = image_by_quads(self.b, self.uint8[INPUT], (depth, high), q, zero, name)
             self.images[key] = self.b.node("Transpose", [last], f"{name}.first", perm=TO_FIRST)
         return self._read(self.images[key], self.images[key], self.grids[INPUT])
 

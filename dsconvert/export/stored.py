@@ -23,7 +23,7 @@ from dsconvert.export.builder import is_constant
 from dsconvert.export.compact import compact
 from dsconvert.export.reference import Reference
 from dsconvert.export.written import Written
-from dsconvert.model import display_name
+from dsconvert.graph.ir import display_name
 
 Array = NDArray[Any]
 DETECT = "Detect"

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import onnx
 
-from dsconvert.graph.integer import QParams
+from dsconvert.graph.grids import QParams
 from dsconvert.graph.ir import Graph
 
 

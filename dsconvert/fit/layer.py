@@ -21,7 +21,7 @@ from dsconvert.fit.moments import measure_moments
 from dsconvert.fit.seen import Seen
 from dsconvert.graph.integer import QConv
 from dsconvert.graph.ir import Node
-from dsconvert.graph.run import conv
+from dsconvert.graph.ops import conv
 
 Batches = Callable[[], Iterable[Seen]]  # images as one layer sees them, as often as they are asked for
 

@@ -20,9 +20,12 @@ from dsconvert.fit.kept import Kept, Room
 from dsconvert.fit.layer import Fit
 from dsconvert.fit.seen import Drawn, Places, Seen
 from dsconvert.fit.threads import in_order
-from dsconvert.graph.integer import SIGMOID, IntegerConv, QConv, QParams, activation_table, grid_of, integer_step
+from dsconvert.graph.activations import activation_table
+from dsconvert.graph.grids import SIGMOID, QParams
+from dsconvert.graph.integer import IntegerConv, QConv, grid_of, integer_step
 from dsconvert.graph.ir import INPUT, ConvParams, Graph, Node
-from dsconvert.graph.run import conv, float_step, run_float
+from dsconvert.graph.ops import conv
+from dsconvert.graph.run import float_step, run_float
 
 Progress = Callable[[int, int], None]
 
@@ -49,10 +52,9 @@ class _Side:
             return self._conv(node, act, convs[node.name])
         if not self.grids:
             return lambda inputs: float_step(node, [x.to(self.device)[None] for x in inputs], {})[0]
-        as_they_are = node.op == "act"  # a table is read by any integers
 
         def integers(inputs: Sequence[Tensor]) -> Tensor:
-            given = [x.to(self.device)[None] if as_they_are else x.to(self.device).float()[None] for x in inputs]
+            given = [x.to(self.device).float()[None] for x in inputs]
             # by way of int16: torch's own conversion takes twice as long
             return integer_step(node, given, convs, self.grids)[0].to(torch.int16).to(torch.uint8)
 

@@ -25,9 +25,11 @@ from torch import Tensor
 
 from dsconvert.fit.clipping import LEAST_SHARE, effects_at
 from dsconvert.fit.threads import in_order
-from dsconvert.graph.integer import QMAX, QParams, as_engines, keeps_grid
+from dsconvert.graph.activations import ACTIVATIONS, as_engines
+from dsconvert.graph.grids import QMAX, QParams
+from dsconvert.graph.integer import keeps_grid
 from dsconvert.graph.ir import INPUT, Graph
-from dsconvert.graph.run import ACTIVATIONS
+from dsconvert.graph.ops import OPS
 
 SEARCH_SAMPLES = 8192
 LOWS = torch.logspace(-1.3, 0, 40).tolist()  # shares of the observed extremes that are tried as ends of the range
@@ -149,7 +151,7 @@ def share_grids(graph: Graph, seen: Mapping[str, Seen], own: Mapping[str, QParam
     for node in graph.nodes:
         sources[node.name] = sources[node.inputs[0]] if keeps_grid(node.op) else node.name
         names = [sources[name] for name in node.inputs]
-        if node.op != "concat" or not all(name in seen for name in names):
+        if not OPS[node.op].joins or not all(name in seen for name in names):
             continue
         parts = {groups[name] for name in names}
         members = tuple(dict.fromkeys(m for name in names for m in groups[name]))

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dsconvert.fit import draws
 from dsconvert.fit.kept import Kept, Room
-from dsconvert.graph.integer import QParams
+from dsconvert.graph.grids import QParams
 
 HALF_MAX = torch.finfo(torch.half).max
 

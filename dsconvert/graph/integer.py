@@ -10,44 +10,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from dsconvert.dsconv.tensor import DSTensor
-from dsconvert.graph import run
+from dsconvert.graph.grids import QMAX, QParams
 from dsconvert.graph.ir import INPUT, ConvParams, Graph, Node
+from dsconvert.graph.ops import OPS, conv
+from dsconvert.graph.run import execute
 
-QMAX = 255
 BIAS_MOST = 1 << 29  # in accumulator units: a quarter of int32, the rest is for the products
 FLOAT_EXACT = 1 << 24  # every integer up to this is a float32
-SIGMOID_SCALE = np.float32(1 / 255)  # the sigmoid inside SiLU spans 0..1
-
-
-@dataclass(frozen=True)
-class QParams:
-    """uint8 quantization of one tensor: real = scale * (q - zero_point)."""
-
-    scale: float
-    zero_point: int
-
-    @staticmethod
-    def of_range(low: float, high: float) -> QParams:
-        """The grid spanning [low, high], widened to hold zero exactly."""
-        low, high = min(low, 0.0), max(high, 0.0)
-        scale = float(np.float32(max(high - low, 1e-6) / QMAX))
-        return QParams(scale, int(np.clip(round(-low / scale), 0, QMAX)))
-
-    def quantize(self, x: Tensor) -> Tensor:
-        """Real -> integers 0..255, carried as float32."""
-        return (x / self.scale).round_().add_(self.zero_point).clamp_(0, QMAX)
-
-    def dequantize(self, q: Tensor) -> Tensor:
-        """Integers -> real."""
-        return (q - self.zero_point) * self.scale
 
 
 @dataclass(frozen=True)
@@ -98,7 +72,7 @@ def real_params(convs: Mapping[str, QConv]) -> dict[str, ConvParams]:
 
 def keeps_grid(op: str) -> bool:
     """True for ops whose output is on the same grid as their input: no quantization parameters of their own."""
-    return op in ("maxpool", "upsample", "space_to_depth")
+    return OPS[op].keeps_grid
 
 
 def gridded(graph: Graph) -> set[str]:
@@ -125,33 +99,6 @@ def real_between(graph: Graph, own: Mapping[str, QParams]) -> dict[str, QParams]
     return {name: grid for name, grid in own.items() if name not in between}
 
 
-def as_engines(kind: str, values: Tensor) -> Tensor:
-    """An activation of real values, with SiLU's sigmoid on its grid, as integer engines have it. `activation_table` is
-    its rounding to a grid, in the engines' own order."""
-    if kind != "SiLU":
-        return run.ACTIVATIONS[kind](values)
-    return values * SIGMOID.dequantize(SIGMOID.quantize(values.sigmoid()))
-
-
-def activation_table(kind: str, source: QParams, sigmoid: QParams | None, target: QParams) -> NDArray[np.uint8]:
-    """The activation of each of the 256 possible inputs. SiLU is x * sigmoid(x) with a quantized sigmoid."""
-    q = np.arange(256, dtype=np.float32)
-    x = (q - np.float32(source.zero_point)) * np.float32(source.scale)
-    if kind != "SiLU":
-        y = run.ACTIVATIONS[kind](torch.from_numpy(x)).numpy()
-        return _quantize_np(y / np.float32(target.scale), target.zero_point)
-    assert sigmoid is not None
-    s = _quantize_np(torch.from_numpy(x).sigmoid().numpy() / np.float32(sigmoid.scale), sigmoid.zero_point)
-    ratio = np.float32(source.scale) * np.float32(sigmoid.scale) / np.float32(target.scale)
-    product = (q - source.zero_point) * (s.astype(np.float32) - sigmoid.zero_point)
-    return _quantize_np(product * ratio, target.zero_point)
-
-
-def _quantize_np(x: NDArray[np.floating[Any]], zero_point: int) -> NDArray[np.uint8]:
-    return np.clip(np.rint(x) + zero_point, 0, QMAX).astype(np.uint8)
-
-
-SIGMOID = QParams(float(SIGMOID_SCALE), 0)
 UNROUNDED = QParams(1.0, 0)  # stands for the target of a convolution that has none
 
 
@@ -179,7 +126,7 @@ class IntegerConv:
         """Integers (n, chi, h, w) -> accumulators (n, cho, h', w'), float32: rounded once, as an engine converts its
         int32."""
         given = q.to(self.weight.dtype, copy=True).sub_(self.source.zero_point)
-        return run.conv(self.node, given, self.weight, self.bias).float()
+        return conv(self.node, given, self.weight, self.bias).float()
 
     def steps(self, q: Tensor) -> Tensor:
         """Integers (n, chi, h, w) -> what the convolution gives (n, cho, h', w') in steps of the target grid, not
@@ -196,40 +143,23 @@ def integer_conv(node: Node, q: Tensor, conv: QConv, source: QParams, target: QP
     return IntegerConv.of(node, conv, source, target, q.device).integers(q)
 
 
-def integer_add(inputs: list[Tensor], source: list[QParams], target: QParams) -> Tensor:
-    """a * sa / st + b * sb / st on integers, in the fused multiply-adds of ONNX Runtime's QLinearAdd.
-
-    A fused multiply-add rounds once; float64 arithmetic rounded to float32 gives the same result.
-    """
-    (a, b), (ga, gb) = inputs, source
-    ra, rb = (np.float32(g.scale) / np.float32(target.scale) for g in (ga, gb))
-    inner = np.float32(float(ra) * ga.zero_point + float(rb * np.float32(gb.zero_point)))
-    fixed = np.float32(target.zero_point) - inner
-    total = b.double().mul_(float(rb)).add_(float(fixed)).float()
-    return a.double().mul_(float(ra)).add_(total).float().round_().clamp_(0, QMAX)
-
-
 def integer_step(node: Node, inputs: list[Tensor], convs: Mapping[str, QConv], grids: Mapping[str, QParams]) -> Tensor:
     """One node in integer arithmetic; what has no grid is real."""
-    if node.op == "conv" and node.name not in grids:
+    if node.op == "conv" and node.name in grids:
+        return integer_conv(node, inputs[0], convs[node.name], grids[node.inputs[0]], grids[node.name])
+    if node.op == "conv":
         (q,) = inputs
         return IntegerConv.of(node, convs[node.name], grids[node.inputs[0]], UNROUNDED, q.device).steps(q)
-    target = grids[node.name]
-    if node.op == "act" and node.inputs[0] not in grids:
-        return target.quantize(run.ACTIVATIONS[node.attrs["kind"]](inputs[0]))
+    op, target = OPS[node.op], grids[node.name]
+    if node.inputs[0] not in grids:  # what a convolution gives its activation
+        return target.quantize(op.real(node, inputs))
     source = [grids[name] for name in node.inputs]
-    if node.op == "conv":
-        return integer_conv(node, inputs[0], convs[node.name], source[0], target)
-    if node.op == "act":
-        table = torch.from_numpy(activation_table(node.attrs["kind"], source[0], SIGMOID, target))
-        return table.to(inputs[0]).index_select(0, inputs[0].flatten().int()).view(inputs[0].shape)
-    if node.op == "add":
-        return integer_add(inputs, source, target)
-    if node.op == "attention":  # engines have no integers for it either
-        return target.quantize(run.attention(node, [g.dequantize(q) for q, g in zip(inputs, source, strict=True)]))
-    if node.op == "concat":
-        inputs = [q if g == target else target.quantize(g.dequantize(q)) for q, g in zip(inputs, source, strict=True)]
-    return run.move(node, inputs)
+    if op.moves:
+        same = [q if g == target else target.quantize(g.dequantize(q)) for q, g in zip(inputs, source, strict=True)]
+        return op.real(node, same)
+    if op.integer:
+        return op.integer(node, inputs, source, target)
+    return target.quantize(op.real(node, [g.dequantize(q) for q, g in zip(inputs, source, strict=True)]))
 
 
 def run_integer(
@@ -242,7 +172,7 @@ def run_integer(
     """Image batch (n, 3, h, w) real 0..1 -> raw output maps, real, as an int8 engine computes them."""
     grids = grid_of(graph, own)
     with torch.no_grad():
-        out = run.execute(
+        out = execute(
             graph,
             grids[INPUT].quantize(x),
             lambda node, inputs: integer_step(node, inputs, convs, grids),

@@ -12,19 +12,22 @@ from typing import Any
 
 from torch import Tensor
 
-OPS = ("conv", "act", "add", "concat", "maxpool", "upsample", "space_to_depth", "attention")
 INPUT = "images"
 
 
 @dataclass(frozen=True)
 class Node:
-    """One operation. `attrs` per op: conv stride, padding, dilation, groups (ints); act kind; maxpool kernel,
-    stride, padding; upsample scale; attention heads and their size (channels a head); the others none."""
+    """One operation: what `op` means, and which attributes it has, is in `graph.ops`."""
 
     op: str
     name: str
     inputs: tuple[str, ...]
     attrs: Mapping[str, Any] = field(default_factory=dict)
+
+
+def display_name(node: Node) -> str:
+    """`model.2.m.0.cv1.conv` -> `model.2.m.0.cv1`; Detect's convolutions keep their name."""
+    return node.name.removesuffix(".conv")
 
 
 @dataclass(frozen=True)
@@ -63,11 +66,12 @@ class Graph:
 
     @staticmethod
     def from_json(data: Mapping[str, Any]) -> Graph:
-        """Inverse of `to_json`. Raises ValueError when a node reads what is not there or its op is unknown."""
+        """Inverse of `to_json`. Raises ValueError when a node reads what is not there; what each one is, is for
+        `graph.shapes.check_node` to say."""
         nodes = tuple(Node(n["op"], n["name"], tuple(n["inputs"]), dict(n["attrs"])) for n in data["nodes"])
         known = {INPUT}
         for node in nodes:
-            if node.op not in OPS or not set(node.inputs) <= known or node.name in known:
+            if not set(node.inputs) <= known or node.name in known:
                 raise ValueError(f"node {node.name} is not usable")
             known.add(node.name)
         outputs = tuple(data["outputs"])

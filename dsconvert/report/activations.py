@@ -8,9 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dsconvert.graph.integer import QMAX, QParams, grid_of
+from dsconvert.graph.activations import ACTIVATIONS
+from dsconvert.graph.grids import QMAX, QParams
+from dsconvert.graph.integer import grid_of
 from dsconvert.graph.ir import ConvParams, Graph
-from dsconvert.graph.run import ACTIVATIONS, run_float
+from dsconvert.graph.run import run_float
 from dsconvert.report.layers import ActivationView, histogram, sqnr_db
 
 KEPT = 1 << 16  # values of one layer and image that the histogram is made of

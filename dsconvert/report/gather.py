@@ -129,7 +129,7 @@ def gather(options: ReportOptions, progress: Progress | None = None) -> Report:
     model = load_model(options.model)
     source = float_source(options, model.provenance)
     checkpoint = load_checkpoint(source)
-    _, params = split_detect(*lower(checkpoint.network.fuse()), checkpoint.head)
+    _, params = split_detect(*lower(checkpoint.network.fused()), checkpoint.head)
     check_same_network(params, model, source)
     record = read_record(options.model.parent / REPORT_FILE, model.provenance)
     data = options.data or calibration_data(model.provenance)

@@ -109,7 +109,7 @@ def _float(path: Path, side: int, device: str = "cpu") -> Candidate:
     checkpoint = load_checkpoint(path)
     head = checkpoint.head
     _check_side(path, side, head.stride)
-    graph, params = lower(checkpoint.network.fuse())
+    graph, params = lower(checkpoint.network.fused())
 
     def running() -> Session:
         return session(export_float(graph, params, head, side).SerializeToString(), torch.get_num_threads(), str(path))

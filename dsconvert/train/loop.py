@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dsconvert import workers
 from dsconvert.errors import InputError
-from dsconvert.graph.integer import QParams
+from dsconvert.graph.grids import QParams
 from dsconvert.graph.ir import Graph
 from dsconvert.train.augment import Augment
 from dsconvert.train.latents import PACE, Latents, Layer, hold

@@ -8,9 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dsconvert.graph import run
-from dsconvert.graph.integer import QMAX, SIGMOID, QParams, grid_of
+from dsconvert.graph.grids import QMAX, QParams
+from dsconvert.graph.integer import grid_of
 from dsconvert.graph.ir import INPUT, Graph, Node
+from dsconvert.graph.ops import OPS, conv
+from dsconvert.graph.run import execute
 from dsconvert.train.latents import Parts
 
 
@@ -30,21 +32,6 @@ class _OnGrid(torch.autograd.Function):
         return grads[0] * ctx.saved_tensors[0], None, None
 
 
-class _SiluOnGrid(torch.autograd.Function):
-    """x times its sigmoid on the engines' grid of 1/255; the gradient is SiLU's but for that rounding."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        s = x.sigmoid()
-        rounded = (s / SIGMOID.scale).round_().mul_(SIGMOID.scale)
-        ctx.save_for_backward((s - s * s).mul_(x).add_(rounded))
-        return rounded * x
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Tensor:
-        return grads[0] * ctx.saved_tensors[0]
-
-
 def on_grid(x: Tensor, grid: QParams) -> Tensor:
     """The nearest values of the grid; the gradient goes straight through, but not from beyond the grid's ends."""
     made: Tensor = _OnGrid.apply(x, grid.scale, grid.zero_point)
@@ -59,25 +46,18 @@ def simulate(graph: Graph, parts: Mapping[str, Parts], own: Mapping[str, QParams
     grids = grid_of(graph, own) if own else None
     if grids is not None:
         x = on_grid(x, grids[INPUT])
-    return run.execute(graph, x, lambda node, inputs: step(node, inputs, parts, grids))
+    return execute(graph, x, lambda node, inputs: step(node, inputs, parts, grids))
 
 
 def step(node: Node, inputs: list[Tensor], parts: Mapping[str, Parts], grids: Mapping[str, QParams] | None) -> Tensor:
     """One node. Values are on their grids before and after."""
+    op = OPS[node.op]
     if node.op == "conv":
         p = parts[node.name]
         # the factor after the sum: while VQK and m stand still, no gradient of the weights is worked out
-        out = run.conv(node, inputs[0], p.unscaled(), None) * p.cds_w[:, None, None] + p.bias[:, None, None]
-    elif node.op == "act" and node.attrs["kind"] == "SiLU" and grids is not None:
-        out = _SiluOnGrid.apply(inputs[0])
-    elif node.op == "act":
-        out = run.ACTIVATIONS[node.attrs["kind"]](inputs[0])
-    elif node.op == "add":
-        out = inputs[0] + inputs[1]
-    elif node.op == "attention":
-        out = run.attention(node, inputs)
+        out = conv(node, inputs[0], p.unscaled(), None) * p.cds_w[:, None, None] + p.bias[:, None, None]
     else:
-        out = run.move(node, inputs)
-        if grids is None or all(grids[name] == grids[node.name] for name in node.inputs):
-            return out
-    return out if grids is None else on_grid(out, grids[node.name])
+        out = (op.real if grids is None or op.trained is None else op.trained)(node, inputs)
+    if grids is None or (op.moves and all(grids[name] == grids[node.name] for name in node.inputs)):
+        return out
+    return on_grid(out, grids[node.name])

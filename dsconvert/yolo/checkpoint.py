@@ -70,7 +70,7 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
         with torch.device("meta"):
             network = Network(config, nc, na, _activation(modules.values(), path))
             if not any(".bn." in name for name in held):
-                network.fuse()  # the checkpoint was saved fused
+                network = network.fused()  # the checkpoint was saved fused
         strides = whole_strides(_strides(record, detect, archive), len(network.detect.m))
         check_maps(network, strides)
         left, made = float_weights(held, modules, archive.tensor)

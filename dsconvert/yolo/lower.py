@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -169,7 +168,7 @@ def check_maps(network: Network, strides: Sequence[int]) -> None:
     The network's tensors need not have any numbers (torch's meta device): only shapes count."""
     side = 2 * max(strides)
     try:
-        graph, params = lower(copy.deepcopy(network).fuse())
+        graph, params = lower(network.fused())
         for node in graph.nodes:
             check_node(node)
         shapes = value_shapes(graph, {n: tuple(p.weight.shape) for n, p in params.items()}, (3, side, side))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from dsconvert.graph.run import space_to_depth
+from dsconvert.graph.ops import space_to_depth
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {
     "SiLU": nn.SiLU,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -98,16 +99,17 @@ class Network(nn.Module):
         """True where a layer is one that only YOLOv7 has, whichever kind of Detect comes last."""
         return any(isinstance(module, OF_YOLOV7) for module in self.modules())
 
-    def fuse(self) -> Network:
-        """Fold every BatchNorm, RepConv's branches and IDetect's implicit layers into convolutions, in place; returns
-        self in evaluation mode."""
-        for module in list(self.modules()):
+    def fused(self) -> Network:
+        """A copy with every BatchNorm, RepConv's branches and IDetect's implicit layers folded into convolutions, in
+        evaluation mode."""
+        made = copy.deepcopy(self)
+        for module in list(made.modules()):
             if isinstance(module, FOLDS):
                 module.fuse()
-        return self.eval()
+        return made.eval()
 
     def overflowing(self) -> str | None:
-        """Name of a layer that `fuse` (`lower`, of attention) would give infinite numbers, None when there is none."""
+        """Name of a layer that `fused` (`lower`, of attention) would give infinite numbers, None when there is none."""
         for name, module in self.named_modules():
             if isinstance(module, (*FOLDS, TransformerLayer)) and not bool(torch.isfinite(module.fused_bounds()).all()):
                 return name

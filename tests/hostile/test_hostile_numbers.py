@@ -12,7 +12,8 @@ from formats import fit_weight_real
 from fuzz_damage import resealed
 from modelfiles import Opened, floats
 
-from dsconvert.graph.integer import QConv, QParams, grid_of
+from dsconvert.graph.grids import QParams
+from dsconvert.graph.integer import QConv, grid_of
 from dsconvert.model import DSModel
 from dsconvert.modelcheck import check_model
 from dsconvert.modelfile import load_model, model_bytes
