@@ -292,7 +292,7 @@ def widen(model: DSModel) -> DSModel:
     """The tiny network with every width from 2 to 8 bits in it."""
     convs = {name: _widened(conv, i) for i, (name, conv) in enumerate(model.convs.items())}
     assert {c.weight.bits for c in convs.values()} == set(range(2, 9))
-    kinds = {(c.weight.bits, c.weight.format.code is TRELLIS) for c in convs.values()}
+    kinds = {(c.weight.bits, c.weight.format.code == TRELLIS) for c in convs.values()}
     assert kinds >= {(bits, along) for bits in (2, 3, 4) for along in (True, False)}
     return replace(model, convs=convs)
 

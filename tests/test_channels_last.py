@@ -197,7 +197,7 @@ def also_of_the_image(model: DSModel, kernels: list[tuple[int, int, int]], end: 
         nodes += [conv, silu, both]
         own, at = convs[first.name], (6 - kernel) // 2
         cut = [t[:, :, at : at + kernel, at : at + kernel].clone() for t in (own.weight.vqk, own.weight.m)]
-        convs[conv.name] = replace(own, weight=replace(own.weight, vqk=cut[0], m=cut[1]))
+        convs[conv.name] = replace(own, weight=replace(own.weight, stored=cut[0], m=cut[1]))
         grids |= {n.name: grids[first.name if n is conv else act.name] for n in (conv, silu, both)}
         total = both.name
     rest = [replace(n, inputs=tuple(total if x == act.name else x for x in n.inputs)) for n in model.graph.nodes[2:]]

@@ -154,8 +154,8 @@ def test_what_the_nodes_make_of_the_bytes_is_held_against_the_model(widths, real
         vqk = conv.weight.vqk.clone()
         vqk[-1, -1, -1, -1] = 0 if vqk[-1, -1, -1, -1] else 1
         changes = [replace(conv, bias=bias), replace(conv, weight=replace(conv.weight, cds_w=cds))]
-        if conv.weight.format.code is not TRELLIS:
-            changes.append(replace(conv, weight=replace(conv.weight, vqk=vqk)))
+        if conv.weight.format.code != TRELLIS:
+            changes.append(replace(conv, weight=replace(conv.weight, stored=vqk)))
         for changed in changes:
             other = reference_of(replace(model, convs={**model.convs, node.name: changed}), layout_named(layout))
             assert stored._other_numbers(file, other, weights) == node.name.removesuffix(".conv")

@@ -43,7 +43,7 @@ def real(weight: DSTensor) -> torch.Tensor:
                 for x in range(kw):
                     for i in range(first, min(first + size, chi)):
                         integer = int(weight.vqk[o, i, y, x])
-                        if weight.format.code is TRELLIS:
+                        if weight.format.code == TRELLIS:
                             seen = (seen << weight.bits | int(weight.stored[o, i, y, x])) & 255
                             integer = int(trellis.table(weight.bits)[seen])
                         out[o, i, y, x] = weight.cds_w[o] * (int(weight.m[o, first // size, y, x]) * integer)
@@ -70,7 +70,7 @@ def test_an_onnx_file_with_grouped_convolutions(photos, tmp_path, channels, grou
     )
     made = quantize_onnx(path, photos, OnnxPlan(bits, block, samples=2))
     weight = made.fitted[made.layers[1].index].weight
-    assert (weight.format.code is TRELLIS) == coded
+    assert (weight.format.code == TRELLIS) == coded
     assert weight.vqk.shape == (channels, channels // groups, 3, 3)
     x = np.random.default_rng(4).random((1, 3, 32, 32), np.float32)
     y = torch.from_numpy(x)
@@ -94,7 +94,7 @@ def test_each_group_is_stored_as_if_it_were_alone(photos, tmp_path):
     half = nn.Sequential(whole[0], whole[1], Half(whole[2]))
     one = quantize_onnx(exported(half, tmp_path / "half.onnx"), photos, OnnxPlan(bits=3))
     grouped, alone = (m.fitted[m.layers[1].index].weight for m in (made, one))
-    assert grouped.format.code is TRELLIS
+    assert grouped.format.code == TRELLIS
     for part in ("stored", "vqk", "m"):
         assert torch.equal(getattr(grouped, part)[12:], getattr(alone, part)), part
     # the float outputs are those of one grouped convolution, whose sums run in another order

@@ -13,14 +13,7 @@ from dsconvert.dsconv.tensor import DSTensor
 from dsconvert.export.builder import OnnxBuilder
 from dsconvert.graph.activations import activation_table
 from dsconvert.graph.grids import SIGMOID, QParams
-from dsconvert.graph.integer import (
-    QConv,
-    grid_of,
-    integer_conv,
-    integer_step,
-    real_between,
-    run_integer,
-)
+from dsconvert.graph.integer import QConv, grid_of, integer_conv, integer_step, real_between, run_integer
 from dsconvert.graph.ir import INPUT, Graph, Node
 
 RNG = np.random.default_rng(0)

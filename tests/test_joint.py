@@ -38,7 +38,7 @@ def weight_of(shape: tuple[int, int, int, int], width: WeightFormat, seed: int =
     multipliers = rng.integers(1, most + 1, (cho, -(-chi // width.block_size), kh, kw))
     multipliers.flat[0], multipliers.flat[-1] = 1, most
     m = torch.from_numpy(multipliers).to(torch.int8)
-    if width.code is TRELLIS:
+    if width.code == TRELLIS:
         code = rng.integers(0, 1 << width.bits, shape)
         code[0, -8:, -1, -1] = (1 << width.bits) - 1  # of ones, whatever precedes the next output channel's
         return DSTensor(torch.from_numpy(code).to(torch.uint8), m, torch.ones(cho), width)

@@ -9,7 +9,7 @@ import onnx
 import onnxruntime as ort
 import pytest
 import torch
-from dsconvert.fit.least_squares import fit_weight
+from formats import fit_weight
 
 from dsconvert.errors import InputError
 from dsconvert.export.builder import OnnxBuilder

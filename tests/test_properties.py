@@ -135,7 +135,7 @@ def test_every_weight_survives_every_layout(weight, layout):
 @FEW
 @given(weights())
 def test_packed_bits_come_back_and_are_no_more_than_needed(weight):
-    coded = weight.format.code is TRELLIS
+    coded = weight.format.code == TRELLIS
     stored = strings(weight.stored, weight.block_size).numpy() if coded else weight.vqk.numpy()
     packed = pack_bits(stored, weight.bits)
     assert packed.size == -(-weight.vqk.numel() * weight.bits // 8)

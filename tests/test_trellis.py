@@ -174,7 +174,7 @@ def test_layers_of_few_bits_lie_along_a_trellis_where_that_fits():
     assert usual_format(4, 64, 32) == along(4, 32)
     assert usual_format(3, 24, 32) == along(3, 32)  # one block of 24
     others = ((5, 64, 16), (8, 64, 16), (2, 3, 16), (3, 48, 32), (2, 64, 4))
-    assert not any(usual_format(*w).code is TRELLIS for w in others)
+    assert not any(usual_format(*w).code == TRELLIS for w in others)
 
 
 @pytest.mark.parametrize("bits", BITS)

@@ -78,7 +78,7 @@ class WeightFormat:
 
 
 class Code:
-    """What the bits of a weight stand for. One object is one code; it holds no state.
+    """What the bits of a weight stand for. A class is one code; its objects hold no state.
 
     Methods that are not here raise NotImplementedError in a code that lacks them. Weights are (cho, chi, kh, kw)."""
 
@@ -89,6 +89,12 @@ class Code:
     marked: bool = True  # a model file's layer names the code; what has another mark there needs none
     movable: bool = False  # any VQK may take a step by itself, as `finetune --train all` has it
     has_zero: bool = True  # VQK may all be 0
+
+    def __eq__(self, other: object) -> bool:
+        return type(self) is type(other)  # a copy of a weight has a copy of its code
+
+    def __hash__(self) -> int:
+        return hash(type(self))
 
     def limits(self, bits: int) -> tuple[int, int]:
         """Smallest and largest VQK. Raises ValueError for bits that the code does not have."""
