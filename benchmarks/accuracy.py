@@ -28,6 +28,7 @@ import torch
 from accuracy_page import DATA_FREE, DEFAULT, SECOND, write_page
 from blockfloat import run_block_float
 from bootstrap import bootstrap, image_draws
+from fits import FITS, used
 from machine import cpu_name
 from numpy.typing import NDArray
 from peers import (
@@ -46,9 +47,6 @@ from dsconvert.evaluate.accuracy import CONFIDENT, Detections, Predictor, detect
 from dsconvert.evaluate.candidates import load_candidate
 from dsconvert.evaluate.compare import match, shifts_of
 from dsconvert.exporting import onnx_bytes
-from dsconvert.fit.gptq import fit_layer, fit_weight_gptq, measure_moments
-from dsconvert.fit.least_squares import fit_weight
-from dsconvert.graph.integer import QConv
 from dsconvert.graph.ir import INPUT
 from dsconvert.model import DSModel
 from dsconvert.modelfile import load_model
@@ -124,37 +122,6 @@ def folder_of(work: Path, name: str) -> Path:
     return work / name.replace(" ", "-").replace(",", "")
 
 
-def with_fit(fit: Callable[..., DSTensor | QConv], run: Callable[[], None]) -> None:
-    """Make a row whose output channels are fitted on their own, by `fit` in the place of `fit.gptq.fit_layer`."""
-    import dsconvert.pipeline as pipeline
-
-    original = pipeline.fit_layer, pipeline.coupled
-    pipeline.fit_layer, pipeline.coupled = fit, lambda *given: {}
-    try:
-        run()
-    finally:
-        pipeline.fit_layer, pipeline.coupled = original
-
-
-def plain_fit(node, weight, width, images, channels, photographs):  # type: ignore[no-untyped-def]
-    """Least squares on the weights alone."""
-    return fit_weight(weight, *width)
-
-
-def symmetric_fit(node, weight, width, images, channels, photographs):  # type: ignore[no-untyped-def]
-    """GPTQ towards the float weight on the quantized network's inputs."""
-    moments = measure_moments(node, weight.shape, images, photographs)
-    moments = replace(moments, cross=weight.cpu().double().flatten(1) @ moments.hessian)
-    return fit_weight_gptq(weight, moments, width.bits, width.block_size, None, width.trellis)
-
-
-def unweighted_fit(node, weight, width, images, channels, photographs):  # type: ignore[no-untyped-def]
-    """Asymmetric GPTQ, every position counting the same."""
-    even = (replace(seen, weights=torch.ones_like(seen.weights)) for seen in images)
-    moments = measure_moments(node, weight.shape, even, photographs)
-    return fit_weight_gptq(weight, moments, width.bits, width.block_size, None, width.trellis)
-
-
 def all_rows(
     checkpoint: Path, options: QuantizeOptions, work: Path, groups: Sequence[str], sizes: Sequence[int], only_made: bool
 ) -> list[Row]:
@@ -192,10 +159,11 @@ def all_rows(
     ):
         add(f"{name}{SECOND}", "draws", replace(other, seed=1))
     four = replace(options, bits=4)
-    for name, fit in (("least squares", plain_fit), ("GPTQ, symmetric", symmetric_fit),
-                      ("GPTQ, asymmetric, positions unweighted", unweighted_fit),
-                      ("GPTQ, output channels on their own", fit_layer)):  # fmt: skip
-        with_fit(fit, lambda n=name: add(n, "ablation", four))  # type: ignore[misc]
+    for name, fit in (("least squares", "least-squares"), ("GPTQ, symmetric", "symmetric"),
+                      ("GPTQ, asymmetric, positions unweighted", "unweighted"),
+                      ("GPTQ, output channels on their own", "alone")):  # fmt: skip
+        with used(FITS[fit]):
+            add(name, "ablation", four)
     for block in (32, 64, 128):
         add(f"4 bit, block size {block}", "block", replace(four, block_size=block))
     add("4 bit, activations float", "ablation", replace(four, activations="float"))
