@@ -28,8 +28,8 @@ import torch
 from accuracy_page import DATA_FREE, DEFAULT, SECOND, write_page
 from blockfloat import run_block_float
 from bootstrap import bootstrap, image_draws
-from fits import FITS, used
 from machine import cpu_name
+from named_fits import FITS, used
 from numpy.typing import NDArray
 from peers import (
     decoded,

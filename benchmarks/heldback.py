@@ -4,7 +4,7 @@
     python benchmarks/heldback.py yolov5n.pt coco500.yaml --samples 4 16 128 --seeds 0 1 --no-layers
 
 FOLDER is a folder of images or a data.yaml. NAME is a file `fits/NAME.py` with a function `fit`, or a name in
-`fits.py`: docs/contributing.md walks through it. Held-back images are spread evenly, and the same for every fit.
+`named_fits.py`: docs/contributing.md walks through it. Held-back images are spread evenly, and the same for every fit.
 
 First comes J of every layer (see `layer_error.py`), on the images of the fit and on those held back. The latter has its
 standard error over images. The last column is its share of the second moment of what the float layer makes.
@@ -27,8 +27,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
-from fits import FITS, PRODUCT, Fit, named, used
 from layer_error import Watched, layer_error, layer_sums, watched
+from named_fits import FITS, PRODUCT, Fit, named, used
 from torch import Tensor
 
 from dsconvert.division import divided

@@ -7,8 +7,8 @@ import sys
 from dataclasses import replace
 
 import cv2
-import fits
 import heldback
+import named_fits as fits
 import numpy as np
 import pytest
 import torch
