@@ -29,6 +29,7 @@ from accuracy_page import DATA_FREE, DEFAULT, SECOND, write_page
 from blockfloat import run_block_float
 from bootstrap import bootstrap, image_draws
 from machine import cpu_name
+from named_fits import FITS, PRODUCT, Maker
 from numpy.typing import NDArray
 from peers import (
     decoded,
@@ -44,8 +45,6 @@ from peers import (
 from dsconvert.dsconv.tensor import DSTensor
 from dsconvert.export.layouts import layout_named
 from dsconvert.exporting import onnx_bytes
-from dsconvert.fit.gptq import fit_layer, fit_weight_gptq, measure_moments
-from dsconvert.graph.integer import QConv
 from dsconvert.graph.ir import INPUT
 from dsconvert.model import DSModel
 from dsconvert.modelfile import load_model
@@ -88,14 +87,14 @@ def made(path: Path, make: Callable[[], object]) -> float | None:
     return time.perf_counter() - began
 
 
-def dsconvert_row(name: str, group: str, checkpoint: Path, work: Path, options: QuantizeOptions) -> Row:
+def dsconvert_row(name: str, group: str, checkpoint: Path, work: Path, options: QuantizeOptions, fit: Maker) -> Row:
     """Quantize, export packed; the ONNX file is what is measured."""
     folder = folder_of(work, name)
     model, target = folder / "model.safetensors", folder / PACKED
     seconds = made(
         model,
         lambda: save_quantized(
-            quantize(load_checkpoint(checkpoint), options, name, cache=work / "cache"), folder, force=True
+            quantize(load_checkpoint(checkpoint), options, name, cache=work / "cache", by=fit), folder, force=True
         ),
     )
     made(target, lambda: target.write_bytes(onnx_bytes(model, layout_named("packed"), options.imgsz)))
@@ -129,37 +128,6 @@ def folder_of(work: Path, name: str) -> Path:
     return work / name.replace(" ", "-").replace(",", "")
 
 
-def with_fit(fit: Callable[..., DSTensor | QConv], run: Callable[[], None]) -> None:
-    """Make a row whose output channels are fitted on their own, by `fit` in the place of `fit.gptq.fit_layer`."""
-    import dsconvert.pipeline as pipeline
-
-    original = pipeline.fit_layer, pipeline.coupled
-    pipeline.fit_layer, pipeline.coupled = fit, lambda *given: {}
-    try:
-        run()
-    finally:
-        pipeline.fit_layer, pipeline.coupled = original
-
-
-def plain_fit(node, weight, width, images, channels, photographs):  # type: ignore[no-untyped-def]
-    """Least squares on the weights alone."""
-    return fit_weight(weight, *width)
-
-
-def symmetric_fit(node, weight, width, images, channels, photographs):  # type: ignore[no-untyped-def]
-    """GPTQ towards the float weight on the quantized network's inputs."""
-    moments = measure_moments(node, weight.shape, images, photographs)
-    moments = replace(moments, cross=weight.cpu().double().flatten(1) @ moments.hessian)
-    return fit_weight_gptq(weight, moments, width.bits, width.block_size, None, width.trellis)
-
-
-def unweighted_fit(node, weight, width, images, channels, photographs):  # type: ignore[no-untyped-def]
-    """Asymmetric GPTQ, every position counting the same."""
-    even = (replace(seen, weights=torch.ones_like(seen.weights)) for seen in images)
-    moments = measure_moments(node, weight.shape, even, photographs)
-    return fit_weight_gptq(weight, moments, width.bits, width.block_size, None, width.trellis)
-
-
 def all_rows(
     checkpoint: Path, options: QuantizeOptions, work: Path, groups: Sequence[str], sizes: Sequence[int], only_made: bool
 ) -> list[Row]:
@@ -170,9 +138,9 @@ def all_rows(
     rows = [Row("float32", "main", float_file, load_candidate(float_file, side).predict, 32.0, None)]
     rows += peer_rows(float_file, decoded(options.calib or Path(), side, options.samples), work)
 
-    def add(name: str, group: str, options: QuantizeOptions) -> None:
+    def add(name: str, group: str, options: QuantizeOptions, fit: Maker = FITS[PRODUCT]) -> None:
         if group in ("main", *groups) and (not only_made or (folder_of(work, name) / "model.safetensors").exists()):
-            row = dsconvert_row(name, group, checkpoint, work, options)
+            row = dsconvert_row(name, group, checkpoint, work, options, fit)
             rows.append(row)
             if name.removesuffix(SECOND) in ("dsconvert 8 bit", DEFAULT, f"dsconvert mixed, {sizes[0] / 1e6:g} MB"):
                 rows.append(openvino_row(row, side))
@@ -197,10 +165,10 @@ def all_rows(
     ):
         add(f"{name}{SECOND}", "draws", replace(other, seed=1))
     four = replace(options, bits=4)
-    for name, fit in (("least squares", plain_fit), ("GPTQ, symmetric", symmetric_fit),
-                      ("GPTQ, asymmetric, positions unweighted", unweighted_fit),
-                      ("GPTQ, output channels on their own", fit_layer)):  # fmt: skip
-        with_fit(fit, lambda n=name: add(n, "ablation", four))  # type: ignore[misc]
+    for name, fit in (("least squares", "least-squares"), ("GPTQ, symmetric", "symmetric"),
+                      ("GPTQ, asymmetric, positions unweighted", "unweighted"),
+                      ("GPTQ, output channels on their own", "alone")):  # fmt: skip
+        add(name, "ablation", four, FITS[fit])
     for block in (32, 64, 128):
         add(f"4 bit, block size {block}", "block", replace(four, block_size=block))
     add("4 bit, activations float", "ablation", replace(four, activations="float"))

@@ -17,7 +17,7 @@ from dsconvert import workers
 from dsconvert.dsconv.format import WeightFormat
 from dsconvert.dsconv.tensor import DSTensor
 from dsconvert.fit.gptq import fit_weight_gptq
-from dsconvert.fit.moments import measure_moments
+from dsconvert.fit.moments import Moments, measure_moments
 from dsconvert.fit.seen import Seen
 from dsconvert.graph.integer import QConv
 from dsconvert.graph.ir import Node
@@ -52,10 +52,14 @@ class GPTQ:
         together = self.together(node, format)
         fitted = []
         for group, part in enumerate(weight.chunk(groups)):
-            moments = measure_moments(alone, part.shape, of_group(batches(), group, groups), self.photographs)
+            moments = self.moments(alone, part, of_group(batches(), group, groups))
             found = fit_weight_gptq(part, moments, format.integers, together)
             fitted.append(moments.with_bias(format.code.refit(found, moments.hessian, moments.cross, format)))
         return QConv(DSTensor.joined([f.weight for f in fitted]), torch.cat([f.bias for f in fitted]))
+
+    def moments(self, node: Node, weight: Tensor, images: Iterable[Seen]) -> Moments:
+        """What J is made of, for a layer without groups."""
+        return measure_moments(node, weight.shape, images, self.photographs)
 
     def together(self, node: Node, format: WeightFormat) -> Tensor | None:
         """The second moment by which a layer's channels are fitted together: below 8 bits, without groups, with integer
