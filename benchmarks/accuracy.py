@@ -42,20 +42,20 @@ from peers import (
     ultralytics_int8,
 )
 
+from dsconvert.convert.exporting import onnx_bytes
+from dsconvert.convert.options import QuantizeOptions
+from dsconvert.convert.quantize import quantize
+from dsconvert.convert.record import save_quantized
 from dsconvert.dsconv.tensor import DSTensor
-from dsconvert.export.layouts import layout_named
-from dsconvert.exporting import onnx_bytes
+from dsconvert.export.weights.layouts import layout_named
 from dsconvert.graph.ir import INPUT
-from dsconvert.model import DSModel
-from dsconvert.modelfile import load_model
-from dsconvert.options import QuantizeOptions
-from dsconvert.pipeline import quantize
-from dsconvert.record import save_quantized
+from dsconvert.model.file import load_model
+from dsconvert.model.model import DSModel
+from dsconvert.photos.dataset import read_data_yaml
 from dsconvert.scoring.accuracy import CONFIDENT, Detections, Predictor, detect_all
 from dsconvert.scoring.candidates import load_candidate
 from dsconvert.scoring.compare import match, shifts_of
 from dsconvert.yolo.checkpoint import load_checkpoint
-from dsconvert.yolo.dataset import read_data_yaml
 from dsconvert.yolo.decode import decode
 
 PACKED = "packed.onnx"

@@ -23,7 +23,7 @@ from machine import cpu_name
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dsconvert.anymodule import ModulePlan, Rounded, quantize_module
+from dsconvert.api.modules import ModulePlan, Rounded, quantize_module
 from dsconvert.dsconv.modules import DSConv
 from dsconvert.torch import DSConv as Trainable
 

@@ -27,7 +27,7 @@ DSCONVERT = [sys.executable, "-m", "dsconvert"]
 STARTS = {
     "dsconvert --help": ["-m", "dsconvert", "--help"],
     "import dsconvert": ["-c", "import dsconvert"],
-    "import dsconvert.pipeline": ["-c", "import dsconvert.pipeline"],
+    "import dsconvert.convert.quantize": ["-c", "import dsconvert.convert.quantize"],
 }
 WHERE = "import dsconvert; print(dsconvert.__file__)"
 

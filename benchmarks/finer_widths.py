@@ -3,7 +3,7 @@
     python benchmarks/finer_widths.py --checkpoint yolov5n.pt --data coco500.yaml
 
 Output channels of every layer, sorted by what a rounding error there does, are cut into equal parts, each with a width
-of its own. Damage is what `fit.sensitivity` foretells. Widths are chosen by the damage on one set of images, and judged
+of its own. Damage is what `measure.damage` foretells. Widths are chosen by the damage on one set of images, and judged
 by the damage on another, at the bytes that whole layers take. A part is counted with the nodes that unpack it, and once
 more as if it were --shared bytes smaller, for nodes that parts might share.
 """
@@ -20,18 +20,18 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dsconvert.budget import BITS, BLOCK_SIZES, stored_bytes
-from dsconvert.calibration import decoded
+from dsconvert.base.kept import Room
 from dsconvert.dsconv.format import WeightFormat
-from dsconvert.fit.allocate import Choice, allocate
-from dsconvert.fit.importance import measure_importance
-from dsconvert.fit.kept import Room
-from dsconvert.fit.leftover import Left, left_over
-from dsconvert.fit.sensitivity import damage_of, formats_of
+from dsconvert.measure.calibration import decoded
+from dsconvert.measure.damage import damage_of, formats_of
+from dsconvert.measure.importance import measure_importance
+from dsconvert.measure.leftover import Left, left_over
+from dsconvert.photos.dataset import calibration_images
+from dsconvert.photos.images import spread
+from dsconvert.widths.allocate import Choice, allocate
+from dsconvert.widths.size import BITS, BLOCK_SIZES, stored_bytes
 from dsconvert.yolo.checkpoint import load_checkpoint
-from dsconvert.yolo.dataset import calibration_images
 from dsconvert.yolo.decode import detection_measure
-from dsconvert.yolo.images import spread
 from dsconvert.yolo.lower import lower, split_detect
 from dsconvert.yolo.plan import choose_convs
 

@@ -16,17 +16,17 @@ from typing import Any
 
 import torch
 
-from dsconvert.files import write_atomic
-from dsconvert.modelfile import model_bytes
-from dsconvert.options import QuantizeOptions
-from dsconvert.pipeline import quantize
-from dsconvert.record import MODEL_FILE, save_quantized
+from dsconvert.base.files import write_atomic
+from dsconvert.convert.options import QuantizeOptions
+from dsconvert.convert.quantize import quantize
+from dsconvert.convert.record import MODEL_FILE, save_quantized
+from dsconvert.model.file import model_bytes
+from dsconvert.photos.dataset import image_paths
 from dsconvert.scoring.accuracy import evaluate_predictors
 from dsconvert.scoring.candidates import load_candidate
-from dsconvert.train.finetune import FinetuneOptions, finetune
-from dsconvert.train.latents import TRAINED
+from dsconvert.tune.finetune import FinetuneOptions, finetune
+from dsconvert.tune.latents import TRAINED
 from dsconvert.yolo.checkpoint import load_checkpoint
-from dsconvert.yolo.dataset import image_paths
 
 DEMO = Path(__file__).resolve().parents[1] / "calib" / "demo"
 sys.path.insert(0, str(DEMO))

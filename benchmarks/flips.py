@@ -14,8 +14,8 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 
-from dsconvert.errors import InputError
-from dsconvert.modelfile import load_model
+from dsconvert.base.errors import InputError
+from dsconvert.model.file import load_model
 
 
 def refused(path: Path, bits: Iterable[int]) -> int:

@@ -29,7 +29,7 @@ import torch
 from fuzz_damage import damage
 from fuzz_targets import Target, targets
 
-from dsconvert.errors import InputError
+from dsconvert.base.errors import InputError
 
 BATCH, BATCH_SECONDS, MOST_SECONDS, MEMORY = 200, 20.0, 30.0, 2 << 30
 

@@ -16,8 +16,8 @@ import onnx
 from safetensors import safe_open
 from safetensors.numpy import save
 
-from dsconvert.seal import DIGEST, seal
-from dsconvert.sealed import DAMAGE
+from dsconvert.base.seal import DIGEST, seal
+from dsconvert.base.sealed import DAMAGE
 
 INTERESTING = (b"\x00", b"\xff", b"\x7f", b"\x80", b"\xff" * 4, b"\xff" * 8, b"\x7f" + b"\xff" * 7, b"-1", b"1e999",
                b"nan", b"[" * 50, b"\x1b[31m", b"../../", b"&a *a", b"<<: ", b"!!python/name:os.system ")  # fmt: skip
@@ -87,8 +87,8 @@ def inside_header(key: str) -> Callable[[bytes, random.Random], bytes]:
 
 
 def resealed(data: bytes, key: str) -> bytes:
-    """A file with a digest (see `dsconvert.seal`) made right again, so that what it says is looked at; any other file,
-    and one that cannot be read, as it is."""
+    """A file with a digest (see `dsconvert.base.seal`) made right again, so that what it says is looked at; any other
+    file, and one that cannot be read, as it is."""
     try:
         with tempfile.NamedTemporaryFile(suffix=".safetensors") as file:
             Path(file.name).write_bytes(data)

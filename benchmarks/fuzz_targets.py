@@ -17,30 +17,30 @@ import onnx
 from fuzz_damage import anywhere, inside_archive, inside_graph, inside_header
 from onnx import numpy_helper
 
-from dsconvert import pipeline
-from dsconvert.anyonnx.convert import OnnxPlan, quantize_onnx
-from dsconvert.calibcache import META as CACHE_META
-from dsconvert.calibcache import remembered
-from dsconvert.errors import InputError
+from dsconvert.base.errors import InputError
+from dsconvert.convert import quantize as pipeline
+from dsconvert.convert.onnx import OnnxPlan, quantize_onnx
+from dsconvert.convert.options import QuantizeOptions
+from dsconvert.convert.record import save_quantized
+from dsconvert.convert.resume import META as UNFINISHED_META
+from dsconvert.convert.resume import read_unfinished, write_unfinished
 from dsconvert.export.check import check_accumulators
-from dsconvert.export.layouts import layout_named
 from dsconvert.export.onnx import export_quantized
-from dsconvert.model import DSModel
-from dsconvert.modelfile import load_model, model_bytes
-from dsconvert.options import QuantizeOptions
-from dsconvert.record import save_quantized
-from dsconvert.scoring.bounds import enforced
+from dsconvert.export.weights.layouts import layout_named
+from dsconvert.measure.cache import META as CACHE_META
+from dsconvert.measure.cache import remembered
+from dsconvert.model.file import load_model, model_bytes
+from dsconvert.model.model import DSModel
+from dsconvert.onnxfile.bounds import enforced
+from dsconvert.photos.dataset import read_data_yaml
+from dsconvert.photos.images import read_image
+from dsconvert.photos.labels import read_labels
 from dsconvert.scoring.candidates import load_candidate
-from dsconvert.train.latents import learned, start
-from dsconvert.train.state import META as STATE_META
-from dsconvert.train.state import State, read_state, write_state
-from dsconvert.unfinished import META as UNFINISHED_META
-from dsconvert.unfinished import read_unfinished, write_unfinished
+from dsconvert.tune.latents import learned, start
+from dsconvert.tune.state import META as STATE_META
+from dsconvert.tune.state import State, read_state, write_state
 from dsconvert.yolo.cfgfile import OURS, cfg_names, chosen_blocks
 from dsconvert.yolo.checkpoint import load_checkpoint
-from dsconvert.yolo.dataset import read_data_yaml
-from dsconvert.yolo.images import read_image
-from dsconvert.yolo.labels import read_labels
 
 ROOT = Path(__file__).resolve().parents[1]
 DEMO = ROOT / "calib" / "demo"

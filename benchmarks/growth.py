@@ -18,8 +18,8 @@ from pathlib import Path
 import torch
 from fresh import AS_THE_COMMAND, last_json
 
-from dsconvert.options import QuantizeOptions
-from dsconvert.pipeline import quantize
+from dsconvert.convert.options import QuantizeOptions
+from dsconvert.convert.quantize import quantize
 from dsconvert.yolo.checkpoint import Checkpoint, load_checkpoint
 from dsconvert.yolo.network import Network
 

@@ -31,22 +31,22 @@ from layer_error import Watched, layer_error, layer_sums, watched
 from named_fits import FITS, PRODUCT, Maker, named
 from torch import Tensor
 
-from dsconvert.division import divided
-from dsconvert.errors import InputError
-from dsconvert.export.layouts import layout_named
+from dsconvert.base.errors import InputError
+from dsconvert.base.threads import in_order
+from dsconvert.convert.division import divided
+from dsconvert.convert.options import QuantizeOptions
+from dsconvert.convert.quantize import quantize
+from dsconvert.convert.record import Quantized
 from dsconvert.export.onnx import in_layout
-from dsconvert.fit.threads import in_order
+from dsconvert.export.weights.layouts import layout_named
 from dsconvert.graph.integer import real_params, run_integer
 from dsconvert.graph.ir import ConvParams, Graph, display_name
 from dsconvert.graph.run import run_float
-from dsconvert.model import DSModel, is_dsconv
-from dsconvert.options import QuantizeOptions
-from dsconvert.pipeline import quantize
-from dsconvert.record import Quantized
+from dsconvert.model.model import DSModel, is_dsconv
+from dsconvert.photos.dataset import calibration_images
+from dsconvert.photos.images import letterbox, read_image, spread, to_tensor
 from dsconvert.yolo.checkpoint import load_checkpoint
-from dsconvert.yolo.dataset import calibration_images
 from dsconvert.yolo.decode import detection_measure
-from dsconvert.yolo.images import letterbox, read_image, spread, to_tensor
 from dsconvert.yolo.lower import lower, split_detect
 from dsconvert.yolo.network import Head
 

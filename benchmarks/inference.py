@@ -11,7 +11,7 @@ from peers import mnn_predictor, openvino_model
 from profiles import int8_peak, network_macs, op_times
 from setting import MNN_BITS, Bench
 
-from dsconvert.scoring.engines import open_model
+from dsconvert.onnxfile.engines import open_model
 from dsconvert.scoring.footprint import measure_footprint
 from dsconvert.scoring.latency import Times, interleaved_times, ratio, summary
 from dsconvert.yolo.checkpoint import load_checkpoint

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from dsconvert.errors import InputError
+from dsconvert.base.errors import InputError
 
 BLOCK, LANES = 32, 16  # input channels that share a shift and an exponent; output channels computed at once
 CPUINFO = Path("/proc/cpuinfo")

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 from torch.nn import functional as F
 
-from dsconvert.scoring.engines import session
+from dsconvert.onnxfile.engines import session
 
 # (input channels, output channels, kernel, side), as in YOLOv5 and ResNet
 LAYERS = ((64, 64, 3, 40), (128, 128, 3, 40), (256, 256, 3, 20), (128, 128, 1, 40), (512, 512, 1, 20))

@@ -14,17 +14,17 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dsconvert.calibration import Images, calibrate, photographs_of
+from dsconvert.base.kept import Room
 from dsconvert.dsconv.format import WeightFormat
-from dsconvert.fit.importance import Part
-from dsconvert.fit.kept import Room
 from dsconvert.fit.layer import Batches
 from dsconvert.fit.lockstep import fit_lockstep
 from dsconvert.fit.seen import Drawn, Seen
 from dsconvert.graph.integer import QConv
 from dsconvert.graph.ir import ConvParams, Graph, Node
 from dsconvert.graph.ops import conv
-from dsconvert.model import DSModel
+from dsconvert.measure.calibration import Images, calibrate, photographs_of
+from dsconvert.measure.importance import Part
+from dsconvert.model.model import DSModel
 from dsconvert.yolo.network import Head
 
 

@@ -33,7 +33,7 @@ FIT, CODES = "dsconvert/fit", "dsconvert/dsconv/codes"
 # file -> the tests that are about it, the quick ones first
 TESTS = {
     "dsconvert/scoring/coco.py": "coco precision_recall",
-    "dsconvert/scoring/bounds.py": "mutants hostile/hostile_bounds",
+    "dsconvert/onnxfile/bounds.py": "mutants hostile/hostile_bounds",
     "dsconvert/export/check.py": "export_check export_bits",
     "dsconvert/yolo/archive.py": "checkpoint hostile/hostile_checkpoints filekinds",
     f"{FIT}/allocate.py": "allocate mutants",

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dsconvert.errors import InputError
+from dsconvert.base.errors import InputError
 from dsconvert.fit.layer import GPTQ, Fit, Nearest
 from dsconvert.fit.moments import Moments
 from dsconvert.fit.seen import Seen

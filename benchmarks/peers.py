@@ -21,8 +21,8 @@ from numpy.typing import NDArray
 from onnxruntime.quantization import CalibrationDataReader, CalibrationMethod, QuantFormat, QuantType, quantize_static
 from onnxruntime.quantization.shape_inference import quant_pre_process
 
-from dsconvert.yolo.dataset import calibration_images
-from dsconvert.yolo.images import calibration_batches, spread
+from dsconvert.photos.dataset import calibration_images
+from dsconvert.photos.images import calibration_batches, spread
 
 Images = Sequence[NDArray[np.float32]]
 

@@ -18,7 +18,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from dsconvert.graph.ir import ConvParams, Graph
 from dsconvert.graph.run import run_float
-from dsconvert.scoring.engines import session
+from dsconvert.onnxfile.engines import session
 from dsconvert.scoring.latency import interleaved_times
 
 WARMUP = 5

@@ -10,11 +10,11 @@ import numpy as np
 from numpy.typing import NDArray
 from peers import decoded, mnn_convert, nncf_int8, ort_static, ultralytics_int8
 
-from dsconvert.export.layouts import layout_named
-from dsconvert.exporting import onnx_bytes
-from dsconvert.options import QuantizeOptions
-from dsconvert.pipeline import quantize
-from dsconvert.record import save_quantized
+from dsconvert.convert.exporting import onnx_bytes
+from dsconvert.convert.options import QuantizeOptions
+from dsconvert.convert.quantize import quantize
+from dsconvert.convert.record import save_quantized
+from dsconvert.export.weights.layouts import layout_named
 from dsconvert.yolo.checkpoint import load_checkpoint
 
 MNN_BITS = {"mnn32": None, "mnn4": 4, "mnn3": 3}  # None: float32

@@ -21,12 +21,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from dsconvert.cli import cli
-from dsconvert.export.layouts import layout_named
-from dsconvert.exporting import onnx_bytes
+from dsconvert.commands.cli import cli
+from dsconvert.convert.exporting import onnx_bytes
+from dsconvert.export.weights.layouts import layout_named
+from dsconvert.photos.dataset import image_paths
 from dsconvert.scoring.accuracy import detect_all
 from dsconvert.scoring.candidates import load_candidates
-from dsconvert.yolo.dataset import image_paths
 
 DEMO = Path(__file__).resolve().parents[1] / "calib" / "demo"
 

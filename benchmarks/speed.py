@@ -45,7 +45,7 @@ from machine import cpu_name
 from performance_page import write_page
 from setting import Bench
 
-from dsconvert.files import write_atomic
+from dsconvert.base.files import write_atomic
 from dsconvert.scoring.bench import only_cpus
 
 MEASURE: dict[str, Callable[[Bench], dict[str, Any]]] = {

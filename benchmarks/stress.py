@@ -33,9 +33,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # a forked process cannot use the
 import yaml
 from safetensors import SafetensorError, safe_open
 
-from dsconvert.cli import main as command_line
-from dsconvert.train.state import NAME as FINETUNING
-from dsconvert.unfinished import NAME as UNFINISHED
+from dsconvert.commands.cli import main as command_line
+from dsconvert.convert.resume import NAME as UNFINISHED
+from dsconvert.tune.state import NAME as FINETUNING
 
 DEMO = Path(__file__).resolve().parents[1] / "calib" / "demo"
 KEPT = (UNFINISHED, FINETUNING)

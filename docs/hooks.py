@@ -48,7 +48,7 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
 
 def reference() -> str:
     """Every command's --help and every name of the Python API, as Markdown."""
-    from dsconvert.cli import cli
+    from dsconvert.commands.cli import cli
 
     lines = ["## Commands", "", *_help("dsconvert", cli, None)]
     return "\n".join([*lines, "", "## Python", "", *_api()])
@@ -68,7 +68,7 @@ def _api() -> Iterator[str]:
         thing = getattr(dsconvert, name)
         if inspect.isfunction(thing):
             yield from _described("###", f"dsconvert.{name}", thing)
-        elif inspect.isclass(thing) and thing.__module__ in ("dsconvert.api", "dsconvert.api_photos"):
+        elif inspect.isclass(thing) and thing.__module__ in ("dsconvert.api.models", "dsconvert.api.photos"):
             yield from (f"### dsconvert.{name}", "", inspect.getdoc(thing) or "", "")
             for member, value in vars(thing).items():
                 if isinstance(value, property):

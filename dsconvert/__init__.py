@@ -1,7 +1,6 @@
 """Post-training conversion of YOLOv5 detectors to DSConv (arXiv 1901.01928) with integer ONNX export.
 
-The Python API is in `dsconvert.api` and `dsconvert.api_photos`; its names are offered here and loaded, with torch, when
-first used.
+The Python API is in `dsconvert.api`; its names are offered here and loaded, with torch, when first used.
 """
 
 from __future__ import annotations
@@ -10,13 +9,12 @@ import importlib
 import os
 from typing import TYPE_CHECKING, Any
 
-from dsconvert.errors import CheckError, InputError
+from dsconvert.base.errors import CheckError, InputError
 
 if TYPE_CHECKING:
-    from dsconvert.anymodule import ModulePlan, quantize_module
-    from dsconvert.anyonnx.convert import OnnxPlan, quantize_onnx
-    from dsconvert.api import Evaluation, EvaluationRow, FloatModel, QuantizedModel, evaluate, load, quantize
-    from dsconvert.api_photos import (
+    from dsconvert.api.models import Evaluation, EvaluationRow, FloatModel, QuantizedModel, evaluate, load, quantize
+    from dsconvert.api.modules import ModulePlan, quantize_module
+    from dsconvert.api.photos import (
         ComparedPhoto,
         Comparison,
         DetectedObject,
@@ -25,6 +23,7 @@ if TYPE_CHECKING:
         compare,
         detect,
     )
+    from dsconvert.convert.onnx import OnnxPlan, quantize_onnx
 
 __version__ = "0.1.0"
 __all__ = [
@@ -64,13 +63,13 @@ os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 def __getattr__(name: str) -> Any:
     if name in ("ModulePlan", "quantize_module"):
-        return getattr(importlib.import_module("dsconvert.anymodule"), name)
+        return getattr(importlib.import_module("dsconvert.api.modules"), name)
     if name in ("ComparedPhoto", "Comparison", "DetectedObject", "DetectedPhoto", "Detections", "compare", "detect"):
-        return getattr(importlib.import_module("dsconvert.api_photos"), name)
+        return getattr(importlib.import_module("dsconvert.api.photos"), name)
     if name in ("OnnxPlan", "quantize_onnx"):
-        return getattr(importlib.import_module("dsconvert.anyonnx.convert"), name)
+        return getattr(importlib.import_module("dsconvert.convert.onnx"), name)
     if name in __all__:
-        return getattr(importlib.import_module("dsconvert.api"), name)
+        return getattr(importlib.import_module("dsconvert.api.models"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

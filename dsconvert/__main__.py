@@ -12,10 +12,10 @@ def run() -> None:
     # busy machine it spins away the time in which they would have come.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
-        from dsconvert.streams import open_streams
+        from dsconvert.base.streams import open_streams
 
         open_streams()
-        from dsconvert.cli import main
+        from dsconvert.commands.cli import main
 
         main()
     except KeyboardInterrupt:

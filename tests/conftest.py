@@ -17,17 +17,17 @@ from formats import fit_weight
 from hypothesis import settings
 from pt_writer import yolov5_bytes
 
-from dsconvert import calibration
-from dsconvert.cli import main
+from dsconvert.base.kept import Room
+from dsconvert.commands.cli import main
 from dsconvert.dsconv.codes import TRELLIS, usual_format
 from dsconvert.dsconv.codes.trellis_table import fits
-from dsconvert.fit.importance import measure_importance
-from dsconvert.fit.kept import Room
 from dsconvert.fit.layer import fit_cds
 from dsconvert.fit.lockstep import fit_lockstep, watch
-from dsconvert.fit.ranges import choose_grids
 from dsconvert.graph.integer import QConv
-from dsconvert.model import DSModel
+from dsconvert.measure import calibration
+from dsconvert.measure.grids import choose_grids
+from dsconvert.measure.importance import measure_importance
+from dsconvert.model.model import DSModel
 from dsconvert.yolo.lower import lower, split_detect
 from dsconvert.yolo.network import Head, Network, head_from_detect
 

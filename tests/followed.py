@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from dsconvert.base import loops
 from dsconvert.dsconv.codes.trellis_search import Trellis
-from dsconvert.fit import loops
 
 
 def followed(

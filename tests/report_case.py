@@ -13,7 +13,7 @@ from conftest import convert, smooth_picture, tiny_network
 from pt_writer import yolov5_bytes
 
 from dsconvert.graph.ir import display_name
-from dsconvert.modelfile import model_bytes
+from dsconvert.model.file import model_bytes
 
 SCRIPT = "<script>alert(1)</script>"
 ESCAPES = "\x1b]0;owned\x07\x9b31m\u202etac $x^2$ & \"quoted\" 'kind' {{ 7 * 7 }}"

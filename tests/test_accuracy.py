@@ -9,7 +9,7 @@ import cv2
 import numpy as np
 import pytest
 
-from dsconvert.errors import InputError
+from dsconvert.base.errors import InputError
 from dsconvert.scoring.accuracy import Predictor, detect_all, evaluate_predictors
 
 # in a 64 x 64 letterbox of a 32 x 64 (h x w) image: 16 rows of padding above; x, y, w, h, objectness, two classes

@@ -6,10 +6,10 @@ from dataclasses import asdict, replace
 
 import pytest
 
-from dsconvert.advice import advice, bits_of_layers
+from dsconvert.convert.advice import advice, bits_of_layers
+from dsconvert.convert.options import QuantizeOptions
+from dsconvert.convert.record import Quantized
 from dsconvert.graph.grids import QParams
-from dsconvert.options import QuantizeOptions
-from dsconvert.record import Quantized
 from dsconvert.scoring.compare import ScoreShift
 
 

@@ -9,13 +9,13 @@ import pytest
 import torch
 from formats import free, nearest
 
-from dsconvert import budget
+from dsconvert.base.errors import InputError
 from dsconvert.dsconv.codes import usual_format
 from dsconvert.dsconv.tensor import DSTensor
-from dsconvert.errors import InputError
-from dsconvert.fit import allocate as module
-from dsconvert.fit.allocate import Choice, allocate
 from dsconvert.graph.ir import ConvParams
+from dsconvert.widths import allocate as module
+from dsconvert.widths import size as budget
+from dsconvert.widths.allocate import Choice, allocate
 
 
 def random_options(seed: int, layers: int = 5) -> dict[str, list[Choice]]:

@@ -10,10 +10,10 @@ import torch
 import zoo
 from torch import nn
 
-from dsconvert.anymodule import DSLinear, ModulePlan, Rounded, quantize_module
+from dsconvert.api.modules import DSLinear, ModulePlan, Rounded, quantize_module
+from dsconvert.base.errors import InputError
 from dsconvert.dsconv.modules import DSConv
-from dsconvert.errors import InputError
-from dsconvert.export.inspect import conv_weights
+from dsconvert.onnxfile.inspect import conv_weights
 
 
 class Small(nn.Module):

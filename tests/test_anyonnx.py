@@ -17,17 +17,18 @@ from onnx import TensorProto, helper, numpy_helper
 from test_anymodule import Small
 from torch import nn
 
-from dsconvert import exporting
-from dsconvert.anyonnx import convert, lockstep
-from dsconvert.anyonnx.convert import OnnxConverted, OnnxPlan, quantize_onnx
-from dsconvert.anyonnx.images import Normalisation, as_input, pictures
-from dsconvert.anyonnx.layers import find_layers
-from dsconvert.anyonnx.source import ImageInput, read_source
-from dsconvert.errors import CheckError, InputError
-from dsconvert.export.inspect import conv_weights
-from dsconvert.export.layouts import layout_named
+from dsconvert.base.errors import CheckError, InputError
+from dsconvert.convert import exporting
+from dsconvert.convert import onnx as convert
+from dsconvert.convert import onnx_lockstep as lockstep
+from dsconvert.convert.onnx import OnnxConverted, OnnxPlan, quantize_onnx
 from dsconvert.export.onnx import Ends
+from dsconvert.export.weights.layouts import layout_named
 from dsconvert.graph.ops import conv
+from dsconvert.onnxfile.images import Normalisation, as_input, pictures
+from dsconvert.onnxfile.inspect import conv_weights
+from dsconvert.onnxfile.layers import find_layers
+from dsconvert.onnxfile.source import ImageInput, read_source
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # the exporter's own
 

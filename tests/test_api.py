@@ -18,9 +18,10 @@ from conftest import HANGS, ROOT, tiny_network
 from pt_writer import yolov5_bytes
 
 import dsconvert
-from dsconvert import api, pipeline
-from dsconvert.modelfile import model_bytes
-from dsconvert.options import QuantizeOptions
+from dsconvert.api import models as api
+from dsconvert.convert import quantize as pipeline
+from dsconvert.convert.options import QuantizeOptions
+from dsconvert.model.file import model_bytes
 
 
 @pytest.fixture

@@ -13,13 +13,13 @@ import pytest
 from conftest import SIDE, convert, smooth_picture, tiny_network
 
 import dsconvert
-from dsconvert.api import QuantizedModel
-from dsconvert.export.layouts import layout_named
-from dsconvert.export.nms import Nms
+from dsconvert.api.models import QuantizedModel
+from dsconvert.export.ends.nms import Nms
 from dsconvert.export.onnx import Ends, export_quantized
-from dsconvert.model import DSModel
-from dsconvert.modelfile import model_bytes
-from dsconvert.yolo.images import read_image
+from dsconvert.export.weights.layouts import layout_named
+from dsconvert.model.file import model_bytes
+from dsconvert.model.model import DSModel
+from dsconvert.photos.images import read_image
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +92,7 @@ def test_options_of_detect_reach_the_search(models):
 
 
 def test_defaults_are_the_commands():
-    from dsconvert.cli import cli
+    from dsconvert.commands.cli import cli
 
     for name, function in (("detect", dsconvert.detect), ("compare", dsconvert.compare)):
         given = inspect.signature(function).parameters

@@ -10,13 +10,13 @@ from conftest import convert, randomise, smooth_picture
 from tables import SHORT, meta, parameters, yolov5
 from torch.nn import functional as F
 
-from dsconvert.errors import InputError
+from dsconvert.base.errors import InputError
 from dsconvert.graph.integer import run_integer
 from dsconvert.graph.ir import INPUT, Graph, Node
 from dsconvert.graph.ops import attention
 from dsconvert.graph.shapes import check_node, value_shapes
-from dsconvert.train.latents import start
-from dsconvert.train.simulate import simulate
+from dsconvert.tune.latents import start
+from dsconvert.tune.simulate import simulate
 from dsconvert.yolo.attention import QKV, TransformerBlock, TransformerLayer
 from dsconvert.yolo.lower import lower
 from dsconvert.yolo.network import Network, head_from_detect

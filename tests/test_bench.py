@@ -10,9 +10,9 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from dsconvert.errors import InputError
+from dsconvert.base.errors import InputError
+from dsconvert.onnxfile.engines import as_input, engine_version, open_model
 from dsconvert.scoring.bench import bench, only_cpus
-from dsconvert.scoring.engines import as_input, engine_version, open_model
 from dsconvert.scoring.footprint import measure_footprint
 from dsconvert.scoring.latency import ratio
 

@@ -7,8 +7,8 @@ import onnx
 import onnxruntime as ort
 import pytest
 
+from dsconvert.base.builder import OnnxBuilder
 from dsconvert.export.biases import Biases
-from dsconvert.export.builder import OnnxBuilder
 
 CHANNELS = (16, 24, 3, 8)  # 3: no multiple of a run
 

@@ -9,11 +9,13 @@ import re
 import pytest
 from conftest import ROOT
 
-from dsconvert import modelfile, smallyaml, workers
-from dsconvert.export import inspect, wire
+from dsconvert.base import smallyaml, workers
+from dsconvert.model import file as modelfile
+from dsconvert.onnxfile import bounds, engines, inspect, wire
+from dsconvert.photos import dataset, images, labels, photobounds, tifflist
 from dsconvert.report import gather
-from dsconvert.scoring import bounds, candidates, engines, metadata, video
-from dsconvert.yolo import archive, container, dataset, images, labels, photobounds, picklestack, tifflist
+from dsconvert.scoring import candidates, metadata, video
+from dsconvert.yolo import archive, container, picklestack
 
 
 @pytest.mark.parametrize(

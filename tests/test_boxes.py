@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from dsconvert.photos.images import Letterbox, letterbox
 from dsconvert.yolo.boxes import non_max_suppression, to_image
-from dsconvert.yolo.images import Letterbox, letterbox
 
 
 def overlap(a, b) -> float:

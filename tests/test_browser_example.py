@@ -17,8 +17,8 @@ from conftest import DEMO, HANGS, ROOT
 from headless import chromium_browser, needs_chromium
 
 import dsconvert
+from dsconvert.photos.images import read_image
 from dsconvert.scoring.compare import match
-from dsconvert.yolo.images import read_image
 
 EXAMPLE = ROOT / "examples/browser"
 pytestmark = [

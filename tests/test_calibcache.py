@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from conftest import write_work
 
-from dsconvert import pipeline
-from dsconvert.modelfile import model_bytes
-from dsconvert.options import QuantizeOptions
-from dsconvert.pipeline import quantize
+from dsconvert.convert import quantize as pipeline
+from dsconvert.convert.options import QuantizeOptions
+from dsconvert.convert.quantize import quantize
+from dsconvert.model.file import model_bytes
 from dsconvert.yolo.checkpoint import load_checkpoint
 
 

@@ -9,7 +9,7 @@ import pytest
 import yaml
 from conftest import TINY, randomise
 
-from dsconvert.errors import InputError
+from dsconvert.base.errors import InputError
 from dsconvert.yolo.cfgfile import OURS, chosen_blocks, read_rows
 from dsconvert.yolo.network import Network
 

@@ -13,14 +13,21 @@ import torch
 from conftest import TINY, convert, randomise, smooth_picture
 from onnx import TensorProto, helper, numpy_helper
 
-from dsconvert.errors import CheckError, InputError
-from dsconvert.export.builder import OnnxBuilder
+from dsconvert.base.builder import OnnxBuilder
+from dsconvert.base.errors import CheckError, InputError
 from dsconvert.export.check import check_export, check_images, reference_of
-from dsconvert.export.layouts import layout_named
 from dsconvert.export.onnx import PLAIN, Ends, export_quantized
-from dsconvert.export.quickconv import image_by_quads, kernel_by_quads, more_channels, outputs_apart, quads_of, twice
+from dsconvert.export.ort.quickconv import (
+    image_by_quads,
+    kernel_by_quads,
+    more_channels,
+    outputs_apart,
+    quads_of,
+    twice,
+)
+from dsconvert.export.weights.layouts import layout_named
 from dsconvert.graph.ir import INPUT, Node
-from dsconvert.model import DSModel
+from dsconvert.model.model import DSModel
 from dsconvert.yolo.network import Network, head_from_detect
 
 SIDE = 64

@@ -17,7 +17,7 @@ import torch
 from conftest import TINY, randomise
 from pt_writer import yolov5_bytes
 
-from dsconvert.errors import InputError
+from dsconvert.base.errors import InputError
 from dsconvert.yolo.checkpoint import load_checkpoint
 from dsconvert.yolo.network import Head, Network, head_from_detect
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dsconvert.fit.clipping import LEAST_SHARE, LEVELS, clip_effects, effects_at, levels_below
+from dsconvert.measure.clipping import LEAST_SHARE, LEVELS, clip_effects, effects_at, levels_below
 
 
 def test_effects_are_those_of_really_clipping():

@@ -8,7 +8,7 @@ import io
 import numpy as np
 import pytest
 
-from dsconvert.errors import InputError
+from dsconvert.base.errors import InputError
 from dsconvert.scoring.coco import coco_metrics
 
 SHAPE = (200, 300)  # height, width

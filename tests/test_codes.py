@@ -15,13 +15,13 @@ from dsconvert.dsconv.codes import CODES, format_of
 from dsconvert.dsconv.format import Code, WeightFormat
 from dsconvert.dsconv.packing import pack_bits, unpack_bits
 from dsconvert.dsconv.tensor import DSTensor
-from dsconvert.export.layouts import layout_named
 from dsconvert.export.onnx import export_quantized
+from dsconvert.export.weights.layouts import layout_named
 from dsconvert.fit.layer import GPTQ
 from dsconvert.fit.moments import Moments
 from dsconvert.graph.integer import run_integer
-from dsconvert.model import DSModel
-from dsconvert.modelfile import load_model, model_bytes
+from dsconvert.model.file import load_model, model_bytes
+from dsconvert.model.model import DSModel
 from dsconvert.yolo.decode import decode
 from dsconvert.yolo.lower import lower, split_detect
 

@@ -11,9 +11,9 @@ import pytest
 from conftest import SIDE
 from onnx import TensorProto, helper, numpy_helper
 
-from dsconvert.export.compact import compact, short_names
-from dsconvert.export.layouts import layout_named
 from dsconvert.export.onnx import Ends, export_quantized
+from dsconvert.export.weights.layouts import layout_named
+from dsconvert.onnxfile.compact import compact, short_names
 
 
 def run(model: onnx.ModelProto, image: np.ndarray) -> np.ndarray:

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dsconvert.errors import InputError
+from dsconvert.base.errors import InputError
 from dsconvert.scoring.accuracy import Predictor
 from dsconvert.scoring.compare import MOST_SHIFT, ScoreShift, agreement, compare, match, score_shift
 from dsconvert.scoring.detect import DetectOptions

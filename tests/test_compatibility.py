@@ -24,11 +24,11 @@ from formats import fit_weight_real
 from onnx.reference import ReferenceEvaluator
 from onnx.version_converter import convert_version
 
-from dsconvert.export.compact import compact
-from dsconvert.export.layouts import layout_named
-from dsconvert.export.nms import Nms
+from dsconvert.export.ends.nms import Nms
 from dsconvert.export.onnx import Ends, export_float, export_quantized
+from dsconvert.export.weights.layouts import layout_named
 from dsconvert.graph.ir import display_name
+from dsconvert.onnxfile.compact import compact
 from dsconvert.yolo.boxes import non_max_suppression
 from dsconvert.yolo.lower import lower
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 from conftest import ROOT
 
-from dsconvert.config import read_config, recipe_names
-from dsconvert.errors import InputError
-from dsconvert.pipeline import QuantizeOptions
+from dsconvert.base.errors import InputError
+from dsconvert.convert.config import read_config, recipe_names
+from dsconvert.convert.quantize import QuantizeOptions
 
 ALLOWED = ["bits", "block-size", "blocks", "calib", "imgsz"]
 

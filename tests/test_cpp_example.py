@@ -12,10 +12,10 @@ import onnxruntime as ort
 import pytest
 from conftest import ROOT, SIDE, convert, smooth_picture, tiny_network
 
-from dsconvert.export.compact import compact
-from dsconvert.export.layouts import layout_named
-from dsconvert.export.nms import Nms
+from dsconvert.export.ends.nms import Nms
 from dsconvert.export.onnx import Ends, export_float, export_quantized
+from dsconvert.export.weights.layouts import layout_named
+from dsconvert.onnxfile.compact import compact
 from dsconvert.yolo.lower import lower
 
 HEADERS, LIB = (os.environ.get(f"DSCONVERT_ORT_{name}") for name in ("HEADERS", "LIB"))

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dsconvert.errors import InputError
-from dsconvert.yolo.cutshort import ends_early, kind_of
-from dsconvert.yolo.images import read_image
+from dsconvert.base.errors import InputError
+from dsconvert.photos.cutshort import ends_early, kind_of
+from dsconvert.photos.images import read_image
 
 SCENE = cv2.resize(np.random.default_rng(0).integers(0, 256, (12, 16, 3), dtype=np.uint8), (67, 48))
 

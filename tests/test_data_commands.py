@@ -13,8 +13,8 @@ import pytest
 from conftest import DEMO
 
 import dsconvert
-from dsconvert.modelfile import model_bytes
-from dsconvert.notes import DataWarning
+from dsconvert.base.notes import DataWarning
+from dsconvert.model.file import model_bytes
 
 NAMES = ["ball", "crate", "cone", "star", "ring", "kite"]
 

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from test_images import picture, text
 
-from dsconvert.errors import InputError
-from dsconvert.notes import DataWarning
-from dsconvert.yolo.dataset import calibration_images, evaluation_images, image_paths, images_of, read_data_yaml
+from dsconvert.base.errors import InputError
+from dsconvert.base.notes import DataWarning
+from dsconvert.photos.dataset import calibration_images, evaluation_images, image_paths, images_of, read_data_yaml
 
 
 @pytest.fixture(autouse=True)
@@ -220,7 +220,7 @@ def test_what_is_named_twice_counts_once(tmp_path):
 
 
 def test_lists_have_bounds(tmp_path, monkeypatch):
-    from dsconvert.yolo import dataset
+    from dsconvert.photos import dataset
 
     picture(tmp_path / "a.png")
     monkeypatch.setattr(dataset, "MAX_LIST_LINES", 3)

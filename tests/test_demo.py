@@ -15,12 +15,12 @@ from make_dataset import SPLITS, write_scene
 from make_dataset import main as make_dataset
 from train import batch_of, new_network
 
+from dsconvert.photos.dataset import read_data_yaml
+from dsconvert.photos.images import read_image
+from dsconvert.photos.labels import label_path, read_labels
 from dsconvert.scoring.accuracy import evaluate_predictors
 from dsconvert.yolo.checkpoint import load_checkpoint
-from dsconvert.yolo.dataset import read_data_yaml
 from dsconvert.yolo.decode import decode
-from dsconvert.yolo.images import read_image
-from dsconvert.yolo.labels import label_path, read_labels
 
 NOTHING = -1e6  # a canvas value no object has
 

@@ -13,8 +13,9 @@ from faster_coco_eval import COCO
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dsconvert.errors import InputError
-from dsconvert.export.nms import Nms
+from dsconvert.base.errors import InputError
+from dsconvert.export.ends.nms import Nms
+from dsconvert.photos.labels import read_labels
 from dsconvert.scoring.accuracy import Predictor
 from dsconvert.scoring.detect import (
     DetectOptions,
@@ -30,7 +31,6 @@ from dsconvert.scoring.detect import (
     picture_name,
     yolo_lines,
 )
-from dsconvert.yolo.labels import read_labels
 
 WIDE = np.zeros((32, 64, 3), np.uint8)  # in a 64 x 64 letterbox it has 16 rows of padding above
 FOUND = np.array([[10, 20, 30, 60, 0.9, 1], [0, 0, 200, 100, 0.5, 0], [5, 5, 6, 6, 0.3, 1]], np.float32)

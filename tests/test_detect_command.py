@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 from conftest import SIDE
 
-from dsconvert.export.layouts import layout_named
-from dsconvert.export.nms import Nms
+from dsconvert.export.ends.nms import Nms
 from dsconvert.export.onnx import Ends, export_quantized
-from dsconvert.modelfile import model_bytes
+from dsconvert.export.weights.layouts import layout_named
+from dsconvert.model.file import model_bytes
+from dsconvert.photos.images import letterbox, read_image, to_tensor
 from dsconvert.scoring.candidates import load_candidate
 from dsconvert.scoring.detect import DetectOptions, find
 from dsconvert.yolo.boxes import non_max_suppression, to_image
-from dsconvert.yolo.images import letterbox, read_image, to_tensor
 
 PICTURES = [f"{i}.jpg" for i in range(4)]
 

@@ -17,15 +17,15 @@ from pt_writer import yolov5_bytes
 from test_detect_video import write_video
 
 import dsconvert.scoring.video as video
-from dsconvert.cli import main
+from dsconvert.commands.cli import main
 from dsconvert.commands.detect import detect, spread_classes
-from dsconvert.export.layouts import layout_named
 from dsconvert.export.onnx import Ends, export_quantized
+from dsconvert.export.weights.layouts import layout_named
+from dsconvert.photos.images import read_image
 from dsconvert.scoring.candidates import load_candidate
 from dsconvert.scoring.detect import DetectOptions, find
 from dsconvert.scoring.saving import crop
 from dsconvert.scoring.video import opened
-from dsconvert.yolo.images import read_image
 
 SMALL = ("--imgsz", "64")
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from dsconvert.errors import InputError
+from dsconvert.base.errors import InputError
 from dsconvert.scoring.sources import Sources, find_sources
 
 

@@ -12,7 +12,7 @@ import cv2
 import numpy as np
 import pytest
 
-from dsconvert.errors import InputError, Unusable
+from dsconvert.base.errors import InputError, Unusable
 from dsconvert.scoring.video import OPTIONS, film, live_name, live_stem, opened
 
 GREYS = [40 * i for i in range(6)]

@@ -19,7 +19,7 @@ def test_two_runs_give_the_same_bytes(tiny, tmp_path, threads):
         out = f"run{hash_seed}"
         made = ["quantize", "best.pt", "--calib", "images", "--imgsz", "64", "--threads", threads, "--out", out, "-q"]
         written = ["export", f"{out}/model.safetensors", "--onnx", "--layout", "fused", "--out", f"{out}/m.onnx"]
-        both = f"from dsconvert.cli import main; main({made}); main({written})"
+        both = f"from dsconvert.commands.cli import main; main({made}); main({written})"
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONHASHSEED": hash_seed}
         subprocess.run(
             [sys.executable, "-c", both], cwd=tmp_path, env=environment, check=True, capture_output=True, timeout=HANGS

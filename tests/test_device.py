@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import dsconvert
-from dsconvert import workers
-from dsconvert.errors import InputError
+from dsconvert.base import workers
+from dsconvert.base.errors import InputError
 
 
 @pytest.fixture

@@ -11,15 +11,15 @@ import torch
 from conftest import smooth_picture
 from PIL import Image
 
-from dsconvert import workers
-from dsconvert.division import EACH, FEWEST, HELD_BACK, JUDGES, divided
+from dsconvert.base import workers
+from dsconvert.convert.division import EACH, FEWEST, HELD_BACK, JUDGES, divided
 from dsconvert.graph.integer import QConv
 from dsconvert.graph.run import run_float
-from dsconvert.model import DSModel
-from dsconvert.modelfile import load_model, model_bytes
-from dsconvert.train import distil as brief
-from dsconvert.train.distil import Pictures, distil
-from dsconvert.yolo.dataset import calibration_images
+from dsconvert.model.file import load_model, model_bytes
+from dsconvert.model.model import DSModel
+from dsconvert.photos.dataset import calibration_images
+from dsconvert.tune import distil as brief
+from dsconvert.tune.distil import Pictures, distil
 from dsconvert.yolo.decode import detection_measure
 from dsconvert.yolo.lower import lower, split_detect
 

@@ -19,11 +19,12 @@ import yaml
 from conftest import HANGS, ROOT
 
 import dsconvert
-from dsconvert.cli import cli
-from dsconvert.config import recipe_names
-from dsconvert.export.layouts import LAYOUTS, run_by
-from dsconvert.fit import draws, kept, threads
-from dsconvert.modelfile import VERSION
+from dsconvert.base import kept, threads
+from dsconvert.commands.cli import cli
+from dsconvert.convert.config import recipe_names
+from dsconvert.export.weights.layouts import LAYOUTS, run_by
+from dsconvert.fit import draws
+from dsconvert.model.file import VERSION
 from dsconvert.scoring import drop
 from dsconvert.scoring.compare import MOST_SHIFT
 from dsconvert.yolo.lower import PARTS
@@ -328,11 +329,11 @@ def test_layouts_are_spelled_as_many_times_as_there_are():
     method = (DOCS / "method.md").read_text()
     assert [row[0] for row in rows(method, "layout")] == list(LAYOUTS)
     counted = {4: "four", 5: "five", 6: "six"}[len(LAYOUTS)]
-    assert f"{counted} spellings (`dsconvert/export/layouts.py`)" in method
+    assert f"{counted} spellings (`dsconvert/export/weights/layouts.py`)" in method
 
 
 def test_exit_codes_are_those_of_the_code():
-    tree, codes = ast.parse((ROOT / "dsconvert/cli.py").read_text()), set()
+    tree, codes = ast.parse((ROOT / "dsconvert/commands/cli.py").read_text()), set()
     for call in (n for n in ast.walk(tree) if isinstance(n, ast.Call)):
         name = call.func.attr if isinstance(call.func, ast.Attribute) else getattr(call.func, "id", "")
         if name in ("exit", "_exit", "_fail"):

@@ -14,12 +14,13 @@ import numpy as np
 import pytest
 from conftest import DEMO, ROOT, write_work
 
-from dsconvert import cli, workers
-from dsconvert.advice import advice
-from dsconvert.errors import InputError
-from dsconvert.options import QuantizeOptions
-from dsconvert.record import Quantized
-from dsconvert.sameness import warning_of
+from dsconvert.base import workers
+from dsconvert.base.errors import InputError
+from dsconvert.commands import cli
+from dsconvert.convert.advice import advice
+from dsconvert.convert.options import QuantizeOptions
+from dsconvert.convert.record import Quantized
+from dsconvert.photos.sameness import warning_of
 from dsconvert.scoring.compare import ScoreShift
 
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
@@ -139,8 +140,8 @@ def test_what_torchrun_does_not_set_is_one_sentence(monkeypatch, settings, words
 
 SCRIPT = """
 import os, signal, sys
-from dsconvert import workers
-from dsconvert.cli import main
+from dsconvert.base import workers
+from dsconvert.commands.cli import main
 workers.PATIENCE = 8.0
 together, met = workers.gathered, []
 def gathered(item):

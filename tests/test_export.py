@@ -17,19 +17,19 @@ from formats import along, fit_weight, nearest
 from onnx import numpy_helper
 from onnx.reference import ReferenceEvaluator
 
+from dsconvert.base.builder import OnnxBuilder
+from dsconvert.base.errors import InputError
 from dsconvert.dsconv.codes import TRELLIS, usual_format
 from dsconvert.dsconv.tensor import DSTensor
-from dsconvert.errors import InputError
-from dsconvert.export.builder import OnnxBuilder
-from dsconvert.export.compact import compact
-from dsconvert.export.decode import add_decode
-from dsconvert.export.inspect import conv_weights
-from dsconvert.export.layouts import add_int8_weight, layout_named
+from dsconvert.export.ends.decode import add_decode
 from dsconvert.export.onnx import Ends, export_float, export_quantized
+from dsconvert.export.weights.layouts import add_int8_weight, layout_named
 from dsconvert.export.written import Place
 from dsconvert.graph.integer import run_integer
 from dsconvert.graph.ir import ConvParams
 from dsconvert.graph.run import run_float
+from dsconvert.onnxfile.compact import compact
+from dsconvert.onnxfile.inspect import conv_weights
 from dsconvert.yolo.decode import decode
 from dsconvert.yolo.lower import lower
 from dsconvert.yolo.network import Head

@@ -13,15 +13,16 @@ from conftest import DEMO, SIDE, convert, smooth_picture, tiny_network, widen
 from formats import fit_weight_real
 from onnx import numpy_helper
 
+from dsconvert.base.errors import CheckError
 from dsconvert.dsconv.codes import TRELLIS
-from dsconvert.errors import CheckError
-from dsconvert.export import check, decode, stored
+from dsconvert.export import check, stored
 from dsconvert.export.check import check_export, check_images, float_reference, reference_of
-from dsconvert.export.layouts import layout_named
-from dsconvert.export.nms import Nms
+from dsconvert.export.ends import decode
+from dsconvert.export.ends.nms import Nms
 from dsconvert.export.onnx import Ends, export_float, export_quantized, write_quantized
+from dsconvert.export.weights.layouts import layout_named
 from dsconvert.graph.integer import QConv
-from dsconvert.model import DSModel
+from dsconvert.model.model import DSModel
 from dsconvert.yolo.checkpoint import load_checkpoint
 from dsconvert.yolo.decode import decode as boxes_of
 from dsconvert.yolo.lower import lower

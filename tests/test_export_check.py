@@ -17,17 +17,18 @@ from conftest import SIDE, convert, smooth_picture, tiny_network
 from formats import free
 from onnx import numpy_helper
 
-from dsconvert import cli, exporting
+from dsconvert.base.errors import CheckError
+from dsconvert.commands import cli
+from dsconvert.convert import exporting
 from dsconvert.dsconv.tensor import DSTensor
-from dsconvert.errors import CheckError
 from dsconvert.export import check
 from dsconvert.export.check import check_accumulators, check_export, check_images, float_reference, reference_of
-from dsconvert.export.layouts import layout_named
-from dsconvert.export.nms import Nms
+from dsconvert.export.ends.nms import Nms
 from dsconvert.export.onnx import Ends, export_float, export_quantized, in_layout, write_quantized
+from dsconvert.export.weights.layouts import layout_named
 from dsconvert.graph.integer import QConv, grid_of
-from dsconvert.model import DSModel
-from dsconvert.modelfile import model_bytes
+from dsconvert.model.file import model_bytes
+from dsconvert.model.model import DSModel
 from dsconvert.yolo.lower import lower
 
 PLAIN, IMAGES = Ends(), check_images(SIDE)

@@ -11,12 +11,12 @@ import pytest
 from conftest import SIDE
 from onnx.reference import ReferenceEvaluator
 
-from dsconvert.errors import InputError
-from dsconvert.export.builder import OnnxBuilder
-from dsconvert.export.decode import Decoded
-from dsconvert.export.layouts import layout_named
-from dsconvert.export.nms import Nms, add_nms
+from dsconvert.base.builder import OnnxBuilder
+from dsconvert.base.errors import InputError
+from dsconvert.export.ends.decode import Decoded
+from dsconvert.export.ends.nms import Nms, add_nms
 from dsconvert.export.onnx import Ends, export_float, export_quantized
+from dsconvert.export.weights.layouts import layout_named
 from dsconvert.graph.grids import QParams
 from dsconvert.graph.ir import INPUT
 from dsconvert.scoring.candidates import load_candidate

@@ -14,17 +14,17 @@ from formats import fit_weight, fit_weight_real
 from onnx import TensorProto, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
-from dsconvert.errors import InputError
-from dsconvert.export.builder import OnnxBuilder
-from dsconvert.export.compact import compact
-from dsconvert.export.inspect import conv_weights
-from dsconvert.export.layouts import layout_named
+from dsconvert.base.builder import OnnxBuilder
+from dsconvert.base.errors import InputError
 from dsconvert.export.onnx import export_quantized
-from dsconvert.export.real import add_real_weight
+from dsconvert.export.weights.layouts import layout_named
+from dsconvert.export.weights.real import add_real_weight
 from dsconvert.graph.ir import ConvParams
 from dsconvert.graph.run import run_float
-from dsconvert.model import DSModel
-from dsconvert.modelfile import model_bytes
+from dsconvert.model.file import model_bytes
+from dsconvert.model.model import DSModel
+from dsconvert.onnxfile.compact import compact
+from dsconvert.onnxfile.inspect import conv_weights
 from dsconvert.scoring.candidates import load_candidate
 from dsconvert.yolo.decode import decode
 

@@ -17,14 +17,14 @@ from formats import nearest
 from tables import P6, SHORT, gflops, meta, parameters, yolov5, yolov7, yolov7_tiny
 
 from dsconvert.dsconv.codes import usual_format
-from dsconvert.export.layouts import layout_named
 from dsconvert.export.onnx import export_quantized
-from dsconvert.fit.ranges import IMAGE_GRID
+from dsconvert.export.weights.layouts import layout_named
 from dsconvert.graph.grids import QParams
 from dsconvert.graph.integer import QConv, grid_of, integer_step, keeps_grid
 from dsconvert.graph.ir import INPUT
 from dsconvert.graph.run import run_float
-from dsconvert.model import DSModel
+from dsconvert.measure.grids import IMAGE_GRID
+from dsconvert.model.model import DSModel
 from dsconvert.yolo.checkpoint import load_checkpoint
 from dsconvert.yolo.decode import decode
 from dsconvert.yolo.lower import lower, split_detect

@@ -25,14 +25,16 @@ from conftest import HANGS, INTERRUPTED, ROOT, randomise
 from pt_writer import yolov5_bytes
 
 from dsconvert import __main__ as entry
-from dsconvert import cli, exporting, pipeline
+from dsconvert.base.errors import InputError, system_fault
+from dsconvert.commands import cli
 from dsconvert.commands.shared import bars
-from dsconvert.errors import InputError, system_fault
-from dsconvert.export.layouts import PACKED
+from dsconvert.convert import exporting
+from dsconvert.convert import quantize as pipeline
+from dsconvert.convert.options import QuantizeOptions
+from dsconvert.convert.record import save_quantized
+from dsconvert.export.weights.layouts import PACKED
 from dsconvert.graph.integer import run_integer
-from dsconvert.modelfile import load_model, model_bytes
-from dsconvert.options import QuantizeOptions
-from dsconvert.record import save_quantized
+from dsconvert.model.file import load_model, model_bytes
 from dsconvert.yolo.checkpoint import load_checkpoint
 from dsconvert.yolo.network import Network, head_from_detect
 
@@ -145,11 +147,11 @@ def test_an_interrupt_that_a_library_swallows_is_not_lost():
 def test_an_interrupt_while_torch_is_loading_is_one_word_too(monkeypatch, capsys):
     class Impatient:
         def find_spec(self, name, path=None, target=None):
-            if name == "dsconvert.cli":
+            if name == "dsconvert.commands.cli":
                 raise KeyboardInterrupt
             return None
 
-    monkeypatch.delitem(sys.modules, "dsconvert.cli", raising=False)
+    monkeypatch.delitem(sys.modules, "dsconvert.commands.cli", raising=False)
     monkeypatch.setattr(sys, "meta_path", [Impatient(), *sys.meta_path])
     with pytest.raises(SystemExit) as end:
         entry.run()
@@ -249,7 +251,7 @@ def test_output_that_nobody_can_take_is_one_sentence(inputs):
 
 LITTLE_MEMORY = """
 import re, resource, sys
-from dsconvert.cli import main
+from dsconvert.commands.cli import main
 used = int(re.search(r"VmSize:\\s+(\\d+) kB", open("/proc/self/status").read())[1]) * 1024
 resource.setrlimit(resource.RLIMIT_AS, (used + (512 << 20),) * 2)
 sys.argv = ["dsconvert", *sys.argv[1:]]

@@ -20,8 +20,8 @@ from safetensors.torch import save as safetensors
 from tables import SHORT
 from torch import nn
 
-from dsconvert.errors import InputError
-from dsconvert.filekinds import file_kind
+from dsconvert.base.errors import InputError
+from dsconvert.base.filekinds import file_kind
 from dsconvert.yolo.checkpoint import load_checkpoint
 
 COMMANDS = (

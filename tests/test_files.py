@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-from dsconvert.errors import InputError
-from dsconvert.files import (
+from dsconvert.base.errors import InputError
+from dsconvert.base.files import (
     NameRefused,
     check_writable,
     claim_folder,
@@ -432,7 +432,7 @@ def test_a_temporary_folder_is_where_the_result_will_be_and_goes(tmp_path):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
 def test_a_temporary_folder_goes_when_the_process_is_told_to_end(tmp_path, number):
     script = (
-        "import sys, time; from pathlib import Path; from dsconvert.files import *\n"
+        "import sys, time; from pathlib import Path; from dsconvert.base.files import *\n"
         "with scratch_in(Path(sys.argv[1])), scratch_folder() as folder:\n"
         "    (folder / 'photo').write_bytes(b'x'); print('ready', flush=True); time.sleep(600)\n"
     )

@@ -15,21 +15,21 @@ import pytest
 import torch
 from conftest import HANGS, ROOT, convert, smooth_picture, tiny_network
 
-from dsconvert import workers
-from dsconvert.errors import InputError
-from dsconvert.export.layouts import layout_named
-from dsconvert.exporting import onnx_bytes
+from dsconvert.base import workers
+from dsconvert.base.errors import InputError
+from dsconvert.convert.exporting import onnx_bytes
+from dsconvert.export.weights.layouts import layout_named
 from dsconvert.graph.integer import run_integer
-from dsconvert.model import DSModel
-from dsconvert.modelfile import load_model, model_bytes
+from dsconvert.model.file import load_model, model_bytes
+from dsconvert.model.model import DSModel
 from dsconvert.scoring.coco import Metrics
-from dsconvert.train import finetune as module
-from dsconvert.train.finetune import FinetuneOptions, finetune
-from dsconvert.train.latents import start
-from dsconvert.train.loop import Student, sum_gradients
-from dsconvert.train.loss import Gains
-from dsconvert.train.schedule import LAST, follow, rate_share
-from dsconvert.train.state import SETS, State
+from dsconvert.tune import finetune as module
+from dsconvert.tune.finetune import FinetuneOptions, finetune
+from dsconvert.tune.latents import start
+from dsconvert.tune.loop import Student, sum_gradients
+from dsconvert.tune.loss import Gains
+from dsconvert.tune.schedule import LAST, follow, rate_share
+from dsconvert.tune.state import SETS, State
 from dsconvert.yolo.decode import decode
 
 

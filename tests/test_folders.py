@@ -4,8 +4,8 @@ import os
 
 import pytest
 
+from dsconvert.base.errors import InputError
 from dsconvert.commands.folders import run_folder, stopped
-from dsconvert.errors import InputError
 
 
 def leave(folder, time):

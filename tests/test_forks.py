@@ -13,7 +13,7 @@ import torch
 from test_filekinds import again, refused, renamed, saved, usual  # noqa: F401 (a fixture)
 from torch import nn
 
-from dsconvert.errors import InputError
+from dsconvert.base.errors import InputError
 from dsconvert.yolo.checkpoint import load_checkpoint
 from dsconvert.yolo.families import hostile, usual_name
 

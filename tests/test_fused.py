@@ -10,12 +10,12 @@ import onnx
 import onnxruntime as ort
 import pytest
 
-from dsconvert.errors import InputError
-from dsconvert.export.compact import compact
-from dsconvert.export.inspect import conv_weights
-from dsconvert.export.layouts import layout_named
-from dsconvert.export.nms import Nms
+from dsconvert.base.errors import InputError
+from dsconvert.export.ends.nms import Nms
 from dsconvert.export.onnx import PLAIN, Ends, export_quantized
+from dsconvert.export.weights.layouts import layout_named
+from dsconvert.onnxfile.compact import compact
+from dsconvert.onnxfile.inspect import conv_weights
 
 SIDE = 64
 

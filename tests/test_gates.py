@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 from pt_writer import yolov5_bytes
 
-from dsconvert.modelfile import model_bytes
+from dsconvert.model.file import model_bytes
 from dsconvert.yolo.network import Head
 
 

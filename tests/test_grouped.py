@@ -11,8 +11,8 @@ from test_anyonnx import exported, run
 from torch import nn
 from torch.nn import functional as F
 
-from dsconvert.anymodule import ModulePlan, quantize_module
-from dsconvert.anyonnx.convert import OnnxPlan, quantize_onnx
+from dsconvert.api.modules import ModulePlan, quantize_module
+from dsconvert.convert.onnx import OnnxPlan, quantize_onnx
 from dsconvert.dsconv.codes import REAL, TRELLIS
 from dsconvert.dsconv.codes import trellis_table as trellis
 from dsconvert.dsconv.format import WeightFormat

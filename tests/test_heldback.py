@@ -16,7 +16,7 @@ from conftest import SIDE, smooth_picture
 from formats import fit_weight
 from layer_error import layer_error, layer_sums, watched
 
-from dsconvert.errors import InputError
+from dsconvert.base.errors import InputError
 from dsconvert.fit.layer import GPTQ
 from dsconvert.graph.integer import QConv, grid_of, real_params, run_integer
 from dsconvert.graph.run import run_float

@@ -9,9 +9,9 @@ import click
 import pytest
 from conftest import ROOT
 
-from dsconvert.cli import cli
+from dsconvert.commands.cli import cli
 from dsconvert.commands.quantize import CONFIGURABLE
-from dsconvert.config import recipe_names
+from dsconvert.convert.config import recipe_names
 
 COMMANDS = sorted(cli.commands)
 

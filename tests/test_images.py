@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 import torch
 
-from dsconvert.errors import InputError
-from dsconvert.notes import DataWarning
-from dsconvert.yolo.dataset import DataYaml, calibration_images, image_paths, read_data_yaml
-from dsconvert.yolo.images import Letterbox, calibration_batches, letterbox, read_image, spread, to_tensor
-from dsconvert.yolo.labels import label_path, read_labels
+from dsconvert.base.errors import InputError
+from dsconvert.base.notes import DataWarning
+from dsconvert.photos.dataset import DataYaml, calibration_images, image_paths, read_data_yaml
+from dsconvert.photos.images import Letterbox, calibration_batches, letterbox, read_image, spread, to_tensor
+from dsconvert.photos.labels import label_path, read_labels
 
 
 def picture(path: Path, colour=(10, 20, 30), size=(8, 6)) -> Path:

@@ -7,11 +7,12 @@ from functools import partial
 import pytest
 import torch
 
-from dsconvert.fit import draws, importance
-from dsconvert.fit.clipping import clip_effects
-from dsconvert.fit.importance import Part, gradients, measure_importance
+from dsconvert.fit import draws
 from dsconvert.graph.ir import INPUT, ConvParams, Graph, Node
 from dsconvert.graph.shapes import value_shapes
+from dsconvert.measure import importance
+from dsconvert.measure.clipping import clip_effects
+from dsconvert.measure.importance import Part, gradients, measure_importance
 from dsconvert.yolo.decode import decode, detection_measure
 from dsconvert.yolo.lower import lower, split_detect
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 import dsconvert
-from dsconvert.errors import InputError
-from dsconvert.modelfile import model_bytes
+from dsconvert.base.errors import InputError
+from dsconvert.model.file import model_bytes
 
 
 @pytest.fixture

@@ -9,8 +9,8 @@ import pytest
 import torch
 from formats import fit_weight, free
 
+from dsconvert.base.builder import OnnxBuilder
 from dsconvert.dsconv.tensor import DSTensor
-from dsconvert.export.builder import OnnxBuilder
 from dsconvert.graph.activations import activation_table
 from dsconvert.graph.grids import SIGMOID, QParams
 from dsconvert.graph.integer import QConv, grid_of, integer_conv, integer_step, real_between, run_integer

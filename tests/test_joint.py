@@ -16,15 +16,15 @@ from formats import along, free
 from onnx import numpy_helper
 from onnx.reference import ReferenceEvaluator
 
+from dsconvert.base.builder import OnnxBuilder
 from dsconvert.dsconv.codes import TRELLIS
 from dsconvert.dsconv.codes.trellis_onnx import Matrix, Tables
 from dsconvert.dsconv.format import WeightFormat
 from dsconvert.dsconv.tensor import DSTensor
-from dsconvert.export.builder import OnnxBuilder
-from dsconvert.export.joint import JointWeights, joins
-from dsconvert.export.layouts import layout_named
 from dsconvert.export.onnx import export_quantized
-from dsconvert.export.weights import Weights
+from dsconvert.export.weights.joint import JointWeights, joins
+from dsconvert.export.weights.layouts import layout_named
+from dsconvert.export.weights.weights import Weights
 
 KINDS = [(1, True), (2, True), (3, True), (4, True), (4, False), (5, False), (6, False)]
 FLOAT = onnx.TensorProto.FLOAT

@@ -9,9 +9,9 @@ import torch
 from conftest import grids_of, lockstep
 from formats import fit_weight
 
-from dsconvert.errors import InputError
-from dsconvert.fit import kept
-from dsconvert.fit.kept import InMemory, OnDisk, Room
+from dsconvert.base import kept
+from dsconvert.base.errors import InputError
+from dsconvert.base.kept import InMemory, OnDisk, Room
 from dsconvert.yolo.lower import lower
 
 KINDS = [torch.uint8, torch.half, torch.float32]

@@ -12,7 +12,7 @@ import pytest
 import torch
 from bfp import integer_dsconv, to_block_float
 
-from dsconvert.errors import InputError
+from dsconvert.base.errors import InputError
 
 FLAGS = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").is_file() else ""
 pytestmark = pytest.mark.skipif(

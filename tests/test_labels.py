@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from test_images import text
 
-from dsconvert.errors import InputError
-from dsconvert.notes import DataWarning
+from dsconvert.base.errors import InputError
+from dsconvert.base.notes import DataWarning
+from dsconvert.photos.dataset import read_data_yaml
+from dsconvert.photos.labels import Labelled, LabelRules, read_labelled, read_labels
 from dsconvert.yolo.classes import label_rules
-from dsconvert.yolo.dataset import read_data_yaml
-from dsconvert.yolo.labels import Labelled, LabelRules, read_labelled, read_labels
 
 BOX = "0 0.5 0.5 0.25 0.25\n"
 

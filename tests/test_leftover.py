@@ -6,11 +6,11 @@ import pytest
 import torch
 from formats import free
 
-from dsconvert.fit.importance import Part
-from dsconvert.fit.leftover import Left, left_by, left_over
 from dsconvert.fit.lockstep import watch
 from dsconvert.fit.moments import damping_for
 from dsconvert.graph.ir import INPUT, ConvParams, Graph, Node
+from dsconvert.measure.importance import Part
+from dsconvert.measure.leftover import Left, left_by, left_over
 
 POINT = {"stride": 1, "padding": 0, "dilation": 1, "groups": 1}
 

@@ -19,11 +19,11 @@ from formats import fit_weight, free, gptq
 from numba import njit
 from reference import torch_loops as reference
 
+from dsconvert.base import loops
 from dsconvert.dsconv.codes import free as free_code
 from dsconvert.dsconv.codes import trellis as trellis_code
 from dsconvert.dsconv.codes import trellis_search as trellis
 from dsconvert.dsconv.tensor import DSTensor
-from dsconvert.fit import loops
 from dsconvert.fit.moments import Moments, unfold, unfolded
 from dsconvert.fit.seen import Seen
 from dsconvert.graph.activations import activation_table
@@ -290,7 +290,12 @@ def test_a_cpu_without_fused_instructions_finds_the_same(compiled, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "line", ["import dsconvert.cli", "import dsconvert.api, dsconvert.fit.gptq", "import dsconvert.scoring"]
+    "line",
+    [
+        "import dsconvert.commands.cli",
+        "import dsconvert.api.models, dsconvert.fit.gptq",
+        "import dsconvert.scoring.compare",
+    ],
 )
 def test_numba_is_loaded_only_by_a_fit(line):
     check = f"{line}; import sys; assert not [m for m in sys.modules if m.split('.')[0] in ('numba', 'llvmlite')]"

@@ -10,8 +10,8 @@ import torch
 from flips import refused
 from safetensors.numpy import save_file
 
-from dsconvert.errors import InputError
-from dsconvert.modelfile import load_model, model_bytes
+from dsconvert.base.errors import InputError
+from dsconvert.model.file import load_model, model_bytes
 
 
 @pytest.fixture

@@ -15,20 +15,20 @@ from formats import fit_weight, free
 from onnx import TensorProto, helper, numpy_helper
 from pt_writer import yolov5_bytes
 
-from dsconvert.errors import InputError
-from dsconvert.export.external import check_external_data
-from dsconvert.fit import allocate as module
+from dsconvert.base.errors import InputError
 from dsconvert.fit import draws
-from dsconvert.fit.allocate import Choice, allocate
-from dsconvert.fit.clipping import LEVELS
 from dsconvert.fit.layer import fit_cds
-from dsconvert.fit.leftover import left_by
 from dsconvert.fit.lockstep import _Side
 from dsconvert.fit.moments import TOGETHER, measure_moments
-from dsconvert.fit.ranges import IMAGE_GRID, best_range
 from dsconvert.fit.seen import Seen, seen_evenly
 from dsconvert.graph.ir import INPUT, Node
-from dsconvert.scoring import bounds
+from dsconvert.measure.clipping import LEVELS
+from dsconvert.measure.grids import IMAGE_GRID, best_range
+from dsconvert.measure.leftover import left_by
+from dsconvert.onnxfile import bounds
+from dsconvert.onnxfile.external import check_external_data
+from dsconvert.widths import allocate as module
+from dsconvert.widths.allocate import Choice, allocate
 from dsconvert.yolo import checkpoint
 from dsconvert.yolo.archive import ALLOWED, TENSOR, Archive
 from dsconvert.yolo.checkpoint import load_checkpoint

@@ -13,7 +13,7 @@ import torch
 from test_anyonnx import exported
 from torch import nn
 
-from dsconvert.errors import InputError
+from dsconvert.base.errors import InputError
 from dsconvert.scoring.candidates import load_candidate
 
 

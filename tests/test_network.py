@@ -10,7 +10,7 @@ import yaml
 from conftest import DEMO, TINY, randomise
 from tables import yolov7_tiny
 
-from dsconvert.errors import InputError
+from dsconvert.base.errors import InputError
 from dsconvert.graph.ir import Graph
 from dsconvert.graph.run import run_float
 from dsconvert.yolo.decode import decode

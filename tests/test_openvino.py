@@ -8,11 +8,11 @@ import onnxruntime as ort
 import pytest
 from conftest import SIDE
 
-from dsconvert.export.builder import OnnxBuilder
-from dsconvert.export.decode import Decoded
-from dsconvert.export.layouts import layout_named
-from dsconvert.export.nms import Nms, add_nms
+from dsconvert.base.builder import OnnxBuilder
+from dsconvert.export.ends.decode import Decoded
+from dsconvert.export.ends.nms import Nms, add_nms
 from dsconvert.export.onnx import export_quantized
+from dsconvert.export.weights.layouts import layout_named
 
 openvino = pytest.importorskip("openvino")
 pytestmark = pytest.mark.long

@@ -11,8 +11,8 @@ import pytest
 import torch
 from formats import fit_weight
 
-from dsconvert.errors import InputError
-from dsconvert.export.builder import OnnxBuilder
+from dsconvert.base.builder import OnnxBuilder
+from dsconvert.base.errors import InputError
 from dsconvert.export.check import check_export, check_images
 from dsconvert.export.onnx import PLAIN, export_float, export_quantized, in_layout
 from dsconvert.export.reference import float_reference, reference_of
@@ -22,10 +22,10 @@ from dsconvert.graph.ir import INPUT, ConvParams, Graph, Node
 from dsconvert.graph.ops import OPS, Op
 from dsconvert.graph.run import run_float
 from dsconvert.graph.shapes import check_node, value_shapes
-from dsconvert.model import DSModel
-from dsconvert.modelfile import load_model, model_bytes
-from dsconvert.train.latents import start
-from dsconvert.train.simulate import simulate
+from dsconvert.model.file import load_model, model_bytes
+from dsconvert.model.model import DSModel
+from dsconvert.tune.latents import start
+from dsconvert.tune.simulate import simulate
 from dsconvert.yolo.network import Head
 
 SIDE = 16

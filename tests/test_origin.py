@@ -11,14 +11,14 @@ import pytest
 from conftest import convert, smooth_picture, tiny_network, write_pictures
 from pt_writer import yolov5_bytes
 
-from dsconvert import exporting
-from dsconvert.errors import InputError
-from dsconvert.model import DSModel
-from dsconvert.modelfile import model_bytes
-from dsconvert.origin import known_images, known_source
+from dsconvert.base.errors import InputError
+from dsconvert.convert import exporting
+from dsconvert.convert.origin import known_images, known_source
+from dsconvert.model.file import model_bytes
+from dsconvert.model.model import DSModel
+from dsconvert.photos import images
 from dsconvert.report import gather
 from dsconvert.scoring import contest
-from dsconvert.yolo import images
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ import pytest
 import yaml
 from conftest import DEMO
 
-from dsconvert.errors import InputError
+from dsconvert.base.errors import InputError
 from dsconvert.yolo.lower import lower
 from dsconvert.yolo.network import Network
 from dsconvert.yolo.plan import choose_convs, choose_layers

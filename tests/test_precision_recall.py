@@ -11,11 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_coco import random_case
 
+from dsconvert.photos.dataset import read_data_yaml
 from dsconvert.scoring.accuracy import detect_all
 from dsconvert.scoring.candidates import load_candidate
 from dsconvert.scoring.coco import best_f1, coco_metrics, matched, overlaps
 from dsconvert.scoring.masks import mask_f1, outlines
-from dsconvert.yolo.dataset import read_data_yaml
 
 COCO500, YOLOV5N = SHARED / "coco" / "coco500.yaml", SHARED / "checkpoints" / "yolov5n.pt"
 # Both sides average the same fractions in float64, in another order.

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from dsconvert.export.layouts import PACKED
-from dsconvert.exporting import onnx_bytes
+from dsconvert.convert.exporting import onnx_bytes
+from dsconvert.export.weights.layouts import PACKED
 
 DEMO = Path(__file__).parents[1] / "calib" / "demo" / "demo.pt"
 RUN = """

@@ -18,19 +18,19 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from onnx.reference import ReferenceEvaluator
 
+from dsconvert.base.builder import OnnxBuilder
 from dsconvert.dsconv.codes import FREE, TRELLIS
 from dsconvert.dsconv.codes.trellis_table import fits, from_strings, largest, strings
 from dsconvert.dsconv.packing import pack_bits, unpack_bits
 from dsconvert.dsconv.tensor import DSTensor, block_count
-from dsconvert.export.builder import OnnxBuilder
-from dsconvert.export.layouts import LAYOUTS, add_int8_weight, layout_named
 from dsconvert.export.onnx import Ends, export_quantized
+from dsconvert.export.weights.layouts import LAYOUTS, add_int8_weight, layout_named
 from dsconvert.graph.grids import QParams
 from dsconvert.graph.integer import QConv, run_integer
 from dsconvert.graph.ir import INPUT, ConvParams, Graph, Node
 from dsconvert.graph.run import run_float
-from dsconvert.model import DSModel
-from dsconvert.modelfile import load_model, model_bytes
+from dsconvert.model.file import load_model, model_bytes
+from dsconvert.model.model import DSModel
 from dsconvert.yolo.decode import decode
 from dsconvert.yolo.network import Head
 

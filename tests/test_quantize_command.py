@@ -14,9 +14,9 @@ import time
 import pytest
 from rich.console import Console
 
-from dsconvert import pipeline
 from dsconvert.commands import shared
-from dsconvert.options import QuantizeOptions
+from dsconvert.convert import quantize as pipeline
+from dsconvert.convert.options import QuantizeOptions
 
 QUANTIZE = ["quantize", "best.pt", "--calib", "images", "--imgsz", "64"]
 

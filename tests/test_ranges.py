@@ -7,15 +7,15 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from dsconvert.calibration import sure_scores
-from dsconvert.fit import loops
-from dsconvert.fit.clipping import LEVELS
-from dsconvert.fit.importance import measure_importance
-from dsconvert.fit.ranges import HIGHS, Seen, best_range, choose_grids, grids_of, least, share_grids, together
+from dsconvert.base import loops
 from dsconvert.graph.activations import activation_table, as_engines
 from dsconvert.graph.grids import QMAX, SIGMOID, QParams
 from dsconvert.graph.integer import grid_of
 from dsconvert.graph.ir import INPUT, Graph, Node
+from dsconvert.measure.calibration import sure_scores
+from dsconvert.measure.clipping import LEVELS
+from dsconvert.measure.grids import HIGHS, Seen, best_range, choose_grids, grids_of, least, share_grids, together
+from dsconvert.measure.importance import measure_importance
 from dsconvert.yolo.lower import lower, split_detect
 
 

@@ -20,7 +20,7 @@ from dsconvert.fit.layer import GPTQ
 from dsconvert.fit.moments import Moments
 from dsconvert.fit.seen import seen_evenly
 from dsconvert.graph.ir import Node
-from dsconvert.modelfile import load_model, model_bytes
+from dsconvert.model.file import load_model, model_bytes
 
 
 def randn(*shape: int, seed: int = 0) -> torch.Tensor:

@@ -12,11 +12,11 @@ from click.testing import CliRunner
 from conftest import HANGS
 from report_case import make_case
 
-from dsconvert import exporting
-from dsconvert.cli import cli
+from dsconvert.base.errors import InputError
+from dsconvert.commands.cli import cli
 from dsconvert.commands.shared import option
-from dsconvert.errors import InputError
-from dsconvert.export.layouts import layout_named
+from dsconvert.convert import exporting
+from dsconvert.export.weights.layouts import layout_named
 from dsconvert.report.gather import ReportOptions, gather
 from dsconvert.report.page import page_bytes
 

@@ -11,9 +11,9 @@ import pytest
 import torch
 from formats import free
 
+from dsconvert.base.errors import InputError
 from dsconvert.dsconv.codes import FREE
 from dsconvert.dsconv.tensor import DSTensor
-from dsconvert.errors import InputError
 from dsconvert.graph.integer import grid_of
 from dsconvert.graph.run import run_float
 from dsconvert.report.activations import activation_view, watch

@@ -13,13 +13,13 @@ from pathlib import Path
 import pytest
 from report_case import HOSTILE, SCRIPT, make_case
 
+from dsconvert.base.errors import InputError
+from dsconvert.base.text import printable
 from dsconvert.commands import report as command
-from dsconvert.errors import InputError
 from dsconvert.report.gather import ReportOptions, gather
 from dsconvert.report.page import page_bytes
 from dsconvert.report.svg import COLOURS
 from dsconvert.scoring.compare import ScoreShift
-from dsconvert.text import printable
 
 VOID = {"meta", "link", "image", "use", "rect", "path", "br", "img"}
 

@@ -13,9 +13,9 @@ import torch
 from test_anyonnx import exported
 from torch import nn
 
-from dsconvert.anyonnx.images import Normalisation
-from dsconvert.anyonnx.scale import RAW, Response, response, warning
-from dsconvert.anyonnx.source import ImageInput
+from dsconvert.onnxfile.images import Normalisation
+from dsconvert.onnxfile.scale import RAW, Response, response, warning
+from dsconvert.onnxfile.source import ImageInput
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # the exporter's own
 

@@ -6,12 +6,12 @@ import pytest
 import torch
 from conftest import SIDE, TINY, convert, randomise, smooth_picture
 
-from dsconvert.export.compact import compact
-from dsconvert.export.layouts import layout_named
 from dsconvert.export.onnx import export_quantized
+from dsconvert.export.weights.layouts import layout_named
 from dsconvert.graph.integer import run_integer
-from dsconvert.modelfile import load_model, model_bytes
-from dsconvert.scoring.engines import session
+from dsconvert.model.file import load_model, model_bytes
+from dsconvert.onnxfile.compact import compact
+from dsconvert.onnxfile.engines import session
 from dsconvert.yolo.decode import decode
 from dsconvert.yolo.network import Network, head_from_detect
 

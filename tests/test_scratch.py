@@ -20,9 +20,9 @@ import pytest
 from conftest import ROOT, SIDE, convert, smooth_picture, tiny_network
 from onnx import TensorProto, helper, numpy_helper
 
-from dsconvert.anyonnx import lockstep
-from dsconvert.export import fused
-from dsconvert.modelfile import model_bytes
+from dsconvert.convert import onnx_lockstep as lockstep
+from dsconvert.export.ort import fused
+from dsconvert.model.file import model_bytes
 
 
 @pytest.fixture
@@ -123,7 +123,7 @@ def test_values_are_read_where_files_cannot_be_mapped(network, photos, call, tmp
 def test_values_of_peoples_photos_do_not_stay_behind(network, photos, tmp_path, number):
     """Stopped as soon as there are any; the fit is slowed down so that it is in the middle of it."""
     script = (
-        "import sys, time; from dsconvert.anyonnx import convert; from dsconvert.cli import main\n"
+        "import sys, time; from dsconvert.anyonnx import convert; from dsconvert.commands.cli import main\n"
         "fit = convert._fit\n"
         "convert._fit = lambda *given: (time.sleep(60), fit(*given))[1]\n"
         "main(sys.argv[1:])\n"
@@ -179,9 +179,11 @@ def test_a_folder_that_cannot_be_written_is_known_before_the_work(
     model, network, photos, call, tmp_path, monkeypatch, command
 ):
     """Whatever `os.access` says of it."""
-    from dsconvert import exporting, files, pipeline
+    from dsconvert.base import files
     from dsconvert.commands import finetune
     from dsconvert.commands import quantize as command_file
+    from dsconvert.convert import exporting
+    from dsconvert.convert import quantize as pipeline
     from dsconvert.report import gather
 
     for module, name in (

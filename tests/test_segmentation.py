@@ -13,14 +13,14 @@ from pt_writer import yolov5_bytes
 from segmentation import MASKS, tiny_segment
 from torch.nn import functional as F
 
-from dsconvert.errors import CheckError, InputError
+from dsconvert.base.errors import CheckError, InputError
 from dsconvert.export.check import check_export, check_images, float_reference, reference_of
-from dsconvert.export.layouts import layout_named
 from dsconvert.export.onnx import PLAIN, export_float, export_quantized
-from dsconvert.fit.importance import measure_importance
+from dsconvert.export.weights.layouts import layout_named
 from dsconvert.graph.integer import run_integer
 from dsconvert.graph.run import run_float
-from dsconvert.modelfile import load_model, model_bytes
+from dsconvert.measure.importance import measure_importance
+from dsconvert.model.file import load_model, model_bytes
 from dsconvert.yolo.checkpoint import load_checkpoint
 from dsconvert.yolo.decode import decode, detection_measure
 from dsconvert.yolo.lower import lower, split_detect

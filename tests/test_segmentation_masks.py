@@ -13,12 +13,12 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from segmentation import tiny_segment
 
-from dsconvert.errors import InputError
+from dsconvert.base.errors import InputError
+from dsconvert.photos.images import Letterbox, letterbox
+from dsconvert.photos.labels import label_rows
 from dsconvert.scoring.accuracy import detect_all
 from dsconvert.scoring.detect import TINT, coco_document, draw, yolo_lines
 from dsconvert.scoring.masks import MaskPredictor, Masks, PlacedMask, mask_precision, outlines, rle
-from dsconvert.yolo.images import Letterbox, letterbox
-from dsconvert.yolo.labels import label_rows
 
 WHOLE = Letterbox(1.0, 0, 0)
 

@@ -10,10 +10,10 @@ from formats import free, nearest
 
 from dsconvert.dsconv.codes.free import weight_error
 from dsconvert.dsconv.codes.shrink import unshrunk
-from dsconvert.fit.importance import measure_importance
-from dsconvert.fit.sensitivity import damage_of, formats_of, squared_gradient
 from dsconvert.graph.ir import INPUT, ConvParams, Graph, Node
 from dsconvert.graph.run import run_float
+from dsconvert.measure.damage import damage_of, formats_of, squared_gradient
+from dsconvert.measure.importance import measure_importance
 from dsconvert.yolo.lower import lower
 
 POINT = {"stride": 1, "padding": 0, "dilation": 1, "groups": 1}

@@ -11,11 +11,11 @@ import torch
 from pt_writer import yolov5_bytes
 from torch import nn
 
-from dsconvert import calibration
-from dsconvert.calibration import FEW, beside_few, tiled
 from dsconvert.fit import draws
-from dsconvert.fit.synthesize import _batch, _distance, _smooth_noise, synthesize
-from dsconvert.fit.views import EACH
+from dsconvert.measure import calibration
+from dsconvert.measure.calibration import FEW, beside_few, tiled
+from dsconvert.measure.synthesize import _batch, _distance, _smooth_noise, synthesize
+from dsconvert.measure.views import EACH
 from dsconvert.yolo.checkpoint import load_checkpoint
 from dsconvert.yolo.network import Head
 from dsconvert.yolo.wishes import OBJECTS, wished

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dsconvert.budget import BITS, stored_bytes
+from dsconvert.base.errors import InputError
 from dsconvert.dsconv.codes import usual_format
-from dsconvert.errors import InputError
 from dsconvert.graph.ir import ConvParams
-from dsconvert.target import TRIES, expected, formats_for_damage, smallest_within
+from dsconvert.widths.loss import TRIES, expected, formats_for_damage, smallest_within
+from dsconvert.widths.size import BITS, stored_bytes
 
 PARAMS = {f"l{i}": ConvParams(torch.zeros(64, 64, 1, 1), torch.zeros(64)) for i in range(6)}
 DAMAGE = {f"l{i}": {usual_format(b, 64, 32): (i + 1) * 4.0 ** (4 - b) for b in BITS} for i in range(6)}

@@ -12,10 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import dsconvert
-from dsconvert.cli import cli
+from dsconvert.base.errors import InputError
+from dsconvert.base.text import Sentence, in_words, printable
+from dsconvert.commands.cli import cli
 from dsconvert.commands.shared import option
-from dsconvert.errors import InputError
-from dsconvert.text import Sentence, in_words, printable
 
 
 def named_in(path: Path) -> set[str]:

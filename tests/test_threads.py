@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import HANGS
 
-from dsconvert.fit.threads import FEW, in_order, shared, threads_for
+from dsconvert.base.threads import FEW, in_order, shared, threads_for
 
 
 @pytest.fixture

@@ -14,8 +14,8 @@ from test_modules import reference
 from torch import nn
 from torch.nn import functional as F
 
+from dsconvert.base.errors import InputError
 from dsconvert.dsconv.tensor import expand_blocks
-from dsconvert.errors import InputError
 from dsconvert.torch import Bottleneck_DSConv2D, DSConv, DSConv2D, DSConv2D_C3, register
 from dsconvert.yolo.checkpoint import load_checkpoint
 

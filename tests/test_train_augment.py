@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import torch
 
-from dsconvert.errors import InputError
-from dsconvert.train import photos as photos_module
-from dsconvert.train.augment import NOTHING, Augment, augmented, mirrored, moved, recoloured
-from dsconvert.train.photos import open_photos, order
-from dsconvert.yolo.images import letterbox
-from dsconvert.yolo.labels import LabelRules
+from dsconvert.base.errors import InputError
+from dsconvert.photos.images import letterbox
+from dsconvert.photos.labels import LabelRules
+from dsconvert.tune import photos as photos_module
+from dsconvert.tune.augment import NOTHING, Augment, augmented, mirrored, moved, recoloured
+from dsconvert.tune.photos import open_photos, order
 
 PLAIN = Augment(hue=0, saturation=0, brightness=0)
 

@@ -15,10 +15,10 @@ from dsconvert.graph.grids import QParams
 from dsconvert.graph.integer import QConv, grid_of, integer_step, real_params, run_integer
 from dsconvert.graph.ir import INPUT, Node
 from dsconvert.graph.run import execute, float_step, run_float
-from dsconvert.model import DSModel
-from dsconvert.modelfile import model_bytes
-from dsconvert.train.latents import TRAINED, hold, learned, share, start
-from dsconvert.train.simulate import on_grid, simulate, step
+from dsconvert.model.file import model_bytes
+from dsconvert.model.model import DSModel
+from dsconvert.tune.latents import TRAINED, hold, learned, share, start
+from dsconvert.tune.simulate import on_grid, simulate, step
 from dsconvert.yolo.decode import decode, whole_maps
 
 

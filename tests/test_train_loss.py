@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from dsconvert.train.loss import Gains, assign, complete_iou, detection_loss, level_balance
+from dsconvert.tune.loss import Gains, assign, complete_iou, detection_loss, level_balance
 
 ANCHORS = torch.tensor([[2.0, 2.0], [8.0, 8.0]])
 

@@ -7,13 +7,13 @@ import torch
 from conftest import write_work
 from formats import free
 
-from dsconvert.errors import InputError
+from dsconvert.base.errors import InputError
+from dsconvert.base.sealed import run_key
+from dsconvert.convert.options import QuantizeOptions
+from dsconvert.convert.quantize import quantize
+from dsconvert.convert.resume import read_unfinished, usable, write_unfinished
 from dsconvert.fit.layer import GPTQ
-from dsconvert.modelfile import model_bytes
-from dsconvert.options import QuantizeOptions
-from dsconvert.pipeline import quantize
-from dsconvert.sealed import run_key
-from dsconvert.unfinished import read_unfinished, usable, write_unfinished
+from dsconvert.model.file import model_bytes
 from dsconvert.yolo.checkpoint import load_checkpoint
 
 

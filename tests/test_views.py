@@ -8,12 +8,12 @@ import pytest
 import torch
 from conftest import ROOT
 
-from dsconvert import workers
-from dsconvert.calibration import decoded, with_views
-from dsconvert.errors import InputError
-from dsconvert.fit.kept import Room
-from dsconvert.fit.views import WANTED, view, wanted
-from dsconvert.yolo.images import letterbox, read_image
+from dsconvert.base import workers
+from dsconvert.base.errors import InputError
+from dsconvert.base.kept import Room
+from dsconvert.measure.calibration import decoded, with_views
+from dsconvert.measure.views import WANTED, view, wanted
+from dsconvert.photos.images import letterbox, read_image
 
 
 def photographs(count: int, side: int) -> torch.Tensor:

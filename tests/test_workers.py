@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 from conftest import HANGS, ROOT, write_work
 
-from dsconvert import workers
-from dsconvert.calibration import decoded
-from dsconvert.errors import InputError
-from dsconvert.fit.kept import Room
-from dsconvert.fit.views import WANTED
-from dsconvert.modelfile import load_model
+from dsconvert.base import workers
+from dsconvert.base.errors import InputError
+from dsconvert.base.kept import Room
+from dsconvert.measure.calibration import decoded
+from dsconvert.measure.views import WANTED
+from dsconvert.model.file import load_model
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "NO_COLOR": "1"}
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import TINY, randomise
 
-from dsconvert.errors import InputError
+from dsconvert.base.errors import InputError
 from dsconvert.yolo.ghost import GhostBottleneck
 from dsconvert.yolo.modules import Conv
 from dsconvert.yolo.network import Network

@@ -14,11 +14,11 @@ from conftest import SIDE, TINY, convert, randomise, smooth_picture
 from pt_writer import yolov5_bytes
 
 from dsconvert.export.check import check_export, check_images, float_reference, reference_of
-from dsconvert.export.layouts import layout_named
-from dsconvert.export.nms import Nms
+from dsconvert.export.ends.nms import Nms
 from dsconvert.export.onnx import PLAIN, Ends, export_float, export_quantized
-from dsconvert.modelcheck import check_model
-from dsconvert.modelfile import _head, load_model, model_bytes
+from dsconvert.export.weights.layouts import layout_named
+from dsconvert.model.check import check_model
+from dsconvert.model.file import _head, load_model, model_bytes
 from dsconvert.scoring.candidates import load_candidate
 from dsconvert.scoring.detect import DetectOptions, find
 from dsconvert.yolo.checkpoint import load_checkpoint

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from trees import Tree, noise, worst
 
-from dsconvert.errors import InputError
+from dsconvert.base.errors import InputError
 from dsconvert.yolo.checkpoint import load_checkpoint
 
 pytestmark = pytest.mark.long

@@ -19,8 +19,8 @@ from pt_writer import yolov5_bytes
 from scenes import NAMES, SIDE, draw_scene
 from torch import Tensor, nn
 
-from dsconvert.files import write_atomic
-from dsconvert.train.loss import detection_loss
+from dsconvert.base.files import write_atomic
+from dsconvert.tune.loss import detection_loss
 from dsconvert.yolo.network import Network, head_from_detect
 
 HERE = Path(__file__).resolve().parent

@@ -8,11 +8,11 @@ from typing import Any
 
 import click
 
+from dsconvert.base.errors import InputError
 from dsconvert.commands.shared import PATH, as_json, bars, cell, console, print_json, quiet, short, table, tell, threads
-from dsconvert.errors import InputError
+from dsconvert.onnxfile.engines import ENGINES
 from dsconvert.scoring.bench import Benchmarked
 from dsconvert.scoring.bench import bench as measure
-from dsconvert.scoring.engines import ENGINES
 
 
 @click.command()

@@ -9,6 +9,8 @@ from typing import Any
 
 import click
 
+from dsconvert.base.errors import InputError, LimitMissed
+from dsconvert.base.notes import so_far
 from dsconvert.commands.shared import (
     PATH,
     as_json,
@@ -24,8 +26,6 @@ from dsconvert.commands.shared import (
     verbose,
     warn,
 )
-from dsconvert.errors import InputError, LimitMissed
-from dsconvert.notes import so_far
 from dsconvert.scoring.accuracy import CONFIDENT
 from dsconvert.scoring.compare import MATCHING, Agreement
 from dsconvert.scoring.detect import DetectOptions

@@ -11,7 +11,10 @@ from typing import Any
 import click
 import numpy as np
 
-from dsconvert import workers
+from dsconvert.base import workers
+from dsconvert.base.errors import InputError
+from dsconvert.base.files import refuse_inputs, write_atomic
+from dsconvert.base.notes import so_far
 from dsconvert.commands.folders import run_folder
 from dsconvert.commands.shared import (
     PATH,
@@ -27,9 +30,6 @@ from dsconvert.commands.shared import (
     verbose,
     warn,
 )
-from dsconvert.errors import InputError
-from dsconvert.files import refuse_inputs, write_atomic
-from dsconvert.notes import so_far
 from dsconvert.scoring.candidates import load_candidate
 from dsconvert.scoring.detect import DetectOptions, class_name, class_numbers
 from dsconvert.scoring.media import Gathered, Looked, Run

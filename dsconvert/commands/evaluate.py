@@ -7,7 +7,8 @@ from typing import Any
 
 import click
 
-from dsconvert import exporting, notes, workers
+from dsconvert.base import notes, workers
+from dsconvert.base.errors import InputError, LimitMissed
 from dsconvert.commands.shared import (
     PATH,
     RUNS,
@@ -27,16 +28,16 @@ from dsconvert.commands.shared import (
     verbose,
     warn,
 )
-from dsconvert.errors import InputError, LimitMissed
-from dsconvert.modelfile import load_model
-from dsconvert.origin import known_images, known_source
+from dsconvert.convert import exporting
+from dsconvert.convert.origin import known_images, known_source
+from dsconvert.model.file import load_model
+from dsconvert.photos.dataset import is_data_yaml
 from dsconvert.scoring import contest
 from dsconvert.scoring.accuracy import OVERLAP, VAL_OVERLAP, most_overlap
 from dsconvert.scoring.candidates import Candidate
 from dsconvert.scoring.coco import Metrics
 from dsconvert.scoring.detect import class_name
 from dsconvert.yolo.boxes import LEAST
-from dsconvert.yolo.dataset import is_data_yaml
 
 ACCURACY = ("map50_95", "map50", "precision", "recall")
 

@@ -9,17 +9,17 @@ from typing import Any
 
 import click
 
-from dsconvert import exporting
+from dsconvert.base.errors import InputError
+from dsconvert.base.filekinds import CHECKPOINT, MODEL, file_kind
+from dsconvert.base.files import check_target, check_writable, scratch_in, write_atomic
 from dsconvert.commands.folders import refuse_to_lose
 from dsconvert.commands.shared import PATH, RUNS, as_json, force, print_json, tell
-from dsconvert.errors import InputError
-from dsconvert.export.layouts import LAYOUTS, PACKED, layout_named, run_by
-from dsconvert.export.nms import Nms
+from dsconvert.convert import exporting
+from dsconvert.export.ends.nms import Nms
 from dsconvert.export.onnx import Ends
-from dsconvert.filekinds import CHECKPOINT, MODEL, file_kind
-from dsconvert.files import check_target, check_writable, scratch_in, write_atomic
-from dsconvert.modelfile import load_model
-from dsconvert.yolo.dataset import SPLITS, is_data_yaml, read_data_yaml
+from dsconvert.export.weights.layouts import LAYOUTS, PACKED, layout_named, run_by
+from dsconvert.model.file import load_model
+from dsconvert.photos.dataset import SPLITS, is_data_yaml, read_data_yaml
 
 
 @click.command()

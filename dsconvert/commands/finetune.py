@@ -11,7 +11,11 @@ from typing import Any
 
 import click
 
-from dsconvert import workers
+from dsconvert.base import workers
+from dsconvert.base.errors import InputError
+from dsconvert.base.filekinds import MODEL, NAMES, file_kind
+from dsconvert.base.files import check_target, check_writable, write_atomic
+from dsconvert.base.notes import so_far
 from dsconvert.commands.folders import refuse_to_lose, run_folder
 from dsconvert.commands.shared import (
     PATH,
@@ -31,15 +35,11 @@ from dsconvert.commands.shared import (
     typed_command,
     warn,
 )
-from dsconvert.errors import InputError
-from dsconvert.filekinds import MODEL, NAMES, file_kind
-from dsconvert.files import check_target, check_writable, write_atomic
-from dsconvert.modelfile import model_bytes
-from dsconvert.notes import so_far
-from dsconvert.record import MODEL_FILE
-from dsconvert.train.finetune import Finetuned, FinetuneOptions, finetune
-from dsconvert.train.latents import TRAINED
-from dsconvert.train.state import NAME as UNFINISHED
+from dsconvert.convert.record import MODEL_FILE
+from dsconvert.model.file import model_bytes
+from dsconvert.tune.finetune import Finetuned, FinetuneOptions, finetune
+from dsconvert.tune.latents import TRAINED
+from dsconvert.tune.state import NAME as UNFINISHED
 
 RECORD_FILE = "finetune.json"
 DEFAULT = FinetuneOptions(Path())

@@ -6,10 +6,10 @@ import contextlib
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
-from dsconvert.errors import InputError, printable
-from dsconvert.filekinds import MODEL, known_kind
-from dsconvert.files import claim_folder, refuse_inputs
-from dsconvert.modelfile import load_model
+from dsconvert.base.errors import InputError, printable
+from dsconvert.base.filekinds import MODEL, known_kind
+from dsconvert.base.files import claim_folder, refuse_inputs
+from dsconvert.model.file import load_model
 
 
 @contextlib.contextmanager

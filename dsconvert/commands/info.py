@@ -7,15 +7,15 @@ from typing import Any
 
 import click
 
-from dsconvert import exporting
+from dsconvert.base.errors import InputError
+from dsconvert.base.filekinds import CHECKPOINT, MODEL, file_kind
 from dsconvert.commands.shared import PATH, RUNS, as_json, cell, console, print_json, table, tell
-from dsconvert.errors import InputError
-from dsconvert.export.external import parsed
-from dsconvert.export.inspect import conv_weights
-from dsconvert.filekinds import CHECKPOINT, MODEL, file_kind
-from dsconvert.model import DSModel
-from dsconvert.modelfile import load_model
-from dsconvert.record import layer_table
+from dsconvert.convert import exporting
+from dsconvert.convert.record import layer_table
+from dsconvert.model.file import load_model
+from dsconvert.model.model import DSModel
+from dsconvert.onnxfile.external import parsed
+from dsconvert.onnxfile.inspect import conv_weights
 from dsconvert.yolo.checkpoint import load_checkpoint
 from dsconvert.yolo.lower import lower
 

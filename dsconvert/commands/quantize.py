@@ -12,11 +12,11 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
-from dsconvert import pipeline, workers
-from dsconvert.advice import advice, bits_of_layers
-from dsconvert.anyonnx.convert import OnnxPlan, quantize_onnx
-from dsconvert.anyonnx.images import Normalisation
-from dsconvert.anyonnx.rewrite import LAYOUTS
+from dsconvert.base import workers
+from dsconvert.base.errors import InputError
+from dsconvert.base.filekinds import CHECKPOINT, MODEL, ONNX, file_kind
+from dsconvert.base.files import check_target, check_writable, claim_folder, scratch_in, write_atomic
+from dsconvert.base.notes import so_far, unheard
 from dsconvert.commands.folders import refuse_to_lose, run_folder
 from dsconvert.commands.shared import (
     PATH,
@@ -41,18 +41,19 @@ from dsconvert.commands.shared import (
     verbose,
     warn,
 )
-from dsconvert.config import read_config, recipe_names
-from dsconvert.errors import InputError
-from dsconvert.filekinds import CHECKPOINT, MODEL, ONNX, file_kind
-from dsconvert.files import check_target, check_writable, claim_folder, scratch_in, write_atomic
-from dsconvert.notes import so_far, unheard
-from dsconvert.options import QuantizeOptions
-from dsconvert.record import MODEL_FILE, REPORT_FILE, Quantized, layer_table, quantize_report, save_quantized
-from dsconvert.train.distil import Distilled
-from dsconvert.unfinished import NAME as UNFINISHED
+from dsconvert.convert import quantize as pipeline
+from dsconvert.convert.advice import advice, bits_of_layers
+from dsconvert.convert.config import read_config, recipe_names
+from dsconvert.convert.onnx import OnnxPlan, quantize_onnx
+from dsconvert.convert.onnx_rewrite import LAYOUTS
+from dsconvert.convert.options import QuantizeOptions
+from dsconvert.convert.record import MODEL_FILE, REPORT_FILE, Quantized, layer_table, quantize_report, save_quantized
+from dsconvert.convert.resume import NAME as UNFINISHED
+from dsconvert.onnxfile.images import Normalisation
+from dsconvert.photos.dataset import calibration_images
+from dsconvert.tune.distil import Distilled
 from dsconvert.yolo.cfgfile import chosen_blocks
 from dsconvert.yolo.checkpoint import Checkpoint, load_checkpoint
-from dsconvert.yolo.dataset import calibration_images
 from dsconvert.yolo.plan import SCOPES
 
 

@@ -7,14 +7,14 @@ from pathlib import Path
 
 import click
 
-from dsconvert import exporting
+from dsconvert.base.errors import InputError
+from dsconvert.base.filekinds import MODEL, file_kind
+from dsconvert.base.files import check_target, check_writable, write_atomic
 from dsconvert.commands.folders import refuse_to_lose
 from dsconvert.commands.shared import PATH, RUNS, bars, force, split_of, strict, tell, threads, warn
-from dsconvert.errors import InputError
-from dsconvert.filekinds import MODEL, file_kind
-from dsconvert.files import check_target, check_writable, write_atomic
-from dsconvert.modelfile import load_model
-from dsconvert.origin import known_images, known_source
+from dsconvert.convert import exporting
+from dsconvert.convert.origin import known_images, known_source
+from dsconvert.model.file import load_model
 
 
 @click.command(short_help="Write one HTML page about MODEL.")

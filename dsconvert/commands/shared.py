@@ -31,9 +31,10 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
-from dsconvert import calibration, workers
-from dsconvert.text import in_words, printable
-from dsconvert.yolo.dataset import SPLITS
+from dsconvert.base import workers
+from dsconvert.base.text import in_words, printable
+from dsconvert.measure import calibration
+from dsconvert.photos.dataset import SPLITS
 
 RUNS = Path("runs/dsconvert")
 STAGES = {

@@ -18,9 +18,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 if TYPE_CHECKING:
+    from dsconvert.base.builder import OnnxBuilder
     from dsconvert.dsconv.codes.rows import JointLayer
     from dsconvert.dsconv.tensor import DSTensor
-    from dsconvert.export.builder import OnnxBuilder
 
 M_MAX = 15  # the integer multiplier fits four bits
 INT8_MAX = 127  # symmetric: -128 is never used, so that negation is safe on every engine
@@ -154,7 +154,7 @@ class Code:
         return fitted
 
     def damage(self, weight: Tensor, format: WeightFormat, squares: Tensor) -> float:
-        """sum g^2 D^2 for the weight's errors D, and g^2 of its shape (see `fit.sensitivity`)."""
+        """sum g^2 D^2 for the weight's errors D, and g^2 of its shape (see `measure.damage`)."""
         raise NotImplementedError
 
     # --- files
@@ -169,7 +169,7 @@ class Code:
 
     # --- ONNX
 
-    joint_bits: tuple[int, ...] = ()  # at which several layers can be decoded together (see `export.joint`)
+    joint_bits: tuple[int, ...] = ()  # at which several layers can be decoded together (see `export.weights.joint`)
     rows_together: int = 1  # rows that `spell_rows` gives as one
     label: str = ""  # begins the names of what such layers share
 
@@ -185,7 +185,7 @@ class Code:
 
 
 class Joint(Protocol):
-    """What `spell_rows` makes use of: see `export.joint.JointWeights`."""
+    """What `spell_rows` makes use of: see `export.weights.joint.JointWeights`."""
 
     b: OnnxBuilder
 

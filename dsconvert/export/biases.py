@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
-from dsconvert.export.builder import OnnxBuilder
+from dsconvert.base.builder import OnnxBuilder
 
 RUN = 8  # channels: units of layers with a multiple of it are computed together
 VECTOR = "bias."  # what names of the stored parts of all biases begin with

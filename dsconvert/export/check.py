@@ -19,14 +19,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dsconvert.errors import CheckError
+from dsconvert.base.errors import CheckError
 from dsconvert.export.onnx import Ends
 from dsconvert.export.reference import Reference, float_reference, reference_of
 from dsconvert.export.stored import DETECT, wrong_layer
 from dsconvert.export.written import Place
 from dsconvert.graph.ir import INPUT, display_name
-from dsconvert.model import DSModel
-from dsconvert.modelcheck import largest_sum
+from dsconvert.model.check import largest_sum
+from dsconvert.model.model import DSModel
 from dsconvert.yolo.decode import decode
 
 __all__ = ["check_accumulators", "check_export", "check_images", "float_reference", "reference_of"]

@@ -15,23 +15,23 @@ from dataclasses import asdict, dataclass, replace
 import numpy as np
 import onnx
 
-from dsconvert.errors import InputError
-from dsconvert.export.builder import OnnxBuilder
-from dsconvert.export.decode import add_decode, box_count
-from dsconvert.export.fused import fuse
-from dsconvert.export.inputs import INPUT_TYPES, add_real_image
-from dsconvert.export.layouts import Layout, check_layout
-from dsconvert.export.nms import Nms, add_nms
+from dsconvert.base.builder import OnnxBuilder
+from dsconvert.base.errors import InputError
+from dsconvert.export.ends.decode import add_decode, box_count
+from dsconvert.export.ends.inputs import INPUT_TYPES, add_real_image
+from dsconvert.export.ends.nms import Nms, add_nms
 from dsconvert.export.operators import real_weight
+from dsconvert.export.ort.fused import fuse
+from dsconvert.export.ort.quickform import QuickForm
 from dsconvert.export.quantized import Quantized
-from dsconvert.export.quickform import QuickForm
-from dsconvert.export.real import add_real_weight
-from dsconvert.export.weights import Weights
+from dsconvert.export.weights.layouts import Layout, check_layout
+from dsconvert.export.weights.real import add_real_weight
+from dsconvert.export.weights.weights import Weights
 from dsconvert.export.written import Place, Written, float_places
 from dsconvert.graph.integer import real_between
 from dsconvert.graph.ir import INPUT, ConvParams, Graph, Node, display_name
 from dsconvert.graph.ops import OPS
-from dsconvert.model import DSModel
+from dsconvert.model.model import DSModel
 from dsconvert.yolo.network import Head
 
 OUTPUT, PROTOTYPES, DETECTIONS = "output0", "output1", "detections"

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
+from dsconvert.base.builder import OnnxBuilder
 from dsconvert.dsconv.tensor import DSTensor
-from dsconvert.export.builder import OnnxBuilder
-from dsconvert.export.weights import Weights
+from dsconvert.export.weights.weights import Weights
 
 
 def real_weight(

@@ -8,18 +8,18 @@ from collections import Counter
 
 import numpy as np
 
+from dsconvert.base.builder import OnnxBuilder
 from dsconvert.export.biases import Biases
-from dsconvert.export.builder import OnnxBuilder
-from dsconvert.export.inputs import BYTES, add_real_image
-from dsconvert.export.layouts import Layout
+from dsconvert.export.ends.inputs import BYTES, add_real_image
 from dsconvert.export.operators import real_weight
-from dsconvert.export.weights import Weights
+from dsconvert.export.weights.layouts import Layout
+from dsconvert.export.weights.weights import Weights
 from dsconvert.export.written import Place
 from dsconvert.graph.grids import SIGMOID, QParams
 from dsconvert.graph.integer import grid_of
 from dsconvert.graph.ir import INPUT, Node, display_name
 from dsconvert.graph.ops import OPS
-from dsconvert.model import DSModel
+from dsconvert.model.model import DSModel
 
 
 class Quantized:

@@ -12,13 +12,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dsconvert.dsconv.tensor import DSTensor, expand_blocks
-from dsconvert.export.layouts import Layout
 from dsconvert.export.onnx import Ends, in_layout, write_float, write_quantized
+from dsconvert.export.weights.layouts import Layout
 from dsconvert.export.written import Written
 from dsconvert.graph.integer import QConv, grid_of, integer_step, real_params, run_integer
 from dsconvert.graph.ir import ConvParams, Graph, Node
 from dsconvert.graph.run import float_step, run_float
-from dsconvert.model import DSModel
+from dsconvert.model.model import DSModel
 from dsconvert.yolo.network import Head
 
 Array = NDArray[Any]

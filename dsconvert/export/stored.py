@@ -17,13 +17,13 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 from onnx import numpy_helper
 
-from dsconvert.errors import CheckError
+from dsconvert.base.builder import is_constant
+from dsconvert.base.errors import CheckError
 from dsconvert.export.biases import VECTOR
-from dsconvert.export.builder import is_constant
-from dsconvert.export.compact import compact
 from dsconvert.export.reference import Reference
 from dsconvert.export.written import Written
 from dsconvert.graph.ir import display_name
+from dsconvert.onnxfile.compact import compact
 
 Array = NDArray[Any]
 DETECT = "Detect"

@@ -17,12 +17,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from dsconvert.base.threads import threads_for
 from dsconvert.dsconv.format import WeightFormat
 from dsconvert.dsconv.tensor import DSTensor, block_count, expand_blocks
 from dsconvert.fit.channels import damped as damped_channels
 from dsconvert.fit.channels import made_up_for, parts
 from dsconvert.fit.moments import Moments
-from dsconvert.fit.threads import threads_for
 
 
 def fit_weight_gptq(weight: Tensor, moments: Moments, format: WeightFormat, channels: Tensor | None = None) -> DSTensor:

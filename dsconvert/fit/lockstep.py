@@ -14,12 +14,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dsconvert.base.kept import Kept, Room
+from dsconvert.base.threads import in_order
 from dsconvert.dsconv.format import WeightFormat
 from dsconvert.fit import draws
-from dsconvert.fit.kept import Kept, Room
 from dsconvert.fit.layer import Fit
 from dsconvert.fit.seen import Drawn, Places, Seen
-from dsconvert.fit.threads import in_order
 from dsconvert.graph.activations import activation_table
 from dsconvert.graph.grids import SIGMOID, QParams
 from dsconvert.graph.integer import IntegerConv, QConv, grid_of, integer_step
@@ -69,7 +69,7 @@ class _Side:
                 return (float_step(act, [value], {}) if act else value)[0]
 
             return real
-        from dsconvert.fit import loops  # numba takes a while to load
+        from dsconvert.base import loops  # numba takes a while to load
 
         target = self.grids[node.name]
         ready = IntegerConv.of(node, made, self.grids[node.inputs[0]], target, self.device)

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dsconvert import workers
+from dsconvert.base import workers
+from dsconvert.base.threads import batched, in_order
 from dsconvert.dsconv.tensor import DSTensor
 from dsconvert.fit.channels import gram
 from dsconvert.fit.seen import Seen
-from dsconvert.fit.threads import batched, in_order
 from dsconvert.graph.integer import QConv
 from dsconvert.graph.ir import Node
 
@@ -115,7 +115,7 @@ def unfold(node: Node, kernel: tuple[int, ...], seen: Seen, offset: Tensor, root
         found.copy_(seen.real(unfolded(x, seen.zero, kernel, node, seen.picks.to(x.device))))
         found.sub_(offset[:, None]).mul_(root)
         return
-    from dsconvert.fit import loops  # numba takes a while to load
+    from dsconvert.base import loops  # numba takes a while to load
 
     a = node.attrs
     width = (x.shape[2] + 2 * a["padding"] - a["dilation"] * (kernel[1] - 1) - 1) // a["stride"] + 1

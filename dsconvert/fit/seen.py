@@ -9,8 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from dsconvert.base.kept import Kept, Room
 from dsconvert.fit import draws
-from dsconvert.fit.kept import Kept, Room
 from dsconvert.graph.grids import QParams
 
 HALF_MAX = torch.finfo(torch.half).max

@@ -1,7 +1,7 @@
 """What every operation of the graph means: one entry of `OPS` each, at the end, which all executors look up.
 
 A convolution's weight and bias are no values of the graph: its entry reads them as second and third input. They have
-grids of another kind: `graph.integer` and `train.simulate` tell it from the rest where those count.
+grids of another kind: `graph.integer` and `tune.simulate` tell it from the rest where those count.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-from dsconvert.errors import InputError
+from dsconvert.base.errors import InputError
 from dsconvert.graph.activations import ACTIVATIONS, activation_table, as_engines
 from dsconvert.graph.grids import QMAX, SIGMOID, QParams
 from dsconvert.graph.ir import Node, display_name
@@ -28,7 +28,7 @@ MOST_PAIRS = 1 << 28  # of pixels that attention compares, over all heads and im
 
 
 class Builder(Protocol):
-    """Writes ONNX and gives the names of what it wrote: `export.builder.OnnxBuilder`."""
+    """Writes ONNX and gives the names of what it wrote: `base.builder.OnnxBuilder`."""
 
     def node(self, op: str, inputs: list[str], output: str, **attrs: Any) -> str: ...
 

@@ -12,13 +12,15 @@ from typing import Any
 import torch
 from numpy.typing import NDArray
 
-from dsconvert.calibration import Progress
-from dsconvert.errors import InputError
-from dsconvert.filekinds import MODEL, file_kind
+from dsconvert.base.errors import InputError
+from dsconvert.base.filekinds import MODEL, file_kind
+from dsconvert.convert.record import REPORT_FILE
 from dsconvert.graph.ir import ConvParams
-from dsconvert.model import DSModel
-from dsconvert.modelfile import load_model
-from dsconvert.record import REPORT_FILE
+from dsconvert.measure.calibration import Progress
+from dsconvert.model.file import load_model
+from dsconvert.model.model import DSModel
+from dsconvert.onnxfile.bounds import made_of
+from dsconvert.photos.images import letterbox, read_image, spread, to_tensor
 from dsconvert.report.activations import activation_view, watch
 from dsconvert.report.layers import (
     ActivationView,
@@ -32,7 +34,6 @@ from dsconvert.report.layers import (
 from dsconvert.report.photos import Photo, differing, load_photo
 from dsconvert.report.text import labels_of
 from dsconvert.scoring.accuracy import CONFIDENT, OVERLAP, Detections, Predictor
-from dsconvert.scoring.bounds import made_of
 from dsconvert.scoring.candidates import Candidate
 from dsconvert.scoring.coco import Metrics, coco_tables, metrics_of
 from dsconvert.scoring.compare import ScoreShift, score_shift
@@ -42,7 +43,6 @@ from dsconvert.scoring.detect import DetectOptions
 from dsconvert.scoring.latency import Latency, interleaved_latency
 from dsconvert.yolo.boxes import suppressed
 from dsconvert.yolo.checkpoint import load_checkpoint
-from dsconvert.yolo.images import letterbox, read_image, spread, to_tensor
 from dsconvert.yolo.lower import lower, split_detect
 
 WATCHED_IMAGES = 8  # that activations are looked at on

@@ -11,11 +11,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from dsconvert.base.errors import InputError
+from dsconvert.convert.record import layer_table
 from dsconvert.dsconv.tensor import DSTensor, expand_blocks
-from dsconvert.errors import InputError
 from dsconvert.graph.ir import ConvParams
-from dsconvert.model import DSModel
-from dsconvert.record import layer_table
+from dsconvert.model.model import DSModel
 
 BINS = 120
 MARGIN = 0.15  # of the grid's extent that is drawn beyond its ends; what lies farther out is counted in the last bins

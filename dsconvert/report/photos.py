@@ -12,9 +12,9 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from dsconvert.errors import InputError
+from dsconvert.base.errors import InputError
+from dsconvert.photos.images import Image, letterbox, read_image
 from dsconvert.yolo.boxes import to_image
-from dsconvert.yolo.images import Image, letterbox, read_image
 
 Array = NDArray[np.float32]
 SAME_IOU = 0.5  # boxes of one class that overlap at least this much are the same box

@@ -10,14 +10,14 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from dsconvert import workers
-from dsconvert.errors import InputError
-from dsconvert.scoring.bounds import made_of
+from dsconvert.base import workers
+from dsconvert.base.errors import InputError
+from dsconvert.onnxfile.bounds import made_of
+from dsconvert.photos.images import letterbox, none_readable, read_image, to_tensor
+from dsconvert.photos.labels import Labelled, LabelRules, in_pixels, read_labelled
 from dsconvert.scoring.coco import COCO_MOST, Metrics, coco_metrics
 from dsconvert.scoring.masks import Encoded, MaskPredictor, look, mask_f1, mask_precision, outlines
 from dsconvert.yolo.boxes import LEAST, MOST, inside, suppressed, to_image
-from dsconvert.yolo.images import letterbox, none_readable, read_image, to_tensor
-from dsconvert.yolo.labels import Labelled, LabelRules, in_pixels, read_labelled
 
 # A predictor takes a float batch (1, 3, side, side), 0..1, and returns (1, boxes, 5 + nc) as `decode` does.
 CONFIDENT, OVERLAP = 0.25, 0.45  # YOLOv5's detect.py

@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
-from dsconvert.errors import InputError
-from dsconvert.export.external import check_external_data
-from dsconvert.scoring.engines import check_onnx, engine_version, open_model
+from dsconvert.base.errors import InputError
+from dsconvert.onnxfile.engines import check_onnx, engine_version, open_model
+from dsconvert.onnxfile.external import check_external_data
+from dsconvert.onnxfile.trial import try_out
 from dsconvert.scoring.footprint import Footprint, measure_footprint
 from dsconvert.scoring.latency import Latency, Ratio, interleaved_times, ratio, summary
-from dsconvert.scoring.trial import try_out
 
 LOADS = 3  # fresh processes a model is loaded in
 Progress = Callable[[str, int, int], None]

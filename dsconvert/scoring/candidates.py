@@ -12,23 +12,23 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from dsconvert import workers
-from dsconvert.errors import InputError, printable, refusing
-from dsconvert.export.external import parsed
-from dsconvert.export.inspect import conv_weights
-from dsconvert.export.layouts import PACKED, REAL
-from dsconvert.export.nms import Nms
+from dsconvert.base import workers
+from dsconvert.base.errors import InputError, printable, refusing
+from dsconvert.base.filekinds import CHECKPOINT, MODEL, file_kind
+from dsconvert.export.ends.nms import Nms
 from dsconvert.export.onnx import export_float, export_quantized
-from dsconvert.filekinds import CHECKPOINT, MODEL, file_kind
+from dsconvert.export.weights.layouts import PACKED, REAL
 from dsconvert.graph.ir import ConvParams
-from dsconvert.modelfile import load_model
+from dsconvert.model.file import load_model
+from dsconvert.onnxfile.bounds import Bounds
+from dsconvert.onnxfile.engines import TYPES, Session, as_input, check_image_input, check_pixels, load_file, session
+from dsconvert.onnxfile.external import parsed
+from dsconvert.onnxfile.inspect import conv_weights
+from dsconvert.onnxfile.trial import try_out
 from dsconvert.scoring.accuracy import Predictor
-from dsconvert.scoring.bounds import Bounds
-from dsconvert.scoring.engines import TYPES, Session, as_input, check_image_input, check_pixels, load_file, session
 from dsconvert.scoring.masks import MaskPredictor
 from dsconvert.scoring.metadata import MAX_CLASSES, NMS_KEY, class_names, suppression
 from dsconvert.scoring.predictors import BoundedPredictor, float_predictor, model_predictor
-from dsconvert.scoring.trial import try_out
 from dsconvert.yolo.checkpoint import load_checkpoint
 from dsconvert.yolo.layers import MAX_MASKS
 from dsconvert.yolo.lower import lower

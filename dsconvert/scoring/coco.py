@@ -13,7 +13,7 @@ from faster_coco_eval import COCO, COCOeval_faster
 from faster_coco_eval.core import mask
 from numpy.typing import NDArray
 
-from dsconvert.errors import InputError
+from dsconvert.base.errors import InputError
 
 Array = NDArray[np.floating[Any]]
 CONFIDENCES = np.linspace(0, 1, 1001)[1:-1]

@@ -8,13 +8,13 @@ from functools import partial
 
 import numpy as np
 
-from dsconvert.errors import InputError
+from dsconvert.base.errors import InputError
+from dsconvert.onnxfile.bounds import made_of
+from dsconvert.photos.images import Image, letterbox, to_tensor
 from dsconvert.scoring.accuracy import CONFIDENT, Predictor
-from dsconvert.scoring.bounds import made_of
 from dsconvert.scoring.coco import coco_metrics, overlaps
 from dsconvert.scoring.detect import DetectOptions, Found, sort_out
 from dsconvert.yolo.boxes import LEAST
-from dsconvert.yolo.images import Image, letterbox, to_tensor
 
 MATCHING = 0.5  # least IoU of two boxes that are the same object
 MOST_SHIFT = 0.03  # of the mean best score, beyond which a threshold chosen for one model is another for the other

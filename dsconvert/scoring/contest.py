@@ -6,8 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from dsconvert.calibration import Progress
-from dsconvert.errors import InputError
+from dsconvert.base.errors import InputError
+from dsconvert.measure.calibration import Progress
+from dsconvert.photos.dataset import images_of
+from dsconvert.photos.images import spread
+from dsconvert.photos.labels import Labelled, label_path, read_labelled
 from dsconvert.scoring.accuracy import CONFIDENT, Detections, Predictor, detect_all
 from dsconvert.scoring.candidates import Candidate, load_candidates
 from dsconvert.scoring.coco import Metrics
@@ -15,9 +18,6 @@ from dsconvert.scoring.latency import Latency, interleaved_latency
 from dsconvert.scoring.masks import MaskPredictor
 from dsconvert.yolo.boxes import LEAST
 from dsconvert.yolo.classes import label_rules, other_order
-from dsconvert.yolo.dataset import images_of
-from dsconvert.yolo.images import spread
-from dsconvert.yolo.labels import Labelled, label_path, read_labelled
 
 
 @dataclass(frozen=True)

@@ -13,15 +13,15 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from dsconvert.errors import InputError, Unusable
-from dsconvert.export.nms import Nms
+from dsconvert.base.errors import InputError, Unusable
+from dsconvert.base.text import Sentence, printable
+from dsconvert.export.ends.nms import Nms
+from dsconvert.onnxfile.bounds import made_of
+from dsconvert.photos.dataset import SUFFIXES
+from dsconvert.photos.images import Image, Letterbox, letterbox, to_tensor
 from dsconvert.scoring.accuracy import CONFIDENT, OVERLAP, Predictor
-from dsconvert.scoring.bounds import made_of
 from dsconvert.scoring.masks import PlacedMask, look
-from dsconvert.text import Sentence, printable
 from dsconvert.yolo.boxes import inside, suppressed, to_image
-from dsconvert.yolo.dataset import SUFFIXES
-from dsconvert.yolo.images import Image, Letterbox, letterbox, to_tensor
 
 Found = NDArray[np.float32]  # (n, 6): x1, y1, x2, y2 in pixels of the image, score, class; best first
 NAME_LENGTH = 40  # characters of a class name that are drawn or printed

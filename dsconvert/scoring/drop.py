@@ -7,19 +7,19 @@ from pathlib import Path
 
 from torch import Tensor
 
-from dsconvert.errors import InputError
-from dsconvert.fit.threads import in_order
+from dsconvert.base.errors import InputError
+from dsconvert.base.threads import in_order
 from dsconvert.graph.ir import ConvParams
-from dsconvert.model import DSModel
+from dsconvert.model.model import DSModel
+from dsconvert.photos.dataset import is_data_yaml, read_data_yaml
+from dsconvert.photos.images import spread
+from dsconvert.photos.labels import Labelled, LabelRules, label_files, read_labelled
 from dsconvert.scoring.accuracy import OVERLAP, evaluate_predictors
 from dsconvert.scoring.compare import ScoreShift, score_shift
 from dsconvert.scoring.detect import Found
 from dsconvert.scoring.predictors import float_predictor, model_predictor
 from dsconvert.yolo.boxes import non_max_suppression
 from dsconvert.yolo.classes import label_rules
-from dsconvert.yolo.dataset import is_data_yaml, read_data_yaml
-from dsconvert.yolo.images import spread
-from dsconvert.yolo.labels import Labelled, LabelRules, label_files, read_labelled
 
 SCORED = 8  # calibration images on which scores are compared
 UNSURE = 0.05  # what scores less counts as nothing

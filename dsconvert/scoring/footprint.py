@@ -14,9 +14,9 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from dsconvert import children
-from dsconvert.errors import InputError
-from dsconvert.scoring.bounds import enforced
+from dsconvert.base import children
+from dsconvert.base.errors import InputError
+from dsconvert.onnxfile.bounds import enforced
 
 RUNS = 3  # inferences before the peak is read: buffers are allocated by the first
 
@@ -45,7 +45,7 @@ def measure_footprint(path: Path, engine: str, threads: int, side: int | None, s
 
 def _here(path: Path, engine: str, threads: int, side: int | None, size: int | None) -> Footprint:
     """The measurement, in this process."""
-    from dsconvert.scoring.engines import engine_version, open_model
+    from dsconvert.onnxfile.engines import engine_version, open_model
 
     engine_version(engine)  # imports it
     base = _peak_bytes()

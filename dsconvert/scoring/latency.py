@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from dsconvert.scoring.bounds import patiently
+from dsconvert.onnxfile.bounds import patiently
 
 Times = NDArray[np.float64]  # milliseconds, one a round
 

@@ -16,9 +16,9 @@ import numpy as np
 from faster_coco_eval.core import mask as rle
 from numpy.typing import NDArray
 
-from dsconvert.scoring.bounds import Bounds
+from dsconvert.onnxfile.bounds import Bounds
+from dsconvert.photos.images import Letterbox
 from dsconvert.scoring.coco import best_f1, ground_truth, matched, mean_precision, results, tables_of
-from dsconvert.yolo.images import Letterbox
 
 Array = NDArray[np.float32]
 Encoded = dict[str, Any]  # COCO's run lengths of a mask: size (h, w) and counts

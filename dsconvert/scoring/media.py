@@ -10,13 +10,13 @@ from typing import Any
 
 import numpy as np
 
-from dsconvert.errors import InputError, Unusable
+from dsconvert.base.errors import InputError, Unusable
+from dsconvert.photos.images import Image
 from dsconvert.scoring.candidates import Candidate
 from dsconvert.scoring.detect import DetectOptions, Found, coco_document, counts, find_masks
 from dsconvert.scoring.photos import Progress, Skipped, readable
 from dsconvert.scoring.saving import Job, Masks, Saver
 from dsconvert.scoring.video import MISSING, opened
-from dsconvert.yolo.images import Image
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ import ast
 import re
 from pathlib import Path
 
-from dsconvert.errors import InputError, printable
-from dsconvert.export.nms import Nms
+from dsconvert.base.errors import InputError, printable
+from dsconvert.export.ends.nms import Nms
 
 NMS_KEY = "dsconvert.nms"
 MAX_NAMES = 1 << 20  # characters; ten thousand class names

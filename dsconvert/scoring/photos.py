@@ -7,13 +7,13 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from dsconvert.errors import InputError
+from dsconvert.base.errors import InputError
+from dsconvert.photos.dataset import evaluation_images, image_paths
+from dsconvert.photos.images import Image, none_readable, read_image, spread
 from dsconvert.scoring.candidates import Candidate, load_candidates
 from dsconvert.scoring.compare import Agreement, compare
 from dsconvert.scoring.detect import DetectOptions, Found, find_masks
 from dsconvert.scoring.masks import PlacedMask
-from dsconvert.yolo.dataset import evaluation_images, image_paths
-from dsconvert.yolo.images import Image, none_readable, read_image, spread
 
 Progress = Callable[[str, int, int], None]
 

@@ -14,9 +14,9 @@ from torch import Tensor
 from dsconvert.graph.integer import real_params, run_integer
 from dsconvert.graph.ir import ConvParams, Graph
 from dsconvert.graph.run import run_float
-from dsconvert.model import DSModel
+from dsconvert.model.model import DSModel
+from dsconvert.onnxfile.bounds import Bounds
 from dsconvert.scoring.accuracy import Predictor
-from dsconvert.scoring.bounds import Bounds
 from dsconvert.scoring.masks import MaskPredictor
 from dsconvert.yolo.decode import decode
 from dsconvert.yolo.network import Head

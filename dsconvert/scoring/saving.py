@@ -8,8 +8,9 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 
-from dsconvert.errors import InputError
-from dsconvert.files import NameRefused, check_target, write_atomic
+from dsconvert.base.errors import InputError
+from dsconvert.base.files import NameRefused, check_target, write_atomic
+from dsconvert.photos.images import Image
 from dsconvert.scoring.detect import (
     Found,
     class_name,
@@ -23,7 +24,6 @@ from dsconvert.scoring.detect import (
 from dsconvert.scoring.masks import PlacedMask
 from dsconvert.scoring.sources import Sources
 from dsconvert.scoring.video import film, live_stem
-from dsconvert.yolo.images import Image
 
 LABELS, CROPS = "labels", "crops"
 CROP_GAIN, CROP_PAD = 1.02, 10  # YOLOv5's: how much larger than its box a crop is, as a factor and in pixels

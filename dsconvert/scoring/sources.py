@@ -8,8 +8,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from dsconvert.errors import InputError
-from dsconvert.yolo.dataset import MOST_FILES, SUFFIXES, evaluation_images, files_below, image_paths, is_data_yaml
+from dsconvert.base.errors import InputError
+from dsconvert.photos.dataset import MOST_FILES, SUFFIXES, evaluation_images, files_below, image_paths, is_data_yaml
 
 VIDEO_SUFFIXES = frozenset(
     {".asf", ".avi", ".gif", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".ts", ".webm", ".wmv"}

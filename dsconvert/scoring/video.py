@@ -16,10 +16,10 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from dsconvert.errors import InputError, Unusable
-from dsconvert.files import written_whole
-from dsconvert.scoring.bounds import Bounds
-from dsconvert.yolo.images import Image
+from dsconvert.base.errors import InputError, Unusable
+from dsconvert.base.files import written_whole
+from dsconvert.onnxfile.bounds import Bounds
+from dsconvert.photos.images import Image
 
 FPS = 30.0  # of what does not say
 MAX_FPS = 600.0

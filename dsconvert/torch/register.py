@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import nn
 
-from dsconvert.errors import InputError
+from dsconvert.base.errors import InputError
 from dsconvert.torch.blocks import Bottleneck_DSConv2D, DSConv2D, DSConv2D_C3
 from dsconvert.torch.conv import DSConv
 from dsconvert.yolo.network import VARIANTS

@@ -23,8 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dsconvert.errors import InputError
-from dsconvert.filekinds import check_ordinary
+from dsconvert.base.errors import InputError
+from dsconvert.base.filekinds import check_ordinary
 from dsconvert.yolo.container import Legacy, Storage, Zipped, open_container
 from dsconvert.yolo.families import refuse_names, usual_name
 from dsconvert.yolo.picklestack import Stack

@@ -8,7 +8,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from dsconvert.yolo.images import Letterbox
+from dsconvert.photos.images import Letterbox
 
 Array = NDArray[np.float32]
 LEAST, MOST = 0.001, 300  # score, and boxes of an image, as in YOLOv5's val.py

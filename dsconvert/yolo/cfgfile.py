@@ -8,8 +8,8 @@ from typing import Any
 
 import yaml
 
-from dsconvert.errors import InputError, printable
-from dsconvert.smallyaml import read_small, refuse_bombs
+from dsconvert.base.errors import InputError, printable
+from dsconvert.base.smallyaml import read_small, refuse_bombs
 from dsconvert.yolo.network import MAX_LAYERS, VARIANTS
 
 OURS = resources.files("dsconvert") / "yolo" / "cfg"

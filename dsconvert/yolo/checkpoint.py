@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dsconvert.errors import InputError, printable, shown
-from dsconvert.filekinds import check_ordinary
+from dsconvert.base.errors import InputError, printable, shown
+from dsconvert.base.filekinds import check_ordinary
 from dsconvert.yolo import attention
 from dsconvert.yolo.archive import Archive, Record, open_archive
 from dsconvert.yolo.families import WAY

@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from dsconvert.notes import note
-from dsconvert.yolo.dataset import DataYaml
-from dsconvert.yolo.labels import LabelRules
+from dsconvert.base.notes import note
+from dsconvert.photos.dataset import DataYaml
+from dsconvert.photos.labels import LabelRules
 
 MOST_SHOWN = 40  # characters of a name
 

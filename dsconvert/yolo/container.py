@@ -20,8 +20,8 @@ from typing import BinaryIO
 
 import torch
 
-from dsconvert.errors import InputError, printable
-from dsconvert.filekinds import AGAIN, CHECKPOINT, EXPORTED, LEGACY_MAGIC, SOURCE, refuse_other
+from dsconvert.base.errors import InputError, printable
+from dsconvert.base.filekinds import AGAIN, CHECKPOINT, EXPORTED, LEGACY_MAGIC, SOURCE, refuse_other
 
 MAX_PICKLE_BYTES = 2 << 20  # structure without tensors: 0.1 MB in a yolov5n, under 1 MB in a yolov5x6 with optimizer
 MAX_DIRECTORY_BYTES = 8 << 20  # the zip's table of contents: 60 kB in a yolov5n

@@ -11,8 +11,8 @@ import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from dsconvert.errors import InputError
-from dsconvert.filekinds import EXPORTED
+from dsconvert.base.errors import InputError
+from dsconvert.base.filekinds import EXPORTED
 
 READS = "dsconvert reads detection checkpoints of YOLOv5 and YOLOv7, and segmentation checkpoints of YOLOv5"
 WAY = EXPORTED

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from dsconvert.errors import InputError, shown
+from dsconvert.base.errors import InputError, shown
 from dsconvert.graph.ops import MAX_POOL
 from dsconvert.yolo.attention import C3TR
 from dsconvert.yolo.ghost import C3SPP, C3Ghost, DWConv, GhostBottleneck, GhostConv

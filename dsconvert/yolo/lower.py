@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from dsconvert.errors import InputError
+from dsconvert.base.errors import InputError
 from dsconvert.graph.ir import INPUT, ConvParams, Graph, Node
 from dsconvert.graph.shapes import check_node, value_shapes
 from dsconvert.yolo.attention import HEADS, QKV, TransformerBlock, TransformerLayer

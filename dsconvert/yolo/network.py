@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dsconvert.errors import InputError
+from dsconvert.base.errors import InputError
 from dsconvert.yolo.attention import TransformerLayer
 from dsconvert.yolo.layers import DETECTS, literal, make_layer, positive
 from dsconvert.yolo.modules import ACTIVATIONS, Concat, Conv, Detect

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dsconvert.errors import InputError
+from dsconvert.base.errors import InputError
 from dsconvert.graph.ir import Graph
 from dsconvert.yolo.layers import C3_BLOCKS
 from dsconvert.yolo.network import Network

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from dsconvert.errors import InputError, printable, shown
+from dsconvert.base.errors import InputError, printable, shown
 from dsconvert.yolo.archive import PARAMETER, TENSOR, WRAPPERS, Record
 from dsconvert.yolo.families import WAY
 

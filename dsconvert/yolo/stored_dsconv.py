@@ -12,8 +12,8 @@ from typing import Any
 
 from torch import Tensor
 
+from dsconvert.base.errors import InputError
 from dsconvert.dsconv.tensor import block_count, expand_blocks
-from dsconvert.errors import InputError
 
 PUBLISHED, OURS = "models.common.DSConv", "dsconvert.torch.conv.DSConv"
 BLOCKS = ("DSConv2D", "Bottleneck_DSConv2D", "DSConv2D_C3")

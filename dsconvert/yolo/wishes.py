@@ -1,4 +1,4 @@
-"""Objects that images made from nothing are asked to show: see `fit.synthesize`."""
+"""Objects that images made from nothing are asked to show: see `measure.synthesize`."""
 
 from __future__ import annotations
 

@@ -14,10 +14,10 @@ import pytest
 from conftest import HANGS, SHARED, by_quads
 
 from dsconvert.graph.integer import run_integer
-from dsconvert.modelfile import load_model
-from dsconvert.yolo.dataset import read_data_yaml
+from dsconvert.model.file import load_model
+from dsconvert.photos.dataset import read_data_yaml
+from dsconvert.photos.images import letterbox, read_image, to_tensor
 from dsconvert.yolo.decode import decode
-from dsconvert.yolo.images import letterbox, read_image, to_tensor
 
 pytestmark = [
     pytest.mark.long,

@@ -48,12 +48,12 @@ def peak_bytes() -> int:
 
 def readers() -> dict[str, Callable[[Path], Any]]:
     """Everything of dsconvert that reads a stranger's file, by name."""
-    from dsconvert.modelfile import load_model
+    from dsconvert.model.file import load_model
+    from dsconvert.photos.dataset import calibration_images, read_data_yaml
+    from dsconvert.photos.images import read_image
+    from dsconvert.photos.labels import read_labels
     from dsconvert.scoring.candidates import load_candidate
     from dsconvert.yolo.checkpoint import load_checkpoint
-    from dsconvert.yolo.dataset import calibration_images, read_data_yaml
-    from dsconvert.yolo.images import read_image
-    from dsconvert.yolo.labels import read_labels
 
     def names(path: Path) -> Any:
         return load_checkpoint(path).head.names

@@ -28,7 +28,7 @@ def peak() -> int:
 
 
 def run(words: list[str]) -> dict[str, Any]:
-    from dsconvert.cli import main
+    from dsconvert.commands.cli import main
 
     out, err = io.StringIO(), io.StringIO()
     code: object = 0

@@ -19,12 +19,12 @@ from greedy import ENDLESS, MEMORY, greedy, large_images
 from small import ENDLESS_THEN, later
 from watched import MOST_BYTES, MOST_SECONDS, dsconvert
 
-from dsconvert.errors import InputError
+from dsconvert.base.errors import InputError
 from dsconvert.graph.ir import INPUT, Node
-from dsconvert.modelfile import model_bytes
-from dsconvert.scoring import bounds
-from dsconvert.scoring.bounds import Bounds, enforced, growth, in_time
-from dsconvert.scoring.engines import session
+from dsconvert.model.file import model_bytes
+from dsconvert.onnxfile import bounds
+from dsconvert.onnxfile.bounds import Bounds, enforced, growth, in_time
+from dsconvert.onnxfile.engines import session
 
 TOO_MUCH = r"needs over \d+ MB of memory, more than a network of its size should or than there are\.$"
 COMMANDS = {
@@ -181,7 +181,7 @@ def test_an_endless_file_ends(work):
     (work / "greedy.onnx").write_bytes(greedy(ENDLESS))
     code = (
         "import sys; from dsconvert.scoring import bounds; bounds.BASE_SECONDS = 0.5;"
-        "from dsconvert.cli import main; main(sys.argv[1:])"
+        "from dsconvert.commands.cli import main; main(sys.argv[1:])"
     )
     command = [sys.executable, "-c", code, *COMMANDS["detect"]]
     done = subprocess.run(command, cwd=work, capture_output=True, text=True, timeout=HANGS)
@@ -198,7 +198,7 @@ def test_a_file_whose_tenth_run_is_endless_ends(work, command):
     (work / "greedy.onnx").write_bytes(later(ENDLESS_THEN))
     code = (
         "import sys; from dsconvert.scoring import bounds; bounds.BASE_SECONDS = 2.0;"
-        "from dsconvert.cli import main; main(sys.argv[1:])"
+        "from dsconvert.commands.cli import main; main(sys.argv[1:])"
     )
     command = [sys.executable, "-c", code, *COMMANDS[command]]
     command[-1] = "20" if command[-2] == "--runs" else command[-1]
@@ -223,7 +223,7 @@ class Told(Popen):
         sys.stdout.write(f"{self.pid}\\n")
         sys.stdout.flush()
 subprocess.Popen = Told
-from dsconvert.cli import main
+from dsconvert.commands.cli import main
 main(sys.argv[1:])
 """
     line = [sys.executable, "-c", code, *COMMANDS["detect"]]
@@ -244,11 +244,12 @@ def test_an_interrupt_reaches_even_an_endless_file(work):
     (work / "greedy.onnx").write_bytes(greedy(ENDLESS))
     code = """
 import sys
-from dsconvert.scoring import bounds, candidates
+from dsconvert.scoring import candidates
+from dsconvert.onnxfile import bounds
 candidates.try_out = lambda *given: None
 in_time = bounds.in_time
 bounds.in_time = lambda *given: sys.stdout.write("begun\\n") and sys.stdout.flush() or in_time(*given)
-from dsconvert.cli import main
+from dsconvert.commands.cli import main
 main(sys.argv[1:])
 """
     line = [sys.executable, "-c", code, *COMMANDS["detect"]]

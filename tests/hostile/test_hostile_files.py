@@ -17,15 +17,15 @@ from modelfiles import model_files
 from texts import labels, yamls
 from watched import dsconvert, problems, run_child, unharmed, write_cases
 
-from dsconvert.errors import InputError
-from dsconvert.export.layouts import layout_named
+from dsconvert.base.errors import InputError
 from dsconvert.export.onnx import export_quantized
-from dsconvert.model import DSModel
-from dsconvert.modelfile import model_bytes
+from dsconvert.export.weights.layouts import layout_named
+from dsconvert.model.file import model_bytes
+from dsconvert.model.model import DSModel
+from dsconvert.photos.dataset import image_paths, read_data_yaml
+from dsconvert.photos.images import read_image
+from dsconvert.photos.labels import read_labels
 from dsconvert.scoring.bench import bench
-from dsconvert.yolo.dataset import image_paths, read_data_yaml
-from dsconvert.yolo.images import read_image
-from dsconvert.yolo.labels import read_labels
 
 
 @pytest.fixture(scope="module")

@@ -16,11 +16,11 @@ from PIL import Image
 from pt_writer import yolov5_bytes
 from watched import dsconvert, problems, run_child, write_cases
 
-from dsconvert.errors import InputError
+from dsconvert.base.errors import InputError
+from dsconvert.photos import dataset
+from dsconvert.photos.dataset import image_paths
+from dsconvert.photos.images import calibration_batches, letterbox, read_image
 from dsconvert.scoring.accuracy import detect_all
-from dsconvert.yolo import dataset
-from dsconvert.yolo.dataset import image_paths
-from dsconvert.yolo.images import calibration_batches, letterbox, read_image
 
 
 def test_broken_images_are_refused_and_odd_ones_read(tmp_path):

@@ -14,9 +14,9 @@ from modelfiles import Opened, floats
 
 from dsconvert.graph.grids import QParams
 from dsconvert.graph.integer import QConv, grid_of
-from dsconvert.model import DSModel
-from dsconvert.modelcheck import check_model
-from dsconvert.modelfile import load_model, model_bytes
+from dsconvert.model.check import check_model
+from dsconvert.model.file import load_model, model_bytes
+from dsconvert.model.model import DSModel
 
 
 @pytest.fixture(scope="module")

@@ -14,11 +14,11 @@ from pt_writer import yolov5_bytes
 from small import KINDS, Small, holes
 from watched import MOST_BYTES, MOST_SECONDS
 
-from dsconvert import filekinds
-from dsconvert.children import environment
-from dsconvert.errors import InputError
-from dsconvert.modelfile import load_model, model_bytes
-from dsconvert.scoring.bounds import growth
+from dsconvert.base import filekinds
+from dsconvert.base.children import environment
+from dsconvert.base.errors import InputError
+from dsconvert.model.file import load_model, model_bytes
+from dsconvert.onnxfile.bounds import growth
 
 
 def measure(folder: Path, lines: list[list[str]]) -> list[dict]:
@@ -78,7 +78,7 @@ def test_the_trial_imports_nothing_heavy_and_nothing_of_the_folder(tmp_path):
         (tmp_path / f"{name}.py").write_text("raise SystemExit('code of the folder ran')")
     (tmp_path / "x.onnx").write_bytes(b"")
     probe = (
-        "import os, sys, dsconvert.scoring.trial as t; t._main('x.onnx', 'onnxruntime', '1', '0', '0', '20');"
+        "import os, sys, dsconvert.onnxfile.trial as t; t._main('x.onnx', 'onnxruntime', '1', '0', '0', '20');"
         "sys.stdout.write(str('torch' in sys.modules))"
     )
     line = [sys.executable, "-c", probe]

@@ -16,16 +16,16 @@ from conftest import write_work
 from fuzz_damage import resealed
 from modelfiles import Opened, floats, put
 
-from dsconvert import pipeline
-from dsconvert.calibcache import META as CACHE_META
-from dsconvert.calibcache import calibration_bytes, remembered
-from dsconvert.errors import InputError
-from dsconvert.options import QuantizeOptions
-from dsconvert.pipeline import quantize
-from dsconvert.train.state import META as STATE_META
-from dsconvert.train.state import State, read_state, write_state
-from dsconvert.unfinished import META as UNFINISHED_META
-from dsconvert.unfinished import read_unfinished
+from dsconvert.base.errors import InputError
+from dsconvert.convert import quantize as pipeline
+from dsconvert.convert.options import QuantizeOptions
+from dsconvert.convert.quantize import quantize
+from dsconvert.convert.resume import META as UNFINISHED_META
+from dsconvert.convert.resume import read_unfinished
+from dsconvert.measure.cache import META as CACHE_META
+from dsconvert.measure.cache import calibration_bytes, remembered
+from dsconvert.tune.state import META as STATE_META
+from dsconvert.tune.state import State, read_state, write_state
 from dsconvert.yolo.checkpoint import load_checkpoint
 
 Change = Callable[[Opened], Any]

@@ -73,7 +73,7 @@ def problems(cases: dict[Path, Case], results: Iterable[Result]) -> str:
 
 def dsconvert(folder: Path, *args: str) -> tuple[int, str, str]:
     """The command line in this process, which has torch loaded already: exit code, stdout, stderr."""
-    from dsconvert.cli import main
+    from dsconvert.commands.cli import main
 
     out, err = io.StringIO(), io.StringIO()
     argv, sys.argv = sys.argv, ["dsconvert", *args]

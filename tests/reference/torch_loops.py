@@ -1,5 +1,5 @@
-"""The fit's loops as they were before they were compiled, in torch and numpy: what `dsconvert.fit.loops` must equal bit
-for bit."""
+"""The fit's loops as they were before they were compiled, in torch and numpy: what `dsconvert.base.loops` must equal,
+bit for bit."""
 
 from __future__ import annotations
 

@@ -10,16 +10,16 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from dsconvert.base.threads import shared, threads_for
 from dsconvert.dsconv.codes.free_search import fit_weight, from_blocks, relieve_pairs, to_blocks
 from dsconvert.dsconv.codes.shrink import unshrunk
 from dsconvert.dsconv.format import INT8_MAX, Code, Floats, Joint, WeightFormat
 from dsconvert.dsconv.packing import pack_bits, unpack_bits
 from dsconvert.dsconv.tensor import DSTensor, block_count
-from dsconvert.fit.threads import shared, threads_for
 
 if TYPE_CHECKING:
+    from dsconvert.base.builder import OnnxBuilder
     from dsconvert.dsconv.codes.rows import JointLayer
-    from dsconvert.export.builder import OnnxBuilder
 
 
 class Free(Code):
@@ -112,7 +112,7 @@ def round_group(w: Floats, cds: Floats, upper: Floats, format: WeightFormat) -> 
     channel the m of least J: m (cho,), VQK and the errors to be made up for by later columns, both (cho, n).
 
     Those errors are in units of what the later columns leave, so what a group adds to J is the sum of their squares."""
-    from dsconvert.fit import loops  # numba takes a while to load
+    from dsconvert.base import loops  # numba takes a while to load
 
     m, vqk, errors = np.empty(len(w)), np.empty(w.shape), np.empty(w.shape)
     limits: Any = map(float, (*format.limits, format.most_m))

@@ -1,4 +1,4 @@
-"""How free integers of several layers are spelled in ONNX together (see `export.joint`).
+"""How free integers of several layers are spelled in ONNX together (see `export.weights.joint`).
 
 VQK are words of a byte, or of 10 or 12 bits, the rest above a byte together in `.vqk.high`. To a word 256 times its m
 (or more) is added, and what stands there in a table of all words times all m is int8 already.

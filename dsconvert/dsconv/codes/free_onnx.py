@@ -11,9 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 from onnx import TensorProto
 
+from dsconvert.base.builder import OnnxBuilder
 from dsconvert.dsconv.packing import numbers_of
 from dsconvert.dsconv.tensor import DSTensor, block_count
-from dsconvert.export.builder import OnnxBuilder
 
 INT32 = TensorProto.INT32
 

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from dsconvert.base.builder import OnnxBuilder
 from dsconvert.dsconv.format import Code
 from dsconvert.dsconv.packing import numbers_of
 from dsconvert.dsconv.tensor import DSTensor
-from dsconvert.export.builder import OnnxBuilder
 
 BYTE = 256
 

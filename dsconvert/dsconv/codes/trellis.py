@@ -19,8 +19,8 @@ from dsconvert.dsconv.packing import pack_bits, unpack_bits
 from dsconvert.dsconv.tensor import DSTensor
 
 if TYPE_CHECKING:
+    from dsconvert.base.builder import OnnxBuilder
     from dsconvert.dsconv.codes.rows import JointLayer
-    from dsconvert.export.builder import OnnxBuilder
 
 
 class Trellis(Code):

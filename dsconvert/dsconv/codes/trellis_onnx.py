@@ -23,10 +23,10 @@ import numpy as np
 from numpy.typing import NDArray
 from onnx import TensorProto
 
+from dsconvert.base.builder import OnnxBuilder
 from dsconvert.dsconv.codes.rows import BYTE, weight_of_rows
 from dsconvert.dsconv.codes.trellis_table import WINDOW, strings, table
 from dsconvert.dsconv.tensor import DSTensor
-from dsconvert.export.builder import OnnxBuilder
 
 if TYPE_CHECKING:
     from dsconvert.dsconv.codes.rows import JointLayer
@@ -246,7 +246,7 @@ def _divisors(t: Tables, divisor: int, channels: int, each: int) -> str:
 
 
 def add_rows(joint: Joint, group: Sequence[JointLayer], layers: Sequence[JointLayer], label: str) -> str:
-    """INT8 rows of a group, some of all layers of their kind (see `export.joint`)."""
+    """INT8 rows of a group, some of all layers of their kind (see `export.weights.joint`)."""
     b, tables = joint.b, Tables.of(joint.b, "joint.trellis", [x.weight for x in layers])
     m = b.node("Gather", [_steps(joint, tables), joint.kds(group, label)], f"{label}.pairs.m")
     m = b.node("Reshape", [m, b.shape(-1, tables.columns)], f"{label}.m")

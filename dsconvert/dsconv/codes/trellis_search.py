@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dsconvert.base.threads import shared
 from dsconvert.dsconv.codes.trellis_table import largest, table
 from dsconvert.dsconv.format import M_MAX, PAIR_MAX, Floats
-from dsconvert.fit.threads import shared
 
 AHEAD = 24  # columns of later groups into which strings are followed before a group's best is chosen
 NEAR = 1  # m tried on each side of the one that suits a group
@@ -66,7 +66,7 @@ def noise(bits: int) -> tuple[Floats, Floats]:
 def suited(rms: Floats, cds: Floats, bits: int) -> tuple[Floats, Floats]:
     """For blocks of that root mean square (cho, ...) and CDSw (cho,): the m of least expected error, and that mean
     squared error, both like rms."""
-    from dsconvert.fit import loops  # numba takes a while to load
+    from dsconvert.base import loops  # numba takes a while to load
 
     given = np.ascontiguousarray(rms.reshape(len(rms), -1)), np.ascontiguousarray(cds), most_m(bits)
     m, errors = np.empty(given[0].shape), np.empty(given[0].shape)
@@ -108,7 +108,7 @@ def nearest(strings: Tensor, size: int, bits: int) -> tuple[Tensor, Tensor, Tens
 
 def nearest_values(wanted: Tensor, m: Tensor, trellis: Trellis) -> tuple[Tensor, Tensor]:
     """Codes uint8 and VQK float32, both (n, K), of least `sum m^2 (wanted - VQK)^2` for wanted and m (n, K)."""
-    from dsconvert.fit import loops  # numba takes a while to load
+    from dsconvert.base import loops  # numba takes a while to load
 
     windows = torch.empty(wanted.shape, dtype=torch.uint8)
     given = (wanted.contiguous().numpy(), m.contiguous().numpy(), trellis.values.numpy(), trellis.bits, windows.numpy())
@@ -123,7 +123,7 @@ def _code(windows: Tensor, trellis: Trellis) -> Tensor:
 def round_strings(target: Floats, cds: Floats, upper: Floats, size: int, bits: int) -> tuple[Tensor, Tensor]:
     """GPTQ's loop over a target (cho, K) in strings, `size` columns of which share an m, given the Cholesky factor of
     H^-1 in that order (K, K) and CDSw (cho,): codes uint8 (cho, K) and m (groups, cho)."""
-    from dsconvert.fit import loops  # numba takes a while to load
+    from dsconvert.base import loops  # numba takes a while to load
 
     w, scale, factor = (np.array(x, np.float32, order="C") for x in (target, cds, upper))
     codes, chosen = np.empty(w.shape, np.uint8), np.empty((len(w), -(-w.shape[1] // size)))

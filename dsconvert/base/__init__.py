@@ -1,0 +1,1 @@
+"""What knows nothing of networks: errors and words, files, processes, threads, compiled loops, ONNX nodes."""

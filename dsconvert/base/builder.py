@@ -1,0 +1,97 @@
+"""A little bookkeeping around onnx.helper: nodes, shared initializers, the model around them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import helper, numpy_helper
+
+import dsconvert
+from dsconvert.base.errors import InputError
+
+# The IR version that introduced each opset: old runtimes refuse files whose IR is newer than they know.
+IR_VERSION = {13: 7, 21: 10}
+
+
+def is_constant(tensor: onnx.TensorProto) -> bool:
+    """Whether it is one that nodes share, not a layer's own: these are called after their layers, with a dot."""
+    return "." not in tensor.name
+
+
+class OnnxBuilder:
+    """Collects nodes and initializers; equal constants are stored once."""
+
+    def __init__(self, opset: int) -> None:
+        self.opset = opset
+        self.nodes: list[onnx.NodeProto] = []
+        self.initializers: dict[str, onnx.TensorProto] = {}
+        self._shared: dict[tuple[str, tuple[int, ...], bytes], str] = {}
+
+    def node(self, op: str, inputs: list[str], output: str, **attrs: Any) -> str:
+        """Append a node with one output and return that output's name."""
+        self.nodes.append(helper.make_node(op, inputs, [output], **attrs))
+        return output
+
+    def tensor(self, name: str, value: NDArray[Any]) -> str:
+        """An initializer under its own name (any dtype onnx knows, ml_dtypes' int4 among them)."""
+        self.initializers[name] = numpy_helper.from_array(np.asarray(value, order="C"), name)
+        return name
+
+    def constant(self, value: NDArray[Any]) -> str:
+        """An initializer shared by every user of the same value."""
+        key = (str(value.dtype), value.shape, value.tobytes())
+        if key not in self._shared:
+            self._shared[key] = self.tensor(f"c{len(self._shared)}", value)
+        return self._shared[key]
+
+    def has(self, value: str) -> bool:
+        """Whether a node makes this value already."""
+        return any(value in node.output for node in self.nodes)
+
+    def shape(self, *dims: int) -> str:
+        """A shape for Reshape and its kin."""
+        return self.constant(np.array(dims, np.int64))
+
+    def scalar(self, value: float) -> str:
+        """A float32 scalar."""
+        return self.constant(np.array(value, np.float32))
+
+    def model(
+        self,
+        inputs: Mapping[str, tuple[int | str, ...]],
+        outputs: Mapping[str, tuple[int | str, ...]],
+        metadata: Mapping[str, str],
+        input_type: int = onnx.TensorProto.FLOAT,
+    ) -> onnx.ModelProto:
+        """The finished model, checked by onnx. Inputs are of the given type, outputs float32. Raises InputError when
+        two values have one name, as they can when the names of a model file's layers were made up for it."""
+        made = Counter([*inputs, *self.initializers, *(name for node in self.nodes for name in node.output)])
+        twice = next((name for name, count in made.items() if count > 1), None)
+        if twice is not None:
+            raise InputError(f"Two values of the exported file would be called {twice}, as its layers' names have it.")
+
+        def values(named: Mapping[str, tuple[int | str, ...]], kind: int) -> list[onnx.ValueInfoProto]:
+            return [helper.make_tensor_value_info(n, kind, s) for n, s in named.items()]
+
+        graph = helper.make_graph(
+            self.nodes,
+            "dsconvert",
+            values(inputs, input_type),
+            values(outputs, onnx.TensorProto.FLOAT),
+            list(self.initializers.values()),
+        )
+        model = helper.make_model(
+            graph,
+            opset_imports=[helper.make_opsetid("", self.opset)],
+            ir_version=IR_VERSION[self.opset],
+            producer_name="dsconvert",
+            producer_version=dsconvert.__version__,
+        )
+        helper.set_model_props(model, dict(metadata))
+        onnx.checker.check_model(model)
+        return model

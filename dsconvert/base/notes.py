@@ -1,0 +1,66 @@
+"""What a user must know of images and labels while the work goes on: files left out, another split, other names.
+
+Deep code says it with `note`, as a Python warning; so programs that call dsconvert see it as any other. The command
+line prints it, and puts it into its JSON.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from dsconvert.base.text import printable
+
+MOST = 2000  # characters of a sentence
+
+
+class DataWarning(UserWarning):
+    """Something about the images or labels that changes what is measured; one complete sentence."""
+
+
+# the same sentence is said every time, not once a place in the code, unless the user's own filters say otherwise
+warnings.filterwarnings("always", category=DataWarning, append=True)
+_heard: list[list[str]] = []  # by caller of `heard`, the innermost last
+
+
+def note(sentence: str) -> None:
+    """Warn of something; quoted names cannot command a terminal."""
+    warnings.warn(DataWarning(printable(sentence, MOST)), stacklevel=3)
+
+
+@contextmanager
+def heard(say: Callable[[str], None]) -> Iterator[list[str]]:
+    """Within, each different sentence is handed to `say` once, and kept in the list."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("always", category=DataWarning)
+        before = warnings.showwarning
+        kept: list[str] = []
+
+        def show(message: Warning | str, category: type[Warning], *rest: Any, **more: Any) -> None:
+            if not issubclass(category, DataWarning):
+                before(message, category, *rest, **more)
+            elif str(message) not in kept:
+                kept.append(str(message))
+                say(str(message))
+
+        warnings.showwarning = show
+        _heard.append(kept)
+        try:
+            yield kept
+        finally:
+            _heard.pop()
+
+
+@contextmanager
+def unheard() -> Iterator[None]:
+    """Within, nothing is said: what is looked at only by the way."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=DataWarning)
+        yield
+
+
+def so_far() -> list[str]:
+    """What the innermost `heard` has heard."""
+    return list(_heard[-1]) if _heard else []

@@ -1,0 +1,1 @@
+"""The steps of quantize and export strung together."""

@@ -1,0 +1,76 @@
+"""From a model file or a checkpoint to the bytes of an ONNX file: what the command line and the Python API call."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from dsconvert.base.errors import InputError
+from dsconvert.base.filekinds import CHECKPOINT, ONNX, file_kind
+from dsconvert.base.notes import unheard
+from dsconvert.convert.origin import known_images
+from dsconvert.convert.record import MODEL_FILE
+from dsconvert.export.check import check_accumulators, check_export, check_images, float_reference, reference_of
+from dsconvert.export.onnx import PLAIN, Ends, export_float, export_quantized
+from dsconvert.export.weights.layouts import Layout
+from dsconvert.model.file import load_model
+from dsconvert.model.model import DSModel
+from dsconvert.onnxfile.compact import compact
+from dsconvert.photos.dataset import calibration_images
+from dsconvert.photos.images import Image, letterbox, read_image
+from dsconvert.yolo.checkpoint import load_checkpoint
+from dsconvert.yolo.lower import lower
+
+
+def onnx_bytes(path: Path, layout: Layout, imgsz: int | None, ends: Ends = PLAIN, check: bool = True) -> bytes:
+    """ONNX of a converted model in a layout, or the float32 network of a `.pt`.
+
+    Raises CheckError when `check` finds that it does not compute what it should, see `export.check`."""
+    photographs: list[Image] = []
+    if exportable(path) == CHECKPOINT:
+        checkpoint = load_checkpoint(path)
+        graph, params = lower(checkpoint.network.fused())
+        side, reference = imgsz or 640, float_reference(graph, params, checkpoint.head)
+        made = named = export_float(graph, params, checkpoint.head, side, ends)
+    else:
+        model = load_model(path)
+        side, reference = imgsz or model.imgsz, reference_of(model, layout)
+        named = export_quantized(model, layout, side, ends)
+        made = compact(named)
+        if check:
+            check_accumulators(model)
+            photographs = first_calibration_image(model, side, path)
+    data = made.SerializeToString(deterministic=True)
+    if check:
+        check_export(data, reference, ends, check_images(side, photographs), named.SerializeToString())
+    return data
+
+
+def exportable(path: Path) -> str:
+    """Whether the file is a CHECKPOINT or a MODEL. Raises InputError for anything else."""
+    kind = file_kind(path)
+    if kind == ONNX:
+        raise InputError(
+            f"{path} is an ONNX file already; export takes what dsconvert quantize wrote (.safetensors), or a "
+            "checkpoint (.pt)."
+        )
+    return kind
+
+
+def first_calibration_image(model: DSModel, side: int, path: Path = Path(MODEL_FILE)) -> list[Image]:
+    """One of the images that the model at `path` was calibrated on, (3, side, side); none when they are gone, or are
+    not to be opened (see `origin`)."""
+    split = model.provenance.get("options", {}).get("split")
+    try:
+        with unheard():
+            first = calibration_images(known_images(model.provenance, path), split)[0]
+        return [letterbox(read_image(first), side)[0].transpose(2, 0, 1)]
+    except InputError:
+        return []
+
+
+def newest_result(root: Path) -> Path:
+    """The model file written last under `root` (runs/dsconvert). Raises InputError when there is none."""
+    found = sorted(root.glob(f"*/{MODEL_FILE}"), key=lambda p: p.stat().st_mtime_ns)
+    if not found:
+        raise InputError(f"There is no converted model under {root}; run dsconvert quantize first, or name a MODEL.")
+    return found[-1]

@@ -1,0 +1,298 @@
+"""The steps of `quantize` strung together: what the command line calls, and the Python API.
+
+gather (images), prepare (network) -> measure (statistics) -> choose_formats -> fit (model) -> tune -> describe
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dsconvert.base import workers
+from dsconvert.base.errors import InputError
+from dsconvert.base.kept import MEMORY, Room
+from dsconvert.base.sealed import run_key
+from dsconvert.convert.division import Division, divided
+from dsconvert.convert.options import QuantizeOptions, check_options
+from dsconvert.convert.record import Quantized, provenance
+from dsconvert.convert.resume import read_unfinished, usable, write_unfinished
+from dsconvert.dsconv.codes import REAL, usual_format
+from dsconvert.dsconv.format import WeightFormat
+from dsconvert.fit.layer import GPTQ, Fit
+from dsconvert.fit.lockstep import fit_lockstep
+from dsconvert.graph.integer import QConv
+from dsconvert.graph.ir import ConvParams, Graph
+from dsconvert.measure.cache import remembered
+from dsconvert.measure.calibration import (
+    Calibration,
+    Images,
+    Progress,
+    beside_few,
+    calibrate,
+    check_calibration,
+    check_values,
+    decoded,
+    float_outputs,
+    photographs_of,
+    synthetic,
+)
+from dsconvert.measure.damage import formats_of
+from dsconvert.model.model import DSModel
+from dsconvert.photos.dataset import calibration_images
+from dsconvert.photos.labels import Labelled
+from dsconvert.photos.sameness import warning_of
+from dsconvert.scoring.drop import labels_of, map_drop, scores_on
+from dsconvert.tune.distil import Distilled, Pictures, distil
+from dsconvert.widths.loss import smallest_within
+from dsconvert.widths.size import (
+    BITS,
+    BLOCK_SIZES,
+    UNIFORM,
+    Formats,
+    formats_for_file,
+    formats_like_uniform,
+    packed_size,
+)
+from dsconvert.yolo.checkpoint import Checkpoint
+from dsconvert.yolo.lower import lower, split_detect
+from dsconvert.yolo.network import Head
+from dsconvert.yolo.plan import choose_convs
+
+
+@dataclass(frozen=True)
+class Gathered:
+    """The images, and what is known of them."""
+
+    images: Images  # those to calibrate on, as this process has them
+    photographs: int  # how many of all processes' are no views of others
+    division: Division  # all photographs, by what they are for
+    labels: Labelled | None  # of those that a target is measured on; None: what the float network finds counts
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A float network, ready to be measured and fitted."""
+
+    graph: Graph  # its operations, BatchNorm folded, the outputs of Detect in parts
+    params: Mapping[str, ConvParams]  # weights and biases by convolution name, on the device
+    head: Head  # what its outputs mean
+    chosen: Sequence[str]  # convolutions that become DSConv; the others become int8
+    imgsz: int  # side of the images that it is converted for, pixels
+    device: str  # where it runs, in torch's spelling
+
+
+@dataclass(frozen=True)
+class Resumable:
+    """Fitted layers that outlive a run that is stopped."""
+
+    left: Mapping[str, QConv]  # those that such a run left
+    keep: Callable[[Mapping[str, QConv]], None] | None  # keeps those of this run; None: nothing is kept
+
+
+def quantize(
+    checkpoint: Checkpoint,
+    options: QuantizeOptions,
+    command: str = "",
+    progress: Progress | None = None,
+    unfinished: Path | None = None,
+    resume: bool = False,
+    cache: Path | None = None,
+    by: Callable[[Mapping[str, Tensor], int], Fit] = GPTQ,
+) -> Quantized:
+    """Convert a checkpoint. Raises InputError for options that do not fit it.
+
+    Fitted layers are kept in the file `unfinished`, if one is named, until the whole is done; `resume` goes on from
+    what an equal run left there. Calibrations are kept in the folder `cache`, if one is named (see `calibcache`).
+    `by` makes the fit of the second moments of output gradients, by convolution name, and the number of photographs.
+    Under torchrun every process looks at a part of the images; each returns the whole model."""
+    check_options(options, checkpoint.head.stride)
+    if resume and workers.count() > 1:
+        raise InputError.naming("{resume} goes on with one process; run it without torchrun.")
+    if options.kds == "float" and options.bits is None:
+        options = replace(options, bits=UNIFORM.bits)
+    torch.manual_seed(options.seed)
+    report = progress or (lambda stage, done, total: None)
+    device = workers.device(options.device)
+    options = replace(options, device=workers.named_device(options.device))
+    room = Room(cache or (unfinished.parent if unfinished is not None else None), MEMORY // workers.here())
+    checkpoint.network.to(device)
+    given = gather(checkpoint, options, report, room)
+    network = prepare(checkpoint, options, device)
+    check_values(network.graph, network.params, given.images.one(0, device))
+    origin = checkpoint.sha256, given.images.digest() if cache is not None or unfinished is not None else ""
+    found = measure(network, given.images, options, origin, report, room, cache)
+    layers = resumable(unfinished, network, given.images, options, origin, resume)
+    about = provenance(checkpoint, options, command, found.damage)
+    made = by(found.channels, given.photographs)
+    fitted = partial(fit, network, given, found, made, about, layers, report, room)
+    lost = partial(loss_of, network, given, report)
+    if options.target_drop is None:
+        model, drop = fitted(choose_formats(network, found, options)), None
+    else:
+        model, drop = fit_within(network, found, options.target_drop, fitted, lost)
+    tuned = tune(model, network, given, options, report)
+    if tuned is not None and tuned.kept and drop is not None:
+        after = lost(tuned.model)
+        tuned, drop = (tuned, after) if after <= drop else (replace(tuned, model=model, kept=0), drop)
+    return describe(model, tuned, drop, network, given)
+
+
+def gather(checkpoint: Checkpoint, options: QuantizeOptions, report: Progress, room: Room) -> Gathered:
+    """Read the images, or make them up from the checkpoint's BatchNorm statistics, while it has them."""
+    division, labels = Division((), (), ()), None
+    if options.calib is None:
+        images = synthetic(checkpoint, options.imgsz, options.samples, options.seed, report, room)
+    else:
+        available = calibration_images(options.calib, options.split, options.strict)
+        division = divided(available, options.samples, options.target_drop is not None, options.finetunes)
+        if division.target:
+            labels = labels_of(options.calib, division.target, checkpoint.head.names, options.strict)
+        beside = beside_few(checkpoint, len(division.fit), options.imgsz, options.seed, report)
+        images = decoded(division.fit, options.imgsz, options.seed, report, room, beside)
+    return Gathered(images, images.all_photographs(), division, labels)
+
+
+def prepare(checkpoint: Checkpoint, options: QuantizeOptions, device: str) -> Prepared:
+    """Take the network, which is on the device, apart, and choose the convolutions to convert."""
+    graph, params = split_detect(*lower(checkpoint.network.fused()), checkpoint.head)
+    chosen = sorted(choose_convs(checkpoint.network, graph, options.blocks, options.scope))
+    return Prepared(graph, params, checkpoint.head, chosen, options.imgsz, device)
+
+
+def measure(
+    network: Prepared, images: Images, options: QuantizeOptions, origin: tuple[str, str], report: Progress, room: Room,
+    cache: Path | None,
+) -> Calibration:  # fmt: skip
+    """What the images say of the network. Where each layer's width is to be found, also what each would do to it.
+    `origin`: digests of the checkpoint and of the images."""
+    graph, params, head = network.graph, network.params, network.head
+    sizes = [options.block_size] if options.block_size else BLOCK_SIZES
+    judged = {
+        name: formats_of(params[name].weight.shape[1], BITS, sizes)
+        for name in (network.chosen if options.bits is None else [])
+    }
+    key = _deciding(options, images)
+    seen = {name: key[name] for name in ("images", "imgsz", "seed", "device", "activations")}
+    seen["formats"] = {name: [f.spelled() for f in some] for name, some in judged.items()}
+    quantized = options.activations == "int8"
+    found = remembered(
+        cache, run_key(seen, *origin),
+        lambda: calibrate(
+            graph, params, head, images, judged, options.seed, network.device, quantized, report, room
+        ),
+        lambda kept: check_calibration(kept, graph, params, images, judged, quantized), room,
+    )  # fmt: skip
+    if any(drawn.kept is None for drawn in found.drawn.values()):
+        float_outputs(graph, params, images, found.drawn, network.device)
+    return found
+
+
+def _deciding(options: QuantizeOptions, images: Images) -> dict[str, Any]:
+    """What decides the fitted layers, but their widths, besides the checkpoint and the images."""
+    return {**asdict(options), "calib": None, "images": [images.part.first, images.part.all]}
+
+
+def resumable(
+    unfinished: Path | None, network: Prepared, images: Images, options: QuantizeOptions, origin: tuple[str, str],
+    resume: bool,
+) -> Resumable:  # fmt: skip
+    """What a stopped run left in the file `unfinished`, if it is to be resumed, and how this one keeps its own there.
+    Several processes keep nothing."""
+    if unfinished is None or workers.count() > 1:
+        return Resumable({}, None)
+    key = run_key(_deciding(options, images), *origin)
+    shapes = {name: p.weight.shape for name, p in network.params.items()}
+    left = read_unfinished(unfinished, key, shapes) if resume else {}
+    return Resumable(left, partial(write_unfinished, unfinished, key))
+
+
+def choose_formats(network: Prepared, found: Calibration, options: QuantizeOptions) -> dict[str, WeightFormat]:
+    """A format for every chosen layer: the one that is asked for, else by what each would do, within the budget."""
+    params = network.params
+    if options.bits is not None:
+        block = options.block_size or min(BLOCK_SIZES)
+        formats = {name: usual_format(options.bits, params[name].weight.shape[1], block) for name in network.chosen}
+        if options.kds == "float":  # the paper's form: every VQK is any integer of its bits
+            formats = {name: replace(format, code=REAL) for name, format in formats.items()}
+        return formats
+    if options.target_bytes is None:
+        return formats_like_uniform(params, found.damage)
+    file_size = partial(packed_size, network.graph, params, found.own, network.head, network.imgsz)
+    return formats_for_file(params, found.damage, options.target_bytes, file_size)
+
+
+def fit_within(
+    network: Prepared, found: Calibration, most: float, fitted: Callable[[Formats], DSModel],
+    lost: Callable[[DSModel], float],
+) -> tuple[DSModel, float]:  # fmt: skip
+    """The smallest of some fitted models that loses at most so many points of mAP50-95, and what it loses."""
+
+    def attempt(formats: Formats) -> tuple[DSModel, float]:
+        model = fitted(formats)
+        return model, lost(model)
+
+    best = smallest_within(network.params, found.damage, most, attempt)
+    return best.model, best.loss
+
+
+def loss_of(network: Prepared, given: Gathered, report: Progress, model: DSModel) -> float:
+    """Points of mAP50-95 that a model loses on the photographs held back for a target."""
+    return map_drop(model, network.params, given.division.target, partial(report, "evaluate"), given.labels)
+
+
+def tune(
+    model: DSModel, network: Prepared, given: Gathered, options: QuantizeOptions, report: Progress
+) -> Distilled | None:
+    """What the brief fine-tune makes of a fitted model; None where there are no photographs to judge it by."""
+    judges = photographs_of(given.division.judges, network.imgsz)
+    if len(judges) < 2:  # one has no standard error
+        return None
+    part = given.images.part
+    mine = range(part.first, part.first + part.mine)
+    pictures = Pictures(part.all, mine, partial(given.images.one, device=network.device), judges)
+    bounds = options.finetune_steps, options.finetune_time, options.seed
+    return distil(model, network.params, pictures, *bounds, network.device, partial(report, "finetune"))
+
+
+def describe(
+    fitted: DSModel, tuned: Distilled | None, drop: float | None, network: Prepared, given: Gathered
+) -> Quantized:
+    """The model, and what its owner should know of it."""
+    model, images, params = tuned.model if tuned else fitted, given.images, network.params
+    views = images.part.all - given.photographs - images.synthesised
+    sqnr = {name: _sqnr_db(params[name].weight.cpu(), conv.weight.weight()) for name, conv in model.convs.items()}
+    scores = scores_on(model, params, partial(images.one, device="cpu"), max(images.photographs, 1))
+    reason = images.skipped[0] if images.skipped else ""
+    sameness = warning_of(images.pixels.get(index).numpy() for index in range(images.photographs))
+    return Quantized(
+        model, given.photographs, views, images.synthesised, len(images.skipped), sqnr, scores, drop, reason, sameness,
+        tuned,
+    )  # fmt: skip
+
+
+def _sqnr_db(weight: Tensor, fitted: Tensor) -> float:
+    """Signal to quantization noise of a weight, in decibels."""
+    noise = (weight - fitted).double().square().sum().clamp_min(1e-30)
+    return round(float(10 * torch.log10(weight.double().square().sum().clamp_min(1e-30) / noise)), 2)
+
+
+def fit(
+    network: Prepared, given: Gathered, found: Calibration, by: Fit, about: Mapping[str, Any], layers: Resumable,
+    report: Progress, room: Room, formats: Formats,
+) -> DSModel:  # fmt: skip
+    """Fit every convolution: the chosen ones in these formats, the others at 8 bits. `about` is the provenance."""
+    graph, params, images = network.graph, network.params, given.images
+    report("widths", 1, 1)
+    every = {name: formats.get(name, usual_format(8, p.weight.shape[1], 0)) for name, p in params.items()}
+    convs = fit_lockstep(
+        graph, params, by, every, found.own, images.pixels, found.drawn, images.part.mine, room, network.device,
+        lambda done, total: report("fit", done, total),
+        usable(layers.left, [(node.name, every[node.name]) for node in graph.convs()]), layers.keep,
+    )  # fmt: skip
+    return DSModel(graph, convs, found.own, network.head, network.imgsz, about)

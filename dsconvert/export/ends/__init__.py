@@ -1,0 +1,1 @@
+"""How an ONNX file begins and ends: the image, decoding, suppression."""

@@ -1,0 +1,149 @@
+"""The Detect tail in ONNX: raw maps to boxes, in float (the same equations as `yolo.decode`).
+
+All levels are brought into one table of boxes while they are still bytes, a quarter of the size of floats; only then
+are they dequantized, each row with its level's grid, and decoded together.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from onnx import helper
+
+from dsconvert.base.builder import OnnxBuilder
+from dsconvert.export.written import Place
+from dsconvert.yolo.lower import PARTS
+from dsconvert.yolo.network import Head
+
+SHORT = 16  # bytes of a box that a Transpose moves faster than a Split
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """Names of the parts of all boxes: `box` (n, boxes, 4), centre and size in pixels; `objectness` (n, boxes, 1) and
+    `classes` (n, boxes, nc), both 0..1, 1 for a class that is untrained; `masks` (n, boxes, nm), the mask coefficients,
+    none of a detector."""
+
+    box: str
+    objectness: str
+    classes: str
+    masks: tuple[str, ...] = ()
+
+    def all(self) -> list[str]:
+        """The parts in their order in a row of the output."""
+        return [self.box, self.objectness, self.classes, *self.masks]
+
+
+def add_decode(b: OnnxBuilder, raw: Sequence[Place], head: Head, imgsz: int) -> Decoded:
+    """Raw maps -> boxes.
+
+    `raw` is one map a level of na * no channels, or a map a level of each of a box's parts (see
+    `lower.split_detect`)."""
+    sides = [imgsz // stride for stride in head.strides]
+    step = len(head.parts)
+    if len(raw) > len(head.strides):
+        box, objectness, classes, *masks = (
+            _table(b, raw[i::step], f"detect.{part}", head.na, columns, sides, part != "mask")
+            for i, (part, columns) in enumerate(zip(PARTS, head.parts, strict=False))
+        )
+    else:
+        whole = _table(b, raw, "detect", head.na, sum(head.parts), sides, not head.nm)
+        box, objectness, classes, *masks = names = [f"detect.{part}" for part in PARTS[:step]]
+        b.nodes.append(helper.make_node("Split", [whole, b.shape(*head.parts)], names, axis=2))
+        if masks:
+            box, objectness, classes = (b.node("Sigmoid", [name], f"{name}.sigmoid") for name in names[:3])
+    if head.class_untrained:  # no sigmoid is more than 1
+        classes = b.node("Max", [classes, b.scalar(1.0)], "detect.meant")
+    return Decoded(_pixels(b, box, head, sides), objectness, classes, tuple(masks))
+
+
+def _pixels(b: OnnxBuilder, box: str, head: Head, sides: Sequence[int]) -> str:
+    """Sigmoids s (n, boxes, 4) -> pixels. The centre is 2 stride s + cell, the size s^2 4 anchor: both are
+    s * linear + cell + s^2 * square, with zeros where the other has numbers, as taking s apart would cost more."""
+    linear = [[(2 * stride, 2 * stride, 0, 0)] * head.na for stride in head.strides]
+    square = [[(0, 0, 4 * w, 4 * h) for w, h in level] for level in head.anchors]
+    first = b.node("Mul", [box, _rows(b, linear, "detect.linear", sides)], "detect.s")
+    first = b.node("Add", [first, _cells(b, head, sides)], "detect.placed")
+    second = b.node("Mul", [box, box], "detect.s2")
+    second = b.node("Mul", [second, _rows(b, square, "detect.square", sides)], "detect.sized")
+    return b.node("Add", [first, second], "detect.pixels")
+
+
+def _table(
+    b: OnnxBuilder, maps: Sequence[Place], name: str, na: int, columns: int, sides: Sequence[int], sigmoid: bool = True
+) -> str:
+    """Raw maps of na * columns channels, one a level -> (n, boxes, columns), their sigmoids unless not wanted."""
+    run, runs = _runs(sides)
+    levels: list[str] = []
+    for i, (raw, side) in enumerate(zip(maps, sides, strict=True)):
+        if raw.last:
+            levels += _by_anchor(b, raw, f"{name}.{i}", na, columns, (side, run, runs[i]))
+            continue
+        last = raw.name
+        if columns > 1:  # a single number of every box has no other order
+            split = b.node("Reshape", [raw.name, b.shape(0, na, columns, side, side)], f"{name}.{i}.split")
+            last = b.node("Transpose", [split], f"{name}.{i}.last", perm=[0, 1, 3, 4, 2])
+        levels.append(b.node("Reshape", [last, b.shape(0, na * runs[i], run * columns)], f"{name}.{i}.runs"))
+    joined = b.node("Concat", levels, f"{name}.raw", axis=1)
+    grids = [raw.grid for raw in maps if raw.grid is not None]
+    if grids:
+        repeats = [na * count for count in runs]
+        scale = b.constant(np.repeat(np.array([g.scale for g in grids], np.float32), repeats))
+        zero = b.constant(np.repeat(np.array([g.zero_point for g in grids], np.uint8), repeats))
+        joined = b.node("DequantizeLinear", [joined, scale, zero], f"{name}.real")  # axis 1
+    if sigmoid:
+        joined = b.node("Sigmoid", [joined], f"{name}.sigmoid")
+    return b.node("Reshape", [joined, b.shape(0, -1, columns)], f"{name}.rows")
+
+
+def _by_anchor(b: OnnxBuilder, raw: Place, name: str, na: int, columns: int, places: tuple[int, int, int]) -> list[str]:
+    """A map with its channels last -> its anchors' boxes in runs, to be joined along axis 1: turned around together,
+    or, quicker where each box has many bytes, cut out one by one. `places` are (side, run, runs)."""
+    side, run, runs = places
+    if columns <= SHORT and not raw.more:
+        apart = b.node("Reshape", [raw.name, b.shape(0, side, side, na, columns)], f"{name}.split")
+        turned = b.node("Transpose", [apart], f"{name}.last", perm=[0, 3, 1, 2, 4])
+        return [b.node("Reshape", [turned, b.shape(0, na * runs, run * columns)], f"{name}.runs")]
+    cut, shape = [f"{name}.{i}.columns" for i in range(na)], b.shape(0, runs, run * columns)
+    rest = ([f"{name}.rest"], [raw.more]) if raw.more else ([], [])
+    sizes = b.shape(*[columns] * na, *rest[1])
+    b.nodes.append(helper.make_node("Split", [raw.name, sizes], [*cut, *rest[0]], axis=3))
+    return [b.node("Reshape", [part, shape], f"{name}.{i}.runs") for i, part in enumerate(cut)]
+
+
+def _runs(sides: Sequence[int]) -> tuple[int, list[int]]:
+    """The longest run of boxes that divides every level's grid, and how many of them each grid is. Runs have one
+    level and one anchor, so what these decide is written once a run, and spread out by the engine at load."""
+    run = math.gcd(*(side * side for side in sides))
+    return run, [side * side // run for side in sides]
+
+
+def _rows(b: OnnxBuilder, values: Sequence[Sequence[tuple[float, ...]]], name: str, sides: Sequence[int]) -> str:
+    """Four numbers for every level and anchor -> (boxes, 4)."""
+    run, runs = _runs(sides)
+    short = np.array([row for level, count in zip(values, runs, strict=True) for row in level for _ in range(count)])
+    wide = b.node(
+        "Expand", [b.constant(short.astype(np.float32)[:, None]), b.shape(len(short), run, 4)], f"{name}.wide"
+    )
+    return b.node("Reshape", [wide, b.shape(-1, 4)], name)
+
+
+def _cells(b: OnnxBuilder, head: Head, sides: Sequence[int]) -> str:
+    """Cell centres minus one half, in pixels, and two zeros, (boxes, 4)."""
+    levels = []
+    is_x = b.constant(np.array([True, False, True, False]))
+    for i, (stride, side) in enumerate(zip(head.strides, sides, strict=True)):
+        steps = (np.arange(side, dtype=np.float32) - np.float32(0.5)) * stride
+        x, y = (b.constant(steps.reshape(shape)) for shape in ((1, side, 1), (side, 1, 1)))
+        both = b.node("Where", [is_x, x, y], f"detect.{i}.xyxy")
+        levels += [b.node("Reshape", [both, b.shape(-1, 4)], f"detect.{i}.cells")] * head.na
+    joined = b.node("Concat", levels, "detect.xyxy", axis=0)
+    return b.node("Mul", [joined, b.constant(np.array([1, 1, 0, 0], np.float32))], "detect.cells")
+
+
+def box_count(head: Head, imgsz: int) -> int:
+    """Rows of the output: 25200 for three levels of three anchors at 640."""
+    return sum(head.na * (imgsz // s) ** 2 for s in head.strides)

@@ -1,0 +1,138 @@
+"""Layout fused, second step: feature maps with channels last, from the first convolution to the decoding.
+
+ONNX Runtime's int8 convolutions work on channels last, and it turns a graph that is channels first around every time it
+loads it. Here that is done once, and every Transpose between the two goes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import onnx
+from onnx import helper
+
+from dsconvert.base.builder import OnnxBuilder
+
+LAST = ".last"  # suffix of a map's name when its channels are last
+MICROSOFT = "com.microsoft"
+TO_LAST, TO_FIRST = [0, 2, 3, 1], [0, 3, 1, 2]
+# what computes every number from those in its place
+PLACEWISE = (
+    "QLinearSigmoid", "QLinearMul", "QLinearAdd", "QLinearLeakyRelu", "QuantizeLinear", "DequantizeLinear", "Relu",
+    "LeakyRelu", "HardSigmoid", "Sigmoid", "Mul", "Add",
+)  # fmt: skip
+JOINING = ("QLinearConcat", "Concat")
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+def channels_last(model: onnx.ModelProto, constants: Shapes) -> dict[str, str]:
+    """Turn the graph around, in place; the new names of maps that have their channels last now, by their old ones.
+    `constants` are the shapes of all values that are known before an image is."""
+    walk = _Walk(model, constants)
+    for node in model.graph.node:
+        walk.add(node)
+    used, nodes = set(walk.outputs), []
+    for node in reversed(walk.b.nodes):
+        if used & set(node.output):
+            used |= set(node.input)
+            nodes.append(node)
+    kept = [t for t in model.graph.initializer if t.name in used]
+    del model.graph.node[:], model.graph.initializer[:]
+    model.graph.node.extend(reversed(nodes))
+    model.graph.initializer.extend(kept)
+    return walk.last
+
+
+class _Walk:
+    """Copies nodes one by one; `last` knows the maps that have their channels last, by their old names, and `same` the
+    values that are such a map under another name."""
+
+    def __init__(self, model: onnx.ModelProto, constants: Shapes) -> None:
+        self.b, self.constants = OnnxBuilder(21), constants
+        self.outputs = {v.name for v in model.graph.output}
+        self.last: dict[str, str] = {}
+        self.same: dict[str, str] = {}
+
+    def add(self, node: onnx.NodeProto) -> None:
+        """Emit one node, turned around if it has to do with maps."""
+        if node.op_type == "QLinearConv":
+            self._conv(node)
+        elif not (self._cancels(node) or self._turned(node)):
+            for name in node.input:
+                self._first(name)
+            made = onnx.NodeProto()
+            made.CopyFrom(node)
+            made.input[:] = [self.same.get(name, name) for name in node.input]
+            self.b.nodes.append(made)
+
+    def _cancels(self, node: onnx.NodeProto) -> bool:
+        """Whether it turns a map to how it is already, or to how it was before; then nothing is left of it."""
+        if node.op_type != "Transpose" or node.output[0] in self.outputs:
+            return False
+        source, order = node.input[0], _attribute(node, "perm")
+        if order == TO_LAST and source in self.last:
+            self.same[node.output[0]] = self.last[source]
+        elif order == TO_FIRST:
+            self.last[node.output[0]] = self.same.get(source, source)
+        else:
+            return False
+        return True
+
+    def _turned(self, node: onnx.NodeProto) -> bool:
+        """Emit it, channels last, if one of its maps is turned and it is known how."""
+        if not any(name in self.last for name in node.input) or self.outputs & set(node.output):
+            return False
+        if node.op_type in PLACEWISE:
+            parts = [name for name in node.input if name and name not in self.last]
+            if not all(name in self.constants and math.prod(self.constants[name]) == 1 for name in parts):
+                return False
+            self._same(node, node.op_type, node.domain)
+        elif node.op_type in JOINING and _attribute(node, "axis") == 1:
+            self._same(node, node.op_type, node.domain, {"axis": 3}, turn=True)
+        elif node.op_type == "MaxPool" and len(node.output) == 1:
+            self._same(node, "NhwcMaxPool", MICROSOFT)
+        else:
+            return False
+        return True
+
+    def _same(
+        self, node: onnx.NodeProto, kind: str, domain: str, changed: Mapping[str, int] | None = None, turn: bool = False
+    ) -> None:
+        """The same operator on the turned maps; `turn` those that are not yet."""
+        inputs = [
+            self._turn(name) if turn and name not in self.constants else self.last.get(name, name)
+            for name in node.input
+        ]
+        made = helper.make_node(kind, inputs, [self._named(name) for name in node.output], domain=domain)
+        gone = {"storage_order", *(changed or {})}  # an order of indices, which nobody asks for
+        made.attribute.extend(a for a in node.attribute if a.name not in gone)
+        made.attribute.extend(helper.make_attribute(name, value) for name, value in (changed or {}).items())
+        self.b.nodes.append(made)
+
+    def _named(self, name: str) -> str:
+        self.last[name] = f"{name}{LAST}"
+        return self.last[name]
+
+    def _turn(self, name: str) -> str:
+        """The map, channels last."""
+        if name not in self.last:
+            self.b.node("Transpose", [name], self._named(name), perm=TO_LAST)
+        return self.last[name]
+
+    def _first(self, name: str) -> None:
+        """Make the map under its old name, channels first, if it is wanted so."""
+        if name in self.last and not self.b.has(name):
+            self.b.node("Transpose", [self.last[name]], name, perm=TO_FIRST)
+
+    def _conv(self, node: onnx.NodeProto) -> None:
+        inputs = [self._turn(node.input[0]), *node.input[1:]]
+        made = helper.make_node("QLinearConv", inputs, [self._named(node.output[0])], name=node.name, domain=MICROSOFT)
+        made.attribute.extend(node.attribute)
+        made.attribute.append(helper.make_attribute("channels_last", 1))
+        self.b.nodes.append(made)
+
+
+def _attribute(node: onnx.NodeProto, name: str) -> Any:
+    return next((helper.get_attribute_value(a) for a in node.attribute if a.name == name), None)

@@ -1,0 +1,149 @@
+"""The QDQ form in shapes that ONNX Runtime's int8 kernels are fast at, with equal integers (see `quickconv`)."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+
+from dsconvert.base.builder import OnnxBuilder
+from dsconvert.export.ends.decode import SHORT
+from dsconvert.export.operators import real_weight
+from dsconvert.export.ort.lastchannels import LAST, TO_FIRST, TO_LAST
+from dsconvert.export.ort.quickconv import (
+    RUN,
+    Quads,
+    image_by_quads,
+    kernel_by_quads,
+    more_channels,
+    outputs_apart,
+    quads_of,
+    twice,
+)
+from dsconvert.export.quantized import Quantized
+from dsconvert.export.weights.layouts import Layout
+from dsconvert.export.written import Place
+from dsconvert.graph.ir import INPUT, Node, display_name
+from dsconvert.graph.ops import OPS
+from dsconvert.graph.shapes import value_shapes
+from dsconvert.model.model import DSModel
+
+
+class QuickForm(Quantized):
+    """Convolutions with as many channels as the kernels like, the image in quads, upsampling by Gather, and maps for
+    `decode` with their channels last. A map's shape is known, so the image's side is."""
+
+    def __init__(self, b: OnnxBuilder, model: DSModel, layout: Layout, input_type: str, side: int) -> None:
+        super().__init__(b, model, layout, input_type)
+        self.side = side
+        weights = {name: tuple(conv.weight.vqk.shape) for name, conv in model.convs.items()}
+        self.shapes = value_shapes(model.graph, weights, (3, side, side))
+        self.images: dict[tuple[int, ...], str] = {}  # the image in other shapes, bytes
+        self.wide: dict[str, Place] = {}  # raw maps that have more channels than the graph's
+
+    def places(self) -> dict[str, Place]:
+        """Where the file has the graph's values."""
+        return super().places() | self.wide
+
+    def raw(self, value: str) -> Place:
+        """An output of the graph, as `decode` shall have it."""
+        place, head = self.wide.get(value) or super().raw(value), self.model.head
+        prototypes = bool(head.nm) and value == self.model.graph.outputs[-1]
+        # decoding turns few channels around by itself; ONNX Runtime would make one Transpose of the two
+        few = not self.layout.fused and not place.more and self.shapes[value][0] <= SHORT * head.na
+        if prototypes or few:
+            return place
+        turned = self.b.node("Transpose", [place.name], f"{value}.last", perm=TO_LAST)
+        return replace(place, name=turned, last=True)
+
+    def _moved(self, node: Node) -> str:
+        return self._upsample(node) if node.op == "upsample" else super()._moved(node)
+
+    def _upsample(self, node: Node) -> str:
+        """Every pixel so many times, along one side after the other, channels last: quicker than a Resize."""
+        b, name, scale = self.b, node.name, node.attrs["scale"]
+        high, wide = self.shapes[node.inputs[0]][1:]
+        rows, columns = (b.constant(np.repeat(np.arange(n, dtype=np.int32), scale)) for n in (high, wide))
+        last = b.node("Transpose", [self.uint8[node.inputs[0]]], f"{name}.last", perm=TO_LAST)
+        broad = b.node("Gather", [last, columns], f"{name}.wide", axis=2)
+        tall = b.node("Gather", [broad, rows], f"{name}.q{LAST}", axis=1)
+        return b.node("Transpose", [tall], f"{name}.q", perm=TO_FIRST)
+
+    def _add_conv(self, node: Node) -> None:
+        """In quads; or with channels of zeros more than are asked for, which are cut off again."""
+        if quads := self._quads(node):
+            self.uint8[node.name] = self._conv_by_quads(node, quads)
+            return
+        more = self._more(node)
+        if not more:
+            super()._add_conv(node)
+            return
+        wide = self._q(self._conv(node), f"{node.name}.wide", self.grids[node.name])
+        if node.name in self.model.graph.outputs:
+            self.wide[node.name] = Place(wide, self.grids[node.name], more=more)  # decoding cuts them off
+            return
+        cut = [self.b.shape(0), self.b.shape(len(self.model.convs[node.name].bias)), self.b.shape(1)]
+        self.uint8[node.name] = self.b.node("Slice", [wide, *cut], f"{node.name}.q")
+
+    def _conv(self, node: Node) -> str:
+        """With zeros for the channels that its kernel lacks."""
+        b, name = self.b, display_name(node)
+        more, fill = self._more(node), self._fill(node)
+        weight, cds = real_weight(b, name, self.model.convs[node.name].weight, self.weights, more, fill)
+        bias, unit = self._bias(node, cds, more)
+        if more:
+            bias = b.node("Pad", [bias, b.shape(0, more)], f"{name}.bias.wide")
+        x = self._filled_image(node, fill) if fill else self.real(node.inputs[0])
+        real = b.node("DequantizeLinear", [bias, unit], f"{name}.b", axis=0)
+        return OPS[node.op].onnx(b, node, [x, weight, real], node.name)
+
+    def _more(self, node: Node) -> int:
+        """How many output channels of zeros it shall have."""
+        return more_channels(len(self.model.convs[node.name].bias)) if node.attrs["groups"] == 1 else 0
+
+    def _fill(self, node: Node) -> int:
+        """How many input channels of zeros it shall have: those an image lacks."""
+        return -self.shapes[INPUT][0] % RUN if node.inputs == (INPUT,) and node.attrs["groups"] == 1 else 0
+
+    def _filled_image(self, node: Node, fill: int) -> str:
+        if (fill,) not in self.images:
+            name, (_, zero) = self._image_name(node), self._grid(self.grids[INPUT])
+            pads = self.b.shape(*[0] * 5, fill, 0, 0)
+            self.images[fill,] = self.b.node("Pad", [self.uint8[INPUT], pads, zero], f"{name}.filled")
+        return self._read(self.images[fill,], self.images[fill,], self.grids[INPUT])
+
+    def _image_by_quads(self, node: Node, q: Quads) -> str:
+        key = (q.left, q.right, q.units)
+        if key not in self.images:
+            name, (_, zero) = self._image_name(node), self._grid(self.grids[INPUT])
+            depth, high, _ = self.shapes[INPUT]
+            last = image_by_quads(self.b, self.uint8[INPUT], (depth, high), q, zero, name)
+            self.images[key] = self.b.node("Transpose", [last], f"{name}.first", perm=TO_FIRST)
+        return self._read(self.images[key], self.images[key], self.grids[INPUT])
+
+    def _image_name(self, node: Node) -> str:
+        """What the image in another shape is called: a network with several convolutions of it may need several."""
+        return f"{node.name}.{INPUT}" if self.images else INPUT
+
+    def _quads(self, node: Node) -> Quads | None:
+        """For a convolution of every second pixel of an image whose channels no kernel likes."""
+        a, kernel = node.attrs, self.model.convs[node.name].weight.vqk.shape[2:]
+        if not self._fill(node) or (a["stride"], a["dilation"]) != (2, 1):
+            return None
+        return quads_of((kernel[0], kernel[1]), [a["padding"]] * 4, (self.side, self.side))
+
+    def _conv_by_quads(self, node: Node, q: Quads) -> str:
+        """The same convolution of two rows of four pixels as one; the quantized result's name."""
+        b, name, w = self.b, display_name(node), self.model.convs[node.name].weight
+        cho = len(w.vqk)
+        real = self._image_by_quads(node, q)
+        integers = kernel_by_quads(b, self.weights.add(name, w), tuple(w.vqk.shape), q, name)
+        cds = b.tensor(f"{name}.cds", w.cds_w.numpy().astype(np.float32))
+        weight = b.node("DequantizeLinear", [integers, twice(b, cds, cds)], f"{name}.w", axis=0)
+        bias = b.node("DequantizeLinear", [twice(b, x, x) for x in self._bias(node, cds)], f"{name}.b", axis=0)
+        pads = [q.pads[0], 0, q.pads[1], 0]
+        paired = b.node("Conv", [real, weight, bias], f"{node.name}.pairs", name=name, pads=pads)
+        paired = self._q(paired, f"{node.name}.paired", self.grids[node.name])
+        last = b.node("Transpose", [paired], f"{node.name}.pairs.last", perm=TO_LAST)
+        apart = outputs_apart(b, last, cho, q, f"{node.name}.q{LAST}")
+        return b.node("Transpose", [apart], f"{node.name}.q", perm=TO_FIRST)

@@ -1,0 +1,1 @@
+"""Layouts, and how weights are spelled in each."""

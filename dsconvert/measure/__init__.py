@@ -1,0 +1,1 @@
+"""What calibration images say: importance, activation grids, what each format would cost."""

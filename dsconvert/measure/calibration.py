@@ -1,0 +1,326 @@
+"""The calibration images, and what they say of the float network: activation grids, what matters, what formats cost."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from dsconvert.base import workers
+from dsconvert.base.errors import InputError
+from dsconvert.base.kept import Kept, Room
+from dsconvert.base.threads import in_order
+from dsconvert.dsconv.format import WeightFormat
+from dsconvert.fit import draws
+from dsconvert.fit.channels import is_moment
+from dsconvert.fit.moments import TOGETHER
+from dsconvert.fit.seen import Drawn, check_drawn
+from dsconvert.graph.grids import QParams
+from dsconvert.graph.integer import gridded
+from dsconvert.graph.ir import ConvParams, Graph
+from dsconvert.graph.run import run_float
+from dsconvert.graph.shapes import value_shapes
+from dsconvert.measure.damage import damage_of
+from dsconvert.measure.grids import choose_grids
+from dsconvert.measure.importance import Part, measure_importance
+from dsconvert.measure.leftover import left_over
+from dsconvert.measure.synthesize import synthesize
+from dsconvert.measure.views import WANTED, view, wanted
+from dsconvert.model.check import check_grid
+from dsconvert.photos.images import letterbox, none_readable, read_image
+from dsconvert.yolo.checkpoint import Checkpoint
+from dsconvert.yolo.decode import detection_measure
+from dsconvert.yolo.network import Head
+from dsconvert.yolo.wishes import wished
+
+SURE = 5.0  # a logit whose sigmoid is 0.993
+MOST_VALUE = 60000  # of activations, which are kept as halves
+SYNTHETIC_IMAGES, SYNTHETIC_SIDE, SYNTHETIC_STEPS = 48, 320, 80
+FEW = 32  # photographs; fewer have synthesised images beside them
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Images:
+    """The calibration images, letterboxed, as this process has them."""
+
+    pixels: Kept  # its own images (3, side, side), uint8
+    part: Part  # which of all they are
+    side: int  # in pixels
+    photographs: int  # how many of its own are no views of others: the first (see `measure.views`)
+    skipped: tuple[str, ...] = ()  # why files could not be read
+    synthesised: int = 0  # how many of all processes' images were made up beside the photographs: the last
+
+    def one(self, index: int, device: str) -> Tensor:
+        """An image (1, 3, side, side) as the network reads it, 0..1."""
+        return self.pixels.get(index).to(device).float()[None] / 255
+
+    def all_photographs(self) -> int:
+        """How many images of all processes are no views of others."""
+        return sum(workers.gathered(self.photographs))
+
+    def digest(self) -> str:
+        """A key of all pixels."""
+        digest = hashlib.sha256()
+        for index in range(self.part.mine):
+            digest.update(self.pixels.get(index).numpy().tobytes())
+        return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What the images say of the float network."""
+
+    own: Mapping[str, QParams]  # activation grids by value name; none: activations stay float
+    drawn: Mapping[str, Drawn]  # by convolution name, what was drawn from this process's images (see `Importance`)
+    channels: Mapping[str, Tensor]  # second moments of output channels' gradients (see `Importance`)
+    damage: Mapping[str, Mapping[WeightFormat, float]]  # what each format of each layer would do
+
+
+def check_calibration(
+    found: Calibration,
+    graph: Graph,
+    params: Mapping[str, ConvParams],
+    images: Images,
+    formats: Mapping[str, Sequence[WeightFormat]],
+    quantized: bool,
+) -> None:
+    """Raises ValueError or KeyError unless `found` can be what `calibrate` makes of the rest: it comes from a file."""
+    if set(found.own) != (gridded(graph) if quantized else set()):
+        raise ValueError("grids")
+    for name, grid in found.own.items():
+        check_grid(name, grid)
+    sizes = {n: tuple(p.weight.shape) for n, p in params.items()}
+    shapes = value_shapes(graph, sizes, (3, images.side, images.side))
+    most = draws.positions_each(images.part.all)
+    if set(found.drawn) != {n.name for n in graph.convs()}:
+        raise ValueError("positions")
+    for name, drawn in found.drawn.items():
+        check_drawn(drawn, images.part.mine, shapes[name][1] * shapes[name][2], most)
+    if {name: tuple(c.shape) for name, c in found.channels.items()} != {
+        n.name: (len(params[n.name].weight),) * 2 for n in graph.convs()
+    }:
+        raise ValueError("shapes of channels")
+    for moment in found.channels.values():
+        if moment.dtype != torch.float32 or not is_moment(moment):
+            raise ValueError("channels")
+    if {name: set(by_format) for name, by_format in found.damage.items()} != {n: set(f) for n, f in formats.items()}:
+        raise ValueError("formats")
+    if not all(math.isfinite(d) and d >= 0 for by_format in found.damage.values() for d in by_format.values()):
+        raise ValueError("damage")
+
+
+def decoded(
+    paths: Sequence[Path], side: int, seed: int, report: Progress, room: Room, beside: Tensor | None = None
+) -> Images:
+    """This process's part of the photographs, letterboxed; each is decoded once. Few of them are made up for by views,
+    and by the images `beside` (n, 3, side, side), uint8, which come last. Raises InputError when a process has none
+    that can be read."""
+    made_up = torch.empty(0, 3, side, side, dtype=torch.uint8) if beside is None else beside
+    whole = workers.count() == 1 or len(paths) < WANTED  # then every process reads all: views are of all
+    if not whole:
+        paths = paths[workers.share(len(paths), TOGETHER)]
+    pixels, count, skipped = room.kept(len(paths), (3, side, side), torch.uint8), 0, []
+
+    for done, image in enumerate(in_order(partial(_read, side=side), paths), 1):
+        if isinstance(image, str):
+            skipped.append(image)
+        else:
+            pixels.put(count, image)
+            count += 1
+        report("images", done, len(paths))
+    if not whole:
+        skipped = [reason for reasons in workers.gathered(skipped) for reason in reasons]
+    share = range(count)
+    if whole and count:
+        total = wanted(count) + len(made_up)
+        share = range(total)[workers.share(total, TOGETHER)]
+        pixels = with_views(pixels, count, share, seed, room, made_up)
+    photographs = len(range(count)[share.start : share.stop])
+    found = replace(_placed(pixels, len(share), side, photographs, skipped), synthesised=len(made_up))
+    if not found.part.all:
+        raise none_readable(found.skipped, "calibration images")
+    if not all(workers.gathered(found.part.mine)):
+        raise InputError(f"{found.part.all} calibration images are too few for {workers.count()} processes.")
+    return found
+
+
+def _read(path: Path, side: int) -> Tensor | str:
+    """A photograph, letterboxed (3, side, side), uint8; or why it cannot be read."""
+    try:
+        return torch.from_numpy(letterbox(read_image(path), side)[0]).permute(2, 0, 1)
+    except InputError as error:
+        return str(error)
+
+
+def photographs_of(paths: Sequence[Path], side: int) -> list[Tensor]:
+    """The photographs that can be read, letterboxed (3, side, side), uint8."""
+    return [image for image in in_order(partial(_read, side=side), paths) if not isinstance(image, str)]
+
+
+def with_views(
+    photographs: Kept, count: int, share: range, seed: int, room: Room, beside: Sequence[Tensor] | Tensor = ()
+) -> Kept:
+    """Of `count` photographs (3, side, side), views of them behind these, and the images beside them behind all, those
+    in the share."""
+    if share == range(count):
+        return photographs
+    kept, viewed = room.like(len(share), photographs.get(0)), wanted(count)
+
+    def made(index: int) -> Tensor:
+        if index < count:
+            return photographs.get(index)
+        return view(photographs.get, count, index - count, seed) if index < viewed else beside[index - viewed]
+
+    for place, image in enumerate(in_order(made, share)):
+        kept.put(place, image)
+    photographs.free()
+    return kept
+
+
+def synthetic(
+    checkpoint: Checkpoint, imgsz: int, samples: int, seed: int, report: Progress, room: Room
+) -> Images:  # fmt: skip
+    """Images made up from the checkpoint's BatchNorm statistics, with objects that it detects; as far as `samples`
+    allows, each once more as its mirror image. Raises InputError where it has no such statistics left."""
+    side, drawn = min(imgsz, SYNTHETIC_SIDE), min(samples, SYNTHETIC_IMAGES)
+    try:
+        made = _synthesised(checkpoint, drawn, side, seed, report)[:samples]
+    except ValueError:
+        raise InputError.naming(
+            "{} has its BatchNorm fused away, so images cannot be synthesised from it; give {images}.", checkpoint.path
+        ) from None
+    if len(made) < workers.count():
+        raise InputError(f"{len(made)} calibration images are too few for {workers.count()} processes.")
+    mine = made[workers.share(len(made), TOGETHER)]
+    pixels = room.kept(len(mine), (3, side, side), torch.uint8)
+    for index, image in enumerate(mine):
+        pixels.put(index, image)
+    return _placed(pixels, len(mine), side, len(mine))
+
+
+def beside_few(checkpoint: Checkpoint, photographs: int, side: int, seed: int, report: Progress) -> Tensor | None:
+    """Synthesised images (n, 3, side, side), uint8, that are to stand beside so many photographs; None beside FEW of
+    them or more, and of a checkpoint without BatchNorm statistics."""
+    if photographs >= FEW:
+        return None
+    try:
+        made = _synthesised(checkpoint, SYNTHETIC_IMAGES, min(side, SYNTHETIC_SIDE), seed, report)
+    except ValueError:
+        return None
+    return tiled(made, side)
+
+
+def tiled(pictures: Tensor, side: int) -> Tensor:
+    """Pictures (n, 3, s, s) side by side in squares of at least `side`, cut to (m, 3, side, side)."""
+    own = pictures.shape[-1]
+    across = -(-side // own)
+    each = across * across
+    pictures = pictures.repeat(-(-each // len(pictures)), 1, 1, 1) if len(pictures) < each else pictures
+    grids = pictures[: len(pictures) // each * each].unflatten(0, (-1, across, across))
+    whole = grids.permute(0, 3, 1, 4, 2, 5).reshape(-1, 3, across * own, across * own)
+    return whole[:, :, :side, :side].contiguous()
+
+
+def _synthesised(checkpoint: Checkpoint, count: int, side: int, seed: int, report: Progress) -> Tensor:
+    """So many pictures with objects that the checkpoint detects, and then their mirror images: (2 count, 3, side,
+    side), uint8. Raises ValueError where it has no BatchNorm statistics left."""
+    batches = synthesize(
+        checkpoint.network, count, side, SYNTHETIC_STEPS, seed,
+        lambda done, total: report("synthesize", done, total), partial(wished, checkpoint.head),
+    )  # fmt: skip
+    made = torch.cat(batches)[:count]
+    return (torch.cat((made, made.flip(3))) * 255).round().to(torch.uint8).cpu()
+
+
+def _placed(pixels: Kept, mine: int, side: int, photographs: int, skipped: Sequence[str] = ()) -> Images:
+    counts = workers.gathered(mine)
+    return Images(pixels, Part(sum(counts[: workers.number()]), mine, sum(counts)), side, photographs, tuple(skipped))
+
+
+def check_values(graph: Graph, params: Mapping[str, ConvParams], image: Tensor) -> None:
+    """Raises InputError when the network's values overflow on an image (1, 3, h, w)."""
+
+    def check(name: str, value: Tensor) -> None:
+        if not float(value.abs().max()) < MOST_VALUE:  # NaN is not
+            raise InputError(f"The values of layer {name} are infinite or beyond {MOST_VALUE}: it cannot be converted.")
+
+    run_float(graph, params, image, check)
+
+
+def calibrate(
+    graph: Graph,
+    params: Mapping[str, ConvParams],
+    head: Head,
+    images: Images,
+    formats: Mapping[str, Sequence[WeightFormat]],
+    seed: int,
+    device: str,
+    quantized: bool,
+    report: Progress,
+    room: Room,
+) -> Calibration:
+    """Look at the images once. `formats` are those of each layer whose damage is wanted; `quantized`: whether
+    activations will be; what is drawn from the images goes to the `room`."""
+
+    def singles() -> Iterator[Tensor]:
+        for index in range(images.part.mine):
+            yield images.one(index, device)
+            report("importance", index + 1, images.part.mine)
+
+    def measure(raw: list[Tensor], reference: list[Tensor]) -> list[Tensor]:
+        return detection_measure(raw, reference, head)
+
+    chosen = list(formats)
+    found = measure_importance(graph, params, singles(), measure, seed, chosen, images.part, room)
+    own = choose_grids(graph, found.samples, found.clipping, seed, sure_scores(graph, head)) if quantized else {}
+    damage: dict[str, dict[WeightFormat, float]] = {}
+    if formats:
+        again = partial(images.one, device=device)
+        left = left_over(graph, params, again, found.drawn, found.channels, images.part, images.all_photographs())
+
+        def foretold(name: str) -> dict[WeightFormat, float]:
+            made = damage_of(params[name].weight.cpu(), formats[name], found.squares[name])
+            return {f: d * left[name].of(f) if name in left else d for f, d in made.items()}
+
+        damage = dict(zip(chosen, in_order(foretold, chosen), strict=True))
+    return Calibration(own, found.drawn, found.channels, damage)
+
+
+def sure_scores(graph: Graph, head: Head) -> dict[str, float]:
+    """How far up the grids of objectness and classes reach at least, by value name, where Detect is split.
+
+    Images that show few objects say little of high scores, and a grid that they alone chose would cut the scores of
+    every object in other images: with 128 images of which few showed one, none could score above a half."""
+    maps, step = len(graph.outputs) - bool(head.nm), len(head.parts)
+    if maps != step * len(head.strides):
+        return {}
+    return {name: SURE for part in (1, 2) for name in graph.outputs[part:maps:step]}
+
+
+def float_outputs(
+    graph: Graph, params: Mapping[str, ConvParams], images: Images, drawn: Mapping[str, Drawn], device: str
+) -> None:
+    """Let the float network make its outputs at positions that are drawn already."""
+
+    def one(index: int) -> dict[str, Tensor]:
+        found: dict[str, Tensor] = {}
+
+        def note(name: str, value: Tensor) -> None:
+            if name in drawn:
+                picks = drawn[name].get(index).picks
+                found[name] = value[0].flatten(1)[:, picks.to(value.device)].cpu()
+
+        run_float(graph, params, images.one(index, device), note)
+        return found
+
+    for index, found in enumerate(in_order(one, range(images.part.mine))):
+        for name, outputs in found.items():
+            drawn[name].put_outputs(index, outputs)

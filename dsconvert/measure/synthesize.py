@@ -1,0 +1,107 @@
+"""Calibration images from nothing but the network: pictures whose features have the BatchNorm statistics.
+
+Every BatchNorm layer remembers the mean and variance its inputs had in training. Starting from smooth noise, the
+pixels are optimised until the batch shows those statistics at every layer (the idea of ZeroQ, arXiv 2001.00281). A
+detector's statistics are mostly of background, so the images are asked for objects besides: without any, what few
+positions decide about detections would never be seen.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dsconvert.base.threads import in_order
+from dsconvert.fit import draws
+
+BATCH = 8
+LEARNING_RATE = 0.05
+WISH = 0.1  # what doubting an object weighs against the distance of the statistics
+
+# images, side, generator -> how much the network's output for them doubts what is drawn for them
+Wish = Callable[[int, int, torch.Generator], Callable[[Any], Tensor]]
+
+
+def synthesize(
+    network: nn.Module,
+    count: int,
+    side: int,
+    steps: int,
+    seed: int,
+    progress: Callable[[int, int], None] | None = None,
+    wish: Wish | None = None,
+) -> list[Tensor]:
+    """Batches of images (8, 3, side, side), 0..1, `count` images in all (rounded up to whole batches), that show what
+    is wished. As many batches are made at a time as torch has threads.
+
+    Raises ValueError when the network has no BatchNorm left (a fused checkpoint).
+    """
+    if not any(isinstance(module, nn.BatchNorm2d) for module in network.modules()):
+        raise ValueError("no BatchNorm statistics")
+    rounds = -(-count // BATCH)
+
+    def one(index: int) -> Tensor:
+        own = copy.deepcopy(network)  # hooks of batches that are made at the same time must not meet
+        return _batch(own, side, steps, draws.of_image(seed, index), wish)
+
+    batches = []
+    for done, batch in enumerate(in_order(one, range(rounds)), 1):
+        batches.append(batch)
+        if progress:
+            progress(done, rounds)
+    return batches
+
+
+def _batch(network: nn.Module, side: int, steps: int, generator: torch.Generator, wish: Wish | None) -> Tensor:
+    """One batch (BATCH, 3, side, side), on the grid of 8-bit images, which is what the network will be fed."""
+    norms = [module for module in network.modules() if isinstance(module, nn.BatchNorm2d)]
+    device = next(network.parameters()).device
+    pixels = _smooth_noise(BATCH, side, generator).to(device).requires_grad_(True)
+    doubt = wish(BATCH, side, generator) if wish else None
+    optimiser = torch.optim.Adam([pixels], LEARNING_RATE)
+    for _ in range(steps):
+        loss, output = _distance(network, norms, pixels.sigmoid())
+        if doubt:
+            loss = loss + WISH * doubt(output)
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+    return (pixels.detach().sigmoid() * 255).round() / 255
+
+
+def _smooth_noise(count: int, side: int, generator: torch.Generator) -> Tensor:
+    """Logits of noise at several scales: coarse blobs for large objects, fine grain for texture."""
+    total = torch.zeros(count, 3, side, side)
+    for cells in (4, 16, 64):
+        coarse = torch.randn(count, 3, cells, cells, generator=generator)
+        total += F.interpolate(coarse, size=(side, side), mode="bilinear", align_corners=False)
+    return total
+
+
+def _distance(network: nn.Module, norms: list[nn.BatchNorm2d], images: Tensor) -> tuple[Tensor, Any]:
+    """Sum over BatchNorm layers of the squared differences of mean and deviation, in units of the deviation; and the
+    network's output."""
+    terms: list[Tensor] = []
+
+    def compare(norm: nn.Module, args: tuple[Tensor, ...]) -> None:
+        assert isinstance(norm, nn.BatchNorm2d)
+        assert norm.running_mean is not None
+        assert norm.running_var is not None
+        x = args[0]
+        wanted = norm.running_var.clamp_min(1e-6).sqrt()
+        mean = (x.mean((0, 2, 3)) - norm.running_mean) / wanted
+        deviation = x.var((0, 2, 3)).clamp_min(1e-12).sqrt() / wanted - 1
+        terms.append(mean.square().mean() + deviation.square().mean())
+
+    hooks = [norm.register_forward_pre_hook(compare) for norm in norms]
+    try:
+        output = network(images)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return torch.stack(terms).sum(), output

@@ -1,0 +1,1 @@
+"""A stranger's ONNX file: bounded, loaded, tried, looked into."""

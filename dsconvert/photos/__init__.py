@@ -1,0 +1,1 @@
+"""Images and labels of a user: found, bounded, read, put into shape."""

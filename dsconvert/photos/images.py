@@ -1,0 +1,129 @@
+"""Pixels of image files, and the letterbox that squares an image."""
+
+from __future__ import annotations
+
+import stat
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import cv2
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from dsconvert.base.errors import InputError
+from dsconvert.photos.cutshort import ends_early, kind_of, whole_picture
+from dsconvert.photos.photobounds import too_much
+
+PAD_VALUE = 114  # YOLOv5's grey
+MAX_IMAGE_BYTES = 1 << 30
+
+Image = NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class Letterbox:
+    """How an image was placed in its square: pixels * gain + pad."""
+
+    gain: float
+    pad_x: float
+    pad_y: float
+
+
+def none_readable(reasons: Sequence[str], what: str = "images") -> InputError:
+    """What to raise when no image could be read: why each could not."""
+    return InputError(f"None of the {len(reasons)} {what} could be read; the first: {reasons[0]}")
+
+
+def read_image(path: Path) -> Image:
+    """RGB uint8 (h, w, 3), turned as its EXIF data say; the first picture of an animation. Raises InputError when it
+    cannot be decoded, a part of it is missing, or it says it is larger than OpenCV is allowed to read (see
+    `dsconvert.__init__`)."""
+    try:
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):  # a pipe or a device may never end
+            raise InputError(f"{path} cannot be read: it is no ordinary file.")
+        if status.st_size > MAX_IMAGE_BYTES:
+            raise InputError(f"{path} is larger than any image dsconvert reads.")
+        # the system's own files have no size, and some wait when they are read
+        data = np.fromfile(path, np.uint8).tobytes() if status.st_size else b""
+    except OSError:
+        raise InputError(f"{path} cannot be read.") from None
+    if reason := too_much(data):
+        raise InputError(f"{path} {reason}, so it was not decoded.")
+    early = ends_early(data)
+    try:
+        image = whole_picture(data, _decode) if early else _decode(data)
+    except (cv2.error, MemoryError):
+        raise InputError(f"{path} is not an image that can be decoded, or too large.") from None
+    if image is None and early:
+        raise InputError(f"{path} is not an image that can be decoded: a {kind_of(data)} file that ends too early.")
+    if image is None:
+        raise InputError(f"{path} is not an image that can be decoded.")
+    return cv2.cvtColor(image, cv2.COLOR_BGR2RGB, image).astype(np.uint8, copy=False)
+
+
+def _decode(data: bytes) -> Image | None:
+    """BGR; None for what is no image. Raises cv2.error."""
+    image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR) if data else None
+    return None if image is None else image.astype(np.uint8, copy=False)
+
+
+def letterbox(image: Image, side: int) -> tuple[Image, Letterbox]:
+    """Scale to fit a square of `side` pixels keeping the aspect ratio (bilinear), pad the rest with grey, centred."""
+    gain = min(side / image.shape[0], side / image.shape[1])
+    square, left, top = on_grey(scaled(image, gain), side, side)
+    return square, Letterbox(gain, left, top)
+
+
+def scaled(image: Image, gain: float) -> Image:
+    """The image made larger by `gain` (bilinear), at least one pixel each way."""
+    h, w = image.shape[:2]
+    size = max(1, round(w * gain)), max(1, round(h * gain))
+    if size == (w, h):
+        return image
+    return cv2.resize(image, size, interpolation=cv2.INTER_LINEAR).astype(np.uint8, copy=False)
+
+
+def on_grey(image: Image, height: int, width: int) -> tuple[Image, int, int]:
+    """The image in the middle of a grey one of that size, which it must not exceed; its left and top there."""
+    h, w = image.shape[:2]
+    left, top = round((width - w) / 2 - 0.1), round((height - h) / 2 - 0.1)
+    made = np.full((height, width, 3), PAD_VALUE, np.uint8)
+    made[top : top + h, left : left + w] = image
+    return made, left, top
+
+
+def to_tensor(images: Sequence[Image]) -> Tensor:
+    """Squares (side, side, 3) uint8 -> batch (n, 3, side, side) float32, 0..1."""
+    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous().float() / 255
+
+
+Item = TypeVar("Item")
+
+
+def spread(items: Sequence[Item], count: int) -> list[Item]:
+    """At most `count` of the items, evenly spaced over all of them."""
+    if count >= len(items):
+        return list(items)
+    return [items[i * len(items) // count] for i in range(count)]
+
+
+def calibration_batches(paths: Sequence[Path], side: int, size: int) -> Iterator[tuple[Tensor, list[str]]]:
+    """Letterboxed batches of up to `size` images and, with each, why files before it had to be skipped, one sentence
+    each."""
+    squares: list[Image] = []
+    skipped: list[str] = []
+    for path in paths:
+        try:
+            squares.append(letterbox(read_image(path), side)[0])
+        except InputError as error:
+            skipped.append(str(error))
+        if len(squares) == size:
+            yield to_tensor(squares), skipped
+            squares, skipped = [], []
+    if squares or skipped:
+        yield (to_tensor(squares) if squares else torch.empty(0, 3, side, side)), skipped

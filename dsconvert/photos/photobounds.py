@@ -1,0 +1,102 @@
+"""What of an image file would hold the machine, found before it is decoded.
+
+Decoders bound what a picture is made of, not how often: a small file may say that they are to go over the same bytes
+again and again, or ask for more memory than the picture itself takes.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import struct
+from collections.abc import Iterator
+
+from dsconvert.photos.cutshort import BYTES_A_SCAN, kind_of, walk_jpeg
+from dsconvert.photos.tifflist import MOST_PIECES, PACKING, first_list, pieces
+
+# Scans of a JPEG, each of which is decoded over the whole picture: a progressive one has ten. And pixels of them all.
+MOST_SCANS, MOST_SCANNED = 500, 20 << 27
+MANY_SCANS = "is a JPEG of more scans than any camera or program writes"
+ON_EACH_OTHER = "is a TIFF whose parts lie on each other"
+# Bytes that several may share, beyond four times the file: of strips and tiles (empty ones are often the same), and of
+# what is said of the picture, which no program writes so.
+SHARED_PIECES, SHARED_VALUES = 256 << 20, 1 << 20
+# By kind what stands before EXIF data, and how far; of others they may begin anywhere.
+EXIF = {"JPEG": ((b"\xff\xe1", (10,)),), "PNG": ((b"eXIf", (4,)),), "WebP": ((b"EXIF", (8, 14)),),
+        "": ((b"II*\0", (0,)), (b"MM\0*", (0,))), "GIF": (), "BMP": (), "TIFF": ()}  # fmt: skip
+MOST_ENTRIES = 200_000  # of all EXIF data in a file; a camera writes some hundred
+# Pixels of what takes up to five times the memory of a plain picture: what moves, JPEG 2000, AVIF, Radiance
+MOST_WIDE = 1 << 26
+AREAS = (b"\xff\x4f\xff\x51", b"ispe")  # before width and height, with four bytes between: JPEG 2000, AVIF
+
+
+def too_much(data: bytes) -> str | None:
+    """Why the file is not decoded, as the end of a sentence about it; None for others."""
+    kind = kind_of(data)
+    if kind == "JPEG":
+        walked = walk_jpeg(data)
+        if walked.scans > MOST_SCANS or (walked.scans > 20 and walked.scans * walked.pixels > MOST_SCANNED):
+            return MANY_SCANS
+    elif kind == "TIFF":
+        return _overlaid(data)
+    if _piled_up(data, kind):
+        return "has EXIF data that lie on each other, or more of them than any camera writes"
+    return "is larger than any image of its kind that dsconvert reads" if _wide(data, kind) > MOST_WIDE else None
+
+
+def _overlaid(data: bytes) -> str | None:
+    """Of a TIFF: each strip may be the same megabyte, each value the same text."""
+    said = first_list(data)
+    parts, packing = pieces(said.found), {*said.found.get(PACKING, ())}
+    held = [(at, max(0, min(size, len(data) - at))) for at, size in parts]
+    if len(parts) > MOST_PIECES or sum(size for _, size in held) > 4 * len(data) + SHARED_PIECES:
+        return ON_EACH_OTHER
+    if said.outside > 4 * len(data) + SHARED_VALUES:
+        return ON_EACH_OTHER
+    if 6 in packing:
+        return MANY_SCANS if data.count(BYTES_A_SCAN) > MOST_SCANS else None
+    scans = sum(data.count(BYTES_A_SCAN, at, at + size) for at, size in held) if 7 in packing else 0
+    return MANY_SCANS if scans > 4 * len(parts) + 16 else None
+
+
+def _piled_up(data: bytes, kind: str) -> bool:
+    """Whether EXIF data name more bytes than there are, or have more entries than any camera writes."""
+    outside = entries = 0
+    for at in _exif(data, kind):
+        said = first_list(memoryview(data)[at:])
+        outside, entries = outside + said.outside, entries + said.entries + 1
+        if outside > 4 * len(data) + SHARED_VALUES or entries > MOST_ENTRIES:
+            return True
+    return False
+
+
+def _exif(data: bytes, kind: str) -> Iterator[int]:
+    """Where EXIF data begin."""
+    for mark, ways in EXIF[kind]:
+        for at in _places(data, mark):
+            for begin in (at + way for way in ways):
+                if data[begin : begin + 4] in (b"II*\0", b"MM\0*"):
+                    yield begin
+
+
+def _places(data: bytes, mark: bytes) -> Iterator[int]:
+    """Where some bytes stand."""
+    at = data.find(mark)
+    while at >= 0:
+        yield at
+        at = data.find(mark, at + 1)
+
+
+def _wide(data: bytes, kind: str) -> int:
+    """Pixels of a picture that takes more memory than others; 0 of others."""
+    if kind == "PNG":
+        return math.prod(struct.unpack_from(">II", data, 16)) if len(data) > 24 and b"acTL" in data else 0
+    if kind == "WebP":
+        return math.prod(1 + int.from_bytes(data[at : at + 3], "little") for at in (24, 27)) if b"ANIM" in data else 0
+    if kind:
+        return 0
+    if data.startswith(b"#?"):
+        sizes = re.search(rb"[-+][XY] +(\d{1,9}) +[-+][XY] +(\d{1,9})", data[: 1 << 16])
+        return int(sizes[1]) * int(sizes[2]) if sizes else 0
+    sides = (at + len(mark) + 4 for mark in AREAS for at in _places(data, mark))
+    return max((math.prod(struct.unpack_from(">II", data, at)) for at in sides if at + 8 <= len(data)), default=0)

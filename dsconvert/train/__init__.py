@@ -1,1 +1,0 @@
-"""Training a converted model with labels: what is learned, the loss, the images, the loop."""

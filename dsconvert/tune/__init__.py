@@ -1,0 +1,1 @@
+"""What is learned: briefly without labels, or with them."""

@@ -1,0 +1,122 @@
+"""The usual changes of training images and their boxes: mosaic, scale and translation, mirror, colours.
+
+Boxes here are (n, 5): class, x1, y1, x2, y2 in pixels. Every random choice is the given generator's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from dsconvert.photos.images import PAD_VALUE, Image, on_grey
+
+Boxes = NDArray[np.float64]
+Photo = tuple[Image, Boxes]
+GREY = (PAD_VALUE,) * 3
+# a box is left out when too little of it is left: pixels of a side, share of its area, length of a side in the other's
+LEAST_SIDE, LEAST_SHARE, MOST_ASPECT = 2.0, 0.1, 20.0
+
+
+@dataclass(frozen=True)
+class Augment:
+    """How far images are changed: shares of images that become a mosaic and that are mirrored; most change of size
+    and of place (a share of the side); most change of hue, saturation and brightness (factors' distance from 1)."""
+
+    mosaic: float = 1.0
+    mirror: float = 0.5
+    scale: float = 0.5
+    place: float = 0.1
+    hue: float = 0.015
+    saturation: float = 0.7
+    brightness: float = 0.4
+
+
+NOTHING = Augment(0, 0, 0, 0, 0, 0, 0)
+
+
+def augmented(photos: Sequence[Photo], side: int, how: Augment, rng: np.random.Generator) -> Photo:
+    """One photo or, for a mosaic, four, none larger than `side` either way -> a square of that side."""
+    image, boxes = mosaic(photos, side, rng) if len(photos) == 4 else centred(photos[0], side)
+    image, boxes = moved((image, boxes), side, how, rng)
+    if rng.random() < how.mirror:
+        image, boxes = mirrored((image, boxes))
+    return recoloured(image, how, rng), boxes
+
+
+def centred(photo: Photo, side: int) -> Photo:
+    """In the middle of a grey square, as `letterbox` places it."""
+    image, boxes = photo
+    square, left, top = on_grey(image, side, side)
+    return square, _shifted(boxes, left, top)
+
+
+def mosaic(photos: Sequence[Photo], side: int, rng: np.random.Generator) -> Photo:
+    """Four photos around a point near the middle of a square of twice the side, cut off at its edges."""
+    square = np.full((2 * side, 2 * side, 3), PAD_VALUE, np.uint8)
+    x, y = (int(v) for v in rng.uniform(side / 2, 3 * side / 2, 2))
+    found = []
+    for number, (image, boxes) in enumerate(photos):
+        h, w = image.shape[:2]
+        left, top = x - w if number % 2 == 0 else x, y - h if number < 2 else y
+        x1, y1, x2, y2 = max(left, 0), max(top, 0), min(left + w, 2 * side), min(top + h, 2 * side)
+        square[y1:y2, x1:x2] = image[y1 - top : y2 - top, x1 - left : x2 - left]
+        found.append(_shifted(boxes, left, top))
+    return square, np.concatenate(found)
+
+
+def moved(photo: Photo, side: int, how: Augment, rng: np.random.Generator) -> Photo:
+    """Scaled and translated at random, about the middle, into a square of the side; boxes mostly cut away go."""
+    image, boxes = photo
+    h, w = image.shape[:2]
+    gain = rng.uniform(1 - how.scale, 1 + how.scale)
+    x, y = side * (0.5 + rng.uniform(-how.place, how.place, 2))
+    left, top = x - gain * w / 2, y - gain * h / 2
+    if gain != 1 or left or top or (h, w) != (side, side):
+        # pixel centres are at halves: the matrix maps indices
+        half = (gain - 1) / 2
+        matrix = np.array([[gain, 0, left + half], [0, gain, top + half]])
+        image = cv2.warpAffine(image, matrix, (side, side), borderValue=GREY).astype(np.uint8, copy=False)
+    whole = boxes.copy()
+    whole[:, 1:] = whole[:, 1:] * gain + (left, top, left, top)
+    return image, _visible(whole, side)
+
+
+def mirrored(photo: Photo) -> Photo:
+    """Left and right exchanged."""
+    image, boxes = photo
+    turned = boxes.copy()
+    turned[:, [1, 3]] = image.shape[1] - boxes[:, [3, 1]]
+    return np.ascontiguousarray(image[:, ::-1]), turned
+
+
+def recoloured(image: Image, how: Augment, rng: np.random.Generator) -> Image:
+    """Hue, saturation and brightness multiplied at random, alike over the whole image."""
+    gains = 1 + rng.uniform(-1, 1, 3) * (how.hue, how.saturation, how.brightness)
+    if (gains == 1).all():
+        return image
+    steps = np.arange(256)
+    hue = ((steps * gains[0]) % 180).astype(np.uint8)  # OpenCV's circle has 180 steps
+    others = [np.clip(steps * g, 0, 255).astype(np.uint8) for g in gains[1:]]
+    planes = cv2.split(cv2.cvtColor(image, cv2.COLOR_RGB2HSV))
+    changed = cv2.merge([cv2.LUT(p, table) for p, table in zip(planes, (hue, *others), strict=True)])
+    return cv2.cvtColor(changed, cv2.COLOR_HSV2RGB).astype(np.uint8, copy=False)
+
+
+def _shifted(boxes: Boxes, left: int, top: int) -> Boxes:
+    moved = boxes.copy()
+    moved[:, 1:] += (left, top, left, top)
+    return moved
+
+
+def _visible(boxes: Boxes, side: int) -> Boxes:
+    """What of the boxes lies in the square, without those of which too little does."""
+    cut = boxes.copy()
+    cut[:, 1:] = cut[:, 1:].clip(0, side)
+    before, after = boxes[:, 3:] - boxes[:, 1:3], cut[:, 3:] - cut[:, 1:3]
+    shares = after.prod(1) / np.maximum(before.prod(1), 1e-9)
+    aspect = after.max(1, initial=0) / np.maximum(after.min(1, initial=np.inf), 1e-9)
+    return cut[(after > LEAST_SIDE).all(1) & (shares > LEAST_SHARE) & (aspect < MOST_ASPECT)]
