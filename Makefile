@@ -18,14 +18,9 @@ COMPILE = $(BIN)/uv pip compile --quiet --python-version 3.11 --find-links $(TOR
 ONE_OF_THEM = $(COMPILE) --generate-hashes --no-annotate --constraints .venv/versions.txt
 NOT_AGAIN = $$(sed -n 's/^\([A-Za-z0-9._-]*\)==.*/--no-emit-package \1/p' requirements.lock)
 
-# The tests of `make check`, by what they are about: tests/test_NAME.py. Every module of dsconv, graph, fit and export is
-# reached by one of them.
-MATHS := anymodule bfp kernel modules packing tensor torch trellis
-GRAPH := attention families integer network ops plan
-FIT := allocate channels clipping gptq importance least_squares leftover lockstep ranges real_alpha sensitivity \
-  synthesize target threads
-EXPORT := biases channels_last compact export export_check export_ends export_real fused joint
-CHECKED := $(patsubst %,tests/test_%.py,$(MATHS) $(GRAPH) $(FIT) $(EXPORT))
+# The tests of `make check`: those of the rooms where the maths is. Every module of dsconv, graph, fit and export is reached
+# by one of them.
+CHECKED := $(patsubst %,tests/%,dsconv graph fit measure export widths)
 # Two processes share the tests; the one that is done first takes over what the other has not begun.
 PYTEST := $(BIN)/pytest --numprocesses 2 --dist worksteal
 
@@ -79,7 +74,7 @@ docs: setup
 package: setup
 	rm -rf dist
 	$(BIN)/python -m build --no-isolation
-	$(BIN)/pytest tests/test_package.py
+	$(BIN)/pytest tests/project/test_package.py
 
 # Elsewhere than in .venv, and gigabytes: of old versions of torch the package index has the CUDA build alone.
 lowest: .venv/.audit

@@ -33,9 +33,9 @@ FIT, CODES = "dsconvert/fit", "dsconvert/dsconv/codes"
 # file -> the tests that are about it, the quick ones first
 TESTS = {
     "dsconvert/scoring/coco.py": "coco precision_recall",
-    "dsconvert/onnxfile/bounds.py": "mutants hostile/hostile_bounds",
+    "dsconvert/onnxfile/bounds.py": "mutants hostile_bounds",
     "dsconvert/export/check.py": "export_check export_bits",
-    "dsconvert/yolo/archive.py": "checkpoint hostile/hostile_checkpoints filekinds",
+    "dsconvert/yolo/archive.py": "checkpoint hostile_checkpoints filekinds",
     f"{FIT}/allocate.py": "allocate mutants",
     f"{FIT}/views.py": "views",
     f"{FIT}/draws.py": "gptq channels importance views",
@@ -182,9 +182,9 @@ def killer(log: Path) -> str:
 
 
 def paths(names: str) -> list[str]:
-    """`a hostile/b` -> the files of these tests."""
-    parts = (name.rpartition("/") for name in names.split())
-    return [f"tests/{folder}{slash}test_{name}.py" for folder, slash, name in parts]
+    """`a b` -> the files of these tests."""
+    found = [next((ROOT / "tests").rglob(f"test_{name}.py")) for name in names.split()]
+    return [str(path.relative_to(ROOT)) for path in found]
 
 
 def main() -> int:

@@ -12,7 +12,7 @@ import pytest
 from dsconvert.convert.exporting import onnx_bytes
 from dsconvert.export.weights.layouts import PACKED
 
-DEMO = Path(__file__).parents[1] / "calib" / "demo" / "demo.pt"
+DEMO = Path(__file__).parents[2] / "calib" / "demo" / "demo.pt"
 RUN = """
 import sys
 from pathlib import Path

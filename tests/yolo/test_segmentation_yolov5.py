@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import HANGS
+from conftest import HANGS, ROOT
 from pt_writer import yolov5_bytes
 
 from dsconvert.graph.run import run_float
@@ -18,6 +18,7 @@ from dsconvert.yolo.checkpoint import load_checkpoint
 from dsconvert.yolo.decode import decode
 from dsconvert.yolo.lower import lower
 
+HELP = ROOT / "tests/help"
 TREE = os.environ.get("DSCONVERT_YOLOV5", "")
 pytestmark = [pytest.mark.long, pytest.mark.skipif(not TREE, reason="DSCONVERT_YOLOV5 names no YOLOv5 tree")]
 LOADED_BY_YOLOV5 = """
@@ -39,7 +40,7 @@ def run(*arguments: str | Path) -> None:
 @pytest.fixture(scope="module")
 def theirs(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("theirs")
-    run(Path(__file__).with_name("yolov5_segment.py"), TREE, folder)
+    run(HELP / "yolov5_segment.py", TREE, folder)
     return folder
 
 
@@ -60,7 +61,7 @@ def test_they_read_ours_and_compute_the_same(theirs, tmp_path):
     ours = load_checkpoint(theirs / "seg.pt")
     (tmp_path / "ours.pt").write_bytes(yolov5_bytes(ours.network, ours.head))
     (tmp_path / "load.py").write_text(LOADED_BY_YOLOV5)
-    run(tmp_path / "load.py", Path(__file__).parent, TREE, tmp_path / "ours.pt", theirs / "io.pth", tmp_path / "o.pth")
+    run(tmp_path / "load.py", HELP, TREE, tmp_path / "ours.pt", theirs / "io.pth", tmp_path / "o.pth")
     wanted = torch.load(theirs / "io.pth")
     boxes, prototypes = torch.load(tmp_path / "o.pth")
     torch.testing.assert_close(boxes, wanted["boxes"])

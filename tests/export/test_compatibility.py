@@ -133,7 +133,7 @@ def expects(engine: str, layout: str, option: str) -> str:
 def test_onnx_runtime(wanted):
     """All layouts of integers are one model, options change nothing, and NMS is our own."""
     assert {*table("Layouts")["ONNX Runtime"].values(), *table("Options")["ONNX Runtime"].values()} <= {
-        "yes", "`tests/test_compatibility.py::test_onnx_runtime`",
+        "yes", "`tests/export/test_compatibility.py::test_onnx_runtime`",
     }  # fmt: skip
     for layout in LAYOUTS:
         plain = wanted[layout, "none"]
@@ -192,7 +192,7 @@ def test_onnxruntime_web(files, wanted, tmp_path):
         jobs.append({"model": str(model), "input": str(image), "output": str(output), "shape": fed(option).shape,
                      "type": OPTIONS[option].input_type})  # fmt: skip
     (tmp_path / "jobs.json").write_text(json.dumps(jobs))
-    command = ["node", str(ROOT / "tests/run_web.cjs"), str(WEB), str(tmp_path / "jobs.json")]
+    command = ["node", str(ROOT / "tests/help/run_web.cjs"), str(WEB), str(tmp_path / "jobs.json")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=HANGS)
     assert done.returncode == 0, done.stderr
     for (layout, option), job, result in zip(files, jobs, json.loads(done.stdout), strict=True):

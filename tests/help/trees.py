@@ -52,7 +52,7 @@ class Tree:
     def inside(self, job: str, image: torch.Tensor, out: Path, cfgs: list[Path]) -> str:
         """`in_yolo_tree.py`, see there."""
         torch.save(image, out / "image")
-        return self.run(ROOT / "tests/in_yolo_tree.py", job, out / "image", out, *cfgs)
+        return self.run(ROOT / "tests/help/in_yolo_tree.py", job, out / "image", out, *cfgs)
 
 
 def noise(images: int, side: int) -> torch.Tensor:
