@@ -10,6 +10,7 @@ import os
 from typing import TYPE_CHECKING, Any
 
 from dsconvert.base.errors import CheckError, InputError
+from dsconvert.base.version import VERSION as __version__
 
 if TYPE_CHECKING:
     from dsconvert.api.models import Evaluation, EvaluationRow, FloatModel, QuantizedModel, evaluate, load, quantize
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
     )
     from dsconvert.convert.onnx import OnnxPlan, quantize_onnx
 
-__version__ = "0.1.0"
 __all__ = [
     "CheckError",
     "ComparedPhoto",

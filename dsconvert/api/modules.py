@@ -18,6 +18,7 @@ from dsconvert.base.errors import InputError
 from dsconvert.dsconv.codes import FREE
 from dsconvert.dsconv.format import WeightFormat
 from dsconvert.dsconv.modules import DSConv, fitted_conv
+from dsconvert.dsconv.tensor import DSTensor
 from dsconvert.fit.layer import GPTQ
 from dsconvert.fit.seen import Seen, seen_evenly
 from dsconvert.graph.grids import QParams
@@ -148,7 +149,7 @@ def _converted(layer: nn.Module, seen: list[Seen], plan: ModulePlan) -> nn.Modul
     if seen and node is not None and plan.fit == "gptq":
         fitted = GPTQ().layer(node, conv.weight, format, lambda: seen)
     else:
-        fitted = QConv(FREE.nearest(conv.weight, format), bias)
+        fitted = QConv(DSTensor.nearest(conv.weight, format), bias)
     made: nn.Module = fitted_conv(conv, fitted.weight, fitted.bias.detach()).eval()
     if isinstance(layer, nn.Linear):
         made = DSLinear(made)  # type: ignore[arg-type]

@@ -11,8 +11,8 @@ import onnx
 from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
-import dsconvert
 from dsconvert.base.errors import InputError
+from dsconvert.base.version import VERSION
 
 # The IR version that introduced each opset: old runtimes refuse files whose IR is newer than they know.
 IR_VERSION = {13: 7, 21: 10}
@@ -90,7 +90,7 @@ class OnnxBuilder:
             opset_imports=[helper.make_opsetid("", self.opset)],
             ir_version=IR_VERSION[self.opset],
             producer_name="dsconvert",
-            producer_version=dsconvert.__version__,
+            producer_version=VERSION,
         )
         helper.set_model_props(model, dict(metadata))
         onnx.checker.check_model(model)

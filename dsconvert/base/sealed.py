@@ -14,10 +14,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-import dsconvert
 from dsconvert.base.errors import InputError
 from dsconvert.base.filekinds import check_ordinary
 from dsconvert.base.seal import seal, unseal
+from dsconvert.base.version import VERSION
 
 # what reading a safetensors file, and making something of it, may raise when it is damaged
 DAMAGE = (
@@ -67,5 +67,5 @@ def run_key(*parts: Any) -> str:
         is_images = isinstance(part, Tensor)
         digest.update(part.numpy().tobytes() if is_images else json.dumps(part, sort_keys=True, default=str).encode())
     # sums run in another order on another number of threads
-    digest.update(f"{torch.get_num_threads()} {dsconvert.__version__}".encode())
+    digest.update(f"{torch.get_num_threads()} {VERSION}".encode())
     return digest.hexdigest()

@@ -11,11 +11,11 @@ from typing import NoReturn
 
 import click
 
-import dsconvert
 from dsconvert.base import workers
 from dsconvert.base.errors import CheckError, InputError, LimitMissed, is_out_of_memory, system_fault
 from dsconvert.base.notes import heard
 from dsconvert.base.streams import open_streams
+from dsconvert.base.version import VERSION
 from dsconvert.commands.bench import bench
 from dsconvert.commands.compare import compare
 from dsconvert.commands.detect import detect
@@ -30,7 +30,7 @@ from dsconvert.onnxfile.bounds import enforced, left_running
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 80})
-@click.version_option(dsconvert.__version__, prog_name="dsconvert")
+@click.version_option(VERSION, prog_name="dsconvert")
 def cli() -> None:
     """Make a trained YOLOv5 detector several times smaller and faster.
 

@@ -8,8 +8,8 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-import dsconvert
 from dsconvert.base.builder import IR_VERSION, OnnxBuilder
+from dsconvert.base.version import VERSION
 from dsconvert.dsconv.tensor import DSTensor
 from dsconvert.export.weights import layouts
 from dsconvert.graph.integer import QConv
@@ -96,7 +96,7 @@ def with_integers(
     made = _assembled(source, nodes, b.nodes, tensors)
     if not layout.merged:
         made.ir_version = max(made.ir_version, IR_VERSION[layout.opset])  # the first that has INT4
-    made.producer_name, made.producer_version = "dsconvert", dsconvert.__version__
+    made.producer_name, made.producer_version = "dsconvert", VERSION
     meta = {p.key: p.value for p in made.metadata_props}
     helper.set_model_props(made, {**meta, LAYOUT_KEY: layout.name})
     return made

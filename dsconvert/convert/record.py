@@ -8,8 +8,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import dsconvert
 from dsconvert.base.files import already_there, write_atomic
+from dsconvert.base.version import VERSION
 from dsconvert.convert.options import QuantizeOptions
 from dsconvert.graph.ir import display_name
 from dsconvert.model.file import model_bytes
@@ -45,7 +45,7 @@ def provenance(checkpoint: Checkpoint, options: QuantizeOptions, command: str, d
         "source": str(checkpoint.path.resolve()),
         "source_sha256": checkpoint.sha256,
         "source_bytes": checkpoint.size_bytes,
-        "dsconvert": dsconvert.__version__,
+        "dsconvert": VERSION,
         "command": command,
         "options": {
             **asdict(options),

@@ -8,9 +8,10 @@ a new one is a file there and a line in that list.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -19,8 +20,6 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from dsconvert.base.builder import OnnxBuilder
-    from dsconvert.dsconv.codes.rows import JointLayer
-    from dsconvert.dsconv.tensor import DSTensor
 
 M_MAX = 15  # the integer multiplier fits four bits
 INT8_MAX = 127  # symmetric: -128 is never used, so that negation is safe on every engine
@@ -75,6 +74,33 @@ class WeightFormat:
     def spelled(self) -> tuple[int, int, str]:
         """Bits, block size and the code's name, for JSON; `codes.format_of` is the inverse."""
         return self.bits, self.block_size, self.code.name
+
+
+class Parts(NamedTuple):
+    """What makes a weight of a format: see `tensor.DSTensor`."""
+
+    stored: Tensor  # (cho, chi, kh, kw)
+    m: Tensor  # (cho, nblk, kh, kw)
+    cds_w: Tensor  # (cho,)
+
+
+class Weight(Protocol):
+    """A weight as codes see it: `tensor.DSTensor`."""
+
+    @property
+    def stored(self) -> Tensor: ...
+    @property
+    def m(self) -> Tensor: ...
+    @property
+    def cds_w(self) -> Tensor: ...
+    @property
+    def format(self) -> WeightFormat: ...
+    @property
+    def vqk(self) -> Tensor: ...
+    @property
+    def bits(self) -> int: ...
+    @property
+    def block_size(self) -> int: ...
 
 
 class Code:
@@ -145,13 +171,13 @@ class Code:
         """Stored bits in the weight's own order, with what all engines can add; most codes have nothing to do."""
         return stored
 
-    def nearest(self, weight: Tensor, format: WeightFormat) -> DSTensor:
+    def nearest(self, weight: Tensor, format: WeightFormat) -> Parts:
         """The weight of least squared error, as far as it is found, on CPU."""
         raise NotImplementedError
 
-    def refit(self, fitted: DSTensor, hessian: Tensor, cross: Tensor, format: WeightFormat) -> DSTensor:
+    def refit(self, fitted: Weight, hessian: Tensor, cross: Tensor, format: WeightFormat) -> Parts:
         """The last step of a fit: other shifts for the VQK found. hessian (K, K), cross (cho, K): see `fit.gptq`."""
-        return fitted
+        return Parts(fitted.stored, fitted.m, fitted.cds_w)
 
     def damage(self, weight: Tensor, format: WeightFormat, squares: Tensor) -> float:
         """sum g^2 D^2 for the weight's errors D, and g^2 of its shape (see `measure.damage`)."""
@@ -173,7 +199,7 @@ class Code:
     rows_together: int = 1  # rows that `spell_rows` gives as one
     label: str = ""  # begins the names of what such layers share
 
-    def spell(self, b: OnnxBuilder, name: str, weight: DSTensor, by_blocks: bool) -> str:
+    def spell(self, b: OnnxBuilder, name: str, weight: Weight, by_blocks: bool) -> str:
         """Nodes and initializers for m * VQK; returns the name of an int8 value (cho, chi, kh, kw). by_blocks: with
         ONNX's operator for block scales, where that suits the code."""
         raise NotImplementedError
@@ -182,6 +208,35 @@ class Code:
         """The same for a group of layers with blocks of one size, some of all layers of the code and as many bits: an
         INT8 value of all their rows. label begins the names of its values."""
         raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class JointLayer:
+    """One of the layers that are decoded together."""
+
+    name: str  # begins the names of its values
+    weight: Weight
+
+    @property
+    def kind(self) -> tuple[Code, int]:
+        """Layers of one kind are decoded alike."""
+        return self.weight.format.code, self.weight.bits
+
+    @property
+    def size(self) -> int:
+        """VQK of a row."""
+        return self.weight.format.size(self.weight.vqk.shape[1])
+
+    @property
+    def each(self) -> int:
+        """Rows of an output channel."""
+        return self.weight.m[0].numel()
+
+    def rows(self) -> NDArray[np.int8]:
+        """VQK (rows, size): what shares an m."""
+        taps = math.prod(self.weight.vqk.shape[2:])
+        vqk = self.weight.vqk.numpy().reshape(len(self.weight.vqk), -1, self.size, taps)
+        return np.ascontiguousarray(vqk.transpose(0, 1, 3, 2)).reshape(-1, self.size)
 
 
 class Joint(Protocol):

@@ -62,6 +62,11 @@ class DSTensor:
             raise ValueError("m * VQK leaves int8")
 
     @staticmethod
+    def nearest(weight: Tensor, format: WeightFormat) -> DSTensor:
+        """The weight of least squared error in a format, as far as it is found, on CPU."""
+        return DSTensor(*format.code.nearest(weight, format), format)
+
+    @staticmethod
     def joined(parts: Sequence[DSTensor]) -> DSTensor:
         """The output channels of all parts, one after another. Raises ValueError where they are stored differently."""
         if len({p.format for p in parts}) != 1:

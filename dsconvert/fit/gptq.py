@@ -38,7 +38,7 @@ def fit_weight_gptq(weight: Tensor, moments: Moments, format: WeightFormat, chan
 
 def _fit(weight: Tensor, moments: Moments, format: WeightFormat, channels: Tensor | None) -> DSTensor:
     code = format.code
-    plain = code.nearest(weight, format)
+    plain = DSTensor.nearest(weight, format)
     flat = weight.detach().cpu().double().flatten(1)
     damped = moments.damped(flat)
     groups = code.order(weight.shape, format, damped.hessian.diagonal())

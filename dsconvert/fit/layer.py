@@ -47,14 +47,15 @@ class GPTQ:
     def layer(self, node: Node, weight: Tensor, format: WeightFormat, batches: Batches) -> QConv:
         groups = node.attrs["groups"]
         if self._is_for_weights_alone(node, weight):
-            return fit_cds(node, format.code.nearest(weight, format), batches())
+            return fit_cds(node, DSTensor.nearest(weight, format), batches())
         alone = replace(node, attrs={**node.attrs, "groups": 1})
         together = self.together(node, format)
         fitted = []
         for group, part in enumerate(weight.chunk(groups)):
             moments = self.moments(alone, part, of_group(batches(), group, groups))
             found = fit_weight_gptq(part, moments, format.integers, together)
-            fitted.append(moments.with_bias(format.code.refit(found, moments.hessian, moments.cross, format)))
+            parts = format.code.refit(found, moments.hessian, moments.cross, format)
+            fitted.append(moments.with_bias(DSTensor(*parts, format)))
         return QConv(DSTensor.joined([f.weight for f in fitted]), torch.cat([f.bias for f in fitted]))
 
     def moments(self, node: Node, weight: Tensor, images: Iterable[Seen]) -> Moments:
@@ -81,7 +82,7 @@ class Nearest:
     """Least squares on the weight alone, with the shifts of `fit_cds`."""
 
     def layer(self, node: Node, weight: Tensor, format: WeightFormat, batches: Batches) -> QConv:
-        return fit_cds(node, format.code.nearest(weight, format), batches())
+        return fit_cds(node, DSTensor.nearest(weight, format), batches())
 
 
 def of_group(images: Iterable[Seen], group: int, groups: int) -> Iterator[Seen]:

@@ -12,7 +12,7 @@ from conftest import SIDE, grids_of, lockstep
 from formats import free, gptq, nearest
 
 from dsconvert.dsconv.codes import CODES, format_of
-from dsconvert.dsconv.format import Code, WeightFormat
+from dsconvert.dsconv.format import Code, Parts, WeightFormat
 from dsconvert.dsconv.packing import pack_bits, unpack_bits
 from dsconvert.dsconv.tensor import DSTensor
 from dsconvert.export.onnx import export_quantized
@@ -82,10 +82,10 @@ class Book(Code):
         stored, m = self.round(*given)
         taps = weight.shape[2] * weight.shape[3]
         m = m.T.reshape(len(weight), -1, taps).reshape(len(weight), -1, *weight.shape[2:])
-        return DSTensor(stored[:, order.argsort()].reshape(weight.shape), m.to(torch.int8), cds.float(), format)
+        return Parts(stored[:, order.argsort()].reshape(weight.shape), m.to(torch.int8), cds.float())
 
     def damage(self, weight, format, squares):
-        return float((squares * (self.nearest(weight, format).weight() - weight).square()).sum())
+        return float((squares * (DSTensor.nearest(weight, format).weight() - weight).square()).sum())
 
     def pack(self, stored, format):
         return pack_bits(stored.numpy(), 3)

@@ -82,7 +82,7 @@ def test_real_alpha_fits_better_than_integers():
 def test_best_alpha_is_a_general_solvers_and_never_worse_than_m(chi, k):
     weight, moments, data = layer(chi, 4, chi, k)
     fitted = gptq(weight, moments, 3, 8)
-    real = REAL.refit(fitted, moments.hessian, moments.cross, real_kds(3, 8))
+    real = DSTensor(*REAL.refit(fitted, moments.hessian, moments.cross, real_kds(3, 8)), real_kds(3, 8))
     q, wanted = data[: chi * k * k], data[chi * k * k :]
     blocks = to_blocks(fitted.vqk.double(), 8)
     nblk = blocks.shape[1]

@@ -23,8 +23,7 @@ def along(bits: int, block_size: int) -> WeightFormat:
 
 def fit_weight(weight: Tensor, bits: int, block_size: int, trellis: bool = False) -> DSTensor:
     """The weight of least squared error."""
-    format = free(bits, block_size, trellis)
-    return format.code.nearest(weight, format)
+    return DSTensor.nearest(weight, free(bits, block_size, trellis))
 
 
 def gptq(
@@ -36,9 +35,9 @@ def gptq(
 
 def fit_weight_real(weight: Tensor, bits: int, block_size: int) -> DSTensor:
     """The weight of least squared error with real KDS."""
-    return REAL.nearest(weight, WeightFormat(bits, block_size, REAL))
+    return DSTensor.nearest(weight, WeightFormat(bits, block_size, REAL))
 
 
 def nearest(weight: Tensor, format: WeightFormat) -> DSTensor:
     """The weight of least squared error in a format."""
-    return format.code.nearest(weight, format)
+    return DSTensor.nearest(weight, format)

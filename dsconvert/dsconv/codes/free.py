@@ -13,13 +13,12 @@ from torch import Tensor
 from dsconvert.base.threads import shared, threads_for
 from dsconvert.dsconv.codes.free_search import fit_weight, from_blocks, relieve_pairs, to_blocks
 from dsconvert.dsconv.codes.shrink import unshrunk
-from dsconvert.dsconv.format import INT8_MAX, Code, Floats, Joint, WeightFormat
+from dsconvert.dsconv.format import INT8_MAX, Code, Floats, Joint, JointLayer, Parts, Weight, WeightFormat
 from dsconvert.dsconv.packing import pack_bits, unpack_bits
 from dsconvert.dsconv.tensor import DSTensor, block_count
 
 if TYPE_CHECKING:
     from dsconvert.base.builder import OnnxBuilder
-    from dsconvert.dsconv.codes.rows import JointLayer
 
 
 class Free(Code):
@@ -68,8 +67,8 @@ class Free(Code):
         blocks = to_blocks(stored.double(), format.block_size)
         return from_blocks(relieve_pairs(blocks, format.bits), *stored.shape[1:]).to(torch.int8)
 
-    def nearest(self, weight: Tensor, format: WeightFormat) -> DSTensor:
-        return DSTensor(*fit_weight(weight, format), format)
+    def nearest(self, weight: Tensor, format: WeightFormat) -> Parts:
+        return fit_weight(weight, format)
 
     def damage(self, weight: Tensor, format: WeightFormat, squares: Tensor) -> float:
         """Of least squares from two starting scales; at 8 bits of plain per-channel int8."""
@@ -85,7 +84,7 @@ class Free(Code):
     rows_together = 2
     label = "bits"
 
-    def spell(self, b: OnnxBuilder, name: str, weight: DSTensor, by_blocks: bool) -> str:
+    def spell(self, b: OnnxBuilder, name: str, weight: Weight, by_blocks: bool) -> str:
         from dsconvert.dsconv.codes.free_onnx import add_free  # onnx takes a while to load
 
         return add_free(b, name, weight, by_blocks)

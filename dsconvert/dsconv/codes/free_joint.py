@@ -16,8 +16,7 @@ from onnx import TensorProto
 from dsconvert.dsconv.codes.rows import BYTE, as_bytes
 
 if TYPE_CHECKING:
-    from dsconvert.dsconv.codes.rows import JointLayer
-    from dsconvert.dsconv.format import Joint
+    from dsconvert.dsconv.format import Joint, JointLayer
 
 INT8, INT32 = TensorProto.INT8, TensorProto.INT32
 MEMBERS = 2  # VQK of a word

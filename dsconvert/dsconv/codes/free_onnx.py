@@ -12,13 +12,14 @@ from numpy.typing import NDArray
 from onnx import TensorProto
 
 from dsconvert.base.builder import OnnxBuilder
+from dsconvert.dsconv.format import Weight
 from dsconvert.dsconv.packing import numbers_of
-from dsconvert.dsconv.tensor import DSTensor, block_count
+from dsconvert.dsconv.tensor import block_count
 
 INT32 = TensorProto.INT32
 
 
-def add_free(b: OnnxBuilder, name: str, weight: DSTensor, by_blocks: bool) -> str:
+def add_free(b: OnnxBuilder, name: str, weight: Weight, by_blocks: bool) -> str:
     """Nodes and initializers for m * VQK of one weight of free integers; returns the name of an int8 value (cho, chi,
     kh, kw). by_blocks: 4 bits as a DequantizeLinear in blocks."""
     if by_blocks and weight.bits == 4:
@@ -40,12 +41,12 @@ def add_free(b: OnnxBuilder, name: str, weight: DSTensor, by_blocks: bool) -> st
     return value if shape == whole else b.node("Reshape", [value, b.shape(*whole)], f"{name}.weight")
 
 
-def _is_ragged(weight: DSTensor) -> bool:
+def _is_ragged(weight: Weight) -> bool:
     """A short last block cannot be a block axis: there the shifts are spread over the channels instead."""
     return weight.vqk.shape[1] % min(weight.block_size, weight.vqk.shape[1]) != 0
 
 
-def _axes(weight: DSTensor) -> tuple[tuple[int, ...], tuple[int, ...], NDArray[np.int64] | None]:
+def _axes(weight: Weight) -> tuple[tuple[int, ...], tuple[int, ...], NDArray[np.int64] | None]:
     """Shapes of VQK and of KDS in which they can be multiplied, and where runs of four VQK go across taps, the tap of
     each member of a run (taps, 4): KDS (cho, nblk, 1, taps) are then looked up by it."""
     cho, chi, kh, kw = weight.vqk.shape
@@ -62,7 +63,7 @@ def _axes(weight: DSTensor) -> tuple[tuple[int, ...], tuple[int, ...], NDArray[n
     return (cho, nblk, size, kh, kw), (cho, nblk, 1, kh, kw), None
 
 
-def _blocked(b: OnnxBuilder, name: str, weight: DSTensor) -> str:
+def _blocked(b: OnnxBuilder, name: str, weight: Weight) -> str:
     """As a DequantizeLinear in blocks; VQK has 4 bits."""
     chi = weight.vqk.shape[1]
     whole = chi // weight.block_size * weight.block_size
@@ -72,7 +73,7 @@ def _blocked(b: OnnxBuilder, name: str, weight: DSTensor) -> str:
     return b.node("Cast", [real], f"{name}.weight", to=TensorProto.INT8)
 
 
-def _block_range(b: OnnxBuilder, name: str, weight: DSTensor, first: int, last: int) -> str:
+def _block_range(b: OnnxBuilder, name: str, weight: Weight, first: int, last: int) -> str:
     """m * VQK of the input channels first..last, all in blocks of one size, as FLOAT (exact: below 128)."""
     tail = ".tail" if first else ""
     size = min(weight.block_size, last - first)
@@ -84,7 +85,7 @@ def _block_range(b: OnnxBuilder, name: str, weight: DSTensor, first: int, last: 
     return b.node("DequantizeLinear", [stored, scale], f"{name}.blocks{tail}", axis=1, block_size=size)
 
 
-def _vqk(b: OnnxBuilder, name: str, weight: DSTensor, shape: tuple[int, ...]) -> str:
+def _vqk(b: OnnxBuilder, name: str, weight: Weight, shape: tuple[int, ...]) -> str:
     """VQK as an INT32 value of the given shape: INT4 as it is, other widths as the sum of their pieces."""
     vqk, bits = weight.vqk.numpy().reshape(shape), weight.bits
     if bits == 4:
@@ -150,7 +151,7 @@ def _table(b: OnnxBuilder, width: int, unit: int, bottom: int) -> str:
     return name
 
 
-def _spread(b: OnnxBuilder, value: str, name: str, weight: DSTensor) -> str:
+def _spread(b: OnnxBuilder, value: str, name: str, weight: Weight) -> str:
     """(cho, nblk, 1, kh, kw) -> (cho, chi, kh, kw), each block's value over its channels."""
     cho, chi, kh, kw = weight.vqk.shape
     nblk, size = block_count(chi, weight.block_size), weight.block_size

@@ -13,16 +13,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dsconvert.dsconv.format import PAIR_MAX, WeightFormat
+from dsconvert.dsconv.format import PAIR_MAX, Parts, WeightFormat
 from dsconvert.dsconv.tensor import block_count
 
 STARTS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5)  # starting CDSw, as a share of the one that just avoids clipping
 ROUNDS = 4
 
 
-def fit_weight(
-    weight: Tensor, format: WeightFormat, starts: Sequence[float] = STARTS, rounds: int = ROUNDS
-) -> tuple[Tensor, Tensor, Tensor]:
+def fit_weight(weight: Tensor, format: WeightFormat, starts: Sequence[float] = STARTS, rounds: int = ROUNDS) -> Parts:
     """Float weight (cho, chi, kh, kw) -> VQK and m, int8, and CDSw of least ||W - W'||^2 by output channel, as far as
     it is found, on CPU."""
     cho, chi, kh, kw = weight.shape
@@ -45,7 +43,7 @@ def fit_weight(
             best_m = torch.where(better[:, None, None, None], m, best_m)
             best_vqk = torch.where(better[:, None, None, None], vqk, best_vqk)
     vqk, m = from_blocks(best_vqk, chi, kh, kw).to(torch.int8), best_m.reshape(cho, -1, kh, kw).to(torch.int8)
-    return vqk, m, best_cds.float()
+    return Parts(vqk, m, best_cds.float())
 
 
 def nearest_integers(blocks: Tensor, cds: Tensor, format: WeightFormat) -> tuple[Tensor, Tensor]:

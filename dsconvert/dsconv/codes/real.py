@@ -11,8 +11,8 @@ from torch import Tensor
 
 from dsconvert.dsconv.codes.free import FREE, Free
 from dsconvert.dsconv.codes.free_search import from_blocks, to_blocks
-from dsconvert.dsconv.format import Code, WeightFormat
-from dsconvert.dsconv.tensor import DSTensor, block_count
+from dsconvert.dsconv.format import Code, Parts, Weight, WeightFormat
+from dsconvert.dsconv.tensor import block_count
 
 STARTS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5)  # starting alpha, as a share of the one that just avoids clipping
 ROUNDS = 4
@@ -30,13 +30,13 @@ class Real(Free):
     def integers(self) -> Code:
         return FREE
 
-    def nearest(self, weight: Tensor, format: WeightFormat) -> DSTensor:
+    def nearest(self, weight: Tensor, format: WeightFormat) -> Parts:
         """Locally, from several starts, of either sign as VQK reach further down than up; CDSw = 1."""
-        return DSTensor(*nearest_alpha(weight, format), torch.ones(len(weight)), format)
+        return Parts(*nearest_alpha(weight, format), torch.ones(len(weight)))
 
-    def refit(self, fitted: DSTensor, hessian: Tensor, cross: Tensor, format: WeightFormat) -> DSTensor:
+    def refit(self, fitted: Weight, hessian: Tensor, cross: Tensor, format: WeightFormat) -> Parts:
         alpha = best_alpha(fitted, hessian, cross)
-        return DSTensor(fitted.vqk, alpha.float(), torch.ones(len(alpha)), format)
+        return Parts(fitted.vqk, alpha.float(), torch.ones(len(alpha)))
 
 
 REAL = Real()
@@ -72,15 +72,15 @@ def nearest_alpha(weight: Tensor, format: WeightFormat) -> tuple[Tensor, Tensor]
     return vqk, best.reshape(len(weight), -1, kh, kw).float()
 
 
-def best_alpha(fitted: DSTensor, hessian: Tensor, cross: Tensor) -> Tensor:
+def best_alpha(fitted: Weight, hessian: Tensor, cross: Tensor) -> Tensor:
     """The alpha (cho, nblk, kh, kw) float64 that minimise J(W') = const - 2 C W'^T + W' H W'^T (see `fit.gptq`) for the
     VQK of a weight, CDSw = 1.
 
     W' is linear in an output channel's alpha: with the columns of VQK in one matrix V (K, groups), a column for every
     block and tap, the best are (V^T H V)^-1 V^T C^T. Never worse than `fitted` itself, up to rounding."""
     cho, chi, kh, kw = fitted.vqk.shape
-    nblk = block_count(chi, fitted.block_size)
-    group = (torch.arange(chi)[:, None] // fitted.block_size * (kh * kw) + torch.arange(kh * kw)).flatten()
+    nblk = block_count(chi, fitted.format.block_size)
+    group = (torch.arange(chi)[:, None] // fitted.format.block_size * (kh * kw) + torch.arange(kh * kw)).flatten()
     vqk = fitted.vqk.double().flatten(1)
     alpha = torch.zeros(cho, nblk * kh * kw, dtype=torch.float64)
     wanted = alpha.clone().index_add_(1, group, vqk * cross)

@@ -14,13 +14,11 @@ from dsconvert.dsconv.codes import trellis_table
 from dsconvert.dsconv.codes.shrink import MOST
 from dsconvert.dsconv.codes.trellis_search import nearest, round_strings, starting, suited
 from dsconvert.dsconv.codes.trellis_table import from_strings, strings, table, windows
-from dsconvert.dsconv.format import Code, Floats, Joint, WeightFormat
+from dsconvert.dsconv.format import Code, Floats, Joint, JointLayer, Parts, Weight, WeightFormat
 from dsconvert.dsconv.packing import pack_bits, unpack_bits
-from dsconvert.dsconv.tensor import DSTensor
 
 if TYPE_CHECKING:
     from dsconvert.base.builder import OnnxBuilder
-    from dsconvert.dsconv.codes.rows import JointLayer
 
 
 class Trellis(Code):
@@ -71,12 +69,12 @@ class Trellis(Code):
     ) -> tuple[Tensor, Tensor]:
         return round_strings(target, cds, upper, lengths[0], format.bits)
 
-    def nearest(self, weight: Tensor, format: WeightFormat) -> DSTensor:
+    def nearest(self, weight: Tensor, format: WeightFormat) -> Parts:
         cho, chi, kh, kw = weight.shape
         size = format.size(chi)
         found, m, cds = nearest(strings(weight.detach().cpu(), format.block_size), size, format.bits)
         code = from_strings(found, (cho, chi, kh, kw), format.block_size)
-        return DSTensor(code, m.reshape(cho, -1, kh, kw).to(torch.int8), cds.float(), format)
+        return Parts(code, m.reshape(cho, -1, kh, kw).to(torch.int8), cds.float())
 
     def damage(self, weight: Tensor, format: WeightFormat, squares: Tensor) -> float:
         """Of mean D^2 by block and tap: what such a block's size lets expect, with the output channel as long as it was
@@ -100,7 +98,7 @@ class Trellis(Code):
     joint_bits = (1, 2, 3, 4)
     label = "trellis"
 
-    def spell(self, b: OnnxBuilder, name: str, weight: DSTensor, by_blocks: bool) -> str:
+    def spell(self, b: OnnxBuilder, name: str, weight: Weight, by_blocks: bool) -> str:
         from dsconvert.dsconv.codes.trellis_onnx import add_trellis  # onnx takes a while to load
 
         return add_trellis(b, name, weight)

@@ -26,11 +26,10 @@ from onnx import TensorProto
 from dsconvert.base.builder import OnnxBuilder
 from dsconvert.dsconv.codes.rows import BYTE, weight_of_rows
 from dsconvert.dsconv.codes.trellis_table import WINDOW, strings, table
-from dsconvert.dsconv.tensor import DSTensor
+from dsconvert.dsconv.format import Weight
 
 if TYPE_CHECKING:
-    from dsconvert.dsconv.codes.rows import JointLayer
-    from dsconvert.dsconv.format import Joint
+    from dsconvert.dsconv.format import Joint, JointLayer
 
 INT8, INT32, UINT8 = TensorProto.INT8, TensorProto.INT32, TensorProto.UINT8
 BITS = 8  # of a byte
@@ -61,12 +60,12 @@ class Rows:
     size: int
 
     @staticmethod
-    def of(weight: DSTensor) -> Rows:
+    def of(weight: Weight) -> Rows:
         """Those of a weight."""
         return Rows(len(weight.m), weight.m[0].numel(), min(weight.block_size, weight.vqk.shape[1]))
 
 
-def bytes_of(weight: DSTensor) -> NDArray[np.uint8]:
+def bytes_of(weight: Weight) -> NDArray[np.uint8]:
     """A weight's code as bytes (rows, bytes of a row)."""
     symbols = strings(weight.stored, weight.block_size).numpy().reshape(-1, 1)
     return np.packbits(np.unpackbits(symbols, axis=1)[:, -weight.bits :]).reshape(weight.m.numel(), -1)
@@ -137,7 +136,7 @@ class Tables:
     levels: int
 
     @staticmethod
-    def of(b: OnnxBuilder, name: str, weights: Sequence[DSTensor]) -> Tables:
+    def of(b: OnnxBuilder, name: str, weights: Sequence[Weight]) -> Tables:
         """Those for weights of as many bits."""
         levels = max(weights[0].format.most_m, *(int(w.m.max()) for w in weights))
         return Tables(b, name, weights[0].bits, levels)
@@ -261,7 +260,7 @@ def _steps(joint: Joint, tables: Tables) -> str:
     return f"{label}.m" if joint.b.has(f"{label}.m") else tables.steps(joint.pairs(), label)
 
 
-def add_trellis(b: OnnxBuilder, name: str, weight: DSTensor) -> str:
+def add_trellis(b: OnnxBuilder, name: str, weight: Weight) -> str:
     """Nodes and initializers for m * VQK of one weight along a trellis; returns the name of an int8 value (cho, chi,
     kh, kw)."""
     tables, rows = Tables.of(b, "trellis", [weight]), Rows.of(weight)

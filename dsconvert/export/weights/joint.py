@@ -17,7 +17,8 @@ from onnx import TensorProto, helper
 
 from dsconvert.base.builder import OnnxBuilder
 from dsconvert.dsconv.codes import CODES
-from dsconvert.dsconv.codes.rows import BYTE, JointLayer, as_bytes, weight_of_rows
+from dsconvert.dsconv.codes.rows import BYTE, as_bytes, weight_of_rows
+from dsconvert.dsconv.format import JointLayer
 from dsconvert.dsconv.tensor import DSTensor
 
 INT32 = TensorProto.INT32

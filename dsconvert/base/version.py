@@ -1,0 +1,3 @@
+"""The version, which files and messages name."""
+
+VERSION = "0.1.0"
