@@ -65,7 +65,7 @@ class GPTQ:
     def together(self, node: Node, format: WeightFormat) -> Tensor | None:
         """The second moment by which a layer's channels are fitted together: below 8 bits, without groups, with integer
         shifts."""
-        if node.attrs["groups"] > 1 or format.is_plain or format.code.real or format.bits == 8:
+        if node.attrs["groups"] > 1 or format.bits == 8 or format.code.real:
             return None
         return self.channels.get(node.name)
 

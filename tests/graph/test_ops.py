@@ -14,8 +14,9 @@ from formats import fit_weight
 from dsconvert.base.builder import OnnxBuilder
 from dsconvert.base.errors import InputError
 from dsconvert.export.check import check_export, check_images
-from dsconvert.export.onnx import PLAIN, export_float, export_quantized, in_layout
+from dsconvert.export.onnx import PLAIN, export_float, export_quantized
 from dsconvert.export.reference import float_reference, reference_of
+from dsconvert.export.weights.layouts import layout_named
 from dsconvert.graph.grids import QParams
 from dsconvert.graph.integer import QConv, grid_of, gridded, integer_step, real_params, run_integer
 from dsconvert.graph.ir import INPUT, ConvParams, Graph, Node
@@ -188,8 +189,9 @@ def test_a_new_operation_is_one_entry(model):
 
 @pytest.mark.parametrize("layout", ["packed", "fused", "blocked", "int8", "openvino"])
 def test_onnx_runtime_has_its_integers(model, layout):
-    data = export_quantized(model, layout, SIDE)
-    check_export(data.SerializeToString(), reference_of(in_layout(model, layout)), PLAIN, check_images(SIDE))
+    data = export_quantized(model, layout_named(layout), SIDE)
+    reference = reference_of(model, layout_named(layout))
+    check_export(data.SerializeToString(), reference, PLAIN, check_images(SIDE))
     if layout != "int8":
         return
     names = [f"{node.name}.q" for node in model.graph.nodes]
