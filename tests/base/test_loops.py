@@ -31,7 +31,7 @@ from dsconvert.graph.grids import SIGMOID, QParams
 from dsconvert.graph.integer import IntegerConv, QConv, integer_conv
 from dsconvert.graph.ir import Node
 
-LOOPS = ROOT / "dsconvert" / "fit" / "loops.py"
+LOOPS = ROOT / "dsconvert" / "base" / "loops.py"
 
 
 @pytest.fixture(params=[1, 2, 3])
@@ -178,9 +178,9 @@ def _assert_same(a: DSTensor, b: DSTensor) -> None:
 def test_several_python_threads_may_use_the_loops_at_once():
     """As an application may that converts two models."""
     w, cds, upper = randn(64, 16).numpy(), np.full(64, 0.1), factor(16).numpy()
-    alone = gptq._round_group(w, cds, upper, 4)
+    alone = free_code.round_group(w, cds, upper, free(4, 16))
     with ThreadPoolExecutor(4) as pool:
-        for made in pool.map(lambda _: gptq._round_group(w, cds, upper, 4), range(40)):
+        for made in pool.map(lambda _: free_code.round_group(w, cds, upper, free(4, 16)), range(40)):
             assert all(map(np.array_equal, made, alone))
 
 

@@ -71,7 +71,7 @@ def test_values_wait_beside_the_result_or_in_the_cache(network, photos, call, tm
     places, run = [], lockstep._fit
 
     def watched(*args):
-        places.append(args[4][0].folder.parent.parent)
+        places.append(args[5][0].folder.parent.parent)
         return run(*args)
 
     monkeypatch.setattr(lockstep, "_fit", watched)
@@ -123,9 +123,9 @@ def test_values_are_read_where_files_cannot_be_mapped(network, photos, call, tmp
 def test_values_of_peoples_photos_do_not_stay_behind(network, photos, tmp_path, number):
     """Stopped as soon as there are any; the fit is slowed down so that it is in the middle of it."""
     script = (
-        "import sys, time; from dsconvert.anyonnx import convert; from dsconvert.commands.cli import main\n"
-        "fit = convert._fit\n"
-        "convert._fit = lambda *given: (time.sleep(60), fit(*given))[1]\n"
+        "import sys, time; from dsconvert.convert import onnx as convert; from dsconvert.commands.cli import main\n"
+        "layer = convert.GPTQ.layer\n"
+        "convert.GPTQ.layer = lambda *given: (time.sleep(60), layer(*given))[1]\n"
         "main(sys.argv[1:])\n"
     )
     out = tmp_path / "results"

@@ -102,7 +102,7 @@ def test_a_process_leaves_the_others_before_python_ends(tmp_path):
     (tmp_path / "ends.py").write_text(
         "import atexit, os, torch\n"
         "from torch import distributed as dist\n"
-        "from dsconvert import workers\n"
+        "from dsconvert.base import workers\n"
         "atexit.register(lambda: os.write(1, f'{len(sums)} sums, with others: {dist.is_initialized()}\\n'.encode()))\n"
         "workers.start()\n"
         "sums = [workers.summed(torch.ones(3)) for _ in range(20)]\n"

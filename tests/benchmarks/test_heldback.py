@@ -28,7 +28,7 @@ LAYER = "model.7.m.0.cv2.conv"  # 3x3 on 16x16 positions, all of which are looke
 @pytest.fixture
 def network(tiny, converted):
     """Graph, float parameters and head of the network that `converted` was made of."""
-    return *split_detect(*lower(tiny[0]), tiny[1]), tiny[1]
+    return *split_detect(*lower(tiny[0].fused()), tiny[1]), tiny[1]
 
 
 @pytest.fixture

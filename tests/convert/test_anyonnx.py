@@ -118,7 +118,7 @@ def test_the_file_is_the_float_graph_with_the_fitted_weights(which, request):
 def test_packed_and_int8_are_the_same_numbers(which, request):
     path, made = request.getfixturevalue(which)
     given = read_source(path, None, 1)
-    plain = convert.with_integers(given, find_layers(given), made.fitted, "int8")
+    plain = convert.with_integers(given, find_layers(given), made.fitted, layout_named("int8"))
     assert plain.opset_import[0].version == given.opset < 21 == made.model.opset_import[0].version
     side = made.source.image.height
     for a, b in zip(run(plain, image(side)), run(made.model, image(side)), strict=True):

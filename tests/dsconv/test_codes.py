@@ -9,7 +9,7 @@ import onnxruntime as ort
 import pytest
 import torch
 from conftest import SIDE, grids_of, lockstep
-from formats import free, gptq, nearest
+from formats import free, nearest
 
 from dsconvert.dsconv.codes import CODES, format_of
 from dsconvert.dsconv.format import Code, Parts, WeightFormat
@@ -17,6 +17,7 @@ from dsconvert.dsconv.packing import pack_bits, unpack_bits
 from dsconvert.dsconv.tensor import DSTensor
 from dsconvert.export.onnx import export_quantized
 from dsconvert.export.weights.layouts import layout_named
+from dsconvert.fit.gptq import fit_weight_gptq
 from dsconvert.fit.layer import GPTQ
 from dsconvert.fit.moments import Moments
 from dsconvert.graph.integer import run_integer
@@ -139,7 +140,7 @@ def test_gptq_of_a_toy_code_is_no_worse_than_its_nearest_weight(book):
     moments = Moments(hessian, flat @ hessian)
     damped = moments.damped(flat).hessian
     errors = []
-    for made in (gptq(weight, moments, book), nearest(weight, book)):
+    for made in (fit_weight_gptq(weight, moments, book), nearest(weight, book)):
         d = (weight - made.weight()).double().flatten(1)
         errors.append(((d @ damped) * d).sum(1))
     assert bool((errors[0] <= errors[1] * (1 + 1e-6)).all())  # CDSw is rounded to float32

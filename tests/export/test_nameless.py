@@ -101,7 +101,7 @@ def test_a_fixed_batch_is_filled_with_the_one_image(files, call):
 
 
 SHAPES = {
-    "rectangle": ((1, 3, 32, 64), {}, "takes images of 64 by 32 pixels .* --imgsz"),
+    "rectangle": ((1, 3, 32, 64), {}, "takes images of 64 by 32 pixels .* imgsz 640"),
     "tall": ((1, 3, 64, 32), {}, "takes images of 32 by 64 pixels"),
     "grey": ((1, 1, 64, 64), {}, "takes images of 1 channels"),
 }  # fmt: skip

@@ -180,7 +180,7 @@ def test_an_endless_file_ends(work):
     """In a process of its own, with half a second for 20: what runs for ever ends with it."""
     (work / "greedy.onnx").write_bytes(greedy(ENDLESS))
     code = (
-        "import sys; from dsconvert.scoring import bounds; bounds.BASE_SECONDS = 0.5;"
+        "import sys; from dsconvert.onnxfile import bounds; bounds.BASE_SECONDS = 0.5;"
         "from dsconvert.commands.cli import main; main(sys.argv[1:])"
     )
     command = [sys.executable, "-c", code, *COMMANDS["detect"]]
@@ -197,7 +197,7 @@ def test_a_file_whose_tenth_run_is_endless_ends(work, command):
     """The first runs, of the trial too, are like any other's."""
     (work / "greedy.onnx").write_bytes(later(ENDLESS_THEN))
     code = (
-        "import sys; from dsconvert.scoring import bounds; bounds.BASE_SECONDS = 2.0;"
+        "import sys; from dsconvert.onnxfile import bounds; bounds.BASE_SECONDS = 2.0;"
         "from dsconvert.commands.cli import main; main(sys.argv[1:])"
     )
     command = [sys.executable, "-c", code, *COMMANDS[command]]
