@@ -117,11 +117,11 @@ def test_a_damaged_calibration_is_made_again(run, tmp_path, monkeypatch, share):
            [float("nan"), 0], ["a", 0], [0.1], 5, None)},
         "a grid missing": lambda m: m.json["own"].pop(LAYER),
         "a grid too many": put([0.1, 0], "own", "x"),
-        **{f"damage {d}": put([[4, 16, False, d]], "damage", LAYER)
+        **{f"damage {d}": put([[4, 16, "free", d]], "damage", LAYER)
            for d in (-1, float("nan"), float("inf"), "x", None)},
         "a width missing": lambda m: m.json["damage"][LAYER].pop(),
-        "a width too many": lambda m: m.json["damage"][LAYER].append([7, 16, False, 0.1]),
-        "a width of infinity": lambda m: m.json["damage"][LAYER].append([1e400, 16, False, 0.1]),
+        "a width too many": lambda m: m.json["damage"][LAYER].append([7, 16, "free", 0.1]),
+        "a width of infinity": lambda m: m.json["damage"][LAYER].append([1e400, 16, "free", 0.1]),
         "a layer without widths": lambda m: m.json["damage"].pop(LAYER),
         "own a list": put([], "own"), "damage a text": put("x", "damage"),
         **{f"{name} {v}": floats(name, v) for name in (positions, channels)
@@ -147,22 +147,23 @@ def test_a_damaged_unfinished_run_is_one_sentence(run, tmp_path, share):
     result = run(unfinished=path)
     good = path.read_bytes()
     key = Opened(good, UNFINISHED_META).json["key"]
-    shapes = {name: conv.weight.vqk.shape for name, conv in result.model.convs.items()}
+    shapes = {name: conv.weight.stored.shape for name, conv in result.model.convs.items()}
     assert set(read_unfinished(path, key, shapes)) == set(shapes)
-    vqk = f"{LAYER}.vqk"
-    shape = Opened(good, UNFINISHED_META).tensors[vqk][1]
+    stored = f"{LAYER}.stored"
+    shape = Opened(good, UNFINISHED_META).tensors[stored][1]
     changes: dict[str, Change] = {
-        **{f"width {w}": put(w, "layers", LAYER) for w in ([4], [4, 16], [0, 16, False], [64, 16, False], [4, 0, False],
-           [1e400, 16, False], [4, 1e400, False], ["4", {}, False], [4, 16, True], 5, None)},
-        "layers a text": put("x", "layers"), "an unknown layer": put([8, 16, False], "layers", "x"),
+        **{f"width {w}": put(w, "layers", LAYER) for w in ([4], [4, 16], [0, 16, "free"], [64, 16, "free"],
+           [4, 0, "free"], [1e400, 16, "free"], [4, 1e400, "free"], ["4", {}, "free"], [4, 16, "trellis"],
+           [4, 16, "nothing"], [4, 16, None], 5, None)},
+        "layers a text": put("x", "layers"), "an unknown layer": put([8, 16, "free"], "layers", "x"),
         **{f"{part} {v}": floats(f"{LAYER}.{part}", v) for part in ("cdsw", "cdsb")
            for v in (float("nan"), float("-inf"))},
         **{f"{part} of another kind": retyped(f"{LAYER}.{part}", "I32") for part in ("cdsw", "cdsb")},
-        "VQK of another kind": retyped(vqk, "U8"),
+        "VQK of another kind": retyped(stored, "U8"),
         "m of another kind": retyped(f"{LAYER}.m", "U8"),
-        "VQK of another shape": reshaped(vqk, [shape[1], shape[0], *shape[2:]]),
-        "VQK of the fewest dimensions": reshaped(vqk, [int(np.prod(shape))]),
-        **{f"{part} missing": missing(f"{LAYER}.{part}") for part in ("vqk", "m", "cdsw", "cdsb")},
+        "VQK of another shape": reshaped(stored, [shape[1], shape[0], *shape[2:]]),
+        "VQK of the fewest dimensions": reshaped(stored, [int(np.prod(shape))]),
+        **{f"{part} missing": missing(f"{LAYER}.{part}") for part in ("stored", "m", "cdsw", "cdsb")},
     }  # fmt: skip
     files = damaged(good, UNFINISHED_META, changes)
     for what, data in [*files.items(), *enumerate(flips(good))][::share]:
