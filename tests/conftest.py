@@ -13,7 +13,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from formats import fit_weight
+from formats import fit_weight, fit_weight_real
 from hypothesis import settings
 from pt_writer import yolov5_bytes
 
@@ -295,6 +295,15 @@ def widen(model: DSModel) -> DSModel:
     kinds = {(c.weight.bits, c.weight.format.code == TRELLIS) for c in convs.values()}
     assert kinds >= {(bits, along) for bits in (2, 3, 4) for along in (True, False)}
     return replace(model, convs=convs)
+
+
+def with_real_shifts(model: DSModel) -> DSModel:
+    """The model with the paper's real shifts where it has DSConv, its activations float."""
+    convs = {
+        name: conv if conv.weight.bits == 8 else QConv(fit_weight_real(conv.weight.weight(), 4, 16), conv.bias)
+        for name, conv in model.convs.items()
+    }
+    return replace(model, convs=convs, activations={})
 
 
 @pytest.fixture

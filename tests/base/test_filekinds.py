@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from archived import edited
 from fake_trees import COMMON, YOLO, trained
 from importable import importable
 from pt_writer import yolov5_bytes
@@ -272,20 +273,7 @@ def test_distributed_data_parallel_is_unwrapped(usual, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("prefix", ["yolov5", "yolov7", "src.detection", "third_party.yolov5"])
 def test_packages_that_hold_the_tree_are_the_tree(usual, tmp_path, prefix):
-    same(usual, renamed(usual, b"cmodels.", f"c{prefix}.models.".encode()), tmp_path)
-
-
-def renamed(data: bytes, old: bytes, new: bytes) -> bytes:
-    """The archive with its pickle edited."""
-    out = io.BytesIO()
-    with zipfile.ZipFile(io.BytesIO(data)) as source, zipfile.ZipFile(out, "w") as target:
-        for info in source.infolist():
-            content = source.read(info)
-            if info.filename.endswith("data.pkl"):
-                assert old in content
-                content = content.replace(old, new)
-            target.writestr(info.filename, content)
-    return out.getvalue()
+    same(usual, edited(usual, b"cmodels.", f"c{prefix}.models.".encode()), tmp_path)
 
 
 # --- from before PyTorch 1.6 -----------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from formats import fit_weight, fit_weight_real, gptq
+from formats import fit_weight, fit_weight_real, gptq, randn
 
 from dsconvert.dsconv.codes import FREE
 from dsconvert.dsconv.codes.free_search import to_blocks
@@ -21,10 +21,6 @@ from dsconvert.fit.moments import Moments
 from dsconvert.fit.seen import seen_evenly
 from dsconvert.graph.ir import Node
 from dsconvert.model.file import load_model, model_bytes
-
-
-def randn(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 def real_kds(bits: int, block_size: int) -> WeightFormat:

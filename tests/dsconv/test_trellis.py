@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from followed import followed
-from formats import along, fit_weight, gptq
+from formats import along, fit_weight, gptq, randn
 from reference.torch_loops import expected
 
 from dsconvert.dsconv.codes import TRELLIS, usual_format
@@ -18,10 +18,6 @@ from dsconvert.fit.moments import Moments
 from dsconvert.graph.integer import QConv
 
 BITS = [1, 2, 3, 4]
-
-
-def randn(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def codes(shape: tuple[int, ...], bits: int, seed: int = 0) -> torch.Tensor:

@@ -9,8 +9,7 @@ import onnx
 import onnxruntime as ort
 import pytest
 import torch
-from conftest import DEMO, SIDE, convert, smooth_picture, tiny_network, widen
-from formats import fit_weight_real
+from conftest import DEMO, SIDE, convert, smooth_picture, tiny_network, widen, with_real_shifts
 from onnx import numpy_helper
 
 from dsconvert.base.errors import CheckError
@@ -21,7 +20,6 @@ from dsconvert.export.ends import decode
 from dsconvert.export.ends.nms import Nms
 from dsconvert.export.onnx import Ends, export_float, export_quantized, write_quantized
 from dsconvert.export.weights.layouts import layout_named
-from dsconvert.graph.integer import QConv
 from dsconvert.model.model import DSModel
 from dsconvert.yolo.checkpoint import load_checkpoint
 from dsconvert.yolo.decode import decode as boxes_of
@@ -41,12 +39,7 @@ def widths() -> DSModel:
 @pytest.fixture(scope="module")
 def reals() -> DSModel:
     """The paper's real shifts, float activations."""
-    model = convert(*tiny_network(), smooth_picture())
-    convs = {
-        name: conv if conv.weight.bits == 8 else QConv(fit_weight_real(conv.weight.weight(), 4, 16), conv.bias)
-        for name, conv in model.convs.items()
-    }
-    return replace(model, convs=convs, activations={})
+    return with_real_shifts(convert(*tiny_network(), smooth_picture()))
 
 
 @pytest.fixture(scope="module")

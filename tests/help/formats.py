@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from dsconvert.dsconv.codes import FREE, REAL, TRELLIS
@@ -9,6 +10,11 @@ from dsconvert.dsconv.format import WeightFormat
 from dsconvert.dsconv.tensor import DSTensor
 from dsconvert.fit.gptq import fit_weight_gptq
 from dsconvert.fit.moments import Moments
+
+
+def randn(*shape: int, seed: int = 0) -> Tensor:
+    """Normal numbers, the same every time."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 def free(bits: int, block_size: int, trellis: bool = False) -> WeightFormat:

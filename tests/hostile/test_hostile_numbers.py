@@ -7,8 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import convert, smooth_picture, tiny_network
-from formats import fit_weight_real
+from conftest import convert, smooth_picture, tiny_network, with_real_shifts
 from fuzz_damage import resealed
 from modelfiles import Opened, floats
 
@@ -27,12 +26,7 @@ def model() -> DSModel:
 @pytest.fixture(scope="module")
 def reals() -> DSModel:
     """With the paper's real shifts."""
-    model = convert(*tiny_network(), smooth_picture())
-    convs = {
-        name: conv if conv.weight.bits == 8 else QConv(fit_weight_real(conv.weight.weight(), 4, 16), conv.bias)
-        for name, conv in model.convs.items()
-    }
-    return replace(model, convs=convs, activations={})
+    return with_real_shifts(convert(*tiny_network(), smooth_picture()))
 
 
 def test_real_shifts_are_read(reals, tmp_path):

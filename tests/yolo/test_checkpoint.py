@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from archived import edited
 from conftest import TINY, randomise
 from pt_writer import yolov5_bytes
 
@@ -143,19 +144,6 @@ def test_nan_weights_are_refused(tiny, tmp_path):
         load_checkpoint(changed(tiny, tmp_path, change))
 
 
-def repacked(data: bytes, old: bytes, new: bytes) -> bytes:
-    """The same archive with its pickle edited."""
-    out = io.BytesIO()
-    with zipfile.ZipFile(io.BytesIO(data)) as source, zipfile.ZipFile(out, "w") as target:
-        for info in source.infolist():
-            content = source.read(info)
-            if info.filename.endswith("data.pkl"):
-                assert old in content
-                content = content.replace(old, new)
-            target.writestr(info.filename, content)
-    return out.getvalue()
-
-
 @pytest.mark.parametrize(
     ("old", "new", "words"),
     [
@@ -165,7 +153,7 @@ def repacked(data: bytes, old: bytes, new: bytes) -> bytes:
     ],
 )
 def test_weights_that_do_not_fit_the_yaml_are_refused(tiny, tmp_path, old, new, words):
-    path = write(tmp_path / "best.pt", repacked(yolov5_bytes(*tiny), old, new))
+    path = write(tmp_path / "best.pt", edited(yolov5_bytes(*tiny), old, new))
     with pytest.raises(InputError, match=words):
         load_checkpoint(path)
 
@@ -281,11 +269,11 @@ def test_the_average_weights_are_preferred(tiny, tmp_path):
     network, head = tiny
     empty, key = b"cmodels.yolo\nDetectionModel\n)\x81", b"X\x03\x00\x00\x00em"
     # the model becomes `ema`, an empty record (which could not be loaded) `model`, the old empty `ema` something else
-    data = repacked(yolov5_bytes(network, head), key + b"a", key + b"b")
-    data = repacked(data, b"modelq\x02", b"modelq\x02" + empty + key + b"a")
+    data = edited(yolov5_bytes(network, head), key + b"a", key + b"b")
+    data = edited(data, b"modelq\x02", b"modelq\x02" + empty + key + b"a")
     loaded = load_checkpoint(write(tmp_path / "ema.pt", data))
     assert torch.equal(loaded.network.model[0].conv.weight, network.model[0].conv.weight.half().float())
-    message = one_sentence(write(tmp_path / "model.pt", repacked(data, key + b"a", key + b"c")))
+    message = one_sentence(write(tmp_path / "model.pt", edited(data, key + b"a", key + b"c")))
     assert "no yaml or no weights" in message  # without `ema` the empty record is what is left
 
 

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_filekinds import again, refused, renamed, saved, usual  # noqa: F401 (a fixture)
+from archived import edited
+from test_filekinds import again, refused, saved, usual  # noqa: F401 (a fixture)
 from torch import nn
 
 from dsconvert.base.errors import InputError
@@ -144,7 +145,7 @@ def test_a_head_with_more_numbers_a_box_is_a_forks(usual, tmp_path, more, words)
 
 
 def test_layers_that_differ_under_their_usual_names_point_to_onnx(usual, tmp_path):  # noqa: F811
-    (tmp_path / "x.pt").write_bytes(renamed(usual, b"running_mean", b"running_mien"))
+    (tmp_path / "x.pt").write_bytes(edited(usual, b"running_mean", b"running_mien"))
     with pytest.raises(InputError, match=r"does not match its own model yaml.*fork.*dsconvert quantize"):
         load_checkpoint(tmp_path / "x.pt")
 
