@@ -11,6 +11,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,9 @@ from numpy.typing import NDArray
 from onnxruntime.quantization import CalibrationDataReader, CalibrationMethod, QuantFormat, QuantType, quantize_static
 from onnxruntime.quantization.shape_inference import quant_pre_process
 
+from dsconvert.base.errors import InputError
 from dsconvert.photos.dataset import calibration_images
-from dsconvert.photos.images import calibration_batches, spread
+from dsconvert.photos.images import letterbox, read_image, spread, to_tensor
 
 Images = Sequence[NDArray[np.float32]]
 
@@ -35,8 +37,11 @@ MNN_CONVERT = "import sys, _tools; _tools.mnnconvert(sys.argv)"
 
 def decoded(data: Path, imgsz: int, samples: int) -> list[NDArray[np.float32]]:
     """The calibration images that `quantize` takes by default, letterboxed, each (1, 3, imgsz, imgsz)."""
-    paths = spread(calibration_images(data), samples)
-    return [b.numpy() for b, _ in calibration_batches(paths, imgsz, 1) if len(b)]
+    found = []
+    for path in spread(calibration_images(data), samples):
+        with suppress(InputError):  # a file that cannot be read is left out, as quantize does
+            found.append(to_tensor([letterbox(read_image(path), imgsz)[0]]).numpy())
+    return found
 
 
 class _Reader(CalibrationDataReader):

@@ -16,13 +16,14 @@ import torch
 from formats import fit_weight, fit_weight_real
 from hypothesis import settings
 from pt_writer import yolov5_bytes
+from watching import watch
 
 from dsconvert.base.kept import Room
 from dsconvert.commands.cli import main
 from dsconvert.dsconv.codes import TRELLIS, usual_format
 from dsconvert.dsconv.codes.trellis_table import fits
 from dsconvert.fit.layer import fit_cds
-from dsconvert.fit.lockstep import fit_lockstep, watch
+from dsconvert.fit.lockstep import fit_lockstep
 from dsconvert.graph.integer import QConv
 from dsconvert.measure import calibration
 from dsconvert.measure.grids import choose_grids

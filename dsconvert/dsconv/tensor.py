@@ -121,13 +121,3 @@ class DSTensor:
 
     def _products(self) -> Tensor:
         return expand_blocks(self.m.int(), self.vqk.shape[1], self.block_size) * self.vqk.int()
-
-
-def largest_pair(merged: Tensor) -> int:
-    """Largest |w1 + w2| over neighbouring channels of the int8 weight (cho, chi, kh, kw), at least the largest |w|.
-
-    With an odd chi engines differ in who is whose neighbour, and any two weights of an output channel count."""
-    w = merged.int()
-    if w.shape[1] % 2 == 0:
-        return max(int((w[:, 0::2] + w[:, 1::2]).abs().max()), int(w.abs().max()))
-    return 2 * int(w.abs().max())

@@ -17,15 +17,14 @@ from torch import Tensor
 from dsconvert.base.kept import Kept, Room
 from dsconvert.base.threads import in_order
 from dsconvert.dsconv.format import WeightFormat
-from dsconvert.fit import draws
 from dsconvert.fit.layer import Fit
-from dsconvert.fit.seen import Drawn, Places, Seen
+from dsconvert.fit.seen import Drawn, Seen
 from dsconvert.graph.activations import activation_table
 from dsconvert.graph.grids import SIGMOID, QParams
 from dsconvert.graph.integer import IntegerConv, QConv, grid_of, integer_step
 from dsconvert.graph.ir import INPUT, ConvParams, Graph, Node
 from dsconvert.graph.ops import conv
-from dsconvert.graph.run import float_step, run_float
+from dsconvert.graph.run import float_step
 
 Progress = Callable[[int, int], None]
 
@@ -167,24 +166,3 @@ def _seen(drawn: Drawn, inputs: Kept, grid: QParams | None, count: int) -> Calla
             yield Seen(inputs.get(index), drawn.outputs(index), *drawn.get(index), grid)
 
     return images
-
-
-def watch(
-    graph: Graph, params: Mapping[str, ConvParams], images: Sequence[Tensor], seed: int, room: Room | None = None
-) -> dict[str, Drawn]:
-    """Positions drawn evenly from images (3, h, w) 0..1, and the float network's outputs there, for every
-    convolution."""
-    drawn = {node.name: Drawn(room or Room(), len(images)) for node in graph.convs()}
-    most = draws.positions_each(len(images))
-    for index, image in enumerate(images):
-
-        def note(name: str, value: Tensor, index: int = index) -> None:
-            if name in drawn:
-                flat = value[0].flatten(1)
-                even = torch.ones(flat.shape[1], dtype=torch.float64)
-                places = Places(*draws.positions(even, draws.of_image(seed, index), most))
-                drawn[name].put(places)
-                drawn[name].put_outputs(index, flat[:, places.picks.to(flat.device)].cpu())
-
-        run_float(graph, params, image[None], note)
-    return drawn

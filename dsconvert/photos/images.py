@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -110,20 +110,3 @@ def spread(items: Sequence[Item], count: int) -> list[Item]:
     if count >= len(items):
         return list(items)
     return [items[i * len(items) // count] for i in range(count)]
-
-
-def calibration_batches(paths: Sequence[Path], side: int, size: int) -> Iterator[tuple[Tensor, list[str]]]:
-    """Letterboxed batches of up to `size` images and, with each, why files before it had to be skipped, one sentence
-    each."""
-    squares: list[Image] = []
-    skipped: list[str] = []
-    for path in paths:
-        try:
-            squares.append(letterbox(read_image(path), side)[0])
-        except InputError as error:
-            skipped.append(str(error))
-        if len(squares) == size:
-            yield to_tensor(squares), skipped
-            squares, skipped = [], []
-    if squares or skipped:
-        yield (to_tensor(squares) if squares else torch.empty(0, 3, side, side)), skipped

@@ -6,11 +6,10 @@ import itertools
 
 import pytest
 import torch
-from formats import fit_weight, free
+from formats import fit_weight, free, largest_pair
 
 from dsconvert.dsconv.codes import FREE
 from dsconvert.dsconv.codes.free_search import from_blocks, nearest_integers, project_cds, relieve_pairs, to_blocks
-from dsconvert.dsconv.tensor import largest_pair
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])

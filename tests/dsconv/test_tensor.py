@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from formats import free
+from formats import free, largest_pair
 
 from dsconvert.dsconv.codes import FREE
-from dsconvert.dsconv.tensor import DSTensor, block_count, expand_blocks, largest_pair
+from dsconvert.dsconv.tensor import DSTensor, block_count, expand_blocks
 
 
 def make(vqk: list, m: list, cds: list, bits: int = 4, block: int = 2) -> DSTensor:

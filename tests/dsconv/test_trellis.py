@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 import torch
 from followed import followed
-from formats import along, fit_weight, gptq, randn
+from formats import along, fit_weight, gptq, largest_pair, randn
 from reference.torch_loops import expected
 
 from dsconvert.dsconv.codes import TRELLIS, usual_format
 from dsconvert.dsconv.codes import trellis_table as trellis
 from dsconvert.dsconv.codes.trellis_search import Trellis, nearest_values, noise, round_strings, suited
-from dsconvert.dsconv.tensor import DSTensor, largest_pair
+from dsconvert.dsconv.tensor import DSTensor
 from dsconvert.fit.moments import Moments
 from dsconvert.graph.integer import QConv
 

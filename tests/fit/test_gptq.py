@@ -7,12 +7,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from formats import fit_weight, free, gptq
+from formats import fit_weight, free, gptq, largest_pair
 from torch.nn import functional as F
 
 from dsconvert.dsconv.codes import FREE
 from dsconvert.dsconv.codes.free import round_group
-from dsconvert.dsconv.tensor import DSTensor, largest_pair
+from dsconvert.dsconv.tensor import DSTensor
 from dsconvert.fit import draws
 from dsconvert.fit.gptq import inverse_factor
 from dsconvert.fit.layer import GPTQ

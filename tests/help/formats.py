@@ -47,3 +47,13 @@ def fit_weight_real(weight: Tensor, bits: int, block_size: int) -> DSTensor:
 def nearest(weight: Tensor, format: WeightFormat) -> DSTensor:
     """The weight of least squared error in a format."""
     return DSTensor.nearest(weight, format)
+
+
+def largest_pair(merged: Tensor) -> int:
+    """Largest |w1 + w2| over neighbouring channels of the int8 weight (cho, chi, kh, kw), at least the largest |w|.
+
+    With an odd chi engines differ in who is whose neighbour, and any two weights of an output channel count."""
+    w = merged.int()
+    if w.shape[1] % 2 == 0:
+        return max(int((w[:, 0::2] + w[:, 1::2]).abs().max()), int(w.abs().max()))
+    return 2 * int(w.abs().max())

@@ -19,7 +19,7 @@ from watched import dsconvert, problems, run_child, write_cases
 from dsconvert.base.errors import InputError
 from dsconvert.photos import dataset
 from dsconvert.photos.dataset import image_paths
-from dsconvert.photos.images import calibration_batches, letterbox, read_image
+from dsconvert.photos.images import letterbox, read_image
 from dsconvert.scoring.accuracy import detect_all
 
 
@@ -139,9 +139,10 @@ def test_what_may_not_be_read_is_skipped(tmp_path, monkeypatch):
         return fromfile(path, *args, **kwargs)
 
     monkeypatch.setattr(np, "fromfile", refuse)
-    ((batch, reasons),) = calibration_batches([secret, good, gone], 32, 4)
-    assert len(batch) == 1
-    assert reasons == [f"{secret} cannot be read.", f"{gone} cannot be read."]
+    assert read_image(good).shape == (32, 32, 3)
+    for path in (secret, gone):
+        with pytest.raises(InputError, match=f"^{path} cannot be read.$"):
+            read_image(path)
     with pytest.raises(InputError, match=r"None of the 2 images could be read; the first: .*secret"):
         detect_all([], [secret, gone], 32, 2)
 

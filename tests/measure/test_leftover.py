@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from formats import free
+from watching import watch
 
-from dsconvert.fit.lockstep import watch
 from dsconvert.fit.moments import damping_for
 from dsconvert.graph.ir import INPUT, ConvParams, Graph, Node
 from dsconvert.measure.importance import Part

@@ -14,7 +14,7 @@ import torch
 from dsconvert.base.errors import InputError
 from dsconvert.base.notes import DataWarning
 from dsconvert.photos.dataset import DataYaml, calibration_images, image_paths, read_data_yaml
-from dsconvert.photos.images import Letterbox, calibration_batches, letterbox, read_image, spread, to_tensor
+from dsconvert.photos.images import Letterbox, letterbox, read_image, spread, to_tensor
 from dsconvert.photos.labels import label_path, read_labels
 
 
@@ -277,27 +277,6 @@ def test_spread_takes_evenly_spaced_paths():
     assert spread(paths, 10) == spread(paths, 99) == paths
     assert spread(paths, 1) == paths[:1]
     assert spread(paths, 0) == []
-
-
-def test_calibration_batches_skip_and_count_what_cannot_be_read(tmp_path):
-    good = [picture(tmp_path / f"{i}.png", (i, i, i), (32, 32)) for i in range(5)]
-    bad = [text(tmp_path / f"bad{i}.png", "x") for i in range(3)]
-    paths = [bad[0], good[0], good[1], good[2], bad[1], good[3], good[4], bad[2]]
-    batches = list(calibration_batches(paths, 32, 2))
-    # each pixel is its image's number / 255, which float32 rounds within half a bit: rounding finds the number
-    found = [[round(float(image[0, 0, 0]) * 255) for image in batch] for batch, _ in batches]
-    assert found == [[0, 1], [2, 3], [4]]
-    assert [len(skipped) for _, skipped in batches] == [1, 1, 1]
-    assert batches[0][1] == [f"{bad[0]} is not an image that can be decoded."]
-    assert all(batch.shape[1:] == (3, 32, 32) for batch, _ in batches)
-
-
-def test_calibration_batches_of_nothing_readable(tmp_path):
-    bad = [text(tmp_path / f"bad{i}.png", "x") for i in range(3)]
-    ((batch, skipped),) = calibration_batches(bad, 32, 2)
-    assert batch.shape == (0, 3, 32, 32)
-    assert len(skipped) == 3
-    assert list(calibration_batches([], 32, 2)) == []
 
 
 def test_more_pixels_than_can_be_decoded_is_an_unreadable_image(tmp_path):

@@ -7,10 +7,10 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import convert, smooth_picture, tiny_network, widen
-from formats import fit_weight_real, free
+from formats import fit_weight_real, free, largest_pair
 
 from dsconvert.dsconv.format import PAIR_MAX
-from dsconvert.dsconv.tensor import DSTensor, largest_pair
+from dsconvert.dsconv.tensor import DSTensor
 from dsconvert.graph.grids import QParams
 from dsconvert.graph.integer import QConv, grid_of, integer_step, real_params, run_integer
 from dsconvert.graph.ir import INPUT, Node
