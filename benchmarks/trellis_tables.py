@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dsconvert.dsconv.codes.trellis_search import Trellis, nearest_values
+from dsconvert.dsconv.codes.trellis_search import Register, nearest_values
 from dsconvert.dsconv.codes.trellis_table import WINDOW, windows
 
 SIZE = 1 << WINDOW
@@ -47,9 +47,9 @@ def numbers(wanted: Wanted, count: int, seed: int) -> Tensor:
     return torch.from_numpy(x * math.sqrt(math.gamma(1 / p) / math.gamma(3 / p))).float()
 
 
-def trellis(wanted: Wanted, table: Tensor) -> Trellis:
+def trellis(wanted: Wanted, table: Tensor) -> Register:
     """A trellis with any values (256,)."""
-    return Trellis(wanted.bits, table.float())
+    return Register(wanted.bits, table.float())
 
 
 def error(wanted: Wanted, table: Tensor, x: Tensor) -> float:

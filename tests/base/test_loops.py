@@ -20,10 +20,13 @@ from numba import njit
 from reference import torch_loops as reference
 
 from dsconvert.base import loops
-from dsconvert.dsconv.codes import free as free_code
-from dsconvert.dsconv.codes import trellis as trellis_code
+from dsconvert.dsconv.codes import FREE
 from dsconvert.dsconv.codes import trellis_search as trellis
+from dsconvert.dsconv.codes.free import Free
+from dsconvert.dsconv.codes.trellis import Trellis
+from dsconvert.dsconv.format import WeightFormat
 from dsconvert.dsconv.tensor import DSTensor
+from dsconvert.fit.gptq import fit_weight_gptq
 from dsconvert.fit.moments import Moments, unfold, unfolded
 from dsconvert.fit.seen import Seen
 from dsconvert.graph.activations import activation_table
@@ -100,7 +103,7 @@ def test_rounding_strings(threads, bits, cho, groups, size):
 @pytest.mark.parametrize("shape", [(1, 1), (1, 40), (33, 24), (6, 129)])
 def test_nearest_strings(threads, bits, shape):
     wanted, m = (4 * randn(*shape)).float(), (1 + randn(*shape, seed=1).abs()).float()
-    made = trellis.nearest_values(wanted, m, trellis.Trellis.of(bits))
+    made = trellis.nearest_values(wanted, m, trellis.Register.of(bits))
     assert all(map(same, made, reference.nearest_values(wanted, m, reference.Trellis.of(bits))))
 
 
@@ -129,7 +132,7 @@ def test_gathering_columns(kernel, stride, padding, dilation):
 def test_free_integers(threads, bits, cho, columns):
     w = randn(cho, columns + 3, seed=bits).numpy()[:, 1:-2]  # a view, as the fit has it
     cds, upper = 0.05 + randn(cho, seed=1).abs().numpy() / 9, factor(columns).numpy()
-    made, wanted = free_code.round_group(w, cds, upper, free(bits, 8)), reference.round_group(w, cds, upper, bits)
+    made, wanted = FREE.group(w, cds, upper, free(bits, 8)), reference.round_group(w, cds, upper, bits)
     for a, b in zip(made, wanted, strict=True):
         assert np.ascontiguousarray(a).tobytes() == np.ascontiguousarray(b).tobytes()
 
@@ -156,11 +159,24 @@ def test_whole_layers(monkeypatch, threads, bits, block, along, shape):
     for channels in (None, mix @ mix.T):
         made = gptq(weight, moments, bits, block, channels, along)
         with monkeypatch.context() as patched:
-            patched.setattr(free_code, "round_group", lambda w, c, u, f: reference.round_group(w, c, u, f.bits))
-            patched.setattr(trellis_code, "round_strings", reference.round_strings)
             patched.setattr(trellis, "nearest_values", _reference_nearest)
-            wanted = gptq(weight, moments, bits, block, channels, along)
+            slow = WeightFormat(bits, block, SlowTrellis() if along else SlowFree())
+            wanted = fit_weight_gptq(weight, moments, slow, channels)
         _assert_same(made, wanted)
+
+
+class SlowFree(Free):
+    """Free integers, rounded as before the loops were compiled."""
+
+    def group(self, w, cds, upper, format):
+        return reference.round_group(w, cds, upper, format.bits)
+
+
+class SlowTrellis(Trellis):
+    """Strings, rounded as before the loops were compiled."""
+
+    def round(self, target, cds, upper, lengths, format):
+        return reference.round_strings(target, cds, upper, lengths[0], format.bits)
 
 
 def _reference_nearest(wanted, m, given):
@@ -171,16 +187,15 @@ def _assert_same(a: DSTensor, b: DSTensor) -> None:
     assert same(a.vqk, b.vqk)
     assert same(a.m, b.m)
     assert same(a.cds_w, b.cds_w)
-    assert a.format == b.format
     assert same(a.stored, b.stored)
 
 
 def test_several_python_threads_may_use_the_loops_at_once():
     """As an application may that converts two models."""
     w, cds, upper = randn(64, 16).numpy(), np.full(64, 0.1), factor(16).numpy()
-    alone = free_code.round_group(w, cds, upper, free(4, 16))
+    alone = FREE.group(w, cds, upper, free(4, 16))
     with ThreadPoolExecutor(4) as pool:
-        for made in pool.map(lambda _: free_code.round_group(w, cds, upper, free(4, 16)), range(40)):
+        for made in pool.map(lambda _: FREE.group(w, cds, upper, free(4, 16)), range(40)):
             assert all(map(np.array_equal, made, alone))
 
 

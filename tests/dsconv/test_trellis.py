@@ -12,7 +12,7 @@ from reference.torch_loops import expected
 
 from dsconvert.dsconv.codes import TRELLIS, usual_format
 from dsconvert.dsconv.codes import trellis_table as trellis
-from dsconvert.dsconv.codes.trellis_search import Trellis, nearest_values, noise, round_strings, suited
+from dsconvert.dsconv.codes.trellis_search import Register, nearest_values, noise, round_strings, suited
 from dsconvert.dsconv.tensor import DSTensor
 from dsconvert.fit.moments import Moments
 from dsconvert.graph.integer import QConv
@@ -59,7 +59,7 @@ def test_more_bits_than_there_are_are_refused():
 @pytest.mark.parametrize(("bits", "length"), [(1, 10), (2, 6), (3, 4), (4, 3)])
 def test_the_nearest_string_is_that_of_brute_force(bits, length):
     wanted, m = 3 * randn(6, length), randn(6, length, seed=1).abs() + 0.5
-    code, vqk = nearest_values(wanted, m, Trellis.of(bits))
+    code, vqk = nearest_values(wanted, m, Register.of(bits))
     _, every = every_string(bits, length)
     errors = np.square(m.numpy()[:, None] * (wanted.numpy()[:, None] - every)).sum(-1)
     own = np.square(m.numpy() * (wanted - vqk).numpy()).sum(-1)
@@ -80,7 +80,7 @@ def test_a_group_is_rounded_to_little_more_than_the_least_error_under_h(bits, le
     start = torch.zeros(6, dtype=torch.int64)
     m, windows = followed(w, upper, tried, tried[:, 0], length, start, bits)
     _, every = every_string(bits, length)
-    found = Trellis.of(bits).values.flatten()[windows].numpy() * m.numpy()[:, None]
+    found = Register.of(bits).values.flatten()[windows].numpy() * m.numpy()[:, None]
     hits = 0
     for o in range(6):
         d = w[o].numpy() - np.concatenate([k * every for k in (1, 2, 3)])
@@ -101,7 +101,7 @@ def test_without_anything_to_make_up_for_gptq_is_the_nearest_string_of_one_m(bit
     spread = m.T.repeat_interleave(16, 1).float()
     vqk = trellis.table(bits)[trellis.windows(code, bits).numpy()]
     made = ((w - 0.2 * spread * torch.from_numpy(vqk.astype(np.float32))) ** 2).sum()
-    _, best = nearest_values(w / (0.2 * spread), spread, Trellis.of(bits))
+    _, best = nearest_values(w / (0.2 * spread), spread, Register.of(bits))
     least = ((w - 0.2 * spread * best) ** 2).sum()
     assert float(least) <= float(made) * (1 + 1e-5)  # float32
     assert float(made) < 1.05 * float(least)
@@ -122,7 +122,7 @@ def test_expected_errors_are_those_of_a_fit(bits):
     levels, errors = noise(bits)
     assert bool((np.diff(levels) > 0).all())
     wanted = 4 * randn(64, 128, seed=9)
-    _, vqk = nearest_values(wanted, torch.ones_like(wanted), Trellis.of(bits))
+    _, vqk = nearest_values(wanted, torch.ones_like(wanted), Register.of(bits))
     # other numbers than those it was measured with, which have longer tails
     assert float(expected(np.array(4.0), bits)) == pytest.approx(float((wanted - vqk).square().mean()), rel=0.25)
     assert float(expected(levels[-1:] + 10, bits)[0]) == pytest.approx(errors[-1] + 100)

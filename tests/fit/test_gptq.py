@@ -11,7 +11,6 @@ from formats import fit_weight, free, gptq, largest_pair
 from torch.nn import functional as F
 
 from dsconvert.dsconv.codes import FREE
-from dsconvert.dsconv.codes.free import round_group
 from dsconvert.dsconv.tensor import DSTensor
 from dsconvert.fit import draws
 from dsconvert.fit.gptq import inverse_factor
@@ -210,7 +209,7 @@ def test_errors_squared_are_what_rounding_adds_to_j():
     cds = torch.tensor([0.08, 0.07, 0.06, 0.05, 0.04], dtype=torch.float64)
 
     def adds(w: torch.Tensor, upper: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        _, _, errors = round_group(w.numpy(), cds.numpy(), upper.numpy(), free(3, 4))
+        _, _, errors = FREE.group(w.numpy(), cds.numpy(), upper.numpy(), free(3, 4))
         return torch.from_numpy(errors), torch.from_numpy(errors).square().sum(-1)
 
     def j(lengths: list[int]) -> torch.Tensor:
@@ -236,7 +235,7 @@ def test_the_multiplier_is_the_best_of_all():
             moved = w[:, j:] + error @ hessian[:j, j:] @ torch.linalg.inv(hessian[j:, j:])
             made[:, j] = 0.06 * m * (moved[:, 0] / (0.06 * m)).round().clamp(-4, 3)
         costs.append((((w - made) @ hessian) * (w - made)).sum(1))
-    got, _, _ = round_group(w.numpy(), np.full(9, 0.06), upper.numpy(), free(3, 4))
+    got, _, _ = FREE.group(w.numpy(), np.full(9, 0.06), upper.numpy(), free(3, 4))
     assert got.tolist() == (torch.stack(costs).argmin(0) + 1.0).tolist()
     assert len(set(got)) > 3
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from dsconvert.base import loops
-from dsconvert.dsconv.codes.trellis_search import Trellis
+from dsconvert.dsconv.codes.trellis_search import Register
 
 
 def followed(
@@ -15,6 +15,6 @@ def followed(
     """As `reference.torch_loops.follow`, by `loops.follow`."""
     m, windows = torch.empty(len(columns)), torch.empty(len(columns), own, dtype=torch.int64)
     given = [x.float().contiguous().numpy() for x in (columns, upper, tried, after)]
-    values = Trellis.of(bits).values.numpy()
+    values = Register.of(bits).values.numpy()
     loops.follow(0, len(columns), *given, own, state.contiguous().numpy(), values, bits, m.numpy(), windows.numpy())
     return m, windows

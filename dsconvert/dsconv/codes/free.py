@@ -58,10 +58,23 @@ class Free(Code):
         ends = np.cumsum(lengths)
         for m, length, end in zip(chosen, lengths, ends, strict=True):
             group = slice(int(end) - length, int(end))
-            m[:], vqk[:, group], errors = round_group(w[:, group], cds, upper[group, group], format)
+            m[:], vqk[:, group], errors = self.group(w[:, group], cds, upper[group, group], format)
             rest, factor = torch.from_numpy(w)[:, group.stop :], torch.from_numpy(upper)[group, group.stop :]
             rest.addmm_(torch.from_numpy(errors), factor, alpha=-1)
         return torch.from_numpy(vqk).to(torch.int8), torch.from_numpy(chosen)
+
+    def group(self, w: Floats, cds: Floats, upper: Floats, format: WeightFormat) -> tuple[Floats, Floats, Floats]:
+        """One group's columns w (cho, n) rounded with every m, given their part of the Cholesky factor; of each output
+        channel the m of least J: m (cho,), VQK and the errors to be made up for by later columns, both (cho, n).
+
+        Those errors are in units of what the later columns leave: a group adds the sum of their squares to J."""
+        from dsconvert.base import loops  # numba takes a while to load
+
+        m, vqk, errors = np.empty(len(w)), np.empty(w.shape), np.empty(w.shape)
+        limits: Any = map(float, (*format.limits, format.most_m))
+        given = (w, np.ascontiguousarray(cds), np.ascontiguousarray(upper), *limits)
+        shared(len(w), lambda first, last: loops.round_columns(first, last, *given, m, vqk, errors))
+        return m, vqk, errors
 
     def settled(self, stored: Tensor, format: WeightFormat) -> Tensor:
         blocks = to_blocks(stored.double(), format.block_size)
@@ -104,17 +117,3 @@ def weight_error(weight: Tensor, format: WeightFormat) -> Tensor:
         # many bits are best at 1, where nothing is clipped, few at 0.8
         fitted = DSTensor(*fit_weight(weight, format, starts=(1.0, 0.8), rounds=1), format).weight().to(weight)
         return unshrunk(weight, fitted) - weight
-
-
-def round_group(w: Floats, cds: Floats, upper: Floats, format: WeightFormat) -> tuple[Floats, Floats, Floats]:
-    """One group's columns w (cho, n) rounded with every m, given their part of the Cholesky factor; of each output
-    channel the m of least J: m (cho,), VQK and the errors to be made up for by later columns, both (cho, n).
-
-    Those errors are in units of what the later columns leave, so what a group adds to J is the sum of their squares."""
-    from dsconvert.base import loops  # numba takes a while to load
-
-    m, vqk, errors = np.empty(len(w)), np.empty(w.shape), np.empty(w.shape)
-    limits: Any = map(float, (*format.limits, format.most_m))
-    given = (w, np.ascontiguousarray(cds), np.ascontiguousarray(upper), *limits)
-    shared(len(w), lambda first, last: loops.round_columns(first, last, *given, m, vqk, errors))
-    return m, vqk, errors

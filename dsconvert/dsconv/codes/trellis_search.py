@@ -30,7 +30,7 @@ def most_m(bits: int) -> int:
 
 
 @dataclass(frozen=True)
-class Trellis:
+class Register:
     """What can follow what: `values` (256,) float32 are VQK by window. Window w comes from state w >> bits and leads to
     state w % states."""
 
@@ -43,8 +43,8 @@ class Trellis:
 
     @staticmethod
     @lru_cache
-    def of(bits: int) -> Trellis:
-        return Trellis(bits, torch.from_numpy(table(bits).astype(np.float32)))
+    def of(bits: int) -> Register:
+        return Register(bits, torch.from_numpy(table(bits).astype(np.float32)))
 
 
 @lru_cache
@@ -55,7 +55,7 @@ def noise(bits: int) -> tuple[Floats, Floats]:
     numbers = torch.from_numpy(size / np.sqrt(np.square(size).mean())).float()
     spread = float(np.square(table(bits).astype(np.float64)).mean() ** 0.5)
     levels: Floats = spread * 1.12 ** np.arange(-16, 9, dtype=np.float64)
-    trellis = Trellis.of(bits)
+    trellis = Register.of(bits)
     errors = []
     for level in levels:
         wanted = numbers * float(level)
@@ -94,7 +94,7 @@ def nearest(strings: Tensor, size: int, bits: int) -> tuple[Tensor, Tensor, Tens
     start = starting(rms, bits)
     m = torch.from_numpy(suited(rms, start, bits)[0])
     spread = m.repeat_interleave(size, 1)
-    trellis, codes, integers = Trellis.of(bits), [], []
+    trellis, codes, integers = Register.of(bits), [], []
     for rows in torch.arange(len(strings)).split(max(1, MOST // (strings.shape[1] * trellis.states))):
         wanted = strings[rows].double() / (torch.from_numpy(start)[rows, None] * spread[rows])
         code, vqk = nearest_values(wanted.float(), spread[rows].float(), trellis)
@@ -106,7 +106,7 @@ def nearest(strings: Tensor, size: int, bits: int) -> tuple[Tensor, Tensor, Tens
     return torch.cat(codes), m, fitted
 
 
-def nearest_values(wanted: Tensor, m: Tensor, trellis: Trellis) -> tuple[Tensor, Tensor]:
+def nearest_values(wanted: Tensor, m: Tensor, trellis: Register) -> tuple[Tensor, Tensor]:
     """Codes uint8 and VQK float32, both (n, K), of least `sum m^2 (wanted - VQK)^2` for wanted and m (n, K)."""
     from dsconvert.base import loops  # numba takes a while to load
 
@@ -116,7 +116,7 @@ def nearest_values(wanted: Tensor, m: Tensor, trellis: Trellis) -> tuple[Tensor,
     return _code(windows, trellis), trellis.values[windows.long()]
 
 
-def _code(windows: Tensor, trellis: Trellis) -> Tensor:
+def _code(windows: Tensor, trellis: Register) -> Tensor:
     return (windows & (1 << trellis.bits) - 1).to(torch.uint8)
 
 
@@ -127,6 +127,6 @@ def round_strings(target: Floats, cds: Floats, upper: Floats, size: int, bits: i
 
     w, scale, factor = (np.array(x, np.float32, order="C") for x in (target, cds, upper))
     codes, chosen = np.empty(w.shape, np.uint8), np.empty((len(w), -(-w.shape[1] // size)))
-    rules = (size, AHEAD, NEAR, most_m(bits), bits, Trellis.of(bits).values.numpy(), *noise(bits))
+    rules = (size, AHEAD, NEAR, most_m(bits), bits, Register.of(bits).values.numpy(), *noise(bits))
     shared(len(w), lambda first, last: loops.round_strings(first, last, w, scale, factor, *rules, codes, chosen))
     return torch.from_numpy(codes), torch.from_numpy(chosen).T
