@@ -61,8 +61,21 @@ def test_every_command_refuses_to_make_4_gigabytes(work, command):
     assert peak < MOST_BYTES
 
 
-# refused memory for a sequence, the engine itself may crash: the command tries a file in a process of its own first
-@pytest.mark.parametrize("way", [way for way in MEMORY if way != "a sequence"])
+# refused memory for these, the engine itself may crash, by what the process did before: the command tries a file in a
+# process of its own first
+CRASH = ("a sequence", "outputs of a Loop")
+
+
+@pytest.mark.parametrize("way", CRASH)
+def test_memory_whose_want_may_crash_the_engine_is_refused_by_the_command(work, way):
+    (work / "greedy.onnx").write_bytes(greedy(MEMORY[way]))
+    code, _, err = dsconvert(work, *COMMANDS["detect"])
+    assert code == 2, err
+    assert err.count("\n") == 1
+    assert err.startswith("Error: greedy.onnx ")
+
+
+@pytest.mark.parametrize("way", [way for way in MEMORY if way not in CRASH])
 def test_every_way_to_ask_for_memory_is_refused(work, way):
     data = greedy(MEMORY[way])
     assert len(data) < 3000
