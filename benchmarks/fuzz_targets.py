@@ -115,7 +115,7 @@ def both(name: str, meta: str, read: Callable[[Path], Any], good: list[bytes]) -
 
 def other_families() -> list[bytes]:
     """Small YOLOv7, YOLOv7-tiny, P6 and Ghost checkpoints."""
-    sys.path[:0] = [str(TESTS), str(TESTS.parent / "calib" / "demo")]
+    sys.path[:0] = [str(TESTS), str(TESTS / "help"), str(TESTS.parent / "calib" / "demo")]
     from conftest import randomise
     from fake_trees import trained
     from tables import SHORT
