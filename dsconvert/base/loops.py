@@ -49,7 +49,7 @@ def compiled(signature: str) -> Callable[[Callable[..., Any]], Callable[..., Any
 
 @compiled("void(i8, i8, f4[:,::1], f4[:,::1], f4[::1], i8, u1[:,::1])")
 def nearest_windows(first, last, wanted, m, values, bits, found):  # type: ignore[no-untyped-def]
-    """Rows first..last of `trellis.nearest_values`: found (n, K) get the windows of least sum m^2 (wanted - VQK)^2 for
+    """Rows first..last of `trellis_search.nearest_values`: found (n, K) get the windows of least sum m^2 (wanted - VQK)^2 for
     wanted and m (n, K), `values` (256,) being VQK by window. Every string begins in state 0."""
     length, count = wanted.shape[1], values.shape[0]
     states = count >> bits
@@ -79,7 +79,7 @@ def nearest_windows(first, last, wanted, m, values, bits, found):  # type: ignor
 
 @compiled("void(i8, i8, f4[:,::1], f4[:,::1], f4[:,::1], f4[::1], i8, i8[::1], f4[::1], i8, f4[::1], i8[:,::1])")
 def follow(first, last, columns, upper, tried, after, own, state, values, bits, m, windows):  # type: ignore[no-untyped-def]
-    """Rows first..last of `trellis._follow`: m (cho,) and windows (cho, own) get the string and m that add least to J.
+    """Rows first..last of `round_strings`: m (cho,) and windows (cho, own) get the string and m that add least to J.
 
     With e[j] the error of column j in steps, U the Cholesky factor, and what is still to come moved by
     w[t] -= e[j] U[j, t] / U[j, j], a string adds sum (e[j] / U[j, j])^2 times its step's square. Each state has the
@@ -145,8 +145,8 @@ def follow(first, last, columns, upper, tried, after, own, state, values, bits, 
 
 @compiled("void(i8, i8, f8[:,::1], f8[::1], i8, f8[::1], f8[::1], f8[:,::1], f8[:,::1])")
 def suit(first, last, rms, cds, most, levels, noise, m, errors):  # type: ignore[no-untyped-def]
-    """Rows first..last of `trellis.suited`: for blocks of root mean squares rms (cho, n) and steps cds (cho,), of
-    1, 2 .. most the m (cho, n) of least expected error, and that error (cho, n). Of numbers of a root mean square in
+    """Rows first..last of `trellis_search.suited`: for blocks of root mean squares rms (cho, n) and steps cds (cho,),
+    of 1, 2 .. most the m (cho, n) of least expected error, and that error (cho, n). Of numbers of a root mean square in
     steps, `noise` has the error by `levels`; what is above the last level is cut."""
     top = levels.shape[0] - 1
     for row in range(first, last):
@@ -178,7 +178,7 @@ STRING_ROWS = 8  # output channels that go along the columns together: they shar
     "void(i8, i8, f4[:,::1], f4[::1], f4[:,::1], i8, i8, i8, i8, i8, f4[::1], f8[::1], f8[::1], u1[:,::1], f8[:,::1])"
 )
 def round_strings(first, last, w, cds, upper, size, ahead, near, most, bits, values, levels, noise, codes, chosen):  # type: ignore[no-untyped-def]
-    """Rows first..last of `trellis.round_strings`: codes (cho, K) and chosen (cho, groups), the m, of targets w
+    """Rows first..last of `trellis_search.round_strings`: codes (cho, K) and chosen (cho, groups), the m, of targets w
     (cho, K), which are used up. Groups of `size` columns have an m of 1..most, no further than `near` from what suits
     them; strings are followed `ahead` columns into the next group."""
     length, states = w.shape[1], values.shape[0] >> bits
@@ -235,7 +235,7 @@ def round_strings(first, last, w, cds, upper, size, ahead, near, most, bits, val
 
 @compiled("void(i8, i8, f8[:,:], f8[::1], f8[:,::1], f8, f8, f8, f8[::1], f8[:,::1], f8[:,::1])")
 def round_columns(first, last, columns, cds, upper, low, high, most, m, vqk, errors):  # type: ignore[no-untyped-def]
-    """Rows first..last of `gptq._round_group`: m (cho,), VQK and errors (cho, n) get, of m = 1, 2 .. most, the one of
+    """Rows first..last of `free.Free.group`: m (cho,), VQK and errors (cho, n) get, of m = 1, 2 .. most, the one of
     least sum errors^2: columns rounded one by one to low..high, the others moved by w[t] -= errors[j] U[j, t]."""
     length = columns.shape[1]
     waiting, integers, spent = np.empty(length), np.empty(length), np.empty(length)

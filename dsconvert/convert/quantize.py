@@ -108,7 +108,7 @@ def quantize(
     """Convert a checkpoint. Raises InputError for options that do not fit it.
 
     Fitted layers are kept in the file `unfinished`, if one is named, until the whole is done; `resume` goes on from
-    what an equal run left there. Calibrations are kept in the folder `cache`, if one is named (see `calibcache`).
+    what an equal run left there. Calibrations are kept in the folder `cache`, if one is named (see `measure.cache`).
     `by` makes the fit of the second moments of output gradients, by convolution name, and the number of photographs.
     Under torchrun every process looks at a part of the images; each returns the whole model."""
     check_options(options, checkpoint.head.stride)

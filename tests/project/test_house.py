@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import importlib
+import re
 from pathlib import Path
 
 import pytest
@@ -62,6 +64,31 @@ def test_the_table_of_folders_stands_in_the_order_of_imports():
     page = (ROOT / "docs" / "contributing.md").read_text()
     named = [line.split("`")[1] for line in page.splitlines() if line.startswith("| `dsconvert/")]
     assert [Path(name).name for name in named] == list(ORDER)
+
+
+def exists(name: str) -> bool:
+    """Whether `room.module` or `room.module.thing` is there."""
+    parts = name.split(".")
+    for count in range(len(parts), 0, -1):
+        path = PRODUCT.joinpath(*parts[:count])
+        if path.with_suffix(".py").is_file() or path.is_dir():
+            found: object = importlib.import_module(".".join(("dsconvert", *parts[:count])))
+            return all((found := getattr(found, part, None)) is not None for part in parts[count:])
+    return False
+
+
+def test_what_comments_and_docstrings_name_is_there():
+    rooms = "|".join(room for room in ORDER if room != "torch")  # that name is another package's, too
+    wrong = {
+        f"{path.name}: {name}"
+        for path in PRODUCT.rglob("*.py")
+        for name in re.findall(rf"`(?:dsconvert\.)?((?:{rooms})\.[a-z_][\w.]*)`", path.read_text())
+        if not name.endswith(".py") and not exists(name)
+    }
+    assert wrong == set()
+    assert exists("fit.gptq.fit_weight_gptq")
+    assert not exists("fit.gptq.fit_layer")
+    assert not exists("fit.trellis")
 
 
 def test_files_are_short_enough_to_be_read():
