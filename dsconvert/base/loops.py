@@ -50,7 +50,9 @@ def compiled(signature: str) -> Callable[[Callable[..., Any]], Callable[..., Any
 @compiled("void(i8, i8, f4[:,::1], f4[:,::1], f4[::1], i8, u1[:,::1])")
 def nearest_windows(first, last, wanted, m, values, bits, found):  # type: ignore[no-untyped-def]
     """Rows first..last of `trellis_search.nearest_values`: found (n, K) get the windows of least
-    sum m^2 (wanted - VQK)^2 for wanted and m (n, K), `values` (256,) being VQK by window. Every string begins in state 0."""
+    sum m^2 (wanted - VQK)^2 for wanted and m (n, K), `values` (256,) being VQK by window.
+
+    Every string begins in state 0."""
     length, count = wanted.shape[1], values.shape[0]
     states = count >> bits
     cost, added = np.empty(states, np.float32), np.empty(count, np.float32)
