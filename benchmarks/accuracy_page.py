@@ -14,10 +14,10 @@ Found = Mapping[str, Any]  # what `accuracy.py` found on one set of images
 SECOND = ", second draw"
 DEFAULT = "dsconvert default (mixed, 4 bit size)"
 DATA_FREE = "dsconvert default, data-free"
-DECIDES = 500  # images from which on a table says anything
+DECIDES = 500  # images from which on a table needs no such warning
 FEW = (
     "The intervals are wide because the images are few. Another draw of calibration pixels moves a drop by another "
-    "point. So no conclusion can be drawn from this table."
+    "point. So this table cannot tell apart files within a point of each other."
 )
 COLUMNS = (
     "| model | mAP50-95 | mAP50 | drop, points | 95 % interval | boxes lost | new | score moved | file MB | "
