@@ -17,10 +17,10 @@ from torch import Tensor
 from dsconvert.base.kept import Kept, Room
 from dsconvert.base.threads import in_order
 from dsconvert.dsconv.format import WeightFormat
-from dsconvert.fit.layer import Fit
+from dsconvert.fit.layer import Batches, Fit
 from dsconvert.fit.seen import Drawn, Seen
 from dsconvert.graph.activations import activation_table
-from dsconvert.graph.grids import SIGMOID, QParams
+from dsconvert.graph.grids import QParams
 from dsconvert.graph.integer import IntegerConv, QConv, grid_of, integer_step
 from dsconvert.graph.ir import INPUT, ConvParams, Graph, Node
 from dsconvert.graph.ops import conv
@@ -74,7 +74,7 @@ class _Side:
         ready = IntegerConv.of(node, made, self.grids[node.inputs[0]], target, self.device)
         table = np.arange(256, dtype=np.uint8)
         if act:
-            table = activation_table(act.attrs["kind"], target, SIGMOID, self.grids[act.name])
+            table = activation_table(act.attrs["kind"], target, self.grids[act.name])
         multiplier, zero = ready.multiplier.cpu().numpy(), float(target.zero_point)
 
         def integers(inputs: Sequence[Tensor]) -> Tensor:
@@ -158,7 +158,7 @@ def fit_lockstep(
     return fitted
 
 
-def _seen(drawn: Drawn, inputs: Kept, grid: QParams | None, count: int) -> Callable[[], Iterator[Seen]]:
+def _seen(drawn: Drawn, inputs: Kept, grid: QParams | None, count: int) -> Batches:
     """Images as one layer sees them, as often as they are asked for."""
 
     def images() -> Iterator[Seen]:

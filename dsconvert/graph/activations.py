@@ -43,17 +43,16 @@ def as_engines(kind: str, values: Tensor) -> Tensor:
     return made
 
 
-def activation_table(kind: str, source: QParams, sigmoid: QParams | None, target: QParams) -> NDArray[np.uint8]:
-    """The activation of each of the 256 possible inputs. SiLU is x * sigmoid(x) with a quantized sigmoid."""
+def activation_table(kind: str, source: QParams, target: QParams) -> NDArray[np.uint8]:
+    """The activation of each of the 256 possible inputs. SiLU is x * sigmoid(x), the sigmoid on its grid."""
     q = np.arange(256, dtype=np.float32)
     x = (q - np.float32(source.zero_point)) * np.float32(source.scale)
     if kind != "SiLU":
         y = ACTIVATIONS[kind](torch.from_numpy(x)).numpy()
         return _quantize_np(y / np.float32(target.scale), target.zero_point)
-    assert sigmoid is not None
-    s = _quantize_np(torch.from_numpy(x).sigmoid().numpy() / np.float32(sigmoid.scale), sigmoid.zero_point)
-    ratio = np.float32(source.scale) * np.float32(sigmoid.scale) / np.float32(target.scale)
-    product = (q - source.zero_point) * (s.astype(np.float32) - sigmoid.zero_point)
+    s = _quantize_np(torch.from_numpy(x).sigmoid().numpy() / np.float32(SIGMOID.scale), SIGMOID.zero_point)
+    ratio = np.float32(source.scale) * np.float32(SIGMOID.scale) / np.float32(target.scale)
+    product = (q - source.zero_point) * (s.astype(np.float32) - SIGMOID.zero_point)
     return _quantize_np(product * ratio, target.zero_point)
 
 

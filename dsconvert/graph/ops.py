@@ -9,34 +9,24 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
 from dsconvert.base.errors import InputError
 from dsconvert.graph.activations import ACTIVATIONS, activation_table, as_engines
-from dsconvert.graph.grids import QMAX, SIGMOID, QParams
+from dsconvert.graph.grids import QMAX, QParams
 from dsconvert.graph.ir import Node, display_name
+
+if TYPE_CHECKING:
+    from dsconvert.base.builder import OnnxBuilder
 
 Shape = tuple[int, ...]  # channels, height, width; a convolution's weight (cho, chi / groups, kh, kw)
 MAX_POOL = 99  # YOLOv5 pools over 13 at most
 MOST_PAIRS = 1 << 28  # of pixels that attention compares, over all heads and images: 1 GiB of float32
-
-
-class Builder(Protocol):
-    """Writes ONNX and gives the names of what it wrote: `base.builder.OnnxBuilder`."""
-
-    def node(self, op: str, inputs: list[str], output: str, **attrs: Any) -> str: ...
-
-    def constant(self, value: NDArray[Any]) -> str: ...
-
-    def shape(self, *dims: int) -> str: ...
-
-    def scalar(self, value: float) -> str: ...
 
 
 @dataclass(frozen=True)
@@ -48,7 +38,7 @@ class Op:
     # from the shapes of its inputs, which it refuses with a ValueError, to that of its output
     shape: Callable[[Node, list[Shape]], Shape]
     # in ONNX, on float maps (on uint8 ones, too, where it moves): names of its inputs and of its output -> the latter
-    onnx: Callable[[Builder, Node, list[str], str], str]
+    onnx: Callable[[OnnxBuilder, Node, list[str], str], str]
     # how many inputs: least and most
     inputs: tuple[int, int] = (1, 1)
     # the attributes it must have, and what each may be
@@ -84,7 +74,7 @@ def _conv_shape(node: Node, inputs: list[Shape]) -> Shape:
     return cho, _span(node, h, kh, a["dilation"]), _span(node, w, kw, a["dilation"])
 
 
-def _conv_onnx(b: Builder, node: Node, inputs: list[str], output: str) -> str:
+def _conv_onnx(b: OnnxBuilder, node: Node, inputs: list[str], output: str) -> str:
     a = node.attrs
     given = {
         "strides": [a["stride"]] * 2, "pads": [a["padding"]] * 4, "dilations": [a["dilation"]] * 2,
@@ -96,11 +86,11 @@ def _conv_onnx(b: Builder, node: Node, inputs: list[str], output: str) -> str:
 
 
 def _act_integer(node: Node, inputs: list[Tensor], source: list[QParams], target: QParams) -> Tensor:
-    table = torch.from_numpy(activation_table(node.attrs["kind"], source[0], SIGMOID, target))
+    table = torch.from_numpy(activation_table(node.attrs["kind"], source[0], target))
     return table.to(inputs[0]).index_select(0, inputs[0].flatten().int()).view(inputs[0].shape)
 
 
-def _act_onnx(b: Builder, node: Node, inputs: list[str], output: str) -> str:
+def _act_onnx(b: OnnxBuilder, node: Node, inputs: list[str], output: str) -> str:
     kind, (x,) = node.attrs["kind"], inputs
     if kind == "ReLU":
         return b.node("Relu", [x], output)
@@ -144,7 +134,7 @@ def _maxpool_shape(node: Node, inputs: list[Shape]) -> Shape:
     return c, _span(node, h, a["kernel"], 1), _span(node, w, a["kernel"], 1)
 
 
-def _maxpool_onnx(b: Builder, node: Node, inputs: list[str], output: str) -> str:
+def _maxpool_onnx(b: OnnxBuilder, node: Node, inputs: list[str], output: str) -> str:
     kernel, stride, padding = (node.attrs[key] for key in ("kernel", "stride", "padding"))
     return b.node("MaxPool", inputs, output, kernel_shape=[kernel] * 2, strides=[stride] * 2, pads=[padding] * 4)
 
@@ -154,7 +144,7 @@ def _upsample_shape(node: Node, inputs: list[Shape]) -> Shape:
     return c, h * scale, w * scale
 
 
-def _upsample_onnx(b: Builder, node: Node, inputs: list[str], output: str) -> str:
+def _upsample_onnx(b: OnnxBuilder, node: Node, inputs: list[str], output: str) -> str:
     scales = b.constant(np.array([1, 1, node.attrs["scale"], node.attrs["scale"]], np.float32))
     return b.node(
         "Resize", [inputs[0], "", scales], output, mode="nearest", nearest_mode="floor",
@@ -174,7 +164,7 @@ def _space_to_depth_shape(node: Node, inputs: list[Shape]) -> Shape:
     return 4 * c, h // 2, w // 2
 
 
-def _space_to_depth_onnx(b: Builder, node: Node, inputs: list[str], output: str) -> str:
+def _space_to_depth_onnx(b: OnnxBuilder, node: Node, inputs: list[str], output: str) -> str:
     """The Focus slices: four strided slices joined along the channels."""
     parts = []
     for column in (0, 1):
@@ -203,7 +193,7 @@ def _attention_shape(node: Node, inputs: list[Shape]) -> Shape:
     return _same_shape(node, [(node.attrs["heads"] * node.attrs["size"], *inputs[0][1:]), *inputs])
 
 
-def _attention_onnx(b: Builder, node: Node, inputs: list[str], output: str) -> str:
+def _attention_onnx(b: OnnxBuilder, node: Node, inputs: list[str], output: str) -> str:
     size, names = node.attrs["size"], ("query", "key", "value")
     apart = b.shape(0, node.attrs["heads"], size, -1)
     q, k, v = (b.node("Reshape", [x, apart], f"{output}.{part}") for part, x in zip(names, inputs, strict=True))

@@ -30,7 +30,7 @@ from dsconvert.fit.gptq import fit_weight_gptq
 from dsconvert.fit.moments import Moments, unfold, unfolded
 from dsconvert.fit.seen import Seen
 from dsconvert.graph.activations import activation_table
-from dsconvert.graph.grids import SIGMOID, QParams
+from dsconvert.graph.grids import QParams
 from dsconvert.graph.integer import IntegerConv, QConv, integer_conv
 from dsconvert.graph.ir import Node
 
@@ -327,7 +327,7 @@ def test_a_convolution_and_its_activation_in_one_pass_are_the_two(kind):
     q = torch.randint(0, 256, (1, 4, 9, 7), generator=torch.Generator().manual_seed(2))
     ready = IntegerConv.of(node, conv, source, target, "cpu")
     assert torch.equal(ready.integers(q), integer_conv(node, q, conv, source, target))
-    table = np.arange(256, dtype=np.uint8) if kind is None else activation_table(kind, target, SIGMOID, behind)
+    table = np.arange(256, dtype=np.uint8) if kind is None else activation_table(kind, target, behind)
     wanted = torch.from_numpy(table)[ready.integers(q)[0].int()]
     sums = ready.sums(q)[0].flatten(1).numpy()
     made = np.empty(sums.shape, np.uint8)
