@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
@@ -12,13 +12,10 @@ import torch
 from torch import Tensor
 
 from dsconvert.base.errors import InputError
-from dsconvert.fit.layer import GPTQ, Fit, Nearest
+from dsconvert.fit.layer import GPTQ, Maker, Nearest
 from dsconvert.fit.moments import Moments
 from dsconvert.fit.seen import Seen
 from dsconvert.graph.ir import Node
-
-# from second moments of output gradients by layer, and the number of photographs, as `pipeline.quantize` takes it
-Maker = Callable[[Mapping[str, Tensor], int], Fit]
 
 PRODUCT = "product"
 HOME = Path("fits")  # where a fit of one's own is, in the current folder

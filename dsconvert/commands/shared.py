@@ -59,8 +59,6 @@ OPTIONS = {"images": "--calib", "force=True": "--force", "name": "--out"}
 
 as_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON document to stdout.")
 force = click.option("--force", is_flag=True, help="Replace files that are there.")
-
-
 strict = click.option("--strict", is_flag=True, help="Refuse labels and lists of which a part cannot be used.")
 quiet = click.option("--quiet", "-q", is_flag=True, help="Only the result, warnings and errors.")
 

@@ -24,7 +24,7 @@ from dsconvert.convert.record import Quantized, provenance
 from dsconvert.convert.resume import read_unfinished, usable, write_unfinished
 from dsconvert.dsconv.codes import REAL, usual_format
 from dsconvert.dsconv.format import WeightFormat
-from dsconvert.fit.layer import GPTQ, Fit
+from dsconvert.fit.layer import GPTQ, Fit, Maker
 from dsconvert.fit.lockstep import fit_lockstep
 from dsconvert.graph.integer import QConv
 from dsconvert.graph.ir import ConvParams, Graph
@@ -57,6 +57,7 @@ from dsconvert.widths.size import (
     Formats,
     formats_for_file,
     formats_like_uniform,
+    of_every_layer,
     packed_size,
 )
 from dsconvert.yolo.checkpoint import Checkpoint
@@ -103,7 +104,7 @@ def quantize(
     unfinished: Path | None = None,
     resume: bool = False,
     cache: Path | None = None,
-    by: Callable[[Mapping[str, Tensor], int], Fit] = GPTQ,
+    by: Maker = GPTQ,
 ) -> Quantized:
     """Convert a checkpoint. Raises InputError for options that do not fit it.
 
@@ -289,7 +290,7 @@ def fit(
     """Fit every convolution: the chosen ones in these formats, the others at 8 bits. `about` is the provenance."""
     graph, params, images = network.graph, network.params, given.images
     report("widths", 1, 1)
-    every = {name: formats.get(name, usual_format(8, p.weight.shape[1], 0)) for name, p in params.items()}
+    every = of_every_layer(params, formats)
     convs = fit_lockstep(
         graph, params, by, every, found.own, images.pixels, found.drawn, images.part.mine, room, network.device,
         lambda done, total: report("fit", done, total),

@@ -23,7 +23,7 @@ from dsconvert.export.ends.nms import Nms, add_nms
 from dsconvert.export.operators import real_weight
 from dsconvert.export.ort.fused import fuse
 from dsconvert.export.ort.quickform import QuickForm
-from dsconvert.export.quantized import Quantized
+from dsconvert.export.quantized import PlainForm
 from dsconvert.export.weights.layouts import Layout, check_layout
 from dsconvert.export.weights.real import add_real_weight
 from dsconvert.export.weights.weights import Weights
@@ -79,7 +79,7 @@ def _written(model: DSModel, layout: Layout, imgsz: int, ends: Ends) -> Written:
         q = (
             QuickForm(b, model, layout, ends.input_type, imgsz)
             if layout.quick
-            else Quantized(b, model, layout, ends.input_type)
+            else PlainForm(b, model, layout, ends.input_type)
         )
         for node in model.graph.nodes:
             q.add(node)

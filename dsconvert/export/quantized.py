@@ -22,7 +22,7 @@ from dsconvert.graph.ops import OPS
 from dsconvert.model.model import DSModel
 
 
-class Quantized:
+class PlainForm:
     """Walks the graph keeping the uint8 name of every value. Each reader dequantizes it anew: ONNX Runtime would copy
     what readers share, and then look at the whole graph once more."""
 

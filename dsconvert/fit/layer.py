@@ -1,7 +1,7 @@
 """From a layer, a format and images to a quantized convolution: what checkpoints, ONNX files and torch modules call.
 
-A fit is an object with one method; `GPTQ` is the product's. Whoever has another one hands it to `fit_lockstep` (see
-benchmarks/fits.py).
+A fit is an object with one method; `GPTQ` is the product's. Whoever has another one hands what makes it to
+`convert.quantize` (see benchmarks/named_fits.py).
 """
 
 from __future__ import annotations
@@ -32,6 +32,10 @@ class Fit(Protocol):
     def layer(self, node: Node, weight: Tensor, format: WeightFormat, batches: Batches) -> QConv:
         """The layer's float weight (cho, chi / groups, kh, kw) in that format, with its CDSb."""
         ...
+
+
+# from second moments of output gradients by convolution name, and the number of photographs
+Maker = Callable[[Mapping[str, Tensor], int], Fit]
 
 
 @dataclass(frozen=True)

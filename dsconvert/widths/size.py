@@ -54,6 +54,11 @@ def empty_weight(shape: torch.Size, format: WeightFormat) -> DSTensor:
     return DSTensor(torch.zeros(shape, dtype=format.code.stored_as), m, torch.ones(cho), format)
 
 
+def of_every_layer(params: Mapping[str, ConvParams], formats: Formats) -> dict[str, WeightFormat]:
+    """These formats, and plain int8 for all other convolutions."""
+    return {name: formats.get(name, usual_format(8, p.weight.shape[1], 0)) for name, p in params.items()}
+
+
 def choices(params: Mapping[str, ConvParams], damage: Damage) -> dict[str, list[Choice]]:
     """What the allocator may pick from, by convolution name."""
     return {
@@ -118,10 +123,7 @@ def packed_size(
     """Most bytes of the packed ONNX file of a model with these formats (other layers int8), before it is fitted."""
     # how many bits the integer biases need is known after the fit only: here they get all 32
     convs = {
-        name: QConv(
-            empty_weight(p.weight.shape, formats.get(name, usual_format(8, p.weight.shape[1], 0))),
-            torch.full_like(p.bias, 1e30).cpu(),
-        )
-        for name, p in params.items()
+        name: QConv(empty_weight(params[name].weight.shape, format), torch.full_like(params[name].bias, 1e30).cpu())
+        for name, format in of_every_layer(params, formats).items()
     }
     return compact(export_quantized(DSModel(graph, convs, own, head, imgsz, {}), PACKED, imgsz)).ByteSize()

@@ -20,7 +20,7 @@ from dsconvert.export.ort.quickconv import (
     quads_of,
     twice,
 )
-from dsconvert.export.quantized import Quantized
+from dsconvert.export.quantized import PlainForm
 from dsconvert.export.weights.layouts import Layout
 from dsconvert.export.written import Place
 from dsconvert.graph.ir import INPUT, Node, display_name
@@ -29,7 +29,7 @@ from dsconvert.graph.shapes import value_shapes
 from dsconvert.model.model import DSModel
 
 
-class QuickForm(Quantized):
+class QuickForm(PlainForm):
     """Convolutions with as many channels as the kernels like, the image in quads, upsampling by Gather, and maps for
     `decode` with their channels last. A map's shape is known, so the image's side is."""
 
