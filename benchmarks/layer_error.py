@@ -24,6 +24,7 @@ from dsconvert.graph.ir import ConvParams, Graph, Node
 from dsconvert.graph.ops import conv
 from dsconvert.measure.calibration import Images, calibrate, photographs_of
 from dsconvert.measure.importance import Part
+from dsconvert.measure.outputs import Detections
 from dsconvert.model.model import DSModel
 from dsconvert.yolo.network import Head
 
@@ -45,7 +46,7 @@ def watched(
     for index, picture in enumerate(pictures):
         pixels.put(index, picture)
     images = Images(pixels, Part(0, len(pictures), len(pictures)), side, len(pictures))
-    found = calibrate(graph, params, head, images, {}, seed, "cpu", False, lambda *_: None, room)
+    found = calibrate(graph, params, Detections(head), images, {}, seed, "cpu", False, lambda *_: None, room)
     return Watched(images, found.drawn)
 
 

@@ -341,7 +341,7 @@ def _print_layers(result: Quantized) -> None:
     console().print(shown)
 
 
-def _finetune_line(tuned: Distilled) -> str:
+def _finetune_line(tuned: Distilled[Any]) -> str:
     """What the brief fine-tune did, in a sentence."""
     before, steps = tuned.curve[0].held_back, tuned.curve[-1].step
     if not tuned.tried:

@@ -43,6 +43,7 @@ from dsconvert.measure.calibration import (
     synthetic,
 )
 from dsconvert.measure.damage import formats_of
+from dsconvert.measure.outputs import Detections, Outputs
 from dsconvert.model.model import DSModel
 from dsconvert.photos.dataset import calibration_images
 from dsconvert.photos.labels import Labelled
@@ -82,7 +83,8 @@ class Prepared:
 
     graph: Graph  # its operations, BatchNorm folded, the outputs of Detect in parts
     params: Mapping[str, ConvParams]  # weights and biases by convolution name, on the device
-    head: Head  # what its outputs mean
+    head: Head  # what is decoded from its outputs
+    outputs: Outputs  # and how they count
     chosen: Sequence[str]  # convolutions that become DSConv; the others become int8
     imgsz: int  # side of the images that it is converted for, pixels
     device: str  # where it runs, in torch's spelling
@@ -163,7 +165,7 @@ def prepare(checkpoint: Checkpoint, options: QuantizeOptions, device: str) -> Pr
     """Take the network, which is on the device, apart, and choose the convolutions to convert."""
     graph, params = split_detect(*lower(checkpoint.network.fused()), checkpoint.head)
     chosen = sorted(choose_convs(checkpoint.network, graph, options.blocks, options.scope))
-    return Prepared(graph, params, checkpoint.head, chosen, options.imgsz, device)
+    return Prepared(graph, params, checkpoint.head, Detections(checkpoint.head), chosen, options.imgsz, device)
 
 
 def measure(
@@ -172,7 +174,7 @@ def measure(
 ) -> Calibration:  # fmt: skip
     """What the images say of the network. Where each layer's width is to be found, also what each would do to it.
     `origin`: digests of the checkpoint and of the images."""
-    graph, params, head = network.graph, network.params, network.head
+    graph, params = network.graph, network.params
     sizes = [options.block_size] if options.block_size else BLOCK_SIZES
     judged = {
         name: formats_of(params[name].weight.shape[1], BITS, sizes)
@@ -185,7 +187,7 @@ def measure(
     found = remembered(
         cache, run_key(seen, *origin),
         lambda: calibrate(
-            graph, params, head, images, judged, options.seed, network.device, quantized, report, room
+            graph, params, network.outputs, images, judged, options.seed, network.device, quantized, report, room
         ),
         lambda kept: check_calibration(kept, graph, params, images, judged, quantized), room,
     )  # fmt: skip
@@ -249,7 +251,7 @@ def loss_of(network: Prepared, given: Gathered, report: Progress, model: DSModel
 
 def tune(
     model: DSModel, network: Prepared, given: Gathered, options: QuantizeOptions, report: Progress
-) -> Distilled | None:
+) -> Distilled[DSModel] | None:
     """What the brief fine-tune makes of a fitted model; None where there are no photographs to judge it by."""
     judges = photographs_of(given.division.judges, network.imgsz)
     if len(judges) < 2:  # one has no standard error
@@ -258,11 +260,11 @@ def tune(
     mine = range(part.first, part.first + part.mine)
     pictures = Pictures(part.all, mine, partial(given.images.one, device=network.device), judges)
     bounds = options.finetune_steps, options.finetune_time, options.seed
-    return distil(model, network.params, pictures, *bounds, network.device, partial(report, "finetune"))
+    return distil(model, network.params, network.outputs, pictures, *bounds, network.device, partial(report, "finetune"))
 
 
 def describe(
-    fitted: DSModel, tuned: Distilled | None, drop: float | None, network: Prepared, given: Gathered
+    fitted: DSModel, tuned: Distilled[DSModel] | None, drop: float | None, network: Prepared, given: Gathered
 ) -> Quantized:
     """The model, and what its owner should know of it."""
     model, images, params = tuned.model if tuned else fitted, given.images, network.params

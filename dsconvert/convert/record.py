@@ -36,7 +36,7 @@ class Quantized:
     map_drop: float | None = None  # points of mAP50-95 on held-back images, where a target was set
     skipped_reason: str = ""  # why the first file could not be read
     sameness: str = ""  # a warning where all images are the same
-    tuned: Distilled | None = None  # what the brief fine-tune did, where there was one
+    tuned: Distilled[DSModel] | None = None  # what the brief fine-tune did, where there was one
 
 
 def provenance(checkpoint: Checkpoint, options: QuantizeOptions, command: str, damage: Damage) -> dict[str, Any]:
@@ -81,7 +81,7 @@ def quantize_report(result: Quantized) -> dict[str, Any]:
     }
 
 
-def tuning_report(tuned: Distilled) -> dict[str, Any]:
+def tuning_report(tuned: Distilled[Any]) -> dict[str, Any]:
     """What quantize.json holds of the brief fine-tune: the step that was kept (0: the fit), by how much the error fell
     on the images held back, and the curve."""
     return {

@@ -26,7 +26,7 @@ from dsconvert.export.stored import DETECT, wrong_layer
 from dsconvert.export.written import Place
 from dsconvert.graph.ir import INPUT, display_name
 from dsconvert.model.check import largest_sum
-from dsconvert.model.model import DSModel
+from dsconvert.model.model import Converted
 from dsconvert.yolo.decode import decode
 
 __all__ = ["check_accumulators", "check_export", "check_images", "float_reference", "reference_of"]
@@ -41,7 +41,7 @@ FLOAT = (1e-3, 1e-4)
 ROUNDED_SHARE = 0.01
 
 
-def check_accumulators(model: DSModel) -> None:
+def check_accumulators(model: Converted) -> None:
     """Raises CheckError naming the layer whose accumulator could leave int32."""
     if found := largest_sum(model):
         raise CheckError(

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
+from typing import TypeVar
 
 import numpy as np
 import onnx
@@ -31,12 +32,13 @@ from dsconvert.export.written import Place, Written, float_places
 from dsconvert.graph.integer import real_between
 from dsconvert.graph.ir import INPUT, ConvParams, Graph, Node, display_name
 from dsconvert.graph.ops import OPS
-from dsconvert.model.model import DSModel
+from dsconvert.model.model import Converted, DSModel
 from dsconvert.yolo.network import Head
 
 OUTPUT, PROTOTYPES, DETECTIONS = "output0", "output1", "detections"
 LAYOUT_KEY = "dsconvert.layout"  # of the metadata
 FLOAT_OPSET = 13
+Model = TypeVar("Model", bound=Converted)
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,7 @@ def write_quantized(model: DSModel, layout: Layout, imgsz: int, ends: Ends = PLA
     return fuse(made) if layout.fused else made
 
 
-def in_layout(model: DSModel, layout: Layout) -> DSModel:
+def in_layout(model: Model, layout: Layout) -> Model:
     """The model whose arithmetic a file of that layout has: the model's own, where all is rounded."""
     if layout.rounds_between:
         return model
@@ -77,7 +79,7 @@ def _written(model: DSModel, layout: Layout, imgsz: int, ends: Ends) -> Written:
     b = OnnxBuilder(layout.opset)
     if model.activations:
         q = (
-            QuickForm(b, model, layout, ends.input_type, imgsz)
+            QuickForm(b, model, layout, ends.input_type, (3, imgsz, imgsz))
             if layout.quick
             else PlainForm(b, model, layout, ends.input_type)
         )
@@ -162,7 +164,7 @@ def _prototypes(b: OnnxBuilder, raw: Place) -> None:
         b.node("DequantizeLinear", [raw.name, *ends], PROTOTYPES)
 
 
-def _weight_only(b: OnnxBuilder, node: Node, model: DSModel, weights: Weights) -> None:
+def _weight_only(b: OnnxBuilder, node: Node, model: Converted, weights: Weights) -> None:
     """Integer weights in a float graph."""
     given = list(node.inputs)
     if node.op == "conv":

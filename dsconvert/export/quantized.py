@@ -15,18 +15,19 @@ from dsconvert.export.operators import real_weight
 from dsconvert.export.weights.layouts import Layout
 from dsconvert.export.weights.weights import Weights
 from dsconvert.export.written import Place
+from dsconvert.graph.gates import is_limit
 from dsconvert.graph.grids import SIGMOID, QParams
 from dsconvert.graph.integer import grid_of
 from dsconvert.graph.ir import INPUT, Node, display_name
 from dsconvert.graph.ops import OPS
-from dsconvert.model.model import DSModel
+from dsconvert.model.model import Converted
 
 
 class PlainForm:
     """Walks the graph keeping the uint8 name of every value. Each reader dequantizes it anew: ONNX Runtime would copy
     what readers share, and then look at the whole graph once more."""
 
-    def __init__(self, b: OnnxBuilder, model: DSModel, layout: Layout, input_type: str) -> None:
+    def __init__(self, b: OnnxBuilder, model: Converted, layout: Layout, input_type: str) -> None:
         self.b, self.model, self.layout = b, model, layout
         self.weights, self.biases = Weights(b, layout), Biases(b)
         self.grids = grid_of(model.graph, model.activations)
@@ -45,6 +46,8 @@ class PlainForm:
             self.floats[node.name] = self._conv(node)
         elif node.op == "conv":
             self._add_conv(node)
+        elif node.op == "relu" and is_limit(node, self.grids[node.name]):
+            self.uint8[node.name] = self.uint8[node.inputs[0]]
         elif op.moves and all(self.grids[x] == self.grids[node.name] for x in node.inputs):
             self.uint8[node.name] = self._moved(node)
         elif node.op == "act" and node.attrs["kind"] == "SiLU" and node.inputs[0] in self.uint8:
@@ -65,6 +68,10 @@ class PlainForm:
 
     def raw(self, value: str) -> Place:
         """An output of the graph, as `decode` shall have it."""
+        return self.place(value)
+
+    def place(self, value: str) -> Place:
+        """Where the file has a value of the graph."""
         return Place(self.uint8[value], self.grids[value])
 
     def real(self, value: str) -> str:

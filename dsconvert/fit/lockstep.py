@@ -25,6 +25,7 @@ from dsconvert.graph.integer import IntegerConv, QConv, grid_of, integer_step
 from dsconvert.graph.ir import INPUT, ConvParams, Graph, Node
 from dsconvert.graph.ops import conv
 from dsconvert.graph.run import float_step
+from dsconvert.photos.entry import UNIT, Entry
 
 Progress = Callable[[int, int], None]
 
@@ -35,10 +36,11 @@ class _Side:
 
     grids: Mapping[str, QParams]
     device: str
+    entry: Entry = UNIT
 
     def enter(self, x: Tensor) -> Tensor:
         """An image (3, h, w), uint8, as the network gets it."""
-        real = x.float() / 255
+        real = self.entry.real(x)
         return self.grids[INPUT].quantize(real).to(torch.uint8) if self.grids else real
 
     def roomy(self, node: Node, conv: QConv) -> QConv:
@@ -100,6 +102,7 @@ def fit_lockstep(
     progress: Progress | None = None,
     known: Mapping[str, QConv] | None = None,
     finished: Callable[[Mapping[str, QConv]], None] | None = None,
+    entry: Entry = UNIT,
 ) -> dict[str, QConv]:
     """Fit every convolution by `fit`.
 
@@ -110,8 +113,9 @@ def fit_lockstep(
     room: where the quantized network's values wait, until their last use.
     known: convolutions that are taken as they are.
     finished: sees all that is fitted so far, after every convolution that is fitted.
+    entry: what the network reads of an image's bytes.
     """
-    side, room = _Side(grid_of(graph, own) if own else {}, device), room or Room()
+    side, room = _Side(grid_of(graph, own) if own else {}, device, entry), room or Room()
     values: dict[str, Kept] = {}
     last, behind, readers = graph.last_use(), graph.activated(), graph.consumers()
     acts = {node.name: node for node in graph.nodes if node.name in behind.values()}

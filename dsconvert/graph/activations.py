@@ -18,6 +18,11 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "ReLU": F.relu,
     "LeakyReLU": lambda x: F.leaky_relu(x, 0.1),
     "Hardswish": F.hardswish,
+    "Sigmoid": torch.sigmoid,
+    "HardSigmoid": F.hardsigmoid,
+    "Tanh": torch.tanh,
+    "GELU": F.gelu,
+    "Mish": F.mish,
 }
 
 

@@ -55,6 +55,12 @@ class Graph:
         alone = {n.name: readers[n.name][0] for n in self.convs() if len(readers.get(n.name, [])) == 1}
         return {name: r.name for name, r in alone.items() if r.op == "act" and name not in self.outputs}
 
+    def limited(self) -> dict[str, int]:
+        """Name of a value that a relu alone reads -> that relu's top, 0 for none: what lies beyond is of no use."""
+        readers = self.consumers()
+        alone = {name: some[0] for name, some in readers.items() if len(some) == 1 and name not in self.outputs}
+        return {name: int(r.attrs["top"]) for name, r in alone.items() if r.op == "relu"}
+
     def last_use(self) -> dict[str, int]:
         """Value name -> index of the last node reading it; outputs are never released."""
         last = {name: i for i, node in enumerate(self.nodes) for name in node.inputs}

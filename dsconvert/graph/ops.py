@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dsconvert.base.errors import InputError
+from dsconvert.graph import gates
 from dsconvert.graph.activations import ACTIVATIONS, activation_table, as_engines
 from dsconvert.graph.grids import QMAX, QParams
 from dsconvert.graph.ir import Node, display_name
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from dsconvert.base.builder import OnnxBuilder
 
 Shape = tuple[int, ...]  # channels, height, width; a convolution's weight (cho, chi / groups, kh, kw)
+PLAIN_ACTS = ("Sigmoid", "Tanh")  # which ONNX calls so too
 MAX_POOL = 99  # YOLOv5 pools over 13 at most
 MOST_PAIRS = 1 << 28  # of pixels that attention compares, over all heads and images: 1 GiB of float32
 
@@ -47,13 +49,15 @@ class Op:
     moves: bool = False
     # on integers carried as float32, with the grids of its inputs and of its output; None: by way of `real`, rounded
     integer: Callable[[Node, list[Tensor], list[QParams], QParams], Tensor] | None = None
+    # whether its output is on its input's grid though it changes values: a limit, which that grid may end at
+    limits: bool = False
     # `real` with what engines round inside of it, and a gradient that passes; None: they round nothing
     trained: Callable[[Node, list[Tensor]], Tensor] | None = None
 
     @property
     def keeps_grid(self) -> bool:
         """Whether its output is on its input's grid: it has no quantization parameters of its own."""
-        return self.moves and self.inputs[1] == 1
+        return self.limits or (self.moves and self.inputs[1] == 1)
 
     @property
     def joins(self) -> bool:
@@ -98,6 +102,16 @@ def _act_onnx(b: OnnxBuilder, node: Node, inputs: list[str], output: str) -> str
         return b.node("LeakyRelu", [x], output, alpha=0.1)
     if kind == "SiLU":
         return b.node("Mul", [x, b.node("Sigmoid", [x], f"{output}.s")], output)
+    if kind in PLAIN_ACTS:
+        return b.node(kind, [x], output)
+    if kind == "HardSigmoid":
+        return b.node("HardSigmoid", [x], output, alpha=1 / 6, beta=0.5)
+    if kind == "Mish":
+        return b.node("Mul", [x, b.node("Tanh", [b.node("Softplus", [x], f"{output}.p")], f"{output}.s")], output)
+    if kind == "GELU":
+        bent = b.node("Erf", [b.node("Mul", [x, b.scalar(0.5**0.5)], f"{output}.r")], f"{output}.e")
+        half = b.node("Mul", [x, b.scalar(0.5)], f"{output}.h")
+        return b.node("Mul", [half, b.node("Add", [bent, b.scalar(1.0)], f"{output}.s")], output)
     # x * relu6(x + 3) / 6, spelled out: HardSwish itself needs opset 14
     gate = b.node("HardSigmoid", [x], f"{output}.s", alpha=1 / 6, beta=0.5)
     return b.node("Mul", [x, gate], output)
@@ -271,6 +285,45 @@ OPS: Mapping[str, Op] = {
         shape=_space_to_depth_shape,
         onnx=_space_to_depth_onnx,
         moves=True,
+    ),
+    "relu": Op(
+        real=gates.relu,
+        shape=_same_shape,
+        onnx=gates.relu_onnx,
+        attrs={"top": _to(0, 100)},  # 0: none
+        limits=True,
+        integer=gates.relu_integer,
+    ),
+    "product": Op(
+        real=lambda node, inputs: inputs[0] * inputs[1],
+        shape=gates.product_shape,
+        onnx=lambda b, node, inputs, output: b.node("Mul", inputs, output),
+        inputs=(2, 2),
+        integer=gates.product_integer,
+    ),
+    "mean": Op(
+        real=lambda node, inputs: inputs[0].mean((2, 3), keepdim=True),
+        shape=lambda node, inputs: (inputs[0][0], 1, 1),
+        onnx=lambda b, node, inputs, output: b.node("GlobalAveragePool", inputs, output),
+    ),
+    "mean_pool": Op(
+        real=gates.mean_pool,
+        shape=_maxpool_shape,
+        onnx=gates.mean_pool_onnx,
+        attrs={"kernel": _to(1, MAX_POOL), "stride": _to(1, 64), "padding": _to(0, MAX_POOL // 2), "padded": _to(0, 1)},
+    ),
+    "select": Op(
+        real=gates.select,
+        shape=gates.select_shape,
+        onnx=gates.select_onnx,
+        attrs={"channels": ()},  # a list, which no model file has
+        moves=True,
+    ),
+    "resize": Op(
+        real=gates.resize,
+        shape=_upsample_shape,
+        onnx=gates.resize_onnx,
+        attrs={"scale": _to(1, 16)},
     ),
     "attention": Op(  # engines have no integers for it either
         real=attention,

@@ -30,16 +30,15 @@ from dsconvert.measure.damage import damage_of
 from dsconvert.measure.grids import choose_grids
 from dsconvert.measure.importance import Part, measure_importance
 from dsconvert.measure.leftover import left_over
+from dsconvert.measure.outputs import Outputs
 from dsconvert.measure.synthesize import synthesize
 from dsconvert.measure.views import WANTED, view, wanted
 from dsconvert.model.check import check_grid
+from dsconvert.photos.entry import UNIT, Entry
 from dsconvert.photos.images import letterbox, none_readable, read_image
 from dsconvert.yolo.checkpoint import Checkpoint
-from dsconvert.yolo.decode import detection_measure
-from dsconvert.yolo.network import Head
 from dsconvert.yolo.wishes import wished
 
-SURE = 5.0  # a logit whose sigmoid is 0.993
 MOST_VALUE = 60000  # of activations, which are kept as halves
 SYNTHETIC_IMAGES, SYNTHETIC_SIDE, SYNTHETIC_STEPS = 48, 320, 80
 FEW = 32  # photographs; fewer have synthesised images beside them
@@ -57,10 +56,11 @@ class Images:
     photographs: int  # how many of its own are no views of others: the first (see `measure.views`)
     skipped: tuple[str, ...] = ()  # why files could not be read
     synthesised: int = 0  # how many of all processes' images were made up beside the photographs: the last
+    entry: Entry = UNIT  # what the network reads of bytes
 
     def one(self, index: int, device: str) -> Tensor:
-        """An image (1, 3, side, side) as the network reads it, 0..1."""
-        return self.pixels.get(index).to(device).float()[None] / 255
+        """An image (1, 3, side, side) as the network reads it."""
+        return self.entry.real(self.pixels.get(index).to(device))[None]
 
     def all_photographs(self) -> int:
         """How many images of all processes are no views of others."""
@@ -258,7 +258,7 @@ def check_values(graph: Graph, params: Mapping[str, ConvParams], image: Tensor) 
 def calibrate(
     graph: Graph,
     params: Mapping[str, ConvParams],
-    head: Head,
+    outputs: Outputs,
     images: Images,
     formats: Mapping[str, Sequence[WeightFormat]],
     seed: int,
@@ -275,12 +275,12 @@ def calibrate(
             yield images.one(index, device)
             report("importance", index + 1, images.part.mine)
 
-    def measure(raw: list[Tensor], reference: list[Tensor]) -> list[Tensor]:
-        return detection_measure(raw, reference, head)
-
     chosen = list(formats)
-    found = measure_importance(graph, params, singles(), measure, seed, chosen, images.part, room)
-    own = choose_grids(graph, found.samples, found.clipping, seed, sure_scores(graph, head)) if quantized else {}
+    found = measure_importance(graph, params, singles(), outputs.measure, seed, chosen, images.part, room)
+    own: dict[str, QParams] = {}
+    if quantized:
+        own = choose_grids(graph, found.samples, found.clipping, seed, outputs.reach(graph), images.entry.grid)
+        own |= outputs.pinned(graph)
     damage: dict[str, dict[WeightFormat, float]] = {}
     if formats:
         again = partial(images.one, device=device)
@@ -292,17 +292,6 @@ def calibrate(
 
         damage = dict(zip(chosen, in_order(foretold, chosen), strict=True))
     return Calibration(own, found.drawn, found.channels, damage)
-
-
-def sure_scores(graph: Graph, head: Head) -> dict[str, float]:
-    """How far up the grids of objectness and classes reach at least, by value name, where Detect is split.
-
-    Images that show few objects say little of high scores, and a grid that they alone chose would cut the scores of
-    every object in other images: with 128 images of which few showed one, none could score above a half."""
-    maps, step = len(graph.outputs) - bool(head.nm), len(head.parts)
-    if maps != step * len(head.strides):
-        return {}
-    return {name: SURE for part in (1, 2) for name in graph.outputs[part:maps:step]}
 
 
 def float_outputs(

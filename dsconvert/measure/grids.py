@@ -64,20 +64,23 @@ def choose_grids(
     clipping: Mapping[str, Tensor],
     seed: int,
     reach: Mapping[str, float] = MappingProxyType({}),
+    image: QParams = IMAGE_GRID,
 ) -> dict[str, QParams]:
     """Quantization parameters for every value that has its own (see `grid_of`), from (values, weights) and the
     effects of clipping, both as `Importance` has them. `reach`: how far up the grids of some values go at least,
-    whatever was seen."""
+    whatever was seen. `image`: the grid of the network's input."""
     kinds = {n.name: n.attrs["kind"] for n in graph.nodes if n.op == "act"}
-    behind = graph.activated()
+    behind, limited = graph.activated(), graph.limited()
     generator = torch.Generator().manual_seed(seed)
-    grids = {INPUT: IMAGE_GRID}
+    grids = {INPUT: image}
     seen: dict[str, Seen] = {}
     for name, (values, weights) in samples.items():
         if values.numel() > SEARCH_SAMPLES:
             picks = torch.randint(values.numel(), (SEARCH_SAMPLES,), generator=generator)
             picks = torch.cat((picks, values.argmin()[None], values.argmax()[None]))
             values, weights = values[picks], weights[picks] * (values.numel() / SEARCH_SAMPLES)
+        if name in limited:  # its grid ends where the relu does
+            values = values.clamp(0, limited[name] or None)
         seen[name] = Seen(values, weights, clipping[behind.get(name, name)])
 
     def best(name: str) -> QParams:

@@ -18,7 +18,7 @@ from dsconvert.graph.grids import QParams
 from dsconvert.graph.integer import grid_of, gridded
 from dsconvert.graph.ir import display_name
 from dsconvert.graph.shapes import check_node, value_shapes
-from dsconvert.model.model import DSModel, damage_by_bits
+from dsconvert.model.model import Converted, DSModel, damage_by_bits
 from dsconvert.yolo.layers import MAX_MASKS
 from dsconvert.yolo.network import MAX_ANCHOR, MAX_STRIDE, Head
 
@@ -120,7 +120,7 @@ def check_grid(name: str, grid: QParams) -> None:
         raise ValueError(f"grid of {name}")
 
 
-def largest_sum(model: DSModel) -> tuple[str, int] | None:
+def largest_sum(model: Converted) -> tuple[str, int] | None:
     """The first layer whose accumulator could leave int32, and how far its sums reach; None where there is none."""
     if not model.activations:
         return None

@@ -14,17 +14,12 @@ from dsconvert.yolo.network import Head
 
 
 @dataclass(frozen=True)
-class DSModel:
-    """A quantized detector. `convs` by convolution name. `activations` by value name (`grid_of` completes them);
-    empty when activations stay float. `imgsz` is the side calibrated at, in pixels; `provenance` says where it came
-    from (plain JSON values)."""
+class Converted:
+    """A quantized network, whatever its outputs mean."""
 
     graph: Graph
-    convs: Mapping[str, QConv]
-    activations: Mapping[str, QParams]
-    head: Head
-    imgsz: int
-    provenance: Mapping[str, Any]
+    convs: Mapping[str, QConv]  # by convolution name
+    activations: Mapping[str, QParams]  # by value name (`grid_of` completes them); empty when activations stay float
 
     @property
     def weight_count(self) -> int:
@@ -41,6 +36,15 @@ class DSModel:
     def has_real_alpha(self) -> bool:
         """True when any weight's shifts are the paper's real numbers; such a model has no int8 form."""
         return any(c.weight.format.code.real for c in self.convs.values())
+
+
+@dataclass(frozen=True)
+class DSModel(Converted):
+    """A quantized detector of a family whose decoding is known."""
+
+    head: Head
+    imgsz: int  # the side calibrated at, in pixels
+    provenance: Mapping[str, Any]  # where it came from (plain JSON values)
 
 
 def is_dsconv(weight: DSTensor) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,10 +58,14 @@ class Layer:
         t = torch.from_numpy(x.astype(np.float32))
         if self.linear:
             return t.reshape(-1, t.shape[-1]).T[None, :, :, None]
-        top, left, bottom, right = self._same(t.shape[2:]) if self.pads is None else self.pads
+        top, left, bottom, right = self.pads_of(t.shape[2:])
         return F.pad(t, (left, right, top, bottom))
 
-    def _same(self, sides: torch.Size) -> tuple[int, ...]:
+    def pads_of(self, sides: Sequence[int]) -> tuple[int, ...]:
+        """Padding of a map with these sides: top, left, bottom, right."""
+        return self._same(sides) if self.pads is None else self.pads
+
+    def _same(self, sides: Sequence[int]) -> tuple[int, ...]:
         """Padding with which the output is input / stride, rounded up."""
         begins, ends = [], []
         for side, s, d, k in zip(sides, self.stride, self.dilation, self.weight.shape[2:], strict=True):

@@ -2,7 +2,7 @@
 
 The fit is made layer by layer. What is learned here are the real numbers it ends with, all layers at once: CDSw (or
 alpha) as a factor, and CDSb. VQK and m stay as they are. The loss of an image is the squared error of v, the numbers of
-`yolo.decode.detection_measure`, with every activation rounded to its grid. Some images are held back. They decide which
+`measure.outputs`, with every activation rounded to its grid. Some images are held back. They decide which
 step is kept, and whether learning was of use at all: the fit stays where their error did not fall by more than its
 standard error.
 """
@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Generic
 
 import torch
 from torch import Tensor
@@ -21,12 +22,13 @@ from dsconvert.base import workers
 from dsconvert.base.threads import in_order
 from dsconvert.graph.ir import ConvParams
 from dsconvert.graph.run import run_float
-from dsconvert.model.model import DSModel
-from dsconvert.tune.latents import Latents, Parts, learned, start
+from dsconvert.measure.outputs import Outputs
+from dsconvert.model.model import Converted
+from dsconvert.photos.entry import UNIT, Entry
+from dsconvert.tune.latents import Latents, Model, Parts, learned, start
 from dsconvert.tune.loop import sum_gradients
 from dsconvert.tune.schedule import rate_share
 from dsconvert.tune.simulate import simulate
-from dsconvert.yolo.decode import detection_measure
 
 IMAGES = 4  # a step
 TURNS = 2  # how often each image is learned from, where nobody says how many steps
@@ -49,6 +51,7 @@ class Pictures:
     mine: range  # which of them this process has
     one: Callable[[int], Tensor]  # such an image (1, 3, side, side), 0..1, by its number here
     held: Sequence[Tensor]  # two or more images held back (3, side, side), uint8, the same in all processes
+    entry: Entry = UNIT  # what the network reads of their bytes
 
 
 @dataclass(frozen=True)
@@ -61,10 +64,10 @@ class Look:
 
 
 @dataclass(frozen=True)
-class Distilled:
+class Distilled(Generic[Model]):
     """What came of it."""
 
-    model: DSModel
+    model: Model
     curve: tuple[Look, ...]
     kept: int  # the step whose numbers the model has; 0: the fit's own
     gain: float  # mean fall of the error from the fit's to that of the best look
@@ -79,15 +82,16 @@ class Distilled:
 
 
 def distil(
-    model: DSModel,
+    model: Model,
     params: Mapping[str, ConvParams],
+    outputs: Outputs,
     pictures: Pictures,
     steps: int | None,
     seconds: float | None,
     seed: int,
     device: str,
     report: Progress,
-) -> Distilled:
+) -> Distilled[Model]:
     """Learn from the float network `params` in so many steps, and stop after so many seconds (None: never).
 
     Without a number of steps every image is learned from in TURNS of them, and nothing is learned where activations do
@@ -96,14 +100,14 @@ def distil(
     latents = {name: u for name, u in latents.items() if not name.endswith(".m")}
     teacher = {name: ConvParams(p.weight.to(device), p.bias.to(device)) for name, p in params.items()}
     unconverted = {name: _as_parts(p) for name, p in teacher.items()}
-    errors = partial(_errors, model, teacher)
+    errors = partial(_errors, model, teacher, outputs)
 
     def parts() -> Mapping[str, Parts]:
         return {name: layer.parts(name, latents) for name, layer in layers.items()}
 
     optimiser = _optimiser(model, teacher, latents, pictures.one(0))
     generator = torch.Generator().manual_seed(seed + SEED)
-    held = [image.to(device).float()[None] / 255 for image in pictures.held]
+    held = [pictures.entry.real(image.to(device))[None] for image in pictures.held]
 
     def look(made: Mapping[str, Parts]) -> Tensor:
         with torch.no_grad():
@@ -152,12 +156,14 @@ def _as_parts(float_layer: ConvParams) -> Parts:
     return Parts(w, torch.ones_like(w[:, :1]), torch.ones_like(b), b, w.shape[1])
 
 
-def _errors(model: DSModel, teacher: Mapping[str, ConvParams], parts: Mapping[str, Parts], x: Tensor) -> Tensor:
+def _errors(
+    model: Converted, teacher: Mapping[str, ConvParams], outputs: Outputs, parts: Mapping[str, Parts], x: Tensor
+) -> Tensor:
     """The squared error of v on an image (1, 3, h, w), with gradients to what the parts were made of."""
     with torch.no_grad():
         wanted = run_float(model.graph, teacher, x)
     made = simulate(model.graph, parts, model.activations, x)
-    pairs = zip(*(detection_measure(raw, wanted, model.head) for raw in (made, wanted)), strict=True)
+    pairs = zip(*(outputs.measure(raw, wanted) for raw in (made, wanted)), strict=True)
     return torch.stack([(a - b).square().sum() for a, b in pairs]).sum()
 
 
@@ -181,7 +187,7 @@ def _step(errors: Callable[[Tensor], Tensor], latents: Latents, pictures: Pictur
 
 
 def _optimiser(
-    model: DSModel, teacher: Mapping[str, ConvParams], latents: Latents, image: Tensor
+    model: Converted, teacher: Mapping[str, ConvParams], latents: Latents, image: Tensor
 ) -> torch.optim.Optimizer:
     """Adam, with the rate of each latent: of a bias by the range of its layer's outputs on an image (1, 3, h, w)."""
     spans: dict[str, float] = {}

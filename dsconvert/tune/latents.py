@@ -11,6 +11,7 @@ m has nothing to learn in plain int8 layers, where it is 1.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import TypeVar
 from dataclasses import dataclass, replace
 
 import torch
@@ -20,13 +21,14 @@ from dsconvert.dsconv.codes.free_search import to_blocks
 from dsconvert.dsconv.format import INT8_MAX, M_MAX, PAIR_MAX
 from dsconvert.dsconv.tensor import DSTensor, expand_blocks
 from dsconvert.graph.integer import QConv
-from dsconvert.model.model import DSModel
+from dsconvert.model.model import Converted
 
 TRAINED = ("shifts", "shifts+bias", "all")
 PAIRED = PAIR_MAX // 2  # two neighbours up to this never saturate together
 # how fast a latent of each kind moves beside CDSw's factor
 PACE = {"cdsw": 1.0, "cdsb": 1.0, "m": 1.0, "alpha": 1.0, "vqk": 5.0}
 
+Model = TypeVar("Model", bound=Converted)
 Latents = dict[str, Tensor]  # "<convolution>.<part>" -> float32
 
 
@@ -110,7 +112,7 @@ class Layer:
         return _straight(wanted)
 
 
-def start(model: DSModel, train: str, device: str) -> tuple[dict[str, Layer], Latents]:
+def start(model: Converted, train: str, device: str) -> tuple[dict[str, Layer], Latents]:
     """Every convolution's layer, and the latents, 0, of what `train` (one of TRAINED) lets learn."""
     layers: dict[str, Layer] = {}
     latents: Latents = {}
@@ -145,7 +147,7 @@ def hold(layers: Mapping[str, Layer], latents: Mapping[str, Tensor]) -> None:
 
 
 @torch.no_grad()
-def learned(model: DSModel, layers: Mapping[str, Layer], latents: Mapping[str, Tensor]) -> DSModel:
+def learned(model: Model, layers: Mapping[str, Layer], latents: Mapping[str, Tensor]) -> Model:
     """The model that the latents stand for, on CPU. What has no latent is the model's own tensor."""
     convs = {}
     for name, conv in model.convs.items():
@@ -161,7 +163,7 @@ def learned(model: DSModel, layers: Mapping[str, Layer], latents: Mapping[str, T
     return replace(model, convs=convs)
 
 
-def share(model: DSModel, latents: Mapping[str, Tensor]) -> float:
+def share(model: Converted, latents: Mapping[str, Tensor]) -> float:
     """Numbers learned, as a share of the network's weights and biases."""
     biases = sum(c.bias.numel() for c in model.convs.values())
     return sum(u.numel() for u in latents.values()) / (model.weight_count + biases)

@@ -12,7 +12,7 @@ from dsconvert.graph.activations import activation_table, as_engines
 from dsconvert.graph.grids import QMAX, QParams
 from dsconvert.graph.integer import grid_of
 from dsconvert.graph.ir import INPUT, Graph, Node
-from dsconvert.measure.calibration import sure_scores
+from dsconvert.measure.outputs import Detections
 from dsconvert.measure.clipping import LEVELS
 from dsconvert.measure.grids import HIGHS, Seen, best_range, choose_grids, grids_of, least, share_grids, together
 from dsconvert.measure.importance import measure_importance
@@ -188,7 +188,7 @@ def test_scores_reach_up_whatever_was_seen(tiny, picture):
     network, head = tiny
     graph, _ = split_detect(*lower(network.fused()), head)
     scores = [f"model.8.m.{level}.{part}" for part in ("obj", "cls") for level in (0, 1)]
-    assert sure_scores(graph, head) == dict.fromkeys(scores, 5.0)
+    assert Detections(head).reach(graph) == dict.fromkeys(scores, 5.0)
 
 
 def silu_inputs() -> Seen:

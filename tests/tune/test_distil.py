@@ -15,6 +15,7 @@ from dsconvert.base import workers
 from dsconvert.convert.division import EACH, FEWEST, HELD_BACK, JUDGES, divided
 from dsconvert.graph.integer import QConv
 from dsconvert.graph.run import run_float
+from dsconvert.measure.outputs import Detections
 from dsconvert.model.file import load_model, model_bytes
 from dsconvert.model.model import DSModel
 from dsconvert.photos.dataset import calibration_images
@@ -54,7 +55,7 @@ def spoiled(converted) -> DSModel:
 
 
 def run(model, params, steps=24, seconds=None, pictures=None):
-    return distil(model, params, pictures or given(), steps, seconds, 0, "cpu", lambda done, total: None)
+    return distil(model, params, Detections(model.head), pictures or given(), steps, seconds, 0, "cpu", lambda done, total: None)
 
 
 def test_the_error_is_that_of_scores_and_boxes(converted, float_params, picture):

@@ -24,20 +24,20 @@ from dsconvert.export.quantized import PlainForm
 from dsconvert.export.weights.layouts import Layout
 from dsconvert.export.written import Place
 from dsconvert.graph.ir import INPUT, Node, display_name
-from dsconvert.graph.ops import OPS
+from dsconvert.graph.ops import OPS, Shape
 from dsconvert.graph.shapes import value_shapes
-from dsconvert.model.model import DSModel
+from dsconvert.model.model import Converted, DSModel
 
 
 class QuickForm(PlainForm):
     """Convolutions with as many channels as the kernels like, the image in quads, upsampling by Gather, and maps for
-    `decode` with their channels last. A map's shape is known, so the image's side is."""
+    `decode` with their channels last. Maps' shapes are known from the image's, (3, h, w)."""
 
-    def __init__(self, b: OnnxBuilder, model: DSModel, layout: Layout, input_type: str, side: int) -> None:
+    def __init__(self, b: OnnxBuilder, model: Converted, layout: Layout, input_type: str, image: Shape) -> None:
         super().__init__(b, model, layout, input_type)
-        self.side = side
+        self.head = model.head if isinstance(model, DSModel) else None
         weights = {name: tuple(conv.weight.vqk.shape) for name, conv in model.convs.items()}
-        self.shapes = value_shapes(model.graph, weights, (3, side, side))
+        self.shapes = value_shapes(model.graph, weights, image)
         self.images: dict[tuple[int, ...], str] = {}  # the image in other shapes, bytes
         self.wide: dict[str, Place] = {}  # raw maps that have more channels than the graph's
 
@@ -45,9 +45,15 @@ class QuickForm(PlainForm):
         """Where the file has the graph's values."""
         return super().places() | self.wide
 
+    def place(self, value: str) -> Place:
+        """Where the file has a value of the graph, perhaps with more channels."""
+        return self.wide.get(value) or super().place(value)
+
     def raw(self, value: str) -> Place:
         """An output of the graph, as `decode` shall have it."""
-        place, head = self.wide.get(value) or super().raw(value), self.model.head
+        place, head = self.place(value), self.head
+        if head is None:
+            return place
         prototypes = bool(head.nm) and value == self.model.graph.outputs[-1]
         # decoding turns few channels around by itself; ONNX Runtime would make one Transpose of the two
         few = not self.layout.fused and not place.more and self.shapes[value][0] <= SHORT * head.na
@@ -130,7 +136,7 @@ class QuickForm(PlainForm):
         a, kernel = node.attrs, self.model.convs[node.name].weight.vqk.shape[2:]
         if not self._fill(node) or (a["stride"], a["dilation"]) != (2, 1):
             return None
-        return quads_of((kernel[0], kernel[1]), [a["padding"]] * 4, (self.side, self.side))
+        return quads_of((kernel[0], kernel[1]), [a["padding"]] * 4, self.shapes[INPUT][1:])
 
     def _conv_by_quads(self, node: Node, q: Quads) -> str:
         """The same convolution of two rows of four pixels as one; the quantized result's name."""

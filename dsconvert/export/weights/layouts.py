@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from dsconvert.base.builder import OnnxBuilder
 from dsconvert.base.errors import InputError
 from dsconvert.dsconv.tensor import DSTensor
-from dsconvert.model.model import DSModel
+from dsconvert.model.model import Converted
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ def run_by(engine: str) -> list[str]:
     return [layout.name for layout in LAYOUTS.values() if engine in layout.engines]
 
 
-def check_layout(model: DSModel, layout: Layout) -> None:
+def check_layout(model: Converted, layout: Layout) -> None:
     """Raises InputError when the layout cannot hold the model."""
     kind, how = ("int8", "with") if model.activations else ("float", "without")
     if kind not in layout.activations:

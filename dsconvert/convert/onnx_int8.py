@@ -1,0 +1,286 @@
+"""From a float ONNX file and images to an integer one: the same measuring, widths, fit and fine-tune as a checkpoint's.
+
+read -> lower (graph and tail) -> images -> ranges of the outputs -> measure -> choose formats -> fit -> tune -> write
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import onnx
+import torch
+from torch import Tensor
+
+from dsconvert.base.errors import CheckError
+from dsconvert.base.kept import MEMORY, Room
+from dsconvert.convert.division import Division, divided
+from dsconvert.dsconv.codes import usual_format
+from dsconvert.dsconv.format import WeightFormat
+from dsconvert.export.rewritten import write_rewritten
+from dsconvert.export.weights.layouts import Layout
+from dsconvert.export.written import Written
+from dsconvert.fit.layer import GPTQ
+from dsconvert.fit.lockstep import fit_lockstep
+from dsconvert.graph.integer import QConv, grid_of, integer_step
+from dsconvert.graph.ir import INPUT
+from dsconvert.graph.ops import Shape
+from dsconvert.graph.run import run_float
+from dsconvert.measure.calibration import Calibration, Images, Progress, calibrate, with_views
+from dsconvert.measure.damage import formats_of
+from dsconvert.measure.importance import Part
+from dsconvert.measure.views import wanted
+from dsconvert.model.check import largest_sum
+from dsconvert.model.model import Converted
+from dsconvert.onnxfile.compact import compact
+from dsconvert.onnxfile.engines import session
+from dsconvert.onnxfile.facts import Facts, facts_of
+from dsconvert.onnxfile.layers import find_layers
+from dsconvert.onnxfile.lower import Lowered, NotLowered, lower
+from dsconvert.onnxfile.meaning import Maps, in_steps, score_kinds
+from dsconvert.onnxfile.source import Array, Source
+from dsconvert.photos.entry import Entry
+from dsconvert.photos.images import Image
+from dsconvert.tune.distil import Distilled, Pictures, distil
+from dsconvert.widths.size import (
+    BITS,
+    BLOCK_SIZES,
+    empty_weight,
+    formats_for_file,
+    formats_like_uniform,
+    of_every_layer,
+)
+
+RANGED = 64  # images on which the outputs' ranges are looked at
+MANY_OFF = 0.01  # of a layer's integers that an engine may round to the other side of a tie
+MOST_OFF = 1e-3  # of an output's largest number, that a lowered float graph may differ from the file's
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What decides the result besides the file, the images and the machine."""
+
+    bits: int | None  # of every layer; None: by layer
+    block_size: int | None  # input channels that a shift covers; None: by layer
+    target_bytes: int | None  # largest file
+    layout: Layout
+    samples: int  # most images that it is fitted on
+    seed: int
+    finetune_steps: int | None  # None: as many as seem of use
+    finetune_time: float | None  # seconds; None: any
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A file taken apart, with the images that it is measured on."""
+
+    source: Source
+    low: Lowered  # in its own units
+    stepped: Lowered  # with its outputs in steps
+    maps: Maps  # what these mean
+    images: Images
+    photographs: int  # images that are no views of others
+    image: Shape  # (channels, height, width)
+
+
+@dataclass(frozen=True)
+class OnnxInt8:
+    """A converted file, and what its owner should know of it."""
+
+    model: onnx.ModelProto  # what is written
+    converted: Converted  # the network in it
+    low: Lowered  # which part that is
+    images: int  # photographs that it was fitted on
+    tuned: Distilled[Converted] | None  # what the brief fine-tune did
+
+    @property
+    def weight_bits(self) -> float:
+        """Mean stored bits of a converted weight, shifts included."""
+        return self.converted.weight_bits
+
+    @property
+    def layers(self) -> list[tuple[str, Shape, int]]:
+        """Name, weight shape and bits of every layer, in order."""
+        convs = self.converted.convs
+        return [
+            (n.name, tuple(convs[n.name].weight.vqk.shape), convs[n.name].weight.bits)
+            for n in self.converted.graph.convs()
+        ]
+
+
+def taken_apart(source: Source, probe: Array) -> tuple[Facts, Lowered]:
+    """The file's graph and its tail. Raises NotLowered where the graph has no operation for what leads to a layer, or
+    computes something else than the file on the probe."""
+    image = source.image
+    if image.type is not np.float32 or image.channels_last or image.batch != 1:
+        raise NotLowered("its input is not one float image with channels first")
+    facts = facts_of(source, probe)
+    low = lower(facts, find_layers(source))
+    found = run_float(low.graph, low.params, torch.from_numpy(probe))
+    for name, made in zip(low.exits, found, strict=True):
+        wanted_there = facts.values[name]
+        off = np.abs(made.numpy().reshape(wanted_there.shape) - wanted_there).max()
+        if not off <= MOST_OFF * np.abs(wanted_there).max():
+            raise NotLowered("its graph, as it is understood, computes something else")
+    return facts, low
+
+
+def quantize_lowered(
+    facts: Facts, low: Lowered, photographs: list[Image], judges: list[Image], entry: Entry, wish: Wish,
+    report: Progress, folder: Path | None = None,
+) -> OnnxInt8:  # fmt: skip
+    """Convert a file that was taken apart, on photographs as `entry` reads them (height, width, channels); the fine-tune
+    is judged on others. Raises CheckError where the file computes something else than it should."""
+    torch.manual_seed(wish.seed)
+    room = Room(folder, MEMORY)
+    network = _prepared(facts, low, photographs, entry, wish, room)
+    found = _measured(network, wish, report, room)
+    formats = _formats(network, found, wish)
+    fitted = _fitted(network, found, formats, report, room)
+    tuned = _tuned(fitted, network, judges, wish, report)
+    model = tuned.model if tuned is not None else fitted
+    if bound := largest_sum(model):
+        raise CheckError(f"The sums of layer {bound[0]} can reach {bound[1]}, so the file was not written.")
+    written = _written(network, model, wish.layout)
+    _check(written, network, model)
+    return OnnxInt8(_compacted(written.model), model, low, len(photographs), tuned)
+
+
+def _prepared(
+    facts: Facts, low: Lowered, photographs: list[Image], entry: Entry, wish: Wish, room: Room
+) -> Prepared:  # fmt: skip
+    shape = facts.shape(facts.source.image.name)[1:]
+    pixels = room.kept(len(photographs), shape, torch.uint8)
+    for index, image in enumerate(photographs):
+        pixels.put(index, _pixels(image))
+    total = wanted(len(photographs)) if shape[1] == shape[2] else len(photographs)
+    kept = with_views(pixels, len(photographs), range(total), wish.seed, room)
+    images = Images(kept, Part(0, total, total), shape[1], len(photographs), (), 0, entry)
+    step = max(1, total // RANGED)
+    seen = (images.one(index, "cpu") for index in range(0, total, step))
+    stepped, maps = in_steps(low, score_kinds(facts, low), seen, partial(run_float, low.graph, low.params))
+    return Prepared(facts.source, low, stepped, maps, images, len(photographs), shape)
+
+
+def _pixels(image: Image) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))
+
+
+def _chosen(low: Lowered) -> list[str]:
+    """Layers that become DSConv: all but those that read the image, that make the outputs, and depthwise ones."""
+    graph = low.graph
+    first = {INPUT, *(n.name for n in graph.nodes if n.inputs == (INPUT,) and n.op != "conv")}
+    return [
+        node.name for node in graph.convs()
+        if node.inputs[0] not in first and node.name not in graph.outputs
+        and low.params[node.name].weight.shape[1] > 1
+    ]  # fmt: skip
+
+
+def _measured(network: Prepared, wish: Wish, report: Progress, room: Room) -> Calibration:
+    low, chosen = network.stepped, _chosen(network.stepped)
+    sizes = [wish.block_size] if wish.block_size else BLOCK_SIZES
+    judged = {name: formats_of(low.params[name].weight.shape[1], BITS, sizes) for name in chosen}
+    judged = {} if wish.bits is not None else {name: some for name, some in judged.items() if some}
+    return calibrate(
+        low.graph, low.params, network.maps, network.images, judged, wish.seed, "cpu", True, report, room
+    )  # fmt: skip
+
+
+def _formats(network: Prepared, found: Calibration, wish: Wish) -> dict[str, WeightFormat]:
+    params = network.stepped.params
+    if wish.bits is not None:
+        block = wish.block_size or min(BLOCK_SIZES)
+        return {n: usual_format(wish.bits, params[n].weight.shape[1], block) for n in _chosen(network.stepped)}
+    if wish.target_bytes is None:
+        return formats_like_uniform(params, found.damage)
+    return formats_for_file(params, found.damage, wish.target_bytes, partial(_size, network, found, wish.layout))
+
+
+def _size(network: Prepared, found: Calibration, layout: Layout, formats: Mapping[str, WeightFormat]) -> int:
+    """Most bytes of the file with these formats, before it is fitted."""
+    params = network.stepped.params
+    convs = {
+        name: QConv(empty_weight(params[name].weight.shape, f), torch.full_like(params[name].bias, 1e30))
+        for name, f in of_every_layer(params, formats).items()
+    }
+    model = Converted(network.stepped.graph, convs, found.own)
+    return _compacted(_written(network, model, layout).model).ByteSize()
+
+
+def _fitted(
+    network: Prepared, found: Calibration, formats: Mapping[str, WeightFormat], report: Progress, room: Room
+) -> Converted:
+    low, images = network.stepped, network.images
+    report("widths", 1, 1)
+    convs = fit_lockstep(
+        low.graph, low.params, GPTQ(found.channels, network.photographs), of_every_layer(low.params, formats),
+        found.own, images.pixels, found.drawn, images.part.mine, room, "cpu",
+        lambda done, total: report("fit", done, total), entry=images.entry,
+    )  # fmt: skip
+    return Converted(low.graph, convs, found.own)
+
+
+def _tuned(
+    model: Converted, network: Prepared, judges: list[Image], wish: Wish, report: Progress
+) -> Distilled[Converted] | None:
+    if len(judges) < 2 or wish.finetune_steps == 0 or wish.finetune_time == 0:
+        return None
+    images = network.images
+    held = [_pixels(image) for image in judges]
+    pictures = Pictures(
+        images.part.all, range(images.part.mine), partial(images.one, device="cpu"), held, images.entry
+    )
+    return distil(
+        model, network.stepped.params, network.maps, pictures, wish.finetune_steps, wish.finetune_time, wish.seed,
+        "cpu", partial(report, "finetune"),
+    )  # fmt: skip
+
+
+def _written(network: Prepared, model: Converted, layout: Layout) -> Written:
+    return write_rewritten(network.source, network.stepped, network.maps, model, layout, network.image)
+
+
+def _compacted(model: onnx.ModelProto) -> onnx.ModelProto:
+    """With short names, where no node has a graph of its own, whose names reach out."""
+    nested = any(a.g.node or a.graphs for node in model.graph.node for a in node.attribute)
+    return model if nested else compact(model)
+
+
+def _check(written: Written, network: Prepared, model: Converted) -> None:
+    """Every layer of the file, in ONNX Runtime, gives the integers of this reference for what it is given."""
+    graph, grids = model.graph, grid_of(model.graph, model.activations)
+    copied = onnx.ModelProto()
+    copied.CopyFrom(written.model)
+    there = {name for node in copied.graph.node for name in node.output}
+    there -= {v.name for v in copied.graph.output}
+    wanted_values = {value: place for value, place in written.places.items() if place.name in there}
+    names = list(dict.fromkeys(place.name for place in wanted_values.values()))
+    copied.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)
+    x = network.images.one(0, "cpu")
+    try:
+        running = session(copied.SerializeToString(), torch.get_num_threads())
+        found = dict(zip(names, running.run(names, {network.source.image.name: x.numpy()}), strict=True))
+    except Exception:  # ONNX Runtime raises many kinds
+        raise CheckError("ONNX Runtime fails on the file that was made, so it was not written.") from None
+    got: dict[str, Tensor] = {}
+    for value, place in wanted_values.items():
+        array = found[place.name].transpose(0, 3, 1, 2) if place.last else found[place.name]
+        got[value] = torch.from_numpy(np.ascontiguousarray(array[:, : array.shape[1] - place.more])).float()
+    for node in graph.nodes:
+        if node.name not in got or node.name not in grids or any(name not in got for name in node.inputs):
+            continue
+        with torch.no_grad():
+            wanted_here = integer_step(node, [got[name] for name in node.inputs], model.convs, grids)
+        off = (wanted_here - got[node.name]).abs()
+        if float(off.max()) > 1 or float((off > 0).float().mean()) > MANY_OFF:
+            raise CheckError(f"The file computes something else than it should at {node.name}; please report it.")
+
+
+def divide(paths: list[Path], wish: Wish) -> Division:
+    """Photographs to fit on and to judge the fine-tune by."""
+    return divided(paths, wish.samples, False, wish.finetune_steps != 0 and wish.finetune_time != 0)
+

@@ -1,0 +1,81 @@
+"""An ONNX file of any origin with the converted network in the place of its layers, and its own float nodes behind."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+from onnx import helper
+
+from dsconvert.base.builder import IR_VERSION, OnnxBuilder
+from dsconvert.base.version import VERSION
+from dsconvert.export.onnx import LAYOUT_KEY, in_layout
+from dsconvert.export.ort.quickform import QuickForm
+from dsconvert.export.quantized import PlainForm
+from dsconvert.export.weights.layouts import Layout, check_layout
+from dsconvert.export.written import Place, Written
+from dsconvert.graph.ir import INPUT
+from dsconvert.graph.ops import Shape
+from dsconvert.model.model import Converted
+from dsconvert.onnxfile.lower import Lowered
+from dsconvert.onnxfile.meaning import Exit, Maps
+from dsconvert.onnxfile.source import Source, used
+
+
+def write_rewritten(
+    source: Source, low: Lowered, maps: Maps, model: Converted, layout: Layout, image: Shape
+) -> Written:
+    """The file with integer weights and activations. Its names, metadata, outputs and batch are the source's; `image`
+    is (channels, height, width) of its input."""
+    check_layout(model, layout)
+    model = in_layout(model, layout)
+    b = OnnxBuilder(source.opset)
+    form = QuickForm(b, model, layout, "float32", image) if layout.quick else PlainForm(b, model, layout, "float32")
+    for node in model.graph.nodes:
+        form.add(node)
+    for name, end in zip(low.exits, maps.exits, strict=True):
+        _leave(b, form.place(end.name), end, name, name in low.flat)
+    form.finish()
+    made = _assembled(source, low, b)
+    for node in made.graph.node:  # the image is called as in the source
+        node.input[:] = [source.image.name if name == INPUT else name for name in node.input]
+    meta = {p.key: p.value for p in source.model.metadata_props}
+    helper.set_model_props(made, {**meta, LAYOUT_KEY: layout.name})
+    return Written(made, form.places(), form.weights.made)
+
+
+def _leave(b: OnnxBuilder, place: Place, end: Exit, name: str, flat: bool) -> None:
+    """The value as the tail reads it: float, each channel by its own step."""
+    assert place.grid is not None
+    integers, count = place.name, len(end.step)
+    if place.more:
+        integers = b.node("Slice", [integers, b.shape(0), b.shape(count), b.shape(1)], f"{end.name}.cut")
+    scales = (place.grid.scale * end.step.numpy()).astype(np.float32)
+    zeros = (end.zero.numpy() - 128 + place.grid.zero_point).round().astype(np.uint8)
+    alike = bool((scales == scales[0]).all() and (zeros == zeros[0]).all())
+    parts = [b.constant(scales[0] if alike else scales), b.constant(zeros[0] if alike else zeros)]
+    real = f"{end.name}.out" if flat else name
+    b.node("DequantizeLinear", [integers, *parts], real, **({} if alike else {"axis": 1}))
+    if flat:
+        b.node("Flatten", [real], name)
+
+
+def _assembled(source: Source, low: Lowered, b: OnnxBuilder) -> onnx.ModelProto:
+    """The source with its layers' nodes replaced by the builder's, and what only they read left out."""
+    made = onnx.ModelProto()
+    made.CopyFrom(source.model)
+    graph = made.graph
+    tail = [source.nodes[i] for i in low.tail]
+    read = {name for node in tail for name in used(node)}
+    fixed = [onnx.numpy_helper.from_array(np.asarray(v), name) for name, v in low.fixed.items() if name in read]
+    stored = [t for t in source.model.graph.initializer if t.name in read]
+    del graph.node[:], graph.initializer[:], graph.value_info[:]
+    graph.node.extend([*b.nodes, *tail])
+    graph.initializer.extend([*stored, *fixed, *b.initializers.values()])
+    for entry in graph.input:  # the graph is for images of one size
+        dims = entry.type.tensor_type.shape.dim
+        for dim, size in zip(dims[1:], (source.image.channels, source.image.height, source.image.width), strict=True):
+            dim.dim_value = size
+    made.ir_version = max(made.ir_version, IR_VERSION[21] if source.opset >= 21 else IR_VERSION[13])
+    made.producer_name, made.producer_version = "dsconvert", VERSION
+    return made
+

@@ -1,0 +1,96 @@
+"""What one run of a float ONNX file on an image says of it: shapes of values, and which are the same for all images."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import onnx
+from onnx import numpy_helper
+
+from dsconvert.onnxfile.engines import session
+from dsconvert.onnxfile.source import Array, Source, used
+
+SHAPES = ("Shape", "Size")  # they say nothing of an image but its size
+
+
+@dataclass(frozen=True)
+class Facts:
+    """A file, and its values on one image of the size that it is converted for."""
+
+    source: Source
+    values: Mapping[str, Array]  # by name, of all nodes whose values are tensors
+
+    @cached_property
+    def moving(self) -> frozenset[str]:
+        """Names of values that change with what is in an image."""
+        found = {self.source.image.name}
+        for node in self.source.nodes:
+            if node.op_type not in SHAPES and not found.isdisjoint(used(node)):
+                found.update(node.output)
+        return frozenset(found)
+
+    def varying(self, node: onnx.NodeProto) -> list[str]:
+        """What a node reads that changes from image to image."""
+        return [name for name in node.input if name in self.moving]
+
+    def constant(self, name: str) -> Array | None:
+        """A value that is the same for every image of this size; None for others."""
+        if name in self.moving or not name:
+            return None
+        if name in self.source.initializers:
+            return numpy_helper.to_array(self.source.initializers[name])
+        return self.values.get(name)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a value; empty where it is unknown."""
+        return tuple(self.values[name].shape) if name in self.values else ()
+
+    def compute(self, target: str, given: Mapping[str, Array]) -> Array | None:
+        """A value from other values that are given in the place of the image's; None where they do not lead to it, or
+        ONNX Runtime fails on them."""
+        source, nodes = self.source, list[onnx.NodeProto]()
+        left, seen = [target], set(given)
+        indices = set[int]()
+        while left:
+            name = left.pop()
+            if name in seen or name not in self.moving:
+                continue
+            seen.add(name)
+            index = source.makers.get(name)
+            if index is None:
+                return None
+            indices.add(index)
+            left += source.nodes[index].input
+        nodes = [source.nodes[i] for i in sorted(indices)]
+        fixed = {name: self.constant(name) for node in nodes for name in used(node) if name not in self.moving}
+        if any(value is None for value in fixed.values()):
+            return None
+        stored = {name: numpy_helper.from_array(np.asarray(value), name) for name, value in fixed.items()}
+        try:
+            part = source.part(nodes, [target], given, stored)
+            found = session(part.SerializeToString(), 1).run(None, dict(given))[0]
+        except Exception:  # ONNX Runtime raises many kinds
+            return None
+        return np.asarray(found)
+
+
+def facts_of(source: Source, probe: Array) -> Facts:
+    """Run the file once on an input and keep every value. Raises whatever ONNX Runtime raises."""
+    names = [name for node in source.nodes for name in node.output if name]
+    there = {v.name for v in source.model.graph.output}
+    model = onnx.ModelProto()
+    model.CopyFrom(source.model)
+    model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names if name not in there)
+    running = session(model.SerializeToString(), 1)
+    wanted = [output.name for output in running.inner.get_outputs()]
+    found = running.run(wanted, {source.image.name: probe})
+    values = {name: value for name, value in zip(wanted, found, strict=True) if isinstance(value, np.ndarray)}
+    return Facts(source, {**values, source.image.name: probe})
+
+
+def maps_of(values: Iterable[str], facts: Facts) -> bool:
+    """Whether all of them are maps (n, channels, height, width)."""
+    return all(len(facts.shape(name)) == 4 for name in values)

@@ -1,0 +1,198 @@
+"""What the values mean that a float tail reads: which channels become scores, and the range that each channel has.
+
+A tail is not understood, only followed: where a Sigmoid or a Softmax reads numbers that were but moved, these are
+scores. Boxes and scores, and any two channels, have grids of their own: the step of each goes into its convolution's
+CDSw, and the tail reads the channel back in its own unit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dsconvert.graph.grids import QMAX, QParams
+from dsconvert.graph.ir import ConvParams, Graph
+from dsconvert.onnxfile.facts import Facts
+from dsconvert.onnxfile.lower import Lowered
+from dsconvert.onnxfile.recognise import MOVING
+
+SURE, UNLIKELY = 5.0, -9.0  # logits: scores of 0.993, which a grid reaches at least, and of 0.0001, all the same below
+MARGIN = 0.05  # of a channel's range on the images seen, beyond both ends: other images show more
+STEPS = QParams(1.0, 128)  # the grid of a map whose channels are in steps of their own
+WIDE = 1 << 13  # channels of an exit at most
+NOTHING, SIGMOID, SOFTMAX = 0, 1, 2  # what a channel becomes a score by
+
+
+@dataclass(frozen=True)
+class Exit:
+    """One map that the tail reads. Its value is (map + 128 - zero) * step, channel by channel."""
+
+    name: str  # of the graph's output
+    kinds: Tensor  # (c,) of NOTHING, SIGMOID and SOFTMAX
+    step: Tensor  # (c,) float32
+    zero: Tensor  # (c,) float32, integers 0..255
+
+    def real(self, x: Tensor) -> Tensor:
+        """A map (n, c, h, w) in the file's unit."""
+        shape = (-1, 1, 1)
+        return (x + (STEPS.zero_point - self.zero).to(x).view(shape)) * self.step.to(x).view(shape)
+
+
+@dataclass(frozen=True)
+class Maps:
+    """The maps that a tail of any origin reads, as `measure.outputs.Outputs`."""
+
+    exits: tuple[Exit, ...]
+    anchors: tuple[int, ...] = ()  # of an exit whose channels all become scores, boxes first: how many anchors; else 0
+
+    def measure(self, raw: list[Tensor], reference: list[Tensor]) -> list[Tensor]:
+        """Scores, and all other channels as shares of their range. These count where the float network's best score
+        is: by its root, as boxes do in `yolo.decode.detection_measure`. Maps of one size belong together."""
+        parts: list[Tensor] = []
+        for size in dict.fromkeys(x.shape[2:] for x in reference):
+            here = [i for i, x in enumerate(reference) if x.shape[2:] == size]
+            made, wanted = ([self._level(here, maps)] for maps in (raw, reference))
+            (scores, others), (scores0, _) = made[0], wanted[0]
+            weight = scores0.amax(1, keepdim=True).sqrt() if scores0 is not None else None
+            parts += [scores] if scores is not None else []
+            parts += [x * weight if weight is not None else x for x in others]
+        return parts
+
+    def _level(self, here: Sequence[int], maps: Sequence[Tensor]) -> tuple[Tensor | None, list[Tensor]]:
+        """Of maps of one size the scores (n, classes, h, w), None where there are none, and all else."""
+        found: list[Tensor] = []
+        others: list[Tensor] = []
+        for i in here:
+            e, x = self.exits[i], maps[i]
+            if self.anchors[i]:  # x, y, w, h, objectness and classes of each anchor, YOLOv5's way
+                apart = e.real(x).unflatten(1, (self.anchors[i], -1)).sigmoid()
+                found.append((apart[:, :, 4:5] * apart[:, :, 5:]).flatten(1, 2))
+                best = found[-1].detach().unflatten(1, (self.anchors[i], -1)).amax(2, keepdim=True).sqrt()
+                others.append((apart[:, :, :4] * best).flatten(1, 2))
+                continue
+            real = e.real(x)
+            logits = real[:, e.kinds == SIGMOID]
+            shares = real[:, e.kinds == SOFTMAX]
+            if logits.shape[1]:
+                found.append(logits.sigmoid())
+            if shares.shape[1]:
+                found.append(shares.softmax(1))
+            if (e.kinds == NOTHING).any():
+                others.append(x[:, e.kinds == NOTHING] / QMAX)
+        if not found:
+            return None, others
+        # one channel beside several is an objectness
+        single = [s for s in found if s.shape[1] == 1] if max(s.shape[1] for s in found) > 1 else []
+        scores = torch.cat([s for s in found if all(s is not one for one in single)], 1)
+        for one in single:
+            scores = scores * one
+        return scores, others
+
+    def reach(self, graph: Graph) -> dict[str, float]:
+        """None: the grids of outputs are pinned."""
+        return {}
+
+    def pinned(self, graph: Graph) -> dict[str, QParams]:
+        """Every output is in steps of its own channels."""
+        return {e.name: STEPS for e in self.exits if (e.step != 1).any() or (e.zero != STEPS.zero_point).any()}
+
+
+def score_kinds(facts: Facts, low: Lowered) -> dict[str, Tensor]:
+    """Of every exit what its channels become scores by, (c,), by its name in the file."""
+    shapes = {name: facts.shape(name) for name in low.exits}
+    kinds = {name: torch.zeros(shapes[name][1], dtype=torch.long) for name in low.exits}
+    # numbers that say which exit, and which of its channels
+    marks = {
+        name: np.broadcast_to(
+            (np.arange(shape[1]) + WIDE * (i + 1)).astype(np.float32).reshape(-1, *[1] * (len(shape) - 2)), shape
+        ).copy()
+        for i, (name, shape) in enumerate(shapes.items())
+    }
+    for index in low.tail:
+        node = facts.source.nodes[index]
+        kind = {"Sigmoid": SIGMOID, "Softmax": SOFTMAX}.get(node.op_type)
+        sources = _moved_from(facts, node.input[0], set(low.exits)) if kind else None
+        if kind is None or not sources:
+            continue
+        found = facts.compute(node.input[0], {name: marks[name] for name in sources})
+        if found is None:
+            continue
+        owners, channels = np.divmod(np.unique(np.rint(found)).astype(np.int64), WIDE)
+        if kind == SOFTMAX and found.shape[_axis(node)] != len(channels):  # over bins of a distance, or over pixels
+            continue
+        for owner, channel in zip(owners, channels, strict=True):
+            kinds[low.exits[owner - 1]][channel] = kind
+    return kinds
+
+
+def _axis(node: object) -> int:
+    found = [a.i for a in node.attribute if a.name == "axis"]  # type: ignore[attr-defined]
+    return int(found[0]) if found else -1
+
+
+def _moved_from(facts: Facts, value: str, exits: set[str]) -> set[str] | None:
+    """The exits that a value is only moved from; None where it is computed."""
+    found, left, seen = set[str](), [value], set[str]()
+    while left:
+        name = left.pop()
+        if name in exits:
+            found.add(name)
+            continue
+        index = facts.source.makers.get(name)
+        if index is None or facts.source.nodes[index].op_type not in MOVING:
+            return None
+        if name not in seen:
+            seen.add(name)
+            left += facts.varying(facts.source.nodes[index])
+    return found
+
+
+def in_steps(
+    low: Lowered, kinds: Mapping[str, Tensor], images: Iterable[Tensor],
+    run: Callable[[Tensor], list[Tensor]],
+) -> tuple[Lowered, Maps]:  # fmt: skip
+    """The graph with every channel of its outputs in steps of its own range on the images (1, c, h, w), where a
+    convolution makes the output and nothing else in the graph reads it; `run` gives the outputs."""
+    lows, highs = _ranges(images, run)
+    read = {name for node in low.graph.nodes for name in node.inputs}
+    convs = {node.name for node in low.graph.convs()}
+    params, exits = dict(low.params), list[Exit]()
+    for name, value, least, most in zip(low.graph.outputs, low.exits, lows, highs, strict=True):
+        kind = kinds[value]
+        if name not in convs or name in read:
+            exits.append(Exit(name, kind, torch.ones_like(least), torch.full_like(least, STEPS.zero_point)))
+            continue
+        beyond = MARGIN * (most - least)
+        is_logit = kind == SIGMOID
+        bottom = torch.where(is_logit, least.clamp_min(UNLIKELY), least - beyond).clamp_max(0)
+        top = torch.where(is_logit, most.clamp_min(SURE), most + beyond).clamp_min(0)
+        step = ((top - bottom) / QMAX).clamp_min(1e-6)
+        zero = (-bottom / step).round().clamp(0, QMAX)
+        p = params[name]
+        params[name] = ConvParams(p.weight / step[:, None, None, None], p.bias / step + zero - STEPS.zero_point)
+        exits.append(Exit(name, kind, step, zero))
+    anchors = tuple(_anchors(e, v.shape[0]) for e, v in zip(exits, lows, strict=True))
+    return replace(low, params=params), Maps(tuple(exits), anchors)
+
+
+def _anchors(e: Exit, channels: int) -> int:
+    """3 where all channels go through a Sigmoid and make so many boxes with scores, as YOLOv5's do; else 0."""
+    return 3 if bool((e.kinds == SIGMOID).all()) and channels % 3 == 0 and channels // 3 > 5 else 0
+
+
+def _ranges(
+    images: Iterable[Tensor], run: Callable[[Tensor], list[Tensor]]
+) -> tuple[list[Tensor], list[Tensor]]:
+    """The least and the largest of each channel of every output."""
+    lows: list[Tensor] = []
+    highs: list[Tensor] = []
+    for x in images:
+        made = [y[0].flatten(1) for y in run(x)]
+        low, high = [y.amin(1) for y in made], [y.amax(1) for y in made]
+        lows = [torch.minimum(a, b) for a, b in zip(lows, low, strict=True)] if lows else low
+        highs = [torch.maximum(a, b) for a, b in zip(highs, high, strict=True)] if highs else high
+    return lows, highs

@@ -1,0 +1,111 @@
+"""Operations of an ONNX graph recognised by what they do to numbers, not by how an exporter spells them.
+
+An activation is a chain of elementwise operators with one source: the chain is computed at many points, and held
+against the activations known. What only moves numbers is computed on numbers that say where they are from.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from dsconvert.graph.activations import ACTIVATIONS
+from dsconvert.onnxfile.source import Array
+
+# Operators that make every number from the one in its place.
+ELEMENTWISE = frozenset(
+    ("Add", "Sub", "Mul", "Div", "Neg", "Abs", "Min", "Max", "Clip", "Relu", "LeakyRelu", "PRelu", "Elu", "Sigmoid",
+     "HardSigmoid", "HardSwish", "Tanh", "Erf", "Exp", "Log", "Pow", "Sqrt", "Softplus", "Swish", "Mish", "Gelu",
+     "QuickGelu", "Identity", "Where", "Reciprocal", "Selu", "Celu", "ThresholdedRelu")
+)  # fmt: skip
+# Operators that move numbers or repeat them, and change none.
+MOVING = frozenset(
+    ("Reshape", "Transpose", "Slice", "Split", "Gather", "Squeeze", "Unsqueeze", "Flatten", "DepthToSpace",
+     "SpaceToDepth", "Concat", "Identity", "Resize", "Upsample", "Dropout",
+     "Pad")
+)  # fmt: skip
+POINTS = np.concatenate([np.linspace(-8, 8, 1601), [-60.0, -30.0, -12.0, 12.0, 30.0, 60.0]]).astype(np.float32)
+CLOSE = 2e-5  # of the largest number: two float32 implementations of one function
+MOST_TOP = 100
+EXACT = 1 << 24  # every integer below is a float32
+
+
+@dataclass(frozen=True)
+class Moved:
+    """What moving did to a map (c, h, w): its channels of these numbers, each pixel so many times along both sides, or
+    every second pixel of each of four phases."""
+
+    kind: str  # "select", "upsample" or "space_to_depth"
+    channels: tuple[int, ...]
+    scale: int = 1
+
+
+def points() -> Array:
+    """Where activations are looked at: (1, 1, 1, k)."""
+    return POINTS.reshape(1, 1, 1, -1)
+
+
+def activation_named(values: Array) -> tuple[str, int] | None:
+    """The activation with these values at `points`: its kind and 0; or "ReLU" and its top, 0 for none; or "same" for
+    values that were not changed. None for any other."""
+    x, y = POINTS, values.reshape(-1).astype(np.float32)
+    if y.shape != x.shape or not np.isfinite(y).all():
+        return None
+    if _close(y, x):
+        return "same", 0
+    top = round(float(y.max()))
+    for limit in (0, top):
+        if 0 <= limit <= MOST_TOP and _close(y, np.clip(x, 0, limit or None)):
+            return "ReLU", limit
+    for kind, function in ACTIVATIONS.items():
+        if _close(y, function(torch.from_numpy(x)).numpy()):
+            return kind, 0
+    return None
+
+
+def _close(found: Array, wanted: Array) -> bool:
+    return bool(np.abs(found - wanted).max() <= CLOSE * max(1.0, float(np.abs(wanted).max())))
+
+
+def places(shape: tuple[int, ...]) -> Array | None:
+    """An array of that shape whose numbers say where they are; None where float32 cannot count so far."""
+    count = int(np.prod(shape))
+    return np.arange(count, dtype=np.float32).reshape(shape) if count < EXACT else None
+
+
+def moved(found: Array, shape: tuple[int, ...]) -> Moved | None:
+    """What was done to a map (n, c, h, w) of that shape, by what became of its `places`; None for anything else.
+
+    Of an output with two dimensions (n, c) the map has one pixel."""
+    if found.ndim == 2:
+        found = found[:, :, None, None]
+    if found.ndim != 4 or found.size == 0:
+        return None
+    _, c, h, w = shape
+    at = np.rint(found[0]).astype(np.int64)
+    high, wide = at.shape[1:]
+    channels, inside = np.divmod(at[:, 0, 0], h * w)
+    if (channels >= c).any():
+        return None
+    rows, columns = np.divmod(inside, w)
+
+    def is_from(y: Array, x: Array) -> bool:
+        wanted = channels[:, None, None] * (h * w) + y * w + x
+        return wanted.shape == at.shape and bool((wanted == at).all())
+
+    y, x = np.arange(high)[None, :, None], np.arange(wide)[None, None, :]
+    chosen = tuple(int(n) for n in channels)
+    if (high, wide) == (h, w) and is_from(y, x):
+        return Moved("select", chosen)
+    scale = high // h
+    if scale > 1 and (high, wide) == (scale * h, scale * w) and is_from(y // scale, x // scale):
+        return Moved("upsample", chosen, scale)
+    halves = (high * 2, wide * 2) == (h, w)
+    if halves and (rows < 2).all() and (columns < 2).all():
+        if is_from(2 * y + rows[:, None, None], 2 * x + columns[:, None, None]):
+            # the order of `ops.space_to_depth`: the row's phase runs fastest
+            order = (columns * 2 + rows) * c + channels
+            return Moved("space_to_depth", tuple(int(n) for n in order))
+    return None

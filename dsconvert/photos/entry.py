@@ -1,0 +1,41 @@
+"""From the bytes of an image to the numbers that a network reads, and the grid that these are on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dsconvert.graph.grids import QParams
+
+
+@dataclass(frozen=True)
+class Entry:
+    """(byte / divisor - mean) / std, channel by channel, the channels in `order`."""
+
+    divisor: float = 255.0  # what bytes are divided by: 255, or 1
+    mean: tuple[float, ...] = (0.0,)  # one number, or one a channel of the network's input
+    std: tuple[float, ...] = (1.0,)  # likewise, above 0
+    order: tuple[int, ...] = (0, 1, 2)  # the image's channel for each of the network's; 2, 1, 0 for BGR
+
+    def real(self, image: Tensor) -> Tensor:
+        """Bytes (channels, h, w) -> float32 (channels, h, w)."""
+        made = image.float() / self.divisor
+        if self.order != tuple(range(len(self.order))) and len(made) == len(self.order):
+            made = made[list(self.order)]
+        if any(self.mean) or any(s != 1 for s in self.std):
+            mean, std = (torch.tensor(numbers, device=made.device)[:, None, None] for numbers in (self.mean, self.std))
+            made = (made - mean) / std
+        return made
+
+    @property
+    def grid(self) -> QParams:
+        """The grid of all numbers that bytes can become. Without mean and std it is exact: a step is a byte's."""
+        count = max(len(self.mean), len(self.std))
+        mean, std = (list(numbers) * (count // len(numbers)) for numbers in (self.mean, self.std))
+        ends = [(byte / self.divisor - m) / s for m, s in zip(mean, std, strict=True) for byte in (0, 255)]
+        return QParams.of_range(min(ends), max(ends))
+
+
+UNIT = Entry()  # 0..1, as YOLOv5 reads images
