@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from dsconvert.base.size import Size
 from dsconvert.dsconv.tensor import DSTensor
 from dsconvert.graph.grids import QParams
 from dsconvert.graph.integer import QConv
@@ -16,14 +17,14 @@ from dsconvert.yolo.network import Head
 @dataclass(frozen=True)
 class DSModel:
     """A quantized detector. `convs` by convolution name. `activations` by value name (`grid_of` completes them);
-    empty when activations stay float. `imgsz` is the side calibrated at, in pixels; `provenance` says where it came
+    empty when activations stay float. `imgsz` is the size calibrated at; `provenance` says where it came
     from (plain JSON values)."""
 
     graph: Graph
     convs: Mapping[str, QConv]
     activations: Mapping[str, QParams]
     head: Head
-    imgsz: int
+    imgsz: Size
     provenance: Mapping[str, Any]
 
     @property

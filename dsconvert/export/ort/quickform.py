@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 
 from dsconvert.base.builder import OnnxBuilder
+from dsconvert.base.size import Size
 from dsconvert.export.ends.decode import SHORT
 from dsconvert.export.operators import real_weight
 from dsconvert.export.ort.lastchannels import LAST, TO_FIRST, TO_LAST
@@ -31,13 +32,13 @@ from dsconvert.model.model import DSModel
 
 class QuickForm(PlainForm):
     """Convolutions with as many channels as the kernels like, the image in quads, upsampling by Gather, and maps for
-    `decode` with their channels last. A map's shape is known, so the image's side is."""
+    `decode` with their channels last. A map's shape is known, so the image's size is."""
 
-    def __init__(self, b: OnnxBuilder, model: DSModel, layout: Layout, input_type: str, side: int) -> None:
+    def __init__(self, b: OnnxBuilder, model: DSModel, layout: Layout, input_type: str, size: Size) -> None:
         super().__init__(b, model, layout, input_type)
-        self.side = side
+        self.size = size
         weights = {name: tuple(conv.weight.vqk.shape) for name, conv in model.convs.items()}
-        self.shapes = value_shapes(model.graph, weights, (3, side, side))
+        self.shapes = value_shapes(model.graph, weights, size.image)
         self.images: dict[tuple[int, ...], str] = {}  # the image in other shapes, bytes
         self.wide: dict[str, Place] = {}  # raw maps that have more channels than the graph's
 
@@ -130,7 +131,7 @@ class QuickForm(PlainForm):
         a, kernel = node.attrs, self.model.convs[node.name].weight.vqk.shape[2:]
         if not self._fill(node) or (a["stride"], a["dilation"]) != (2, 1):
             return None
-        return quads_of((kernel[0], kernel[1]), [a["padding"]] * 4, (self.side, self.side))
+        return quads_of((kernel[0], kernel[1]), [a["padding"]] * 4, self.size.pair)
 
     def _conv_by_quads(self, node: Node, q: Quads) -> str:
         """The same convolution of two rows of four pixels as one; the quantized result's name."""
