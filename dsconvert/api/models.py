@@ -133,9 +133,9 @@ class QuantizedModel:
         layout: packed (smallest), fused (that for ONNX Runtime alone, loads faster), blocked (ONNX block scales),
         openvino (for OpenVINO: the fastest there), int8 (runs on old engines) or float (of kds="float").
         imgsz: pixels of the input, a square's side or (height, width) (None: as calibrated).
-        dynamic_batch=True leaves the batch size open. input_type: float32 or float16
-        (0..1), or uint8 (the image's bytes). nms=True ends with non-maximum suppression, `detections` (k, 7) = image,
-        x1, y1, x2, y2, score, class; conf_thres, iou_thres and max_det belong to it."""
+        dynamic_batch=True leaves the batch size open, dynamic=True height and width too (slower).
+        input_type: float32 or float16 (0..1), or uint8 (the image's bytes). nms=True ends with non-maximum suppression,
+        `detections` (k, 7) = image, x1, y1, x2, y2, score, class; conf_thres, iou_thres and max_det belong to it."""
         chosen, asked = layout_named(layout), _ends(**ends)
         with tempfile.TemporaryDirectory() as folder:
             made = exporting.onnx_bytes(as_file(self, Path(folder)), chosen, imgsz, asked, check)
@@ -308,6 +308,7 @@ def _write(file: File, data: bytes, force: bool) -> Path:
 def _ends(
     *,
     dynamic_batch: bool = False,
+    dynamic: bool = False,
     input_type: str = "float32",
     nms: bool = False,
     conf_thres: float | None = None,
@@ -320,7 +321,7 @@ def _ends(
     chosen = {name: value for name, value in limits.items() if value is not None}
     if chosen and not nms:
         raise InputError("conf_thres, iou_thres and max_det belong to nms=True; give it too.")
-    return Ends(dynamic_batch, input_type, Nms(**chosen) if nms else None)
+    return Ends(dynamic_batch, input_type, Nms(**chosen) if nms else None, dynamic)
 
 
 def _check(options: QuantizeOptions) -> None:

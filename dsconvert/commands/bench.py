@@ -28,7 +28,7 @@ from dsconvert.scoring.bench import bench as measure
     help="Engine to run in; give it again for another.",
 )
 @click.option("--runs", type=click.IntRange(2), default=50, show_default=True, help="Timed rounds (60 s at most).")
-@imgsz("Size of inputs that leave it open: 640, or height and width (default: 640)")
+@imgsz("Size of inputs that leave it open: 640, or 384 640 (height, width) (default: 640)")
 @threads
 @quiet
 @as_json

@@ -41,7 +41,7 @@ from dsconvert.scoring.photos import Compared, compare_files, left_out
 @click.option("--data", type=PATH, help="data.yaml instead of SOURCE; its labels are not read.")
 @click.option("--conf-thres", default=0.25, show_default=True, help="Least score of an object.")
 @click.option("--iou-thres", default=0.45, show_default=True, help="Most overlap of two boxes of a class.")
-@imgsz("Size of the images: 640, or height and width (default: as exported)")
+@imgsz("Size of the images: 640, or 384 640 (height, width) (default: as exported)")
 @click.option("--samples", type=click.IntRange(1), help="Most images used.")
 @split_of("val")
 @strict

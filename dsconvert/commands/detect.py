@@ -93,7 +93,7 @@ def _no_windows(context: click.Context, parameter: click.Parameter, value: bool)
 @click.option("--max-det", default=1000, show_default=True, help="Most objects an image.")
 @click.option("--classes", multiple=True, metavar="CLASS...", help="Only these, by number or name: 0 2, 0,2 or person.")
 @click.option("--agnostic-nms", is_flag=True, help="Boxes of different classes suppress each other too.")
-@imgsz("Size of the input: 640, or height and width (default: as exported)", "--img", "--img-size")
+@imgsz("Size of the input: 640, or 384 640 (height, width) (default: as exported)", "--img", "--img-size")
 @click.option("--half", is_flag=True, help="Insist on a MODEL with float16 input (export --half-input).")
 @click.option("--vid-stride", type=click.IntRange(1, 100_000), default=1, show_default=True,
               help="Of so many frames of a video, look at the last.")  # fmt: skip

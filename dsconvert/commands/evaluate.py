@@ -47,7 +47,7 @@ ACCURACY = ("map50_95", "map50", "precision", "recall")
 @click.command("eval", cls=Sized, short_help="Measure accuracy, size and latency of each MODEL.")
 @click.argument("models", type=PATH, nargs=-1, metavar="[MODEL]...")
 @click.option("--data", type=PATH, help="data.yaml with labels, or a folder of images without.")
-@imgsz("Size of the images: 640, or height and width (default: as exported)")
+@imgsz("Size of the images: 640, or 384 640 (height, width) (default: as exported)")
 @click.option("--samples", type=click.IntRange(1), help="Most images used.")
 @split_of("val")
 @strict

@@ -30,8 +30,9 @@ from dsconvert.photos.dataset import SPLITS, is_data_yaml, read_data_yaml
 @click.option("--layout", type=click.Choice(list(LAYOUTS)), default=PACKED.name, show_default=True,
               help=" ".join(f"{x.name}: {x.about}." for x in LAYOUTS.values())
               + f" OpenVINO runs {', '.join(run_by('OpenVINO'))}.")  # fmt: skip
-@imgsz("Size of the input: 640, or height and width (default: as calibrated)")
+@imgsz("Size of the input: 640, or 384 640 (height, width) (default: as calibrated)")
 @click.option("--dynamic-batch", is_flag=True, help="Leave the batch size open.")
+@click.option("--dynamic", is_flag=True, help="Leave batch size, height and width open; slower than a fixed size.")
 @click.option("--uint8-input", is_flag=True, help="Input is the image's bytes, 0..255; dividing by 255 is not needed.")
 @click.option("--half-input", is_flag=True, help="Input is float16, 0..1 (YOLOv5: detect.py --half).")
 @click.option(
@@ -48,9 +49,9 @@ from dsconvert.photos.dataset import SPLITS, is_data_yaml, read_data_yaml
 @force
 @as_json
 def export(
-    model: Path | None, layout: str, imgsz: Size | None, dynamic_batch: bool, uint8_input: bool, half_input: bool,
-    with_nms: bool, conf_thres: float | None, iou_thres: float | None, max_det: int | None, no_check: bool,
-    out: Path | None, force: bool, as_json: bool,
+    model: Path | None, layout: str, imgsz: Size | None, dynamic_batch: bool, dynamic: bool, uint8_input: bool,
+    half_input: bool, with_nms: bool, conf_thres: float | None, iou_thres: float | None, max_det: int | None,
+    no_check: bool, out: Path | None, force: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Write MODEL (default: the newest quantize result) as ONNX.
 
@@ -67,6 +68,7 @@ def export(
         dynamic_batch,
         "uint8" if uint8_input else "float16" if half_input else "float32",
         _nms(with_nms, {"confidence": conf_thres, "iou": iou_thres, "most": max_det}),
+        dynamic,
     )
     path = model or exporting.newest_result(RUNS)
     float_source = exporting.exportable(path) == CHECKPOINT

@@ -148,7 +148,7 @@ def _configure(context: click.Context, parameter: click.Parameter, value: str | 
 @click.option("--scope", type=click.Choice(SCOPES), default="all", show_default=True, help="Which convolutions.")
 @click.option("--cfg", type=PATH, metavar="FILE",
               help="Model yaml whose DSConv2D_C3 rows choose the layers; replaces --blocks, --scope.")  # fmt: skip
-@imgsz("Size of the images: 640, or height and width", default="640", show_default="640; of an .onnx its own")
+@imgsz("Size of the images: 640, or 384 640 (height, width)", default="640", show_default="640; of an .onnx its own")
 @click.option("--samples", default=256, show_default=True, help="Most calibration images used.")
 @click.option("--activations", type=click.Choice(["int8", "float"]), default="int8",
               show_default="int8; of an .onnx float", help="float: only the weights are quantized.")  # fmt: skip

@@ -27,7 +27,7 @@ from dsconvert.model.file import load_model
     "--float", "float_model", type=PATH, metavar="FILE", help="Float checkpoint (default: the one converted)."
 )
 @click.option("--images", type=click.IntRange(0, 100), default=6, show_default=True, help="Most photos shown.")
-@imgsz("Size of the images: 640, or height and width (default: as calibrated)")
+@imgsz("Size of the images: 640, or 384 640 (height, width) (default: as calibrated)")
 @click.option("--samples", type=click.IntRange(1), help="Most images evaluated.")
 @split_of("val")
 @strict

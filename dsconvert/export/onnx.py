@@ -21,6 +21,7 @@ from dsconvert.base.size import Size, SizeLike
 from dsconvert.export.ends.decode import add_decode, box_count
 from dsconvert.export.ends.inputs import INPUT_TYPES, add_real_image
 from dsconvert.export.ends.nms import Nms, add_nms
+from dsconvert.export.ends.opensize import add_open_decode
 from dsconvert.export.operators import real_weight
 from dsconvert.export.ort.fused import fuse
 from dsconvert.export.ort.quickform import QuickForm
@@ -42,11 +43,13 @@ FLOAT_OPSET = 13
 
 @dataclass(frozen=True)
 class Ends:
-    """How a file begins and ends: batch size open or 1, one of INPUT_TYPES, with or without NMS."""
+    """How a file begins and ends: batch size open or 1, one of INPUT_TYPES, with or without NMS; height and width open,
+    and the batch size with them, or fixed."""
 
     dynamic_batch: bool = False
     input_type: str = "float32"
     nms: Nms | None = None
+    open_size: bool = False
 
 
 PLAIN = Ends()
@@ -60,6 +63,10 @@ def export_quantized(model: DSModel, layout: Layout, imgsz: SizeLike, ends: Ends
 def write_quantized(model: DSModel, layout: Layout, imgsz: SizeLike, ends: Ends = PLAIN) -> Written:
     """The same, and what its names are."""
     check_layout(model, layout)
+    if layout.fused and ends.open_size:
+        raise InputError.naming(
+            "{layout} {} needs one image size; leave out {dynamic}, or choose another.", layout.name
+        )
     model = in_layout(model, layout)
     made = _written(model, layout, Size.of(imgsz), ends)
     return fuse(made) if layout.fused else made
@@ -79,7 +86,7 @@ def _written(model: DSModel, layout: Layout, imgsz: Size, ends: Ends) -> Written
     if model.activations:
         q = (
             QuickForm(b, model, layout, ends.input_type, imgsz)
-            if layout.quick
+            if layout.quick and not ends.open_size
             else PlainForm(b, model, layout, ends.input_type)
         )
         for node in model.graph.nodes:
@@ -136,11 +143,12 @@ def _finish(
     b: OnnxBuilder, raw: list[Place], head: Head, imgsz: Size, ends: Ends, extra: Mapping[str, str]
 ) -> onnx.ModelProto:
     """Raw maps -> the model: decoding, NMS if wanted, metadata."""
-    n: int | str = "batch" if ends.dynamic_batch else 1
+    n: int | str = "batch" if ends.dynamic_batch or ends.open_size else 1
     # YOLOv5 reads exactly these two keys: int(stride) and the names as a Python dictionary
     metadata = {"stride": str(head.stride), "names": str(dict(enumerate(head.names))), **extra}
     maps = len(raw) - bool(head.nm)
-    decoded = add_decode(b, raw[:maps], head, imgsz)
+    decoded = add_open_decode(b, raw[:maps], head) if ends.open_size else add_decode(b, raw[:maps], head, imgsz)
+    image: tuple[int | str, ...] = (3, "height", "width") if ends.open_size else imgsz.image
     output: dict[str, tuple[int | str, ...]]
     if ends.nms and head.nm:
         raise InputError.naming("{nms} is for detectors: a segmentation model's masks need every box's coefficients.")
@@ -150,11 +158,18 @@ def _finish(
         metadata["dsconvert.nms"] = str(asdict(ends.nms))
     else:
         b.node("Concat", decoded.all(), OUTPUT, axis=2)
-        output = {OUTPUT: (n, box_count(head, imgsz), sum(head.parts))}
+        output = {OUTPUT: (n, "boxes" if ends.open_size else box_count(head, imgsz), sum(head.parts))}
         if head.nm:
             _prototypes(b, raw[-1])
-            output[PROTOTYPES] = (n, head.nm, *(2 * side // head.strides[0] for side in imgsz.pair))
-    return b.model({INPUT: (n, *imgsz.image)}, output, metadata, INPUT_TYPES[ends.input_type])
+            output[PROTOTYPES] = (n, head.nm, *_prototype_size(head, imgsz, ends))
+    return b.model({INPUT: (n, *image)}, output, metadata, INPUT_TYPES[ends.input_type])
+
+
+def _prototype_size(head: Head, imgsz: Size, ends: Ends) -> tuple[int | str, ...]:
+    """Their height and width."""
+    if ends.open_size:
+        return "mask_height", "mask_width"
+    return tuple(2 * side // head.strides[0] for side in imgsz.pair)
 
 
 def _prototypes(b: OnnxBuilder, raw: Place) -> None:
