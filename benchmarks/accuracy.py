@@ -42,6 +42,7 @@ from peers import (
     ultralytics_int8,
 )
 
+from dsconvert.base.size import Size
 from dsconvert.convert.exporting import onnx_bytes
 from dsconvert.convert.options import QuantizeOptions
 from dsconvert.convert.quantize import quantize
@@ -106,7 +107,7 @@ def dsconvert_row(name: str, group: str, checkpoint: Path, work: Path, options: 
     )
 
 
-def openvino_row(row: Row, side: int) -> Row:
+def openvino_row(row: Row, side: Size) -> Row:
     """The same model in layout openvino, run in OpenVINO."""
     target = row.path.with_name("openvino.onnx")
     made(
@@ -132,7 +133,7 @@ def all_rows(
     checkpoint: Path, options: QuantizeOptions, work: Path, groups: Sequence[str], sizes: Sequence[int], only_made: bool
 ) -> list[Row]:
     """Every model of the groups wanted, the float one first; `main` always. `only_made`: those in the work folder."""
-    side = options.imgsz
+    side = options.size
     float_file = work / "float32.onnx"
     made(float_file, lambda: float_file.write_bytes(onnx_bytes(checkpoint, layout_named("packed"), side)))
     rows = [Row("float32", "main", float_file, load_candidate(float_file, side).predict, 32.0, None)]

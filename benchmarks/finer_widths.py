@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from dsconvert.base.kept import Room
+from dsconvert.base.size import Size
 from dsconvert.dsconv.format import WeightFormat
 from dsconvert.measure.calibration import decoded
 from dsconvert.measure.damage import damage_of, formats_of
@@ -69,7 +70,7 @@ def measured(checkpoint: Path, data: Path, imgsz: int, samples: int) -> dict[str
     left: dict[str, Left] = {}
     paths = spread(calibration_images(data), 2 * samples)
     for mine in (paths[::2], paths[1::2]):
-        images = decoded(mine, imgsz, 0, lambda *told: None, Room())
+        images = decoded(mine, Size.of(imgsz), 0, lambda *told: None, Room())
         singles = (images.one(i, "cpu") for i in range(images.part.mine))
         measure = partial(detection_measure, head=loaded.head)
         found = measure_importance(graph, params, singles, measure, 0, chosen, images.part, Room())

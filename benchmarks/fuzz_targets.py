@@ -185,7 +185,7 @@ def run_onnx(path: Path) -> None:
     """What `eval` and `detect` do with an exported file, on one image, within the command line's bounds."""
     with enforced():
         candidate = load_candidate(path, None)
-        candidate.predict(np.full((1, 3, candidate.side, candidate.side), 0.5, np.float32))
+        candidate.predict(np.full((1, *candidate.imgsz.image), 0.5, np.float32))
 
 
 def float_onnx(folder: Path) -> Callable[[Path], Any]:

@@ -70,7 +70,7 @@ class Network:
 
     def watched(self, paths: Sequence[Path], options: QuantizeOptions) -> Watched:
         """Photographs, and positions drawn from them."""
-        return watched(self.graph, self.params, self.head, paths, options.imgsz, options.seed)
+        return watched(self.graph, self.params, self.head, paths, options.size, options.seed)
 
 
 @dataclass(frozen=True)

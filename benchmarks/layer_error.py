@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from dsconvert.base.kept import Room
+from dsconvert.base.size import Size
 from dsconvert.dsconv.format import WeightFormat
 from dsconvert.fit.layer import Batches
 from dsconvert.fit.lockstep import fit_lockstep
@@ -38,14 +39,14 @@ class Watched:
 
 
 def watched(
-    graph: Graph, params: Mapping[str, ConvParams], head: Head, paths: Sequence[Path], side: int, seed: int
+    graph: Graph, params: Mapping[str, ConvParams], head: Head, paths: Sequence[Path], size: Size, seed: int
 ) -> Watched:
     """The photographs as they are, without views; positions drawn from them as `quantize` does."""
-    pictures, room = photographs_of(paths, side), Room()
-    pixels = room.kept(len(pictures), (3, side, side), torch.uint8)
+    pictures, room = photographs_of(paths, size), Room()
+    pixels = room.kept(len(pictures), size.image, torch.uint8)
     for index, picture in enumerate(pictures):
         pixels.put(index, picture)
-    images = Images(pixels, Part(0, len(pictures), len(pictures)), side, len(pictures))
+    images = Images(pixels, Part(0, len(pictures), len(pictures)), size, len(pictures))
     found = calibrate(graph, params, Detections(head), images, {}, seed, "cpu", False, lambda *_: None, room)
     return Watched(images, found.drawn)
 

@@ -23,6 +23,7 @@ from onnxruntime.quantization import CalibrationDataReader, CalibrationMethod, Q
 from onnxruntime.quantization.shape_inference import quant_pre_process
 
 from dsconvert.base.errors import InputError
+from dsconvert.base.size import SizeLike
 from dsconvert.photos.dataset import calibration_images
 from dsconvert.photos.images import letterbox, read_image, spread, to_tensor
 
@@ -35,8 +36,8 @@ MNN_BLOCK = 32
 MNN_CONVERT = "import sys, _tools; _tools.mnnconvert(sys.argv)"
 
 
-def decoded(data: Path, imgsz: int, samples: int) -> list[NDArray[np.float32]]:
-    """The calibration images that `quantize` takes by default, letterboxed, each (1, 3, imgsz, imgsz)."""
+def decoded(data: Path, imgsz: SizeLike, samples: int) -> list[NDArray[np.float32]]:
+    """The calibration images that `quantize` takes by default, letterboxed, each (1, 3, h, w)."""
     found = []
     for path in spread(calibration_images(data), samples):
         with suppress(InputError):  # a file that cannot be read is left out, as quantize does

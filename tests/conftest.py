@@ -19,6 +19,7 @@ from pt_writer import yolov5_bytes
 from watching import watch
 
 from dsconvert.base.kept import Room
+from dsconvert.base.size import Size
 from dsconvert.commands.cli import main
 from dsconvert.dsconv.codes import TRELLIS, usual_format
 from dsconvert.dsconv.codes.trellis_table import fits
@@ -212,7 +213,7 @@ def convert(network: Network, head: Head, picture: torch.Tensor) -> DSModel:
         for name, p in params.items()
     }
     convs = lockstep(graph, params, lambda node, weight, seen: weights[node.name], own, batches)
-    return DSModel(graph, convs, own, head, SIDE, {})
+    return DSModel(graph, convs, own, head, Size.of(SIDE), {})
 
 
 def by_quads(weight: np.ndarray) -> np.ndarray:

@@ -24,6 +24,7 @@ from typing import Any
 from dsconvert.base.errors import InputError
 from dsconvert.base.filekinds import MODEL, ONNX, file_kind
 from dsconvert.base.files import refuse_inputs, write_atomic
+from dsconvert.base.size import Size, SizeLike
 from dsconvert.convert import exporting
 from dsconvert.convert import quantize as pipeline
 from dsconvert.convert.options import QuantizeOptions
@@ -62,7 +63,9 @@ class FloatModel:
     def __repr__(self) -> str:
         return f"FloatModel({str(self.path)!r}, {len(self.names)} classes, {self.checkpoint.size_bytes / 1e6:.2f} MB)"
 
-    def export(self, file: File, *, imgsz: int = 640, check: bool = True, force: bool = False, **ends: Any) -> Path:
+    def export(
+        self, file: File, *, imgsz: SizeLike = 640, check: bool = True, force: bool = False, **ends: Any
+    ) -> Path:
         """Write the float32 network as ONNX, to compare with; returns the file. `check` and `ends` as in
         QuantizedModel.export."""
         refuse_inputs([Path(file)], [self.path])
@@ -82,9 +85,10 @@ class QuantizedModel:
         return self.model.head.names
 
     @property
-    def imgsz(self) -> int:
-        """Side of the images it was calibrated on, pixels."""
-        return self.model.imgsz
+    def imgsz(self) -> int | tuple[int, int]:
+        """Size of the images it was calibrated on, pixels: of a square one number, else height and width."""
+        height, width = self.model.imgsz.pair
+        return height if height == width else (height, width)
 
     @property
     def weight_bits(self) -> float:
@@ -118,7 +122,7 @@ class QuantizedModel:
         file: File,
         layout: str = PACKED.name,
         *,
-        imgsz: int | None = None,
+        imgsz: SizeLike | None = None,
         check: bool = True,
         force: bool = False,
         **ends: Any,
@@ -128,10 +132,10 @@ class QuantizedModel:
 
         layout: packed (smallest), fused (that for ONNX Runtime alone, loads faster), blocked (ONNX block scales),
         openvino (for OpenVINO: the fastest there), int8 (runs on old engines) or float (of kds="float").
-        imgsz: side of the input, pixels (None: as calibrated).
-        dynamic_batch=True leaves the batch size open. input_type: float32 or float16
-        (0..1), or uint8 (the image's bytes). nms=True ends with non-maximum suppression, `detections` (k, 7) = image,
-        x1, y1, x2, y2, score, class; conf_thres, iou_thres and max_det belong to it."""
+        imgsz: pixels of the input, a square's side or (height, width) (None: as calibrated).
+        dynamic_batch=True leaves the batch size open, dynamic=True height and width too (slower).
+        input_type: float32 or float16 (0..1), or uint8 (the image's bytes). nms=True ends with non-maximum suppression,
+        `detections` (k, 7) = image, x1, y1, x2, y2, score, class; conf_thres, iou_thres and max_det belong to it."""
         chosen, asked = layout_named(layout), _ends(**ends)
         with tempfile.TemporaryDirectory() as folder:
             made = exporting.onnx_bytes(as_file(self, Path(folder)), chosen, imgsz, asked, check)
@@ -201,7 +205,7 @@ def quantize(
     scope: str = "all",
     activations: str = "int8",
     kds: str = "int",
-    imgsz: int = 640,
+    imgsz: SizeLike = 640,
     samples: int = 256,
     split: str | None = None,
     strict: bool = False,
@@ -218,11 +222,11 @@ def quantize(
     target_map_drop (points of mAP50-95 lost on images held back) decides the widths; without, layers share the bytes
     of 4 bits as it does the least harm. block_size: input channels a shift covers (None: by layer). blocks: all, head,
     backbone, or C3 layers such as "13,17,20,23"; scope: bottleneck, c3 or all. activations: int8, or float to quantize
-    weights only; kds: int, or float for the paper's real-valued shifts. imgsz in pixels; samples: most images used;
-    split: that of a data.yaml (None: train, else val); strict: refuse lists and labels of which a part cannot be used,
-    instead of a warning. finetune_steps: of the brief fine-tune (None: as many as seem of use; 0: none), which ends
-    after finetune_time seconds (None: never; 0: there is none). device: cpu, or a GPU (0, cuda:0, cuda).
-    progress(stage, done, total) is called as it goes."""
+    weights only; kds: int, or float for the paper's real-valued shifts. imgsz: pixels, a square's side or (height,
+    width), multiples of the model's stride; samples: most images used; split: that of a data.yaml (None: train, else
+    val); strict: refuse lists and labels of which a part cannot be used, instead of a warning. finetune_steps: of the
+    brief fine-tune (None: as many as seem of use; 0: none), which ends after finetune_time seconds (None: never; 0:
+    there is none). device: cpu, or a GPU (0, cuda:0, cuda). progress(stage, done, total) is called as it goes."""
     source = load(model) if isinstance(model, (str, Path)) else model
     if not isinstance(source, FloatModel):
         raise InputError("This model is converted already; quantize takes a checkpoint (.pt).")
@@ -243,7 +247,7 @@ def evaluate(
     models: FloatModel | QuantizedModel | File | Sequence[FloatModel | QuantizedModel | File],
     data: File,
     *,
-    imgsz: int | None = None,
+    imgsz: SizeLike | None = None,
     samples: int | None = None,
     split: str | None = None,
     strict: bool = False,
@@ -252,9 +256,10 @@ def evaluate(
     """Measure accuracy, size and latency of models, given as values or as `.pt`, `.safetensors` and `.onnx` files.
 
     data: data.yaml with labels, or a folder of images; then the truth is what the first model finds, and the others'
-    rows say how far they agree with it. A converted model's size is that of the file `save` writes. imgsz: side of the
-    images, pixels (None: what the models were made for); samples: most images used; split: that of the data.yaml (None:
-    val, else test or train); strict: refuse lists and labels of which a part cannot be used, instead of a warning."""
+    rows say how far they agree with it. A converted model's size is that of the file `save` writes. imgsz: pixels
+    of the images, a square's side or (height, width) (None: what the models were made for); samples: most images used;
+    split: that of the data.yaml (None: val, else test or train); strict: refuse lists and labels of which a part cannot
+    be used, instead of a warning."""
     given = [models] if isinstance(models, (str, Path, FloatModel, QuantizedModel)) else list(models)
     if not given:
         raise InputError("There is no model to evaluate.")
@@ -303,6 +308,7 @@ def _write(file: File, data: bytes, force: bool) -> Path:
 def _ends(
     *,
     dynamic_batch: bool = False,
+    dynamic: bool = False,
     input_type: str = "float32",
     nms: bool = False,
     conf_thres: float | None = None,
@@ -315,7 +321,7 @@ def _ends(
     chosen = {name: value for name, value in limits.items() if value is not None}
     if chosen and not nms:
         raise InputError("conf_thres, iou_thres and max_det belong to nms=True; give it too.")
-    return Ends(dynamic_batch, input_type, Nms(**chosen) if nms else None)
+    return Ends(dynamic_batch, input_type, Nms(**chosen) if nms else None, dynamic)
 
 
 def _check(options: QuantizeOptions) -> None:
@@ -324,8 +330,9 @@ def _check(options: QuantizeOptions) -> None:
         raise InputError(f"activations {options.activations!r} is not one of {', '.join(ACTIVATIONS)}.")
     if options.kds not in ("int", "float"):
         raise InputError(f"kds {options.kds!r} is not one of int, float.")
+    Size.of(options.imgsz)  # raises for what is none
     numbers = {"bits": options.bits, "target_size": options.target_bytes, "block_size": options.block_size,
-               "imgsz": options.imgsz, "samples": options.samples, "seed": options.seed,
+               "samples": options.samples, "seed": options.seed,
                "finetune_steps": options.finetune_steps}  # fmt: skip
     for name, value in numbers.items():
         if value is not None and (isinstance(value, bool) or not isinstance(value, int)):

@@ -19,6 +19,7 @@ from pathlib import Path
 
 from dsconvert.api.models import File, FloatModel, QuantizedModel, as_file, check_split
 from dsconvert.base.errors import InputError
+from dsconvert.base.size import SizeLike
 from dsconvert.photos.images import Image, read_image
 from dsconvert.scoring.candidates import load_candidate
 from dsconvert.scoring.detect import DetectOptions, Found, class_name, class_numbers, draw
@@ -116,15 +117,16 @@ def detect(
     max_det: int = 1000,
     classes: Sequence[int | str] | None = None,
     agnostic_nms: bool = False,
-    imgsz: int | None = None,
+    imgsz: SizeLike | None = None,
     progress: Progress | None = None,
 ) -> Detections:
     """Find the objects in photographs, with the defaults of YOLOv5's detect.py.
 
     images: a photograph, a folder, a text file of paths, or several of these. Found is what scores above conf_thres
     and overlaps no surer object of its class (agnostic_nms: of any class) by more than iou_thres; at most max_det a
-    photograph; only classes, by number or name. imgsz: side of the model's input, pixels (None: what it was made for).
-    Photographs that cannot be read are left out with a warning; InputError is raised when all are."""
+    photograph; only classes, by number or name. imgsz: pixels of the model's input, a square's side or
+    (height, width) (None: what it was made for). Photographs that cannot be read are left out with a warning;
+    InputError is raised when all are."""
     given = [images] if isinstance(images, (str, Path)) else list(images)
     paths = photo_paths(map(Path, given))
     if not paths:
@@ -151,7 +153,7 @@ def compare(
     *,
     conf_thres: float = 0.25,
     iou_thres: float = 0.45,
-    imgsz: int | None = None,
+    imgsz: SizeLike | None = None,
     samples: int | None = None,
     split: str | None = None,
     strict: bool = False,
@@ -160,10 +162,10 @@ def compare(
     """Measure how far two models find the same objects in photographs that nobody labelled.
 
     images: a photograph, a folder, a text file of paths or a data.yaml, whose labels are not read. Objects are those
-    above conf_thres, of which none overlaps another of its class by more than iou_thres. imgsz: side of the models'
-    input, pixels (None: what they were made for); samples: most images used; split: that of a data.yaml
-    (None: val, else test or train); strict: refuse a list that names files that are gone, instead of a warning. Raises
-    InputError when neither model finds anything."""
+    above conf_thres, of which none overlaps another of its class by more than iou_thres. imgsz: pixels of the
+    models' input, a square's side or (height, width) (None: what they were made for); samples: most images
+    used; split: that of a data.yaml (None: val, else test or train); strict: refuse a list that names files that are
+    gone, instead of a warning. Raises InputError when neither model finds anything."""
     if samples is not None and samples < 1:
         raise InputError("samples must be at least 1.")
     check_split(split)

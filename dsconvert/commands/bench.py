@@ -8,14 +8,15 @@ from typing import Any
 
 import click
 
-from dsconvert.base.errors import InputError
+from dsconvert.base.size import Size
+from dsconvert.commands.imagesize import Sized, imgsz
 from dsconvert.commands.shared import PATH, as_json, bars, cell, console, print_json, quiet, short, table, tell, threads
 from dsconvert.onnxfile.engines import ENGINES
 from dsconvert.scoring.bench import Benchmarked
 from dsconvert.scoring.bench import bench as measure
 
 
-@click.command()
+@click.command(cls=Sized)
 @click.argument("models", type=PATH, nargs=-1, required=True, metavar="MODEL...")
 @click.option(
     "--engine",
@@ -27,12 +28,12 @@ from dsconvert.scoring.bench import bench as measure
     help="Engine to run in; give it again for another.",
 )
 @click.option("--runs", type=click.IntRange(2), default=50, show_default=True, help="Timed rounds (60 s at most).")
-@click.option("--imgsz", type=int, help="Side of inputs that leave it open, pixels (default: 640).")
+@imgsz("Size of inputs that leave it open: 640, or 384 640 (height, width) (default: 640)")
 @threads
 @quiet
 @as_json
 def bench(
-    models: tuple[Path, ...], engines: tuple[str, ...], runs: int, imgsz: int | None, threads: int, quiet: bool,
+    models: tuple[Path, ...], engines: tuple[str, ...], runs: int, imgsz: Size | None, threads: int, quiet: bool,
     as_json: bool,
 ) -> None:  # fmt: skip
     """Measure the speed and memory of each ONNX MODEL.
@@ -43,8 +44,6 @@ def bench(
 
     Example: dsconvert bench float32.onnx packed.onnx --engine onnxruntime
     """
-    if imgsz is not None and imgsz < 1:
-        raise InputError("--imgsz must be at least 1.")
     with bars(quiet) as progress:
         rows = measure(models, tuple(dict.fromkeys(engines)), threads, runs, imgsz, progress)
     if as_json:

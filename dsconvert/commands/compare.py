@@ -11,6 +11,8 @@ import click
 
 from dsconvert.base.errors import InputError, LimitMissed
 from dsconvert.base.notes import so_far
+from dsconvert.base.size import Size
+from dsconvert.commands.imagesize import Sized, imgsz
 from dsconvert.commands.shared import (
     PATH,
     as_json,
@@ -32,14 +34,14 @@ from dsconvert.scoring.detect import DetectOptions
 from dsconvert.scoring.photos import Compared, compare_files, left_out
 
 
-@click.command()
+@click.command(cls=Sized)
 @click.argument("first", type=PATH, metavar="A")
 @click.argument("second", type=PATH, metavar="B")
 @click.argument("source", type=PATH, required=False)
 @click.option("--data", type=PATH, help="data.yaml instead of SOURCE; its labels are not read.")
 @click.option("--conf-thres", default=0.25, show_default=True, help="Least score of an object.")
 @click.option("--iou-thres", default=0.45, show_default=True, help="Most overlap of two boxes of a class.")
-@click.option("--imgsz", type=int, help="Side of the images, pixels (default: as exported).")
+@imgsz("Size of the images: 640, or 384 640 (height, width) (default: as exported)")
 @click.option("--samples", type=click.IntRange(1), help="Most images used.")
 @split_of("val")
 @strict
@@ -51,7 +53,7 @@ from dsconvert.scoring.photos import Compared, compare_files, left_out
 @as_json
 def compare(
     first: Path, second: Path, source: Path | None, data: Path | None, conf_thres: float, iou_thres: float,
-    imgsz: int | None, samples: int | None, split: str | None, strict: bool, min_agreement: float | None,
+    imgsz: Size | None, samples: int | None, split: str | None, strict: bool, min_agreement: float | None,
     threads: int, quiet: bool, verbose: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Measure how far model B finds the objects that model A finds.
@@ -95,7 +97,7 @@ def compare(
 def _document(found: Compared) -> dict[str, Any]:
     result = found.agreement
     return {
-        "models": [str(found.first.path), str(found.second.path)], "imgsz": found.first.side,
+        "models": [str(found.first.path), str(found.second.path)], "imgsz": found.first.imgsz.json,
         "images": len(found.read), "skipped": len(found.skipped),
         "matched": result.matched, "only_first": result.only_first, "only_second": result.only_second,
         "agreement": result.share, "mean_iou": result.mean_iou, "mean_confidence_shift": result.mean_shift,

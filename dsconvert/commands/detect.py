@@ -15,7 +15,9 @@ from dsconvert.base import workers
 from dsconvert.base.errors import InputError
 from dsconvert.base.files import refuse_inputs, write_atomic
 from dsconvert.base.notes import so_far
+from dsconvert.base.size import Size
 from dsconvert.commands.folders import run_folder
+from dsconvert.commands.imagesize import Sized, imgsz
 from dsconvert.commands.shared import (
     PATH,
     as_json,
@@ -42,18 +44,12 @@ PROJECT, NAME = Path("runs/detect"), "exp"
 DOCUMENT = "detections.json"
 
 
-class _Detect(click.Command):
+class _Detect(Sized):
     """A command whose --classes takes several words."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """As click does, after `spread_classes`."""
-        with_value = {
-            name
-            for p in self.params
-            if isinstance(p, click.Option) and not p.is_flag
-            for name in (*p.opts, *p.secondary_opts)
-        }
-        return super().parse_args(ctx, spread_classes(args, with_value))
+        return super().parse_args(ctx, spread_classes(self.joined(args), self.with_value()))
 
 
 def spread_classes(args: Sequence[str], with_value: set[str]) -> list[str]:
@@ -97,7 +93,7 @@ def _no_windows(context: click.Context, parameter: click.Parameter, value: bool)
 @click.option("--max-det", default=1000, show_default=True, help="Most objects an image.")
 @click.option("--classes", multiple=True, metavar="CLASS...", help="Only these, by number or name: 0 2, 0,2 or person.")
 @click.option("--agnostic-nms", is_flag=True, help="Boxes of different classes suppress each other too.")
-@click.option("--imgsz", "--img", "--img-size", type=int, help="Side of the input, pixels (default: as exported).")
+@imgsz("Size of the input: 640, or 384 640 (height, width) (default: as exported)", "--img", "--img-size")
 @click.option("--half", is_flag=True, help="Insist on a MODEL with float16 input (export --half-input).")
 @click.option("--vid-stride", type=click.IntRange(1, 100_000), default=1, show_default=True,
               help="Of so many frames of a video, look at the last.")  # fmt: skip
@@ -122,7 +118,7 @@ def _no_windows(context: click.Context, parameter: click.Parameter, value: bool)
 @as_json
 def detect(
     model: Path, sources: tuple[str, ...], more: tuple[str, ...], conf_thres: float, iou_thres: float, max_det: int,
-    classes: tuple[str, ...], agnostic_nms: bool, imgsz: int | None, half: bool, vid_stride: int, save_json: bool,
+    classes: tuple[str, ...], agnostic_nms: bool, imgsz: Size | None, half: bool, vid_stride: int, save_json: bool,
     project: Path | None, name: str | None, exist_ok: bool, out: Path | None, force: bool, threads: int, device: str,
     quiet: bool, verbose: bool, as_json: bool, **saving: Any,
 ) -> None:  # fmt: skip
@@ -256,7 +252,7 @@ def _summary(run: Run, folder: Path | None, wishes: SaveOptions, document: Path 
     images, videos, frames = _how_many(run)
     names = run.model.names
     return {
-        "model": str(run.model.path), "imgsz": run.model.side, "out": folder and str(folder),
+        "model": str(run.model.path), "imgsz": run.model.imgsz.json, "out": folder and str(folder),
         "images": images, "videos": videos, "frames": frames, "detections": sum(by_class.values()),
         "classes": [{"class": c, "name": class_name(c, names), "detections": n} for c, n in by_class.items()],
         "files": [_file(one) for one in run.looked],

@@ -9,6 +9,8 @@ import click
 
 from dsconvert.base import notes, workers
 from dsconvert.base.errors import InputError, LimitMissed
+from dsconvert.base.size import Size
+from dsconvert.commands.imagesize import Sized, imgsz
 from dsconvert.commands.shared import (
     PATH,
     RUNS,
@@ -42,10 +44,10 @@ from dsconvert.yolo.boxes import LEAST
 ACCURACY = ("map50_95", "map50", "precision", "recall")
 
 
-@click.command("eval", short_help="Measure accuracy, size and latency of each MODEL.")
+@click.command("eval", cls=Sized, short_help="Measure accuracy, size and latency of each MODEL.")
 @click.argument("models", type=PATH, nargs=-1, metavar="[MODEL]...")
 @click.option("--data", type=PATH, help="data.yaml with labels, or a folder of images without.")
-@click.option("--imgsz", type=int, help="Side of the images, pixels (default: as exported).")
+@imgsz("Size of the images: 640, or 384 640 (height, width) (default: as exported)")
 @click.option("--samples", type=click.IntRange(1), help="Most images used.")
 @split_of("val")
 @strict
@@ -59,7 +61,7 @@ ACCURACY = ("map50_95", "map50", "precision", "recall")
 @verbose("show the average precision of each class")
 @as_json
 def evaluate(
-    models: tuple[Path, ...], data: Path | None, imgsz: int | None, samples: int | None, split: str | None,
+    models: tuple[Path, ...], data: Path | None, imgsz: Size | None, samples: int | None, split: str | None,
     strict: bool, conf_thres: float, iou_thres: float | None, max_map_drop: float | None, threads: int, quiet: bool,
     verbose: bool, as_json: bool,
 ) -> None:  # fmt: skip

@@ -12,7 +12,9 @@ import click
 from dsconvert.base.errors import InputError
 from dsconvert.base.filekinds import CHECKPOINT, MODEL, file_kind
 from dsconvert.base.files import check_target, check_writable, scratch_in, write_atomic
+from dsconvert.base.size import Size
 from dsconvert.commands.folders import refuse_to_lose
+from dsconvert.commands.imagesize import Sized, imgsz
 from dsconvert.commands.shared import PATH, RUNS, as_json, force, print_json, tell
 from dsconvert.convert import exporting
 from dsconvert.export.ends.nms import Nms
@@ -22,14 +24,15 @@ from dsconvert.model.file import load_model
 from dsconvert.photos.dataset import SPLITS, is_data_yaml, read_data_yaml
 
 
-@click.command()
+@click.command(cls=Sized)
 @click.argument("model", type=PATH, required=False)
 @click.option("--onnx", is_flag=True, expose_value=False, help="Write ONNX: the one format, so it may be left out.")
 @click.option("--layout", type=click.Choice(list(LAYOUTS)), default=PACKED.name, show_default=True,
               help=" ".join(f"{x.name}: {x.about}." for x in LAYOUTS.values())
               + f" OpenVINO runs {', '.join(run_by('OpenVINO'))}.")  # fmt: skip
-@click.option("--imgsz", type=int, help="Side of the input, pixels (default: as calibrated).")
+@imgsz("Size of the input: 640, or 384 640 (height, width) (default: as calibrated)")
 @click.option("--dynamic-batch", is_flag=True, help="Leave the batch size open.")
+@click.option("--dynamic", is_flag=True, help="Leave batch size, height and width open; slower than a fixed size.")
 @click.option("--uint8-input", is_flag=True, help="Input is the image's bytes, 0..255; dividing by 255 is not needed.")
 @click.option("--half-input", is_flag=True, help="Input is float16, 0..1 (YOLOv5: detect.py --half).")
 @click.option(
@@ -46,9 +49,9 @@ from dsconvert.photos.dataset import SPLITS, is_data_yaml, read_data_yaml
 @force
 @as_json
 def export(
-    model: Path | None, layout: str, imgsz: int | None, dynamic_batch: bool, uint8_input: bool, half_input: bool,
-    with_nms: bool, conf_thres: float | None, iou_thres: float | None, max_det: int | None, no_check: bool,
-    out: Path | None, force: bool, as_json: bool,
+    model: Path | None, layout: str, imgsz: Size | None, dynamic_batch: bool, dynamic: bool, uint8_input: bool,
+    half_input: bool, with_nms: bool, conf_thres: float | None, iou_thres: float | None, max_det: int | None,
+    no_check: bool, out: Path | None, force: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Write MODEL (default: the newest quantize result) as ONNX.
 
@@ -65,6 +68,7 @@ def export(
         dynamic_batch,
         "uint8" if uint8_input else "float16" if half_input else "float32",
         _nms(with_nms, {"confidence": conf_thres, "iou": iou_thres, "most": max_det}),
+        dynamic,
     )
     path = model or exporting.newest_result(RUNS)
     float_source = exporting.exportable(path) == CHECKPOINT

@@ -18,6 +18,7 @@ from dsconvert.base.filekinds import CHECKPOINT, MODEL, ONNX, file_kind
 from dsconvert.base.files import check_target, check_writable, claim_folder, scratch_in, write_atomic
 from dsconvert.base.notes import so_far, unheard
 from dsconvert.commands.folders import refuse_to_lose, run_folder
+from dsconvert.commands.imagesize import Sized, imgsz
 from dsconvert.commands.shared import (
     PATH,
     RUNS,
@@ -130,7 +131,7 @@ def _configure(context: click.Context, parameter: click.Parameter, value: str | 
         context.default_map = {CONFIGURABLE[option]: text for option, text in read.items()}
 
 
-@click.command()
+@click.command(cls=Sized)
 @click.argument("checkpoint", type=PATH)
 @click.option("--calib", type=PATH, help="Folder of images, data.yaml, or text file of paths.")
 @click.option("--config", is_eager=True, expose_value=False, callback=_configure, metavar="RECIPE",
@@ -147,8 +148,7 @@ def _configure(context: click.Context, parameter: click.Parameter, value: str | 
 @click.option("--scope", type=click.Choice(SCOPES), default="all", show_default=True, help="Which convolutions.")
 @click.option("--cfg", type=PATH, metavar="FILE",
               help="Model yaml whose DSConv2D_C3 rows choose the layers; replaces --blocks, --scope.")  # fmt: skip
-@click.option("--imgsz", default=640, show_default="640; of an .onnx its own",
-              help="Side of the square images, pixels.")  # fmt: skip
+@imgsz("Size of the images: 640, or 384 640 (height, width)", default="640", show_default="640; of an .onnx its own")
 @click.option("--samples", default=256, show_default=True, help="Most calibration images used.")
 @click.option("--activations", type=click.Choice(["int8", "float"]), default="int8",
               show_default="int8; of an .onnx float", help="float: only the weights are quantized.")  # fmt: skip

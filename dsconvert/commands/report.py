@@ -10,14 +10,16 @@ import click
 from dsconvert.base.errors import InputError
 from dsconvert.base.filekinds import MODEL, file_kind
 from dsconvert.base.files import check_target, check_writable, write_atomic
+from dsconvert.base.size import Size
 from dsconvert.commands.folders import refuse_to_lose
+from dsconvert.commands.imagesize import Sized, imgsz
 from dsconvert.commands.shared import PATH, RUNS, bars, force, split_of, strict, tell, threads, warn
 from dsconvert.convert import exporting
 from dsconvert.convert.origin import known_images, known_source
 from dsconvert.model.file import load_model
 
 
-@click.command(short_help="Write one HTML page about MODEL.")
+@click.command(cls=Sized, short_help="Write one HTML page about MODEL.")
 @click.argument("model", type=PATH, required=False)
 @click.option("--data", type=PATH, help="data.yaml with labels, or a folder of images without.")
 @click.option("--against", type=PATH, multiple=True, metavar="FILE", help="ONNX file to compare with; repeatable.")
@@ -25,7 +27,7 @@ from dsconvert.model.file import load_model
     "--float", "float_model", type=PATH, metavar="FILE", help="Float checkpoint (default: the one converted)."
 )
 @click.option("--images", type=click.IntRange(0, 100), default=6, show_default=True, help="Most photos shown.")
-@click.option("--imgsz", type=int, help="Side of the images, pixels (default: as calibrated).")
+@imgsz("Size of the images: 640, or 384 640 (height, width) (default: as calibrated)")
 @click.option("--samples", type=click.IntRange(1), help="Most images evaluated.")
 @split_of("val")
 @strict
@@ -35,7 +37,7 @@ from dsconvert.model.file import load_model
 @force
 def report(
     model: Path | None, data: Path | None, against: tuple[Path, ...], float_model: Path | None, images: int,
-    imgsz: int | None, samples: int | None, split: str | None, strict: bool, no_latency: bool, threads: int,
+    imgsz: Size | None, samples: int | None, split: str | None, strict: bool, no_latency: bool, threads: int,
     out: Path | None, force: bool,
 ) -> None:  # fmt: skip
     """Write one HTML page about MODEL (default: the newest quantize result).

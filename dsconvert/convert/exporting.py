@@ -7,6 +7,7 @@ from pathlib import Path
 from dsconvert.base.errors import InputError
 from dsconvert.base.filekinds import CHECKPOINT, ONNX, file_kind
 from dsconvert.base.notes import unheard
+from dsconvert.base.size import Size, SizeLike
 from dsconvert.convert.origin import known_images
 from dsconvert.convert.record import MODEL_FILE
 from dsconvert.export.check import check_accumulators, check_export, check_images, float_reference, reference_of
@@ -21,27 +22,28 @@ from dsconvert.yolo.checkpoint import load_checkpoint
 from dsconvert.yolo.lower import lower
 
 
-def onnx_bytes(path: Path, layout: Layout, imgsz: int | None, ends: Ends = PLAIN, check: bool = True) -> bytes:
+def onnx_bytes(path: Path, layout: Layout, imgsz: SizeLike | None, ends: Ends = PLAIN, check: bool = True) -> bytes:
     """ONNX of a converted model in a layout, or the float32 network of a `.pt`.
 
     Raises CheckError when `check` finds that it does not compute what it should, see `export.check`."""
     photographs: list[Image] = []
+    asked = Size.perhaps(imgsz)
     if exportable(path) == CHECKPOINT:
         checkpoint = load_checkpoint(path)
         graph, params = lower(checkpoint.network.fused())
-        side, reference = imgsz or 640, float_reference(graph, params, checkpoint.head)
-        made = named = export_float(graph, params, checkpoint.head, side, ends)
+        size, reference = asked or Size.of(640), float_reference(graph, params, checkpoint.head)
+        made = named = export_float(graph, params, checkpoint.head, size, ends)
     else:
         model = load_model(path)
-        side, reference = imgsz or model.imgsz, reference_of(model, layout)
-        named = export_quantized(model, layout, side, ends)
+        size, reference = asked or model.imgsz, reference_of(model, layout)
+        named = export_quantized(model, layout, size, ends)
         made = compact(named)
         if check:
             check_accumulators(model)
-            photographs = first_calibration_image(model, side, path)
+            photographs = first_calibration_image(model, size, path)
     data = made.SerializeToString(deterministic=True)
     if check:
-        check_export(data, reference, ends, check_images(side, photographs), named.SerializeToString())
+        check_export(data, reference, ends, check_images(size, photographs), named.SerializeToString())
     return data
 
 
@@ -56,14 +58,14 @@ def exportable(path: Path) -> str:
     return kind
 
 
-def first_calibration_image(model: DSModel, side: int, path: Path = Path(MODEL_FILE)) -> list[Image]:
-    """One of the images that the model at `path` was calibrated on, (3, side, side); none when they are gone, or are
+def first_calibration_image(model: DSModel, size: Size, path: Path = Path(MODEL_FILE)) -> list[Image]:
+    """One of the images that the model at `path` was calibrated on, (3, h, w); none when they are gone, or are
     not to be opened (see `origin`)."""
     split = model.provenance.get("options", {}).get("split")
     try:
         with unheard():
             first = calibration_images(known_images(model.provenance, path), split)[0]
-        return [letterbox(read_image(first), side)[0].transpose(2, 0, 1)]
+        return [letterbox(read_image(first), size)[0].transpose(2, 0, 1)]
     except InputError:
         return []
 

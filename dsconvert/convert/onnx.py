@@ -14,6 +14,7 @@ import torch
 
 from dsconvert.base.errors import CheckError, InputError
 from dsconvert.base.files import scratch_folder
+from dsconvert.base.size import SizeLike
 from dsconvert.base.text import Sentence
 from dsconvert.convert.onnx_lockstep import fit_lockstep
 from dsconvert.convert.onnx_rewrite import LAYOUTS, with_floats, with_integers
@@ -44,7 +45,7 @@ class OnnxPlan:
     bits: int = 4  # 2..8, of every layer but the first, depthwise ones, and those at the end that hold few weights: 8
     block_size: int = 32  # input channels a shift covers
     layout: str = PACKED.name  # or int8, which keeps the file's opset
-    imgsz: int | None = None  # side of the images for a file that leaves it open, pixels; None: 640
+    imgsz: SizeLike | None = None  # of the images for a file that leaves it open, pixels; None: 640
     samples: int = 256  # most calibration images used
     normal: Normalisation | None = None  # for files that do not take 0..1
     seed: int = 0  # of every random choice

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from dsconvert.base import workers
 from dsconvert.base.errors import InputError
+from dsconvert.base.size import Size, SizeLike
 
 
 @dataclass(frozen=True)
@@ -24,7 +26,7 @@ class QuantizeOptions:
     target_drop: float | None = None  # most points of mAP50-95 lost on images held back (against labels, if any)
     blocks: str = "all"  # which part of the network is converted, see `yolo.plan`
     scope: str = "all"  # which convolutions of that part, see `yolo.plan`
-    imgsz: int = 640  # side of the images, pixels
+    imgsz: SizeLike = 640  # of the images, pixels: of a square, or height and width
     samples: int = 256  # most calibration images used
     seed: int = 0  # of every random choice
     device: str = "cpu"  # where the network runs, see `workers.named_device`
@@ -36,6 +38,16 @@ class QuantizeOptions:
     finetune_time: float | None = None  # seconds after which it stops; None: never, 0: none
 
     @property
+    def size(self) -> Size:
+        """Height and width of the images."""
+        return Size.of(self.imgsz)
+
+    def plain(self) -> dict[str, Any]:
+        """Every option as JSON has it, a path as it was given."""
+        calib = None if self.calib is None else str(self.calib)
+        return {**asdict(self), "calib": calib, "imgsz": self.size.json}
+
+    @property
     def finetunes(self) -> bool:
         """Whether a brief fine-tune is wanted."""
         return self.finetune_steps != 0 and self.finetune_time != 0
@@ -43,9 +55,9 @@ class QuantizeOptions:
 
 def check_options(options: QuantizeOptions, stride: int) -> None:
     """Raises InputError for values that mean nothing, contradict each other, or do not fit a network of this stride."""
-    if options.imgsz % stride or not stride <= options.imgsz <= 4096:
+    if not options.size.fits(stride, 4096):
         raise InputError.naming(
-            "{imgsz} {} is not a multiple of the model's stride {} up to 4096.", options.imgsz, stride
+            "{imgsz} {} is not a multiple of the model's stride {} up to 4096.", options.size, stride
         )
     if sum(o is not None for o in (options.bits, options.target_bytes, options.target_drop)) > 1:
         raise InputError.naming("{bits}, {target_size} and {target_map_drop} each decide the widths; give one of them.")

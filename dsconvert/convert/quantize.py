@@ -6,7 +6,7 @@ gather (images), prepare (network) -> measure (statistics) -> choose_formats -> 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from dsconvert.base import workers
 from dsconvert.base.errors import InputError
 from dsconvert.base.kept import MEMORY, Room
 from dsconvert.base.sealed import run_key
+from dsconvert.base.size import Size
 from dsconvert.convert.division import Division, divided
 from dsconvert.convert.options import QuantizeOptions, check_options
 from dsconvert.convert.record import Quantized, provenance
@@ -86,7 +87,7 @@ class Prepared:
     head: Head  # what is decoded from its outputs
     outputs: Outputs  # and how they count
     chosen: Sequence[str]  # convolutions that become DSConv; the others become int8
-    imgsz: int  # side of the images that it is converted for, pixels
+    imgsz: Size  # of the images that it is converted for
     device: str  # where it runs, in torch's spelling
 
 
@@ -150,14 +151,14 @@ def gather(checkpoint: Checkpoint, options: QuantizeOptions, report: Progress, r
     """Read the images, or make them up from the checkpoint's BatchNorm statistics, while it has them."""
     division, labels = Division((), (), ()), None
     if options.calib is None:
-        images = synthetic(checkpoint, options.imgsz, options.samples, options.seed, report, room)
+        images = synthetic(checkpoint, options.size, options.samples, options.seed, report, room)
     else:
         available = calibration_images(options.calib, options.split, options.strict)
         division = divided(available, options.samples, options.target_drop is not None, options.finetunes)
         if division.target:
             labels = labels_of(options.calib, division.target, checkpoint.head.names, options.strict)
-        beside = beside_few(checkpoint, len(division.fit), options.imgsz, options.seed, report)
-        images = decoded(division.fit, options.imgsz, options.seed, report, room, beside)
+        beside = beside_few(checkpoint, len(division.fit), options.size, options.seed, report)
+        images = decoded(division.fit, options.size, options.seed, report, room, beside)
     return Gathered(images, images.all_photographs(), division, labels)
 
 
@@ -165,7 +166,7 @@ def prepare(checkpoint: Checkpoint, options: QuantizeOptions, device: str) -> Pr
     """Take the network, which is on the device, apart, and choose the convolutions to convert."""
     graph, params = split_detect(*lower(checkpoint.network.fused()), checkpoint.head)
     chosen = sorted(choose_convs(checkpoint.network, graph, options.blocks, options.scope))
-    return Prepared(graph, params, checkpoint.head, Detections(checkpoint.head), chosen, options.imgsz, device)
+    return Prepared(graph, params, checkpoint.head, Detections(checkpoint.head), chosen, options.size, device)
 
 
 def measure(
@@ -198,7 +199,7 @@ def measure(
 
 def _deciding(options: QuantizeOptions, images: Images) -> dict[str, Any]:
     """What decides the fitted layers, but their widths, besides the checkpoint and the images."""
-    return {**asdict(options), "calib": None, "images": [images.part.first, images.part.all]}
+    return {**options.plain(), "calib": None, "images": [images.part.first, images.part.all]}
 
 
 def resumable(

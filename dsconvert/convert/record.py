@@ -48,7 +48,7 @@ def provenance(checkpoint: Checkpoint, options: QuantizeOptions, command: str, d
         "dsconvert": VERSION,
         "command": command,
         "options": {
-            **asdict(options),
+            **options.plain(),
             "calib": None if options.calib is None else str(options.calib.resolve()),
         },
         # what each width of each layer was expected to cost: why the layers have the bits they have

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dsconvert.base.errors import CheckError
+from dsconvert.base.size import Size, SizeLike
 from dsconvert.export.onnx import Ends
 from dsconvert.export.reference import Reference, float_reference, reference_of
 from dsconvert.export.stored import DETECT, wrong_layer
@@ -49,14 +50,14 @@ def check_accumulators(model: Converted) -> None:
         )
 
 
-def check_images(side: int, photographs: Sequence[Array] = ()) -> list[Array]:
-    """Images (3, side, side) uint8 to try a file on: the given ones, and one of smooth colours with grain."""
-    rng = np.random.default_rng(0)
+def check_images(imgsz: SizeLike, photographs: Sequence[Array] = ()) -> list[Array]:
+    """Images (3, h, w) uint8 to try a file on: the given ones, and one of smooth colours with grain."""
+    rng, size = np.random.default_rng(0), Size.of(imgsz)
     coarse = rng.integers(0, 256, (3, 8, 8)).astype(np.float64)
-    steps = np.linspace(0, 7, side)
-    rows = np.stack([[np.interp(steps, np.arange(8), line) for line in plane] for plane in coarse])
-    smooth = np.stack([np.stack([np.interp(steps, np.arange(8), c) for c in plane.T], 1) for plane in rows])
-    drawn = (0.8 * smooth + 0.2 * rng.integers(0, 256, (3, side, side))).round().astype(np.uint8)
+    down, along = (np.linspace(0, 7, n) for n in size.pair)
+    rows = np.stack([[np.interp(along, np.arange(8), line) for line in plane] for plane in coarse])
+    smooth = np.stack([np.stack([np.interp(down, np.arange(8), c) for c in plane.T], 1) for plane in rows])
+    drawn = (0.8 * smooth + 0.2 * rng.integers(0, 256, size.image)).round().astype(np.uint8)
     return [*photographs, drawn]
 
 
@@ -69,7 +70,7 @@ def check_export(
     Layers are told by the names of their values: `named` is the same file with all of them, where `data` lacks some."""
     file = _File.of(data, {}, ends)
     found = [file.run(_inputs(image, ends)[0]).boxes for image in images]
-    again = reference.again(images[0].shape[-1], ends)
+    again = reference.again(Size(*images[0].shape[-2:]), ends)
     wrong = wrong_layer(data, named, reference, again)
     if wrong is None:
         outputs = {name: place for name, place in again.places.items() if name in reference.graph.outputs}
@@ -92,7 +93,7 @@ def _wrong_on(
 
     def alike(boxes: Sequence[Array], raw: list[Tensor], rtol: float, atol: float) -> bool:
         wanted = [decode(raw, head).numpy(), *(t.numpy() for t in raw[-1:] if head.nm)]
-        return _close(_compared(boxes, wanted, head.nc, image.shape[-1], ends.nms is not None), rtol, atol)
+        return _close(_compared(boxes, wanted, head.nc, max(image.shape[-2:]), ends.nms is not None), rtol, atol)
 
     feed, real = _inputs(image, ends)
     own = every.run(feed)
@@ -162,7 +163,7 @@ class _File:
 
 
 def _inputs(image: Array, ends: Ends) -> tuple[Array, Tensor]:
-    """The image as the file takes it, and as the network sees it: float 0..1, both (1, 3, side, side)."""
+    """The image as the file takes it, and as the network sees it: float 0..1, both (1, 3, h, w)."""
     real = image[None].astype(np.float32) / np.float32(255)
     feed = {"uint8": image[None], "float16": real.astype(np.float16)}.get(ends.input_type, real)
     return feed, torch.from_numpy(real if ends.input_type == "uint8" else feed.astype(np.float32))

@@ -1,6 +1,6 @@
-"""The ONNX file: input `images` (n, 3, s, s) float 0..1, output `output0` (n, boxes, 5 + nc), as YOLOv5 exports it.
+"""The ONNX file: input `images` (n, 3, h, w) float 0..1, output `output0` (n, boxes, 5 + nc), as YOLOv5 exports it.
 
-A segmentation network's `output0` has its mask coefficients behind, and `output1` (n, nm, s / 4, s / 4) the prototypes.
+A segmentation network's `output0` has its mask coefficients behind, and `output1` (n, nm, h / 4, w / 4) the prototypes.
 
 On request the input is float16 or the raw bytes (see `inputs`), and the output `detections` (k, 7), see `nms`.
 
@@ -18,9 +18,11 @@ import onnx
 
 from dsconvert.base.builder import OnnxBuilder
 from dsconvert.base.errors import InputError
+from dsconvert.base.size import Size, SizeLike
 from dsconvert.export.ends.decode import add_decode, box_count
 from dsconvert.export.ends.inputs import INPUT_TYPES, add_real_image
 from dsconvert.export.ends.nms import Nms, add_nms
+from dsconvert.export.ends.opensize import add_open_decode
 from dsconvert.export.operators import real_weight
 from dsconvert.export.ort.fused import fuse
 from dsconvert.export.ort.quickform import QuickForm
@@ -43,26 +45,32 @@ Model = TypeVar("Model", bound=Converted)
 
 @dataclass(frozen=True)
 class Ends:
-    """How a file begins and ends: batch size open or 1, one of INPUT_TYPES, with or without NMS."""
+    """How a file begins and ends: batch size open or 1, one of INPUT_TYPES, with or without NMS; height and width open,
+    and the batch size with them, or fixed."""
 
     dynamic_batch: bool = False
     input_type: str = "float32"
     nms: Nms | None = None
+    open_size: bool = False
 
 
 PLAIN = Ends()
 
 
-def export_quantized(model: DSModel, layout: Layout, imgsz: int, ends: Ends = PLAIN) -> onnx.ModelProto:
+def export_quantized(model: DSModel, layout: Layout, imgsz: SizeLike, ends: Ends = PLAIN) -> onnx.ModelProto:
     """The converted network with integer weights in the given layout (see `layouts`)."""
     return write_quantized(model, layout, imgsz, ends).model
 
 
-def write_quantized(model: DSModel, layout: Layout, imgsz: int, ends: Ends = PLAIN) -> Written:
+def write_quantized(model: DSModel, layout: Layout, imgsz: SizeLike, ends: Ends = PLAIN) -> Written:
     """The same, and what its names are."""
     check_layout(model, layout)
+    if layout.fused and ends.open_size:
+        raise InputError.naming(
+            "{layout} {} needs one image size; leave out {dynamic}, or choose another.", layout.name
+        )
     model = in_layout(model, layout)
-    made = _written(model, layout, imgsz, ends)
+    made = _written(model, layout, Size.of(imgsz), ends)
     return fuse(made) if layout.fused else made
 
 
@@ -73,14 +81,14 @@ def in_layout(model: Model, layout: Layout) -> Model:
     return replace(model, activations=real_between(model.graph, model.activations))
 
 
-def _written(model: DSModel, layout: Layout, imgsz: int, ends: Ends) -> Written:
+def _written(model: DSModel, layout: Layout, imgsz: Size, ends: Ends) -> Written:
     """The file operator by operator."""
-    _check_side(imgsz, model.head)
+    _check_size(imgsz, model.head)
     b = OnnxBuilder(layout.opset)
     if model.activations:
         q = (
-            QuickForm(b, model, layout, ends.input_type, (3, imgsz, imgsz))
-            if layout.quick
+            QuickForm(b, model, layout, ends.input_type, imgsz.image)
+            if layout.quick and not ends.open_size
             else PlainForm(b, model, layout, ends.input_type)
         )
         for node in model.graph.nodes:
@@ -98,15 +106,18 @@ def _written(model: DSModel, layout: Layout, imgsz: int, ends: Ends) -> Written:
 
 
 def export_float(
-    graph: Graph, params: Mapping[str, ConvParams], head: Head, imgsz: int, ends: Ends = PLAIN
+    graph: Graph, params: Mapping[str, ConvParams], head: Head, imgsz: SizeLike, ends: Ends = PLAIN
 ) -> onnx.ModelProto:
     """The float32 network, for comparison."""
     return write_float(graph, params, head, imgsz, ends).model
 
 
-def write_float(graph: Graph, params: Mapping[str, ConvParams], head: Head, imgsz: int, ends: Ends = PLAIN) -> Written:
+def write_float(
+    graph: Graph, params: Mapping[str, ConvParams], head: Head, imgsz: SizeLike, ends: Ends = PLAIN
+) -> Written:
     """The same, and what its names are."""
-    _check_side(imgsz, head)
+    imgsz = Size.of(imgsz)
+    _check_size(imgsz, head)
     b, weights, places = OnnxBuilder(FLOAT_OPSET), {}, float_places(graph)
     image = add_real_image(b, ends.input_type)
     for node in (_reading(n, image) for n in graph.nodes):
@@ -120,8 +131,8 @@ def write_float(graph: Graph, params: Mapping[str, ConvParams], head: Head, imgs
     return Written(made, places, weights)
 
 
-def _check_side(imgsz: int, head: Head) -> None:
-    if imgsz % head.stride:
+def _check_size(imgsz: Size, head: Head) -> None:
+    if not imgsz.fits(head.stride):
         raise InputError(f"The image size {imgsz} is not a multiple of the model's stride {head.stride}.")
 
 
@@ -131,14 +142,15 @@ def _reading(node: Node, image: str) -> Node:
 
 
 def _finish(
-    b: OnnxBuilder, raw: list[Place], head: Head, imgsz: int, ends: Ends, extra: Mapping[str, str]
+    b: OnnxBuilder, raw: list[Place], head: Head, imgsz: Size, ends: Ends, extra: Mapping[str, str]
 ) -> onnx.ModelProto:
     """Raw maps -> the model: decoding, NMS if wanted, metadata."""
-    n: int | str = "batch" if ends.dynamic_batch else 1
+    n: int | str = "batch" if ends.dynamic_batch or ends.open_size else 1
     # YOLOv5 reads exactly these two keys: int(stride) and the names as a Python dictionary
     metadata = {"stride": str(head.stride), "names": str(dict(enumerate(head.names))), **extra}
     maps = len(raw) - bool(head.nm)
-    decoded = add_decode(b, raw[:maps], head, imgsz)
+    decoded = add_open_decode(b, raw[:maps], head) if ends.open_size else add_decode(b, raw[:maps], head, imgsz)
+    image: tuple[int | str, ...] = (3, "height", "width") if ends.open_size else imgsz.image
     output: dict[str, tuple[int | str, ...]]
     if ends.nms and head.nm:
         raise InputError.naming("{nms} is for detectors: a segmentation model's masks need every box's coefficients.")
@@ -148,11 +160,18 @@ def _finish(
         metadata["dsconvert.nms"] = str(asdict(ends.nms))
     else:
         b.node("Concat", decoded.all(), OUTPUT, axis=2)
-        output = {OUTPUT: (n, box_count(head, imgsz), sum(head.parts))}
+        output = {OUTPUT: (n, "boxes" if ends.open_size else box_count(head, imgsz), sum(head.parts))}
         if head.nm:
             _prototypes(b, raw[-1])
-            output[PROTOTYPES] = (n, head.nm, *[2 * imgsz // head.strides[0]] * 2)
-    return b.model({INPUT: (n, 3, imgsz, imgsz)}, output, metadata, INPUT_TYPES[ends.input_type])
+            output[PROTOTYPES] = (n, head.nm, *_prototype_size(head, imgsz, ends))
+    return b.model({INPUT: (n, *image)}, output, metadata, INPUT_TYPES[ends.input_type])
+
+
+def _prototype_size(head: Head, imgsz: Size, ends: Ends) -> tuple[int | str, ...]:
+    """Their height and width."""
+    if ends.open_size:
+        return "mask_height", "mask_width"
+    return tuple(2 * side // head.strides[0] for side in imgsz.pair)
 
 
 def _prototypes(b: OnnxBuilder, raw: Place) -> None:

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from dsconvert.base.size import Size
 from dsconvert.dsconv.tensor import DSTensor, expand_blocks
 from dsconvert.export.onnx import Ends, in_layout, write_float, write_quantized
 from dsconvert.export.weights.layouts import Layout
@@ -37,7 +38,7 @@ class Numbers:
 @dataclass(frozen=True)
 class Reference:
     """What the file is held against: a graph, torch's way of running it (whole, and node by node on given inputs), a
-    value's real numbers from what the file has of it, each convolution's numbers, and the file made anew by side."""
+    value's real numbers from what the file has of it, each convolution's numbers, and the file made anew by size."""
 
     graph: Graph
     head: Head
@@ -46,7 +47,7 @@ class Reference:
     exact: bool
     real: Callable[[str, Tensor], Tensor] = field(repr=False)
     numbers: Callable[[Node], Numbers] = field(repr=False)
-    again: Callable[[int, Ends], Written] = field(repr=False)
+    again: Callable[[Size, Ends], Written] = field(repr=False)
     inside: frozenset[str] = frozenset()  # values without a grid, which engines compute together with what reads them
 
 

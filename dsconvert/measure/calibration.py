@@ -15,6 +15,7 @@ from torch import Tensor
 from dsconvert.base import workers
 from dsconvert.base.errors import InputError
 from dsconvert.base.kept import Kept, Room
+from dsconvert.base.size import Size
 from dsconvert.base.threads import in_order
 from dsconvert.dsconv.format import WeightFormat
 from dsconvert.fit import draws
@@ -50,16 +51,16 @@ Progress = Callable[[str, int, int], None]
 class Images:
     """The calibration images, letterboxed, as this process has them."""
 
-    pixels: Kept  # its own images (3, side, side), uint8
+    pixels: Kept  # its own images (3, h, w), uint8
     part: Part  # which of all they are
-    side: int  # in pixels
+    size: Size  # of each
     photographs: int  # how many of its own are no views of others: the first (see `measure.views`)
     skipped: tuple[str, ...] = ()  # why files could not be read
     synthesised: int = 0  # how many of all processes' images were made up beside the photographs: the last
     entry: Entry = UNIT  # what the network reads of bytes
 
     def one(self, index: int, device: str) -> Tensor:
-        """An image (1, 3, side, side) as the network reads it."""
+        """An image (1, 3, h, w) as the network reads it."""
         return self.entry.real(self.pixels.get(index).to(device))[None]
 
     def all_photographs(self) -> int:
@@ -98,7 +99,7 @@ def check_calibration(
     for name, grid in found.own.items():
         check_grid(name, grid)
     sizes = {n: tuple(p.weight.shape) for n, p in params.items()}
-    shapes = value_shapes(graph, sizes, (3, images.side, images.side))
+    shapes = value_shapes(graph, sizes, images.size.image)
     most = draws.positions_each(images.part.all)
     if set(found.drawn) != {n.name for n in graph.convs()}:
         raise ValueError("positions")
@@ -118,18 +119,18 @@ def check_calibration(
 
 
 def decoded(
-    paths: Sequence[Path], side: int, seed: int, report: Progress, room: Room, beside: Tensor | None = None
+    paths: Sequence[Path], size: Size, seed: int, report: Progress, room: Room, beside: Tensor | None = None
 ) -> Images:
     """This process's part of the photographs, letterboxed; each is decoded once. Few of them are made up for by views,
-    and by the images `beside` (n, 3, side, side), uint8, which come last. Raises InputError when a process has none
+    and by the images `beside` (n, 3, h, w), uint8, which come last. Raises InputError when a process has none
     that can be read."""
-    made_up = torch.empty(0, 3, side, side, dtype=torch.uint8) if beside is None else beside
+    made_up = torch.empty(0, *size.image, dtype=torch.uint8) if beside is None else beside
     whole = workers.count() == 1 or len(paths) < WANTED  # then every process reads all: views are of all
     if not whole:
         paths = paths[workers.share(len(paths), TOGETHER)]
-    pixels, count, skipped = room.kept(len(paths), (3, side, side), torch.uint8), 0, []
+    pixels, count, skipped = room.kept(len(paths), size.image, torch.uint8), 0, []
 
-    for done, image in enumerate(in_order(partial(_read, side=side), paths), 1):
+    for done, image in enumerate(in_order(partial(_read, size=size), paths), 1):
         if isinstance(image, str):
             skipped.append(image)
         else:
@@ -144,7 +145,7 @@ def decoded(
         share = range(total)[workers.share(total, TOGETHER)]
         pixels = with_views(pixels, count, share, seed, room, made_up)
     photographs = len(range(count)[share.start : share.stop])
-    found = replace(_placed(pixels, len(share), side, photographs, skipped), synthesised=len(made_up))
+    found = replace(_placed(pixels, len(share), size, photographs, skipped), synthesised=len(made_up))
     if not found.part.all:
         raise none_readable(found.skipped, "calibration images")
     if not all(workers.gathered(found.part.mine)):
@@ -152,23 +153,23 @@ def decoded(
     return found
 
 
-def _read(path: Path, side: int) -> Tensor | str:
-    """A photograph, letterboxed (3, side, side), uint8; or why it cannot be read."""
+def _read(path: Path, size: Size) -> Tensor | str:
+    """A photograph, letterboxed (3, h, w), uint8; or why it cannot be read."""
     try:
-        return torch.from_numpy(letterbox(read_image(path), side)[0]).permute(2, 0, 1)
+        return torch.from_numpy(letterbox(read_image(path), size)[0]).permute(2, 0, 1)
     except InputError as error:
         return str(error)
 
 
-def photographs_of(paths: Sequence[Path], side: int) -> list[Tensor]:
-    """The photographs that can be read, letterboxed (3, side, side), uint8."""
-    return [image for image in in_order(partial(_read, side=side), paths) if not isinstance(image, str)]
+def photographs_of(paths: Sequence[Path], size: Size) -> list[Tensor]:
+    """The photographs that can be read, letterboxed (3, h, w), uint8."""
+    return [image for image in in_order(partial(_read, size=size), paths) if not isinstance(image, str)]
 
 
 def with_views(
     photographs: Kept, count: int, share: range, seed: int, room: Room, beside: Sequence[Tensor] | Tensor = ()
 ) -> Kept:
-    """Of `count` photographs (3, side, side), views of them behind these, and the images beside them behind all, those
+    """Of `count` photographs (3, h, w), views of them behind these, and the images beside them behind all, those
     in the share."""
     if share == range(count):
         return photographs
@@ -186,13 +187,13 @@ def with_views(
 
 
 def synthetic(
-    checkpoint: Checkpoint, imgsz: int, samples: int, seed: int, report: Progress, room: Room
+    checkpoint: Checkpoint, imgsz: Size, samples: int, seed: int, report: Progress, room: Room
 ) -> Images:  # fmt: skip
     """Images made up from the checkpoint's BatchNorm statistics, with objects that it detects; as far as `samples`
     allows, each once more as its mirror image. Raises InputError where it has no such statistics left."""
-    side, drawn = min(imgsz, SYNTHETIC_SIDE), min(samples, SYNTHETIC_IMAGES)
+    size, drawn = imgsz.within(SYNTHETIC_SIDE), min(samples, SYNTHETIC_IMAGES)
     try:
-        made = _synthesised(checkpoint, drawn, side, seed, report)[:samples]
+        made = _synthesised(checkpoint, drawn, size, seed, report)[:samples]
     except ValueError:
         raise InputError.naming(
             "{} has its BatchNorm fused away, so images cannot be synthesised from it; give {images}.", checkpoint.path
@@ -200,49 +201,49 @@ def synthetic(
     if len(made) < workers.count():
         raise InputError(f"{len(made)} calibration images are too few for {workers.count()} processes.")
     mine = made[workers.share(len(made), TOGETHER)]
-    pixels = room.kept(len(mine), (3, side, side), torch.uint8)
+    pixels = room.kept(len(mine), size.image, torch.uint8)
     for index, image in enumerate(mine):
         pixels.put(index, image)
-    return _placed(pixels, len(mine), side, len(mine))
+    return _placed(pixels, len(mine), size, len(mine))
 
 
-def beside_few(checkpoint: Checkpoint, photographs: int, side: int, seed: int, report: Progress) -> Tensor | None:
-    """Synthesised images (n, 3, side, side), uint8, that are to stand beside so many photographs; None beside FEW of
+def beside_few(checkpoint: Checkpoint, photographs: int, size: Size, seed: int, report: Progress) -> Tensor | None:
+    """Synthesised images (n, 3, h, w), uint8, that are to stand beside so many photographs; None beside FEW of
     them or more, and of a checkpoint without BatchNorm statistics."""
     if photographs >= FEW:
         return None
     try:
-        made = _synthesised(checkpoint, SYNTHETIC_IMAGES, min(side, SYNTHETIC_SIDE), seed, report)
+        made = _synthesised(checkpoint, SYNTHETIC_IMAGES, size.within(SYNTHETIC_SIDE), seed, report)
     except ValueError:
         return None
-    return tiled(made, side)
+    return tiled(made, size)
 
 
-def tiled(pictures: Tensor, side: int) -> Tensor:
-    """Pictures (n, 3, s, s) side by side in squares of at least `side`, cut to (m, 3, side, side)."""
-    own = pictures.shape[-1]
-    across = -(-side // own)
-    each = across * across
+def tiled(pictures: Tensor, size: Size) -> Tensor:
+    """Pictures (n, 3, a, b) side by side in rectangles of at least that size, cut to it: (m, 3, h, w)."""
+    high, wide = pictures.shape[-2:]
+    down, across = -(-size.height // high), -(-size.width // wide)
+    each = down * across
     pictures = pictures.repeat(-(-each // len(pictures)), 1, 1, 1) if len(pictures) < each else pictures
-    grids = pictures[: len(pictures) // each * each].unflatten(0, (-1, across, across))
-    whole = grids.permute(0, 3, 1, 4, 2, 5).reshape(-1, 3, across * own, across * own)
-    return whole[:, :, :side, :side].contiguous()
+    grids = pictures[: len(pictures) // each * each].unflatten(0, (-1, down, across))
+    whole = grids.permute(0, 3, 1, 4, 2, 5).reshape(-1, 3, down * high, across * wide)
+    return whole[:, :, : size.height, : size.width].contiguous()
 
 
-def _synthesised(checkpoint: Checkpoint, count: int, side: int, seed: int, report: Progress) -> Tensor:
-    """So many pictures with objects that the checkpoint detects, and then their mirror images: (2 count, 3, side,
-    side), uint8. Raises ValueError where it has no BatchNorm statistics left."""
+def _synthesised(checkpoint: Checkpoint, count: int, size: Size, seed: int, report: Progress) -> Tensor:
+    """So many pictures with objects that the checkpoint detects, and then their mirror images: (2 count, 3, h, w),
+    uint8. Raises ValueError where it has no BatchNorm statistics left."""
     batches = synthesize(
-        checkpoint.network, count, side, SYNTHETIC_STEPS, seed,
+        checkpoint.network, count, size, SYNTHETIC_STEPS, seed,
         lambda done, total: report("synthesize", done, total), partial(wished, checkpoint.head),
     )  # fmt: skip
     made = torch.cat(batches)[:count]
     return (torch.cat((made, made.flip(3))) * 255).round().to(torch.uint8).cpu()
 
 
-def _placed(pixels: Kept, mine: int, side: int, photographs: int, skipped: Sequence[str] = ()) -> Images:
+def _placed(pixels: Kept, mine: int, size: Size, photographs: int, skipped: Sequence[str] = ()) -> Images:
     counts = workers.gathered(mine)
-    return Images(pixels, Part(sum(counts[: workers.number()]), mine, sum(counts)), side, photographs, tuple(skipped))
+    return Images(pixels, Part(sum(counts[: workers.number()]), mine, sum(counts)), size, photographs, tuple(skipped))
 
 
 def check_values(graph: Graph, params: Mapping[str, ConvParams], image: Tensor) -> None:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dsconvert.base.size import Size
 from dsconvert.base.threads import in_order
 from dsconvert.fit import draws
 
@@ -23,20 +24,20 @@ BATCH = 8
 LEARNING_RATE = 0.05
 WISH = 0.1  # what doubting an object weighs against the distance of the statistics
 
-# images, side, generator -> how much the network's output for them doubts what is drawn for them
-Wish = Callable[[int, int, torch.Generator], Callable[[Any], Tensor]]
+# images, their size, generator -> how much the network's output for them doubts what is drawn for them
+Wish = Callable[[int, Size, torch.Generator], Callable[[Any], Tensor]]
 
 
 def synthesize(
     network: nn.Module,
     count: int,
-    side: int,
+    size: Size,
     steps: int,
     seed: int,
     progress: Callable[[int, int], None] | None = None,
     wish: Wish | None = None,
 ) -> list[Tensor]:
-    """Batches of images (8, 3, side, side), 0..1, `count` images in all (rounded up to whole batches), that show what
+    """Batches of images (8, 3, h, w), 0..1, `count` images in all (rounded up to whole batches), that show what
     is wished. As many batches are made at a time as torch has threads.
 
     Raises ValueError when the network has no BatchNorm left (a fused checkpoint).
@@ -47,7 +48,7 @@ def synthesize(
 
     def one(index: int) -> Tensor:
         own = copy.deepcopy(network)  # hooks of batches that are made at the same time must not meet
-        return _batch(own, side, steps, draws.of_image(seed, index), wish)
+        return _batch(own, size, steps, draws.of_image(seed, index), wish)
 
     batches = []
     for done, batch in enumerate(in_order(one, range(rounds)), 1):
@@ -57,12 +58,12 @@ def synthesize(
     return batches
 
 
-def _batch(network: nn.Module, side: int, steps: int, generator: torch.Generator, wish: Wish | None) -> Tensor:
-    """One batch (BATCH, 3, side, side), on the grid of 8-bit images, which is what the network will be fed."""
+def _batch(network: nn.Module, size: Size, steps: int, generator: torch.Generator, wish: Wish | None) -> Tensor:
+    """One batch (BATCH, 3, h, w), on the grid of 8-bit images, which is what the network will be fed."""
     norms = [module for module in network.modules() if isinstance(module, nn.BatchNorm2d)]
     device = next(network.parameters()).device
-    pixels = _smooth_noise(BATCH, side, generator).to(device).requires_grad_(True)
-    doubt = wish(BATCH, side, generator) if wish else None
+    pixels = _smooth_noise(BATCH, size, generator).to(device).requires_grad_(True)
+    doubt = wish(BATCH, size, generator) if wish else None
     optimiser = torch.optim.Adam([pixels], LEARNING_RATE)
     for _ in range(steps):
         loss, output = _distance(network, norms, pixels.sigmoid())
@@ -74,12 +75,12 @@ def _batch(network: nn.Module, side: int, steps: int, generator: torch.Generator
     return (pixels.detach().sigmoid() * 255).round() / 255
 
 
-def _smooth_noise(count: int, side: int, generator: torch.Generator) -> Tensor:
+def _smooth_noise(count: int, size: Size, generator: torch.Generator) -> Tensor:
     """Logits of noise at several scales: coarse blobs for large objects, fine grain for texture."""
-    total = torch.zeros(count, 3, side, side)
+    total = torch.zeros(count, *size.image)
     for cells in (4, 16, 64):
         coarse = torch.randn(count, 3, cells, cells, generator=generator)
-        total += F.interpolate(coarse, size=(side, side), mode="bilinear", align_corners=False)
+        total += F.interpolate(coarse, size=size.pair, mode="bilinear", align_corners=False)
     return total
 
 

@@ -7,6 +7,7 @@ of them, as in training: mirrored, four photographs at half their size side by s
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import product
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ from dsconvert.fit import draws
 
 WANTED = 64  # images; fewer photographs are made up for by views of them
 EACH = 7  # views of a photograph at most
-CLOSEST = 0.5  # of a photograph's side, the smallest part that fills an image
+CLOSEST = 0.5  # of a photograph's sides, the smallest part that fills an image
 
 
 def wanted(photographs: int) -> int:
@@ -25,7 +26,7 @@ def wanted(photographs: int) -> int:
 
 
 def view(photograph: Callable[[int], Tensor], count: int, index: int, seed: int) -> Tensor:
-    """The view at `index` (0, 1, ...) of `count` photographs (3, side, side) uint8, by number: of the same form."""
+    """The view at `index` (0, 1, ...) of `count` photographs (3, h, w) uint8, by number: of the same form."""
     generator = draws.of_image(seed, index)
     own, kind = index % count, index // count % 3
     if kind == 0:
@@ -38,9 +39,8 @@ def view(photograph: Callable[[int], Tensor], count: int, index: int, seed: int)
 def _afar(photograph: Callable[[int], Tensor], count: int, own: int, generator: torch.Generator) -> Tensor:
     """One photograph and three others that are drawn, each at half its size, some of them mirrored."""
     others = torch.randint(count, (3,), generator=generator).tolist()
-    side = photograph(own).shape[1]
-    near, far = side // 2, side - side // 2  # of an odd side
-    sizes = [(near, near), (near, far), (far, near), (far, far)]
+    rows, columns = ((n // 2, n - n // 2) for n in photograph(own).shape[1:])  # of an odd side two lengths
+    sizes = list(product(rows, columns))
     parts = [
         _mirrored(_resized(photograph(number), size), generator)
         for number, size in zip((own, *others), sizes, strict=True)
@@ -50,12 +50,12 @@ def _afar(photograph: Callable[[int], Tensor], count: int, own: int, generator: 
 
 def _close(image: Tensor, generator: torch.Generator) -> Tensor:
     """A part of a photograph, of a drawn size at a drawn place, as large as the photograph; perhaps mirrored."""
-    side = image.shape[1]
+    whole = image.shape[1], image.shape[2]
     share = CLOSEST + (1 - CLOSEST) * float(torch.rand(1, generator=generator))
-    size = max(1, int(side * share))
-    top, left = torch.randint(side - size + 1, (2,), generator=generator).tolist()
-    part = image[:, top : top + size, left : left + size]
-    return _mirrored(_resized(part, (side, side)), generator)
+    high, wide = (max(1, int(n * share)) for n in whole)
+    top, left = (int(torch.randint(n, (), generator=generator)) for n in (whole[0] - high + 1, whole[1] - wide + 1))
+    part = image[:, top : top + high, left : left + wide]
+    return _mirrored(_resized(part, whole), generator)
 
 
 def _resized(image: Tensor, size: tuple[int, int]) -> Tensor:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from dsconvert.base.size import Size
 from dsconvert.dsconv.format import WeightFormat
 from dsconvert.dsconv.tensor import block_count
 from dsconvert.graph.grids import QParams
@@ -97,7 +98,7 @@ def check_model(model: DSModel) -> None:
     _check_provenance(model)
 
 
-def _check_head(head: Head, imgsz: int) -> None:
+def _check_head(head: Head, imgsz: Size) -> None:
     if not 1 <= head.nc <= 10000 or not all(len(n) <= 200 for n in head.names):
         raise ValueError("class names")
     if not isinstance(head.class_untrained, bool) or (head.class_untrained and head.nc > 1):
@@ -110,7 +111,7 @@ def _check_head(head: Head, imgsz: int) -> None:
         raise ValueError("number of anchors")
     if not all(0 < size <= MAX_ANCHOR for level in head.anchors for anchor in level for size in anchor):
         raise ValueError("anchors")
-    if not head.stride <= imgsz <= MAX_SIDE or any(imgsz % s for s in head.strides):
+    if not all(imgsz.fits(s, MAX_SIDE) for s in (head.stride, *head.strides)):
         raise ValueError("image size")
 
 
@@ -134,16 +135,16 @@ def largest_sum(model: Converted) -> tuple[str, int] | None:
 
 def _check_shapes(model: DSModel) -> None:
     """Every layer takes what the one before it gives, and the outputs are the head's maps."""
-    graph, head, side = model.graph, model.head, model.imgsz
-    shapes = value_shapes(graph, {n: tuple(c.weight.vqk.shape) for n, c in model.convs.items()}, (3, side, side))
+    graph, head, size = model.graph, model.head, model.imgsz
+    shapes = value_shapes(graph, {n: tuple(c.weight.vqk.shape) for n, c in model.convs.items()}, size.image)
     for name, shape in shapes.items():
         if math.prod(shape) > MAX_VALUES:
             raise ValueError(f"{name} is too large")
     count = len(graph.outputs) - bool(head.nm)
     channels = [sum(head.parts)] if count == len(head.strides) else head.parts
-    wanted = [(head.na * c, side // s, side // s) for s in head.strides for c in channels]
+    wanted = [(head.na * c, *size.over(s).pair) for s in head.strides for c in channels]
     if head.nm:
-        wanted.append((head.nm, 2 * side // head.strides[0], 2 * side // head.strides[0]))
+        wanted.append((head.nm, 2 * size.height // head.strides[0], 2 * size.width // head.strides[0]))
     if [shapes[name] for name in graph.outputs] != wanted:
         raise ValueError("its outputs are not the maps of its head")
 

@@ -24,6 +24,7 @@ from safetensors.numpy import save
 from dsconvert.base.errors import InputError, printable, shown
 from dsconvert.base.filekinds import check_ordinary
 from dsconvert.base.seal import DIGEST, NotAsWritten, seal, unseal
+from dsconvert.base.size import Size
 from dsconvert.dsconv.codes import CODES, FREE
 from dsconvert.dsconv.codes.real import REAL
 from dsconvert.dsconv.format import WeightFormat
@@ -63,7 +64,7 @@ def model_bytes(model: DSModel) -> bytes:
         tensors[f"{name}.cdsb"] = conv.bias.numpy()
     header = {
         "version": VERSION,
-        "imgsz": model.imgsz,
+        "imgsz": model.imgsz.json,
         "head": _head(model.head),
         "provenance": model.provenance,
         "graph": model.graph.to_json(),
@@ -167,7 +168,15 @@ def _model(header: Mapping[str, Any], tensors: Mapping[str, NDArray[Any]]) -> DS
     head = Head(tuple(printable(n) for n in h["names"]), tuple(int(s) for s in h["strides"]), anchors,
                 int(h.get("masks", 0)), h.get("class_untrained", False))  # fmt: skip
     activations = {name: QParams(float(s), int(z)) for name, (s, z) in header["activations"].items()}
-    return DSModel(graph, convs, activations, head, int(header["imgsz"]), dict(header["provenance"]))
+    return DSModel(graph, convs, activations, head, _size(header["imgsz"]), dict(header["provenance"]))
+
+
+def _size(stored: object) -> Size:
+    """An image size as `Size.json` has it. Raises ValueError for anything else."""
+    both = stored if isinstance(stored, list) else [stored, stored]
+    if len(both) != 2 or not all(type(n) is int for n in both) or Size(*both).json != stored:
+        raise ValueError("image size")
+    return Size(*both)
 
 
 def _layer(name: str, layer: Mapping[str, Any], tensors: Collection[str]) -> tuple[Shape, WeightFormat]:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from dsconvert.base.size import Size
 from dsconvert.dsconv.tensor import DSTensor
 from dsconvert.graph.grids import QParams
 from dsconvert.graph.integer import QConv
@@ -43,7 +44,7 @@ class DSModel(Converted):
     """A quantized detector of a family whose decoding is known."""
 
     head: Head
-    imgsz: int  # the side calibrated at, in pixels
+    imgsz: Size  # calibrated at
     provenance: Mapping[str, Any]  # where it came from (plain JSON values)
 
 

@@ -14,12 +14,13 @@ from numpy.typing import NDArray
 
 from dsconvert.base.errors import InputError, printable, refusing
 from dsconvert.base.filekinds import NAMES, ONNX, check_ordinary, file_kind
+from dsconvert.base.size import Size, SizeLike
 from dsconvert.onnxfile.bounds import Bounds
 
 ENGINES = ("onnxruntime", "openvino")
 MAX_SIDE = 8192
 LARGE = 2048**2  # pixels
-SIDE = 640  # of an input that leaves its side open
+USUAL = Size.of(640)  # of an input that leaves its size open
 TYPES: dict[str, type[Any]] = {
     "tensor(float)": np.float32,
     "tensor(float16)": np.float16,
@@ -76,14 +77,15 @@ def as_input(batch: NDArray[np.float32], kind: type[Any]) -> NDArray[Any]:
 
 
 def open_model(
-    path: Path, engine: str, threads: int, side: int | None, size: int | None = None
+    path: Path, engine: str, threads: int, imgsz: SizeLike | None, size: int | None = None
 ) -> Callable[[], object]:
-    """Load the file and return one inference on a fixed random image; `side` is for inputs that leave theirs open,
+    """Load the file and return one inference on a fixed random image; `imgsz` is for inputs that leave theirs open,
     `size` are the file's bytes with its external data (None: it has none).
 
     Raises InputError when the engine cannot load it or it takes anything but one image."""
     check_onnx(path)
-    return (_openvino if engine == "openvino" else _onnxruntime)(path, threads, side, size or path.stat().st_size)
+    opened = _openvino if engine == "openvino" else _onnxruntime
+    return opened(path, threads, Size.perhaps(imgsz), size or path.stat().st_size)
 
 
 def check_onnx(path: Path) -> None:
@@ -109,10 +111,10 @@ def engine_version(engine: str) -> str:
     return str(openvino.__version__)
 
 
-def _onnxruntime(path: Path, threads: int, side: int | None, size: int) -> Callable[[], object]:
+def _onnxruntime(path: Path, threads: int, imgsz: Size | None, size: int) -> Callable[[], object]:
     running = load_file(path, threads, size)
     entries = running.inner.get_inputs()
-    image = _image(path, [e.shape for e in entries], [e.type for e in entries], side)
+    image = _image(path, [e.shape for e in entries], [e.type for e in entries], imgsz)
     return running.repeated({entries[0].name: image})
 
 
@@ -122,7 +124,7 @@ def load_file(path: Path, threads: int, size: int) -> Session:
         return session(path, threads, str(path), size)
 
 
-def _openvino(path: Path, threads: int, side: int | None, size: int) -> Callable[[], object]:
+def _openvino(path: Path, threads: int, imgsz: Size | None, size: int) -> Callable[[], object]:
     engine_version("openvino")
     import openvino
 
@@ -134,7 +136,7 @@ def _openvino(path: Path, threads: int, side: int | None, size: int) -> Callable
     names = {"u8": "tensor(uint8)", "f16": "tensor(float16)", "f32": "tensor(float)"}
     shapes = [[d.get_length() if d.is_static else None for d in entry.get_partial_shape()] for entry in compiled.inputs]
     kinds = [names.get(entry.get_element_type().get_type_name(), "other") for entry in compiled.inputs]
-    image = _image(path, shapes, kinds, side)
+    image = _image(path, shapes, kinds, imgsz)
     request = compiled.create_infer_request()
     ran: list[object] = []
 
@@ -147,10 +149,10 @@ def _openvino(path: Path, threads: int, side: int | None, size: int) -> Callable
 
 
 def check_image_input(
-    path: Path, shapes: Sequence[Sequence[object]], types: Sequence[str], asked: int | None = None
+    path: Path, shapes: Sequence[Sequence[object]], types: Sequence[str], asked: Size | None = None
 ) -> None:
     """Raises InputError unless the inputs are one image (n, 3, height, width) of up to MAX_SIDE pixels, and not more
-    than LARGE pixels together, unless that side was `asked` for."""
+    than LARGE pixels together, unless that size was `asked` for."""
     if len(shapes) != 1 or len(shapes[0]) != 4 or types[0] not in TYPES:
         what = f"{len(shapes)} inputs" if len(shapes) != 1 else f"{printable(list(shapes[0]), 80)} of {types[0]}"
         raise InputError(f"{path} does not take one image (n, 3, height, width) of float or bytes, but {what}.")
@@ -165,17 +167,18 @@ def check_image_input(
     check_pixels(path, filled(shapes[0], asked), asked)
 
 
-def filled(shape: Sequence[object], side: int | None) -> list[int]:
-    """The shape of one input with its open dimensions filled in: one image, three channels, `side` pixels."""
-    usual = (1, 3, side or SIDE, side or SIDE)
+def filled(shape: Sequence[object], imgsz: Size | None) -> list[int]:
+    """The shape of one input with its open dimensions filled in: one image, three channels, `imgsz` pixels."""
+    usual = (1, *(imgsz or USUAL).image)
     return [given if isinstance(given, int) else other for given, other in zip(shape, usual, strict=True)]
 
 
-def check_pixels(path: Path, numbers: Sequence[int], asked: int | None) -> None:
+def check_pixels(path: Path, numbers: Sequence[int], asked: Size | None) -> None:
     """Raises InputError for an input (n, channels, height, width) that takes gigabytes, with all that is made of it,
-    unless a side was asked for: a file of a few bytes may say that it has one. Several images of a side that was asked
-    for may be as large together as the largest one."""
-    most = 3 * MAX_SIDE**2 if asked in numbers[-2:] else 3 * LARGE
+    unless its height or width was asked for: a file of a few bytes may say that it has one. Several images of a size
+    that was asked for may be as large together as the largest one."""
+    known = asked is not None and any(n == given for n, given in zip(numbers[-2:], asked.pair, strict=True))
+    most = 3 * MAX_SIDE**2 if known else 3 * LARGE
     if math.prod(numbers) > most:
         raise InputError.naming(
             "{} takes {} numbers at once, gigabytes with all that is made of them; give its {imgsz} to have it "
@@ -183,8 +186,8 @@ def check_pixels(path: Path, numbers: Sequence[int], asked: int | None) -> None:
         )  # fmt: skip
 
 
-def _image(path: Path, shapes: Sequence[Sequence[object]], types: Sequence[str], side: int | None) -> NDArray[Any]:
-    """A random image for the one input; its open dimensions are one image, three channels, `side` pixels."""
-    check_image_input(path, shapes, types, side)
-    shape = filled(shapes[0], side)
+def _image(path: Path, shapes: Sequence[Sequence[object]], types: Sequence[str], imgsz: Size | None) -> NDArray[Any]:
+    """A random image for the one input; its open dimensions are one image, three channels, `imgsz` pixels."""
+    check_image_input(path, shapes, types, imgsz)
+    shape = filled(shapes[0], imgsz)
     return as_input(np.random.default_rng(0).random(shape, np.float32), TYPES[types[0]])

@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 
 from dsconvert.base.errors import InputError, refusing
 from dsconvert.base.filekinds import check_ordinary
-from dsconvert.onnxfile.engines import MAX_SIDE, TYPES, check_pixels, session
+from dsconvert.base.size import Size, SizeLike
+from dsconvert.onnxfile.engines import MAX_SIDE, TYPES, USUAL, check_pixels, session
 from dsconvert.onnxfile.external import MAX_BYTES, parsed
 from dsconvert.onnxfile.trial import try_out
 
@@ -151,10 +152,11 @@ def opset_of(model: onnx.ModelProto) -> int:
     return max((o.version for o in model.opset_import if o.domain in ("", "ai.onnx")), default=1)
 
 
-def read_source(path: Path, imgsz: int | None, threads: int) -> Source:
+def read_source(path: Path, imgsz: SizeLike | None, threads: int) -> Source:
     """The file at `path`, for images of `imgsz` pixels where it leaves that open (None: 640).
 
     Raises InputError when ONNX Runtime cannot load it, or it takes anything but one image."""
+    asked = Size.perhaps(imgsz)
     check_ordinary(path)
     if not path.is_file():
         raise InputError(f"There is no ONNX file at {path}.")
@@ -162,7 +164,7 @@ def read_source(path: Path, imgsz: int | None, threads: int) -> Source:
     large = InputError(f"{path} is larger than the 2 GB an ONNX model can have in memory.")
     if given.model.ByteSize() + given.outside > MAX_BYTES:  # tensors may all say that they are the same gigabyte
         raise large
-    try_out(path, "onnxruntime", threads, imgsz, given.size)
+    try_out(path, "onnxruntime", threads, asked, given.size)
     with refusing(f"{path} is not an ONNX file ONNX Runtime can run."):
         model = onnx.load(path, format="protobuf")
         whole = None if model.ByteSize() > MAX_BYTES else model.SerializeToString()
@@ -172,7 +174,7 @@ def read_source(path: Path, imgsz: int | None, threads: int) -> Source:
     entries = running.inner.get_inputs()
     if len(entries) != 1:
         raise InputError(f"{path} has {len(entries)} inputs; only files with one, an image, can be converted.")
-    image = _image(path, entries[0].name, entries[0].shape, entries[0].type, imgsz)
+    image = _image(path, entries[0].name, entries[0].shape, entries[0].type, asked)
     seen = {*(v.name for v in model.graph.input), *(t.name for t in model.graph.initializer)}
     later = {out for node in model.graph.node for out in node.output}
     for node in model.graph.node:
@@ -190,15 +192,17 @@ def read_source(path: Path, imgsz: int | None, threads: int) -> Source:
     return Source(model, image)
 
 
-def _image(path: Path, name: str, shape: list[Any], kind: str, imgsz: int | None) -> ImageInput:
+def _image(path: Path, name: str, shape: list[Any], kind: str, imgsz: Size | None) -> ImageInput:
     refused = InputError(f"{path} does not take one image (n, 3, height, width) of float or bytes, but {shape}.")
     if len(shape) != 4 or kind not in TYPES:
         raise refused
     last = shape[1] not in (1, 3) and shape[3] in (1, 3)
     batch, channels, height, width = [shape[i] for i in ((0, 3, 1, 2) if last else (0, 1, 2, 3))]
     channels, batch = (n if isinstance(n, int) else usual for n, usual in ((channels, 3), (batch, 1)))
-    sides = [n if isinstance(n, int) else imgsz or 640 for n in (height, width)]
-    if imgsz is not None and sides != [imgsz, imgsz]:
+    sides = [
+        n if isinstance(n, int) else given for n, given in zip((height, width), (imgsz or USUAL).pair, strict=True)
+    ]
+    if imgsz is not None and sides != [*imgsz.pair]:
         raise InputError.naming(
             "{} takes images of {} by {} pixels; {imgsz} {} does not fit it.", path, sides[1], sides[0], imgsz
         )

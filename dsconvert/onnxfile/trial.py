@@ -17,16 +17,17 @@ import numpy as np
 
 from dsconvert.base import children
 from dsconvert.base.errors import InputError
+from dsconvert.base.size import Size
 from dsconvert.onnxfile import bounds
 from dsconvert.onnxfile.bounds import Beyond, Bounds, are_enforced, enforced
-from dsconvert.onnxfile.engines import SIDE, TYPES, as_input, check_pixels, load_file, open_model
+from dsconvert.onnxfile.engines import TYPES, USUAL, as_input, check_pixels, load_file, open_model
 
 REFUSED = 3  # exit code of the process where the file goes beyond its bounds
 GRACE = 60.0  # seconds beyond the bound for the process to begin and to end
 _TRIED: set[tuple[object, ...]] = set()
 
 
-def try_out(path: Path, engine: str, threads: int, side: int | None, size: int) -> None:
+def try_out(path: Path, engine: str, threads: int, imgsz: Size | None, size: int) -> None:
     """Load and run the file, of `size` bytes with its external data; once for each content and use. Raises InputError
     where the engine crashes, or the file goes beyond its bounds. Only where bounds are enforced: a program that uses
     dsconvert may start no processes."""
@@ -40,12 +41,12 @@ def try_out(path: Path, engine: str, threads: int, side: int | None, size: int) 
         status.st_ino,
         engine,
         threads,
-        side,
+        imgsz,
         bounds.BASE_SECONDS,
     )
     if key in _TRIED:
         return
-    line = children.command("dsconvert.onnxfile.trial", path, engine, threads, side or 0, size, bounds.BASE_SECONDS)
+    line = children.command("dsconvert.onnxfile.trial", path, engine, threads, imgsz or 0, size, bounds.BASE_SECONDS)
     most = Bounds(str(path), size).most_seconds(0) + GRACE
     try:
         done = subprocess.run(line, env=children.environment(), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
@@ -67,32 +68,32 @@ def try_out(path: Path, engine: str, threads: int, side: int | None, size: int) 
 _NAMES = {"onnxruntime": "ONNX Runtime", "openvino": "OpenVINO"}
 
 
-def _here(path: Path, engine: str, threads: int, side: int | None, size: int) -> None:
+def _here(path: Path, engine: str, threads: int, imgsz: Size | None, size: int) -> None:
     if engine == "openvino":
-        open_model(path, engine, threads, side, size)()
+        open_model(path, engine, threads, imgsz, size)()
         return
     running = load_file(path, threads, size)
     entries = running.inner.get_inputs()
     if len(entries) != 1 or len(entries[0].shape) != 4 or entries[0].type not in TYPES:
         return
-    given, length = entries[0].shape, side or SIDE
+    given, (height, width) = entries[0].shape, (imgsz or USUAL).pair
     last = given[3] in (1, 3) and given[1] not in (1, 3)
-    usual = (1, length, length, 3) if last else (1, 3, length, length)
+    usual = (1, height, width, 3) if last else (1, 3, height, width)
     shape = [n if isinstance(n, int) else other for n, other in zip(given, usual, strict=True)]
     if min(shape) < 1:
         return
-    check_pixels(path, (shape[0], 3, *(shape[1:3] if last else shape[2:])), side)
+    check_pixels(path, (shape[0], 3, *(shape[1:3] if last else shape[2:])), imgsz)
     image = as_input(np.random.default_rng(0).random(shape, np.float32), TYPES[entries[0].type])
     running.run(None, {entries[0].name: image})
 
 
-def _main(path: str, engine: str, threads: str, side: str, size: str, seconds: str) -> int:
+def _main(path: str, engine: str, threads: str, imgsz: str, size: str, seconds: str) -> int:
     if bounds.resource is not None:  # what dies here was expected, and need not be kept
         bounds.resource.setrlimit(bounds.resource.RLIMIT_CORE, (0, 0))
     bounds.BASE_SECONDS = float(seconds)
     with enforced(), suppress(Exception):
         try:
-            _here(Path(path), engine, int(threads), int(side) or None, int(size))
+            _here(Path(path), engine, int(threads), Size.read(imgsz) if imgsz != "0" else None, int(size))
         except Beyond as error:
             sys.stderr.write(f"{error}\n")
             sys.stderr.flush()

@@ -1,4 +1,4 @@
-"""Pixels of image files, and the letterbox that squares an image."""
+"""Pixels of image files, and the letterbox that brings an image to a size."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dsconvert.base.errors import InputError
+from dsconvert.base.size import Size, SizeLike
 from dsconvert.photos.cutshort import ends_early, kind_of, whole_picture
 from dsconvert.photos.photobounds import too_much
 
@@ -26,7 +27,7 @@ Image = NDArray[np.uint8]
 
 @dataclass(frozen=True)
 class Letterbox:
-    """How an image was placed in its square: pixels * gain + pad."""
+    """How an image was placed in its rectangle: pixels * gain + pad."""
 
     gain: float
     pad_x: float
@@ -72,11 +73,17 @@ def _decode(data: bytes) -> Image | None:
     return None if image is None else image.astype(np.uint8, copy=False)
 
 
-def letterbox(image: Image, side: int) -> tuple[Image, Letterbox]:
-    """Scale to fit a square of `side` pixels keeping the aspect ratio (bilinear), pad the rest with grey, centred."""
-    gain = min(side / image.shape[0], side / image.shape[1])
-    square, left, top = on_grey(scaled(image, gain), side, side)
-    return square, Letterbox(gain, left, top)
+def letterbox(image: Image, size: SizeLike) -> tuple[Image, Letterbox]:
+    """Scale to fit that size keeping the aspect ratio (bilinear), pad the rest with grey, centred."""
+    size = Size.of(size)
+    gain = gain_to_fit(image, size)
+    placed, left, top = on_grey(scaled(image, gain), size.height, size.width)
+    return placed, Letterbox(gain, left, top)
+
+
+def gain_to_fit(image: Image, size: Size) -> float:
+    """What makes the image as large as fits."""
+    return min(size.height / image.shape[0], size.width / image.shape[1])
 
 
 def scaled(image: Image, gain: float) -> Image:
@@ -98,7 +105,7 @@ def on_grey(image: Image, height: int, width: int) -> tuple[Image, int, int]:
 
 
 def to_tensor(images: Sequence[Image]) -> Tensor:
-    """Squares (side, side, 3) uint8 -> batch (n, 3, side, side) float32, 0..1."""
+    """Images of one size (h, w, 3) uint8 -> batch (n, 3, h, w) float32, 0..1."""
     return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous().float() / 255
 
 

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from dsconvert.base.errors import InputError
 from dsconvert.base.filekinds import MODEL, file_kind
+from dsconvert.base.size import Size, SizeLike
 from dsconvert.convert.record import REPORT_FILE
 from dsconvert.graph.ir import ConvParams
 from dsconvert.measure.calibration import Progress
@@ -55,7 +56,7 @@ SHOWN_LAYERS = 6  # histograms of weights, and of activations
 class ReportOptions:
     """What to report on: the converted model; data as `contest.entrants` (None: what was calibrated on); int8 peers
     as ONNX files; the float checkpoint (None: the one converted; a stranger's model may name any file, see `origin`);
-    how many photos are shown; image side and most
+    how many photos are shown; image size and most
     images evaluated as `contest.entrants`; whether latency is measured (the one thing that is never twice the
     same); split and strict as `contest.entrants`."""
 
@@ -64,7 +65,7 @@ class ReportOptions:
     against: tuple[Path, ...] = ()
     float_model: Path | None = None
     images: int = 6
-    imgsz: int | None = None
+    imgsz: SizeLike | None = None
     samples: int | None = None
     latency: bool = True
     split: str | None = None
@@ -102,7 +103,7 @@ class Report:
     rows: Sequence[Row]
     labelled: bool
     data: str
-    side: int
+    imgsz: Size
     names: Sequence[str]
     objects: Mapping[int, int]
     differing: Sequence[int]
@@ -139,13 +140,13 @@ def gather(options: ReportOptions, progress: Progress | None = None) -> Report:
     rows = _rows(given, found, options, say)
     sure = [[boxes[boxes[:, 4] > CONFIDENT] for boxes in seen] for seen in every]
     counts = differing(*sure)
-    side = given.candidates[0].side
+    size = given.candidates[0].imgsz
     shown = sorted(range(len(counts)), key=lambda i: (-counts[i], i))[: options.images]
-    layers, weights, activations, watched = _inside(model, params, record, found.read, side, say)
+    layers, weights, activations, watched = _inside(model, params, record, found.read, size, say)
     return Report(
-        rows, given.labelled, data.name, side, model.head.names, object_counts(found.truths), counts,
+        rows, given.labelled, data.name, size, model.head.names, object_counts(found.truths), counts,
         score_shift(every[0], every[1]),
-        [load_photo(found.read[i], side, sure[0][i], sure[1][i]) for i in shown],
+        [load_photo(found.read[i], size, sure[0][i], sure[1][i]) for i in shown],
         layers, weights, activations, watched, record.finetune, model.provenance,
         hashlib.sha256(source.read_bytes()).hexdigest() == model.provenance.get("source_sha256"),
         torch.get_num_threads(), found.skipped,
@@ -198,7 +199,7 @@ def read_record(path: Path, provenance: Mapping[str, Any]) -> Record:
 
 def _detect(given: Entrants, say: Progress) -> tuple[Detections, list[list[NDArray[Any]]]]:
     """What every model finds; and of the first two, the boxes a user of detect.py would see at a threshold next to
-    nothing, per image, in pixels of the letterboxed square."""
+    nothing, per image, in pixels of the letterboxed image."""
     every: list[list[NDArray[Any]]] = [[], []]
     predictors = [_noting(c, s) for c, s in zip(given.candidates, every, strict=False)]
     predictors += [c.predict for c in given.candidates[2:]]
@@ -249,16 +250,16 @@ def _inside(
     params: Mapping[str, ConvParams],
     record: Record,
     paths: Sequence[Path],
-    side: int,
+    size: Size,
     say: Progress,
 ) -> tuple[list[Layer], list[WeightView], list[ActivationView], int]:
     """Layers, and the histograms of the worst of them; activations on some of the images at `paths`."""
     chosen = spread(paths, WATCHED_IMAGES) if model.activations else []
-    squares = (to_tensor([letterbox(read_image(p), side)[0]]) for p in chosen)
+    batches = (to_tensor([letterbox(read_image(p), size)[0]]) for p in chosen)
     watched = {}
     if chosen:
         watched = watch(
-            model.graph, params, model.activations, squares, progress=lambda done: say("activations", done, len(chosen))
+            model.graph, params, model.activations, batches, progress=lambda done: say("activations", done, len(chosen))
         )
     layers = layer_rows(model, params, record.sqnr_db, {name: w.db for name, w in watched.items()})
     nodes = {row.name: node.name for row, node in zip(layers, model.graph.convs(), strict=True)}

@@ -26,7 +26,7 @@ from dsconvert.scoring.curves import ClassCurve, mean_curve
 PR_CLASSES = 12  # most classes with a chart of their own: those that lose most
 FACTS = {
     "command": "Command", "dsconvert": "Version", "source": "Checkpoint", "source_sha256": "Its SHA-256",
-    "calib": "Calibrated on", "samples": "Most images", "imgsz": "Image side, pixels", "bits": "Bits",
+    "calib": "Calibrated on", "samples": "Most images", "imgsz": "Image size, pixels", "bits": "Bits",
     "target_bytes": "Largest file, bytes", "block_size": "Block size", "blocks": "Blocks", "scope": "Scope",
     "activations": "Activations", "seed": "Seed", "device": "Device",
 }  # fmt: skip
@@ -101,7 +101,14 @@ def _facts(provenance: Mapping[str, Any]) -> list[tuple[str, str]]:
     known = {**(options if isinstance(options, Mapping) else {}), **provenance}
     facts = [(FACTS.get(k, k), k, v) for k, v in known.items() if k in FACTS and v is not None]
     facts.sort(key=lambda fact: list(FACTS).index(fact[1]))
-    return [(label, plain(Path(str(v)).name if k in ("source", "calib") else v, 2000)) for label, k, v in facts]
+    return [(label, plain(_fact(k, v), 2000)) for label, k, v in facts]
+
+
+def _fact(key: str, value: object) -> object:
+    """As it is shown: a file's name, an image size that is no square as 384x640."""
+    if key == "imgsz" and isinstance(value, (list, tuple)):
+        return "x".join(map(str, value))
+    return Path(str(value)).name if key in ("source", "calib") else value
 
 
 def _colours(rows: Sequence[Row]) -> list[str]:

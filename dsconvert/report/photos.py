@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dsconvert.base.errors import InputError
+from dsconvert.base.size import Size
 from dsconvert.photos.images import Image, letterbox, read_image
 from dsconvert.yolo.boxes import to_image
 
@@ -76,11 +77,11 @@ def differing(first: Sequence[Array], second: Sequence[Array]) -> list[int]:
     return [sum(int(lonely.sum()) for lonely in alone(a, b)) for a, b in zip(first, second, strict=True)]
 
 
-def load_photo(path: Path, side: int, first: Array, second: Array) -> Photo:
-    """A photo with the boxes two models found in its letterboxed square of `side` pixels."""
+def load_photo(path: Path, size: Size, first: Array, second: Array) -> Photo:
+    """A photo with the boxes two models found in it, letterboxed to that size."""
     image = read_image(path)
     h, w = image.shape[:2]
-    placed = letterbox(image, side)[1]
+    placed = letterbox(image, size)[1]
     data, (shown_h, shown_w) = small_jpeg(image)
     boxes = []
     for found, lonely in zip((first, second), alone(first, second), strict=True):

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from dsconvert.base import workers
 from dsconvert.base.errors import InputError
+from dsconvert.base.size import Size, SizeLike
 from dsconvert.onnxfile.bounds import made_of
 from dsconvert.photos.images import letterbox, none_readable, read_image, to_tensor
 from dsconvert.photos.labels import Labelled, LabelRules, in_pixels, read_labelled
@@ -19,7 +20,7 @@ from dsconvert.scoring.coco import COCO_MOST, Metrics, coco_metrics
 from dsconvert.scoring.masks import Encoded, MaskPredictor, look, mask_f1, mask_precision, outlines
 from dsconvert.yolo.boxes import LEAST, MOST, inside, suppressed, to_image
 
-# A predictor takes a float batch (1, 3, side, side), 0..1, and returns (1, boxes, 5 + nc) as `decode` does.
+# A predictor takes a float batch (1, 3, h, w), 0..1, and returns (1, boxes, 5 + nc) as `decode` does.
 CONFIDENT, OVERLAP = 0.25, 0.45  # YOLOv5's detect.py
 VAL_OVERLAP = 0.6  # YOLOv5's val.py
 Predictor = Callable[[NDArray[np.float32]], NDArray[np.float32]]
@@ -69,14 +70,14 @@ class Detections:
 def evaluate_predictors(
     predictors: Sequence[Predictor],
     paths: Sequence[Path],
-    side: int,
+    imgsz: SizeLike,
     nc: int,
     labelled: bool | Labelled = True,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Metrics]:
     """Metrics of every predictor on the same images, see `detect_all`. Raises InputError where there is no object to
     find."""
-    found = detect_all(predictors, paths, side, nc, labelled, progress)
+    found = detect_all(predictors, paths, imgsz, nc, labelled, progress)
     if not labelled and not found.measurable:
         raise InputError("The first model finds nothing with confidence in these images, so there is no agreement.")
     return found.metrics()
@@ -91,14 +92,14 @@ def most_overlap(overlap: float | None, labelled: bool) -> float:
 def detect_all(
     predictors: Sequence[Predictor],
     paths: Sequence[Path],
-    side: int,
+    imgsz: SizeLike,
     nc: int,
     labelled: bool | Labelled = True,
     progress: Callable[[int, int], None] | None = None,
     confidence: float = LEAST,
     overlap: float | None = None,
 ) -> Detections:
-    """Run every predictor on the same images, each decoded once.
+    """Run every predictor on the same images, each decoded once and letterboxed to `imgsz`.
 
     The truth is the labels given as `labelled`, whose images take the place of `paths`, or (True) those beside the
     images, or (False) what the first predictor finds with confidence: then metrics say how far the others agree with
@@ -108,6 +109,7 @@ def detect_all(
     does. Files that cannot be read are left out and counted. Raises InputError when none can. Without labels there may
     be no truth at all, see `measurable`.
     """
+    size = Size.of(imgsz)
     found: list[list[NDArray[np.float32]]] = [[] for _ in predictors]
     truths, shapes = [], []
     skipped: list[str] = []
@@ -130,8 +132,8 @@ def detect_all(
         h, w = image.shape[:2]
         read.append(path)
         shapes.append((h, w))
-        square, box = letterbox(image, side)
-        batch = to_tensor([square]).numpy()
+        placed_image, box = letterbox(image, size)
+        batch = to_tensor([placed_image]).numpy()
         looked = [look(predict, batch) for predict in predictors]
         if any(p.shape[1] != nc + 5 for p, _ in looked):
             raise InputError(f"A model finds other classes than the {nc} it is measured on.")
@@ -141,7 +143,7 @@ def detect_all(
             placed = to_image(boxes, box, (h, w))
             results.append(placed if labelled else placed[inside(placed)])
             if said is not None and encoded is not None:
-                masked_boxes = said.placed(rows.tolist(), placed, box, side, (h, w))
+                masked_boxes = said.placed(rows.tolist(), placed, box, size, (h, w))
                 encoded.append([mask.encoded((h, w)) for mask in masked_boxes])
         if labelled:
             truths.append(in_pixels(truth[index].boxes, h, w))

@@ -10,6 +10,7 @@ from pathlib import Path
 from statistics import median
 
 from dsconvert.base.errors import InputError
+from dsconvert.base.size import Size, SizeLike
 from dsconvert.onnxfile.engines import check_onnx, engine_version, open_model
 from dsconvert.onnxfile.external import check_external_data
 from dsconvert.onnxfile.trial import try_out
@@ -39,12 +40,12 @@ def bench(
     engines: Sequence[str],
     threads: int,
     runs: int = 50,
-    side: int | None = None,
+    imgsz: SizeLike | None = None,
     progress: Progress | None = None,
 ) -> list[Benchmarked]:
     """Every file in every engine, on the first `threads` CPUs this process may use. Raises InputError for fewer
     CPUs than threads, an engine that is not installed, or a file an engine cannot run."""
-    report = progress or (lambda stage, done, total: None)
+    report, asked = progress or (lambda stage, done, total: None), Size.perhaps(imgsz)
     versions = {engine: engine_version(engine) for engine in engines}
     entries = [(path, engine) for engine in engines for path in paths]
     with only_cpus(threads):
@@ -52,9 +53,9 @@ def bench(
             check_onnx(path)
         sizes = {path: check_external_data(path) for path in paths}
         for path, engine in entries:
-            try_out(path, engine, threads, side, sizes[path])
-        calls = [open_model(path, engine, threads, side, sizes.get(path)) for path, engine in entries]
-        feet = _footprints(entries, threads, side, sizes, report)
+            try_out(path, engine, threads, asked, sizes[path])
+        calls = [open_model(path, engine, threads, asked, sizes.get(path)) for path, engine in entries]
+        feet = _footprints(entries, threads, asked, sizes, report)
         times = interleaved_times(calls, runs, progress=lambda done, total: report("bench", done, total))
     return [
         Benchmarked(path, engine, versions[engine], path.stat().st_size, summary(t), ratio(t, times[0]), foot)
@@ -84,13 +85,13 @@ def _median_of(sizes: Sequence[int | None]) -> int | None:
 
 
 def _footprints(
-    entries: Sequence[tuple[Path, str]], threads: int, side: int | None, sizes: Mapping[Path, int], report: Progress
+    entries: Sequence[tuple[Path, str]], threads: int, imgsz: Size | None, sizes: Mapping[Path, int], report: Progress
 ) -> list[Footprint]:
     """The median of LOADS measurements of each, taken in turn."""
     found: list[list[Footprint]] = [[] for _ in entries]
     for turn in range(LOADS):
         for index, (path, engine) in enumerate(entries):
-            found[index].append(measure_footprint(path, engine, threads, side, sizes[path]))
+            found[index].append(measure_footprint(path, engine, threads, imgsz, sizes[path]))
             report("load", turn * len(entries) + index + 1, LOADS * len(entries))
     return [
         Footprint(

@@ -15,13 +15,23 @@ from numpy.typing import NDArray
 from dsconvert.base import workers
 from dsconvert.base.errors import InputError, printable, refusing
 from dsconvert.base.filekinds import CHECKPOINT, MODEL, file_kind
+from dsconvert.base.size import Size, SizeLike
 from dsconvert.export.ends.nms import Nms
 from dsconvert.export.onnx import export_float, export_quantized
 from dsconvert.export.weights.layouts import PACKED, REAL
 from dsconvert.graph.ir import ConvParams
 from dsconvert.model.file import load_model
 from dsconvert.onnxfile.bounds import Bounds
-from dsconvert.onnxfile.engines import TYPES, Session, as_input, check_image_input, check_pixels, load_file, session
+from dsconvert.onnxfile.engines import (
+    TYPES,
+    USUAL,
+    Session,
+    as_input,
+    check_image_input,
+    check_pixels,
+    load_file,
+    session,
+)
 from dsconvert.onnxfile.external import parsed
 from dsconvert.onnxfile.inspect import conv_weights
 from dsconvert.onnxfile.trial import try_out
@@ -46,7 +56,7 @@ class Candidate:
     path: Path
     format: str
     names: tuple[str, ...]
-    side: int
+    imgsz: Size
     weight_bits: float
     predict: Predictor
     run_once: Callable[[], object]
@@ -61,31 +71,32 @@ class Candidate:
         return self.path.stat().st_size
 
 
-def load_candidate(path: Path, side: int | None, device: str = "cpu") -> Candidate:
-    """Load a model for evaluation at `side` pixels (None: what it was made for, else 640). `device` as
+def load_candidate(path: Path, imgsz: SizeLike | None, device: str = "cpu") -> Candidate:
+    """Load a model for evaluation at `imgsz` pixels (None: what it was made for, else 640). `device` as
     `workers.named_device`; another than the CPU is for a checkpoint: integers and ONNX Runtime run on the CPU. Raises
     InputError for the others."""
-    kind = file_kind(path)
+    kind, asked = file_kind(path), Size.perhaps(imgsz)
     if kind == CHECKPOINT:
-        return _float(path, side or 640, device)
+        return _float(path, asked or USUAL, device)
     if workers.named_device(device) != "cpu":
         raise InputError.naming(
             "{} runs on the CPU here; leave out {device} {}, or give the float checkpoint.", path, device
         )
-    return _converted(path, side) if kind == MODEL else _onnx(path, side)
+    return _converted(path, asked) if kind == MODEL else _onnx(path, asked)
 
 
-def load_candidates(paths: Sequence[Path], side: int | None) -> list[Candidate]:
+def load_candidates(paths: Sequence[Path], imgsz: SizeLike | None) -> list[Candidate]:
     """All models at one image size: the one asked for, else the one the others were made for (a `.pt` fits any)."""
-    sized = {p: load_candidate(p, side) for p in paths if file_kind(p) != CHECKPOINT}
-    sides = {c.side for c in sized.values()}
-    if len(sides) > 1:
-        raise InputError.naming("The models were made for different image sizes {}; give {imgsz}.", sorted(sides))
-    side = sides.pop() if sides else side
-    return [sized[p] if p in sized else load_candidate(p, side) for p in paths]
+    sized = {p: load_candidate(p, imgsz) for p in paths if file_kind(p) != CHECKPOINT}
+    sizes = {c.imgsz for c in sized.values()}
+    if len(sizes) > 1:
+        several = ", ".join(map(str, sorted(sizes)))
+        raise InputError.naming("The models were made for different image sizes, {}; give {imgsz}.", several)
+    given = sizes.pop() if sizes else imgsz
+    return [sized[p] if p in sized else load_candidate(p, given) for p in paths]
 
 
-def _once(make: Callable[[], Session], side: int, count: int = 1) -> Callable[[], object]:
+def _once(make: Callable[[], Session], imgsz: Size, count: int = 1) -> Callable[[], object]:
     """One inference on `count` fixed random images; the session is made on the first call, as not everyone measures
     speed."""
 
@@ -94,25 +105,25 @@ def _once(make: Callable[[], Session], side: int, count: int = 1) -> Callable[[]
         running = make()
         entry = running.inner.get_inputs()[0]
         kind = TYPES.get(entry.type, np.float32)
-        image = as_input(np.random.default_rng(0).random((count, 3, side, side), np.float32), kind)
+        image = as_input(np.random.default_rng(0).random((count, *imgsz.image), np.float32), kind)
         return running.repeated({entry.name: image})
 
     return lambda: prepared()()
 
 
-def _check_side(path: Path, side: int, stride: int) -> None:
-    if side < stride or side % stride:
-        raise InputError.naming("{imgsz} {} is not a multiple of the stride {} of {}.", side, stride, path)
+def _check_size(path: Path, imgsz: Size, stride: int) -> None:
+    if not imgsz.fits(stride):
+        raise InputError.naming("{imgsz} {} is not a multiple of the stride {} of {}.", imgsz, stride, path)
 
 
-def _float(path: Path, side: int, device: str = "cpu") -> Candidate:
+def _float(path: Path, imgsz: Size, device: str = "cpu") -> Candidate:
     checkpoint = load_checkpoint(path)
     head = checkpoint.head
-    _check_side(path, side, head.stride)
+    _check_size(path, imgsz, head.stride)
     graph, params = lower(checkpoint.network.fused())
 
     def running() -> Session:
-        return session(export_float(graph, params, head, side).SerializeToString(), torch.get_num_threads(), str(path))
+        return session(export_float(graph, params, head, imgsz).SerializeToString(), torch.get_num_threads(), str(path))
 
     bits = float(checkpoint.stored_bits)
     device = workers.device(device)
@@ -120,40 +131,40 @@ def _float(path: Path, side: int, device: str = "cpu") -> Candidate:
     # the bound is of main memory, of which CUDA maps more than it uses
     bounds = Bounds(str(path), path.stat().st_size) if device == "cpu" else None
     predict = float_predictor(graph, own, head, device, bounds)
-    return Candidate(path, "pt", head.names, side, bits, predict, _once(running, side), head.nc)
+    return Candidate(path, "pt", head.names, imgsz, bits, predict, _once(running, imgsz), head.nc)
 
 
-def _converted(path: Path, side: int | None) -> Candidate:
+def _converted(path: Path, asked: Size | None) -> Candidate:
     model = load_model(path)
-    check_pixels(path, (3, side or model.imgsz, side or model.imgsz), side)
-    side = side or model.imgsz
-    _check_side(path, side, model.head.stride)
+    imgsz = asked or model.imgsz
+    check_pixels(path, imgsz.image, asked)
+    _check_size(path, imgsz, model.head.stride)
     layout = REAL if model.has_real_alpha else PACKED
 
     def running() -> Session:
-        return session(export_quantized(model, layout, side).SerializeToString(), torch.get_num_threads(), str(path))
+        return session(export_quantized(model, layout, imgsz).SerializeToString(), torch.get_num_threads(), str(path))
 
     predict = model_predictor(model, bounds=Bounds(str(path), path.stat().st_size))
-    return Candidate(path, "safetensors", model.head.names, side, model.weight_bits, predict, _once(running, side),
+    return Candidate(path, "safetensors", model.head.names, imgsz, model.weight_bits, predict, _once(running, imgsz),
                      model.head.nc)  # fmt: skip
 
 
-def _onnx(path: Path, side: int | None) -> Candidate:
+def _onnx(path: Path, asked: Size | None) -> Candidate:
     if not path.is_file():
         raise InputError(f"There is no ONNX file at {path}.")
     given = parsed(path)
     with refusing(f"{path} is not an ONNX file ONNX Runtime can run."):
         weights = conv_weights(given.model)
-    try_out(path, "onnxruntime", torch.get_num_threads(), side, given.size)
+    try_out(path, "onnxruntime", torch.get_num_threads(), asked, given.size)
     running = load_file(path, torch.get_num_threads(), given.size)
     entries = running.inner.get_inputs()
-    check_image_input(path, [e.shape for e in entries], [e.type for e in entries], side)
+    check_image_input(path, [e.shape for e in entries], [e.type for e in entries], asked)
     entry = entries[0]
     if isinstance(entry.shape[1], int) and entry.shape[1] != 3:
         raise InputError(f"{path} takes images of {entry.shape[1]} channels, and these commands give it three.")
-    asked, side = side, _side(path, entry.shape, side)
+    imgsz = _size(path, entry.shape, asked)
     most = entry.shape[0] if isinstance(entry.shape[0], int) else 1
-    check_pixels(path, (most, 3, side, side), side if asked else None)
+    check_pixels(path, (most, *imgsz.image), asked)
     kind = TYPES.get(entry.type, np.float32)
     meta = running.inner.get_modelmeta().custom_metadata_map
     names = class_names(meta.get("names", ""), path)
@@ -169,14 +180,15 @@ def _onnx(path: Path, side: int | None) -> Candidate:
         out = _floats(path, outputs(batch)[0])
         if out.ndim == 2 and out.shape[1] == 7 and NMS_KEY in meta:
             out = _as_predictions(out[out[:, 0] == 0], len(names), path)
-        if not _has_boxes(out, most, side) or (names and out.shape[2] != 5 + len(names)):
+        if not _has_boxes(out, most, imgsz) or (names and out.shape[2] != 5 + len(names)):
             raise _other_output(path, out, names)
         return out[:1] if most > 1 else out
 
     def predict_masks(batch: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         out, protos = (_floats(path, o)[:1] for o in outputs(batch)[:2])
-        whole = _has_boxes(out, 1, side) and protos.ndim == 4 and 0 < protos.size <= MAX_PROTOTYPES * side**2
-        if not whole or max(protos.shape[2:]) > side // 2 or out.shape[2] != 5 + nc + protos.shape[1]:
+        whole = _has_boxes(out, 1, imgsz) and protos.ndim == 4 and 0 < protos.size <= MAX_PROTOTYPES * imgsz.pixels
+        finer = any(n > side // 2 for n, side in zip(protos.shape[2:], imgsz.pair, strict=False))
+        if not whole or finer or out.shape[2] != 5 + nc + protos.shape[1]:
             raise InputError(f"{path} does not have the outputs of YOLOv5's segmentation: boxes and prototypes.")
         return out, protos
 
@@ -184,29 +196,29 @@ def _onnx(path: Path, side: int | None) -> Candidate:
     limits = suppression(meta.get(NMS_KEY, ""), path)
     bounds = running.bounds
     made: Predictor = MaskPredictor(predict_masks, nc, bounds) if makes_masks else BoundedPredictor(predict, bounds)
-    return Candidate(path, "onnx", names, side, bits, made, _once(lambda: running, side, most),
+    return Candidate(path, "onnx", names, imgsz, bits, made, _once(lambda: running, imgsz, most),
                      nc, limits, most, kind)  # fmt: skip
 
 
-def _has_boxes(out: NDArray[Any], images: int, side: int) -> bool:
+def _has_boxes(out: NDArray[Any], images: int, imgsz: Size) -> bool:
     """Whether an output has the form (images, boxes, 5 + classes), with no more boxes than the image has pixels and no
     more classes than any file names."""
-    return out.ndim == 3 and out.shape[0] == images and out.shape[1] <= side**2 and 6 <= out.shape[2] <= MAX_NUMBERS
+    return (
+        out.ndim == 3 and out.shape[0] == images and out.shape[1] <= imgsz.pixels and 6 <= out.shape[2] <= MAX_NUMBERS
+    )
 
 
-def _side(path: Path, shape: Sequence[Any], asked: int | None) -> int:
-    """Pixels of the square that a file takes. Raises InputError where it takes another one, or no square."""
-    height, width = shape[2:]
-    fixed = [n for n in (height, width) if isinstance(n, int)]
-    if len({*fixed}) > 1:
-        raise InputError.naming(
-            "{} takes images of {} by {} pixels (width by height); eval, detect, compare and report measure on "
-            "squares, so export it again at one side, such as {imgsz} 640 (quantize and bench take it as it is).",
-            path, width, height,
-        )  # fmt: skip
-    if fixed and asked is not None and fixed[0] != asked:
-        raise InputError.naming("{} was exported for {} pixels; {imgsz} {} does not fit it.", path, fixed[0], asked)
-    return fixed[0] if fixed else asked or 640
+def _size(path: Path, shape: Sequence[Any], asked: Size | None) -> Size:
+    """Height and width that a file takes. A side that is open is the one asked for, else the other one. Raises
+    InputError where it takes another one."""
+    fixed = [n if isinstance(n, int) else None for n in shape[2:]]
+    known = [n for n in fixed if n is not None]
+    usual = asked or Size.of(known[0] if known else USUAL)
+    height, width = (given if n is None else n for n, given in zip(fixed, usual.pair, strict=True))
+    if asked is not None and asked != Size(height, width):
+        taken = Size(height, width) if len(known) == 2 else Size.of(known[0])
+        raise InputError.naming("{} was exported for {} pixels; {imgsz} {} does not fit it.", path, taken, asked)
+    return Size(height, width)
 
 
 def _classes(running: Session, masks: bool) -> int:
@@ -227,8 +239,8 @@ def _other_output(path: Path, out: NDArray[Any], names: Sequence[str]) -> InputE
 
 
 def _outputs(path: Path, running: Session, feed: dict[str, NDArray[Any]]) -> list[Any]:
-    side = next(iter(feed.values())).shape[-1]
-    with refusing(f"{path} fails in ONNX Runtime on an image of {side} pixels."):
+    imgsz = Size(*next(iter(feed.values())).shape[-2:])
+    with refusing(f"{path} fails in ONNX Runtime on an image of {imgsz} pixels."):
         return running.run(None, feed)
 
 

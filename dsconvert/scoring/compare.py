@@ -9,6 +9,7 @@ from functools import partial
 import numpy as np
 
 from dsconvert.base.errors import InputError
+from dsconvert.base.size import SizeLike
 from dsconvert.onnxfile.bounds import made_of
 from dsconvert.photos.images import Image, letterbox, to_tensor
 from dsconvert.scoring.accuracy import CONFIDENT, Predictor
@@ -114,9 +115,14 @@ class Agreement:
 
 
 def compare(
-    first: Predictor, second: Predictor, images: Iterable[Image], side: int, options: DetectOptions, least: float = 0.0
+    first: Predictor,
+    second: Predictor,
+    images: Iterable[Image],
+    imgsz: SizeLike,
+    options: DetectOptions,
+    least: float = 0.0,
 ) -> Agreement:
-    """Run both on RGB images (h, w, 3), letterboxed to `side` pixels; `least` as `score_shift`. Raises InputError when
+    """Run both on RGB images (h, w, 3), letterboxed to `imgsz` pixels; `least` as `score_shift`. Raises InputError when
     neither finds anything.
 
     Both models' boxes are filtered alike, and the objects of each are the sure ones of all that it finds: so a model
@@ -125,9 +131,9 @@ def compare(
     shapes: list[tuple[int, int]] = []
     unsure = replace(options, confidence=min(LEAST, options.confidence))
     for image in images:
-        square, box = letterbox(image, side)
+        made, box = letterbox(image, imgsz)
         shape = image.shape[:2]
-        batch = to_tensor([square]).numpy()
+        batch = to_tensor([made]).numpy()
         a, b = (
             made_of(predict, partial(sort_out, predict(batch)[0], box, shape, unsure), image.nbytes)
             for predict in (first, second)

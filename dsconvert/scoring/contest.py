@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dsconvert.base.errors import InputError
+from dsconvert.base.size import SizeLike
 from dsconvert.measure.calibration import Progress
 from dsconvert.photos.dataset import images_of
 from dsconvert.photos.images import spread
@@ -53,7 +54,7 @@ class Entrants:
 def entrants(
     models: Sequence[Path],
     data: Path,
-    imgsz: int | None = None,
+    imgsz: SizeLike | None = None,
     samples: int | None = None,
     split: str | None = None,
     strict: bool = False,
@@ -99,7 +100,7 @@ def entrants(
 def evaluate(
     models: Sequence[Path],
     data: Path,
-    imgsz: int | None = None,
+    imgsz: SizeLike | None = None,
     samples: int | None = None,
     progress: Progress | None = None,
     split: str | None = None,
@@ -134,7 +135,7 @@ def look(
     of them."""
     report = progress or (lambda stage, done, total: None)
     return detect_all(
-        predictors or [c.predict for c in given.candidates], given.paths, given.candidates[0].side, given.nc,
+        predictors or [c.predict for c in given.candidates], given.paths, given.candidates[0].imgsz, given.nc,
         given.labels or given.labelled, lambda done, total: report("evaluate", done, total),
         given.confidence, given.overlap,
     )  # fmt: skip

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dsconvert.base.errors import InputError, Unusable
+from dsconvert.base.size import Size, SizeLike
 from dsconvert.base.text import Sentence, printable
 from dsconvert.export.ends.nms import Nms
 from dsconvert.onnxfile.bounds import made_of
@@ -57,21 +58,22 @@ class DetectOptions:
         return Sentence(", ".join(kept), *kept.values()) if kept else None
 
 
-def find(predict: Predictor, image: Image, side: int, options: DetectOptions) -> Found:
-    """The objects in an RGB image (h, w, 3), letterboxed to `side` pixels for the model."""
-    return find_masks(predict, image, side, options)[0]
+def find(predict: Predictor, image: Image, imgsz: SizeLike, options: DetectOptions) -> Found:
+    """The objects in an RGB image (h, w, 3), letterboxed to `imgsz` pixels for the model."""
+    return find_masks(predict, image, imgsz, options)[0]
 
 
 def find_masks(
-    predict: Predictor, image: Image, side: int, options: DetectOptions
+    predict: Predictor, image: Image, imgsz: SizeLike, options: DetectOptions
 ) -> tuple[Found, tuple[PlacedMask, ...] | None]:
     """The same, and the masks that a segmentation model gives them."""
-    square, box = letterbox(image, side)
-    predictions, masks = look(predict, to_tensor([square]).numpy())
+    size = Size.of(imgsz)
+    made, box = letterbox(image, size)
+    predictions, masks = look(predict, to_tensor([made]).numpy())
 
     def sorted_out() -> tuple[Found, tuple[PlacedMask, ...] | None]:
         found, rows = _sorted_out(predictions, box, image.shape[:2], options)
-        return found, None if masks is None else tuple(masks.placed(rows, found, box, side, image.shape[:2]))
+        return found, None if masks is None else tuple(masks.placed(rows, found, box, size, image.shape[:2]))
 
     return made_of(predict, sorted_out, image.nbytes)
 

@@ -43,7 +43,7 @@ def scores_on(
     model: DSModel, params: Mapping[str, ConvParams], image: Callable[[int], Tensor], count: int
 ) -> ScoreShift:  # fmt: skip
     """How sure a model and its float network `params` are on SCORED of `count` images, evenly spread; image(i) is
-    (1, 3, side, side), 0..1."""
+    (1, 3, h, w), 0..1."""
     true = {name: ConvParams(p.weight.cpu(), p.bias.cpu()) for name, p in params.items()}
     both = float_predictor(model.graph, true, model.head), model_predictor(model)
 

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from dsconvert.base import children
 from dsconvert.base.errors import InputError
+from dsconvert.base.size import Size, SizeLike
 from dsconvert.onnxfile.bounds import enforced
 
 RUNS = 3  # inferences before the peak is read: buffers are allocated by the first
@@ -31,10 +32,12 @@ class Footprint:
     base_bytes: int | None
 
 
-def measure_footprint(path: Path, engine: str, threads: int, side: int | None, size: int | None = None) -> Footprint:
+def measure_footprint(
+    path: Path, engine: str, threads: int, imgsz: SizeLike | None, size: int | None = None
+) -> Footprint:
     """Load and run the model, of `size` bytes with its external data, in a fresh process. Raises InputError when that
     process cannot use it."""
-    numbers = [str(n or 0) for n in (threads, side, size)]
+    numbers = [str(n or 0) for n in (threads, Size.perhaps(imgsz), size)]
     command = children.command("dsconvert.scoring.footprint", path, engine, *numbers)
     done = subprocess.run(command, env=children.environment(), capture_output=True, text=True, check=False)
     if done.returncode:
@@ -43,14 +46,14 @@ def measure_footprint(path: Path, engine: str, threads: int, side: int | None, s
     return Footprint(**json.loads(done.stdout.splitlines()[-1]))
 
 
-def _here(path: Path, engine: str, threads: int, side: int | None, size: int | None) -> Footprint:
+def _here(path: Path, engine: str, threads: int, imgsz: Size | None, size: int | None) -> Footprint:
     """The measurement, in this process."""
     from dsconvert.onnxfile.engines import engine_version, open_model
 
     engine_version(engine)  # imports it
     base = _peak_bytes()
     began = time.perf_counter()
-    run = open_model(path, engine, threads, side, size)
+    run = open_model(path, engine, threads, imgsz, size)
     load_ms = (time.perf_counter() - began) * 1e3
     for _ in range(RUNS):
         run()
@@ -66,10 +69,11 @@ def _peak_bytes() -> int | None:
 
 
 if __name__ == "__main__":
-    path, engine, threads, side, size = sys.argv[1:]
+    path, engine, threads, imgsz, size = sys.argv[1:]
+    asked = Size.read(imgsz) if imgsz != "0" else None
     try:
         with enforced():
-            result = _here(Path(path), engine, int(threads), int(side) or None, int(size) or None)
+            result = _here(Path(path), engine, int(threads), asked, int(size) or None)
     except InputError as error:
         sys.stderr.write(f"{error}\n")
         sys.stderr.flush()

@@ -16,6 +16,7 @@ import numpy as np
 from faster_coco_eval.core import mask as rle
 from numpy.typing import NDArray
 
+from dsconvert.base.size import Size
 from dsconvert.onnxfile.bounds import Bounds
 from dsconvert.photos.images import Letterbox
 from dsconvert.scoring.coco import best_f1, ground_truth, matched, mean_precision, results, tables_of
@@ -33,14 +34,14 @@ class Masks:
     prototypes: Array
 
     def placed(
-        self, rows: Sequence[int], found: Array, box: Letterbox, side: int, shape: tuple[int, int]
+        self, rows: Sequence[int], found: Array, box: Letterbox, size: Size, shape: tuple[int, int]
     ) -> Iterator[PlacedMask]:
         """Masks, one at a time, of the boxes `rows`, whose places `found` (n, 4 or more) x1, y1, x2, y2 are pixels of
-        the image of (height, width); `box` says how that was put into the square of `side` pixels."""
+        the image of (height, width); `box` says how that was put into the rectangle of that size."""
         nm, h, w = self.prototypes.shape
         maps = self.prototypes.reshape(nm, -1)
         for row, corners in zip(rows, found[:, :4].tolist(), strict=True):
-            yield _placed((self.coefficients[row] @ maps).reshape(h, w), corners, box, side, shape)
+            yield _placed((self.coefficients[row] @ maps).reshape(h, w), corners, box, size, shape)
 
 
 @dataclass(frozen=True)
@@ -82,14 +83,14 @@ class PlacedMask:
         return np.asarray(largest, np.float64) + np.array([self.left, self.top])
 
 
-def _placed(logits: Array, corners: Sequence[float], box: Letterbox, side: int, shape: tuple[int, int]) -> PlacedMask:
-    """Pixel X of the image lies at (gain (X + 1/2) + pad) / (side / w) - 1/2 of the prototypes."""
+def _placed(logits: Array, corners: Sequence[float], box: Letterbox, input: Size, shape: tuple[int, int]) -> PlacedMask:
+    """Pixel X of the image lies at (gain (X + 1/2) + pad) / (width / w) - 1/2 of the prototypes."""
     x1, y1, x2, y2 = corners
     left, top = max(int(np.floor(x1)), 0), max(int(np.floor(y1)), 0)
     size = max(min(int(np.ceil(x2)), shape[1]) - left, 0), max(min(int(np.ceil(y2)), shape[0]) - top, 0)
     if not all(size):
         return PlacedMask(left, top, np.zeros(size[::-1], np.bool_))
-    sx, sy = logits.shape[1] / side, logits.shape[0] / side
+    sx, sy = logits.shape[1] / input.width, logits.shape[0] / input.height
     step_x, step_y = box.gain * sx, box.gain * sy
     matrix = np.array([
         [step_x, 0, step_x * (left + 0.5) + box.pad_x * sx - 0.5],

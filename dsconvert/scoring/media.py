@@ -84,7 +84,7 @@ class Run:
         """Look at images. One that cannot be read, or whose own results cannot be written, is left out."""
         by_path = {job.source: job for job in jobs if isinstance(job.source, Path)}
         for path, image in readable(list(by_path), "detect", self.skipped, self.progress, some=False):
-            found, masks = find_masks(self.model.predict, image, self.model.side, self.options)
+            found, masks = find_masks(self.model.predict, image, self.model.imgsz, self.options)
             job = by_path[path]
             with self._leaving_out(job):
                 self.saver.image(job, image, found, masks)
@@ -103,7 +103,7 @@ class Run:
         with opened(job.source, stride) as clip, self.saver.video(job, clip.fps) as save:
             try:
                 for image in clip.frames:
-                    found, masks = find_masks(self.model.predict, image, self.model.side, self.options)
+                    found, masks = find_masks(self.model.predict, image, self.model.imgsz, self.options)
                     save(number + 1, image, found, masks)
                     number += 1
                     self._note(f"{job.crop.as_posix()}_{number}.jpg", image, found, masks)

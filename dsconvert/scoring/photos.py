@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dsconvert.base.errors import InputError
+from dsconvert.base.size import SizeLike
 from dsconvert.photos.dataset import evaluation_images, image_paths
 from dsconvert.photos.images import Image, none_readable, read_image, spread
 from dsconvert.scoring.candidates import Candidate, load_candidates
@@ -74,11 +75,11 @@ def detect_files(
 ) -> Iterator[tuple[Path, Image, Found, tuple[PlacedMask, ...] | None]]:
     """What the model finds in every image that `readable` gives, as `find_masks` says it."""
     for path, image in readable(paths, "detect", skipped, progress):
-        yield path, image, *find_masks(model.predict, image, model.side, options)
+        yield path, image, *find_masks(model.predict, image, model.imgsz, options)
 
 
 def compare_files(
-    first: Path, second: Path, source: Path, options: DetectOptions, imgsz: int | None, samples: int | None,
+    first: Path, second: Path, source: Path, options: DetectOptions, imgsz: SizeLike | None, samples: int | None,
     progress: Progress, split: str | None = None, strict: bool = False,
 ) -> Compared:  # fmt: skip
     """Two models on at most `samples` images of a folder, a text file of paths or a data.yaml (`split`, as
@@ -99,4 +100,4 @@ def compare_files(
             yield image
 
     least = max((c.limits.confidence for c in (a, b) if c.limits), default=0.0)  # below it such a file says nothing
-    return Compared(a, b, compare(a.predict, b.predict, images(), a.side, options, least), read, skipped)
+    return Compared(a, b, compare(a.predict, b.predict, images(), a.imgsz, options, least), read, skipped)

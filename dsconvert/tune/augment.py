@@ -12,6 +12,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from dsconvert.base.size import Size
 from dsconvert.photos.images import PAD_VALUE, Image, on_grey
 
 Boxes = NDArray[np.float64]
@@ -24,7 +25,7 @@ LEAST_SIDE, LEAST_SHARE, MOST_ASPECT = 2.0, 0.1, 20.0
 @dataclass(frozen=True)
 class Augment:
     """How far images are changed: shares of images that become a mosaic and that are mirrored; most change of size
-    and of place (a share of the side); most change of hue, saturation and brightness (factors' distance from 1)."""
+    and of place (a share of the sides); most change of hue, saturation and brightness (factors' distance from 1)."""
 
     mosaic: float = 1.0
     mirror: float = 0.5
@@ -38,51 +39,52 @@ class Augment:
 NOTHING = Augment(0, 0, 0, 0, 0, 0, 0)
 
 
-def augmented(photos: Sequence[Photo], side: int, how: Augment, rng: np.random.Generator) -> Photo:
-    """One photo or, for a mosaic, four, none larger than `side` either way -> a square of that side."""
-    image, boxes = mosaic(photos, side, rng) if len(photos) == 4 else centred(photos[0], side)
-    image, boxes = moved((image, boxes), side, how, rng)
+def augmented(photos: Sequence[Photo], size: Size, how: Augment, rng: np.random.Generator) -> Photo:
+    """One photo or, for a mosaic, four, none larger than `size` either way -> a photo of that size."""
+    image, boxes = mosaic(photos, size, rng) if len(photos) == 4 else centred(photos[0], size)
+    image, boxes = moved((image, boxes), size, how, rng)
     if rng.random() < how.mirror:
         image, boxes = mirrored((image, boxes))
     return recoloured(image, how, rng), boxes
 
 
-def centred(photo: Photo, side: int) -> Photo:
-    """In the middle of a grey square, as `letterbox` places it."""
+def centred(photo: Photo, size: Size) -> Photo:
+    """In the middle of a grey rectangle, as `letterbox` places it."""
     image, boxes = photo
-    square, left, top = on_grey(image, side, side)
-    return square, _shifted(boxes, left, top)
+    placed, left, top = on_grey(image, size.height, size.width)
+    return placed, _shifted(boxes, left, top)
 
 
-def mosaic(photos: Sequence[Photo], side: int, rng: np.random.Generator) -> Photo:
-    """Four photos around a point near the middle of a square of twice the side, cut off at its edges."""
-    square = np.full((2 * side, 2 * side, 3), PAD_VALUE, np.uint8)
-    x, y = (int(v) for v in rng.uniform(side / 2, 3 * side / 2, 2))
+def mosaic(photos: Sequence[Photo], size: Size, rng: np.random.Generator) -> Photo:
+    """Four photos around a point near the middle of a rectangle twice as high and wide, cut off at its edges."""
+    height, width = size.pair
+    canvas = np.full((2 * height, 2 * width, 3), PAD_VALUE, np.uint8)
+    x, y = (int(rng.uniform(n / 2, 3 * n / 2)) for n in (width, height))
     found = []
     for number, (image, boxes) in enumerate(photos):
         h, w = image.shape[:2]
         left, top = x - w if number % 2 == 0 else x, y - h if number < 2 else y
-        x1, y1, x2, y2 = max(left, 0), max(top, 0), min(left + w, 2 * side), min(top + h, 2 * side)
-        square[y1:y2, x1:x2] = image[y1 - top : y2 - top, x1 - left : x2 - left]
+        x1, y1, x2, y2 = max(left, 0), max(top, 0), min(left + w, 2 * width), min(top + h, 2 * height)
+        canvas[y1:y2, x1:x2] = image[y1 - top : y2 - top, x1 - left : x2 - left]
         found.append(_shifted(boxes, left, top))
-    return square, np.concatenate(found)
+    return canvas, np.concatenate(found)
 
 
-def moved(photo: Photo, side: int, how: Augment, rng: np.random.Generator) -> Photo:
-    """Scaled and translated at random, about the middle, into a square of the side; boxes mostly cut away go."""
+def moved(photo: Photo, size: Size, how: Augment, rng: np.random.Generator) -> Photo:
+    """Scaled and translated at random, about the middle, into a photo of that size; boxes mostly cut away go."""
     image, boxes = photo
     h, w = image.shape[:2]
     gain = rng.uniform(1 - how.scale, 1 + how.scale)
-    x, y = side * (0.5 + rng.uniform(-how.place, how.place, 2))
+    x, y = (size.width, size.height) * (0.5 + rng.uniform(-how.place, how.place, 2))
     left, top = x - gain * w / 2, y - gain * h / 2
-    if gain != 1 or left or top or (h, w) != (side, side):
+    if gain != 1 or left or top or (h, w) != size.pair:
         # pixel centres are at halves: the matrix maps indices
         half = (gain - 1) / 2
         matrix = np.array([[gain, 0, left + half], [0, gain, top + half]])
-        image = cv2.warpAffine(image, matrix, (side, side), borderValue=GREY).astype(np.uint8, copy=False)
+        image = cv2.warpAffine(image, matrix, (size.width, size.height), borderValue=GREY).astype(np.uint8, copy=False)
     whole = boxes.copy()
     whole[:, 1:] = whole[:, 1:] * gain + (left, top, left, top)
-    return image, _visible(whole, side)
+    return image, _visible(whole, size)
 
 
 def mirrored(photo: Photo) -> Photo:
@@ -112,10 +114,10 @@ def _shifted(boxes: Boxes, left: int, top: int) -> Boxes:
     return moved
 
 
-def _visible(boxes: Boxes, side: int) -> Boxes:
-    """What of the boxes lies in the square, without those of which too little does."""
+def _visible(boxes: Boxes, size: Size) -> Boxes:
+    """What of the boxes lies in the image, without those of which too little does."""
     cut = boxes.copy()
-    cut[:, 1:] = cut[:, 1:].clip(0, side)
+    cut[:, 1:] = cut[:, 1:].clip(0, (size.width, size.height) * 2)
     before, after = boxes[:, 3:] - boxes[:, 1:3], cut[:, 3:] - cut[:, 1:3]
     shares = after.prod(1) / np.maximum(before.prod(1), 1e-9)
     aspect = after.max(1, initial=0) / np.maximum(after.min(1, initial=np.inf), 1e-9)

@@ -49,8 +49,8 @@ class Pictures:
 
     count: int  # images to learn from, in all processes
     mine: range  # which of them this process has
-    one: Callable[[int], Tensor]  # such an image (1, 3, side, side), 0..1, by its number here
-    held: Sequence[Tensor]  # two or more images held back (3, side, side), uint8, the same in all processes
+    one: Callable[[int], Tensor]  # such an image (1, 3, h, w), 0..1, by its number here
+    held: Sequence[Tensor]  # two or more images held back (3, h, w), uint8, the same in all processes
     entry: Entry = UNIT  # what the network reads of their bytes
 
 

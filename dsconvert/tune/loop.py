@@ -73,7 +73,7 @@ def train(
     if not state.log:
         state.log.append({"map50_95": measure(state.average)})
         after_epoch(state)
-    gains = Gains.usual(student.head.nc, photos.side)
+    gains = Gains.usual(student.head.nc, photos.size)
     optimiser = _optimiser(state)
     while len(state.log) <= plan.epochs and len(state.log) - 1 - state.best_epoch < plan.patience:
         epoch = len(state.log)

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from dsconvert.base.size import Size
+
 LEVEL_BALANCE = (4.0, 1.0, 0.4)  # of three levels: finer ones have far more empty cells
 OTHER_BALANCE = (4.0, 1.0, 0.25, 0.06, 0.02)  # of any other number, up to five
 LARGEST_RATIO = 4.0  # anchor and box sides may differ by at most this factor
@@ -29,9 +31,9 @@ class Gains:
     kind: float = 0.3
 
     @staticmethod
-    def usual(nc: int, side: int) -> Gains:
+    def usual(nc: int, size: Size) -> Gains:
         """YOLOv5's published ones, for 80 classes at 640 pixels, scaled to fewer of either as it does."""
-        return Gains(0.05, (side / 640) ** 2, 0.5 * nc / 80)
+        return Gains(0.05, (size.height / 640) * (size.width / 640), 0.5 * nc / 80)
 
 
 @dataclass(frozen=True)

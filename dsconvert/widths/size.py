@@ -12,6 +12,7 @@ import torch
 
 from dsconvert.base.builder import OnnxBuilder
 from dsconvert.base.errors import InputError
+from dsconvert.base.size import Size
 from dsconvert.dsconv.codes import FREE, usual_format
 from dsconvert.dsconv.format import WeightFormat
 from dsconvert.dsconv.tensor import DSTensor, block_count
@@ -117,7 +118,7 @@ def packed_size(
     params: Mapping[str, ConvParams],
     own: Mapping[str, QParams],
     head: Head,
-    imgsz: int,
+    imgsz: Size,
     formats: Formats,
 ) -> int:
     """Most bytes of the packed ONNX file of a model with these formats (other layers int8), before it is fitted."""

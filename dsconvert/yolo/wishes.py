@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from dsconvert.base.size import Size
 from dsconvert.yolo.network import Head
 
 OBJECTS = 3  # an image
@@ -15,9 +16,9 @@ OBJECTS = 3  # an image
 Doubt = Callable[[list[Tensor]], Tensor]
 
 
-def wished(head: Head, images: int, side: int, generator: torch.Generator) -> Doubt:
+def wished(head: Head, images: int, size: Size, generator: torch.Generator) -> Doubt:
     """Draws OBJECTS objects an image, each of any class at any anchor of any cell of any level, and returns how much
-    raw maps (n, na (5 + nc + nm), ny, nx) of `images` images of side by side pixels doubt them: the mean cross entropy
+    raw maps (n, na (5 + nc + nm), ny, nx) of `images` images of that size doubt them: the mean cross entropy
     of objectness and class. With one class its score means nothing (YOLOv5 does not train it)."""
 
     def draw(below: int) -> Tensor:
@@ -25,8 +26,8 @@ def wished(head: Head, images: int, side: int, generator: torch.Generator) -> Do
 
     image = torch.arange(images).repeat_interleave(OBJECTS)
     level, anchor, kind = draw(len(head.strides)), draw(head.na), draw(head.nc)
-    cells = side // torch.tensor(head.strides)[level]
-    row, column = ((torch.rand(len(cells), generator=generator) * cells).long() for _ in range(2))
+    strides = torch.tensor(head.strides)[level]
+    row, column = ((torch.rand(len(level), generator=generator) * (n // strides)).long() for n in size.pair)
 
     def doubt(raw: list[Tensor]) -> Tensor:
         losses = []

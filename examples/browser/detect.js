@@ -2,19 +2,19 @@
 
 const GREY = 114; // YOLOv5 pads with it
 
-/** Picture (ImageBitmap) -> { input: Float32Array (3, side, side) in 0..1, gain, left, top } */
-export function letterbox(picture, side) {
-  const gain = Math.min(side / picture.width, side / picture.height);
+/** Picture (ImageBitmap) -> { input: Float32Array (3, high, wide) in 0..1, gain, left, top } */
+export function letterbox(picture, high, wide) {
+  const gain = Math.min(wide / picture.width, high / picture.height);
   const width = Math.max(1, Math.round(picture.width * gain));
   const height = Math.max(1, Math.round(picture.height * gain));
-  const left = Math.round((side - width) / 2 - 0.1);
-  const top = Math.round((side - height) / 2 - 0.1);
-  const context = new OffscreenCanvas(side, side).getContext("2d", { willReadFrequently: true });
+  const left = Math.round((wide - width) / 2 - 0.1);
+  const top = Math.round((high - height) / 2 - 0.1);
+  const context = new OffscreenCanvas(wide, high).getContext("2d", { willReadFrequently: true });
   context.fillStyle = `rgb(${GREY} ${GREY} ${GREY})`;
-  context.fillRect(0, 0, side, side);
+  context.fillRect(0, 0, wide, high);
   context.drawImage(picture, left, top, width, height);
-  const { data } = context.getImageData(0, 0, side, side);
-  const area = side * side;
+  const { data } = context.getImageData(0, 0, wide, high);
+  const area = high * wide;
   const input = new Float32Array(3 * area);
   for (let i = 0; i < area; i++) for (let c = 0; c < 3; c++) input[c * area + i] = data[4 * i + c] / 255;
   return { input, gain, left, top };
@@ -48,9 +48,9 @@ function iou(a, b) {
 
 /** The objects in a picture, boxes in its own pixels. `session` and `Tensor` are onnxruntime-web's. */
 export async function detect(session, Tensor, picture) {
-  const side = session.inputMetadata[0].shape[3];
-  const { input, gain, left, top } = letterbox(picture, side);
-  const { output0 } = await session.run({ images: new Tensor("float32", input, [1, 3, side, side]) });
+  const [high, wide] = session.inputMetadata[0].shape.slice(2);
+  const { input, gain, left, top } = letterbox(picture, high, wide);
+  const { output0 } = await session.run({ images: new Tensor("float32", input, [1, 3, high, wide]) });
   const place = (value, pad, most) => Math.min(Math.max((value - pad) / gain, 0), most);
   return suppress(output0.data, output0.dims[2]).map(({ kind, score, box: [x1, y1, x2, y2] }) => ({
     kind,

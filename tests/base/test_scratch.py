@@ -20,6 +20,7 @@ import pytest
 from conftest import ROOT, SIDE, convert, smooth_picture, tiny_network
 from onnx import TensorProto, helper, numpy_helper
 
+from dsconvert.base.size import Size
 from dsconvert.convert import onnx_lockstep as lockstep
 from dsconvert.export.ort import fused
 from dsconvert.model.file import model_bytes
@@ -145,7 +146,7 @@ def test_values_of_peoples_photos_do_not_stay_behind(network, photos, tmp_path, 
 @pytest.fixture
 def model(tmp_path) -> Path:
     path = tmp_path / "m.safetensors"
-    path.write_bytes(model_bytes(replace(convert(*tiny_network(), smooth_picture()), imgsz=SIDE)))
+    path.write_bytes(model_bytes(replace(convert(*tiny_network(), smooth_picture()), imgsz=Size.of(SIDE))))
     return path
 
 

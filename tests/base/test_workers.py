@@ -14,6 +14,7 @@ from conftest import HANGS, ROOT, write_work
 from dsconvert.base import workers
 from dsconvert.base.errors import InputError
 from dsconvert.base.kept import Room
+from dsconvert.base.size import Size
 from dsconvert.measure.calibration import decoded
 from dsconvert.measure.views import WANTED
 from dsconvert.model.file import load_model
@@ -133,4 +134,4 @@ def test_a_process_without_images_is_one_sentence(folder, monkeypatch):
     monkeypatch.setattr(workers, "number", lambda: 1)
     monkeypatch.setattr(workers, "gathered", lambda item: [type(item)(), item])  # the other one has nothing
     with pytest.raises(InputError, match="32 calibration images are too few for 2 processes"):
-        decoded([folder / "images" / "0.png"] * WANTED, 64, 0, lambda *_: None, Room())
+        decoded([folder / "images" / "0.png"] * WANTED, Size.of(64), 0, lambda *_: None, Room())

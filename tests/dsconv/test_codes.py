@@ -11,6 +11,7 @@ import torch
 from conftest import SIDE, grids_of, lockstep
 from formats import free, nearest
 
+from dsconvert.base.size import Size
 from dsconvert.dsconv.codes import CODES, format_of
 from dsconvert.dsconv.format import Code, Parts, WeightFormat
 from dsconvert.dsconv.packing import pack_bits, unpack_bits
@@ -117,7 +118,7 @@ def test_a_toy_code_goes_all_the_way(book, tiny, picture, tmp_path):
     own = grids_of(graph, params, batches)
     plain = {graph.convs()[0].name, *graph.outputs}
     formats = {n: free(8, p.weight.shape[1]) if n in plain else book for n, p in params.items()}
-    model = DSModel(graph, lockstep(graph, params, GPTQ(), own, batches, formats=formats), own, head, SIDE, {})
+    model = DSModel(graph, lockstep(graph, params, GPTQ(), own, batches, formats=formats), own, head, Size.of(SIDE), {})
     assert {c.weight.format for n, c in model.convs.items() if n not in plain} == {book}
 
     path = tmp_path / "model.safetensors"

@@ -19,6 +19,7 @@ from onnx.reference import ReferenceEvaluator
 
 from dsconvert.base.builder import OnnxBuilder
 from dsconvert.base.errors import InputError
+from dsconvert.base.size import Size
 from dsconvert.dsconv.codes import TRELLIS, usual_format
 from dsconvert.dsconv.tensor import DSTensor
 from dsconvert.export.ends.decode import add_decode
@@ -182,7 +183,7 @@ def test_boxes_of_grids_that_are_no_multiples_of_each_other():
     head = Head(("a", "b"), (4, 6), (((3.0, 5.0), (6.0, 4.0)), ((9.0, 7.0), (8.0, 2.0))))
     raw = [torch.randn(2, 14, side, side, generator=torch.Generator().manual_seed(side)) for side in (6, 4)]
     b = OnnxBuilder(21)
-    decoded = add_decode(b, [Place("x"), Place("y")], head, 24)
+    decoded = add_decode(b, [Place("x"), Place("y")], head, Size.of(24))
     b.node("Concat", decoded.all(), "out", axis=2)
     model = b.model({n: tuple(t.shape) for n, t in zip("xy", raw, strict=True)}, {"out": (2, 104, 7)}, {})
     found = session(model).run(None, {n: t.numpy() for n, t in zip("xy", raw, strict=True)})[0]

@@ -13,6 +13,7 @@ from conftest import DEMO, SIDE, convert, smooth_picture, tiny_network, widen, w
 from onnx import numpy_helper
 
 from dsconvert.base.errors import CheckError
+from dsconvert.base.size import Size
 from dsconvert.dsconv.codes import TRELLIS
 from dsconvert.export import check, stored
 from dsconvert.export.check import check_export, check_images, float_reference, reference_of
@@ -47,7 +48,7 @@ def demo() -> DSModel:
     """The demo network."""
     checkpoint = load_checkpoint(DEMO / "demo.pt")
     checkpoint.network.requires_grad_(False)
-    return replace(convert(checkpoint.network, checkpoint.head, smooth_picture()), imgsz=DEMO_SIDE)
+    return replace(convert(checkpoint.network, checkpoint.head, smooth_picture()), imgsz=Size.of(DEMO_SIDE))
 
 
 def flipped(tensor: onnx.TensorProto, bit: int) -> onnx.TensorProto:

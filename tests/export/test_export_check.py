@@ -18,6 +18,7 @@ from formats import free
 from onnx import numpy_helper
 
 from dsconvert.base.errors import CheckError
+from dsconvert.base.size import Size
 from dsconvert.commands import cli
 from dsconvert.convert import exporting
 from dsconvert.dsconv.tensor import DSTensor
@@ -281,4 +282,4 @@ def test_export_refuses_with_exit_1_and_writes_nothing(converted, tmp_path, monk
 def test_calibration_images_that_are_gone_are_done_without(converted, tmp_path):
     for calib in (None, str(tmp_path / "gone"), str(tmp_path)):
         model = replace(converted, provenance={"options": {"calib": calib}})
-        assert exporting.first_calibration_image(model, SIDE) == []
+        assert exporting.first_calibration_image(model, Size.of(SIDE)) == []

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from onnx.reference import ReferenceEvaluator
 
 from dsconvert.base.builder import OnnxBuilder
+from dsconvert.base.size import Size
 from dsconvert.dsconv.codes import FREE, TRELLIS
 from dsconvert.dsconv.codes.trellis_table import fits, from_strings, largest, strings
 from dsconvert.dsconv.packing import pack_bits, unpack_bits
@@ -90,12 +91,12 @@ def models(draw: st.DrawFn) -> DSModel:
     grids[INPUT] = QParams.of_range(0, 1)
     head = Head(("a",), (stride,), (((8.0, 6.0),),))
     side = stride * draw(st.integers(2, 6))
-    return DSModel(Graph(tuple(nodes), ("model.1.m.0",)), convs, grids, head, side, {})
+    return DSModel(Graph(tuple(nodes), ("model.1.m.0",)), convs, grids, head, Size.of(side), {})
 
 
 def image_of(model: DSModel, seed: int = 0) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
-    return torch.randint(0, 256, (1, 3, model.imgsz, model.imgsz), generator=generator).float() / 255
+    return torch.randint(0, 256, (1, *model.imgsz.image), generator=generator).float() / 255
 
 
 def onnx_bytes(model: DSModel, layout: str) -> bytes:

@@ -13,6 +13,7 @@ from formats import fit_weight
 
 from dsconvert.base.builder import OnnxBuilder
 from dsconvert.base.errors import InputError
+from dsconvert.base.size import Size
 from dsconvert.export.check import check_export, check_images
 from dsconvert.export.onnx import PLAIN, export_float, export_quantized
 from dsconvert.export.reference import float_reference, reference_of
@@ -154,7 +155,7 @@ def model(monkeypatch: pytest.MonkeyPatch) -> DSModel:
     convs = {n: QConv(fit_weight(w, 8, w.shape[1]), torch.linspace(-0.4, 0.4, len(w))) for n, w in weights.items()}
     own = {name: QParams.of_range(-30.0, 12.0) for name in gridded(graph)}
     own |= {INPUT: QParams.of_range(0, 1), "stem.act": QParams.of_range(0, 9)}
-    return DSModel(graph, convs, own, Head(("thing",), (2,), (((4.0, 4.0),),)), SIDE, {})
+    return DSModel(graph, convs, own, Head(("thing",), (2,), (((4.0, 4.0),),)), Size.of(SIDE), {})
 
 
 def image() -> torch.Tensor:

@@ -125,7 +125,9 @@ def changes() -> dict[str, Callable[[Opened], Any]]:
         **{f"{key} missing": (lambda k: lambda m: m.json.pop(k))(key) for key in
            ("version", "imgsz", "head", "provenance", "graph", "layers", "activations")},
         **{f"{key} a number": put(5, key) for key in ("head", "provenance", "graph", "layers", "activations")},
-        **{f"image size {n}": put(n, "imgsz") for n in (0, -64, 63, 1 << 40, "64px", None, 1e400)},
+        **{f"image size {n}": put(n, "imgsz") for n in (
+            0, -64, 63, 1 << 40, "64px", "64", None, True, 1e400, 64.0, [64], [64, 64], [64, 60], [60, 64], [64, -64],
+            [64, 32.0], ["64", 32], [64, 32, 3], [1 << 40, 64])},
         "no classes": put([], head, "names"),
         "names nested": put([bomb, "b"], head, "names"), "100000 classes": put(["a"] * 100_000, head, "names"),
         **{f"strides {s}": put(s, head, "strides") for s in ([], [0, 8], [-4, 8], [4], [4, 16], [4, 8, 16],

@@ -11,6 +11,7 @@ from conftest import ROOT
 from dsconvert.base import workers
 from dsconvert.base.errors import InputError
 from dsconvert.base.kept import Room
+from dsconvert.base.size import Size
 from dsconvert.measure.calibration import decoded, with_views
 from dsconvert.measure.views import WANTED, view, wanted
 from dsconvert.photos.images import letterbox, read_image
@@ -51,6 +52,13 @@ def test_a_part_from_close_by():
     assert bool((steps >= 0).all()) or bool((steps <= 0).all())
 
 
+@pytest.mark.parametrize("size", [(32, 64), (33, 20)])
+def test_views_of_rectangles_have_their_shape(size):
+    own = torch.randint(256, (4, 3, *size), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    for index in range(12):
+        assert view(own.__getitem__, 4, index, 0).shape == (3, *size)
+
+
 def test_views_follow_from_the_seed():
     own = torch.randint(256, (2, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     every = [torch.stack([view(own.__getitem__, 2, i, seed) for i in range(12)]) for seed in (0, 0, 1)]
@@ -60,7 +68,7 @@ def test_views_follow_from_the_seed():
 
 def test_few_photographs_are_made_up_for():
     paths = demo_photographs(5)
-    found = decoded(paths, 64, 0, lambda *_: None, Room())
+    found = decoded(paths, Size.of(64), 0, lambda *_: None, Room())
     assert found.photographs == 5
     assert found.part.mine == found.part.all == 40
     for index, path in enumerate(paths):
@@ -89,14 +97,14 @@ def demo_photographs(count: int) -> list[Path]:
 def test_processes_share_photographs_and_views(monkeypatch, count):
     """The second of two may have as many views as there are photographs: its own are views all the same."""
     paths = demo_photographs(count)
-    whole = decoded(paths, 32, 0, lambda *_: None, Room())
+    whole = decoded(paths, Size.of(32), 0, lambda *_: None, Room())
     total = wanted(count)
     mine = {number: range(total)[number * total // 2 : (number + 1) * total // 2] for number in (0, 1)}
     monkeypatch.setattr(workers, "count", lambda: 2)
     for number in (0, 1):
         monkeypatch.setattr(workers, "number", lambda number=number: number)
         monkeypatch.setattr(workers, "gathered", lambda item: [item, item])
-        found = decoded(paths, 32, 0, lambda *_: None, Room())
+        found = decoded(paths, Size.of(32), 0, lambda *_: None, Room())
         assert found.part.mine == len(mine[number])
         assert found.photographs == sum(index < count for index in mine[number])
         for place, index in enumerate(mine[number]):
@@ -108,4 +116,4 @@ def test_more_processes_than_images_are_refused(monkeypatch):
     monkeypatch.setattr(workers, "number", lambda: 0)
     monkeypatch.setattr(workers, "gathered", lambda item: [item, *[1] * 8])  # an image each for the others
     with pytest.raises(InputError, match="too few for 9 processes"):
-        decoded(demo_photographs(1), 32, 0, lambda *_: None, Room())
+        decoded(demo_photographs(1), Size.of(32), 0, lambda *_: None, Room())

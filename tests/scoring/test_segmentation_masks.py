@@ -14,6 +14,7 @@ from pycocotools.cocoeval import COCOeval
 from segmentation import tiny_segment
 
 from dsconvert.base.errors import InputError
+from dsconvert.base.size import Size
 from dsconvert.photos.images import Letterbox, letterbox
 from dsconvert.photos.labels import label_rows
 from dsconvert.scoring.accuracy import detect_all
@@ -30,7 +31,7 @@ def stepped() -> np.ndarray:
 
 def test_a_mask_ends_between_the_pixels_of_its_prototypes():
     masks = Masks(np.array([[9.0], [2.0]], np.float32), stepped()[None] / 2)
-    (mask,) = masks.placed([1], np.array([[10, 4, 30, 20]], np.float32), WHOLE, 64, (64, 64))
+    (mask,) = masks.placed([1], np.array([[10, 4, 30, 20]], np.float32), WHOLE, Size.of(64), (64, 64))
     assert mask.window == (slice(4, 20), slice(10, 30))
     wanted = np.zeros((16, 20), bool)
     wanted[:, :14] = True  # column 24 of the image is where column 6 of the prototypes begins
@@ -44,7 +45,7 @@ def test_a_mask_follows_the_letterbox(shape):
     logits = cv2.resize(rng.normal(size=(4, 4)).astype(np.float32), (16, 16)) * 8
     _, box = letterbox(np.zeros((*shape, 3), np.uint8), 64)
     corners = np.array([[0, 0, shape[1], shape[0]]], np.float32)
-    (mask,) = Masks(np.ones((1, 1), np.float32), logits[None]).placed([0], corners, box, 64, shape)
+    (mask,) = Masks(np.ones((1, 1), np.float32), logits[None]).placed([0], corners, box, Size.of(64), shape)
     soft = 1 / (1 + np.exp(-logits.astype(np.float64)))
     wanted = np.zeros(shape)
     for y in range(shape[0]):
@@ -62,7 +63,7 @@ def test_a_mask_follows_the_letterbox(shape):
 def test_what_is_outside_of_the_image_has_no_mask():
     masks = Masks(np.ones((1, 1), np.float32), stepped()[None])
     for corners in ([30, 64, 40, 64], [64, 0, 64, 9]):
-        (mask,) = masks.placed([0], np.array([corners], np.float32), WHOLE, 64, (64, 64))
+        (mask,) = masks.placed([0], np.array([corners], np.float32), WHOLE, Size.of(64), (64, 64))
         assert mask.inside.size == 0
         assert rle.area(mask.encoded((64, 64))) == 0
         assert len(mask.polygon()) == 4

@@ -17,6 +17,7 @@ from conftest import HANGS, ROOT, convert, smooth_picture, tiny_network
 
 from dsconvert.base import workers
 from dsconvert.base.errors import InputError
+from dsconvert.base.size import Size
 from dsconvert.convert.exporting import onnx_bytes
 from dsconvert.export.weights.layouts import layout_named
 from dsconvert.graph.integer import run_integer
@@ -227,7 +228,7 @@ def test_a_run_with_other_images_labels_or_classes_has_another_key(folder, chang
     def key() -> str:
         data = module.read_data_yaml(folder / "data.yaml")
         rules = module.label_rules(data, data.names, "the model", False)
-        photos = module.open_photos(data.images("train"), rules, 64)
+        photos = module.open_photos(data.images("train"), rules, Size.of(64))
         judging = module.read_labelled(data.images("val"), rules)
         options = FinetuneOptions(folder / "data.yaml")
         return module._key(folder / "m.safetensors", options, photos, judging, data.names)

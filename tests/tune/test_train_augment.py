@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from dsconvert.base.errors import InputError
+from dsconvert.base.size import Size
 from dsconvert.photos.images import letterbox
 from dsconvert.photos.labels import LabelRules
 from dsconvert.tune import photos as photos_module
@@ -36,7 +37,7 @@ def extent(image, value, tolerance=40):
 @pytest.mark.parametrize("seed", range(12))
 def test_boxes_follow_their_rectangles_through_every_change(seed):
     photo = marked(80, 100, (20, 10, 70, 60), 255)
-    image, boxes = augmented([photo], 100, replace(PLAIN, mosaic=0), np.random.default_rng(seed))
+    image, boxes = augmented([photo], Size.of(100), replace(PLAIN, mosaic=0), np.random.default_rng(seed))
     assert image.shape == (100, 100, 3)
     assert len(boxes) == 1
     assert np.abs(np.array(extent(image, 255)) - boxes[0, 1:]).max() <= 1.5
@@ -46,7 +47,7 @@ def test_boxes_follow_their_rectangles_through_every_change(seed):
 def test_a_mosaic_holds_four_photos_with_their_boxes(seed):
     values = (180, 205, 230, 255)
     four = [marked(70, 100, (10 + 10 * i, 5, 60 + 10 * i, 60), v) for i, v in enumerate(values)]
-    image, boxes = augmented(four, 100, replace(PLAIN, scale=0, place=0), np.random.default_rng(seed))
+    image, boxes = augmented(four, Size.of(100), replace(PLAIN, scale=0, place=0), np.random.default_rng(seed))
     assert image.shape == (100, 100, 3)
     assert len(boxes) <= 4
     for kind, *box in boxes.tolist():
@@ -59,14 +60,36 @@ def test_a_mosaic_holds_four_photos_with_their_boxes(seed):
 def test_what_is_cut_away_is_left_out():
     boxes = np.array([[0, -50, 0, 10, 100], [1, -99, 10, 1, 20], [2, 10, 10, 60, 60], [3, 90, 90, 91.5, 99]], float)
     image = np.zeros((100, 100, 3), np.uint8)
-    _, kept = moved((image, boxes), 100, NOTHING, np.random.default_rng(0))
+    _, kept = moved((image, boxes), Size.of(100), NOTHING, np.random.default_rng(0))
     # 1/6 of the first lies inside; of the second a hundredth; the last is narrower than 2 pixels
     assert kept.tolist() == [[0, 0, 0, 10, 100], [2, 10, 10, 60, 60]]
 
 
+@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("size", [Size(60, 120), Size(120, 60)])
+def test_boxes_follow_their_rectangles_in_photos_that_are_no_squares(seed, size):
+    gain = min(size.height / 60, size.width / 60)
+    photo = marked(int(50 * gain), int(60 * gain), (20, 10, 50, 40), 255)
+    image, boxes = augmented([photo], size, replace(PLAIN, mosaic=0), np.random.default_rng(seed))
+    assert image.shape == (*size.pair, 3)
+    assert np.abs(np.array(extent(image, 255)) - boxes[0, 1:]).max() <= 1.5
+    image, boxes = augmented([photo] * 4, size, replace(PLAIN, scale=0), np.random.default_rng(seed))
+    assert image.shape == (*size.pair, 3)
+    assert (boxes[:, 1:] >= 0).all()
+    assert (boxes[:, 3:] <= (size.width, size.height)).all()
+
+
+def test_targets_are_shares_of_height_and_width(folder):
+    """The photo, 80 high and 90 wide, becomes 32 and 36, in the middle of 128."""
+    photos = open_photos([folder / "images/4.png"], LabelRules(2), Size(32, 128))
+    images, targets = photos.batch([(0, 0)], NOTHING, [0])
+    assert images.shape == (1, 3, 32, 128)
+    np.testing.assert_allclose(targets, [[0, 1, 0.5, 0.5, 0.4 * 36 / 128, 0.4]], rtol=1e-6)
+
+
 def test_without_changes_it_is_the_letterbox():
     image, boxes = marked(50, 100, (20, 10, 70, 30), 255)
-    made, found = augmented([(image, boxes)], 100, NOTHING, np.random.default_rng(0))
+    made, found = augmented([(image, boxes)], Size.of(100), NOTHING, np.random.default_rng(0))
     np.testing.assert_array_equal(made, letterbox(image, 100)[0])
     assert found.tolist() == [[3, 20, 35, 70, 55]]
     twice = mirrored(mirrored((image, boxes)))
@@ -101,11 +124,11 @@ def folder(tmp_path):
 
 def test_batches_follow_from_seed_epoch_and_place_in_memory_or_not(folder, monkeypatch):
     paths = sorted((folder / "images").iterdir())
-    kept = open_photos(paths, LabelRules(2), 64)
+    kept = open_photos(paths, LabelRules(2), Size.of(64))
     assert len(kept) == 5
     assert len(kept.skipped) == 1
     monkeypatch.setattr(photos_module, "ROOM", 20000)
-    read = open_photos(paths, LabelRules(2), 64)
+    read = open_photos(paths, LabelRules(2), Size.of(64))
     assert read.kept is None
     assert kept.kept is not None
     picks = order(5, 4, [0, 1])[0]
@@ -134,8 +157,8 @@ def test_an_epoch_holds_every_image_once():
 
 def test_nothing_to_learn_from_is_one_sentence(folder):
     with pytest.raises(InputError, match="have no labels"):
-        open_photos([folder / "images/0.png"], LabelRules(2), 64)
+        open_photos([folder / "images/0.png"], LabelRules(2), Size.of(64))
     with pytest.raises(InputError, match="None of the 1 training images"):
-        open_photos([folder / "images/bad.png"], LabelRules(2), 64)
+        open_photos([folder / "images/bad.png"], LabelRules(2), Size.of(64))
     with pytest.raises(InputError, match="class 1 is not one of the model's 1"):
-        open_photos([folder / "images/1.png"], LabelRules(1), 64)
+        open_photos([folder / "images/1.png"], LabelRules(1), Size.of(64))

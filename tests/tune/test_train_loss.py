@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from dsconvert.base.size import Size
 from dsconvert.tune.loss import Gains, assign, complete_iou, detection_loss, level_balance
 
 ANCHORS = torch.tensor([[2.0, 2.0], [8.0, 8.0]])
@@ -195,5 +196,5 @@ def test_perfect_boxes_cost_nothing():
 
 
 def test_the_published_gains():
-    assert Gains.usual(80, 640) == Gains(0.05, 1.0, 0.5)
-    assert Gains.usual(8, 320) == Gains(0.05, 0.25, 0.05)
+    assert Gains.usual(80, Size.of(640)) == Gains(0.05, 1.0, 0.5)
+    assert Gains.usual(8, Size.of(320)) == Gains(0.05, 0.25, 0.05)

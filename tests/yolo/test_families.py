@@ -16,6 +16,7 @@ from fake_trees import trained
 from formats import nearest
 from tables import P6, SHORT, gflops, meta, parameters, yolov5, yolov7, yolov7_tiny
 
+from dsconvert.base.size import Size
 from dsconvert.dsconv.codes import usual_format
 from dsconvert.export.onnx import export_quantized
 from dsconvert.export.weights.layouts import layout_named
@@ -128,7 +129,7 @@ def quick_model(checkpoint, image) -> DSModel:
         width = usual_format(bits, p.weight.shape[1], 16)
         conv = QConv(nearest(p.weight, width), p.bias)
         convs[node.name] = conv.with_room(grids[node.inputs[0]].scale)
-    return DSModel(graph, convs, own, checkpoint.head, image.shape[-1], {})
+    return DSModel(graph, convs, own, checkpoint.head, Size.of(image.shape[-1]), {})
 
 
 def session(data: onnx.ModelProto) -> ort.InferenceSession:

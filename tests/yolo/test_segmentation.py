@@ -167,6 +167,14 @@ def test_the_float_file_gives_torchs_numbers(segment, picture):
     check_export(data, float_reference(graph, params, head), PLAIN, check_images(64))
 
 
+@pytest.mark.parametrize("layout", ["packed", "int8"])
+def test_prototypes_of_a_rectangle_have_its_shape(model, layout):
+    data = export_quantized(model, layout_named(layout), (32, 96)).SerializeToString()
+    shapes = [o.shape for o in ort.InferenceSession(data).get_outputs()]
+    assert shapes == [[1, 3 * (8 * 24 + 4 * 12), COLUMNS], [1, MASKS, 16, 48]]
+    check_export(data, reference_of(model, layout_named(layout)), PLAIN, check_images((32, 96)))
+
+
 @pytest.mark.parametrize("output", ["output0", "output1"])
 def test_the_check_looks_at_coefficients_and_prototypes(segment, output):
     network, head = segment

@@ -11,9 +11,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 from onnx import helper
 
 from dsconvert.base.builder import OnnxBuilder
+from dsconvert.base.size import Size
 from dsconvert.export.written import Place
 from dsconvert.yolo.lower import PARTS
 from dsconvert.yolo.network import Head
@@ -37,74 +39,76 @@ class Decoded:
         return [self.box, self.objectness, self.classes, *self.masks]
 
 
-def add_decode(b: OnnxBuilder, raw: Sequence[Place], head: Head, imgsz: int) -> Decoded:
+def add_decode(b: OnnxBuilder, raw: Sequence[Place], head: Head, imgsz: Size) -> Decoded:
     """Raw maps -> boxes.
 
     `raw` is one map a level of na * no channels, or a map a level of each of a box's parts (see
     `lower.split_detect`)."""
-    sides = [imgsz // stride for stride in head.strides]
+    grids = [imgsz.over(stride) for stride in head.strides]
     step = len(head.parts)
     if len(raw) > len(head.strides):
         box, objectness, classes, *masks = (
-            _table(b, raw[i::step], f"detect.{part}", head.na, columns, sides, part != "mask")
+            _table(b, raw[i::step], f"detect.{part}", head.na, columns, grids, part != "mask")
             for i, (part, columns) in enumerate(zip(PARTS, head.parts, strict=False))
         )
     else:
-        whole = _table(b, raw, "detect", head.na, sum(head.parts), sides, not head.nm)
+        whole = _table(b, raw, "detect", head.na, sum(head.parts), grids, not head.nm)
         box, objectness, classes, *masks = names = [f"detect.{part}" for part in PARTS[:step]]
         b.nodes.append(helper.make_node("Split", [whole, b.shape(*head.parts)], names, axis=2))
         if masks:
             box, objectness, classes = (b.node("Sigmoid", [name], f"{name}.sigmoid") for name in names[:3])
     if head.class_untrained:  # no sigmoid is more than 1
         classes = b.node("Max", [classes, b.scalar(1.0)], "detect.meant")
-    return Decoded(_pixels(b, box, head, sides), objectness, classes, tuple(masks))
+    return Decoded(_pixels(b, box, head, grids), objectness, classes, tuple(masks))
 
 
-def _pixels(b: OnnxBuilder, box: str, head: Head, sides: Sequence[int]) -> str:
+def _pixels(b: OnnxBuilder, box: str, head: Head, grids: Sequence[Size]) -> str:
     """Sigmoids s (n, boxes, 4) -> pixels. The centre is 2 stride s + cell, the size s^2 4 anchor: both are
     s * linear + cell + s^2 * square, with zeros where the other has numbers, as taking s apart would cost more."""
     linear = [[(2 * stride, 2 * stride, 0, 0)] * head.na for stride in head.strides]
     square = [[(0, 0, 4 * w, 4 * h) for w, h in level] for level in head.anchors]
-    first = b.node("Mul", [box, _rows(b, linear, "detect.linear", sides)], "detect.s")
-    first = b.node("Add", [first, _cells(b, head, sides)], "detect.placed")
+    first = b.node("Mul", [box, _rows(b, linear, "detect.linear", grids)], "detect.s")
+    first = b.node("Add", [first, _cells(b, head, grids)], "detect.placed")
     second = b.node("Mul", [box, box], "detect.s2")
-    second = b.node("Mul", [second, _rows(b, square, "detect.square", sides)], "detect.sized")
+    second = b.node("Mul", [second, _rows(b, square, "detect.square", grids)], "detect.sized")
     return b.node("Add", [first, second], "detect.pixels")
 
 
 def _table(
-    b: OnnxBuilder, maps: Sequence[Place], name: str, na: int, columns: int, sides: Sequence[int], sigmoid: bool = True
+    b: OnnxBuilder, maps: Sequence[Place], name: str, na: int, columns: int, grids: Sequence[Size], sigmoid: bool = True
 ) -> str:
     """Raw maps of na * columns channels, one a level -> (n, boxes, columns), their sigmoids unless not wanted."""
-    run, runs = _runs(sides)
+    run, runs = _runs(grids)
     levels: list[str] = []
-    for i, (raw, side) in enumerate(zip(maps, sides, strict=True)):
+    for i, (raw, grid) in enumerate(zip(maps, grids, strict=True)):
         if raw.last:
-            levels += _by_anchor(b, raw, f"{name}.{i}", na, columns, (side, run, runs[i]))
+            levels += _by_anchor(b, raw, f"{name}.{i}", na, columns, grid, (run, runs[i]))
             continue
         last = raw.name
         if columns > 1:  # a single number of every box has no other order
-            split = b.node("Reshape", [raw.name, b.shape(0, na, columns, side, side)], f"{name}.{i}.split")
+            split = b.node("Reshape", [raw.name, b.shape(0, na, columns, *grid.pair)], f"{name}.{i}.split")
             last = b.node("Transpose", [split], f"{name}.{i}.last", perm=[0, 1, 3, 4, 2])
         levels.append(b.node("Reshape", [last, b.shape(0, na * runs[i], run * columns)], f"{name}.{i}.runs"))
     joined = b.node("Concat", levels, f"{name}.raw", axis=1)
-    grids = [raw.grid for raw in maps if raw.grid is not None]
-    if grids:
+    steps = [raw.grid for raw in maps if raw.grid is not None]
+    if steps:
         repeats = [na * count for count in runs]
-        scale = b.constant(np.repeat(np.array([g.scale for g in grids], np.float32), repeats))
-        zero = b.constant(np.repeat(np.array([g.zero_point for g in grids], np.uint8), repeats))
+        scale = b.constant(np.repeat(np.array([g.scale for g in steps], np.float32), repeats))
+        zero = b.constant(np.repeat(np.array([g.zero_point for g in steps], np.uint8), repeats))
         joined = b.node("DequantizeLinear", [joined, scale, zero], f"{name}.real")  # axis 1
     if sigmoid:
         joined = b.node("Sigmoid", [joined], f"{name}.sigmoid")
     return b.node("Reshape", [joined, b.shape(0, -1, columns)], f"{name}.rows")
 
 
-def _by_anchor(b: OnnxBuilder, raw: Place, name: str, na: int, columns: int, places: tuple[int, int, int]) -> list[str]:
+def _by_anchor(
+    b: OnnxBuilder, raw: Place, name: str, na: int, columns: int, grid: Size, places: tuple[int, int]
+) -> list[str]:
     """A map with its channels last -> its anchors' boxes in runs, to be joined along axis 1: turned around together,
-    or, quicker where each box has many bytes, cut out one by one. `places` are (side, run, runs)."""
-    side, run, runs = places
+    or, quicker where each box has many bytes, cut out one by one. `places` are (run, runs)."""
+    run, runs = places
     if columns <= SHORT and not raw.more:
-        apart = b.node("Reshape", [raw.name, b.shape(0, side, side, na, columns)], f"{name}.split")
+        apart = b.node("Reshape", [raw.name, b.shape(0, *grid.pair, na, columns)], f"{name}.split")
         turned = b.node("Transpose", [apart], f"{name}.last", perm=[0, 3, 1, 2, 4])
         return [b.node("Reshape", [turned, b.shape(0, na * runs, run * columns)], f"{name}.runs")]
     cut, shape = [f"{name}.{i}.columns" for i in range(na)], b.shape(0, runs, run * columns)
@@ -114,16 +118,16 @@ def _by_anchor(b: OnnxBuilder, raw: Place, name: str, na: int, columns: int, pla
     return [b.node("Reshape", [part, shape], f"{name}.{i}.runs") for i, part in enumerate(cut)]
 
 
-def _runs(sides: Sequence[int]) -> tuple[int, list[int]]:
+def _runs(grids: Sequence[Size]) -> tuple[int, list[int]]:
     """The longest run of boxes that divides every level's grid, and how many of them each grid is. Runs have one
     level and one anchor, so what these decide is written once a run, and spread out by the engine at load."""
-    run = math.gcd(*(side * side for side in sides))
-    return run, [side * side // run for side in sides]
+    run = math.gcd(*(grid.pixels for grid in grids))
+    return run, [grid.pixels // run for grid in grids]
 
 
-def _rows(b: OnnxBuilder, values: Sequence[Sequence[tuple[float, ...]]], name: str, sides: Sequence[int]) -> str:
+def _rows(b: OnnxBuilder, values: Sequence[Sequence[tuple[float, ...]]], name: str, grids: Sequence[Size]) -> str:
     """Four numbers for every level and anchor -> (boxes, 4)."""
-    run, runs = _runs(sides)
+    run, runs = _runs(grids)
     short = np.array([row for level, count in zip(values, runs, strict=True) for row in level for _ in range(count)])
     wide = b.node(
         "Expand", [b.constant(short.astype(np.float32)[:, None]), b.shape(len(short), run, 4)], f"{name}.wide"
@@ -131,19 +135,24 @@ def _rows(b: OnnxBuilder, values: Sequence[Sequence[tuple[float, ...]]], name: s
     return b.node("Reshape", [wide, b.shape(-1, 4)], name)
 
 
-def _cells(b: OnnxBuilder, head: Head, sides: Sequence[int]) -> str:
+def _cells(b: OnnxBuilder, head: Head, grids: Sequence[Size]) -> str:
     """Cell centres minus one half, in pixels, and two zeros, (boxes, 4)."""
     levels = []
     is_x = b.constant(np.array([True, False, True, False]))
-    for i, (stride, side) in enumerate(zip(head.strides, sides, strict=True)):
-        steps = (np.arange(side, dtype=np.float32) - np.float32(0.5)) * stride
-        x, y = (b.constant(steps.reshape(shape)) for shape in ((1, side, 1), (side, 1, 1)))
+    for i, (stride, grid) in enumerate(zip(head.strides, grids, strict=True)):
+        shapes = (1, grid.width, 1), (grid.height, 1, 1)
+        x, y = (b.constant(_middles(max(shape), stride).reshape(shape)) for shape in shapes)
         both = b.node("Where", [is_x, x, y], f"detect.{i}.xyxy")
         levels += [b.node("Reshape", [both, b.shape(-1, 4)], f"detect.{i}.cells")] * head.na
     joined = b.node("Concat", levels, "detect.xyxy", axis=0)
     return b.node("Mul", [joined, b.constant(np.array([1, 1, 0, 0], np.float32))], "detect.cells")
 
 
-def box_count(head: Head, imgsz: int) -> int:
+def _middles(count: int, stride: int) -> NDArray[np.float32]:
+    """Pixels of so many cells in a row, minus half a cell."""
+    return np.asarray((np.arange(count, dtype=np.float32) - np.float32(0.5)) * stride)
+
+
+def box_count(head: Head, imgsz: Size) -> int:
     """Rows of the output: 25200 for three levels of three anchors at 640."""
-    return sum(head.na * (imgsz // s) ** 2 for s in head.strides)
+    return sum(head.na * imgsz.over(s).pixels for s in head.strides)
