@@ -18,7 +18,7 @@ import click
 PAGES = (
     "index.md", "ten-minutes.md", "tutorial.md", "howto.md", "datasets.md", "reference.md", "command-line.md",
     "report.md", "method.md", "accuracy.md", "performance.md", "compatibility.md", "training.md", "modules.md",
-    "classification.md", "coverage.md", "reliability.md", "security.md", "faq.md", "contributing.md",
+    "detectors.md", "classification.md", "coverage.md", "reliability.md", "security.md", "faq.md", "contributing.md",
 )  # fmt: skip
 MARKER = "<!-- generated here by docs/hooks.py -->"
 DOCS = Path(__file__).resolve().parent

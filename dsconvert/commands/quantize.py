@@ -19,11 +19,11 @@ from dsconvert.base.files import check_target, check_writable, claim_folder, scr
 from dsconvert.base.notes import so_far, unheard
 from dsconvert.commands.folders import refuse_to_lose, run_folder
 from dsconvert.commands.imagesize import Sized, imgsz
+from dsconvert.commands.inputs import INPUT_OPTIONS, chosen_input, input_options
 from dsconvert.commands.shared import (
     PATH,
     RUNS,
     ByteSize,
-    Numbers,
     as_json,
     bars,
     cell,
@@ -50,7 +50,7 @@ from dsconvert.convert.onnx_rewrite import LAYOUTS
 from dsconvert.convert.options import QuantizeOptions
 from dsconvert.convert.record import MODEL_FILE, REPORT_FILE, Quantized, layer_table, quantize_report, save_quantized
 from dsconvert.convert.resume import NAME as UNFINISHED
-from dsconvert.onnxfile.images import Normalisation
+from dsconvert.onnxfile.presets import Preset
 from dsconvert.photos.dataset import calibration_images
 from dsconvert.tune.distil import Distilled
 from dsconvert.yolo.cfgfile import chosen_blocks
@@ -72,7 +72,7 @@ ONLY = {
                                            "finetune_steps", "finetune_time")},
     "activations": Only(CHECKPOINT, harmless="float"),
     "kds": Only(CHECKPOINT, harmless="int"),
-    **{name: Only(ONNX) for name in ("layout", "mean", "std")},
+    **{name: Only(ONNX) for name in ("layout", *INPUT_OPTIONS)},
 }  # fmt: skip
 REFUSED = {
     CHECKPOINT: "{} is for a checkpoint; of an ONNX file the weights alone are quantized, with --bits in every layer.",
@@ -160,9 +160,7 @@ def _configure(context: click.Context, parameter: click.Parameter, value: str | 
               help="Stop the brief fine-tune after so long; 0: none (default: never).")  # fmt: skip
 @click.option("--layout", type=click.Choice(list(LAYOUTS)), default="packed", show_default=True,
               help="Of an .onnx: packed, or int8, which keeps its opset.")  # fmt: skip
-@click.option("--mean", type=Numbers(), metavar="R,G,B",
-              help="Of an .onnx: images are cropped, and (pixel / 255 - mean) / std.")  # fmt: skip
-@click.option("--std", type=Numbers(), metavar="R,G,B", help="See --mean.")
+@input_options
 @split_of("train")
 @strict
 @click.option("--seed", default=0, show_default=True, help="Seed of every random choice.")
@@ -274,12 +272,10 @@ def _of_onnx(job: Job, options: dict[str, Any]) -> Done:
     """Convert an ONNX file."""
     if job.calib is None:
         raise InputError("An ONNX file is converted on images: give --calib FOLDER.")
-    normal = None
-    if options["mean"] is not None or options["std"] is not None:
-        normal = Normalisation(options["mean"] or (0.0,), options["std"] or (1.0,))
+    preset = chosen_input(options) or Preset()
     plan = OnnxPlan(
         options["bits"] or 4, options["block_size"] or 32, options["layout"],
-        options["imgsz"] if _given("imgsz") else None, options["samples"], normal, options["seed"],
+        options["imgsz"] if _given("imgsz") else None, options["samples"], preset.form, options["seed"],
         options["split"], options["strict"],
     )  # fmt: skip
     name, single = f"{job.source.stem}-{plan.layout}.onnx", job.out is not None and job.out.suffix == ".onnx"

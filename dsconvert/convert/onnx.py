@@ -23,11 +23,12 @@ from dsconvert.export.weights.layouts import PACKED, Layout
 from dsconvert.fit.layer import GPTQ
 from dsconvert.graph.integer import QConv
 from dsconvert.onnxfile.engines import session
-from dsconvert.onnxfile.images import Normalisation, as_input, batches, pictures
+from dsconvert.onnxfile.images import as_input, batches, pictures
 from dsconvert.onnxfile.layers import Layer, find_layers
 from dsconvert.onnxfile.scale import warning
 from dsconvert.onnxfile.source import Array, Source, opset_of, read_source
 from dsconvert.photos.dataset import calibration_images
+from dsconvert.photos.form import PLAIN, InputForm
 from dsconvert.photos.images import spread
 from dsconvert.photos.sameness import warning_of
 
@@ -47,7 +48,7 @@ class OnnxPlan:
     layout: str = PACKED.name  # or int8, which keeps the file's opset
     imgsz: SizeLike | None = None  # of the images for a file that leaves it open, pixels; None: 640
     samples: int = 256  # most calibration images used
-    normal: Normalisation | None = None  # for files that do not take 0..1
+    form: InputForm = PLAIN  # of the input that the file wants
     seed: int = 0  # of every random choice
     split: str | None = None  # which images of a data.yaml; None: train, else val
     strict: bool = False  # lists of which a part cannot be used are refused
@@ -96,12 +97,12 @@ def quantize_onnx(
     given = read_source(path, plan.imgsz, threads)
     find_layers(given)  # nothing to do is said before images are read
     paths = calibration_images(calib, plan.split, plan.strict)
-    images, skipped = pictures(spread(paths, plan.samples), given.image, plan.normal is not None)
+    images, skipped = pictures(spread(paths, plan.samples), given.image, plan.form)
     report("images", len(images), len(images))
-    probe = as_input(images[:1] * given.image.batch, given.image, plan.normal)
+    probe = as_input(images[:1] * given.image.batch, given.image, plan.form)
     source = _raised(path, given, layout, probe)
     running = session(given.model.SerializeToString(), threads, str(path))
-    doubt = warning(lambda x: running.run(None, {given.image.name: x}), images, given.image, plan.normal)
+    doubt = warning(lambda x: running.run(None, {given.image.name: x}), images, given.image, plan.form)
     if doubt:
         note(doubt)
     layers = find_layers(source)
@@ -109,7 +110,7 @@ def quantize_onnx(
     formats = {n.index: usual_format(bits[n.index], n.weight.shape[1], plan.block_size) for n in layers}
     with scratch_folder() as folder, torch.no_grad():
         fitted = fit_lockstep(
-            source, layers, batches(images, source.image, plan.normal), GPTQ(most_columns=MOST_COLUMNS), formats,
+            source, layers, batches(images, source.image, plan.form), GPTQ(most_columns=MOST_COLUMNS), formats,
             folder, threads, plan.seed, lambda done, total: report("fit", done, total),
             math.ceil(len(images) / source.image.batch),
         )  # fmt: skip

@@ -26,7 +26,7 @@ FAR = 16  # operators between an activation's source and its end: a GELU has 8
 AFFINE = ("BatchNormalization", "Mul", "Add", "Sub", "Div")
 
 
-class NotLowered(Exception):  # noqa: N818 - it is no error: the file is converted another way
+class NotLowered(Exception):
     """A layer reads what the graph has no operation for."""
 
 

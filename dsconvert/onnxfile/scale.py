@@ -4,28 +4,26 @@ weights. What tells is that nothing is found, that everything is, or that all im
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from dsconvert.base.text import Sentence
-from dsconvert.onnxfile.images import Normalisation, as_input
+from dsconvert.onnxfile.images import as_input
+from dsconvert.onnxfile.presets import presets
 from dsconvert.onnxfile.source import Array, ImageInput
+from dsconvert.photos.form import PLAIN, InputForm
 from dsconvert.photos.images import Image
 
 MOST_IMAGES = 8
 CONFIDENT = 0.25  # the least score that YOLOv5's detect.py shows
 SATURATED = 0.999  # a best score that every image reaches
 CONSTANT = 0.005  # of the spread of an output: six real detectors have 0.08 and more on their scale
-RAW = Normalisation((0.0,), (1 / 255,))
-# what can be given in the place of 0..1, and how it reads
-_OTHERS = (
-    (None, "as 0..1", "leave out {mean} and {std}"),
-    (RAW, "as 0..255", "give {mean} 0 {std} 0.003921569"),
-    (Normalisation((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)), "with ImageNet's mean and deviation",
-     "give {mean} 0.485,0.456,0.406 {std} 0.229,0.224,0.225"),
-)  # fmt: skip
+RAW = InputForm(scale=1)
+IMAGENET = presets()["imagenet"].form
+# what can be given in the place of a scale, and how it reads
+_OTHERS = ((PLAIN, "as 0..1"), (RAW, "as 0..255"), (IMAGENET, "with ImageNet's mean and deviation"))
 
 
 @dataclass(frozen=True)
@@ -54,31 +52,46 @@ class Response:
 
 
 def warning(
-    run: Callable[[Array], list[Any]], images: Sequence[Image], wanted: ImageInput, normal: Normalisation | None
+    run: Callable[[Array], list[Any]], images: Sequence[Image], wanted: ImageInput, form: InputForm
 ) -> str | None:
     """A sentence where the file's outputs look empty, saturated or constant, with another scale on which they do not.
 
-    `run` gives the outputs for a batch; it may raise anything."""
+    `run` gives the outputs for a batch; it may raise anything. The images are placed as the form says."""
     some = images[:: max(1, len(images) // MOST_IMAGES)][:MOST_IMAGES]
-    given = _response(run, some, wanted, normal)
+    given = _response(run, some, wanted, form)
     if given is None or given.fault is None:
         return None
     count = f"{len(some)} calibration image{'s' if len(some) > 1 else ''}"
     begun = f"On {count} the float network {given.fault}"
-    for other, how, option in _OTHERS if wanted.type is not np.uint8 else ():
-        found = None if _alike(other, normal) else _response(run, some, wanted, other)
+    for numbers, how in _OTHERS if wanted.type is not np.uint8 else ():
+        other = replace(numbers, bgr=form.bgr, fit=form.fit, pad=form.pad)
+        found = None if _alike(other, form) else _response(run, some, wanted, other)
         if found is not None and found.fault is None and _better(found, given):
             shows = f"its best score is {found.best:.2f}" if found.best is not None else "they differ"
-            crops = "; it also crops images to their middle" if other is not None else ""
-            return Sentence(f"{begun}; fed {how}, {shows}: {option}, if the network was trained so{crops}.")
-    scale = "" if wanted.type is np.uint8 else ", and that its input is 0..1 ({mean} and {std} give another scale)"
+            return Sentence(f"{begun}; fed {how}, {shows}: {_way(form, other)}, if the network was trained so.")
+    scale = "" if wanted.type is np.uint8 else f", and that {_shown(form)} is its input ({{input}} names others)"
     return Sentence(f"{begun}; check that the images are like those it was trained on{scale}.")
 
 
-def _alike(a: Normalisation | None, b: Normalisation | None) -> bool:
-    """The same but for a rounding in what was typed."""
-    return a == b or (
-        a is not None and b is not None and len(a.mean) == len(b.mean) and len(a.std) == len(b.std)
+def _way(given: InputForm, other: InputForm) -> str:
+    """Options that lead from one form to another, and names that lead there too."""
+    parts = [f"{{scale}} {other.scale}"] if other.scale != given.scale else []
+    if other.is_normalised or given.is_normalised:
+        mean, std = (",".join(f"{v:g}" for v in values) for values in (other.mean, other.std))
+        parts += [f"{{mean}} {mean} {{std}} {std} {{fit}} {other.fit}"]
+    alike = [name for name, preset in presets().items() if _alike(replace(other, bgr=preset.form.bgr), preset.form)]
+    return f"give {' '.join(parts)} (or {{input}} {' or '.join((alike[:1] + alike[-1:])[: len(alike)])})"
+
+
+def _shown(form: InputForm) -> str:
+    scale = "0..1" if form.scale == 255 else "0..255"
+    return f"{scale} less a mean, by a deviation," if form.is_normalised else scale
+
+
+def _alike(a: InputForm, b: InputForm) -> bool:
+    """The same numbers but for a rounding in what was typed."""
+    return (
+        (a.scale, a.bgr, len(a.mean), len(a.std)) == (b.scale, b.bgr, len(b.mean), len(b.std))
         and np.allclose(a.mean, b.mean, atol=1e-6) and np.allclose(a.std, b.std, rtol=1e-3)
     )  # fmt: skip
 
@@ -93,10 +106,10 @@ def _better(found: Response, given: Response) -> bool:
 
 
 def _response(
-    run: Callable[[Array], list[Any]], images: Sequence[Image], wanted: ImageInput, normal: Normalisation | None
+    run: Callable[[Array], list[Any]], images: Sequence[Image], wanted: ImageInput, form: InputForm
 ) -> Response | None:
     try:
-        made = [run(as_input([image] * wanted.batch, wanted, normal)) for image in images]
+        made = [run(as_input([image] * wanted.batch, wanted, form)) for image in images]
     except Exception:  # a file that cannot run is refused elsewhere, and a scale that does not fit it is no advice
         return None
     return response(made, len({image.tobytes() for image in images}) == len(images) > 1)
@@ -127,20 +140,32 @@ def response(made: Sequence[Sequence[Any]], distinct: bool) -> Response:
 
 def _scores(values: Array) -> Array | None:
     """The best score of every image (first dimension), where an output looks like boxes with scores, or class scores of
-    many places: YOLOv5's rows (x, y, w, h, objectness, classes), YOLOv8's columns, or maps between 0 and 1."""
+    many places: YOLOv5's rows (x, y, w, h, objectness, classes), YOLOv8's columns, rows of an end-to-end file (corners,
+    score, class), FastestDet's map (objectness, box, classes), or maps between 0 and 1."""
     if values.size == 0 or values.ndim < 3:
         return None
     rows = values.reshape(len(values), -1, values.shape[-1])
-    if values.ndim == 4 and 6 <= values.shape[2] < values.shape[3]:
+    if values.ndim == 4 and 5 <= values.shape[2] < values.shape[3]:
         turned = values[:, 0].transpose(0, 2, 1)
         if _is_probability(turned[..., 4:]) and turned[..., :4].max() > 2:
             return np.asarray(turned[..., 4:].max((1, 2)))
+    if values.ndim == 5 and values.shape[2] >= 6:
+        objectness, classes = values[:, :, :1], values[:, :, 5:]
+        if _is_probability(objectness) and _is_probability(classes) and not _is_probability(values[:, :, 1:5]):
+            return np.asarray((objectness * classes).max((1, 2, 3, 4)))
+    if rows.shape[-1] == 6 and _is_probability(rows[..., 4]) and _are_classes(rows[..., 5]):
+        return np.asarray(rows[..., 4].max(1))
     if rows.shape[-1] >= 6 and _is_probability(rows[..., 4:]) and not _is_probability(rows[..., :4]):
         return np.asarray((rows[..., 4:5] * rows[..., 5:]).max((1, 2)))
     sums = rows.sum(-1)
     if rows.shape[1] > 1 and rows.shape[-1] >= 2 and _is_probability(rows) and not np.allclose(sums, 1, atol=1e-3):
         return np.asarray(rows.max((1, 2)))
     return None
+
+
+def _are_classes(values: Array) -> bool:
+    """Whether all are whole numbers, and some of them more than 1."""
+    return bool((values == np.rint(values)).all() and values.min() >= 0 and values.max() > 1)
 
 
 def _is_probability(values: Array) -> bool:

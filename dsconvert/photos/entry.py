@@ -12,18 +12,15 @@ from dsconvert.graph.grids import QParams
 
 @dataclass(frozen=True)
 class Entry:
-    """(byte / divisor - mean) / std, channel by channel, the channels in `order`."""
+    """(byte / divisor - mean) / std, channel by channel."""
 
     divisor: float = 255.0  # what bytes are divided by: 255, or 1
     mean: tuple[float, ...] = (0.0,)  # one number, or one a channel of the network's input
     std: tuple[float, ...] = (1.0,)  # likewise, above 0
-    order: tuple[int, ...] = (0, 1, 2)  # the image's channel for each of the network's; 2, 1, 0 for BGR
 
     def real(self, image: Tensor) -> Tensor:
         """Bytes (channels, h, w) -> float32 (channels, h, w)."""
         made = image.float() / self.divisor
-        if self.order != tuple(range(len(self.order))) and len(made) == len(self.order):
-            made = made[list(self.order)]
         if any(self.mean) or any(s != 1 for s in self.std):
             mean, std = (torch.tensor(numbers, device=made.device)[:, None, None] for numbers in (self.mean, self.std))
             made = (made - mean) / std

@@ -29,9 +29,15 @@ Image = NDArray[np.uint8]
 class Letterbox:
     """How an image was placed in its rectangle: pixels * gain + pad."""
 
-    gain: float
-    pad_x: float
-    pad_y: float
+    gain: float  # of columns, and of rows where they are not stretched
+    pad_x: float  # where its left edge is; below 0 where columns are cut off
+    pad_y: float  # likewise its upper edge
+    stretch: float = 1.0  # the gain of rows, as a multiple of that of columns
+
+    @property
+    def gain_y(self) -> float:
+        """The gain of rows."""
+        return self.gain * self.stretch
 
 
 def none_readable(reasons: Sequence[str], what: str = "images") -> InputError:
@@ -95,11 +101,11 @@ def scaled(image: Image, gain: float) -> Image:
     return cv2.resize(image, size, interpolation=cv2.INTER_LINEAR).astype(np.uint8, copy=False)
 
 
-def on_grey(image: Image, height: int, width: int) -> tuple[Image, int, int]:
+def on_grey(image: Image, height: int, width: int, value: int = PAD_VALUE) -> tuple[Image, int, int]:
     """The image in the middle of a grey one of that size, which it must not exceed; its left and top there."""
     h, w = image.shape[:2]
     left, top = round((width - w) / 2 - 0.1), round((height - h) / 2 - 0.1)
-    made = np.full((height, width, 3), PAD_VALUE, np.uint8)
+    made = np.full((height, width, 3), value, np.uint8)
     made[top : top + h, left : left + w] = image
     return made, left, top
 

@@ -91,7 +91,7 @@ def _placed(logits: Array, corners: Sequence[float], box: Letterbox, input: Size
     if not all(size):
         return PlacedMask(left, top, np.zeros(size[::-1], np.bool_))
     sx, sy = logits.shape[1] / input.width, logits.shape[0] / input.height
-    step_x, step_y = box.gain * sx, box.gain * sy
+    step_x, step_y = box.gain * sx, box.gain_y * sy
     matrix = np.array([
         [step_x, 0, step_x * (left + 0.5) + box.pad_x * sx - 0.5],
         [0, step_y, step_y * (top + 0.5) + box.pad_y * sy - 0.5],

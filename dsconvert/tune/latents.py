@@ -11,8 +11,8 @@ m has nothing to learn in plain int8 layers, where it is 1.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TypeVar
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor

@@ -67,11 +67,11 @@ def suppressed(
 
 
 def to_image(detections: Array, box: Letterbox, shape: tuple[int, int]) -> Array:
-    """Boxes in the letterboxed square -> boxes in the original image of (height, width), clipped to it."""
+    """Boxes in the rectangle that an image was placed in -> boxes in the image of (height, width), clipped to it."""
     h, w = shape
     out = detections.copy()
     out[:, [0, 2]] = ((detections[:, [0, 2]] - box.pad_x) / box.gain).clip(0, w)
-    out[:, [1, 3]] = ((detections[:, [1, 3]] - box.pad_y) / box.gain).clip(0, h)
+    out[:, [1, 3]] = ((detections[:, [1, 3]] - box.pad_y) / box.gain_y).clip(0, h)
     return out
 
 

@@ -25,10 +25,11 @@ from dsconvert.convert.onnx import OnnxConverted, OnnxPlan, quantize_onnx
 from dsconvert.export.onnx import Ends
 from dsconvert.export.weights.layouts import layout_named
 from dsconvert.graph.ops import conv
-from dsconvert.onnxfile.images import Normalisation, as_input, pictures
+from dsconvert.onnxfile.images import as_input, pictures
 from dsconvert.onnxfile.inspect import conv_weights
 from dsconvert.onnxfile.layers import find_layers
 from dsconvert.onnxfile.source import ImageInput, read_source
+from dsconvert.photos.form import PLAIN, InputForm
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # the exporter's own
 
@@ -355,13 +356,13 @@ def test_inputs_of_every_kind(how, tmp_path, photos):
 def test_pictures_are_placed_as_detectors_and_classifiers_do(photos):
     wanted = ImageInput("x", np.float32, 1, 3, 20, 20)
     whole = cv2.cvtColor(cv2.imread(str(photos / "0.png")), cv2.COLOR_BGR2RGB)  # 30 x 40
-    (boxed,), _ = pictures([photos / "0.png"], wanted, crop=False)
+    (boxed,), _ = pictures([photos / "0.png"], wanted, PLAIN)
     assert (boxed[[0, 1, -2, -1]] == 114).all()
     assert not (boxed[3] == 114).all()
-    (cropped,), _ = pictures([photos / "0.png"], wanted, crop=True)
+    (cropped,), _ = pictures([photos / "0.png"], wanted, InputForm(fit="crop"))
     middle = cv2.resize(whole, (27, 20), interpolation=cv2.INTER_LINEAR)[:, 3:23]
     assert np.array_equal(cropped, middle)
-    found = as_input([cropped], wanted, Normalisation((0.5, 0.25, 0.0), (0.5, 1.0, 2.0)))
+    found = as_input([cropped], wanted, InputForm((0.5, 0.25, 0.0), (0.5, 1.0, 2.0)))
     for c, (mean, std) in enumerate([(0.5, 0.5), (0.25, 1.0), (0.0, 2.0)]):
         np.testing.assert_allclose(found[0, c], (middle[..., c] / 255 - mean) / std, rtol=1e-5, atol=1e-6)
 
@@ -527,4 +528,4 @@ def test_bad_plans_are_one_sentence():
         with pytest.raises(InputError):
             OnnxPlan(**wrong)
     with pytest.raises(InputError, match="three numbers"):
-        Normalisation((0.1, 0.2), (1.0,))
+        InputForm((0.1, 0.2), (1.0,))

@@ -13,9 +13,9 @@ import torch
 from test_anyonnx import exported
 from torch import nn
 
-from dsconvert.onnxfile.images import Normalisation
 from dsconvert.onnxfile.scale import RAW, Response, response, warning
 from dsconvert.onnxfile.source import ImageInput
+from dsconvert.photos.form import PLAIN, InputForm
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # the exporter's own
 
@@ -65,13 +65,17 @@ UNIT, BYTES = (12.0, -4.0), (12 / 255, -4.0)
 CASES = {
     "right": (lambda: Detector(*UNIT), [], None),
     "right, columns": (lambda: Detector(*UNIT, columns=True), [], None),
-    "bytes wanted": (lambda: Detector(*BYTES), [], "nothing above 0.25.*as 0..255.*give --mean 0 --std 0.003921569"),
+    "bytes wanted": (lambda: Detector(*BYTES), [], "nothing above 0.25.*as 0..255.*give --scale 1 .or --input yolox."),
     "bytes wanted, columns": (lambda: Detector(*BYTES, columns=True), [], "as 0..255"),
-    "bytes wanted and given": (lambda: Detector(*BYTES), ["--mean", "0", "--std", "0.003921569"], None),
-    "0..1 wanted, bytes given": (lambda: Detector(*UNIT), ["--mean", "0", "--std", "0.003921569"],
-                                 "saturated; fed as 0..1.*leave out --mean and --std"),
+    "bytes wanted and given": (lambda: Detector(*BYTES), ["--scale", "1"], None),
+    "bytes wanted, its name given": (lambda: Detector(*BYTES), ["--input", "yolox"], None),
+    "bytes wanted, the old way": (lambda: Detector(*BYTES), ["--mean", "0", "--std", "0.003921569"], None),
+    "0..1 wanted, bytes given": (lambda: Detector(*UNIT), ["--input", "yolox"],
+                                 "saturated; fed as 0..1.*give --scale 255 .or --input yolov5 or yolov8-face."),
+    "0..1 wanted, means given": (lambda: Detector(*UNIT), ["--mean", "3"],
+                                 "nothing.*fed as 0..1.*give --mean 0 --std 1 --fit crop .or --input"),
     "nothing there": (lambda: Detector(1e-5, -6.0), [], "nothing above 0.25.*check that the images"),
-    "flat, bytes wanted": (lambda: Flat(0.02), [], "nearly the same for every image.*0..255.*--std 0.003921569"),
+    "flat, bytes wanted": (lambda: Flat(0.02), [], "nearly the same for every image.*0..255.*--scale 1"),
     "flat whatever": (lambda: Flat(1e-7), [], "nearly the same.*check that the images"),
     "not flat": (lambda: Flat(20.0), [], None),
 }  # fmt: skip
@@ -97,8 +101,8 @@ def test_following_the_advice_silences_it(photos, tmp_path, call):
     exported(Detector(*BYTES), tmp_path / "net.onnx")
     line = ("quantize", "net.onnx", "--calib", photos, "--json")
     said = json.loads(call(*line, "--out", "a.onnx", cwd=tmp_path).out)["warnings"][0]
-    options = said.partition("give ")[2].partition(",")[0].split()
-    assert options[::2] == ["--mean", "--std"]
+    options = said.partition("give ")[2].partition(" (")[0].split()
+    assert options == ["--scale", "1"]
     assert json.loads(call(*line, "--out", "b.onnx", *options, cwd=tmp_path).out)["warnings"] == []
 
 
@@ -109,9 +113,10 @@ def images(count: int = 3) -> list[np.ndarray]:
 def test_bytes_have_one_scale_so_no_other_is_proposed():
     wanted = ImageInput("x", np.uint8, 1, 3, 4, 4)
     found = np.tile(np.array([5, 5, 5, 5, 0, 0, 0], np.float32), (1, 9, 1))
-    said = warning(lambda x: [found], images(), wanted, None)
+    said = warning(lambda x: [found], images(), wanted, PLAIN)
     assert "nothing above 0.25" in said
-    assert "--mean" not in said
+    assert "mean" not in said
+    assert "scale" not in said
 
 
 def test_a_file_that_fails_and_images_that_are_one_give_no_warning():
@@ -120,11 +125,11 @@ def test_a_file_that_fails_and_images_that_are_one_give_no_warning():
     def fails(x):
         raise RuntimeError("no")
 
-    assert warning(fails, images(), wanted, None) is None
-    assert warning(lambda x: [np.array([[1.0, 2.0]])], images(1), wanted, None) is None
-    assert warning(lambda x: [np.array([[1.0, 2.0]])], [*images(1), *images(1)], wanted, None) is None
-    assert "nearly the same" in warning(lambda x: [np.array([[1.0, 2.0]])], images(), wanted, None)
-    assert "infinite" in warning(lambda x: [np.array([[1.0, np.inf]])], images(), wanted, None)
+    assert warning(fails, images(), wanted, PLAIN) is None
+    assert warning(lambda x: [np.array([[1.0, 2.0]])], images(1), wanted, PLAIN) is None
+    assert warning(lambda x: [np.array([[1.0, 2.0]])], [*images(1), *images(1)], wanted, PLAIN) is None
+    assert "nearly the same" in warning(lambda x: [np.array([[1.0, 2.0]])], images(), wanted, PLAIN)
+    assert "infinite" in warning(lambda x: [np.array([[1.0, np.inf]])], images(), wanted, PLAIN)
 
 
 def test_a_scale_on_which_numbers_stay_finite_is_proposed():
@@ -133,8 +138,8 @@ def test_a_scale_on_which_numbers_stay_finite_is_proposed():
     def run(x):
         return [np.array([[1.0, 2.0 * x.mean() if x.max() < 2 else np.inf]])]
 
-    assert "leave out mean and std" in warning(run, images(), wanted, RAW)
-    assert warning(run, images(), wanted, Normalisation((0.5,), (0.5,))) is None
+    assert "give scale 255 (or input yolov5" in warning(run, images(), wanted, RAW)
+    assert warning(run, images(), wanted, InputForm((0.5,), (0.5,))) is None
 
 
 def rows(*best: float) -> list[list[np.ndarray]]:
@@ -149,6 +154,11 @@ def test_scores_of_every_layout():
     boxes = [np.tile(o[0][..., columns], (1, 5, 1)) for o in rows(0.4, 0.2)]
     turned = [[b.transpose(0, 2, 1)] for b in boxes]
     assert response(turned, True).best == pytest.approx(0.5)
+    ends = [[np.array([[[1, 1, 9, 9, b, 7], [2, 2, 5, 5, 0.1, 0]]])] for b in (0.9, 0.3)]
+    assert (response(ends, True).best, response(ends, True).least) == (0.9, 0.3)
+    grid = np.zeros((1, 7, 2, 2))
+    grid[0, :, 1, 0] = 0.5, -3, 2, 1, 1, 0.8, 0.2
+    assert response([[grid], [grid / 2]], True).best == pytest.approx(0.4)
     maps = [[np.full((1, 5, 3), v), np.full((1, 9, 32), 7.0 * v)] for v in (0.1, 0.35)]
     assert (response(maps, True).best, response(maps, True).least) == (0.35, 0.1)
     softmax = [[np.array([[0.1, 0.7, 0.2]])], [np.array([[0.3, 0.3, 0.4]])]]

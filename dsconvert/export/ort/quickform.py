@@ -7,7 +7,6 @@ from dataclasses import replace
 import numpy as np
 
 from dsconvert.base.builder import OnnxBuilder
-from dsconvert.base.size import Size
 from dsconvert.export.ends.decode import SHORT
 from dsconvert.export.operators import real_weight
 from dsconvert.export.ort.lastchannels import LAST, TO_FIRST, TO_LAST

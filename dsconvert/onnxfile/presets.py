@@ -1,0 +1,126 @@
+"""Families of networks by name: the input that they want, and how their outputs become boxes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from dsconvert.base.errors import InputError, shown
+from dsconvert.base.smallyaml import load_plain, read_small
+from dsconvert.photos.form import PLAIN, InputForm
+
+FILE = "inputs.yaml"
+WHAT = "file of inputs"
+CHANNELS = ("rgb", "bgr")
+
+
+@dataclass(frozen=True)
+class Preset:
+    """What a family's networks have in common."""
+
+    form: InputForm = PLAIN  # of the input
+    decode: str | None = None  # the rule that makes boxes of outputs; None: their shapes tell
+
+
+@cache
+def presets() -> Mapping[str, Preset]:
+    """Those that come with dsconvert, by name."""
+    text = read_small(resources.files("dsconvert.onnxfile") / FILE, FILE, WHAT)
+    return {name: _preset(entry, f"{FILE}, {name}") for name, entry in _entries(text, FILE).items()}
+
+
+def named_preset(given: str) -> Preset:
+    """The preset of a name; of `FILE:NAME` that of a YAML file of the user's, which has the form of `inputs.yaml`; of
+    a file with one entry that one. Raises InputError where there is none, or it says what is no input."""
+    if given in presets():
+        return presets()[given]
+    path, name = _file_and_name(given)
+    if path is None:
+        raise InputError.naming(
+            "{input} {!r} is none of {}, and no YAML file such as my.yaml:name.", given[:80], ", ".join(presets())
+        )
+    try:
+        entries = _entries(read_small(path, str(path), WHAT), str(path))
+    except OSError:
+        raise InputError.naming("There is no file at {}, which {input} names.", path) from None
+    names = [str(key)[:40] for key in entries]
+    if name is None and len(names) != 1:
+        raise InputError.naming("{} has {} entries; give {input} {}:NAME.", path, len(names), path)
+    if name is not None and name not in names:
+        raise InputError.naming("{} has no entry {!r}; it has {}.", path, name[:40], ", ".join(names[:10]) or "none")
+    chosen = name or names[0]
+    return _preset(entries[chosen], f"{path}, {chosen}")
+
+
+def _file_and_name(given: str) -> tuple[Path | None, str | None]:
+    """A YAML file and perhaps the entry in it; None where the text names no such file."""
+    before, colon, after = given.rpartition(":")
+    if colon and _is_yaml(before):
+        return Path(before), after
+    return (Path(given), None) if _is_yaml(given) else (None, None)
+
+
+def _is_yaml(text: str) -> bool:
+    return text.lower().endswith((".yaml", ".yml"))
+
+
+def _entries(text: str, source: str) -> dict[str, Any]:
+    try:
+        found = load_plain(text)
+    except Exception:  # PyYAML raises many kinds
+        raise InputError(f"{source} is not a readable YAML file.") from None
+    if not isinstance(found, dict) or not all(isinstance(key, str) for key in found):
+        raise InputError(f"{source} is no list of inputs such as `mine: {{channels: bgr, scale: 1}}`.")
+    return found
+
+
+def _preset(entry: Any, where: str) -> Preset:
+    """What an entry of a file says; `where` it stands is for the messages."""
+    if entry is not None and not isinstance(entry, dict):
+        raise InputError(f"{where} is no list of keys such as `channels: bgr`.")
+    said: dict[str, Any] = {}
+    for key, value in (entry or {}).items():
+        reader = _READERS.get(key) if isinstance(key, str) else None
+        if reader is None:
+            raise InputError(f"{where} sets {shown(key)}, which is none of {', '.join(_READERS)}.")
+        try:
+            said |= reader(value)
+        except (ValueError, TypeError, OverflowError):
+            raise InputError(f"{where} sets {key} to {shown(value)}, which it cannot be.") from None
+    decode = said.pop("decode", None)
+    try:
+        return Preset(InputForm(**said), decode)
+    except InputError as error:
+        raise InputError(f"{where}: {error.message}") from None
+
+
+def _numbers(value: Any) -> tuple[float, ...]:
+    return tuple(float(part) for part in (value if isinstance(value, list) else [value]))
+
+
+def _is_bgr(value: Any) -> bool:
+    if value not in CHANNELS:
+        raise ValueError
+    return bool(value == "bgr")
+
+
+def _word(value: Any) -> str:
+    if not isinstance(value, str):
+        raise ValueError
+    return value
+
+
+# What a key's text becomes. A text is all that `load_plain` makes of a number.
+_READERS: dict[str, Callable[[Any], dict[str, Any]]] = {
+    "channels": lambda value: {"bgr": _is_bgr(value)},
+    "scale": lambda value: {"scale": int(value)},
+    "mean": lambda value: {"mean": _numbers(value)},
+    "std": lambda value: {"std": _numbers(value)},
+    "fit": lambda value: {"fit": _word(value)},
+    "pad": lambda value: {"pad": int(value)},
+    "decode": lambda value: {"decode": None if value is None else _word(value)},
+}
