@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shlex
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -15,11 +14,12 @@ from click.core import ParameterSource
 from dsconvert.base import workers
 from dsconvert.base.errors import InputError
 from dsconvert.base.filekinds import CHECKPOINT, MODEL, ONNX, file_kind
-from dsconvert.base.files import check_target, check_writable, claim_folder, scratch_in, write_atomic
 from dsconvert.base.notes import so_far, unheard
-from dsconvert.commands.folders import refuse_to_lose, run_folder
+from dsconvert.commands.folders import run_folder
 from dsconvert.commands.imagesize import Sized, imgsz
-from dsconvert.commands.inputs import INPUT_OPTIONS, chosen_input, input_options
+from dsconvert.commands.inputs import INPUT_OPTIONS, input_options
+from dsconvert.commands.job import Done, Job, given
+from dsconvert.commands.quantize_onnx import convert_onnx
 from dsconvert.commands.shared import (
     PATH,
     RUNS,
@@ -45,12 +45,17 @@ from dsconvert.commands.shared import (
 from dsconvert.convert import quantize as pipeline
 from dsconvert.convert.advice import advice, bits_of_layers
 from dsconvert.convert.config import read_config, recipe_names
-from dsconvert.convert.onnx import OnnxPlan, quantize_onnx
-from dsconvert.convert.onnx_rewrite import LAYOUTS
+from dsconvert.convert.onnx import KINDS
 from dsconvert.convert.options import QuantizeOptions
-from dsconvert.convert.record import MODEL_FILE, REPORT_FILE, Quantized, layer_table, quantize_report, save_quantized
+from dsconvert.convert.record import (
+    MODEL_FILE,
+    REPORT_FILE,
+    Quantized,
+    layer_table,
+    quantize_report,
+    save_quantized,
+)
 from dsconvert.convert.resume import NAME as UNFINISHED
-from dsconvert.onnxfile.presets import Preset
 from dsconvert.photos.dataset import calibration_images
 from dsconvert.tune.distil import Distilled
 from dsconvert.yolo.cfgfile import chosen_blocks
@@ -68,54 +73,14 @@ class Only:
 
 # All other options mean the same for both kinds.
 ONLY = {
-    **{name: Only(CHECKPOINT) for name in ("target_bytes", "target_drop", "blocks", "scope", "cfg", "device", "resume",
-                                           "finetune_steps", "finetune_time")},
-    "activations": Only(CHECKPOINT, harmless="float"),
+    **{name: Only(CHECKPOINT) for name in ("target_drop", "blocks", "scope", "cfg", "device", "resume")},
     "kds": Only(CHECKPOINT, harmless="int"),
     **{name: Only(ONNX) for name in ("layout", *INPUT_OPTIONS)},
 }  # fmt: skip
 REFUSED = {
-    CHECKPOINT: "{} is for a checkpoint; of an ONNX file the weights alone are quantized, with --bits in every layer.",
+    CHECKPOINT: "{} is for a checkpoint; an ONNX file is converted whole, in this process, on its CPU.",
     ONNX: "{} is for an ONNX file; a checkpoint has no use for it.",
 }
-
-
-@dataclass(frozen=True)
-class Job:
-    """What a run reads and writes, and how loudly."""
-
-    source: Path  # the checkpoint or ONNX file
-    calib: Path | None  # its calibration images
-    cfg: Path | None  # the model yaml that chooses layers
-    cache: Path | None  # folder where calibrations are kept, or values wait
-    out: Path | None  # folder to write; of an ONNX file, perhaps the file itself
-    resume: bool  # go on where a run was stopped
-    force: bool  # replace what is there
-    quiet: bool  # no progress
-
-    def check(self, place: Path, outputs: list[Path], targets: dict[Path, bool]) -> None:
-        """Raises InputError, before any work, for folders that cannot be written, for `outputs` that are inputs, and
-        for `targets` that are there, unless they may be replaced."""
-        check_writable(place)
-        if self.cache is not None:
-            check_writable(self.cache)
-        refuse_to_lose(outputs, [self.source, self.calib, self.cfg])
-        for target, replaced in targets.items():
-            check_target(target, replaced)
-
-
-@dataclass(frozen=True)
-class Done:
-    """A conversion, as it is told of."""
-
-    path: Path  # the file written
-    unreadable: int  # images that were left out
-    reason: str  # why the first of them was
-    said: list[str]  # what was warned of while it ran
-    advice: list[str]  # what is still to be warned of
-    document: dict[str, Any]  # of --json, but for seconds and warnings
-    layers: Callable[[], None]  # prints a table of them
-    result: Callable[[float], None]  # prints what came of it in so many seconds
 
 
 # What a configuration file may set, and the parameter that each option fills.
@@ -137,9 +102,9 @@ def _configure(context: click.Context, parameter: click.Parameter, value: str | 
 @click.option("--config", is_eager=True, expose_value=False, callback=_configure, metavar="RECIPE",
               help=f"{', '.join(recipe_names())}, or a YAML file of these options.")  # fmt: skip
 @click.option("--block-size", type=click.IntRange(1),
-              help="Input channels a shift covers (default: by layer; of an .onnx 32).")  # fmt: skip
+              help="Input channels a shift covers (default: by layer).")  # fmt: skip
 @click.option("--bits", type=click.IntRange(2, 8),
-              help="Bits of every weight (default: by layer, the bytes of 4; of an .onnx 4).")  # fmt: skip
+              help="Bits of every weight (default: by layer, the bytes of 4).")  # fmt: skip
 @click.option("--target-size", "target_bytes", type=ByteSize(), metavar="SIZE",
               help="Largest packed ONNX file, such as 0.9MB; layers share it.")  # fmt: skip
 @click.option("--target-map-drop", "target_drop", type=float, metavar="POINTS",
@@ -150,16 +115,16 @@ def _configure(context: click.Context, parameter: click.Parameter, value: str | 
               help="Model yaml whose DSConv2D_C3 rows choose the layers; replaces --blocks, --scope.")  # fmt: skip
 @imgsz("Size of the images: 640, or 384 640 (height, width)", default="640", show_default="640; of an .onnx its own")
 @click.option("--samples", default=256, show_default=True, help="Most calibration images used.")
-@click.option("--activations", type=click.Choice(["int8", "float"]), default="int8",
-              show_default="int8; of an .onnx float", help="float: only the weights are quantized.")  # fmt: skip
+@click.option("--activations", type=click.Choice(["int8", "float"]), default="int8", show_default=True,
+              help="float: only the weights are quantized.")  # fmt: skip
 @click.option("--kds", type=click.Choice(["int", "float"]), default="int", show_default=True,
               help="float: the paper's real-valued shifts; needs --activations float.")  # fmt: skip
 @click.option("--finetune-steps", type=click.IntRange(0), metavar="N",
               help="Steps of the brief fine-tune; 0: none (default: as many as seem of use).")  # fmt: skip
 @click.option("--finetune-time", type=click.FloatRange(0), metavar="SECONDS",
               help="Stop the brief fine-tune after so long; 0: none (default: never).")  # fmt: skip
-@click.option("--layout", type=click.Choice(list(LAYOUTS)), default="packed", show_default=True,
-              help="Of an .onnx: packed, or int8, which keeps its opset.")  # fmt: skip
+@click.option("--layout", type=click.Choice(KINDS["int8"]), default="packed", show_default=True,
+              help="Of an .onnx: how its weights are written (see dsconvert export).")  # fmt: skip
 @input_options
 @split_of("train")
 @strict
@@ -196,8 +161,8 @@ def quantize(
     They are fitted on the images of --calib; a hundred are enough, and no
     labels are needed. Writes model.safetensors and quantize.json.
 
-    Of a float ONNX file with one image input, from wherever, the weights are
-    converted, and an ONNX file is written; its activations stay float.
+    A float ONNX file with one image input, from wherever, becomes an ONNX
+    file with integer weights and activations; its decoding stays float.
 
     \b
     Examples: dsconvert quantize best.pt --calib data.yaml --block-size 32
@@ -210,7 +175,7 @@ def quantize(
         raise InputError(f"{checkpoint} is a safetensors file; quantize takes a checkpoint (.pt) or a float ONNX file.")
     _refuse_what_is_for_others(kind)
     job = Job(checkpoint, calib, cfg, cache, out, resume, force, quiet)
-    done = (_of_onnx if kind == ONNX else _of_checkpoint)(job, options)
+    done = (convert_onnx if kind == ONNX else _of_checkpoint)(job, options)
     if done is None:
         return
     seconds = time.perf_counter() - began
@@ -268,56 +233,20 @@ def _of_checkpoint(job: Job, options: dict[str, Any]) -> Done | None:
     )  # fmt: skip
 
 
-def _of_onnx(job: Job, options: dict[str, Any]) -> Done:
-    """Convert an ONNX file."""
-    if job.calib is None:
-        raise InputError("An ONNX file is converted on images: give --calib FOLDER.")
-    preset = chosen_input(options) or Preset()
-    plan = OnnxPlan(
-        options["bits"] or 4, options["block_size"] or 32, options["layout"],
-        options["imgsz"] if _given("imgsz") else None, options["samples"], preset.form, options["seed"],
-        options["split"], options["strict"],
-    )  # fmt: skip
-    name, single = f"{job.source.stem}-{plan.layout}.onnx", job.out is not None and job.out.suffix == ".onnx"
-    target = None if job.out is None else job.out if single else job.out / name
-    place = target.parent if target else RUNS
-    job.check(place, [target] if target else [], {target: job.force} if target else {})
-    with scratch_in(job.cache or place), bars(job.quiet, lines=True) as progress:
-        made = quantize_onnx(job.source, job.calib, plan, progress, warn)
-    data = made.model.SerializeToString()
-    written = target or claim_folder(RUNS / job.source.stem) / name
-    write_atomic(written, data, job.force)
-    weights = [(layer, made.fitted[layer.index].weight.bits) for layer in made.layers]
-    document = {
-        "path": str(written), "layout": plan.layout, "size_bytes": written.stat().st_size,
-        "source_bytes": job.source.stat().st_size, "weight_bits": made.weight_bits, "calibration_images": made.images,
-        "layers": [{"name": layer.name, "shape": list(layer.weight.shape), "bits": bits} for layer, bits in weights],
-    }  # fmt: skip
-    return Done(
-        written, len(made.skipped), made.skipped[0] if made.skipped else "", list(made.warnings), [], document,
-        lambda: _print_onnx_layers(document), lambda seconds: _print_onnx(document, job.source, seconds),
-    )  # fmt: skip
-
-
-def _given(name: str) -> bool:
-    """Whether an option was typed or configured."""
-    return click.get_current_context().get_parameter_source(name) not in (None, ParameterSource.DEFAULT)
-
-
 def _refuse_what_is_for_others(kind: str) -> None:
     """Raises InputError when an option was given that files of this kind know nothing of."""
     context = click.get_current_context()
     for parameter in context.command.params:
         name = str(parameter.name)
         only = ONLY.get(name, Only(kind))
-        if only.kind != kind and _given(name) and context.params[name] != only.harmless:
+        if only.kind != kind and given(name) and context.params[name] != only.harmless:
             raise InputError(REFUSED[only.kind].format(parameter.opts[0]))
 
 
 def _refuse_two_choices() -> None:
     """--cfg says which layers; so do --blocks and --scope, typed or from a configuration file."""
     for name in ("blocks", "scope"):
-        if _given(name):
+        if given(name):
             raise InputError(f"--cfg and --{name} each choose the layers; give one of them.")
 
 
@@ -378,19 +307,3 @@ def _print_quantized(result: Quantized, source: Checkpoint, available: int, writ
     console().print(shown)
     tell(f"Wrote {written}")
     tell(f"Next: dsconvert export {shlex.quote(str(written))} --onnx")
-
-
-def _print_onnx_layers(document: dict[str, Any]) -> None:
-    shown = table("layer", "shape", "bits")
-    for layer in document["layers"]:
-        shown.add_row(cell(layer["name"]), "x".join(map(str, layer["shape"])), str(layer["bits"]))
-    console().print(shown)
-
-
-def _print_onnx(document: dict[str, Any], source: Path, seconds: float) -> None:
-    tell(
-        f"Converted {len(document['layers'])} layers to DSConv, {document['weight_bits']:.2f} bits a weight, on "
-        f"{document['calibration_images']} images in {seconds:.0f} s."
-    )
-    before, after = document["source_bytes"] / 1e6, document["size_bytes"] / 1e6
-    tell(f"Wrote {document['path']} ({after:.2f} MB, {document['layout']}; {source.name} has {before:.2f} MB).")

@@ -1,10 +1,11 @@
-"""From a float ONNX file and images to the same graph with DSConv weights: the steps, one after the other."""
+"""From a float ONNX file and images to one with DSConv weights: in integers throughout (see `onnx_int8`), or, where
+activations are to stay float, the same graph with other weights."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,48 +17,78 @@ from dsconvert.base.errors import CheckError, InputError
 from dsconvert.base.files import scratch_folder
 from dsconvert.base.size import SizeLike
 from dsconvert.base.text import Sentence
+from dsconvert.convert.division import divided
+from dsconvert.convert.onnx_int8 import OnnxInt8, Wish, quantize_lowered, taken_apart
 from dsconvert.convert.onnx_lockstep import fit_lockstep
 from dsconvert.convert.onnx_rewrite import LAYOUTS, with_floats, with_integers
 from dsconvert.dsconv.codes import usual_format
-from dsconvert.export.weights.layouts import PACKED, Layout
+from dsconvert.export.weights.layouts import PACKED, Layout, layout_named
 from dsconvert.fit.layer import GPTQ
 from dsconvert.graph.integer import QConv
 from dsconvert.onnxfile.engines import session
 from dsconvert.onnxfile.images import as_input, batches, pictures
 from dsconvert.onnxfile.layers import Layer, find_layers
+from dsconvert.onnxfile.lower import NotLowered
 from dsconvert.onnxfile.scale import warning
 from dsconvert.onnxfile.source import Array, Source, opset_of, read_source
 from dsconvert.photos.dataset import calibration_images
 from dsconvert.photos.form import PLAIN, InputForm
-from dsconvert.photos.images import spread
+from dsconvert.photos.images import Image
 from dsconvert.photos.sameness import warning_of
 
 LITTLE = 0.1  # share of all weights that the last layers may hold to be spared
 MOST_COLUMNS = 4608  # 512 channels of 3x3: H takes 170 MB, and what is computed from it some times that
 # Two engines' or two graphs' float32 sums, in another order, through a deep network.
 RTOL, ATOL = 1e-3, 1e-4
+# layouts by what becomes of activations
+KINDS = {"int8": ("packed", "int8", "blocked", "openvino"), "float": tuple(LAYOUTS)}
 Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
 class OnnxPlan:
-    """What decides the result besides the file, the images and the machine."""
+    """What decides the result besides the file, the images and the machine.
 
-    bits: int = 4  # 2..8, of every layer but the first, depthwise ones, and those at the end that hold few weights: 8
-    block_size: int = 32  # input channels a shift covers
-    layout: str = PACKED.name  # or int8, which keeps the file's opset
+    With float activations, the first layer, depthwise ones, and those at the end that hold few weights have 8 bits."""
+
+    bits: int | None = None  # 2..8, of every layer; None: by layer, within the bytes of 4; with float activations 4
+    block_size: int | None = None  # input channels a shift covers; None: by layer; with float activations 32
+    layout: str = PACKED.name  # or int8, which needs a lower opset; with int8 activations also OpenVINO's
     imgsz: SizeLike | None = None  # of the images for a file that leaves it open, pixels; None: 640
     samples: int = 256  # most calibration images used
     form: InputForm = PLAIN  # of the input that the file wants
     seed: int = 0  # of every random choice
     split: str | None = None  # which images of a data.yaml; None: train, else val
     strict: bool = False  # lists of which a part cannot be used are refused
+    activations: str = "int8"  # or float: then weights alone are quantized
+    target_bytes: int | None = None  # largest file, bytes; None: by bits
+    finetune_steps: int | None = None  # of the brief fine-tune; 0: none; None: as many as seem of use
+    finetune_time: float | None = None  # seconds that it takes at most; 0: none; None: any
 
     def __post_init__(self) -> None:
-        if not 2 <= self.bits <= 8 or self.block_size < 1 or self.samples < 1:
+        least = min(self.block_size or 1, self.samples)
+        if not 2 <= (self.bits or 4) <= 8 or self.bits == 0 or self.block_size == 0 or least < 1:
             raise InputError("bits must be 2 to 8, block_size and samples at least 1.")
-        if self.layout not in LAYOUTS:
-            raise InputError(f"{self.layout!r} is not a layout for an ONNX file; there are {', '.join(LAYOUTS)}.")
+        if self.activations not in KINDS:
+            raise InputError(f"activations {self.activations!r} is not one of {', '.join(KINDS)}.")
+        if self.bits is not None and self.target_bytes is not None:
+            raise InputError.naming("{bits} and {target_size} each decide the widths; give one of them.")
+        if self.layout not in KINDS[self.activations]:
+            there = ", ".join(KINDS[self.activations])
+            raise InputError(
+                f"{self.layout!r} is not a layout for an ONNX file with {self.activations} activations; there are "
+                f"{there}."
+            )
+        if self.activations == "float" and self.target_bytes is not None:
+            raise InputError.naming("{target_size} needs int8 activations; leave out {activations} float.")
+
+    @property
+    def wish(self) -> Wish:
+        """What is asked of a file that is converted to integers."""
+        return Wish(
+            self.bits, self.block_size, self.target_bytes, layout_named(self.layout), self.seed, self.finetune_steps,
+            self.finetune_time,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -69,7 +100,7 @@ class OnnxConverted:
     layers: list[Layer]  # those that are converted
     fitted: dict[int, QConv]  # their weights by node index
     images: int  # that it was fitted on
-    skipped: list[str]  # why files could not be read
+    skipped: tuple[str, ...]  # why files could not be read
     warnings: tuple[str, ...] = ()  # sentences about the images and their scale
 
     @property
@@ -77,6 +108,11 @@ class OnnxConverted:
         """Mean stored bits of a converted weight, shifts included."""
         weights = [conv.weight for conv in self.fitted.values()]
         return sum(w.weight_bits * w.vqk.numel() for w in weights) / sum(w.vqk.numel() for w in weights)
+
+    @property
+    def table(self) -> list[tuple[str, tuple[int, ...], int]]:
+        """Name, weight shape and bits of every layer, in order."""
+        return [(n.name, tuple(n.weight.shape), self.fitted[n.index].weight.bits) for n in self.layers]
 
     def float_model(self) -> onnx.ModelProto:
         """The source with W' as float weights: what the written model computes."""
@@ -86,40 +122,65 @@ class OnnxConverted:
 def quantize_onnx(
     path: Path, calib: Path, plan: OnnxPlan | None = None, progress: Progress | None = None,
     note: Callable[[str], None] = lambda sentence: None,
-) -> OnnxConverted:  # fmt: skip
-    """Fit the Conv, Gemm and MatMul weights of a float ONNX file on what they see of the images. `note` hears at once
-    what is in the result's warnings.
+) -> OnnxConverted | OnnxInt8:  # fmt: skip
+    """Convert a float ONNX file on images. `note` hears at once what is in the result's warnings.
 
-    Raises InputError when the file or the images cannot be used, CheckError when the result computes something else
-    than its weights say."""
+    A file whose layers the graph cannot express keeps float activations, and `note` hears why. Raises InputError when
+    the file or the images cannot be used, CheckError when the result computes something else than it should."""
     plan, report = plan or OnnxPlan(), progress or (lambda stage, done, total: None)
-    threads, layout = torch.get_num_threads(), LAYOUTS[plan.layout]
+    threads = torch.get_num_threads()
     given = read_source(path, plan.imgsz, threads)
     find_layers(given)  # nothing to do is said before images are read
-    paths = calibration_images(calib, plan.split, plan.strict)
-    images, skipped = pictures(spread(paths, plan.samples), given.image, plan.form)
+    finetunes = plan.activations == "int8" and plan.wish.finetunes
+    paths = divided(calibration_images(calib, plan.split, plan.strict), plan.samples, False, finetunes)
+    images, skipped = pictures(paths.fit, given.image, plan.form)
     report("images", len(images), len(images))
-    probe = as_input(images[:1] * given.image.batch, given.image, plan.form)
-    source = _raised(path, given, layout, probe)
     running = session(given.model.SerializeToString(), threads, str(path))
-    doubt = warning(lambda x: running.run(None, {given.image.name: x}), images, given.image, plan.form)
-    if doubt:
-        note(doubt)
+    said = [
+        warning(lambda x: running.run(None, {given.image.name: x}), images, given.image, plan.form),
+        warning_of(image.transpose(2, 0, 1) for image in images),
+    ]
+    for sentence in filter(None, said):
+        note(sentence)
+    probe = as_input(images[:1] * given.image.batch, given.image, plan.form)
+    if plan.activations == "int8":
+        layout = layout_named(plan.layout)
+        try:
+            source = _raised(path, given, replace(layout, rewrites=layout.opset), probe)
+            facts, low = taken_apart(source, probe)
+        except NotLowered as why:
+            if plan.layout not in LAYOUTS:
+                raise InputError.naming(
+                    "{} keeps float activations ({}); give {layout} packed or int8.", path, str(why)
+                ) from None
+            said.append(f"Activations stay float, and no speed is gained: the graph cannot express {why}.")
+            note(str(said[-1]))
+        else:
+            judges = pictures(paths.judges, given.image, plan.form)[0] if paths.judges else []
+            converted = quantize_lowered(facts, low, images, judges, plan.form, plan.wish, report)
+            return replace(converted, skipped=tuple(skipped), warnings=tuple(filter(None, said)))
+    return _weights_alone(path, given, images, skipped, said, probe, plan, report)
+
+
+def _weights_alone(
+    path: Path, given: Source, images: list[Image], skipped: list[str], said: list[str | None], probe: Array,
+    plan: OnnxPlan, report: Progress,
+) -> OnnxConverted:  # fmt: skip
+    """Fit the Conv, Gemm and MatMul weights on what they see of the images."""
+    threads, layout = torch.get_num_threads(), LAYOUTS[plan.layout]
+    source = _raised(path, given, layout, probe)
     layers = find_layers(source)
-    bits = _bits(layers, plan.bits, source)
-    formats = {n.index: usual_format(bits[n.index], n.weight.shape[1], plan.block_size) for n in layers}
+    bits = _bits(layers, plan.bits or 4, source)
+    formats = {n.index: usual_format(bits[n.index], n.weight.shape[1], plan.block_size or 32) for n in layers}
     with scratch_folder() as folder, torch.no_grad():
         fitted = fit_lockstep(
             source, layers, batches(images, source.image, plan.form), GPTQ(most_columns=MOST_COLUMNS), formats,
             folder, threads, plan.seed, lambda done, total: report("fit", done, total),
             math.ceil(len(images) / source.image.batch),
         )  # fmt: skip
-    same = warning_of(image.transpose(2, 0, 1) for image in images)
-    if same:
-        note(same)
     made = OnnxConverted(
-        with_integers(source, layers, fitted, layout), source, layers, fitted, len(images), skipped,
-        tuple(sentence for sentence in (doubt, same) if sentence),
+        with_integers(source, layers, fitted, layout), source, layers, fitted, len(images), tuple(skipped),
+        tuple(filter(None, said)),
     )  # fmt: skip
     _check(made, probe)
     return made

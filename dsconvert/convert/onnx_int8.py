@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import onnx
@@ -17,7 +16,7 @@ from torch import Tensor
 
 from dsconvert.base.errors import CheckError
 from dsconvert.base.kept import MEMORY, Room
-from dsconvert.convert.division import Division, divided
+from dsconvert.base.size import Size
 from dsconvert.dsconv.codes import usual_format
 from dsconvert.dsconv.format import WeightFormat
 from dsconvert.export.rewritten import write_rewritten
@@ -43,6 +42,7 @@ from dsconvert.onnxfile.lower import Lowered, NotLowered, lower
 from dsconvert.onnxfile.meaning import Maps, in_steps, score_kinds
 from dsconvert.onnxfile.source import Array, Source
 from dsconvert.photos.entry import Entry
+from dsconvert.photos.form import InputForm
 from dsconvert.photos.images import Image
 from dsconvert.tune.distil import Distilled, Pictures, distil
 from dsconvert.widths.size import (
@@ -67,10 +67,14 @@ class Wish:
     block_size: int | None  # input channels that a shift covers; None: by layer
     target_bytes: int | None  # largest file
     layout: Layout
-    samples: int  # most images that it is fitted on
     seed: int
     finetune_steps: int | None  # None: as many as seem of use
     finetune_time: float | None  # seconds; None: any
+
+    @property
+    def finetunes(self) -> bool:
+        """Whether there is to be a brief fine-tune."""
+        return self.finetune_steps != 0 and self.finetune_time != 0
 
 
 @dataclass(frozen=True)
@@ -95,6 +99,8 @@ class OnnxInt8:
     low: Lowered  # which part that is
     images: int  # photographs that it was fitted on
     tuned: Distilled[Converted] | None  # what the brief fine-tune did
+    skipped: tuple[str, ...] = ()  # why files could not be read
+    warnings: tuple[str, ...] = ()  # sentences about the images and their scale
 
     @property
     def weight_bits(self) -> float:
@@ -102,7 +108,7 @@ class OnnxInt8:
         return self.converted.weight_bits
 
     @property
-    def layers(self) -> list[tuple[str, Shape, int]]:
+    def table(self) -> list[tuple[str, Shape, int]]:
         """Name, weight shape and bits of every layer, in order."""
         convs = self.converted.convs
         return [
@@ -129,18 +135,19 @@ def taken_apart(source: Source, probe: Array) -> tuple[Facts, Lowered]:
 
 
 def quantize_lowered(
-    facts: Facts, low: Lowered, photographs: list[Image], judges: list[Image], entry: Entry, wish: Wish,
-    report: Progress, folder: Path | None = None,
+    facts: Facts, low: Lowered, photographs: list[Image], judges: list[Image], form: InputForm, wish: Wish,
+    report: Progress,
 ) -> OnnxInt8:  # fmt: skip
-    """Convert a file that was taken apart, on photographs as `entry` reads them (height, width, channels); the fine-tune
-    is judged on others. Raises CheckError where the file computes something else than it should."""
+    """Convert a file that was taken apart, on photographs that are placed as the form says; the fine-tune is judged on
+    others. Raises CheckError where the file computes something else than it should."""
     torch.manual_seed(wish.seed)
-    room = Room(folder, MEMORY)
-    network = _prepared(facts, low, photographs, entry, wish, room)
+    room = Room(None, MEMORY)
+    network = _prepared(facts, low, photographs, form, wish, room)
     found = _measured(network, wish, report, room)
     formats = _formats(network, found, wish)
     fitted = _fitted(network, found, formats, report, room)
-    tuned = _tuned(fitted, network, judges, wish, report)
+    held = [torch.from_numpy(form.ordered(image, network.image[0])) for image in judges]
+    tuned = _tuned(fitted, network, held, wish, report)
     model = tuned.model if tuned is not None else fitted
     if bound := largest_sum(model):
         raise CheckError(f"The sums of layer {bound[0]} can reach {bound[1]}, so the file was not written.")
@@ -150,23 +157,24 @@ def quantize_lowered(
 
 
 def _prepared(
-    facts: Facts, low: Lowered, photographs: list[Image], entry: Entry, wish: Wish, room: Room
+    facts: Facts, low: Lowered, photographs: list[Image], form: InputForm, wish: Wish, room: Room
 ) -> Prepared:  # fmt: skip
     shape = facts.shape(facts.source.image.name)[1:]
     pixels = room.kept(len(photographs), shape, torch.uint8)
     for index, image in enumerate(photographs):
-        pixels.put(index, _pixels(image))
-    total = wanted(len(photographs)) if shape[1] == shape[2] else len(photographs)
+        pixels.put(index, torch.from_numpy(form.ordered(image, shape[0])))
+    total = wanted(len(photographs))
     kept = with_views(pixels, len(photographs), range(total), wish.seed, room)
-    images = Images(kept, Part(0, total, total), shape[1], len(photographs), (), 0, entry)
+    images = Images(kept, Part(0, total, total), Size(*shape[1:]), len(photographs), (), 0, _entry(form))
     step = max(1, total // RANGED)
     seen = (images.one(index, "cpu") for index in range(0, total, step))
     stepped, maps = in_steps(low, score_kinds(facts, low), seen, partial(run_float, low.graph, low.params))
     return Prepared(facts.source, low, stepped, maps, images, len(photographs), shape)
 
 
-def _pixels(image: Image) -> Tensor:
-    return torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))
+def _entry(form: InputForm) -> Entry:
+    """What the network reads of bytes in its own order of channels."""
+    return Entry(float(form.scale), form.mean, form.std)
 
 
 def _chosen(low: Lowered) -> list[str]:
@@ -225,12 +233,11 @@ def _fitted(
 
 
 def _tuned(
-    model: Converted, network: Prepared, judges: list[Image], wish: Wish, report: Progress
+    model: Converted, network: Prepared, held: list[Tensor], wish: Wish, report: Progress
 ) -> Distilled[Converted] | None:
-    if len(judges) < 2 or wish.finetune_steps == 0 or wish.finetune_time == 0:
+    if len(held) < 2 or not wish.finetunes:
         return None
     images = network.images
-    held = [_pixels(image) for image in judges]
     pictures = Pictures(
         images.part.all, range(images.part.mine), partial(images.one, device="cpu"), held, images.entry
     )
@@ -278,9 +285,4 @@ def _check(written: Written, network: Prepared, model: Converted) -> None:
         off = (wanted_here - got[node.name]).abs()
         if float(off.max()) > 1 or float((off > 0).float().mean()) > MANY_OFF:
             raise CheckError(f"The file computes something else than it should at {node.name}; please report it.")
-
-
-def divide(paths: list[Path], wish: Wish) -> Division:
-    """Photographs to fit on and to judge the fine-tune by."""
-    return divided(paths, wish.samples, False, wish.finetune_steps != 0 and wish.finetune_time != 0)
 

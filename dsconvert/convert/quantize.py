@@ -261,7 +261,8 @@ def tune(
     mine = range(part.first, part.first + part.mine)
     pictures = Pictures(part.all, mine, partial(given.images.one, device=network.device), judges)
     bounds = options.finetune_steps, options.finetune_time, options.seed
-    return distil(model, network.params, network.outputs, pictures, *bounds, network.device, partial(report, "finetune"))
+    told = partial(report, "finetune")
+    return distil(model, network.params, network.outputs, pictures, *bounds, network.device, told)
 
 
 def describe(

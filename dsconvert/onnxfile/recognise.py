@@ -103,9 +103,9 @@ def moved(found: Array, shape: tuple[int, ...]) -> Moved | None:
     if scale > 1 and (high, wide) == (scale * h, scale * w) and is_from(y // scale, x // scale):
         return Moved("upsample", chosen, scale)
     halves = (high * 2, wide * 2) == (h, w)
-    if halves and (rows < 2).all() and (columns < 2).all():
-        if is_from(2 * y + rows[:, None, None], 2 * x + columns[:, None, None]):
-            # the order of `ops.space_to_depth`: the row's phase runs fastest
-            order = (columns * 2 + rows) * c + channels
-            return Moved("space_to_depth", tuple(int(n) for n in order))
+    phases = halves and bool((rows < 2).all() and (columns < 2).all())
+    if phases and is_from(2 * y + rows[:, None, None], 2 * x + columns[:, None, None]):
+        # the order of `ops.space_to_depth`: the row's phase runs fastest
+        order = (columns * 2 + rows) * c + channels
+        return Moved("space_to_depth", tuple(int(n) for n in order))
     return None

@@ -12,10 +12,10 @@ from dsconvert.graph.activations import activation_table, as_engines
 from dsconvert.graph.grids import QMAX, QParams
 from dsconvert.graph.integer import grid_of
 from dsconvert.graph.ir import INPUT, Graph, Node
-from dsconvert.measure.outputs import Detections
 from dsconvert.measure.clipping import LEVELS
 from dsconvert.measure.grids import HIGHS, Seen, best_range, choose_grids, grids_of, least, share_grids, together
 from dsconvert.measure.importance import measure_importance
+from dsconvert.measure.outputs import Detections
 from dsconvert.yolo.lower import lower, split_detect
 
 

@@ -55,7 +55,8 @@ def spoiled(converted) -> DSModel:
 
 
 def run(model, params, steps=24, seconds=None, pictures=None):
-    return distil(model, params, Detections(model.head), pictures or given(), steps, seconds, 0, "cpu", lambda done, total: None)
+    outputs, quiet = Detections(model.head), lambda done, total: None
+    return distil(model, params, outputs, pictures or given(), steps, seconds, 0, "cpu", quiet)
 
 
 def test_the_error_is_that_of_scores_and_boxes(converted, float_params, picture):

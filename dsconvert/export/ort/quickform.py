@@ -136,7 +136,8 @@ class QuickForm(PlainForm):
         a, kernel = node.attrs, self.model.convs[node.name].weight.vqk.shape[2:]
         if not self._fill(node) or (a["stride"], a["dilation"]) != (2, 1):
             return None
-        return quads_of((kernel[0], kernel[1]), [a["padding"]] * 4, self.shapes[INPUT][1:])
+        _, high, wide = self.shapes[INPUT]
+        return quads_of((kernel[0], kernel[1]), [a["padding"]] * 4, (high, wide))
 
     def _conv_by_quads(self, node: Node, q: Quads) -> str:
         """The same convolution of two rows of four pixels as one; the quantized result's name."""
