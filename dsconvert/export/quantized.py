@@ -15,6 +15,7 @@ from dsconvert.export.operators import real_weight
 from dsconvert.export.weights.layouts import Layout
 from dsconvert.export.weights.weights import Weights
 from dsconvert.export.written import Place
+from dsconvert.graph.activations import GATES, THREE
 from dsconvert.graph.gates import is_limit
 from dsconvert.graph.grids import SIGMOID, QParams
 from dsconvert.graph.integer import grid_of
@@ -50,12 +51,20 @@ class PlainForm:
             self.uint8[node.name] = self.uint8[node.inputs[0]]
         elif op.moves and all(self.grids[x] == self.grids[node.name] for x in node.inputs):
             self.uint8[node.name] = self._moved(node)
-        elif node.op == "act" and node.attrs["kind"] == "SiLU" and node.inputs[0] in self.uint8:
-            gate = self.b.node("Sigmoid", [self.real(node.inputs[0])], f"{node.name}.s")
-            gate = self._dq(self._q(gate, f"{node.name}.sq", SIGMOID), f"{node.name}.sd", SIGMOID)
+        elif node.op == "act" and node.attrs["kind"] in GATES and node.inputs[0] in self.uint8:
+            gate = self._dq(self._gate(node), f"{node.name}.sd", SIGMOID)
             self._quantize(node.name, self.b.node("Mul", [self.real(node.inputs[0]), gate], node.name))
         else:
             self._quantize(node.name, op.onnx(self.b, node, [self.real(x) for x in node.inputs], node.name))
+
+    def _gate(self, node: Node) -> str:
+        """What an activation multiplies its input with, in steps of 1/255."""
+        x, name = self.real(node.inputs[0]), node.name
+        if node.attrs["kind"] == "SiLU":
+            return self._q(self.b.node("Sigmoid", [x], f"{name}.s"), f"{name}.sq", SIGMOID)
+        # relu6(x + 3): the grid ends where relu6 does; a sixth of it is the same integers in steps of a sixth
+        three = self._dq(self.b.constant(np.array(1, np.uint8)), f"{name}.three", THREE)
+        return self._q(self.b.node("Add", [x, three], f"{name}.s"), f"{name}.sq", QParams(6 * SIGMOID.scale, 0))
 
     def finish(self) -> None:
         """After the last node: put what biases and weights are made of in front."""

@@ -26,6 +26,11 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+# What is multiplied with x, where integer engines round it to a grid of 1/255 in between.
+GATES: dict[str, Callable[[Tensor], Tensor]] = {"SiLU": torch.sigmoid, "Hardswish": F.hardsigmoid}
+THREE = QParams(3.0, 0)  # the number 3 as an integer: 1
+
+
 class _SiluOnGrid(torch.autograd.Function):
     """x times its sigmoid on the engines' grid of 1/255; the gradient is SiLU's but for that rounding."""
 
@@ -42,23 +47,40 @@ class _SiluOnGrid(torch.autograd.Function):
 
 
 def as_engines(kind: str, values: Tensor) -> Tensor:
-    """An activation of real values, with SiLU's sigmoid on its grid, as integer engines have it. `activation_table` is
-    its rounding to a grid, in the engines' own order."""
+    """An activation of real values, with its gate on its grid, as integer engines have it. `activation_table` is its
+    rounding to a grid, in the engines' own order."""
+    if kind == "Hardswish":
+        gate = F.hardsigmoid(values)
+        rounded = gate + ((gate.detach() / SIGMOID.scale).round() * SIGMOID.scale - gate.detach())
+        return values * rounded
     made: Tensor = _SiluOnGrid.apply(values) if kind == "SiLU" else ACTIVATIONS[kind](values)
     return made
 
 
 def activation_table(kind: str, source: QParams, target: QParams) -> NDArray[np.uint8]:
-    """The activation of each of the 256 possible inputs. SiLU is x * sigmoid(x), the sigmoid on its grid."""
+    """The activation of each of the 256 possible inputs. One with a gate is x times the gate on its grid: SiLU's is
+    sigmoid(x), Hardswish's relu6(x + 3) / 6."""
     q = np.arange(256, dtype=np.float32)
     x = (q - np.float32(source.zero_point)) * np.float32(source.scale)
-    if kind != "SiLU":
+    if kind not in GATES:
         y = ACTIVATIONS[kind](torch.from_numpy(x)).numpy()
         return _quantize_np(y / np.float32(target.scale), target.zero_point)
-    s = _quantize_np(torch.from_numpy(x).sigmoid().numpy() / np.float32(SIGMOID.scale), SIGMOID.zero_point)
+    if kind == "SiLU":
+        s = _quantize_np(torch.from_numpy(x).sigmoid().numpy() / np.float32(SIGMOID.scale), SIGMOID.zero_point)
+    else:
+        s = _sum_with_three(q, source)
     ratio = np.float32(source.scale) * np.float32(SIGMOID.scale) / np.float32(target.scale)
     product = (q - source.zero_point) * (s.astype(np.float32) - SIGMOID.zero_point)
     return _quantize_np(product * ratio, target.zero_point)
+
+
+def _sum_with_three(q: NDArray[np.float32], source: QParams) -> NDArray[np.uint8]:
+    """x + 3 on a grid from 0 to 6, whose ends are the limits: in the order of ONNX Runtime's QLinearAdd."""
+    ra, rb = (np.float32(s) / np.float32(6 * SIGMOID.scale) for s in (source.scale, THREE.scale))
+    inner = np.float32(float(ra) * source.zero_point)
+    total = np.float32(float(rb) - float(inner))
+    sums = (q.astype(np.float64) * float(ra) + float(total)).astype(np.float32)
+    return np.clip(np.rint(sums), 0, QMAX).astype(np.uint8)
 
 
 def _quantize_np(x: NDArray[np.floating[Any]], zero_point: int) -> NDArray[np.uint8]:

@@ -15,6 +15,7 @@ import numpy as np
 import onnx
 import torch
 from onnx import helper
+from torch import Tensor
 
 from dsconvert.graph.ir import INPUT, ConvParams, Graph, Node
 from dsconvert.onnxfile.facts import Facts
@@ -24,6 +25,9 @@ from dsconvert.onnxfile.source import Array, used
 
 FAR = 16  # operators between an activation's source and its end: a GELU has 8
 AFFINE = ("BatchNormalization", "Mul", "Add", "Sub", "Div")
+
+
+AT_EVERY_PIXEL = {"stride": 1, "dilation": 1, "groups": 1}
 
 
 class NotLowered(Exception):
@@ -200,9 +204,13 @@ class _Walk:
         attrs = {
             "stride": layer.stride[0], "padding": pads[0], "dilation": layer.dilation[0], "groups": layer.groups,
         }  # fmt: skip
-        name = self._layer_name(layer)
+        name, weight = self._layer_name(layer), layer.weight
+        before = self.nodes.get(given)
+        if before is not None and before.op == "space_to_depth" and attrs == {**attrs, **AT_EVERY_PIXEL}:
+            given, weight = before.inputs[0], _at_full_size(weight)
+            attrs |= {"stride": 2, "padding": 2 * pads[0]}
         self._put(Node("conv", name, (given,), attrs), output)
-        self.params[name] = ConvParams(layer.weight, layer.bias)
+        self.params[name] = ConvParams(weight, layer.bias)
         return True
 
     def _concat(self, node: onnx.NodeProto, output: str) -> bool:
@@ -461,6 +469,14 @@ class _Walk:
             number += 1
             found = f"{name}_{number}"
         return found
+
+
+def _at_full_size(weight: Tensor) -> Tensor:
+    """The weight (cho, chi, 2 kh, 2 kw) that gives at every second pixel of an image what (cho, 4 chi, kh, kw) gives
+    on its `space_to_depth`."""
+    cho, wide, kh, kw = weight.shape
+    apart = weight.reshape(cho, 2, 2, wide // 4, kh, kw)  # the column's phase, then the row's, then the channel
+    return apart.permute(0, 3, 4, 2, 5, 1).reshape(cho, wide // 4, 2 * kh, 2 * kw).contiguous()
 
 
 def _pruned(nodes: Mapping[str, Node], outputs: list[str]) -> tuple[tuple[Node, ...], tuple[str, ...]]:
