@@ -190,32 +190,37 @@ def _space_to_depth_onnx(b: OnnxBuilder, node: Node, inputs: list[str], output: 
 
 
 def attention(node: Node, inputs: list[Tensor]) -> Tensor:
-    """Of the maps q, k and v (n, heads * size, h, w), with pixels as tokens: softmax(q . k / sqrt(size)) v, of the same
-    shape. Raises InputError where the map is too large for that."""
+    """Of the maps q and k (n, heads * size, h, w) and v (n, heads * its own size, h, w), with pixels as tokens:
+    softmax(q . k / sqrt(size)) v, of v's shape. Raises InputError where the map is too large for that."""
     heads, size = node.attrs["heads"], node.attrs["size"]
     n, _, high, wide = inputs[0].shape
     if n * heads * (high * wide) ** 2 > MOST_PAIRS:
         raise InputError(
             f"The attention of layer {node.name} is over {wide} by {high} pixels, which takes too much memory."
         )
-    q, k, v = (x.reshape(n, heads, size, high * wide) for x in inputs)
+    q, k, v = (x.reshape(n, heads, -1, high * wide) for x in inputs)
     scores = (k.transpose(2, 3) @ q) / math.sqrt(size)  # keys in rows, queries in columns
-    return (v @ scores.softmax(2)).reshape(inputs[0].shape)
+    return (v @ scores.softmax(2)).reshape(inputs[2].shape)
 
 
 def _attention_shape(node: Node, inputs: list[Shape]) -> Shape:
-    return _same_shape(node, [(node.attrs["heads"] * node.attrs["size"], *inputs[0][1:]), *inputs])
+    a, (q, k, v) = node.attrs, inputs
+    _same_shape(node, [(a["heads"] * a["size"], *q[1:]), q, k])
+    return _same_shape(node, [(a["heads"] * a.get("value", a["size"]), *q[1:]), v])
 
 
 def _attention_onnx(b: OnnxBuilder, node: Node, inputs: list[str], output: str) -> str:
-    size, names = node.attrs["size"], ("query", "key", "value")
-    apart = b.shape(0, node.attrs["heads"], size, -1)
-    q, k, v = (b.node("Reshape", [x, apart], f"{output}.{part}") for part, x in zip(names, inputs, strict=True))
+    size, heads, names = node.attrs["size"], node.attrs["heads"], ("query", "key", "value")
+    own = node.attrs.get("value", size)
+    q, k, v = (
+        b.node("Reshape", [x, b.shape(0, heads, each, -1)], f"{output}.{part}")
+        for part, x, each in zip(names, inputs, (size, size, own), strict=True)
+    )
     keys = b.node("Transpose", [k], f"{output}.keys", perm=[0, 1, 3, 2])
     products = b.node("MatMul", [keys, q], f"{output}.products")
     scores = b.node("Mul", [products, b.scalar(size**-0.5)], f"{output}.scores")
     weighed = b.node("MatMul", [v, b.node("Softmax", [scores], f"{output}.shares", axis=2)], f"{output}.heads")
-    return b.node("Reshape", [weighed, b.node("Shape", [inputs[0]], f"{output}.shape")], output)
+    return b.node("Reshape", [weighed, b.node("Shape", [inputs[0 if own == size else 2]], f"{output}.shape")], output)
 
 
 def _same_shape(node: Node, inputs: list[Shape]) -> Shape:
@@ -331,5 +336,12 @@ OPS: Mapping[str, Op] = {
         onnx=_attention_onnx,
         inputs=(3, 3),
         attrs={"heads": _to(1, 1 << 10), "size": _to(1, 1 << 16)},
+    ),
+    "uneven_attention": Op(  # whose values have another size than its queries and keys
+        real=attention,
+        shape=_attention_shape,
+        onnx=_attention_onnx,
+        inputs=(3, 3),
+        attrs={"heads": _to(1, 1 << 10), "size": _to(1, 1 << 16), "value": _to(1, 1 << 16)},
     ),
 }

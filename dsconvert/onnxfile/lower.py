@@ -6,7 +6,7 @@ it stays float, node by node. Nothing is told by a name.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from dsconvert.graph.ir import INPUT, ConvParams, Graph, Node
 from dsconvert.onnxfile.facts import Facts
+from dsconvert.onnxfile.heads import SCALING, find_attention
 from dsconvert.onnxfile.layers import Layer
 from dsconvert.onnxfile.recognise import ELEMENTWISE, MOVING, activation_named, moved, places, points
 from dsconvert.onnxfile.source import Array, used
@@ -115,6 +116,7 @@ class _Walk:
                 continue
             ways: list[Callable[[onnx.NodeProto, str], bool]] = [
                 self._concat, self._activation, self._moved, self._sum, self._pool, self._affine,
+                self._attention,
             ]  # fmt: skip
             if index in self.layers:
                 ways = [partial(self._layer, self.layers[index])]
@@ -305,13 +307,16 @@ class _Walk:
         self._choose(given, chosen, output)
         return True
 
-    def _origin(self, value: str) -> str | None:
-        """The one value in the graph whose numbers are moved to this one."""
+    def _origin(self, value: str, kinds: Collection[str] = MOVING) -> str | None:
+        """The one value in the graph whose numbers are moved to this one, or whatever nodes of these kinds do."""
         found, left, seen = set[str](), [value], set[str]()
         while left:
             name = left.pop()
-            node = self.facts.source.nodes[self.facts.source.makers[name]]
-            if node.op_type not in MOVING or _mode(node) not in (None, "nearest"):
+            index = self.facts.source.makers.get(name)
+            if index is None:
+                return None
+            node = self.facts.source.nodes[index]
+            if node.op_type not in kinds or _mode(node) not in (None, "nearest"):
                 return None
             for before in self.facts.varying(node):
                 if before in self.place:
@@ -379,6 +384,24 @@ class _Walk:
         else:
             self._new("maxpool", [given], attrs, output)
         return True
+
+    def _attention(self, node: onnx.NodeProto, output: str) -> bool:
+        through = partial(self._origin, kinds=MOVING | SCALING)
+        found = find_attention(self.facts, output, through) if len(self.facts.shape(output)) == 4 else None
+        if found is None:
+            return False
+        parts = []
+        for root, chosen in zip(found.roots, found.channels, strict=True):
+            base, before = self._as_choice(self.place[root])
+            channels = [before[i] for i in chosen] if before is not None else chosen
+            parts.append(base if channels == list(range(self.widths[base])) else self._selected(base, channels))
+        even = found.size == found.value
+        attrs = {"heads": found.heads, "size": found.size} if even else found.attrs
+        self._new("attention" if even else "uneven_attention", parts, attrs, output)
+        return True
+
+    def _selected(self, base: str, channels: list[int]) -> str:
+        return self._new("select", [base], {"channels": channels}, None, len(channels))
 
     def _padded(self, value: str) -> tuple[str, int]:
         """What a Pad with as many zeros on all four sides reads, and how many; a value of anything else, and 0."""

@@ -1,0 +1,126 @@
+"""Attention in an ONNX graph: softmax(q . k / sqrt(size)) v over pixels, found by its two products and its Softmax, and
+believed once it gives the same numbers as `ops.attention`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import onnx
+import torch
+
+from dsconvert.graph.ir import Node
+from dsconvert.graph.ops import attention
+from dsconvert.onnxfile.facts import Facts
+from dsconvert.onnxfile.recognise import MOVING, places
+from dsconvert.onnxfile.source import Array
+
+SCALING = frozenset(("Mul", "Div"))
+CLOSE = 1e-4  # of the largest number: two orders of float32 sums
+
+
+@dataclass(frozen=True)
+class Heads:
+    """An attention of a file, by the maps that its parts choose channels of."""
+
+    roots: tuple[str, str, str]  # the file's values that q, k and v come from
+    channels: tuple[list[int], list[int], list[int]]  # which of their channels, head by head
+    heads: int
+    size: int  # channels of a query and of a key
+    value: int  # channels of a value
+
+    @property
+    def attrs(self) -> dict[str, int]:
+        """Of the graph's node."""
+        return {"heads": self.heads, "size": self.size, "value": self.value}
+
+
+def find_attention(facts: Facts, output: str, origin: Callable[[str], str | None]) -> Heads | None:
+    """The attention that gives a map (1, c, h, w); None where none does. `origin` has the one value in the graph whose
+    numbers are moved to a value, None where there is none."""
+    maker = _Maker(facts)
+    last = maker.through(output, MOVING)
+    if last is None or last.op_type != "MatMul":
+        return None
+    inputs = [maker.through(name, MOVING) for name in last.input]
+    weighed = [i for i, node in enumerate(inputs) if node is not None and node.op_type == "Softmax"]
+    if len(weighed) != 1:
+        return None
+    softmax, values = inputs[weighed[0]], last.input[1 - weighed[0]]
+    assert softmax is not None
+    first = maker.through(softmax.input[0], MOVING | SCALING)
+    if first is None or first.op_type != "MatMul":
+        return None
+    parts = [_part(facts, name, origin) for name in (*first.input, values)]
+    known = [part for part in parts if part is not None]
+    if len(known) < 3 or len({len(part[1]) for part in known}) > 1:
+        return None
+    heads = len(known[0][1])
+    for order in ((0, 1), (1, 0)):  # which of the two is the query
+        q, k, v = known[order[0]], known[order[1]], known[2]
+        roots = (q[0], k[0], v[0])
+        found = Heads(roots, (_flat(q[1]), _flat(k[1]), _flat(v[1])), heads, len(q[1][0]), len(v[1][0]))
+        if len(q[1][0]) == len(k[1][0]) and _gives(facts, output, found):
+            return found
+    return None
+
+
+@dataclass(frozen=True)
+class _Maker:
+    facts: Facts
+
+    def through(self, value: str, kinds: frozenset[str]) -> onnx.NodeProto | None:
+        """The first node behind a value that is of none of these kinds, where each of them has one source."""
+        name = value
+        while True:
+            index = self.facts.source.makers.get(name)
+            if index is None:
+                return None
+            node = self.facts.source.nodes[index]
+            if node.op_type not in kinds:
+                return node
+            varying = self.facts.varying(node)
+            if len(varying) != 1:
+                return None
+            name = varying[0]
+
+
+def _part(facts: Facts, value: str, origin: Callable[[str], str | None]) -> tuple[str, list[list[int]]] | None:
+    """Where a query, key or value comes from, and each head's channels there. A factor is looked through: what it
+    amounts to is checked at last."""
+    root = origin(value)
+    shape = facts.shape(root) if root is not None else ()
+    numbers = places(shape) if len(shape) == 4 else None
+    if root is None or numbers is None:
+        return None
+    found, ones = (facts.compute(value, {root: x}) for x in (numbers, np.ones_like(numbers)))
+    if found is None or ones is None or found.ndim != 4 or not ones.flat[0]:
+        return None
+    tokens = shape[2] * shape[3]
+    at = np.rint(found[0] / ones.flat[0]).astype(np.int64)
+    at = at if at.shape[2] == tokens else at.transpose(0, 2, 1)
+    if at.shape[2] != tokens or (at % tokens != np.arange(tokens)).any():
+        return None
+    return root, [[int(n) for n in head] for head in at[:, :, 0] // tokens]
+
+
+def _flat(channels: list[list[int]]) -> list[int]:
+    return [channel for head in channels for channel in head]
+
+
+def _gives(facts: Facts, output: str, found: Heads) -> bool:
+    """Whether the graph's attention makes the same of random maps."""
+    rng = np.random.default_rng(0)
+    given: dict[str, Array] = {
+        root: rng.standard_normal(facts.shape(root), np.float32) for root in dict.fromkeys(found.roots)
+    }
+    wanted = facts.compute(output, given)
+    node = Node("uneven_attention", "attention", (), found.attrs)
+    maps = [
+        torch.from_numpy(given[root][:, chosen]) for root, chosen in zip(found.roots, found.channels, strict=True)
+    ]
+    made = attention(node, maps).numpy()
+    return wanted is not None and wanted.shape == made.shape and bool(
+        np.abs(wanted - made).max() <= CLOSE * max(1.0, float(np.abs(wanted).max()))
+    )
