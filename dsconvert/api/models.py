@@ -133,7 +133,8 @@ class QuantizedModel:
         layout: packed (smallest), fused (that for ONNX Runtime alone, loads faster), blocked (ONNX block scales),
         openvino (for OpenVINO: the fastest there), int8 (runs on old engines) or float (of kds="float").
         imgsz: pixels of the input, a square's side or (height, width) (None: as calibrated).
-        dynamic_batch=True leaves the batch size open, dynamic=True height and width too (slower).
+        dynamic_batch=True leaves the batch size open, dynamic=True height and width too (slower, for
+        ONNX Runtime).
         input_type: float32 or float16 (0..1), or uint8 (the image's bytes). nms=True ends with non-maximum suppression,
         `detections` (k, 7) = image, x1, y1, x2, y2, score, class; conf_thres, iou_thres and max_det belong to it."""
         chosen, asked = layout_named(layout), _ends(**ends)

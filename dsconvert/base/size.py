@@ -71,6 +71,11 @@ class Size:
         """The same, but neither side longer than that."""
         return Size(min(self.height, most), min(self.width, most))
 
+    def filling(self, sides: Sequence[object]) -> Size:
+        """Height and width `sides`, and this size's own where they are no numbers, but open."""
+        height, width = (n if isinstance(n, int) else own for n, own in zip(sides, self.pair, strict=True))
+        return Size(height, width)
+
     def fits(self, stride: int, most: int | None = None) -> bool:
         """Whether both sides are multiples of the stride, 0 is none, and at most so long."""
         return all(n >= stride and not n % stride and (most is None or n <= most) for n in self.pair)
@@ -80,3 +85,4 @@ class Size:
 
 
 SizeLike = Size | int | Sequence[int]  # see `Size.of`
+USUAL = Size(640, 640)  # where nothing tells

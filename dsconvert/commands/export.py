@@ -32,7 +32,7 @@ from dsconvert.photos.dataset import SPLITS, is_data_yaml, read_data_yaml
               + f" OpenVINO runs {', '.join(run_by('OpenVINO'))}.")  # fmt: skip
 @imgsz("Size of the input: 640, or 384 640 (height, width) (default: as calibrated)")
 @click.option("--dynamic-batch", is_flag=True, help="Leave the batch size open.")
-@click.option("--dynamic", is_flag=True, help="Leave batch size, height and width open; slower than a fixed size.")
+@click.option("--dynamic", is_flag=True, help="Leave batch size, height and width open, for ONNX Runtime; slower.")
 @click.option("--uint8-input", is_flag=True, help="Input is the image's bytes, 0..255; dividing by 255 is not needed.")
 @click.option("--half-input", is_flag=True, help="Input is float16, 0..1 (YOLOv5: detect.py --half).")
 @click.option(

@@ -7,7 +7,7 @@ from pathlib import Path
 from dsconvert.base.errors import InputError
 from dsconvert.base.filekinds import CHECKPOINT, ONNX, file_kind
 from dsconvert.base.notes import unheard
-from dsconvert.base.size import Size, SizeLike
+from dsconvert.base.size import USUAL, Size, SizeLike
 from dsconvert.convert.origin import known_images
 from dsconvert.convert.record import MODEL_FILE
 from dsconvert.export.check import check_accumulators, check_export, check_images, float_reference, reference_of
@@ -31,7 +31,7 @@ def onnx_bytes(path: Path, layout: Layout, imgsz: SizeLike | None, ends: Ends = 
     if exportable(path) == CHECKPOINT:
         checkpoint = load_checkpoint(path)
         graph, params = lower(checkpoint.network.fused())
-        size, reference = asked or Size.of(640), float_reference(graph, params, checkpoint.head)
+        size, reference = asked or USUAL, float_reference(graph, params, checkpoint.head)
         made = named = export_float(graph, params, checkpoint.head, size, ends)
     else:
         model = load_model(path)

@@ -65,7 +65,8 @@ def export_quantized(model: DSModel, layout: Layout, imgsz: SizeLike, ends: Ends
 def write_quantized(model: DSModel, layout: Layout, imgsz: SizeLike, ends: Ends = PLAIN) -> Written:
     """The same, and what its names are."""
     check_layout(model, layout)
-    if layout.fused and ends.open_size:
+    # ONNX Runtime optimises for one size, and OpenVINO's integer convolutions of open sizes are wrong
+    if ends.open_size and (layout.fused or not layout.rounds_between):
         raise InputError.naming(
             "{layout} {} needs one image size; leave out {dynamic}, or choose another.", layout.name
         )

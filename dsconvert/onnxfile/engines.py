@@ -14,13 +14,12 @@ from numpy.typing import NDArray
 
 from dsconvert.base.errors import InputError, printable, refusing
 from dsconvert.base.filekinds import NAMES, ONNX, check_ordinary, file_kind
-from dsconvert.base.size import Size, SizeLike
+from dsconvert.base.size import USUAL, Size, SizeLike
 from dsconvert.onnxfile.bounds import Bounds
 
 ENGINES = ("onnxruntime", "openvino")
 MAX_SIDE = 8192
 LARGE = 2048**2  # pixels
-USUAL = Size.of(640)  # of an input that leaves its size open
 TYPES: dict[str, type[Any]] = {
     "tensor(float)": np.float32,
     "tensor(float16)": np.float16,

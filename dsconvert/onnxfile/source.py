@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 
 from dsconvert.base.errors import InputError, refusing
 from dsconvert.base.filekinds import check_ordinary
-from dsconvert.base.size import Size, SizeLike
-from dsconvert.onnxfile.engines import MAX_SIDE, TYPES, USUAL, check_pixels, session
+from dsconvert.base.size import USUAL, Size, SizeLike
+from dsconvert.onnxfile.engines import MAX_SIDE, TYPES, check_pixels, session
 from dsconvert.onnxfile.external import MAX_BYTES, parsed
 from dsconvert.onnxfile.trial import try_out
 
@@ -199,14 +199,10 @@ def _image(path: Path, name: str, shape: list[Any], kind: str, imgsz: Size | Non
     last = shape[1] not in (1, 3) and shape[3] in (1, 3)
     batch, channels, height, width = [shape[i] for i in ((0, 3, 1, 2) if last else (0, 1, 2, 3))]
     channels, batch = (n if isinstance(n, int) else usual for n, usual in ((channels, 3), (batch, 1)))
-    sides = [
-        n if isinstance(n, int) else given for n, given in zip((height, width), (imgsz or USUAL).pair, strict=True)
-    ]
-    if imgsz is not None and sides != [*imgsz.pair]:
-        raise InputError.naming(
-            "{} takes images of {} by {} pixels; {imgsz} {} does not fit it.", path, sides[1], sides[0], imgsz
-        )
-    if channels not in (1, 3) or not 1 <= batch <= MAX_BATCH or not all(1 <= n <= MAX_SIDE for n in sides):
+    size = (imgsz or USUAL).filling((height, width))
+    if imgsz is not None and size != imgsz:
+        raise InputError.naming("{} takes images of {} pixels; {imgsz} {} does not fit it.", path, size, imgsz)
+    if channels not in (1, 3) or not 1 <= batch <= MAX_BATCH or not all(1 <= n <= MAX_SIDE for n in size.pair):
         raise refused
-    check_pixels(path, [batch, channels, *sides], imgsz)
-    return ImageInput(name, TYPES[kind], batch, channels, sides[0], sides[1], last)
+    check_pixels(path, [batch, channels, *size.pair], imgsz)
+    return ImageInput(name, TYPES[kind], batch, channels, *size.pair, last)

@@ -17,10 +17,10 @@ import numpy as np
 
 from dsconvert.base import children
 from dsconvert.base.errors import InputError
-from dsconvert.base.size import Size
+from dsconvert.base.size import USUAL, Size
 from dsconvert.onnxfile import bounds
 from dsconvert.onnxfile.bounds import Beyond, Bounds, are_enforced, enforced
-from dsconvert.onnxfile.engines import TYPES, USUAL, as_input, check_pixels, load_file, open_model
+from dsconvert.onnxfile.engines import TYPES, as_input, check_pixels, load_file, open_model
 
 REFUSED = 3  # exit code of the process where the file goes beyond its bounds
 GRACE = 60.0  # seconds beyond the bound for the process to begin and to end

@@ -15,23 +15,14 @@ from numpy.typing import NDArray
 from dsconvert.base import workers
 from dsconvert.base.errors import InputError, printable, refusing
 from dsconvert.base.filekinds import CHECKPOINT, MODEL, file_kind
-from dsconvert.base.size import Size, SizeLike
+from dsconvert.base.size import USUAL, Size, SizeLike
 from dsconvert.export.ends.nms import Nms
 from dsconvert.export.onnx import export_float, export_quantized
 from dsconvert.export.weights.layouts import PACKED, REAL
 from dsconvert.graph.ir import ConvParams
 from dsconvert.model.file import load_model
 from dsconvert.onnxfile.bounds import Bounds
-from dsconvert.onnxfile.engines import (
-    TYPES,
-    USUAL,
-    Session,
-    as_input,
-    check_image_input,
-    check_pixels,
-    load_file,
-    session,
-)
+from dsconvert.onnxfile.engines import TYPES, Session, as_input, check_image_input, check_pixels, load_file, session
 from dsconvert.onnxfile.external import parsed
 from dsconvert.onnxfile.inspect import conv_weights
 from dsconvert.onnxfile.trial import try_out
@@ -211,14 +202,12 @@ def _has_boxes(out: NDArray[Any], images: int, imgsz: Size) -> bool:
 def _size(path: Path, shape: Sequence[Any], asked: Size | None) -> Size:
     """Height and width that a file takes. A side that is open is the one asked for, else the other one. Raises
     InputError where it takes another one."""
-    fixed = [n if isinstance(n, int) else None for n in shape[2:]]
-    known = [n for n in fixed if n is not None]
-    usual = asked or Size.of(known[0] if known else USUAL)
-    height, width = (given if n is None else n for n, given in zip(fixed, usual.pair, strict=True))
-    if asked is not None and asked != Size(height, width):
-        taken = Size(height, width) if len(known) == 2 else Size.of(known[0])
+    known = [n for n in shape[2:] if isinstance(n, int)]
+    found = (asked or Size.of(known[0] if known else USUAL)).filling(shape[2:])
+    if asked is not None and asked != found:
+        taken = found if len(known) == 2 else Size.of(known[0])
         raise InputError.naming("{} was exported for {} pixels; {imgsz} {} does not fit it.", path, taken, asked)
-    return Size(height, width)
+    return found
 
 
 def _classes(running: Session, masks: bool) -> int:

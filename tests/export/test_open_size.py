@@ -27,7 +27,9 @@ def run(data: bytes, images: np.ndarray) -> list[np.ndarray]:
     return ort.InferenceSession(data).run(None, {"images": images})
 
 
-@pytest.mark.parametrize("layout", [name for name, v in LAYOUTS.items() if not (v.real or v.fused or v.quick)])
+@pytest.mark.parametrize(
+    "layout", [name for name, v in LAYOUTS.items() if not (v.real or v.quick) and v.rounds_between]
+)
 def test_one_file_is_every_fixed_one(converted, layout):
     """Layouts that are written alike for every size: the same operators stand before the decoding."""
     data = export_quantized(converted, layout_named(layout), 64, OPEN).SerializeToString()
@@ -41,7 +43,9 @@ def test_one_file_is_every_fixed_one(converted, layout):
 
 
 @pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("layout", [name for name, v in LAYOUTS.items() if not (v.real or v.fused)])
+@pytest.mark.parametrize(
+    "layout", [name for name, v in LAYOUTS.items() if not (v.real or v.fused) and v.rounds_between]
+)
 def test_it_computes_the_models_integers_at_every_size(converted, layout, size):
     data = export_quantized(converted, layout_named(layout), 64, OPEN).SerializeToString()
     check_export(data, reference_of(converted, layout_named(layout)), OPEN, check_images(size))
@@ -75,10 +79,22 @@ def test_masks_and_prototypes(segment):  # noqa: F811
     check_export(data, float_reference(graph, params, head), OPEN, check_images((32, 96)))
 
 
-def test_one_layout_needs_a_size(converted):
-    with pytest.raises(InputError, match="layout fused needs one image size; leave out dynamic"):
-        export_quantized(converted, layout_named("fused"), 64, OPEN)
-    assert export_quantized(converted, layout_named("fused"), 64, PLAIN)
+@pytest.mark.parametrize("layout", ["fused", "openvino"])
+def test_some_layouts_need_a_size(converted, layout):
+    with pytest.raises(InputError, match=f"layout {layout} needs one image size; leave out dynamic"):
+        export_quantized(converted, layout_named(layout), 64, OPEN)
+    assert export_quantized(converted, layout_named(layout), 64, PLAIN)
+
+
+def test_openvino_runs_the_float_network_at_every_size(tiny):
+    core = pytest.importorskip("openvino").Core()
+    network, head = tiny
+    graph, params = lower(network.fused())
+    data = export_float(graph, params, head, 64, OPEN).SerializeToString()
+    engine = core.compile_model(core.read_model(data), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    for size in SIZES:
+        images = np.random.default_rng(0).random((2, 3, *size), np.float32)
+        np.testing.assert_allclose(engine([images])[0], run(data, images)[0], rtol=1e-3, atol=1e-3)
 
 
 def test_it_is_measured_at_the_size_that_is_asked_for(work, call):
