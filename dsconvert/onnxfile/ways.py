@@ -17,13 +17,17 @@ from dsconvert.onnxfile.layers import Layer
 from dsconvert.onnxfile.recognise import ELEMENTWISE, MOVING, activation_named, moved, places, points
 from dsconvert.onnxfile.walk import Walk, attribute, mode
 
+POOLING = ("GlobalAveragePool", "ReduceMean", "Resize", "Upsample", "MaxPool", "AveragePool")
 AT_EVERY_PIXEL = {"stride": 1, "dilation": 1, "groups": 1}
 
 
 def weights(w: Walk, layer: Layer, output: str) -> bool:
-    given, shape = w.known(layer.value), w.facts.shape(layer.value)
+    """A convolution, or a product of rows with a matrix: a convolution of maps of one pixel, or of a whole map."""
+    given, shape, weight = w.known(layer.value), w.facts.shape(layer.value), layer.weight
     if layer.adder is not None:
         output = w.facts.source.nodes[layer.adder].output[0]
+    if given is None and layer.linear:
+        given, weight = _of_whole_map(w, layer)
     if given is None or (layer.linear and len(shape) != 2):
         return False
     pads = (0, 0, 0, 0) if layer.linear else layer.pads_of(shape[2:])
@@ -33,7 +37,7 @@ def weights(w: Walk, layer: Layer, output: str) -> bool:
     attrs = {
         "stride": layer.stride[0], "padding": pads[0], "dilation": layer.dilation[0], "groups": layer.groups,
     }  # fmt: skip
-    name, weight = w.layer_name(layer), layer.weight
+    name = w.layer_name(layer)
     before = w.nodes.get(given)
     if before is not None and before.op == "space_to_depth" and attrs == {**attrs, **AT_EVERY_PIXEL}:
         given, weight = before.inputs[0], _at_full_size(weight)
@@ -43,7 +47,20 @@ def weights(w: Walk, layer: Layer, output: str) -> bool:
     return True
 
 
+def _of_whole_map(w: Walk, layer: Layer) -> tuple[str | None, Tensor]:
+    """The map (1, c, h, w) whose numbers are the row that a layer reads, in order, and the layer's weight (cho, c, h, w)
+    for it; None and the weight as it is where there is no such map."""
+    root = w.origin(layer.value)
+    shape = w.facts.shape(root) if root is not None else ()
+    numbers = places(shape) if len(shape) == 4 else None
+    found = w.facts.compute(layer.value, {root: numbers}) if root is not None and numbers is not None else None
+    if root is None or found is None or not np.array_equal(found.reshape(-1), np.arange(found.size)):
+        return None, layer.weight
+    return w.place[root], layer.weight.reshape(len(layer.weight), *shape[1:])
+
+
 def concat(w: Walk, node: onnx.NodeProto, output: str) -> bool:
+    """A Concat of channels; of choices from one value, another choice."""
     if node.op_type != "Concat" or attribute(node, "axis") not in (1, -3):
         return False
     given = [w.known(name) for name in node.input]
@@ -59,6 +76,7 @@ def concat(w: Walk, node: onnx.NodeProto, output: str) -> bool:
 
 
 def activation(w: Walk, node: onnx.NodeProto, output: str) -> bool:
+    """The end of a chain of elementwise operators that does what an activation does."""
     if node.op_type not in ELEMENTWISE:
         return False
     for root in w.roots(output):
@@ -79,6 +97,7 @@ def activation(w: Walk, node: onnx.NodeProto, output: str) -> bool:
 
 
 def moving(w: Walk, node: onnx.NodeProto, output: str) -> bool:
+    """The end of a chain that only moves numbers of one map."""
     root = w.origin(output) if node.op_type in MOVING else None
     if root is None:
         return False
@@ -123,6 +142,9 @@ def arithmetic(w: Walk, node: onnx.NodeProto, output: str) -> bool:
 
 
 def pool(w: Walk, node: onnx.NodeProto, output: str) -> bool:
+    """Windows of a map, and linear interpolation."""
+    if node.op_type not in POOLING:
+        return False
     before, around = _padded(w, node.input[0]) if node.op_type == "AveragePool" else (node.input[0], 0)
     given = w.known(before)
     if given is None:
@@ -162,6 +184,7 @@ def pool(w: Walk, node: onnx.NodeProto, output: str) -> bool:
 
 
 def attention(w: Walk, node: onnx.NodeProto, output: str) -> bool:
+    """Attention over pixels."""
     through = partial(w.origin, kinds=MOVING | SCALING)
     found = find_attention(w.facts, output, through) if len(w.facts.shape(output)) == 4 else None
     if found is None:

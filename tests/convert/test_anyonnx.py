@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 
 import cv2
@@ -31,6 +32,7 @@ from dsconvert.onnxfile.layers import find_layers
 from dsconvert.onnxfile.source import ImageInput, read_source
 from dsconvert.photos.form import PLAIN, InputForm
 
+weights_only = partial(OnnxPlan, activations="float")
 pytestmark = pytest.mark.filterwarnings("ignore")  # the exporter's own
 
 
@@ -87,7 +89,7 @@ def resnet(tmp_path_factory, photos) -> tuple[Path, OnnxConverted]:
     path = exported(
         zoo._resnet(False, (1, 1, 1, 1), 1 / 8, 10), tmp_path_factory.mktemp("resnet") / "net.onnx", (1, 3, 48, 48)
     )
-    return path, quantize_onnx(path, photos, OnnxPlan(samples=3))
+    return path, quantize_onnx(path, photos, weights_only(samples=3))
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +99,7 @@ def demo(tmp_path_factory) -> tuple[Path, OnnxConverted]:
     path.write_bytes(exporting.onnx_bytes(DEMO / "demo.pt", layout_named("packed"), 96, Ends(), False))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(convert, "MOST_COLUMNS", 0)
-        return path, quantize_onnx(path, DEMO / "data.yaml", OnnxPlan(bits=6, samples=2))
+        return path, quantize_onnx(path, DEMO / "data.yaml", weights_only(bits=6, samples=2))
 
 
 @pytest.mark.parametrize("which", ["resnet", "demo"])
@@ -142,7 +144,7 @@ def test_every_kind_of_layer_is_fitted_and_every_bit_counts(photos, tmp_path):
         for p in small.parameters():
             p.mul_(2)  # torch's own start shrinks what goes through, until nothing depends on the image
     path = exported(small, tmp_path / "small.onnx")
-    made = [quantize_onnx(path, photos, OnnxPlan(bits, 4)) for bits in (2, 4, 8)]
+    made = [quantize_onnx(path, photos, weights_only(bits, 4)) for bits in (2, 4, 8)]
     # from dark to bright, what does not change with the image being left out
     pictures = [image(seed=i) * i / 8 for i in range(1, 9)]
     wanted, *found = (np.concatenate([run(m, x)[0] for x in pictures]) for m in (path, *(m.model for m in made)))
@@ -164,9 +166,9 @@ def test_the_fit_on_images_beats_the_weights_alone(photos, tmp_path, monkeypatch
     torch.manual_seed(0)
     layers = [nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 16, 3), nn.ReLU(), nn.Conv2d(16, 16, 3)]
     path = exported(nn.Sequential(*layers), tmp_path / "net.onnx")
-    fitted = quantize_onnx(path, photos, OnnxPlan(bits=2))
+    fitted = quantize_onnx(path, photos, weights_only(bits=2))
     monkeypatch.setattr(convert, "MOST_COLUMNS", 0)
-    plain = quantize_onnx(path, photos, OnnxPlan(bits=2))
+    plain = quantize_onnx(path, photos, weights_only(bits=2))
     smooth = cv2.resize(np.random.default_rng(9).random((6, 8, 3), np.float32), (32, 32)).transpose(2, 0, 1)[None]
     wanted, *found = (run(m, smooth)[0] for m in (path, fitted.model, plain.model))
     ours, others = (float(np.square(f - wanted).mean()) for f in found)
@@ -177,9 +179,9 @@ def test_a_grouped_convolution_is_its_groups(photos, tmp_path):
     """Each group is fitted as a convolution of its own would be."""
     torch.manual_seed(3)
     whole = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 6, 3, groups=2))
-    made = quantize_onnx(exported(whole, tmp_path / "whole.onnx"), photos, OnnxPlan(bits=3, block_size=4))
+    made = quantize_onnx(exported(whole, tmp_path / "whole.onnx"), photos, weights_only(bits=3, block_size=4))
     half = nn.Sequential(whole[0], whole[1], Half(whole[2]))
-    one = quantize_onnx(exported(half, tmp_path / "half.onnx"), photos, OnnxPlan(bits=3, block_size=4))
+    one = quantize_onnx(exported(half, tmp_path / "half.onnx"), photos, weights_only(bits=3, block_size=4))
     widths = [[m.fitted[layer.index].weight.bits for layer in m.layers] for m in (made, one)]
     assert widths == [[8, 3], [8, 3]]
     grouped, alone = (m.fitted[m.layers[1].index].weight for m in (made, one))
@@ -230,7 +232,7 @@ def test_padding_strides_and_dilations_are_the_files(how, tmp_path, photos):
     seen = layer.images(x)
     found = conv(layer.node, seen, layer.weight, None)
     np.testing.assert_allclose(found.numpy(), wanted, atol=1e-5)
-    made = quantize_onnx(path, photos, OnnxPlan(layout="int8"))
+    made = quantize_onnx(path, photos, weights_only(layout="int8"))
     assert error(path, made, x) < 1e-3
 
 
@@ -251,7 +253,7 @@ def test_matrix_products_keep_their_meaning(how, tmp_path, photos):
     text, shape, bias = MATRICES[how]
     weights = {"w": normal(*shape)} | ({} if bias is None else {"c": normal(*bias, seed=1)})
     path = model_of(f"f = Flatten(x) {text}", weights, tmp_path / "matrix.onnx")
-    made = quantize_onnx(path, photos, OnnxPlan(8))
+    made = quantize_onnx(path, photos, weights_only(8))
     assert error(path, made, image(16)) < 2e-4
     assert "w" not in {t.name for t in made.model.graph.initializer}
     adds = sum(n.op_type == "Add" for n in made.model.graph.node)
@@ -262,7 +264,7 @@ def test_one_matrix_read_by_two_products(tmp_path, photos):
     """Found by benchmarks/fuzz.py: both got a Transpose and a sum of the same names."""
     text = "t = Reshape(x, s) p = MatMul(t, w) a = Relu(p) y = MatMul(a, w)"
     path = model_of(text, {"s": np.array([1, 48, 16]), "w": normal(16, 16)}, tmp_path / "tied.onnx")
-    made = quantize_onnx(path, photos, OnnxPlan(8))
+    made = quantize_onnx(path, photos, weights_only(8))
     assert made.fitted[made.layers[0].index].weight is made.fitted[made.layers[1].index].weight
     assert error(path, made, image(16)) < 1e-3
     assert run(made.float_model(), image(16))[0].shape == (1, 48, 16)
@@ -294,7 +296,7 @@ def test_odd_but_legal_graphs_keep_their_meaning(how, tmp_path, photos):
     path = model_of(text, weights, tmp_path / "odd.onnx")
     path.write_bytes(path.read_bytes().replace(b"ds_a", b"ds.a"))
     for layout in convert.LAYOUTS:
-        made = quantize_onnx(path, photos, OnnxPlan(8, layout=layout, samples=2))
+        made = quantize_onnx(path, photos, weights_only(8, layout=layout, samples=2))
         assert error(path, made, image(16)) < 1e-3
         onnx.checker.check_model(made.model)
 
@@ -313,7 +315,7 @@ def test_what_may_be_stored_in_other_ways(tmp_path, photos):
     model.graph.input.insert(0, helper.make_tensor_value_info(last.name, TensorProto.FLOAT, last.dims))
     other = tmp_path / "other.onnx"
     other.write_bytes(model.SerializeToString())
-    found = [quantize_onnx(p, photos, OnnxPlan(imgsz=16, samples=2)) for p in (plain, other)]
+    found = [quantize_onnx(p, photos, weights_only(imgsz=16, samples=2)) for p in (plain, other)]
     for a, b in zip(*(made.fitted.values() for made in found), strict=True):
         assert torch.equal(a.weight.vqk, b.weight.vqk)
     x = image(16).transpose(0, 2, 3, 1)
@@ -326,7 +328,7 @@ def test_a_matrix_product_of_tokens(tmp_path, photos):
     text = "t = Reshape(x, s) p = MatMul(t, w) a = Relu(p) y = MatMul(a, v)"
     weights = {"s": np.array([1, 48, 16]), "w": normal(16, 24), "v": normal(24, 8, seed=2)}
     path = model_of(text, weights, tmp_path / "tokens.onnx")
-    made = quantize_onnx(path, photos, OnnxPlan(4, 8))
+    made = quantize_onnx(path, photos, weights_only(4, 8))
     assert [tuple(layer.weight.shape) for layer in made.layers] == [(24, 16, 1, 1), (8, 24, 1, 1)]
     assert error(path, made, image(16)) < 0.02
 
@@ -347,7 +349,7 @@ def test_inputs_of_every_kind(how, tmp_path, photos):
     weight = normal(4, channels, 3, 3).astype(np.float16 if how == "half" else np.float32)
     out = "float16 y" if how == "half" else "float y"
     path = model_of(f"{given} => ({out}) {{ {text} }}", {"w": weight}, tmp_path / "input.onnx")
-    made = quantize_onnx(path, photos, OnnxPlan(samples=3))
+    made = quantize_onnx(path, photos, weights_only(samples=3))
     assert made.images == 3
     x = (np.random.default_rng(0).random(shape) * (255 if kind is np.uint8 else 1)).astype(kind)
     assert error(path, made, x) < 2e-3
@@ -378,7 +380,7 @@ def test_values_are_deleted_after_their_last_use(resnet, photos, monkeypatch):
 
     monkeypatch.setattr(lockstep, "_forget", watch)
     monkeypatch.setattr(convert, "MOST_COLUMNS", 0)
-    quantize_onnx(path, photos, OnnxPlan(samples=1))
+    quantize_onnx(path, photos, weights_only(samples=1))
     assert len(waiting) == 13
     assert max(waiting) <= 2
     assert waiting[-1] == 0
@@ -387,11 +389,11 @@ def test_values_are_deleted_after_their_last_use(resnet, photos, monkeypatch):
 def test_an_opset_that_cannot_be_raised_is_named_and_int8_keeps_it(tmp_path, photos):
     text = "c = Conv(x, w) y = com.microsoft.QuickGelu(c)"
     path = model_of(text, {"w": normal(4, 3, 3, 3)}, tmp_path / "own.onnx", 12)
-    made = quantize_onnx(path, photos, OnnxPlan(layout="int8"))
+    made = quantize_onnx(path, photos, weights_only(layout="int8"))
     assert made.source.opset == 12
     assert error(path, made, image(16)) < 1e-3
     old = model_of("y = Conv(x, w)", {"w": normal(4, 3, 3, 3)}, tmp_path / "old.onnx", 12)
-    assert quantize_onnx(old, photos).source.opset == 21
+    assert quantize_onnx(old, photos, weights_only()).source.opset == 21
 
 
 def hostile(folder: Path) -> dict[str, tuple[Path, str]]:
@@ -457,7 +459,7 @@ def test_the_engine_writes_no_log_of_its_own(tmp_path, photos, capfd):
     files = hostile(tmp_path)
     for name in ("circle", "wrong shapes"):
         with pytest.raises(InputError):
-            quantize_onnx(files[name][0], photos)
+            quantize_onnx(files[name][0], photos, weights_only())
     assert capfd.readouterr() == ("", "")
 
 
@@ -495,8 +497,8 @@ def test_options_that_do_not_belong_are_refused(tmp_path, photos, call, work):
     path = model_of("y = Conv(x, w)", {"w": normal(4, 3, 3, 3)}, tmp_path / "net.onnx")
     for wrong, said in {
         ("--blocks", "head"): "--blocks is for a checkpoint", ("--kds", "float"): "--kds is for a checkpoint",
-        ("--target-size", "1MB"): "--target-size is for a checkpoint", ("--imgsz", "32"): "does not fit it",
-        ("--activations", "int8"): "--activations is for a checkpoint", ("--std", "0"): "--std above 0",
+        ("--target-map-drop", "1"): "--target-map-drop is for a checkpoint", ("--imgsz", "32"): "does not fit it",
+        ("--layout", "openvino", "--activations", "float"): "is not a layout", ("--std", "0"): "--std above 0",
         ("--mean", "a,b"): "is not numbers",
     }.items():  # fmt: skip
         done = call("quantize", path, "--calib", photos, *wrong, cwd=tmp_path)
@@ -520,12 +522,12 @@ def test_a_file_that_computes_something_else_is_not_written(tmp_path, photos, mo
 
     monkeypatch.setattr(convert, "with_integers", broken)
     with pytest.raises(CheckError, match="something else"):
-        quantize_onnx(path, photos)
+        quantize_onnx(path, photos, weights_only())
 
 
 def test_bad_plans_are_one_sentence():
     for wrong in ({"bits": 9}, {"block_size": 0}, {"layout": "fused"}, {"samples": 0}):
         with pytest.raises(InputError):
-            OnnxPlan(**wrong)
+            weights_only(**wrong)
     with pytest.raises(InputError, match="three numbers"):
         InputForm((0.1, 0.2), (1.0,))

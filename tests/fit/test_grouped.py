@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import cv2
 import numpy as np
 import pytest
@@ -21,6 +23,7 @@ from dsconvert.fit.layer import GPTQ
 from dsconvert.fit.seen import seen_evenly
 from dsconvert.graph.ir import Node
 
+weights_only = partial(OnnxPlan, activations="float")
 pytestmark = pytest.mark.filterwarnings("ignore")  # the exporter's own
 
 
@@ -68,7 +71,7 @@ def test_an_onnx_file_with_grouped_convolutions(photos, tmp_path, channels, grou
     path = exported(
         nn.Sequential(first, nn.ReLU(), grouped, nn.ReLU(), nn.Conv2d(channels, 64, 1)), tmp_path / "n.onnx"
     )
-    made = quantize_onnx(path, photos, OnnxPlan(bits, block, samples=2))
+    made = quantize_onnx(path, photos, weights_only(bits, block, samples=2))
     weight = made.fitted[made.layers[1].index].weight
     assert (weight.format.code == TRELLIS) == coded
     assert weight.vqk.shape == (channels, channels // groups, 3, 3)
@@ -90,9 +93,9 @@ def test_an_onnx_file_with_grouped_convolutions(photos, tmp_path, channels, grou
 def test_each_group_is_stored_as_if_it_were_alone(photos, tmp_path):
     torch.manual_seed(3)
     whole = nn.Sequential(nn.Conv2d(3, 32, 3), nn.ReLU(), nn.Conv2d(32, 24, 3, groups=2))
-    made = quantize_onnx(exported(whole, tmp_path / "whole.onnx"), photos, OnnxPlan(bits=3))
+    made = quantize_onnx(exported(whole, tmp_path / "whole.onnx"), photos, weights_only(bits=3))
     half = nn.Sequential(whole[0], whole[1], Half(whole[2]))
-    one = quantize_onnx(exported(half, tmp_path / "half.onnx"), photos, OnnxPlan(bits=3))
+    one = quantize_onnx(exported(half, tmp_path / "half.onnx"), photos, weights_only(bits=3))
     grouped, alone = (m.fitted[m.layers[1].index].weight for m in (made, one))
     assert grouped.format.code == TRELLIS
     for part in ("stored", "vqk", "m"):

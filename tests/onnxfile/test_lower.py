@@ -1,0 +1,216 @@
+"""From an ONNX graph to ours: each way of spelling something, as torch's exporter does it, is the operation that it is,
+and the graph computes what the file computes."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx import TensorProto, helper, numpy_helper
+from torch import nn
+from torch.nn import functional as F
+
+from dsconvert.convert.onnx_int8 import taken_apart
+from dsconvert.onnxfile.lower import Lowered, NotLowered
+from dsconvert.onnxfile.source import Source, read_source
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # the exporter's own
+SIDE = 16
+
+
+class Between(nn.Module):
+    """Two convolutions with something between them."""
+
+    def __init__(self, function, channels: int = 8, made: int | None = None) -> None:
+        super().__init__()
+        self.first, self.function = nn.Conv2d(3, channels, 3, padding=1), function
+        self.last = nn.Conv2d(made or channels, 4, 1)
+
+    def forward(self, x):
+        return self.last(self.function(self.first(x)))
+
+
+class Shuffle(nn.Module):
+    def forward(self, x):
+        n, c, h, w = x.shape
+        return x.reshape(n, 2, c // 2, h, w).transpose(1, 2).reshape(n, c, h, w)
+
+
+class Gate(nn.Module):
+    """Squeeze and excite, with MobileNetV3's gate."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down, self.up = nn.Conv2d(8, 4, 1), nn.Conv2d(4, 8, 1)
+
+    def forward(self, x):
+        return x * F.hardsigmoid(self.up(F.relu(self.down(F.adaptive_avg_pool2d(x, 1)))))
+
+
+class Heads(nn.Module):
+    """Attention over pixels as YOLO11 has it: queries and keys half as wide as values, joined head by head."""
+
+    def __init__(self, factor: float = 1.0) -> None:
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, x):
+        n, c, h, w = x.shape
+        q, k, v = x.reshape(n, 2, c // 2, h * w).split([1, 1, 2], 2)
+        shares = (self.factor * q.transpose(2, 3) @ k).softmax(3)
+        return (v @ shares.transpose(2, 3)).reshape(n, c // 2, h, w)
+
+
+class Focus(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(12, 4, 3, padding=1)
+
+    def forward(self, x):
+        apart = (x[..., ::2, ::2], x[..., 1::2, ::2], x[..., ::2, 1::2], x[..., 1::2, 1::2])
+        return self.conv(torch.cat(apart, 1))
+
+
+class Decoded(nn.Module):
+    """A head as YOLOv8's: boxes by shares of bins, whose mean is a convolution, and sigmoids beside them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.trunk = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.SiLU())
+        self.boxes, self.scores = nn.Conv2d(8, 16, 1), nn.Conv2d(8, 3, 1)
+        self.mean = nn.Conv2d(4, 1, 1, bias=False)
+        self.mean.weight.data[:] = torch.arange(4.0).view(1, 4, 1, 1)
+
+    def forward(self, x):
+        x = self.trunk(x)
+        boxes, scores = self.boxes(x).flatten(2), self.scores(x).flatten(2)
+        n, _, cells = boxes.shape
+        shares = boxes.view(n, 4, 4, cells).transpose(2, 1).softmax(1)
+        return torch.cat((self.mean(shares).view(n, 4, cells), scores.sigmoid()), 1)
+
+
+def source_of(module: nn.Module, folder: Path, shape=(1, 3, SIDE, SIDE)) -> tuple[Source, np.ndarray]:
+    torch.manual_seed(0)
+    path, x = folder / "net.onnx", torch.rand(shape)
+    torch.onnx.export(module.eval(), (x,), str(path), dynamo=False, opset_version=17)
+    return read_source(path, None, 1), x.numpy()
+
+
+def operations(low: Lowered) -> Counter[str]:
+    return Counter(n.attrs["kind"] if n.op == "act" else n.op for n in low.graph.nodes if n.op != "conv")
+
+
+def halves_joined(x):
+    return torch.cat((x[:, :4], x[:, 4:].relu()), 1)
+
+
+# what stands between two convolutions, and what it is in the graph
+FOUND = {
+    "SiLU": (nn.SiLU(), {"SiLU": 1}),
+    "Hardswish": (nn.Hardswish(), {"Hardswish": 1}),
+    "Hardswish spelled out": (lambda x: x * F.relu6(x + 3) / 6, {"Hardswish": 1}),
+    "HardSigmoid spelled out": (lambda x: F.relu6(x + 3) / 6, {"HardSigmoid": 1}),
+    "Mish": (nn.Mish(), {"Mish": 1}),
+    "GELU": (nn.GELU(), {"GELU": 1}),
+    "LeakyReLU": (nn.LeakyReLU(0.1), {"LeakyReLU": 1}),
+    "ReLU6": (nn.ReLU6(), {"relu": 1}),
+    "two activations": (lambda x: F.silu(F.relu(x)), {"relu": 1, "SiLU": 1}),
+    "halves joined": (halves_joined, {"select": 2, "relu": 1, "concat": 1}),
+    "halves turned": (lambda x: torch.cat((x[:, 4:], x[:, :4]), 1), {"select": 1}),
+    "as it was": (lambda x: torch.cat(x.chunk(2, 1), 1).reshape(1, 8, SIDE, SIDE), {}),
+    "shuffle": (Shuffle(), {"select": 1}),
+    "two shuffles": (nn.Sequential(Shuffle(), Shuffle()), {"select": 1}),
+    "gate": (Gate(), {"mean": 1, "relu": 1, "HardSigmoid": 1, "product": 1}),
+    "residual": (lambda x: x + F.silu(x), {"SiLU": 1, "add": 1}),
+    "max pooling": (nn.MaxPool2d(3, 2, 1), {"maxpool": 1}),
+    "means": (nn.AvgPool2d(3, 2, 1), {"mean_pool": 1}),
+    "means of what lies inside": (nn.AvgPool2d(3, 2, 1, count_include_pad=False), {"mean_pool": 1}),
+    "twice as large": (nn.Upsample(scale_factor=2), {"upsample": 1}),
+    "between pixels": (nn.Upsample(scale_factor=2, mode="bilinear"), {"resize": 1}),
+    "half as large": (nn.Upsample(scale_factor=0.5, mode="bilinear"), {"mean_pool": 1}),
+}
+
+
+@pytest.mark.parametrize("what", FOUND)
+def test_what_is_between_two_convolutions_is_what_it_does(what, tmp_path):
+    function, wanted = FOUND[what]
+    source, x = source_of(Between(function), tmp_path)
+    _, low = taken_apart(source, x)  # which holds the graph against the file
+    assert operations(low) == wanted
+    assert low.exits == (source.model.graph.output[0].name,) and not low.tail
+
+
+def test_attention_is_found_with_its_own_channels(tmp_path):
+    source, x = source_of(Between(Heads(), 8, 4), tmp_path)
+    _, low = taken_apart(source, x)
+    assert operations(low) == {"select": 3, "uneven_attention": 1}
+    (node,) = (n for n in low.graph.nodes if n.op == "uneven_attention")
+    assert node.attrs == {"heads": 2, "size": 1, "value": 2}
+    parts = {n.name: n.attrs["channels"] for n in low.graph.nodes if n.op == "select"}
+    assert [parts[name] for name in node.inputs] == [[0, 4], [1, 5], [2, 3, 6, 7]]
+
+
+def test_attention_on_another_scale_is_none_of_ours(tmp_path):
+    source, x = source_of(Between(Heads(3.0), 8, 4), tmp_path)
+    with pytest.raises(NotLowered):
+        taken_apart(source, x)
+
+
+def test_a_focus_layer_and_its_convolution_are_one_of_every_second_pixel(tmp_path):
+    source, x = source_of(Focus(), tmp_path)
+    _, low = taken_apart(source, x)
+    (node,) = low.graph.nodes
+    assert node.attrs == {"stride": 2, "padding": 2, "dilation": 1, "groups": 1}
+    assert low.params[node.name].weight.shape == (4, 3, 6, 6)
+
+
+def test_a_matrix_behind_a_map_is_a_convolution_of_the_whole_map(tmp_path):
+    net = nn.Sequential(nn.Conv2d(3, 5, 3), nn.ReLU(), nn.Flatten(), nn.Linear(980, 7), nn.ReLU(), nn.Linear(7, 2))
+    source, x = source_of(net, tmp_path)
+    _, low = taken_apart(source, x)
+    shapes = [tuple(low.params[n.name].weight.shape) for n in low.graph.convs()]
+    assert shapes == [(5, 3, 3, 3), (7, 5, 14, 14), (2, 7, 1, 1)] and len(low.flat) == 1
+
+
+def test_batchnorm_and_factors_go_into_the_convolution(tmp_path):
+    """By hand: convolution, BatchNormalization, a factor and a term for each channel, ReLU, convolution."""
+    rng = np.random.default_rng(0)
+
+    def stored(name: str, *shape: int) -> TensorProto:
+        return numpy_helper.from_array((rng.random(shape) + 0.5).astype(np.float32), name)
+
+    nodes = [
+        helper.make_node("Conv", ["x", "w"], ["a"]),
+        helper.make_node("BatchNormalization", ["a", "s", "b", "m", "v"], ["n"]),
+        helper.make_node("Mul", ["n", "f"], ["t"]), helper.make_node("Add", ["g", "t"], ["u"]),
+        helper.make_node("Relu", ["u"], ["r"]), helper.make_node("Conv", ["r", "w2"], ["y"]),
+    ]  # fmt: skip
+    tensors = [stored("w", 4, 3, 1, 1), *(stored(n, 4) for n in "sbmv"), stored("f", 4, 1, 1), stored("g", 1, 4, 1, 1),
+               stored("w2", 2, 4, 1, 1)]  # fmt: skip
+    values = [helper.make_tensor_value_info(n, TensorProto.FLOAT, [1, c, 8, 8]) for n, c in (("x", 3), ("y", 2))]
+    graph = helper.make_graph(nodes, "g", values[:1], values[1:], tensors)
+    onnx.save(
+        helper.make_model(graph, ir_version=8, opset_imports=[helper.make_opsetid("", 17)]), tmp_path / "net.onnx"
+    )
+    source = read_source(tmp_path / "net.onnx", None, 1)
+    _, low = taken_apart(source, rng.random((1, 3, 8, 8)).astype(np.float32))
+    assert [n.op for n in low.graph.nodes] == ["conv", "relu", "conv"]
+
+
+def test_decoding_stays_float_from_the_last_convolutions_on(tmp_path):
+    source, x = source_of(Decoded(), tmp_path)
+    facts, low = taken_apart(source, x)
+    assert len(low.graph.convs()) == 3 and sorted(facts.shape(name)[1] for name in low.exits) == [3, 16]
+    assert low.stayed["Softmax"] == low.stayed["Sigmoid"] == low.stayed["Conv"] == 1
+    mean, every = 4 * 4, 8 * 27 + 19 * 8 + 4 * 4  # multiplications a pixel
+    assert low.float_share == pytest.approx(mean / every, rel=1e-6)
+
+
+def test_what_the_graph_cannot_express_is_named(tmp_path):
+    source, x = source_of(Between(lambda x: x.cumsum(2)), tmp_path)
+    with pytest.raises(NotLowered, match="CumSum"):
+        taken_apart(source, x)
