@@ -13,13 +13,14 @@ from numpy.typing import NDArray
 from dsconvert.base import workers
 from dsconvert.base.errors import InputError
 from dsconvert.onnxfile.bounds import made_of
-from dsconvert.photos.images import letterbox, none_readable, read_image, to_tensor
+from dsconvert.photos.images import none_readable, read_image
 from dsconvert.photos.labels import Labelled, LabelRules, in_pixels, read_labelled
 from dsconvert.scoring.coco import COCO_MOST, Metrics, coco_metrics
-from dsconvert.scoring.masks import Encoded, MaskPredictor, look, mask_f1, mask_precision, outlines
+from dsconvert.scoring.masks import Encoded, MaskPredictor, look, mask_f1, mask_precision, outlines, prepared
 from dsconvert.yolo.boxes import LEAST, MOST, inside, suppressed, to_image
 
-# A predictor takes a float batch (1, 3, side, side), 0..1, and returns (1, boxes, 5 + nc) as `decode` does.
+# A predictor takes a float batch (1, 3, side, side) as `masks.prepared` makes it, 0..1 where it has no form of its own,
+# and returns (1, boxes, 5 + nc) as `decode` does.
 CONFIDENT, OVERLAP = 0.25, 0.45  # YOLOv5's detect.py
 VAL_OVERLAP = 0.6  # YOLOv5's val.py
 Predictor = Callable[[NDArray[np.float32]], NDArray[np.float32]]
@@ -130,12 +131,13 @@ def detect_all(
         h, w = image.shape[:2]
         read.append(path)
         shapes.append((h, w))
-        square, box = letterbox(image, side)
-        batch = to_tensor([square]).numpy()
-        looked = [look(predict, batch) for predict in predictors]
+        given = [prepared(predict, image, side) for predict in predictors]
+        looked = [look(predict, batch) for predict, (batch, _) in zip(predictors, given, strict=True)]
         if any(p.shape[1] != nc + 5 for p, _ in looked):
             raise InputError(f"A model finds other classes than the {nc} it is measured on.")
-        for predict, results, (raw, said), encoded in zip(predictors, found, looked, masks, strict=True):
+        for predict, results, (_, box), (raw, said), encoded in zip(
+            predictors, found, given, looked, masks, strict=True
+        ):
             most = most_overlap(overlap, bool(labelled))
             boxes, rows = made_of(predict, partial(suppressed, raw, confidence, most), image.nbytes)
             placed = to_image(boxes, box, (h, w))

@@ -10,10 +10,11 @@ import numpy as np
 
 from dsconvert.base.errors import InputError
 from dsconvert.onnxfile.bounds import made_of
-from dsconvert.photos.images import Image, letterbox, to_tensor
+from dsconvert.photos.images import Image
 from dsconvert.scoring.accuracy import CONFIDENT, Predictor
 from dsconvert.scoring.coco import coco_metrics, overlaps
 from dsconvert.scoring.detect import DetectOptions, Found, sort_out
+from dsconvert.scoring.masks import prepared
 from dsconvert.yolo.boxes import LEAST
 
 MATCHING = 0.5  # least IoU of two boxes that are the same object
@@ -116,8 +117,8 @@ class Agreement:
 def compare(
     first: Predictor, second: Predictor, images: Iterable[Image], side: int, options: DetectOptions, least: float = 0.0
 ) -> Agreement:
-    """Run both on RGB images (h, w, 3), letterboxed to `side` pixels; `least` as `score_shift`. Raises InputError when
-    neither finds anything.
+    """Run both on RGB images (h, w, 3), in squares of `side` pixels as each wants them; `least` as `score_shift`.
+    Raises InputError when neither finds anything.
 
     Both models' boxes are filtered alike, and the objects of each are the sure ones of all that it finds: so a model
     agrees with itself wholly."""
@@ -125,12 +126,10 @@ def compare(
     shapes: list[tuple[int, int]] = []
     unsure = replace(options, confidence=min(LEAST, options.confidence))
     for image in images:
-        square, box = letterbox(image, side)
         shape = image.shape[:2]
-        batch = to_tensor([square]).numpy()
         a, b = (
             made_of(predict, partial(sort_out, predict(batch)[0], box, shape, unsure), image.nbytes)
-            for predict in (first, second)
+            for predict, (batch, box) in ((p, prepared(p, image, side)) for p in (first, second))
         )
         every.append((a, b))
         shapes.append(shape)
