@@ -25,6 +25,7 @@ if TYPE_CHECKING:
         detect,
     )
     from dsconvert.convert.onnx import OnnxPlan, quantize_onnx
+    from dsconvert.photos.form import InputForm
 
 __all__ = [
     "CheckError",
@@ -37,6 +38,7 @@ __all__ = [
     "EvaluationRow",
     "FloatModel",
     "InputError",
+    "InputForm",
     "ModulePlan",
     "OnnxPlan",
     "QuantizedModel",
@@ -68,6 +70,8 @@ def __getattr__(name: str) -> Any:
         return getattr(importlib.import_module("dsconvert.api.photos"), name)
     if name in ("OnnxPlan", "quantize_onnx"):
         return getattr(importlib.import_module("dsconvert.convert.onnx"), name)
+    if name == "InputForm":
+        return importlib.import_module("dsconvert.photos.form").InputForm
     if name in __all__:
         return getattr(importlib.import_module("dsconvert.api.models"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

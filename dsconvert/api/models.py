@@ -36,6 +36,7 @@ from dsconvert.export.weights.layouts import PACKED, layout_named
 from dsconvert.measure.calibration import Progress
 from dsconvert.model.file import load_model, model_bytes
 from dsconvert.model.model import DSModel
+from dsconvert.onnxfile.presets import named_preset
 from dsconvert.photos.dataset import SPLITS
 from dsconvert.scoring import contest
 from dsconvert.yolo.checkpoint import Checkpoint, load_checkpoint
@@ -252,6 +253,7 @@ def evaluate(
     samples: int | None = None,
     split: str | None = None,
     strict: bool = False,
+    input: str | None = None,
     progress: Progress | None = None,
 ) -> Evaluation:
     """Measure accuracy, size and latency of models, given as values or as `.pt`, `.safetensors` and `.onnx` files.
@@ -260,16 +262,17 @@ def evaluate(
     rows say how far they agree with it. A converted model's size is that of the file `save` writes. imgsz: pixels
     of the images, a square's side or (height, width) (None: what the models were made for); samples: most images used;
     split: that of the data.yaml (None: val, else test or train); strict: refuse lists and labels of which a part cannot
-    be used, instead of a warning."""
+    be used, instead of a warning; input: the family of ONNX files, as in `detect`."""
     given = [models] if isinstance(models, (str, Path, FloatModel, QuantizedModel)) else list(models)
     if not given:
         raise InputError("There is no model to evaluate.")
     if samples is not None and samples < 1:
         raise InputError("samples must be at least 1.")
     check_split(split)
+    preset = None if input is None else named_preset(input)
     with tempfile.TemporaryDirectory() as folder:
         paths = [as_file(m, Path(folder, str(i))) for i, m in enumerate(given)]
-        found = contest.evaluate(paths, Path(data), imgsz, samples, progress, split, strict)
+        found = contest.evaluate(paths, Path(data), imgsz, samples, progress, split, strict, preset=preset)
         if found[0].metrics is None:
             warnings.warn(contest.nothing_found(paths[0]), stacklevel=2)
         return Evaluation(_row(m, e) for m, e in zip(given, found, strict=True))

@@ -20,6 +20,7 @@ from pathlib import Path
 from dsconvert.api.models import File, FloatModel, QuantizedModel, as_file, check_split
 from dsconvert.base.errors import InputError
 from dsconvert.base.size import SizeLike
+from dsconvert.onnxfile.presets import Preset, named_preset
 from dsconvert.photos.images import Image, read_image
 from dsconvert.scoring.candidates import load_candidate
 from dsconvert.scoring.detect import DetectOptions, Found, class_name, class_numbers, draw
@@ -118,6 +119,7 @@ def detect(
     classes: Sequence[int | str] | None = None,
     agnostic_nms: bool = False,
     imgsz: SizeLike | None = None,
+    input: str | None = None,
     progress: Progress | None = None,
 ) -> Detections:
     """Find the objects in photographs, with the defaults of YOLOv5's detect.py.
@@ -125,8 +127,9 @@ def detect(
     images: a photograph, a folder, a text file of paths, or several of these. Found is what scores above conf_thres
     and overlaps no surer object of its class (agnostic_nms: of any class) by more than iou_thres; at most max_det a
     photograph; only classes, by number or name. imgsz: pixels of the model's input, a square's side or
-    (height, width) (None: what it was made for). Photographs that cannot be read are left out with a warning;
-    InputError is raised when all are."""
+    (height, width) (None: what it was made for). input: the family of an ONNX file, such as "yolox", or
+    "FILE.yaml:NAME" (None: YOLOv5's input, and outputs whose shapes tell). Photographs that cannot be read are left out
+    with a warning; InputError is raised when all are."""
     given = [images] if isinstance(images, (str, Path)) else list(images)
     paths = photo_paths(map(Path, given))
     if not paths:
@@ -134,7 +137,7 @@ def detect(
     DetectOptions(conf_thres, iou_thres, max_det)  # before anything is loaded
     skipped: list[Skipped] = []
     with tempfile.TemporaryDirectory() as folder:
-        candidate = load_candidate(as_file(model, Path(folder)), imgsz)
+        candidate = load_candidate(as_file(model, Path(folder)), imgsz, preset=_preset(input)).named
         wanted = class_numbers([str(c) for c in classes or ()], candidate.names)
         options = DetectOptions(conf_thres, iou_thres, max_det, wanted, agnostic_nms)
         if candidate.limits and (kept := options.beyond(candidate.limits)):
@@ -157,6 +160,7 @@ def compare(
     samples: int | None = None,
     split: str | None = None,
     strict: bool = False,
+    input: str | None = None,
     progress: Progress | None = None,
 ) -> Comparison:
     """Measure how far two models find the same objects in photographs that nobody labelled.
@@ -165,18 +169,25 @@ def compare(
     above conf_thres, of which none overlaps another of its class by more than iou_thres. imgsz: pixels of the
     models' input, a square's side or (height, width) (None: what they were made for); samples: most images
     used; split: that of a data.yaml (None: val, else test or train); strict: refuse a list that names files that are
-    gone, instead of a warning. Raises InputError when neither model finds anything."""
+    gone, instead of a warning; input: the family of ONNX files, as in `detect`. Raises InputError when neither model
+    finds anything."""
     if samples is not None and samples < 1:
         raise InputError("samples must be at least 1.")
     check_split(split)
     options = DetectOptions(conf_thres, iou_thres)
     with tempfile.TemporaryDirectory() as folder:
         a_file, b_file = (as_file(m, Path(folder, str(i))) for i, m in enumerate((first, second)))
-        found = compare_files(a_file, b_file, Path(images), options, imgsz, samples, progress or _silent, split, strict)
+        found = compare_files(
+            a_file, b_file, Path(images), options, imgsz, samples, progress or _silent, split, strict, _preset(input)
+        )
     if found.names_differ:
         _warn("The models name their classes differently; class numbers are compared.")
     if found.skipped:
         _warn(left_out(found.skipped))
+    if found.agreement is None:
+        raise InputError.naming(
+            "{} gives no boxes that can be read; {input} names a family whose outputs are.", found.first.path
+        )
     a, s = found.agreement, found.agreement.scores
     if shifted := s.warning(str(found.first.path), str(found.second.path)):
         _warn(shifted[0].upper() + shifted[1:])
@@ -197,6 +208,10 @@ def _photo(
         for *corners, score, number in boxes.tolist()
     )
     return DetectedPhoto(path, image.shape[1], image.shape[0], objects, boxes, names, masks)
+
+
+def _preset(input: str | None) -> Preset | None:
+    return None if input is None else named_preset(input)
 
 
 def _warn(text: str) -> None:

@@ -13,6 +13,7 @@ from dsconvert.base.errors import InputError, LimitMissed
 from dsconvert.base.notes import so_far
 from dsconvert.base.size import Size
 from dsconvert.commands.imagesize import Sized, imgsz
+from dsconvert.commands.inputs import chosen_input, input_options
 from dsconvert.commands.shared import (
     PATH,
     as_json,
@@ -47,6 +48,7 @@ from dsconvert.scoring.photos import Compared, compare_files, left_out
 @strict
 @click.option("--min-agreement", type=click.FloatRange(0, 1), metavar="SHARE",
               help="Exit with 3 if a smaller share of the objects matches.")  # fmt: skip
+@input_options
 @threads
 @quiet
 @verbose("list what is found in each image")
@@ -54,13 +56,14 @@ from dsconvert.scoring.photos import Compared, compare_files, left_out
 def compare(
     first: Path, second: Path, source: Path | None, data: Path | None, conf_thres: float, iou_thres: float,
     imgsz: Size | None, samples: int | None, split: str | None, strict: bool, min_agreement: float | None,
-    threads: int, quiet: bool, verbose: bool, as_json: bool,
+    threads: int, quiet: bool, verbose: bool, as_json: bool, **wanted: Any,
 ) -> None:  # fmt: skip
     """Measure how far model B finds the objects that model A finds.
 
     A and B are .pt, .safetensors or .onnx files; SOURCE is an image, a folder
     of images, or a text file of paths. No labels are needed. Two boxes match
-    when their class is the same and their IoU at least 0.5.
+    when their class is the same and their IoU at least 0.5. ONNX files whose
+    outputs are no boxes are compared output by output.
 
     \b
     Examples: dsconvert compare best.pt best.onnx photos/
@@ -68,9 +71,14 @@ def compare(
     """
     if (source is None) == (data is None):
         raise InputError("Which images? Give either a SOURCE (a folder of images) or --data data.yaml.")
-    options = DetectOptions(conf_thres, iou_thres)
+    options, preset = DetectOptions(conf_thres, iou_thres), chosen_input(wanted)
     with bars(quiet) as progress:
-        found = compare_files(first, second, source or data or Path(), options, imgsz, samples, progress, split, strict)
+        found = compare_files(
+            first, second, source or data or Path(), options, imgsz, samples, progress, split, strict, preset
+        )
+    if found.agreement is None:
+        _show_outputs(found, as_json, quiet, min_agreement)
+        return
     result = found.agreement
     if found.names_differ:
         warn("the models name their classes differently; class numbers are compared.")
@@ -79,7 +87,7 @@ def compare(
     if shifted := result.scores.warning("A", "B"):
         warn(shifted)
     if as_json:
-        print_json(_document(found))
+        print_json(_document(found, result))
     else:
         if verbose:
             for path, i in zip(found.read, result.images, strict=True):
@@ -94,8 +102,36 @@ def compare(
         )
 
 
-def _document(found: Compared) -> dict[str, Any]:
-    result = found.agreement
+def _show_outputs(found: Compared, as_json: bool, quiet: bool, min_agreement: float | None) -> None:
+    """What is said of files whose outputs are no boxes."""
+    if min_agreement is not None:
+        raise InputError(
+            f"{found.first.path} gives no boxes that can be read, so --min-agreement cannot be held; --input names a "
+            "family whose outputs are read."
+        )
+    if found.skipped:
+        warn(left_out(found.skipped))
+    if as_json:
+        print_json({
+            "models": [str(found.first.path), str(found.second.path)], "imgsz": found.first.imgsz.json,
+            "images": len(found.read), "skipped": len(found.skipped),
+            "outputs": [asdict(o) for o in found.outputs], "warnings": so_far(),
+        })  # fmt: skip
+        return
+    shown = table("output", "shape", "relative error", "cosine")
+    for number, o in enumerate(found.outputs):
+        shown.add_row(
+            str(number), "x".join(map(str, o.shape)), _number(o.relative_error, ".4f"), _number(o.cosine, ".5f")
+        )
+    console().print(shown)
+    if not quiet:
+        tell(
+            f"{len(found.read)} images. The outputs are no boxes that can be read, so they are compared as they are. "
+            "Relative error: root of the squared difference over A's squares; cosine: of the angle between both."
+        )
+
+
+def _document(found: Compared, result: Agreement) -> dict[str, Any]:
     return {
         "models": [str(found.first.path), str(found.second.path)], "imgsz": found.first.imgsz.json,
         "images": len(found.read), "skipped": len(found.skipped),

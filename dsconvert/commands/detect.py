@@ -18,6 +18,7 @@ from dsconvert.base.notes import so_far
 from dsconvert.base.size import Size
 from dsconvert.commands.folders import run_folder
 from dsconvert.commands.imagesize import Sized, imgsz
+from dsconvert.commands.inputs import INPUT_OPTIONS, chosen_input, input_options
 from dsconvert.commands.shared import (
     PATH,
     as_json,
@@ -109,6 +110,7 @@ def _no_windows(context: click.Context, parameter: click.Parameter, value: bool)
 @click.option("--name", metavar="NAME", help=f"Its name; a number follows where it is there (default: {NAME}).")
 @click.option("--exist-ok", is_flag=True, help="Without a number: write into it though it is there.")
 @click.option("--out", type=PATH, help="Folder to write, instead of --project and --name.")
+@input_options
 @force
 @threads
 @device
@@ -135,6 +137,7 @@ def detect(
               dsconvert detect best.pt a.jpg b.mp4 --save-txt --classes person
               dsconvert detect best.onnx --source 0 --classes 0 2
     """
+    preset = chosen_input({name: saving.pop(name) for name in INPUT_OPTIONS})
     wishes = _save_options(**saving)
     DetectOptions(conf_thres, iou_thres, max_det)  # before anything is loaded
     if not sources and not more:
@@ -146,7 +149,7 @@ def detect(
     found = find_sources([*sources, *more])
     if save_json and found.live:
         raise InputError("--save-json writes one document at the end, and a live source may have none; leave it out.")
-    candidate = load_candidate(model, imgsz, device)
+    candidate = load_candidate(model, imgsz, device, preset).named
     if half and candidate.input_type is not np.float16:
         raise InputError(f"{model} takes no float16 input: export it with --half-input, or leave out --half.")
     options = DetectOptions(conf_thres, iou_thres, max_det, class_numbers(classes, candidate.names), agnostic_nms)

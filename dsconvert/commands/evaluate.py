@@ -11,6 +11,7 @@ from dsconvert.base import notes, workers
 from dsconvert.base.errors import InputError, LimitMissed
 from dsconvert.base.size import Size
 from dsconvert.commands.imagesize import Sized, imgsz
+from dsconvert.commands.inputs import chosen_input, input_options
 from dsconvert.commands.shared import (
     PATH,
     RUNS,
@@ -56,6 +57,7 @@ ACCURACY = ("map50_95", "map50", "precision", "recall")
               f"labels, {OVERLAP:g} without).")  # fmt: skip
 @click.option("--max-map-drop", type=click.FloatRange(0, 100), metavar="POINTS",
               help="Exit with 3 if a model loses more mAP50-95 against the first.")  # fmt: skip
+@input_options
 @threads
 @quiet
 @verbose("show the average precision of each class")
@@ -63,7 +65,7 @@ ACCURACY = ("map50_95", "map50", "precision", "recall")
 def evaluate(
     models: tuple[Path, ...], data: Path | None, imgsz: Size | None, samples: int | None, split: str | None,
     strict: bool, conf_thres: float, iou_thres: float | None, max_map_drop: float | None, threads: int, quiet: bool,
-    verbose: bool, as_json: bool,
+    verbose: bool, as_json: bool, **wanted: Any,
 ) -> None:  # fmt: skip
     """Measure accuracy, size and latency of each MODEL on labelled images.
 
@@ -78,7 +80,7 @@ def evaluate(
     """
     if not (0 <= conf_thres < 1 and (iou_thres is None or 0 <= iou_thres <= 1)):
         raise InputError("--conf-thres must lie in 0..1 and below 1, --iou-thres must lie in 0..1.")
-    paths = list(models)
+    paths, preset = list(models), chosen_input(wanted)
     if not paths or data is None:
         newest = exporting.newest_result(RUNS)
         provenance = load_model(newest).provenance
@@ -91,10 +93,10 @@ def evaluate(
         raise InputError("--max-map-drop measures the drop against the first model; name another one too.")
     workers.start()
     if workers.number():  # one speaks for all
-        contest.look(contest.entrants(paths, data, imgsz, samples, split, strict, conf_thres, iou_thres))
+        contest.look(contest.entrants(paths, data, imgsz, samples, split, strict, conf_thres, iou_thres, preset))
         return
     with bars(quiet) as progress:
-        rows = contest.evaluate(paths, data, imgsz, samples, progress, split, strict, conf_thres, iou_thres)
+        rows = contest.evaluate(paths, data, imgsz, samples, progress, split, strict, conf_thres, iou_thres, preset)
     for r in rows:
         if r.candidate.batch > 1:
             say(f"{short(r.candidate.path)} takes {r.candidate.batch} images at once; its ms is of all of them.")

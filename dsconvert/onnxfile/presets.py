@@ -11,6 +11,7 @@ from typing import Any
 
 from dsconvert.base.errors import InputError, shown
 from dsconvert.base.smallyaml import load_plain, read_small
+from dsconvert.onnxfile.rules import RULES
 from dsconvert.photos.form import PLAIN, InputForm
 
 FILE = "inputs.yaml"
@@ -23,7 +24,11 @@ class Preset:
     """What a family's networks have in common."""
 
     form: InputForm = PLAIN  # of the input
-    decode: str | None = None  # the rule that makes boxes of outputs; None: their shapes tell
+    decode: str | None = None  # the rule that makes boxes of outputs, one of RULES; None: their shapes tell
+
+    def __post_init__(self) -> None:
+        if self.decode is not None and self.decode not in RULES:
+            raise InputError(f"decode is one of {', '.join(RULES)}, not {shown(self.decode)}.")
 
 
 @cache
@@ -91,9 +96,8 @@ def _preset(entry: Any, where: str) -> Preset:
             said |= reader(value)
         except (ValueError, TypeError, OverflowError):
             raise InputError(f"{where} sets {key} to {shown(value)}, which it cannot be.") from None
-    decode = said.pop("decode", None)
     try:
-        return Preset(InputForm(**said), decode)
+        return Preset(decode=said.pop("decode", None), form=InputForm(**said))
     except InputError as error:
         raise InputError(f"{where}: {error.message}") from None
 

@@ -14,13 +14,14 @@ from dsconvert.base import workers
 from dsconvert.base.errors import InputError
 from dsconvert.base.size import Size, SizeLike
 from dsconvert.onnxfile.bounds import made_of
-from dsconvert.photos.images import letterbox, none_readable, read_image, to_tensor
+from dsconvert.photos.images import none_readable, read_image
 from dsconvert.photos.labels import Labelled, LabelRules, in_pixels, read_labelled
 from dsconvert.scoring.coco import COCO_MOST, Metrics, coco_metrics
-from dsconvert.scoring.masks import Encoded, MaskPredictor, look, mask_f1, mask_precision, outlines
+from dsconvert.scoring.masks import Encoded, MaskPredictor, look, mask_f1, mask_precision, outlines, prepared
 from dsconvert.yolo.boxes import LEAST, MOST, inside, suppressed, to_image
 
-# A predictor takes a float batch (1, 3, h, w), 0..1, and returns (1, boxes, 5 + nc) as `decode` does.
+# A predictor takes a float batch (1, 3, h, w) as `masks.prepared` makes it, 0..1 where it has no form of its own, and
+# returns (1, boxes, 5 + nc) as `decode` does.
 CONFIDENT, OVERLAP = 0.25, 0.45  # YOLOv5's detect.py
 VAL_OVERLAP = 0.6  # YOLOv5's val.py
 Predictor = Callable[[NDArray[np.float32]], NDArray[np.float32]]
@@ -99,7 +100,7 @@ def detect_all(
     confidence: float = LEAST,
     overlap: float | None = None,
 ) -> Detections:
-    """Run every predictor on the same images, each decoded once and letterboxed to `imgsz`.
+    """Run every predictor on the same images, each decoded once and made `imgsz` pixels large as each wants it.
 
     The truth is the labels given as `labelled`, whose images take the place of `paths`, or (True) those beside the
     images, or (False) what the first predictor finds with confidence: then metrics say how far the others agree with
@@ -132,12 +133,13 @@ def detect_all(
         h, w = image.shape[:2]
         read.append(path)
         shapes.append((h, w))
-        placed_image, box = letterbox(image, size)
-        batch = to_tensor([placed_image]).numpy()
-        looked = [look(predict, batch) for predict in predictors]
+        given = [prepared(predict, image, size) for predict in predictors]
+        looked = [look(predict, batch) for predict, (batch, _) in zip(predictors, given, strict=True)]
         if any(p.shape[1] != nc + 5 for p, _ in looked):
             raise InputError(f"A model finds other classes than the {nc} it is measured on.")
-        for predict, results, (raw, said), encoded in zip(predictors, found, looked, masks, strict=True):
+        for predict, results, (_, box), (raw, said), encoded in zip(
+            predictors, found, given, looked, masks, strict=True
+        ):
             most = most_overlap(overlap, bool(labelled))
             boxes, rows = made_of(predict, partial(suppressed, raw, confidence, most), image.nbytes)
             placed = to_image(boxes, box, (h, w))

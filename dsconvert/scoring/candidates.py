@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,15 @@ from dsconvert.export.weights.layouts import PACKED, REAL
 from dsconvert.graph.ir import ConvParams
 from dsconvert.model.file import load_model
 from dsconvert.onnxfile.bounds import Bounds
+from dsconvert.onnxfile.decoding import boxes_of, classes_of, usual_names
 from dsconvert.onnxfile.engines import TYPES, Session, as_input, check_image_input, check_pixels, load_file, session
 from dsconvert.onnxfile.external import parsed
+from dsconvert.onnxfile.images import refuse_scaled_bytes
 from dsconvert.onnxfile.inspect import conv_weights
+from dsconvert.onnxfile.presets import Preset
+from dsconvert.onnxfile.rules import Unfit
 from dsconvert.onnxfile.trial import try_out
+from dsconvert.photos.form import InputForm
 from dsconvert.scoring.accuracy import Predictor
 from dsconvert.scoring.masks import MaskPredictor
 from dsconvert.scoring.metadata import MAX_CLASSES, NMS_KEY, class_names, suppression
@@ -55,30 +61,51 @@ class Candidate:
     limits: Nms | None = None  # of a file that ends with non-maximum suppression
     batch: int = 1  # images that a file takes at once: `run_once` is of so many
     input_type: type[Any] = np.float32  # of the numbers it takes
+    outputs: Callable[[NDArray[np.float32]], list[Any]] | None = None  # of an ONNX file as they are, for one image
 
     @property
     def size_bytes(self) -> int:
         """Size of the file."""
         return self.path.stat().st_size
 
+    @property
+    def named(self) -> Candidate:
+        """The same; one of as many classes as COCO has that names none has COCO's names."""
+        return replace(self, names=usual_names()) if not self.names and self.nc == len(usual_names()) else self
 
-def load_candidate(path: Path, imgsz: SizeLike | None, device: str = "cpu") -> Candidate:
+
+class OtherOutput(InputError):
+    """A file's outputs are no boxes in a form that is read."""
+
+
+def load_candidate(
+    path: Path, imgsz: SizeLike | None, device: str = "cpu", preset: Preset | None = None
+) -> Candidate:  # fmt: skip
     """Load a model for evaluation at `imgsz` pixels (None: what it was made for, else 640). `device` as
-    `workers.named_device`; another than the CPU is for a checkpoint: integers and ONNX Runtime run on the CPU. Raises
-    InputError for the others."""
+    `workers.named_device`; another than the CPU is for a checkpoint: integers and ONNX Runtime run on the CPU. `preset`
+    is an ONNX file's (None: YOLOv5's input, and outputs whose shapes tell). Raises InputError for the others."""
     kind, asked = file_kind(path), Size.perhaps(imgsz)
+    if preset is not None and kind in (CHECKPOINT, MODEL):
+        raise InputError.naming("{} knows its own input; {input} and what belongs to it are for ONNX files.", path)
     if kind == CHECKPOINT:
         return _float(path, asked or USUAL, device)
     if workers.named_device(device) != "cpu":
         raise InputError.naming(
             "{} runs on the CPU here; leave out {device} {}, or give the float checkpoint.", path, device
         )
-    return _converted(path, asked) if kind == MODEL else _onnx(path, asked)
+    return _converted(path, asked) if kind == MODEL else _onnx(path, asked, preset or Preset())
 
 
-def load_candidates(paths: Sequence[Path], imgsz: SizeLike | None) -> list[Candidate]:
-    """All models at one image size: the one asked for, else the one the others were made for (a `.pt` fits any)."""
-    sized = {p: load_candidate(p, imgsz) for p in paths if file_kind(p) != CHECKPOINT}
+def load_candidates(paths: Sequence[Path], imgsz: SizeLike | None, preset: Preset | None = None) -> list[Candidate]:
+    """All models at one image size: the one asked for, else the one the others were made for (a `.pt` fits any).
+    `preset` is that of all ONNX files. Raises InputError where there is none of these."""
+    kinds = {p: file_kind(p) for p in paths}
+    if preset is not None and set(kinds.values()) <= {CHECKPOINT, MODEL}:
+        raise InputError.naming("{input} and what belongs to it are for ONNX files, and none is given.")
+    sized = {
+        p: load_candidate(p, imgsz, preset=None if kind == MODEL else preset)
+        for p, kind in kinds.items() if kind != CHECKPOINT
+    }  # fmt: skip
     sizes = {c.imgsz for c in sized.values()}
     if len(sizes) > 1:
         several = ", ".join(map(str, sorted(sizes)))
@@ -140,7 +167,7 @@ def _converted(path: Path, asked: Size | None) -> Candidate:
                      model.head.nc)  # fmt: skip
 
 
-def _onnx(path: Path, asked: Size | None) -> Candidate:
+def _onnx(path: Path, asked: Size | None, preset: Preset) -> Candidate:
     if not path.is_file():
         raise InputError(f"There is no ONNX file at {path}.")
     given = parsed(path)
@@ -159,21 +186,19 @@ def _onnx(path: Path, asked: Size | None) -> Candidate:
     kind = TYPES.get(entry.type, np.float32)
     meta = running.inner.get_modelmeta().custom_metadata_map
     names = class_names(meta.get("names", ""), path)
-    makes_masks = [len(o.shape) for o in running.inner.get_outputs()] == [3, 4]
-    nc = len(names) or _classes(running, makes_masks)
+    makes_masks = preset.decode is None and [len(o.shape) for o in running.inner.get_outputs()] == [3, 4]
     count = sum(w.count for w in weights)
+    form = _form_of(preset, kind)
 
     def outputs(batch: NDArray[np.float32]) -> list[Any]:
         filled = np.repeat(batch, most, 0) if most > 1 else batch  # one image, as often as the file wants it
         return _outputs(path, running, {entry.name: as_input(filled, kind)})
 
     def predict(batch: NDArray[np.float32]) -> NDArray[np.float32]:
-        out = _floats(path, outputs(batch)[0])
-        if out.ndim == 2 and out.shape[1] == 7 and NMS_KEY in meta:
-            out = _as_predictions(out[out[:, 0] == 0], len(names), path)
-        if not _has_boxes(out, most, imgsz) or (names and out.shape[2] != 5 + len(names)):
-            raise _other_output(path, out, names)
-        return out[:1] if most > 1 else out
+        found = outputs(batch)
+        if NMS_KEY in meta and (out := _floats(path, found[0])).ndim == 2 and out.shape[1] == 7:
+            return _as_predictions(out[out[:, 0] == 0], len(names), path)
+        return running.bounds.later(lambda: _read(path, preset.decode, found, batch, names, most), batch.nbytes)[None]
 
     def predict_masks(batch: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         out, protos = (_floats(path, o)[:1] for o in outputs(batch)[:2])
@@ -183,12 +208,47 @@ def _onnx(path: Path, asked: Size | None) -> Candidate:
             raise InputError(f"{path} does not have the outputs of YOLOv5's segmentation: boxes and prototypes.")
         return out, protos
 
+    nc = len(names) or _classes(running, makes_masks, imgsz)
+    if preset.decode is not None and not names:  # what no shape tells, a first look does
+        with suppress(OtherOutput):  # which is said when it is run again
+            grey = np.full((*imgsz.pair, 3), form.pad, np.uint8)
+            nc = predict(form.apply(grey, *imgsz.pair)[None]).shape[2] - 5
     bits = sum(w.bits for w in weights) / count if count else 32.0
     limits = suppression(meta.get(NMS_KEY, ""), path)
     bounds = running.bounds
-    made: Predictor = MaskPredictor(predict_masks, nc, bounds) if makes_masks else BoundedPredictor(predict, bounds)
+    made: Predictor = BoundedPredictor(predict, bounds, form)
+    if makes_masks:
+        made = MaskPredictor(predict_masks, nc, bounds, form)
     return Candidate(path, "onnx", names, imgsz, bits, made, _once(lambda: running, imgsz, most),
-                     nc, limits, most, kind)  # fmt: skip
+                     nc, limits, most, kind, outputs)  # fmt: skip
+
+
+def _form_of(preset: Preset, kind: type[Any]) -> InputForm:
+    """The form of its input; a file that takes bytes has the scale within, and is given 0..1 like all others."""
+    if kind is not np.uint8:
+        return preset.form
+    refuse_scaled_bytes(preset.form)
+    return replace(preset.form, scale=255)
+
+
+def _read(
+    path: Path, rule: str | None, found: Sequence[Any], batch: NDArray[np.float32], names: Sequence[str], images: int
+) -> NDArray[np.float32]:
+    """The boxes of the one image of a batch, (boxes, 5 + classes); outputs may be of as many copies of it."""
+    floats = [_floats(path, o) for o in (found if rule else found[:1])]
+    if images > 1 and any(len(o) != images for o in floats if o.ndim):
+        raise _other_output(path, floats, names)
+    own = [o[:1] for o in floats] if images > 1 else floats
+    size = Size(*batch.shape[2:])
+    if any(o.size > MAX_NUMBERS * size.pixels for o in own):
+        raise _other_output(path, floats, names)
+    try:
+        rows = boxes_of(rule, own, size, len(names))
+    except Unfit as error:
+        raise _other_output(path, floats, names, str(error)) from None
+    if not _has_boxes(rows[None], 1, size) or (names and rows.shape[1] != 5 + len(names)):
+        raise _other_output(path, floats, names)
+    return rows
 
 
 def _has_boxes(out: NDArray[Any], images: int, imgsz: Size) -> bool:
@@ -210,21 +270,30 @@ def _size(path: Path, shape: Sequence[Any], asked: Size | None) -> Size:
     return found
 
 
-def _classes(running: Session, masks: bool) -> int:
+def _classes(running: Session, masks: bool, imgsz: Size) -> int:
     """How many classes the shapes of the outputs tell of; 0 where they leave that open."""
     shapes = [o.shape for o in running.inner.get_outputs()]
-    if len(shapes[0]) != 3:
-        return 0
-    numbers, beside = shapes[0][-1], shapes[1][1] if masks else 0
+    if not masks:
+        return classes_of(shapes[0], imgsz)
+    numbers, beside = shapes[0][-1], shapes[1][1]
     return max(0, numbers - 5 - beside) if isinstance(numbers, int) and isinstance(beside, int) else 0
 
 
-def _other_output(path: Path, out: NDArray[Any], names: Sequence[str]) -> InputError:
+def _other_output(
+    path: Path, found: Sequence[NDArray[Any]], names: Sequence[str], wanted: str | None = None
+) -> OtherOutput:  # fmt: skip
+    """Why the outputs cannot be read as boxes; `wanted` are those that can, where a rule or a look at them says it."""
+    given = printable(" and ".join(str(list(o.shape)) for o in found), 60)
+    usual = "YOLOv5's output (1, boxes, 5 + classes){}, nor YOLOv8's (1, 4 + classes, boxes), nor (1, boxes, 6)"
     said = f" of the {len(names)} it names" if names else ""
-    return InputError(
-        f"{path} does not have YOLOv5's output (1, boxes, 5 + classes){said}, but {printable(list(out.shape), 60)}; "
-        "quantize, info and bench take such a file, and eval, detect, compare and report do not."
-    )
+    if wanted is not None and "{input}" in wanted:
+        return OtherOutput.naming(f"{{}} does not have {wanted}.", path)
+    if wanted is None or wanted.startswith("(1, boxes"):
+        wanted = usual.format(said)
+    return OtherOutput.naming(
+        f"{{}} does not have {wanted}, but {{}}; {{input}} names a family whose outputs are read by eval, detect, "
+        "compare and report, and compare takes two such files output by output.", path, given,
+    )  # fmt: skip
 
 
 def _outputs(path: Path, running: Session, feed: dict[str, NDArray[Any]]) -> list[Any]:
@@ -235,7 +304,7 @@ def _outputs(path: Path, running: Session, feed: dict[str, NDArray[Any]]) -> lis
 
 def _floats(path: Path, out: Any) -> NDArray[np.float32]:
     if not isinstance(out, np.ndarray) or out.dtype.kind != "f":
-        raise _other_output(path, np.asarray(out), ())
+        raise _other_output(path, [np.asarray(out)], ())
     return out.astype(np.float32, copy=False)
 
 

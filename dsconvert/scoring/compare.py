@@ -11,10 +11,11 @@ import numpy as np
 from dsconvert.base.errors import InputError
 from dsconvert.base.size import SizeLike
 from dsconvert.onnxfile.bounds import made_of
-from dsconvert.photos.images import Image, letterbox, to_tensor
+from dsconvert.photos.images import Image
 from dsconvert.scoring.accuracy import CONFIDENT, Predictor
 from dsconvert.scoring.coco import coco_metrics, overlaps
 from dsconvert.scoring.detect import DetectOptions, Found, sort_out
+from dsconvert.scoring.masks import prepared
 from dsconvert.yolo.boxes import LEAST
 
 MATCHING = 0.5  # least IoU of two boxes that are the same object
@@ -122,8 +123,8 @@ def compare(
     options: DetectOptions,
     least: float = 0.0,
 ) -> Agreement:
-    """Run both on RGB images (h, w, 3), letterboxed to `imgsz` pixels; `least` as `score_shift`. Raises InputError when
-    neither finds anything.
+    """Run both on RGB images (h, w, 3), made `imgsz` pixels large as each wants them; `least` as `score_shift`.
+    Raises InputError when neither finds anything.
 
     Both models' boxes are filtered alike, and the objects of each are the sure ones of all that it finds: so a model
     agrees with itself wholly."""
@@ -131,12 +132,10 @@ def compare(
     shapes: list[tuple[int, int]] = []
     unsure = replace(options, confidence=min(LEAST, options.confidence))
     for image in images:
-        made, box = letterbox(image, imgsz)
         shape = image.shape[:2]
-        batch = to_tensor([made]).numpy()
         a, b = (
             made_of(predict, partial(sort_out, predict(batch)[0], box, shape, unsure), image.nbytes)
-            for predict in (first, second)
+            for predict, (batch, box) in ((p, prepared(p, image, imgsz)) for p in (first, second))
         )
         every.append((a, b))
         shapes.append(shape)

@@ -9,6 +9,7 @@ from pathlib import Path
 from dsconvert.base.errors import InputError
 from dsconvert.base.size import SizeLike
 from dsconvert.measure.calibration import Progress
+from dsconvert.onnxfile.presets import Preset
 from dsconvert.photos.dataset import images_of
 from dsconvert.photos.images import spread
 from dsconvert.photos.labels import Labelled, label_path, read_labelled
@@ -60,13 +61,15 @@ def entrants(
     strict: bool = False,
     confidence: float = LEAST,
     overlap: float | None = None,
+    preset: Preset | None = None,
 ) -> Entrants:
     """Load models, and find the images of a split of a data.yaml (by default val, else test, else train) or of a
     folder. strict: labels and lists of which a part cannot be used are refused; `confidence` and `overlap` as
-    `detect_all`. Raises InputError when a model's classes are not the data's, or the first model's."""
+    `detect_all`, `preset` as `load_candidates`. Raises InputError when a model's classes are not the data's, or the
+    first model's."""
     given = images_of(data, ("val", "test", "train"), split, strict)
     described, paths = given.described, given.paths if samples is None else spread(given.paths, samples)
-    candidates = load_candidates(models, imgsz)
+    candidates = load_candidates(models, imgsz, preset)
     first = next((c for c in candidates if c.nc), candidates[0])
     whose, nc = (str(data), len(described.names)) if described else (str(first.path), first.nc)
     if not nc:
@@ -107,9 +110,10 @@ def evaluate(
     strict: bool = False,
     confidence: float = LEAST,
     overlap: float | None = None,
+    preset: Preset | None = None,
 ) -> list[Evaluated]:
     """Measure models on images of `data`, see `entrants`: latency, and accuracy where there is any object to find."""
-    given = entrants(models, data, imgsz, samples, split, strict, confidence, overlap)
+    given = entrants(models, data, imgsz, samples, split, strict, confidence, overlap, preset)
     found = look(given, progress)
     there = given.labelled or found.measurable  # images without labels are an error of those who say there are some
     metrics: Sequence[Metrics | None] = found.metrics() if there else [None] * len(given.candidates)

@@ -19,9 +19,9 @@ from dsconvert.base.text import Sentence, printable
 from dsconvert.export.ends.nms import Nms
 from dsconvert.onnxfile.bounds import made_of
 from dsconvert.photos.dataset import SUFFIXES
-from dsconvert.photos.images import Image, Letterbox, letterbox, to_tensor
+from dsconvert.photos.images import Image, Letterbox
 from dsconvert.scoring.accuracy import CONFIDENT, OVERLAP, Predictor
-from dsconvert.scoring.masks import PlacedMask, look
+from dsconvert.scoring.masks import PlacedMask, look, prepared
 from dsconvert.yolo.boxes import inside, suppressed, to_image
 
 Found = NDArray[np.float32]  # (n, 6): x1, y1, x2, y2 in pixels of the image, score, class; best first
@@ -59,7 +59,7 @@ class DetectOptions:
 
 
 def find(predict: Predictor, image: Image, imgsz: SizeLike, options: DetectOptions) -> Found:
-    """The objects in an RGB image (h, w, 3), letterboxed to `imgsz` pixels for the model."""
+    """The objects in an RGB image (h, w, 3), made `imgsz` pixels large as the model wants it."""
     return find_masks(predict, image, imgsz, options)[0]
 
 
@@ -68,8 +68,8 @@ def find_masks(
 ) -> tuple[Found, tuple[PlacedMask, ...] | None]:
     """The same, and the masks that a segmentation model gives them."""
     size = Size.of(imgsz)
-    made, box = letterbox(image, size)
-    predictions, masks = look(predict, to_tensor([made]).numpy())
+    batch, box = prepared(predict, image, size)
+    predictions, masks = look(predict, batch)
 
     def sorted_out() -> tuple[Found, tuple[PlacedMask, ...] | None]:
         found, rows = _sorted_out(predictions, box, image.shape[:2], options)

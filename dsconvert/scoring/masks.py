@@ -16,9 +16,10 @@ import numpy as np
 from faster_coco_eval.core import mask as rle
 from numpy.typing import NDArray
 
-from dsconvert.base.size import Size
+from dsconvert.base.size import Size, SizeLike
 from dsconvert.onnxfile.bounds import Bounds
-from dsconvert.photos.images import Letterbox
+from dsconvert.photos.form import PLAIN, InputForm
+from dsconvert.photos.images import Image, Letterbox
 from dsconvert.scoring.coco import best_f1, ground_truth, matched, mean_precision, results, tables_of
 
 Array = NDArray[np.float32]
@@ -107,14 +108,23 @@ def _placed(logits: Array, corners: Sequence[float], box: Letterbox, input: Size
 class MaskPredictor:
     """A segmentation model. Called with a batch of one image it is a `Predictor`, its boxes those of a detector; `run`
     gives them with their coefficients (1, boxes, 5 + nc + nm), and the prototypes (1, nm, h, w). `bounds` are those of
-    the stranger's file that it is from."""
+    the stranger's file that it is from, `form` that of the images that it is given."""
 
     run: Callable[[Array], tuple[Array, Array]]
     nc: int
     bounds: Bounds | None = None
+    form: InputForm = PLAIN
 
     def __call__(self, batch: Array) -> Array:
         return self.run(batch)[0][:, :, : 5 + self.nc]
+
+
+def prepared(predict: object, image: Image, imgsz: SizeLike) -> tuple[Array, Letterbox]:
+    """An RGB image (h, w, 3) as the predictor wants it, `imgsz` pixels large: a batch of one, and where the image is
+    in it."""
+    form = getattr(predict, "form", PLAIN)
+    placed, box = form.place(image, *Size.of(imgsz).pair)
+    return form.numbers(placed)[None], box
 
 
 def look(predict: Callable[[Array], Array], batch: Array) -> tuple[Array, Masks | None]:

@@ -9,12 +9,14 @@ from pathlib import Path
 
 from dsconvert.base.errors import InputError
 from dsconvert.base.size import SizeLike
+from dsconvert.onnxfile.presets import Preset
 from dsconvert.photos.dataset import evaluation_images, image_paths
 from dsconvert.photos.images import Image, none_readable, read_image, spread
-from dsconvert.scoring.candidates import Candidate, load_candidates
+from dsconvert.scoring.candidates import Candidate, OtherOutput, load_candidates
 from dsconvert.scoring.compare import Agreement, compare
 from dsconvert.scoring.detect import DetectOptions, Found, find_masks
 from dsconvert.scoring.masks import PlacedMask
+from dsconvert.scoring.rawcompare import OutputDifference, are_raw, compare_outputs
 
 Progress = Callable[[str, int, int], None]
 
@@ -29,13 +31,15 @@ class Skipped:
 
 @dataclass(frozen=True)
 class Compared:
-    """Two models' agreement on the images that could be read; `agreement.images` is in the order of `read`."""
+    """Two models' agreement on the images that could be read; `agreement.images` is in the order of `read`. Of files
+    whose outputs are no boxes, `outputs` says how far these are apart."""
 
     first: Candidate
     second: Candidate
-    agreement: Agreement
+    agreement: Agreement | None  # None where the outputs are no boxes: then they are compared themselves
     read: list[Path]
     skipped: list[Skipped]
+    outputs: Sequence[OutputDifference] = ()
 
     @property
     def names_differ(self) -> bool:
@@ -80,15 +84,16 @@ def detect_files(
 
 def compare_files(
     first: Path, second: Path, source: Path, options: DetectOptions, imgsz: SizeLike | None, samples: int | None,
-    progress: Progress, split: str | None = None, strict: bool = False,
+    progress: Progress, split: str | None = None, strict: bool = False, preset: Preset | None = None,
 ) -> Compared:  # fmt: skip
     """Two models on at most `samples` images of a folder, a text file of paths or a data.yaml (`split`, as
     `dataset.evaluation_images` has it).
 
-    Raises InputError for models of different classes or sizes, or where neither finds anything."""
+    Files whose outputs are no boxes are compared output by output. Raises InputError for models of different classes or
+    sizes, or where neither finds anything."""
     paths = evaluation_images(source, split, strict)
     paths = paths if samples is None else spread(paths, samples)
-    a, b = load_candidates([first, second], imgsz)
+    a, b = load_candidates([first, second], imgsz, preset)
     if a.nc and b.nc and a.nc != b.nc:
         raise InputError(f"{first} has {a.nc} classes, {second} has {b.nc}; they cannot be compared.")
     read: list[Path] = []
@@ -100,4 +105,11 @@ def compare_files(
             yield image
 
     least = max((c.limits.confidence for c in (a, b) if c.limits), default=0.0)  # below it such a file says nothing
-    return Compared(a, b, compare(a.predict, b.predict, images(), a.imgsz, options, least), read, skipped)
+    try:
+        return Compared(a, b, compare(a.predict, b.predict, images(), a.imgsz, options, least), read, skipped)
+    except OtherOutput:
+        if not are_raw(a, b):
+            raise
+    read.clear()
+    skipped.clear()
+    return Compared(a, b, None, read, skipped, compare_outputs(a, b, images()))

@@ -16,6 +16,7 @@ from dsconvert.graph.ir import ConvParams, Graph
 from dsconvert.graph.run import run_float
 from dsconvert.model.model import DSModel
 from dsconvert.onnxfile.bounds import Bounds
+from dsconvert.photos.form import PLAIN, InputForm
 from dsconvert.scoring.accuracy import Predictor
 from dsconvert.scoring.masks import MaskPredictor
 from dsconvert.yolo.decode import decode
@@ -24,10 +25,11 @@ from dsconvert.yolo.network import Head
 
 @dataclass(frozen=True)
 class BoundedPredictor:
-    """A predictor from a stranger's file, and its bounds."""
+    """A predictor from a stranger's file."""
 
     run: Predictor
-    bounds: Bounds
+    bounds: Bounds  # of the file
+    form: InputForm = PLAIN  # of the images that it is given
 
     def __call__(self, batch: NDArray[np.float32]) -> NDArray[np.float32]:
         return self.run(batch)
