@@ -48,12 +48,12 @@ def decoded(data: Path, imgsz: SizeLike, samples: int) -> list[NDArray[np.float3
 class _Reader(CalibrationDataReader):
     """Feeds ONNX Runtime's calibration one image (1, 3, s, s) at a time."""
 
-    def __init__(self, images: Images) -> None:
-        self.rest = iter(images)
+    def __init__(self, images: Images, name: str = "images") -> None:
+        self.rest, self.name = iter(images), name
 
     def get_next(self) -> dict[str, NDArray[np.float32]] | None:
         image = next(self.rest, None)
-        return None if image is None else {"images": image}
+        return None if image is None else {self.name: image}
 
 
 def decode_nodes(model: onnx.ModelProto) -> list[str]:
@@ -76,15 +76,16 @@ def named(model: onnx.ModelProto) -> onnx.ModelProto:
     return model
 
 
-def ort_static(float_model: Path, target: Path, images: Images, convs_only: bool) -> None:
-    """ONNX Runtime's static int8 (QDQ, weights per channel, MinMax): convolutions only, or all but the decoding."""
+def ort_static(float_model: Path, target: Path, images: Images, convs_only: bool, name: str = "images") -> None:
+    """ONNX Runtime's static int8 (QDQ, weights per channel, MinMax): convolutions only, or all but the decoding. `name`
+    is the input's."""
     prepared = target.with_suffix(".prep.onnx")
     onnx.save(named(onnx.load(float_model)), prepared)
     quant_pre_process(str(prepared), str(prepared), skip_symbolic_shape=True)
     model = named(onnx.load(prepared))
     onnx.save(model, prepared)
     quantize_static(
-        str(prepared), str(target), _Reader(images), quant_format=QuantFormat.QDQ, per_channel=True,
+        str(prepared), str(target), _Reader(images, name), quant_format=QuantFormat.QDQ, per_channel=True,
         activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8, calibrate_method=CalibrationMethod.MinMax,
         op_types_to_quantize=["Conv"] if convs_only else None, nodes_to_exclude=decode_nodes(model),
     )  # fmt: skip

@@ -48,8 +48,8 @@ def weights(w: Walk, layer: Layer, output: str) -> bool:
 
 
 def _of_whole_map(w: Walk, layer: Layer) -> tuple[str | None, Tensor]:
-    """The map (1, c, h, w) whose numbers are the row that a layer reads, in order, and the layer's weight (cho, c, h, w)
-    for it; None and the weight as it is where there is no such map."""
+    """The map (1, c, h, w) whose numbers are the row that a layer reads, in order, and the layer's weight for it, (cho,
+    c, h, w); None and the weight as it is where there is no such map."""
     root = w.origin(layer.value)
     shape = w.facts.shape(root) if root is not None else ()
     numbers = places(shape) if len(shape) == 4 else None
