@@ -30,6 +30,7 @@ from peers import Images, nncf_int8, openvino_model, ort_static
 
 from dsconvert.base.size import Size
 from dsconvert.convert.onnx import OnnxPlan, quantize_onnx
+from dsconvert.convert.onnx_int8 import OnnxInt8
 from dsconvert.onnxfile.decoding import boxes_of
 from dsconvert.onnxfile.presets import Preset, named_preset
 from dsconvert.photos.dataset import calibration_images, read_data_yaml
@@ -95,8 +96,8 @@ def ours(source: Path, target: Path, data: Path, preset: Preset, **how: Any) -> 
     plan = OnnxPlan(samples=SAMPLES, form=preset.form, **how)
     found = quantize_onnx(source, data, plan, note=lambda sentence: print(f"  {sentence}", flush=True))
     target.write_bytes(found.model.SerializeToString())
-    said = {"weight bits": found.weight_bits}
-    if hasattr(found, "low"):
+    said: dict[str, Any] = {"weight bits": found.weight_bits}
+    if isinstance(found, OnnxInt8):
         said |= {"float share": found.low.float_share, "stayed": dict(found.low.stayed)}
     target.with_suffix(".json").write_text(json.dumps(said))
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import onnx
 from onnx import helper
@@ -34,6 +36,15 @@ def write_rewritten(
         form.add(node)
     for name, end in zip(low.exits, maps.exits, strict=True):
         _leave(b, form.place(end.name), end, name, name in low.flat)
+    for name, value in low.shapes.items():
+        place = form.place(value)
+        if place.more:
+            cut = [b.shape(0), b.shape(len(model.convs[value].bias)), b.shape(1)]
+            place = replace(place, name=b.node("Slice", [place.name, *cut], f"{value}.shaped"))
+        asked = onnx.NodeProto()
+        asked.CopyFrom(source.nodes[source.makers[name]])
+        asked.input[:] = [place.name]  # of integers it is the same
+        b.nodes.append(asked)
     form.finish()
     made = _assembled(source, low, b)
     for node in made.graph.node:  # the image is called as in the source

@@ -14,7 +14,7 @@ import onnx
 import torch
 
 from dsconvert.graph.ir import ConvParams, Graph, Node
-from dsconvert.onnxfile.facts import Facts
+from dsconvert.onnxfile.facts import SHAPES, Facts
 from dsconvert.onnxfile.layers import Layer
 from dsconvert.onnxfile.source import Array, used
 from dsconvert.onnxfile.walk import Walk
@@ -34,7 +34,8 @@ class Lowered:
     exits: tuple[str, ...]  # the file's names of the graph's outputs
     flat: frozenset[str]  # exits that have two dimensions in the file, (n, c) for the graph's (n, c, 1, 1)
     tail: tuple[int, ...]  # places of the nodes behind them
-    fixed: Mapping[str, Array]  # values that the tail reads and that are made of shapes inside of the graph
+    shapes: Mapping[str, str]  # shapes that the tail asks for -> the graph's value that has it
+    fixed: Mapping[str, Array]  # shapes that it asks for of values that are no more, as they are for one image
     stayed: Mapping[str, int]  # operators of the tail, how many of each
     float_share: float  # multiplications of convolutions that stay float, as a share of all convolutions'
 
@@ -70,7 +71,7 @@ def _add(w: Walk, index: int, node: onnx.NodeProto) -> None:
 def _finished(w: Walk) -> Lowered:
     """What is needed of all that was lowered, and the rest."""
     source, facts = w.facts.source, w.facts
-    exits, tail, fixed = dict[str, None](), set[int](), dict[str, Array]()
+    exits, tail, asked = dict[str, None](), set[int](), dict[str, str]()
     left = [v.name for v in source.model.graph.output]
     while left:
         name = left.pop()
@@ -80,8 +81,8 @@ def _finished(w: Walk) -> Lowered:
         node = source.nodes[index]
         if name in w.place and index in w.core:
             exits[name] = None
-        elif node.op_type in ("Shape", "Size") and _inside(w, node.input[0]):
-            fixed[name] = facts.values[name]
+        elif node.op_type in SHAPES and source.makers.get(node.input[0], -1) in w.core:
+            asked[name] = node.input[0]
         elif index not in tail:
             if index in w.layers:
                 raise NotLowered(f"{_why(w, source.nodes[index])}")
@@ -91,6 +92,12 @@ def _finished(w: Walk) -> Lowered:
     if not ordered:
         raise NotLowered("no layer's result leads to an output")
     graph = Graph(*_pruned(w.nodes, [w.place[name] for name in ordered]))
+    there = {node.name for node in graph.nodes}
+    shapes = {
+        name: w.place[value] for name, value in asked.items()
+        if w.place.get(value) in there and len(facts.shape(value)) == 4
+    }  # fmt: skip
+    fixed = {name: facts.values[name] for name in asked if name not in shapes}
     stayed: dict[str, int] = {}
     for index in sorted(tail):
         if not facts.varying(source.nodes[index]):
@@ -99,14 +106,7 @@ def _finished(w: Walk) -> Lowered:
         stayed[kind] = stayed.get(kind, 0) + 1
     params = {node.name: w.params[node.name] for node in graph.convs()}
     flat = frozenset(name for name in ordered if len(facts.shape(name)) == 2)
-    return Lowered(graph, params, ordered, flat, tuple(sorted(tail)), fixed, stayed, _float_share(w, tail))
-
-
-def _inside(w: Walk, name: str) -> bool:
-    """Whether the tail cannot read a value, as it is inside of the graph."""
-    source = w.facts.source
-    index = source.makers.get(name)
-    return index is not None and index in w.core
+    return Lowered(graph, params, ordered, flat, tuple(sorted(tail)), shapes, fixed, stayed, _float_share(w, tail))
 
 
 def _float_share(w: Walk, tail: set[int]) -> float:

@@ -18,6 +18,7 @@ from dsconvert.onnxfile.recognise import ELEMENTWISE, MOVING
 from dsconvert.onnxfile.source import used
 
 FAR = 16  # operators between an activation's source and its end: a GELU has 8
+LONGEST = 64  # operators that only move numbers, one behind the other or side by side
 AFFINE = ("BatchNormalization", "Mul", "Add", "Sub", "Div")
 
 
@@ -135,7 +136,7 @@ class Walk:
         while left:
             name = left.pop()
             index = self.facts.source.makers.get(name)
-            if index is None:
+            if index is None or len(seen) > LONGEST:
                 return None
             node = self.facts.source.nodes[index]
             if node.op_type not in kinds or mode(node) not in (None, "nearest"):
