@@ -203,7 +203,7 @@ def _of_checkpoint(job: Job, options: dict[str, Any]) -> Done | None:
     chosen = {name: value for name, value in options.items() if name not in ONLY or ONLY[name].kind == CHECKPOINT}
     if job.cfg is not None:
         chosen |= {"blocks": chosen_blocks(job.cfg, loaded.network.kinds), "scope": "bottleneck"}
-    plan = QuantizeOptions(calib=job.calib, **_typed_wins(chosen))
+    plan = QuantizeOptions(calib=job.calib, **_typed_wins({**chosen, "imgsz": chosen["imgsz"].json}))
     if workers.number():
         pipeline.quantize(loaded, plan, cache=job.cache)
         return None

@@ -17,6 +17,7 @@ from formats import fit_weight
 from layer_error import layer_error, layer_sums, watched
 
 from dsconvert.base.errors import InputError
+from dsconvert.base.size import Size
 from dsconvert.fit.layer import GPTQ
 from dsconvert.graph.integer import QConv, grid_of, real_params, run_integer
 from dsconvert.graph.run import run_float
@@ -43,7 +44,7 @@ def photographs(tmp_path):
 
 def test_j_of_a_layer_is_that_of_brute_force(network, converted, photographs):
     graph, params, head = network
-    on = watched(graph, params, head, photographs, SIDE, 0)
+    on = watched(graph, params, head, photographs, Size.of(SIDE), 0)
     found = layer_sums(converted, params, on)
     assert set(found) == set(converted.convs)
     (node,) = (n for n in graph.convs() if n.name == LAYER)
@@ -69,7 +70,7 @@ def test_j_of_a_layer_is_that_of_brute_force(network, converted, photographs):
 
 def test_eight_bits_are_near_the_float_network_and_four_are_not(network, converted, photographs):
     graph, params, head = network
-    on = watched(graph, params, head, photographs, SIDE, 0)
+    on = watched(graph, params, head, photographs, Size.of(SIDE), 0)
 
     def shares(bits):
         convs = {n: QConv(fit_weight(p.weight, bits, p.weight.shape[1]), p.bias) for n, p in params.items()}
@@ -84,7 +85,7 @@ def test_eight_bits_are_near_the_float_network_and_four_are_not(network, convert
 def test_of_the_network_itself_nothing_is_left_but_what_a_bias_adds(network, converted, photographs):
     graph, _, head = network
     own = real_params(converted.convs)
-    on = watched(graph, own, head, photographs, SIDE, 0)
+    on = watched(graph, own, head, photographs, Size.of(SIDE), 0)
     moved = converted.convs[LAYER]
     for shift in (0.0, 3.0):
         convs = {**converted.convs, LAYER: replace(moved, bias=moved.bias + shift)}

@@ -36,7 +36,7 @@ from dsconvert.yolo import archive, container, picklestack
         ("security.md", r"graphs (\d+) deep", wire.MOST_DEPTH // 3),  # a graph is in an attribute of a node of a graph
         ("security.md", r"with `--imgsz` (\d+)x", engines.MAX_SIDE),
         ("security.md", r"as the image has pixels; ([\d,]+) classes", metadata.MAX_CLASSES),
-        ("security.md", r"half the side, (\d+) numbers a pixel", candidates.MAX_PROTOTYPES),
+        ("security.md", r"half the height and width, (\d+) numbers a pixel", candidates.MAX_PROTOTYPES),
         ("security.md", r"metadata \| ([\d,]+) characters", metadata.MAX_NAMES),
         ("security.md", r"suppression (\d+) characters", metadata.MAX_NMS),
         ("security.md", r"weights' sources \| ([\d,]+)", inspect.MOST_STEPS),
