@@ -275,7 +275,7 @@ def _of_onnx(job: Job, options: dict[str, Any]) -> Done:
     preset = chosen_input(options) or Preset()
     plan = OnnxPlan(
         options["bits"] or 4, options["block_size"] or 32, options["layout"],
-        options["imgsz"] if _given("imgsz") else None, options["samples"], preset.form, options["seed"],
+        options["imgsz"] if _given("imgsz") else None, options["samples"], preset.form, preset.decode, options["seed"],
         options["split"], options["strict"],
     )  # fmt: skip
     name, single = f"{job.source.stem}-{plan.layout}.onnx", job.out is not None and job.out.suffix == ".onnx"

@@ -48,6 +48,7 @@ class OnnxPlan:
     imgsz: int | None = None  # side of the images for a file that leaves it open, pixels; None: 640
     samples: int = 256  # most calibration images used
     form: InputForm = PLAIN  # of the input that the file wants
+    decode: str | None = None  # the rule that makes boxes of its outputs, see `onnxfile.rules`; None: their shapes tell
     seed: int = 0  # of every random choice
     split: str | None = None  # which images of a data.yaml; None: train, else val
     strict: bool = False  # lists of which a part cannot be used are refused
@@ -101,7 +102,7 @@ def quantize_onnx(
     probe = as_input(images[:1] * given.image.batch, given.image, plan.form)
     source = _raised(path, given, layout, probe)
     running = session(given.model.SerializeToString(), threads, str(path))
-    doubt = warning(lambda x: running.run(None, {given.image.name: x}), images, given.image, plan.form)
+    doubt = warning(lambda x: running.run(None, {given.image.name: x}), images, given.image, plan.form, plan.decode)
     if doubt:
         note(doubt)
     layers = find_layers(source)

@@ -22,7 +22,7 @@ from dsconvert.export.weights.layouts import PACKED, REAL
 from dsconvert.graph.ir import ConvParams
 from dsconvert.model.file import load_model
 from dsconvert.onnxfile.bounds import Bounds
-from dsconvert.onnxfile.decoding import boxes_of, classes_of, usual_names
+from dsconvert.onnxfile.decoding import OtherFamily, boxes_of, classes_of, usual_names
 from dsconvert.onnxfile.engines import TYPES, Session, as_input, check_image_input, check_pixels, load_file, session
 from dsconvert.onnxfile.external import parsed
 from dsconvert.onnxfile.images import refuse_scaled_bytes
@@ -230,6 +230,8 @@ def _read(
 ) -> NDArray[np.float32]:
     """The boxes of the one image of a batch, (boxes, 5 + classes); outputs may be of as many copies of it."""
     floats = [_floats(path, o) for o in (found if rule else found[:1])]
+    if rule is None:  # what stands behind may tell what the first is
+        floats += [o for o in found[1:] if isinstance(o, np.ndarray) and o.dtype.kind == "f" and len(o.shape) > 1]
     if images > 1 and any(len(o) != images for o in floats if o.ndim):
         raise _other_output(path, floats, names)
     own = [o[:1] for o in floats] if images > 1 else floats
@@ -238,6 +240,11 @@ def _read(
         raise _other_output(path, floats, names)
     try:
         rows = boxes_of(rule, own, (height, width), len(names))
+    except OtherFamily as error:
+        ways = " or ".join(f"{{input}} {name}" for name in error.names)
+        raise OtherOutput.naming(
+            f"{{}} has outputs as networks of other families than YOLOv5's have them: give {ways}.", path
+        ) from None
     except Unfit as error:
         raise _other_output(path, floats, names, str(error)) from None
     if not _has_boxes(rows[None], 1, max(height, width)) or (names and rows.shape[1] != 5 + len(names)):
@@ -282,8 +289,6 @@ def _other_output(
     given = printable(" and ".join(str(list(o.shape)) for o in found), 60)
     usual = "YOLOv5's output (1, boxes, 5 + classes){}, nor YOLOv8's (1, 4 + classes, boxes), nor (1, boxes, 6)"
     said = f" of the {len(names)} it names" if names else ""
-    if wanted is not None and "{input}" in wanted:
-        return OtherOutput.naming(f"{{}} does not have {wanted}.", path)
     if wanted is None or wanted.startswith("(1, boxes"):
         wanted = usual.format(said)
     return OtherOutput.naming(
