@@ -24,6 +24,7 @@ from dsconvert.graph.integer import QConv
 from dsconvert.onnxfile.engines import session
 from dsconvert.onnxfile.images import as_input, batches, pictures
 from dsconvert.onnxfile.layers import Layer, find_layers
+from dsconvert.onnxfile.presets import INPUT_KEY, Preset, as_text
 from dsconvert.onnxfile.scale import warning
 from dsconvert.onnxfile.source import Array, Source, opset_of, read_source
 from dsconvert.photos.dataset import calibration_images
@@ -122,6 +123,9 @@ def quantize_onnx(
         tuple(sentence for sentence in (doubt, same) if sentence),
     )  # fmt: skip
     _check(made, probe)
+    preset = Preset(plan.form, plan.decode)
+    if preset != Preset():  # so that eval, detect and compare know it
+        made.model.metadata_props.add(key=INPUT_KEY, value=as_text(preset))
     return made
 
 

@@ -13,6 +13,7 @@ from dsconvert.base.smallyaml import load_plain
 from dsconvert.onnxfile.rules import RULES, Array, Size, Unfit, has_cells
 
 ROWS, COLUMNS, ENDS = "rows", "columns", "ends"
+SHAPES = "(1, boxes, 5 + classes), (1, 4 + classes, boxes) or (1, boxes, 6)"  # that tell by themselves
 USUAL_CLASSES = 80  # COCO's: what most published detectors find
 SLACK = 0.1  # that a quantized file's scores may lie outside 0..1
 NEGATIVE = 0.01  # share of boxes whose sides may be below 0 by a rounding
@@ -40,10 +41,13 @@ def boxes_of(rule: str | None, outputs: Sequence[Array], size: Size, named: int)
         return RULES[rule](outputs, size)
     if names := families_like(outputs, size):
         raise OtherFamily(names)
-    rows = _by_shape(outputs[0], size, named)
+    return _by_shape(outputs[0], size, named)
+
+
+def check_scores(rows: Array) -> None:
+    """Raises Unfit for rows whose scores are none: key points and angles may stand where classes do."""
     if rows.size and (rows[:, 4:].max() > 1 + SLACK or rows[:, 4:].min() < -SLACK):
         raise Unfit("scores in 0..1 behind the numbers of a box (key points and angles are not read)")
-    return rows
 
 
 def families_like(outputs: Sequence[Array], size: Size) -> tuple[str, ...]:
@@ -82,12 +86,14 @@ _LIKE: Mapping[str, tuple[tuple[str, ...], Callable[[Sequence[Array]], bool]]] =
 
 def _by_shape(output: Array, size: Size, named: int) -> Array:
     layout = layout_of(output.shape, size, named)
+    if output.ndim == 3 and len(output) != 1:
+        layout = None
     if layout == COLUMNS:
         return _of_columns(output[0])
     if layout == ENDS and _ends_in_classes(found := output.reshape(-1, 6)):
         return _of_ends(found, named or USUAL_CLASSES)
     if layout is None:
-        raise Unfit("(1, boxes, 5 + classes), (1, 4 + classes, boxes) or (1, boxes, 6)")
+        raise Unfit(SHAPES)
     return output[0] if output.ndim == 3 else output
 
 

@@ -22,12 +22,12 @@ from dsconvert.export.weights.layouts import PACKED, REAL
 from dsconvert.graph.ir import ConvParams
 from dsconvert.model.file import load_model
 from dsconvert.onnxfile.bounds import Bounds
-from dsconvert.onnxfile.decoding import OtherFamily, boxes_of, classes_of, usual_names
+from dsconvert.onnxfile.decoding import SHAPES, OtherFamily, boxes_of, check_scores, classes_of, usual_names
 from dsconvert.onnxfile.engines import TYPES, Session, as_input, check_image_input, check_pixels, load_file, session
 from dsconvert.onnxfile.external import parsed
 from dsconvert.onnxfile.images import refuse_scaled_bytes
 from dsconvert.onnxfile.inspect import conv_weights
-from dsconvert.onnxfile.presets import Preset
+from dsconvert.onnxfile.presets import INPUT_KEY, Preset, of_text
 from dsconvert.onnxfile.rules import Unfit
 from dsconvert.onnxfile.trial import try_out
 from dsconvert.photos.form import InputForm
@@ -80,7 +80,8 @@ class OtherOutput(InputError):
 def load_candidate(path: Path, side: int | None, device: str = "cpu", preset: Preset | None = None) -> Candidate:
     """Load a model for evaluation at `side` pixels (None: what it was made for, else 640). `device` as
     `workers.named_device`; another than the CPU is for a checkpoint: integers and ONNX Runtime run on the CPU. `preset`
-    is an ONNX file's (None: YOLOv5's input, and outputs whose shapes tell). Raises InputError for the others."""
+    is an ONNX file's (None: what it notes, else YOLOv5's input, and outputs whose shapes tell). Raises InputError for
+    the others."""
     kind = file_kind(path)
     if preset is not None and kind in (CHECKPOINT, MODEL):
         raise InputError.naming("{} knows its own input; {input} and what belongs to it are for ONNX files.", path)
@@ -90,7 +91,7 @@ def load_candidate(path: Path, side: int | None, device: str = "cpu", preset: Pr
         raise InputError.naming(
             "{} runs on the CPU here; leave out {device} {}, or give the float checkpoint.", path, device
         )
-    return _converted(path, side) if kind == MODEL else _onnx(path, side, preset or Preset())
+    return _converted(path, side) if kind == MODEL else _onnx(path, side, preset)
 
 
 def load_candidates(paths: Sequence[Path], side: int | None, preset: Preset | None = None) -> list[Candidate]:
@@ -163,7 +164,7 @@ def _converted(path: Path, side: int | None) -> Candidate:
                      model.head.nc)  # fmt: skip
 
 
-def _onnx(path: Path, side: int | None, preset: Preset) -> Candidate:
+def _onnx(path: Path, side: int | None, preset: Preset | None) -> Candidate:
     if not path.is_file():
         raise InputError(f"There is no ONNX file at {path}.")
     given = parsed(path)
@@ -181,6 +182,8 @@ def _onnx(path: Path, side: int | None, preset: Preset) -> Candidate:
     check_pixels(path, (most, 3, side, side), side if asked else None)
     kind = TYPES.get(entry.type, np.float32)
     meta = running.inner.get_modelmeta().custom_metadata_map
+    if preset is None:
+        preset = of_text(meta[INPUT_KEY], path) if meta.get(INPUT_KEY) else Preset()
     names = class_names(meta.get("names", ""), path)
     makes_masks = preset.decode is None and [len(o.shape) for o in running.inner.get_outputs()] == [3, 4]
     count = sum(w.count for w in weights)
@@ -240,6 +243,9 @@ def _read(
         raise _other_output(path, floats, names)
     try:
         rows = boxes_of(rule, own, (height, width), len(names))
+        if not _has_boxes(rows[None], 1, max(height, width)) or (names and rows.shape[1] != 5 + len(names)):
+            raise Unfit(SHAPES)
+        check_scores(rows)
     except OtherFamily as error:
         ways = " or ".join(f"{{input}} {name}" for name in error.names)
         raise OtherOutput.naming(
@@ -247,8 +253,6 @@ def _read(
         ) from None
     except Unfit as error:
         raise _other_output(path, floats, names, str(error)) from None
-    if not _has_boxes(rows[None], 1, max(height, width)) or (names and rows.shape[1] != 5 + len(names)):
-        raise _other_output(path, floats, names)
     return rows
 
 
@@ -289,7 +293,7 @@ def _other_output(
     given = printable(" and ".join(str(list(o.shape)) for o in found), 60)
     usual = "YOLOv5's output (1, boxes, 5 + classes){}, nor YOLOv8's (1, 4 + classes, boxes), nor (1, boxes, 6)"
     said = f" of the {len(names)} it names" if names else ""
-    if wanted is None or wanted.startswith("(1, boxes"):
+    if wanted in (None, SHAPES):
         wanted = usual.format(said)
     return OtherOutput.naming(
         f"{{}} does not have {wanted}, but {{}}; {{input}} names a family whose outputs are read by eval, detect, "

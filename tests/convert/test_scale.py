@@ -8,12 +8,13 @@ from pathlib import Path
 
 import cv2
 import numpy as np
+import onnx
 import pytest
 import torch
 from test_anyonnx import exported
 from torch import nn
 
-from dsconvert.onnxfile.presets import presets
+from dsconvert.onnxfile.presets import INPUT_KEY, of_text, presets
 from dsconvert.onnxfile.scale import RAW, Response, response, warning
 from dsconvert.onnxfile.source import ImageInput
 from dsconvert.photos.form import PLAIN, InputForm
@@ -105,6 +106,16 @@ def test_following_the_advice_silences_it(photos, tmp_path, call):
     options = said.partition("give ")[2].partition(" (")[0].split()
     assert options == ["--scale", "1"]
     assert json.loads(call(*line, "--out", "b.onnx", *options, cwd=tmp_path).out)["warnings"] == []
+
+
+def test_the_written_file_knows_its_input(photos, tmp_path, call):
+    exported(Detector(*BYTES), tmp_path / "net.onnx")
+    line = ("quantize", "net.onnx", "--calib", photos, "--quiet")
+    assert call(*line, "--out", "a.onnx", "--input", "yolox", cwd=tmp_path).code == 0
+    assert call(*line, "--out", "b.onnx", cwd=tmp_path).code == 0
+    notes = [{p.key: p.value for p in onnx.load(tmp_path / f).metadata_props} for f in ("a.onnx", "b.onnx")]
+    assert of_text(notes[0][INPUT_KEY], tmp_path) == presets()["yolox"]
+    assert INPUT_KEY not in notes[1]
 
 
 def maps(batch: int = 1) -> list[np.ndarray]:

@@ -12,6 +12,7 @@ from dsconvert.onnxfile.decoding import (
     ROWS,
     OtherFamily,
     boxes_of,
+    check_scores,
     classes_of,
     families_like,
     layout_of,
@@ -207,7 +208,9 @@ def test_key_points_are_no_scores():
     faces[0, :, 4] = 0.5
     for out in (pose, faces):
         with pytest.raises(Unfit, match=r"scores in 0\.\.1"):
-            boxes_of(None, [out], SIZE, 0)
+            check_scores(boxes_of(None, [out], SIZE, 0))
+    check_scores(np.array([[9, 9, 9, 9, 1.02, -0.02]], np.float32))  # a quantized file's
+    check_scores(np.zeros((0, 7), np.float32))
 
 
 @pytest.mark.parametrize("rule", RULES)
