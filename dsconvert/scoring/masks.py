@@ -118,10 +118,16 @@ class MaskPredictor:
         return self.run(batch)[0][:, :, : 5 + self.nc]
 
 
+def form_of(predict: object) -> InputForm:
+    """The form of the images that a predictor is given."""
+    form = getattr(predict, "form", PLAIN)
+    return form if isinstance(form, InputForm) else PLAIN
+
+
 def prepared(predict: object, image: Image, side: int) -> tuple[Array, Letterbox]:
     """An RGB image (h, w, 3) as the predictor wants it, in a square of `side` pixels: a batch of one, and where the
     image is in it."""
-    form = getattr(predict, "form", PLAIN)
+    form = form_of(predict)
     placed, box = form.place(image, side, side)
     return form.numbers(placed)[None], box
 
