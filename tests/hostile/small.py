@@ -208,7 +208,7 @@ def later(then: str, limit: float = 0.9) -> bytes:
         s = If (q) <then_branch = then () => (float r) {{ {then} }},
                     else_branch = other () => (float r2) {{ r2 = Constant<value = float {{0.0}}>() }}>
         m = ReduceMin<keepdims = 0>(x) k = Constant<value = int64[3] {{1, 3, 6}}>()
-        v = Constant<value = float {{20.0}}>() e = Expand(v, k) z0 = Constant<value = float {{0.0}}>()
+        v = Constant<value = float {{0.9}}>() e = Expand(v, k) z0 = Constant<value = float {{0.0}}>()
         t = Mul(m, z0) o = Add(e, t) out = Add(o, s)"""
     return detector(body)
 
