@@ -21,6 +21,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
+import onnx.version_converter
 import onnxruntime as ort
 import torch
 from bootstrap import bootstrap, image_draws
@@ -103,7 +105,7 @@ def ours(source: Path, target: Path, data: Path, preset: Preset, **how: Any) -> 
 
 
 def for_peers(source: Path, work: Path) -> Path:
-    """The file as the other tools can take it: stored tensors are no inputs, and scales by channel are known (opset 13)."""
+    """The file as other tools can take it: stored tensors are no inputs, and opset 13 knows scales by channel."""
     target = work / f"{source.stem}-13.onnx"
     model = onnx.load(source)
     stored = {t.name for t in model.graph.initializer}

@@ -23,8 +23,8 @@ def convert_onnx(job: Job, options: dict[str, Any]) -> Done:
     preset = chosen_input(options) or Preset()
     plan = OnnxPlan(
         options["bits"], options["block_size"], options["layout"], options["imgsz"] if given("imgsz") else None,
-        options["samples"], preset.form, options["seed"], options["split"], options["strict"], options["activations"],
-        options["target_bytes"], options["finetune_steps"], options["finetune_time"],
+        options["samples"], preset.form, preset.decode, options["seed"], options["split"], options["strict"],
+        options["activations"], options["target_bytes"], options["finetune_steps"], options["finetune_time"],
     )  # fmt: skip
     name, single = f"{job.source.stem}-{plan.layout}.onnx", job.out is not None and job.out.suffix == ".onnx"
     target = None if job.out is None else job.out if single else job.out / name

@@ -29,6 +29,7 @@ from dsconvert.onnxfile.engines import session
 from dsconvert.onnxfile.images import as_input, batches, pictures
 from dsconvert.onnxfile.layers import Layer, find_layers
 from dsconvert.onnxfile.lower import NotLowered
+from dsconvert.onnxfile.presets import INPUT_KEY, Preset, as_text
 from dsconvert.onnxfile.scale import warning
 from dsconvert.onnxfile.source import Array, Source, opset_of, read_source
 from dsconvert.photos.dataset import calibration_images
@@ -57,6 +58,7 @@ class OnnxPlan:
     imgsz: SizeLike | None = None  # of the images for a file that leaves it open, pixels; None: 640
     samples: int = 256  # most calibration images used
     form: InputForm = PLAIN  # of the input that the file wants
+    decode: str | None = None  # the rule that makes boxes of its outputs, see `onnxfile.rules`; None: their shapes tell
     seed: int = 0  # of every random choice
     split: str | None = None  # which images of a data.yaml; None: train, else val
     strict: bool = False  # lists of which a part cannot be used are refused
@@ -137,7 +139,7 @@ def quantize_onnx(
     report("images", len(images), len(images))
     running = session(given.model.SerializeToString(), threads, str(path))
     said = [
-        warning(lambda x: running.run(None, {given.image.name: x}), images, given.image, plan.form),
+        warning(lambda x: running.run(None, {given.image.name: x}), images, given.image, plan.form, plan.decode),
         warning_of(image.transpose(2, 0, 1) for image in images),
     ]
     for sentence in filter(None, said):
@@ -158,6 +160,7 @@ def quantize_onnx(
         else:
             judges = pictures(paths.judges, given.image, plan.form)[0] if paths.judges else []
             converted = quantize_lowered(facts, low, images, judges, plan.form, plan.wish, report)
+            _note_input(converted.model, plan)
             return replace(converted, skipped=tuple(skipped), warnings=tuple(filter(None, said)))
     return _weights_alone(path, given, images, skipped, said, probe, plan, report)
 
@@ -183,7 +186,15 @@ def _weights_alone(
         tuple(filter(None, said)),
     )  # fmt: skip
     _check(made, probe)
+    _note_input(made.model, plan)
     return made
+
+
+def _note_input(model: onnx.ModelProto, plan: OnnxPlan) -> None:
+    """Say in the file which input it wants, so that eval, detect and compare know it."""
+    preset = Preset(plan.form, plan.decode)
+    if preset != Preset():
+        model.metadata_props.add(key=INPUT_KEY, value=as_text(preset))
 
 
 def _bits(layers: list[Layer], bits: int, source: Source) -> dict[int, int]:

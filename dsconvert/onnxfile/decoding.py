@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from importlib import resources
 from typing import Any
@@ -11,10 +11,12 @@ import numpy as np
 
 from dsconvert.base.size import Size
 from dsconvert.base.smallyaml import load_plain
-from dsconvert.onnxfile.rules import RULES, Array, Unfit, has_cells, pyramid
+from dsconvert.onnxfile.rules import RULES, Array, Unfit, has_cells
 
 ROWS, COLUMNS, ENDS = "rows", "columns", "ends"
+SHAPES = "(1, boxes, 5 + classes), (1, 4 + classes, boxes) or (1, boxes, 6)"  # that tell by themselves
 USUAL_CLASSES = 80  # COCO's: what most published detectors find
+SLACK = 0.1  # that a quantized file's scores may lie outside 0..1
 NEGATIVE = 0.01  # share of boxes whose sides may be below 0 by a rounding
 
 
@@ -25,21 +27,75 @@ def usual_names() -> tuple[str, ...]:
     return tuple(load_plain(text))
 
 
+class OtherFamily(Unfit):
+    """Outputs whose shapes do not tell what they are, of networks of the presets `names`."""
+
+    def __init__(self, names: tuple[str, ...]) -> None:
+        super().__init__("outputs whose shapes tell what they are")
+        self.names = names
+
+
 def boxes_of(rule: str | None, outputs: Sequence[Array], size: Size, named: int) -> Array:
     """The outputs for one image of that size -> (boxes, 5 + classes), see `rules`; `named`: the number of classes that
     the file names, 0 where it names none. Raises Unfit."""
     if rule is not None:
         return RULES[rule](outputs, size)
-    layout = layout_of(outputs[0].shape, size, named)
+    if names := families_like(outputs, size):
+        raise OtherFamily(names)
+    return _by_shape(outputs[0], size, named)
+
+
+def check_scores(rows: Array) -> None:
+    """Raises Unfit for rows whose scores are none: key points and angles may stand where classes do."""
+    if rows.size and (rows[:, 4:].max() > 1 + SLACK or rows[:, 4:].min() < -SLACK):
+        raise Unfit("scores in 0..1 behind the numbers of a box (key points and angles are not read)")
+
+
+def families_like(outputs: Sequence[Array], size: Size) -> tuple[str, ...]:
+    """Names of the presets whose networks give such outputs for one image; empty where shapes tell, as YOLOv5's do."""
+    for rule, (names, looks) in _LIKE.items():
+        try:
+            if len(RULES[rule](outputs, size)) and looks(outputs):
+                return names
+        except Unfit:
+            continue
+    return ()
+
+
+def _has_negative_sides(outputs: Sequence[Array]) -> bool:
+    return bool((outputs[0][..., 2:4] < 0).mean() > NEGATIVE)
+
+
+def _is_within_one(outputs: Sequence[Array]) -> bool:
+    return bool(outputs[0][..., :4].max() <= 1 and outputs[0].min() >= 0)
+
+
+def _has_shares(outputs: Sequence[Array]) -> bool:
+    """Whether the classes of a map's cells are shares of one."""
+    return len(outputs) == 1 and bool(np.allclose(outputs[0][0, 5:].sum(0), 1, atol=0.05))
+
+
+# What outputs that fit a rule must look like besides, where YOLOv5's or others' might fit it too.
+_LIKE: Mapping[str, tuple[tuple[str, ...], Callable[[Sequence[Array]], bool]]] = {
+    "yolox": (("yolox",), _has_negative_sides),
+    "v5lite": (("v5lite",), _is_within_one),
+    "distances": (("nanodet", "picodet"), lambda outputs: True),
+    "fastestdet": (("fastestdet",), _has_shares),
+    "dfl": (("yolov8-heads", "yolov8-face"), lambda outputs: True),
+}
+
+
+def _by_shape(output: Array, size: Size, named: int) -> Array:
+    layout = layout_of(output.shape, size, named)
+    if output.ndim == 3 and len(output) != 1:
+        layout = None
     if layout == COLUMNS:
-        return _of_columns(outputs[0][0])
-    if layout == ENDS and _ends_in_classes(found := outputs[0].reshape(-1, 6)):
+        return _of_columns(output[0])
+    if layout == ENDS and _ends_in_classes(found := output.reshape(-1, 6)):
         return _of_ends(found, named or USUAL_CLASSES)
     if layout is None:
-        raise Unfit("(1, boxes, 5 + classes), (1, 4 + classes, boxes) or (1, boxes, 6)")
-    rows = outputs[0][0] if outputs[0].ndim == 3 else outputs[0]
-    _refuse_raw(rows, size)
-    return rows
+        raise Unfit(SHAPES)
+    return output[0] if output.ndim == 3 else output
 
 
 def layout_of(shape: Sequence[Any], size: Size, named: int) -> str | None:
@@ -97,12 +153,3 @@ def _of_ends(found: Array, nc: int) -> Array:
     rows[:, :2], rows[:, 2:4], rows[:, 4] = (low + high) / 2, high - low, 1
     rows[np.arange(len(rows)), 5 + kinds[real]] = found[real, 4]
     return rows
-
-
-def _refuse_raw(rows: Array, size: Size) -> None:
-    """Raises Unfit for rows of YOLOv5's form that are not its boxes: YOLOX's have sides below 0, and those of
-    YOLOv5-Lite are all below 1."""
-    if pyramid(len(rows), size, 1) and (rows[:, 2:4] < 0).mean() > NEGATIVE:
-        raise Unfit("boxes with sides above 0, and these look as YOLOX gives them: give {input} yolox")
-    if pyramid(len(rows), size, 3) and rows[:, :4].min() >= 0 and rows[:, :4].max() <= 1:
-        raise Unfit("boxes in pixels, and these look as YOLOv5-Lite gives them: give {input} v5lite")

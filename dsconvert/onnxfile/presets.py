@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -16,6 +17,8 @@ from dsconvert.photos.form import PLAIN, InputForm
 
 FILE = "inputs.yaml"
 WHAT = "file of inputs"
+INPUT_KEY = "dsconvert.input"  # of an ONNX file's metadata
+MOST_TEXT = 1000  # characters there
 CHANNELS = ("rgb", "bgr")
 
 
@@ -59,6 +62,24 @@ def named_preset(given: str) -> Preset:
         raise InputError.naming("{} has no entry {!r}; it has {}.", path, name[:40], ", ".join(names[:10]) or "none")
     chosen = name or names[0]
     return _preset(entries[chosen], f"{path}, {chosen}")
+
+
+def as_text(preset: Preset) -> str:
+    """What an ONNX file notes of its input under INPUT_KEY, for `of_text`."""
+    form = preset.form
+    said = {"channels": CHANNELS[form.bgr], "scale": form.scale, "mean": list(form.mean), "std": list(form.std),
+            "fit": form.fit, "pad": form.pad, "decode": preset.decode}  # fmt: skip
+    return json.dumps(said)
+
+
+def of_text(text: str, path: Path) -> Preset:
+    """The preset that an ONNX file notes. Raises InputError where it notes something else."""
+    try:
+        if len(text) > MOST_TEXT:
+            raise ValueError
+        return _preset(load_plain(text), str(path))
+    except Exception:  # PyYAML raises many kinds
+        raise InputError.naming("The metadata of {} says nothing readable of its input; give {input}.", path) from None
 
 
 def _file_and_name(given: str) -> tuple[Path | None, str | None]:

@@ -60,6 +60,8 @@ def distances(outputs: Sequence[Array], size: Size) -> Array:
     """NanoDet and PicoDet: for every stride a map of class scores (cells, classes) and a map of distances to the four
     sides (cells, 4 bins), in whatever order; the expected bin is the distance in strides."""
     expects = "a map of scores and a map of distances to the four sides for every stride"
+    if len(outputs) % 2:
+        raise Unfit(expects)
     maps = [_rows(output) for output in outputs]
     scores = {len(m): m for m in maps if _are_scores(m)}
     sides = {len(m): m for m in maps if m.shape[1] % 4 == 0 and not _are_scores(m)}
@@ -93,11 +95,14 @@ def fastestdet(outputs: Sequence[Array], size: Size) -> Array:
 
 
 def v5lite(outputs: Sequence[Array], size: Size) -> Array:
-    """YOLOv5-Lite, whose file ends with the sigmoid: by stride, then anchor, then cell; YOLOv5's boxes and anchors."""
+    """YOLOv5-Lite, whose file ends with the sigmoid: by stride, then anchor, then cell; YOLOv5's boxes and anchors. A
+    file that was exported with its decoding has pixels there already."""
     rows, strides = _rows(outputs[0]), (8, 16, 32)
     counts = [len(cells(size, s)) for s in strides]
     if rows.shape[1] < 6 or len(rows) != 3 * sum(counts):
         raise Unfit("one output (1, boxes, 5 + classes), with three boxes for every cell of strides 8, 16 and 32")
+    if rows[:, :4].max() > 1:
+        return rows
     levels, at = [], 0
     for stride, anchors, count in zip(strides, ANCHORS, counts, strict=True):
         level = rows[at : at + 3 * count].reshape(3, count, -1)
@@ -120,6 +125,8 @@ def faces(outputs: Sequence[Array], size: Size) -> Array:
 
 def _heads(outputs: Sequence[Array], size: Size, nc: int | None) -> Array:
     expects = f"a map (1, {4 * BINS} + classes, rows, columns) for every stride"
+    if not outputs:
+        raise Unfit(expects)
     levels = []
     for found in sorted(outputs, key=lambda o: -o.size):
         stride = next((s for s in STRIDES if grid(size, s) == found.shape[2:]), None)

@@ -9,9 +9,12 @@ from typing import Any
 
 import numpy as np
 
+from dsconvert.base.size import Size
 from dsconvert.base.text import Sentence
+from dsconvert.onnxfile.decoding import boxes_of, families_like
 from dsconvert.onnxfile.images import as_input
 from dsconvert.onnxfile.presets import presets
+from dsconvert.onnxfile.rules import Unfit
 from dsconvert.onnxfile.source import Array, ImageInput
 from dsconvert.photos.form import PLAIN, InputForm
 from dsconvert.photos.images import Image
@@ -52,20 +55,22 @@ class Response:
 
 
 def warning(
-    run: Callable[[Array], list[Any]], images: Sequence[Image], wanted: ImageInput, form: InputForm
-) -> str | None:
+    run: Callable[[Array], list[Any]], images: Sequence[Image], wanted: ImageInput, form: InputForm,
+    decode: str | None = None,
+) -> str | None:  # fmt: skip
     """A sentence where the file's outputs look empty, saturated or constant, with another scale on which they do not.
 
-    `run` gives the outputs for a batch; it may raise anything. The images are placed as the form says."""
+    `run` gives the outputs for a batch; it may raise anything. The images are placed as the form says. `decode` is the
+    rule that makes boxes of the outputs (None: what they are is seen by their numbers)."""
     some = images[:: max(1, len(images) // MOST_IMAGES)][:MOST_IMAGES]
-    given = _response(run, some, wanted, form)
+    given = _response(run, some, wanted, form, decode)
     if given is None or given.fault is None:
-        return None
+        return None if given is None or decode is not None else _family(run, some[0], wanted, form)
     count = f"{len(some)} calibration image{'s' if len(some) > 1 else ''}"
     begun = f"On {count} the float network {given.fault}"
     for numbers, how in _OTHERS if wanted.type is not np.uint8 else ():
         other = replace(numbers, bgr=form.bgr, fit=form.fit, pad=form.pad)
-        found = None if _alike(other, form) else _response(run, some, wanted, other)
+        found = None if _alike(other, form) else _response(run, some, wanted, other, decode)
         if found is not None and found.fault is None and _better(found, given):
             shows = f"its best score is {found.best:.2f}" if found.best is not None else "they differ"
             return Sentence(f"{begun}; fed {how}, {shows}: {_way(form, other)}, if the network was trained so.")
@@ -73,14 +78,35 @@ def warning(
     return Sentence(f"{begun}; check that the images are like those it was trained on{scale}.")
 
 
+def _family(run: Callable[[Array], list[Any]], image: Image, wanted: ImageInput, form: InputForm) -> str | None:
+    """A sentence where the outputs are those of a family that wants another input than YOLOv5's, which is given: scores
+    alone do not tell, as they only fall."""
+    if form != PLAIN:
+        return None
+    try:
+        outputs = [
+            np.asarray(o)[:1] if wanted.batch > 1 else o for o in run(as_input([image] * wanted.batch, wanted, form))
+        ]
+        names = families_like(outputs, Size(wanted.height, wanted.width))
+    except Exception:  # as `_response`
+        return None
+    if not names or any(presets()[name].form == PLAIN for name in names):
+        return None
+    ways = " or ".join(f"{{input}} {name}" for name in names)
+    return Sentence(
+        f"Its outputs are like those of a family whose input is another than YOLOv5's: give {ways}, if it is one."
+    )
+
+
 def _way(given: InputForm, other: InputForm) -> str:
-    """Options that lead from one form to another, and names that lead there too."""
+    """Options that lead from one form to another, and a name that leads there too."""
     parts = [f"{{scale}} {other.scale}"] if other.scale != given.scale else []
     if other.is_normalised or given.is_normalised:
         mean, std = (",".join(f"{v:g}" for v in values) for values in (other.mean, other.std))
         parts += [f"{{mean}} {mean} {{std}} {std} {{fit}} {other.fit}"]
     alike = [name for name, preset in presets().items() if _alike(replace(other, bgr=preset.form.bgr), preset.form)]
-    return f"give {' '.join(parts)} (or {{input}} {' or '.join((alike[:1] + alike[-1:])[: len(alike)])})"
+    best = next((name for name in alike if presets()[name].form.fit == other.fit), alike[0])
+    return f"give {' '.join(parts)} (or {{input}} {best})"
 
 
 def _shown(form: InputForm) -> str:
@@ -106,13 +132,29 @@ def _better(found: Response, given: Response) -> bool:
 
 
 def _response(
-    run: Callable[[Array], list[Any]], images: Sequence[Image], wanted: ImageInput, form: InputForm
-) -> Response | None:
+    run: Callable[[Array], list[Any]], images: Sequence[Image], wanted: ImageInput, form: InputForm,
+    decode: str | None,
+) -> Response | None:  # fmt: skip
     try:
         made = [run(as_input([image] * wanted.batch, wanted, form)) for image in images]
+        if decode is not None and (found := _of_boxes(made, wanted, decode)) is not None:
+            return found
     except Exception:  # a file that cannot run is refused elsewhere, and a scale that does not fit it is no advice
         return None
     return response(made, len({image.tobytes() for image in images}) == len(images) > 1)
+
+
+def _of_boxes(made: Sequence[Sequence[Array]], wanted: ImageInput, decode: str) -> Response | None:
+    """From the boxes that a rule makes of every image's outputs; None where it does not fit them."""
+    if not all(np.isfinite(o).all() for outputs in made for o in outputs):
+        return None
+    single = [[o[:1] if wanted.batch > 1 else o for o in outputs] for outputs in made]
+    try:
+        rows = [boxes_of(decode, outputs, Size(wanted.height, wanted.width), 0) for outputs in single]
+    except Unfit:
+        return None
+    best = [float((r[:, 4:5] * r[:, 5:]).max(initial=0)) for r in rows]
+    return Response(max(best), min(best), None, True)
 
 
 def response(made: Sequence[Sequence[Any]], distinct: bool) -> Response:

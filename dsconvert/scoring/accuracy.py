@@ -17,7 +17,7 @@ from dsconvert.onnxfile.bounds import made_of
 from dsconvert.photos.images import none_readable, read_image
 from dsconvert.photos.labels import Labelled, LabelRules, in_pixels, read_labelled
 from dsconvert.scoring.coco import COCO_MOST, Metrics, coco_metrics
-from dsconvert.scoring.masks import Encoded, MaskPredictor, look, mask_f1, mask_precision, outlines, prepared
+from dsconvert.scoring.masks import Encoded, MaskPredictor, form_of, look, mask_f1, mask_precision, outlines, prepared
 from dsconvert.yolo.boxes import LEAST, MOST, inside, suppressed, to_image
 
 # A predictor takes a float batch (1, 3, h, w) as `masks.prepared` makes it, 0..1 where it has no form of its own, and
@@ -122,6 +122,7 @@ def detect_all(
     masks: list[list[list[Encoded]] | None] = [[] if outlined and m else None for m in masked]
     contours: list[list[Encoded]] = []
     read: list[Path] = []
+    forms = {form_of(predict): predict for predict in predictors}
     part = workers.share(len(paths))
     mine, truth = paths[part], labels.labels[part] if labels else ()
     for index, path in enumerate(mine):
@@ -133,7 +134,8 @@ def detect_all(
         h, w = image.shape[:2]
         read.append(path)
         shapes.append((h, w))
-        given = [prepared(predict, image, size) for predict in predictors]
+        ready = {form: prepared(predict, image, size) for form, predict in forms.items()}
+        given = [ready[form_of(predict)] for predict in predictors]
         looked = [look(predict, batch) for predict, (batch, _) in zip(predictors, given, strict=True)]
         if any(p.shape[1] != nc + 5 for p, _ in looked):
             raise InputError(f"A model finds other classes than the {nc} it is measured on.")

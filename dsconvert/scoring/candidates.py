@@ -23,12 +23,12 @@ from dsconvert.export.weights.layouts import PACKED, REAL
 from dsconvert.graph.ir import ConvParams
 from dsconvert.model.file import load_model
 from dsconvert.onnxfile.bounds import Bounds
-from dsconvert.onnxfile.decoding import boxes_of, classes_of, usual_names
+from dsconvert.onnxfile.decoding import SHAPES, OtherFamily, boxes_of, check_scores, classes_of, usual_names
 from dsconvert.onnxfile.engines import TYPES, Session, as_input, check_image_input, check_pixels, load_file, session
 from dsconvert.onnxfile.external import parsed
 from dsconvert.onnxfile.images import refuse_scaled_bytes
 from dsconvert.onnxfile.inspect import conv_weights
-from dsconvert.onnxfile.presets import Preset
+from dsconvert.onnxfile.presets import INPUT_KEY, Preset, of_text
 from dsconvert.onnxfile.rules import Unfit
 from dsconvert.onnxfile.trial import try_out
 from dsconvert.photos.form import InputForm
@@ -83,7 +83,8 @@ def load_candidate(
 ) -> Candidate:  # fmt: skip
     """Load a model for evaluation at `imgsz` pixels (None: what it was made for, else 640). `device` as
     `workers.named_device`; another than the CPU is for a checkpoint: integers and ONNX Runtime run on the CPU. `preset`
-    is an ONNX file's (None: YOLOv5's input, and outputs whose shapes tell). Raises InputError for the others."""
+    is an ONNX file's (None: what it notes, else YOLOv5's input, and outputs whose shapes tell). Raises InputError for
+    the others."""
     kind, asked = file_kind(path), Size.perhaps(imgsz)
     if preset is not None and kind in (CHECKPOINT, MODEL):
         raise InputError.naming("{} knows its own input; {input} and what belongs to it are for ONNX files.", path)
@@ -93,7 +94,7 @@ def load_candidate(
         raise InputError.naming(
             "{} runs on the CPU here; leave out {device} {}, or give the float checkpoint.", path, device
         )
-    return _converted(path, asked) if kind == MODEL else _onnx(path, asked, preset or Preset())
+    return _converted(path, asked) if kind == MODEL else _onnx(path, asked, preset)
 
 
 def load_candidates(paths: Sequence[Path], imgsz: SizeLike | None, preset: Preset | None = None) -> list[Candidate]:
@@ -167,7 +168,7 @@ def _converted(path: Path, asked: Size | None) -> Candidate:
                      model.head.nc)  # fmt: skip
 
 
-def _onnx(path: Path, asked: Size | None, preset: Preset) -> Candidate:
+def _onnx(path: Path, asked: Size | None, preset: Preset | None) -> Candidate:
     if not path.is_file():
         raise InputError(f"There is no ONNX file at {path}.")
     given = parsed(path)
@@ -185,6 +186,8 @@ def _onnx(path: Path, asked: Size | None, preset: Preset) -> Candidate:
     check_pixels(path, (most, *imgsz.image), asked)
     kind = TYPES.get(entry.type, np.float32)
     meta = running.inner.get_modelmeta().custom_metadata_map
+    if preset is None:
+        preset = of_text(meta[INPUT_KEY], path) if meta.get(INPUT_KEY) else Preset()
     names = class_names(meta.get("names", ""), path)
     makes_masks = preset.decode is None and [len(o.shape) for o in running.inner.get_outputs()] == [3, 4]
     count = sum(w.count for w in weights)
@@ -236,6 +239,8 @@ def _read(
 ) -> NDArray[np.float32]:
     """The boxes of the one image of a batch, (boxes, 5 + classes); outputs may be of as many copies of it."""
     floats = [_floats(path, o) for o in (found if rule else found[:1])]
+    if rule is None:  # what stands behind may tell what the first is
+        floats += [o for o in found[1:] if isinstance(o, np.ndarray) and o.dtype.kind == "f" and len(o.shape) > 1]
     if images > 1 and any(len(o) != images for o in floats if o.ndim):
         raise _other_output(path, floats, names)
     own = [o[:1] for o in floats] if images > 1 else floats
@@ -244,10 +249,16 @@ def _read(
         raise _other_output(path, floats, names)
     try:
         rows = boxes_of(rule, own, size, len(names))
+        if not _has_boxes(rows[None], 1, size) or (names and rows.shape[1] != 5 + len(names)):
+            raise Unfit(SHAPES)
+        check_scores(rows)
+    except OtherFamily as error:
+        ways = " or ".join(f"{{input}} {name}" for name in error.names)
+        raise OtherOutput.naming(
+            f"{{}} has outputs as networks of other families than YOLOv5's have them: give {ways}.", path
+        ) from None
     except Unfit as error:
         raise _other_output(path, floats, names, str(error)) from None
-    if not _has_boxes(rows[None], 1, size) or (names and rows.shape[1] != 5 + len(names)):
-        raise _other_output(path, floats, names)
     return rows
 
 
@@ -286,9 +297,7 @@ def _other_output(
     given = printable(" and ".join(str(list(o.shape)) for o in found), 60)
     usual = "YOLOv5's output (1, boxes, 5 + classes){}, nor YOLOv8's (1, 4 + classes, boxes), nor (1, boxes, 6)"
     said = f" of the {len(names)} it names" if names else ""
-    if wanted is not None and "{input}" in wanted:
-        return OtherOutput.naming(f"{{}} does not have {wanted}.", path)
-    if wanted is None or wanted.startswith("(1, boxes"):
+    if wanted in (None, SHAPES):
         wanted = usual.format(said)
     return OtherOutput.naming(
         f"{{}} does not have {wanted}, but {{}}; {{input}} names a family whose outputs are read by eval, detect, "

@@ -119,10 +119,16 @@ class MaskPredictor:
         return self.run(batch)[0][:, :, : 5 + self.nc]
 
 
+def form_of(predict: object) -> InputForm:
+    """The form of the images that a predictor is given."""
+    form = getattr(predict, "form", PLAIN)
+    return form if isinstance(form, InputForm) else PLAIN
+
+
 def prepared(predict: object, image: Image, imgsz: SizeLike) -> tuple[Array, Letterbox]:
     """An RGB image (h, w, 3) as the predictor wants it, `imgsz` pixels large: a batch of one, and where the image is
     in it."""
-    form = getattr(predict, "form", PLAIN)
+    form = form_of(predict)
     placed, box = form.place(image, *Size.of(imgsz).pair)
     return form.numbers(placed)[None], box
 

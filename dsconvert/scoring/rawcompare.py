@@ -14,6 +14,9 @@ from dsconvert.photos.images import Image
 from dsconvert.scoring.candidates import Candidate
 from dsconvert.scoring.masks import prepared
 
+MOST_NUMBERS = 1 << 25  # of all outputs for an image
+CHUNK = 1 << 20  # numbers that are looked at together
+
 
 @dataclass(frozen=True)
 class OutputDifference:
@@ -35,11 +38,12 @@ class _Sums:
     apart: float = 0.0
 
     def add(self, a: NDArray[Any], b: NDArray[Any]) -> None:
-        one, other = (v.ravel().astype(np.float64) for v in (a, b))
-        self.first += float(one @ one)
-        self.second += float(other @ other)
-        self.both += float(one @ other)
-        self.apart += float((one - other) @ (one - other))
+        for start in range(0, a.size, CHUNK):
+            one, other = (v.ravel()[start : start + CHUNK].astype(np.float64) for v in (a, b))
+            self.first += float(one @ one)
+            self.second += float(other @ other)
+            self.both += float(one @ other)
+            self.apart += float((one - other) @ (one - other))
 
     def difference(self) -> OutputDifference:
         lengths = (self.first * self.second) ** 0.5
@@ -80,4 +84,6 @@ def _run(candidate: Candidate, image: Image) -> list[NDArray[Any]]:
     found = outputs(prepared(candidate.predict, image, candidate.imgsz)[0])
     if not found or any(not isinstance(o, np.ndarray) or o.dtype.kind not in "fiub" for o in found):
         raise InputError(f"{candidate.path} has outputs that are no arrays of numbers; they cannot be compared.")
+    if (count := sum(o.size for o in found)) > MOST_NUMBERS:
+        raise InputError(f"{candidate.path} has outputs of {count} numbers; {MOST_NUMBERS} are compared at most.")
     return found

@@ -24,7 +24,8 @@ _ULTRALYTICS = (
     (r"ultralytics\.nn\.modules\.head\.(RTDETRDecoder)", "RT-DETR"),
     (r"ultralytics\.nn\.modules\.head\.(WorldDetect|YOLOEDetect|YOLOESegment)", "YOLO-World or YOLOE"),
     (r"ultralytics\.nn\.modules\.block\.(A2C2f)", "YOLO12"),
-    (r"ultralytics\.nn\.modules\.block\.(C3k2|C2PSA)", "YOLO11"),
+    (r"ultralytics\.nn\.modules\.head\.[A-Za-z]+26$", "YOLO26"),
+    (r"ultralytics\.nn\.modules\.block\.(C3k2|C2PSA)", "YOLO11 or YOLO26"),
     (r"ultralytics\.nn\.modules\.block\.(RepNCSPELAN4|ADown|ELAN1|AConv)", "YOLOv9"),
     (r"ultralytics\.nn\.modules\.block\.(C2f|C2)", "YOLOv8"),
     (r"ultralytics\.nn\.modules\.block\.C3", "yolov5u or YOLOv3u"),
@@ -62,6 +63,7 @@ _FAMILIES = (
     (r"yolov6\.", "a YOLOv6 checkpoint"),
     (r"gold_yolo\.", "a Gold-YOLO checkpoint"),
     (r"yolox\.", "a YOLOX checkpoint"),
+    (r"nanodet\.", "a NanoDet checkpoint"),
     (r"damo\.", "a DAMO-YOLO checkpoint"),
     (r"super_gradients\.", "a checkpoint of SuperGradients (YOLO-NAS)"),
     (r"lib\.models\.", "a YOLOP or HybridNets checkpoint"),
@@ -75,6 +77,24 @@ _FAMILIES = (
     (r"pytorch_lightning\.|lightning\.", "a checkpoint of PyTorch Lightning"),
     (r"fastai\.", "a checkpoint of fastai"),
 )  # fmt: skip
+
+# Tensors of a state dict by name: what some families hand out in the place of a network.
+_STATE_DICTS = (
+    (r"(module\.)?(backbone\.backbone\.(stem|dark\d)\.|head\.(cls|reg|obj)_preds\.)", "a YOLOX network"),
+    (r"(module\.|model\.|avg_model\.)*head\.gfl_cls\.", "a NanoDet network"),
+    (r"(module\.)?detect_head\.(obj|reg|cls)_layers\.", "a FastestDet network"),
+    (r"(module\.)?backbone\.ERBlock_\d", "a YOLOv6 network"),
+    (r"(module\.)?(module_list|models)\.\d+\.", "a Darknet network (YOLOv3, YOLOv4)"),
+    (
+        r"(module\.|model\.)*\d+\.cv[23]\.\d+\.\d+\.(conv\.)?weight",
+        "a network of the ultralytics package (YOLOv8 or later)",
+    ),
+)
+# Families whose networks want another input than YOLOv5's, or have other outputs, and the name that --input has for it.
+_INPUTS = {
+    "a YOLOv5-Lite checkpoint": "v5lite", "a YOLOX checkpoint": "yolox", "a YOLOX network": "yolox",
+    "a NanoDet checkpoint": "nanodet", "a NanoDet network": "nanodet", "a FastestDet network": "fastestdet",
+}  # fmt: skip
 
 # Data that programs leave beside a network, and torch's own objects: not known here, and no attack either.
 _PLAIN = re.compile(
@@ -112,7 +132,7 @@ def refuse_names(asked: Sequence[str], unknown: Sequence[str], path: Path) -> No
         )
     if family := _first(_FAMILIES, unknown):
         some = next(name for name in unknown if any(re.match(p, name) for p, f in _FAMILIES if f == family))
-        raise InputError(f"{path} is {family}, by {some[:80]}; {READS}; {WAY}.")
+        raise InputError(f"{path} is {family}, by {some[:80]}; {READS}; {_way(family)}.")
     for name in unknown:
         if layer := _OWN_LAYER.fullmatch(name):
             raise InputError(
@@ -133,6 +153,20 @@ def refuse_names(asked: Sequence[str], unknown: Sequence[str], path: Path) -> No
             f"{path} holds an object of another program ({name[:80]}), which dsconvert does not know, so nothing was "
             f"loaded; save the network alone with torch.save({{'model': model}}, 'best.pt'), or {WAY}."
         )
+
+
+def refuse_state_dict(names: Sequence[str], path: Path) -> None:
+    """Raises InputError that says whose network the weights in a file belong to, by the tensors' names. Does nothing
+    where they are no family's."""
+    if family := _first(_STATE_DICTS, names):
+        raise InputError(
+            f"{path} holds the weights of {family}, a state dict without the network itself; {READS}; {_way(family)}."
+        )
+
+
+def _way(family: str) -> str:
+    """The way that a family's network can go."""
+    return f"{WAY} --input {_INPUTS[family]}" if family in _INPUTS else WAY
 
 
 def usual_name(name: str) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 
 from dsconvert.base.errors import InputError, printable, shown
 from dsconvert.yolo.archive import PARAMETER, TENSOR, WRAPPERS, Record
-from dsconvert.yolo.families import WAY
+from dsconvert.yolo.families import WAY, refuse_state_dict
 
 MAX_MODULES, MAX_DEPTH = 10000, 12  # a yolov5x6 has about 1200 modules, 6 deep
 MAX_NAME = 200
@@ -29,7 +29,9 @@ def model_record(content: Any, path: Path) -> Record:
         record = _unwrapped(content.get(key))
         if record is not None and record.kind.startswith("models.yolo."):
             return record
-    if any(map(_is_state_dict, [content, *content.values()])):
+    weights = [value for value in (content, *content.values()) if _is_state_dict(value)]
+    if weights:
+        refuse_state_dict([name for value in weights for name in value if isinstance(name, str)], path)
         raise InputError(
             f"{path} holds a plain state dict: weights, without the network that they belong to; {TAKE}, or load them "
             "into their network and save torch.save({'model': model}, 'best.pt')."

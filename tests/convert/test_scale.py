@@ -8,11 +8,13 @@ from pathlib import Path
 
 import cv2
 import numpy as np
+import onnx
 import pytest
 import torch
 from test_anyonnx import exported
 from torch import nn
 
+from dsconvert.onnxfile.presets import INPUT_KEY, of_text, presets
 from dsconvert.onnxfile.scale import RAW, Response, response, warning
 from dsconvert.onnxfile.source import ImageInput
 from dsconvert.photos.form import PLAIN, InputForm
@@ -71,7 +73,7 @@ CASES = {
     "bytes wanted, its name given": (lambda: Detector(*BYTES), ["--input", "yolox"], None),
     "bytes wanted, the old way": (lambda: Detector(*BYTES), ["--mean", "0", "--std", "0.003921569"], None),
     "0..1 wanted, bytes given": (lambda: Detector(*UNIT), ["--input", "yolox"],
-                                 "saturated; fed as 0..1.*give --scale 255 .or --input yolov5 or yolov8-face."),
+                                 "saturated; fed as 0..1.*give --scale 255 .or --input yolov5."),
     "0..1 wanted, means given": (lambda: Detector(*UNIT), ["--mean", "3"],
                                  "nothing.*fed as 0..1.*give --mean 0 --std 1 --fit crop .or --input"),
     "nothing there": (lambda: Detector(1e-5, -6.0), [], "nothing above 0.25.*check that the images"),
@@ -104,6 +106,46 @@ def test_following_the_advice_silences_it(photos, tmp_path, call):
     options = said.partition("give ")[2].partition(" (")[0].split()
     assert options == ["--scale", "1"]
     assert json.loads(call(*line, "--out", "b.onnx", *options, cwd=tmp_path).out)["warnings"] == []
+
+
+def test_the_written_file_knows_its_input(photos, tmp_path, call):
+    exported(Detector(*BYTES), tmp_path / "net.onnx")
+    line = ("quantize", "net.onnx", "--calib", photos, "--quiet")
+    assert call(*line, "--out", "a.onnx", "--input", "yolox", cwd=tmp_path).code == 0
+    assert call(*line, "--out", "b.onnx", cwd=tmp_path).code == 0
+    notes = [{p.key: p.value for p in onnx.load(tmp_path / f).metadata_props} for f in ("a.onnx", "b.onnx")]
+    assert of_text(notes[0][INPUT_KEY], tmp_path) == presets()["yolox"]
+    assert INPUT_KEY not in notes[1]
+
+
+def maps(batch: int = 1) -> list[np.ndarray]:
+    """NanoDet's or PicoDet's outputs for an image of 64 pixels: class maps and distance maps of three strides."""
+    rng = np.random.default_rng(0)
+    return [np.tile(rng.random((1, n, 5)), (batch, 1, 1)) for n in (64, 16, 4)] + [
+        np.tile(8 * rng.normal(size=(1, n, 32)), (batch, 1, 1)) for n in (64, 16, 4)
+    ]
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_outputs_of_a_family_with_another_input_are_noticed(batch):
+    wanted, noise = ImageInput("x", np.float32, batch, 3, 64, 64), np.random.default_rng(0)
+    pictures = [noise.integers(0, 256, (64, 64, 3), dtype=np.uint8) for _ in range(3)]
+
+    def run(x):
+        return [m + 0 * x.mean() for m in maps(batch)]
+
+    assert "give input nanodet or input picodet, if it is one" in warning(run, pictures, wanted, PLAIN)
+    for name in ("nanodet", "picodet"):
+        assert warning(run, pictures, wanted, presets()[name].form, presets()[name].decode) is None
+    assert warning(run, pictures, wanted, InputForm(scale=1)) is None  # what was typed is meant
+
+
+def test_scores_are_those_of_the_rule():
+    wanted = ImageInput("x", np.float32, 1, 3, 64, 64)
+    sure, rows = np.full((1, 252, 7), 0.9, np.float32), np.full((1, 252, 7), 0.4, np.float32)
+    assert warning(lambda x: [sure], images(), wanted, PLAIN, "v5lite") is None
+    assert "the best score is 0.16" in warning(lambda x: [rows], images(), wanted, PLAIN, "v5lite")
+    assert "nothing above" not in (warning(lambda x: [rows], images(), wanted, PLAIN) or "")
 
 
 def images(count: int = 3) -> list[np.ndarray]:

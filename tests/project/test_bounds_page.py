@@ -14,7 +14,7 @@ from dsconvert.model import file as modelfile
 from dsconvert.onnxfile import bounds, engines, inspect, wire
 from dsconvert.photos import dataset, images, labels, photobounds, tifflist
 from dsconvert.report import gather
-from dsconvert.scoring import candidates, metadata, video
+from dsconvert.scoring import candidates, metadata, rawcompare, video
 from dsconvert.yolo import archive, container, picklestack
 
 
@@ -32,6 +32,7 @@ from dsconvert.yolo import archive, container, picklestack
         ("security.md", r"stored tensor \| (\d+);", archive.MAX_DIMS),
         ("security.md", r"their product 2\^(\d+)", math.log2(archive.MAX_COUNT)),
         ("security.md", r"2 GB, ([\d,]+) parts", wire.MOST_PARTS),
+        ("security.md", r"pixel; ([\d,]+) numbers where `compare`", rawcompare.MOST_NUMBERS),
         ("security.md", r"parts \(fields of its protobuf\), ([\d,]+) nodes", wire.MOST_NODES),
         ("security.md", r"graphs (\d+) deep", wire.MOST_DEPTH // 3),  # a graph is in an attribute of a node of a graph
         ("security.md", r"with `--imgsz` (\d+)x", engines.MAX_SIDE),

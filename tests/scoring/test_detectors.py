@@ -53,7 +53,8 @@ def test_faces_are_found(call, tmp_path):
 
 
 @pytest.mark.parametrize(("name", "words"), [("yolox_nano", "--input yolox"), ("v5Lite-e-sim-320", "--input v5lite"),
-                                             ("FastestDet", "--input names a family")])  # fmt: skip
+                                             ("FastestDet", "--input fastestdet"),
+                                             ("nanodet", "--input nanodet or --input picodet")])  # fmt: skip
 def test_without_its_name_a_detector_is_refused_with_the_way(name, words, call, tmp_path):
     done = call("detect", there(name), photos()[0], "--nosave", cwd=tmp_path)
     assert done.code == 2
@@ -63,7 +64,9 @@ def test_without_its_name_a_detector_is_refused_with_the_way(name, words, call, 
 
 def test_another_familys_name_is_refused():
     candidate = load_candidate(there("FastestDet"), None, preset=presets()["picodet"])
-    with pytest.raises(InputError, match=r"does not have outputs of rows, but \[1, 85, 22, 22\]"):
+    with pytest.raises(
+        InputError, match=r"does not have a map of scores and a map of distances .* but \[1, 85, 22, 22\]"
+    ):
         evaluate_predictors([candidate.predict], photos(), candidate.imgsz, 80)
 
 

@@ -14,7 +14,7 @@ from onnx import TensorProto, helper, numpy_helper
 import dsconvert
 from dsconvert.base.errors import InputError
 from dsconvert.base.size import Size
-from dsconvert.onnxfile.presets import Preset, presets
+from dsconvert.onnxfile.presets import INPUT_KEY, Preset, as_text, of_text, presets
 from dsconvert.photos.form import InputForm
 from dsconvert.scoring.candidates import load_candidate, load_candidates
 from dsconvert.scoring.masks import prepared
@@ -200,3 +200,21 @@ def test_the_api_takes_a_name_too(photo):
     assert dsconvert.compare(photo.parent / "net.onnx", photo.parent / "net.onnx", photo, input="yolov8").agreement == 1
     with pytest.raises(InputError, match="input 'nothing' is none of yolov5"):
         dsconvert.evaluate(photo.parent / "net.onnx", photo.parent, input="nothing")
+
+
+def test_what_a_file_notes_of_its_input_is_used(photo, call):
+    form = InputForm((0.1, 0.2, 0.3), (0.5, 0.6, 0.7), True, 1, "stretch", 7)
+    for preset in (Preset(form, "fastestdet"), Preset(form), Preset()):
+        assert of_text(as_text(preset), photo) == preset
+    path = says(photo.parent / "net.onnx", np.ones((1, 4)))
+    model = onnx.load(path)
+    helper.set_model_props(model, {INPUT_KEY: as_text(Preset(form, "yolox"))})
+    onnx.save(model, path)
+    assert load_candidate(path, None).predict.form == form
+    assert load_candidate(path, None, preset=Preset()).predict.form == InputForm()
+    for text in ("{", "[]", "{scale: 3}", "x" * 2000, "{decode: nothing}", "{a: &x [], b: *x}"):
+        helper.set_model_props(model, {INPUT_KEY: text})
+        onnx.save(model, path)
+        done = call("detect", path, photo, cwd=photo.parent)
+        assert done.code == 2
+        assert "says nothing readable of its input; give --input" in done.err

@@ -7,7 +7,19 @@ import pytest
 
 from dsconvert.base.size import USUAL, Size
 from dsconvert.onnxfile import rules
-from dsconvert.onnxfile.decoding import COLUMNS, ENDS, ROWS, boxes_of, classes_of, layout_of, usual_names
+from dsconvert.onnxfile.decoding import (
+    COLUMNS,
+    ENDS,
+    ROWS,
+    OtherFamily,
+    boxes_of,
+    check_scores,
+    classes_of,
+    families_like,
+    layout_of,
+    usual_names,
+)
+from dsconvert.onnxfile.presets import presets
 from dsconvert.onnxfile.rules import RULES, Unfit, has_cells
 
 SIZE = Size(64, 96)  # 8 x 12, 4 x 6 and 2 x 3 cells
@@ -104,6 +116,12 @@ def test_heads_of_yolov8(rule, beside):
     assert found[11, 5:].max() < 1e-9
 
 
+def test_v5lite_with_its_decoding_is_left_as_it_is():
+    out = np.full((1, 378, 5 + NC), 0.5, np.float32)
+    out[0, :, :4] = 40
+    assert np.array_equal(boxes_of("v5lite", [out], SIZE, NC), out[0])
+
+
 def test_columns_of_yolov8():
     out = np.zeros((1, 4 + NC, 126), np.float32)
     out[0, :, 7] = 50, 30, 20, 10, 0.1, 0.2, 0.9
@@ -128,9 +146,10 @@ def test_rows_of_an_end_to_end_file(batch):
 
 def test_rows_of_yolov5_of_one_class_are_no_end_to_end_file():
     rng = np.random.default_rng(0)
-    out = rng.random((1, 3 * 126, 6), np.float32) * 30
+    scale = np.array([30, 30, 30, 30, 1, 1], np.float32)
+    out = rng.random((1, 3 * 126, 6), np.float32) * scale
     assert np.array_equal(boxes_of(None, [out], SIZE, 0), out[0])
-    few = rng.random((1, 50, 6), np.float32) * 30  # as many as no cells: what is no class tells
+    few = rng.random((1, 50, 6), np.float32) * scale  # as many as no cells: what is no class tells
     assert np.array_equal(boxes_of(None, [few], SIZE, 1), few[0])
 
 
@@ -161,10 +180,38 @@ def test_how_many_classes_a_shape_tells_of():
 
 def test_rows_of_other_families_are_told_from_yolov5s():
     raw = np.random.default_rng(0).normal(size=(1, 126, 5 + NC)).astype(np.float32)
-    with pytest.raises(Unfit, match=r"YOLOX gives them: give \{input\} yolox"):
-        boxes_of(None, [raw], SIZE, NC)
-    with pytest.raises(Unfit, match=r"YOLOv5-Lite gives them: give \{input\} v5lite"):
-        boxes_of(None, [np.full((1, 378, 5 + NC), 0.5, np.float32)], SIZE, NC)
+    lite = np.full((1, 378, 5 + NC), 0.5, np.float32)
+    share = np.full((1, 5 + NC, 4, 6), 1 / NC, np.float32)
+    level = [np.full((96, NC), 0.5, np.float32), sides(96, 8, 0, (1, 2, 3, 4))]
+    heads = [np.zeros((1, 64 + NC, 8, 12), np.float32)]
+    for outputs, names in (([raw], ("yolox",)), ([lite], ("v5lite",)), ([share], ("fastestdet",)),
+                           (level, ("nanodet", "picodet")), (heads, ("yolov8-heads", "yolov8-face"))):  # fmt: skip
+        with pytest.raises(OtherFamily) as caught:
+            boxes_of(None, outputs, SIZE, NC)
+        assert caught.value.names == families_like(outputs, SIZE) == names
+        assert set(names) <= presets().keys()
+
+
+def test_yolov5s_and_yolov8s_outputs_are_like_no_other_familys():
+    rows = np.full((1, 378, 5 + NC), 0.5, np.float32)
+    rows[0, :, :4] = 30
+    raw = [np.zeros((1, 3, 8, 12, 5 + NC), np.float32)] * 3  # which YOLOv5's export may add
+    for outputs in ([rows], [rows, *raw], [rows.transpose(0, 2, 1)], [np.zeros((1, 300, 6), np.float32)]):
+        assert families_like(outputs, SIZE) == ()
+    assert np.array_equal(boxes_of(None, [rows, *raw], SIZE, NC), rows[0])
+
+
+def test_key_points_are_no_scores():
+    pose = np.full((1, 4 + 1 + 51, 126), 0.5, np.float32)
+    pose[0, 5:] = 40
+    faces = np.full((1, 378, 16), 0.5, np.float32)
+    faces[0, :, :15] = 40
+    faces[0, :, 4] = 0.5
+    for out in (pose, faces):
+        with pytest.raises(Unfit, match=r"scores in 0\.\.1"):
+            check_scores(boxes_of(None, [out], SIZE, 0))
+    check_scores(np.array([[9, 9, 9, 9, 1.02, -0.02]], np.float32))  # a quantized file's
+    check_scores(np.zeros((0, 7), np.float32))
 
 
 @pytest.mark.parametrize("rule", RULES)

@@ -34,11 +34,14 @@ FORKS = {
     "my_program.nets.Detector": "my_program.nets.Detector", "utils.loss.ComputeLoss": "utils.loss.ComputeLoss",
     "torch.nn.modules.rnn.GRU": "torch.nn.modules.rnn.GRU", "easydict.EasyDict": "easydict.EasyDict",
     "ultralytics.nn.tasks.DetectionModel": "ultralytics package",
+    "nanodet.model.arch.nanodet_plus.NanoDetPlus": "NanoDet",
 }  # fmt: skip
 ULTRALYTICS = {
     ("nn.modules.block.C2f", "nn.modules.head.Detect"): "YOLOv8, detection",
     ("nn.modules.block.C3", "nn.modules.head.Detect"): "yolov5u or YOLOv3u, detection",
-    ("nn.modules.block.C3k2", "nn.modules.block.C2f", "nn.modules.head.Detect"): "YOLO11, detection",
+    ("nn.modules.block.C3k2", "nn.modules.block.C2f", "nn.modules.head.Detect"): "YOLO11 or YOLO26, detection",
+    ("nn.modules.block.C3k2", "nn.modules.head.Pose26"): "YOLO26, pose",
+    ("nn.modules.block.C3k2", "nn.modules.head.OBB26"): "YOLO26, oriented boxes",
     ("nn.modules.block.C3k2", "nn.modules.block.A2C2f"): "YOLO12",
     ("nn.modules.head.v10Detect", "nn.modules.block.C2f"): "YOLOv10",
     ("nn.modules.head.Pose", "nn.modules.block.C2f"): "YOLOv8, pose",
@@ -154,6 +157,33 @@ def test_parts_of_training_on_several_gpus_are_named(tmp_path):
     names = ["torch.nn.parallel.distributed.DistributedDataParallel", "torch.distributed.distributed_c10d.Store"]
     with pytest.raises(InputError, match=r"several GPUs.*torch.save\(\{'model': model.module\}"):
         load_checkpoint(asking(names, tmp_path / "x.pt"))
+
+
+WEIGHTS = {
+    "backbone.backbone.stem.conv.conv.weight": ("YOLOX", "--input yolox"),
+    "module.head.obj_preds.0.weight": ("YOLOX", "--input yolox"),
+    "model.head.gfl_cls.0.weight": ("NanoDet", "--input nanodet"),
+    "detect_head.obj_layers.conv5x5.0.weight": ("FastestDet", "--input fastestdet"),
+    "backbone.ERBlock_2.0.rbr_dense.conv.weight": ("YOLOv6", "dsconvert quantize"),
+    "module_list.0.Conv2d.weight": ("Darknet network", "dsconvert quantize"),
+    "model.22.cv2.0.0.conv.weight": ("ultralytics", "dsconvert quantize"),
+}
+
+
+@pytest.mark.parametrize("name", WEIGHTS)
+@pytest.mark.parametrize("key", ["model", "state_dict", None])
+def test_weights_without_their_network_are_named(tmp_path, name, key):
+    weights = {"a.weight": torch.zeros(1), name: torch.zeros(1)}
+    torch.save({key: weights, "epoch": 3} if key else weights, tmp_path / "x.pt")
+    with pytest.raises(InputError, match=r"export it to ONNX with the program that made it, then dsconvert") as caught:
+        load_checkpoint(tmp_path / "x.pt")
+    assert all(words in str(caught.value) for words in WEIGHTS[name])
+
+
+@pytest.mark.parametrize(("name", "option"), [("models.common.Shuffle_Block", "v5lite"), ("yolox.models.X", "yolox")])
+def test_the_way_names_the_input_of_a_family(tmp_path, name, option):
+    with pytest.raises(InputError, match=rf"dsconvert quantize model\.onnx --calib photos/ --input {option}\.$"):
+        load_checkpoint(asking([name], tmp_path / "x.pt"))
 
 
 def test_no_sentence_shows_names_of_ours(tmp_path):
