@@ -13,6 +13,8 @@ import torch
 from test_anyonnx import exported
 from torch import nn
 
+from dsconvert.commands.shared import in_options
+from dsconvert.convert.onnx import OnnxPlan, quantize_onnx
 from dsconvert.onnxfile.images import Normalisation
 from dsconvert.onnxfile.scale import RAW, Response, response, warning
 from dsconvert.onnxfile.source import ImageInput
@@ -63,40 +65,41 @@ def photos(tmp_path_factory) -> Path:
 # bright pixels are 0.5 of the scale at least: sigmoid(0.5 * 12 - 4) = 0.88, and on the other scale sigmoid(-4) = 0.02
 UNIT, BYTES = (12.0, -4.0), (12 / 255, -4.0)
 CASES = {
-    "right": (lambda: Detector(*UNIT), [], None),
-    "right, columns": (lambda: Detector(*UNIT, columns=True), [], None),
-    "bytes wanted": (lambda: Detector(*BYTES), [], "nothing above 0.25.*as 0..255.*give --mean 0 --std 0.003921569"),
-    "bytes wanted, columns": (lambda: Detector(*BYTES, columns=True), [], "as 0..255"),
-    "bytes wanted and given": (lambda: Detector(*BYTES), ["--mean", "0", "--std", "0.003921569"], None),
-    "0..1 wanted, bytes given": (lambda: Detector(*UNIT), ["--mean", "0", "--std", "0.003921569"],
+    "right": (lambda: Detector(*UNIT), None, None),
+    "right, columns": (lambda: Detector(*UNIT, columns=True), None, None),
+    "bytes wanted": (lambda: Detector(*BYTES), None, "nothing above 0.25.*as 0..255.*give --mean 0 --std 0.003921569"),
+    "bytes wanted, columns": (lambda: Detector(*BYTES, columns=True), None, "as 0..255"),
+    "bytes wanted and given": (lambda: Detector(*BYTES), RAW, None),
+    "0..1 wanted, bytes given": (lambda: Detector(*UNIT), RAW,
                                  "saturated; fed as 0..1.*leave out --mean and --std"),
-    "nothing there": (lambda: Detector(1e-5, -6.0), [], "nothing above 0.25.*check that the images"),
-    "flat, bytes wanted": (lambda: Flat(0.02), [], "nearly the same for every image.*0..255.*--std 0.003921569"),
-    "flat whatever": (lambda: Flat(1e-7), [], "nearly the same.*check that the images"),
-    "not flat": (lambda: Flat(20.0), [], None),
+    "nothing there": (lambda: Detector(1e-5, -6.0), None, "nothing above 0.25.*check that the images"),
+    "flat, bytes wanted": (lambda: Flat(0.02), None, "nearly the same for every image.*0..255.*--std 0.003921569"),
+    "flat whatever": (lambda: Flat(1e-7), None, "nearly the same.*check that the images"),
+    "not flat": (lambda: Flat(20.0), None, None),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_quantize_warns_where_another_scale_shows_more(photos, tmp_path, call, name):
-    make, options, words = CASES[name]
+def test_quantize_warns_where_another_scale_shows_more(photos, tmp_path, name):
+    make, normal, words = CASES[name]
     torch.manual_seed(0)
     exported(make(), tmp_path / "net.onnx")
-    done = call("quantize", "net.onnx", "--calib", photos, "--out", "small.onnx", "--json", *options, cwd=tmp_path)
-    assert done.code == 0, done.err
-    warned = [line for line in done.err.splitlines() if line.startswith("Warning: On 4 calibration images the float")]
-    found = json.loads(done.out)["warnings"]
-    assert [f"Warning: {w}" for w in found] == warned
+    heard: list[str] = []
+    made = quantize_onnx(tmp_path / "net.onnx", photos, OnnxPlan(normal=normal), note=heard.append)
+    assert list(made.warnings) == heard
+    found = list(map(in_options, heard))
     assert len(found) == (words is not None)
     if words:
+        assert found[0].startswith("On 4 calibration images the float")
         assert re.search(words, found[0]), found[0]
 
 
-@pytest.mark.long
-def test_following_the_advice_silences_it(photos, tmp_path, call):
+def test_the_command_warns_and_following_its_advice_silences_it(photos, tmp_path, call):
     exported(Detector(*BYTES), tmp_path / "net.onnx")
     line = ("quantize", "net.onnx", "--calib", photos, "--json")
-    said = json.loads(call(*line, "--out", "a.onnx", cwd=tmp_path).out)["warnings"][0]
+    done = call(*line, "--out", "a.onnx", cwd=tmp_path)
+    (said,) = json.loads(done.out)["warnings"]
+    assert [w for w in done.err.splitlines() if w.startswith("Warning: ")] == [f"Warning: {said}"]
     options = said.partition("give ")[2].partition(",")[0].split()
     assert options[::2] == ["--mean", "--std"]
     assert json.loads(call(*line, "--out", "b.onnx", *options, cwd=tmp_path).out)["warnings"] == []

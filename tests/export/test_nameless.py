@@ -128,9 +128,10 @@ def test_what_is_no_square_of_colour_is_refused_with_its_size(work, call, name, 
         assert done.code == 2
         assert done.err.startswith("Error: net.onnx takes images of"), done.err
         assert done.err.count("\n") == 1
-    done = call("bench", "net.onnx", "--runs", "2", "--threads", "1", cwd=work)
-    assert done.code == 0, done.err
-    if name != "grey":
+    if name != "tall":  # to the two commands that take them it is as the rectangle
+        done = call("bench", "net.onnx", "--runs", "2", "--threads", "1", cwd=work)
+        assert done.code == 0, done.err
+    if name == "rectangle":
         done = call("quantize", "net.onnx", "--calib", "images", "--out", "q.onnx", "--quiet", cwd=work)
         assert done.code == 0, done.err
 
