@@ -47,7 +47,9 @@ def test_report_from_the_command_line(tmp_path):
     # another process, the same bytes
     done = dsconvert(*args, "--no-latency", "--threads", torch.get_num_threads(), "--out", "b.html", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    here = page_bytes(gather(ReportOptions(model, tmp_path / "data.yaml", (peer,), latency=False)))
+    here = page_bytes(
+        gather(ReportOptions(model, tmp_path / "data.yaml", tmp_path / "best.pt", (peer,), latency=False))
+    )
     assert (tmp_path / "b.html").read_bytes() == here
     assert not re.search(r"\bms\b", re.sub(r"<style>.*?</style>", "", here.decode(), flags=re.S))
 
