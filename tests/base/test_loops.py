@@ -337,17 +337,12 @@ def test_a_cpu_without_fused_instructions_finds_the_same(compiled, tmp_path):
     assert printed(started(tmp_path / "loops", **plain))[0] == compiled[1]
 
 
-@pytest.mark.parametrize(
-    "line",
-    [
-        "import dsconvert.commands.cli",
-        "import dsconvert.api.models, dsconvert.fit.gptq",
-        "import dsconvert.scoring.compare",
-    ],
-)
-def test_numba_is_loaded_only_by_a_fit(line):
-    check = f"{line}; import sys; assert not [m for m in sys.modules if m.split('.')[0] in ('numba', 'llvmlite')]"
-    subprocess.run([sys.executable, "-c", check], check=True, cwd=ROOT, timeout=HANGS)
+def test_numba_is_loaded_only_by_a_fit():
+    names = ("commands.cli", "api.models", "fit.gptq", "scoring.compare")
+    lines = (
+        f"import dsconvert.{name}; assert not {{'numba', 'llvmlite'}} & set(sys.modules), '{name}'" for name in names
+    )
+    subprocess.run([sys.executable, "-c", "\n".join(("import sys", *lines))], check=True, cwd=ROOT, timeout=HANGS)
 
 
 @pytest.mark.parametrize("kind", [None, "SiLU", "ReLU", "LeakyReLU", "Hardswish"])

@@ -14,6 +14,7 @@ import pytest
 from conftest import HANGS
 
 from dsconvert.measure.calibration import FEW
+from dsconvert.model.file import model_bytes
 
 Done = subprocess.CompletedProcess[str]
 QUANTIZE = ("quantize", "best.pt", "--calib", "data.yaml", "--imgsz", "64")
@@ -39,6 +40,14 @@ def dsconvert(call) -> Callable[..., Done]:
 @pytest.fixture
 def quantize(dsconvert) -> Callable[..., Done]:
     return lambda work, *more: dsconvert(*QUANTIZE, *more, cwd=work)
+
+
+@pytest.fixture
+def model(work, converted) -> Path:
+    """q/model.safetensors, for tests of what is done with one."""
+    (work / "q").mkdir()
+    (work / "q/model.safetensors").write_bytes(model_bytes(converted))
+    return work / "q/model.safetensors"
 
 
 def test_the_three_commands_one_after_the_other(work):
@@ -74,8 +83,7 @@ def test_the_three_commands_one_after_the_other(work):
     assert sum(row["bytes"] for row in layers) * 4 < sum(row["float32_bytes"] for row in layers)
 
 
-def test_eval_takes_all_three_formats_in_a_table(work, dsconvert, quantize):
-    assert quantize(work, "--out", "q").returncode == 0
+def test_eval_takes_all_three_formats_in_a_table(work, dsconvert, model):
     for args in (
         ["q/model.safetensors"],  # --onnx may be left out
         ["q/model.safetensors", "--layout", "int8", "--onnx"],
@@ -100,8 +108,7 @@ def test_eval_takes_all_three_formats_in_a_table(work, dsconvert, quantize):
         assert dsconvert("info", name, cwd=work).returncode == 0
 
 
-def test_exports_with_other_ends_have_names_of_their_own_and_are_evaluated(work, dsconvert, quantize):
-    assert quantize(work, "--out", "q").returncode == 0
+def test_exports_with_other_ends_have_names_of_their_own_and_are_evaluated(work, dsconvert, model):
     wanted = {
         "q/model-packed.onnx": [],
         "q/model-packed-uint8.onnx": ["--uint8-input"],
