@@ -12,13 +12,23 @@ import torch
 from torch import Tensor
 
 from dsconvert.base.errors import InputError
-from dsconvert.fit.layer import GPTQ, Maker, Nearest
+from dsconvert.dsconv.format import WeightFormat
+from dsconvert.dsconv.tensor import DSTensor
+from dsconvert.fit.layer import GPTQ, Batches, Maker, fit_cds
 from dsconvert.fit.moments import Moments
 from dsconvert.fit.seen import Seen
+from dsconvert.graph.integer import QConv
 from dsconvert.graph.ir import Node
 
 PRODUCT = "product"
 HOME = Path("fits")  # where a fit of one's own is, in the current folder
+
+
+class Nearest:
+    """Least squares on the weight alone, with the shifts of `fit_cds`."""
+
+    def layer(self, node: Node, weight: Tensor, format: WeightFormat, batches: Batches) -> QConv:
+        return fit_cds(node, DSTensor.nearest(weight, format), batches())
 
 
 class Symmetric(GPTQ):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -112,11 +112,14 @@ def randomise(network: Network, seed: int = 0) -> None:
             value.copy_(torch.randn(value.shape, generator=generator) * (gain / fan_in) ** 0.5)
 
 
-@pytest.fixture(autouse=True)
-def quickly_synthesised(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Most tests convert on four pictures, and so with synthesised ones beside them, which take seconds to become any
-    good; no test here looks at how good."""
-    monkeypatch.setattr(calibration, "SYNTHETIC_STEPS", 2)
+@pytest.fixture(autouse=True, scope="session")
+def quickly_synthesised() -> Iterator[None]:
+    """Most tests convert on four pictures, and so with synthesised ones beside them: 96, which take seconds to become
+    any good, and seconds more to be looked at. Eight poor ones take the same way; tests that count them say so."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(calibration, "SYNTHETIC_STEPS", 2)
+        patch.setattr(calibration, "SYNTHETIC_IMAGES", 4)
+        yield
 
 
 def tiny_network() -> tuple[Network, Head]:

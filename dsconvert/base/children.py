@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
 
 
 def command(module: str, *arguments: object) -> list[str]:
@@ -12,8 +11,7 @@ def command(module: str, *arguments: object) -> list[str]:
     return [sys.executable, "-m", module, *map(str, arguments)]
 
 
-def environment(paths: Sequence[str] | None = None) -> dict[str, str]:
+def environment() -> dict[str, str]:
     """Its environment: modules are found where this process finds them (`sys.path`), and never in the folder that it
     happens to be started in, where a stranger's files may lie."""
-    known = [path for path in (sys.path if paths is None else paths) if path]
-    return {**os.environ, "PYTHONSAFEPATH": "1", "PYTHONPATH": os.pathsep.join(known)}
+    return {**os.environ, "PYTHONSAFEPATH": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}

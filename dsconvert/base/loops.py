@@ -278,7 +278,7 @@ def requantize(sums, multipliers, zero, table, made):  # type: ignore[no-untyped
 @compiled("void(f4[::1], i4[::1], f4[::1], f4, i8, i8, f8[::1], f8[::1])")
 def sum_by_level(values, bits, gradient, least, shift, first, slope, total):  # type: ignore[no-untyped-def]
     """Values above the least, `bits` being the same as integers: slope (levels + 1,) gets each one's gradient g, and
-    total g times the value, at the number of levels that the value is above (see `clipping.levels_below`)."""
+    total g times the value, at the number of levels that the value is above (see `clipping.LEVELS`)."""
     most = slope.shape[0] - 1
     for i in range(values.shape[0]):
         if values[i] > least:

@@ -59,11 +59,13 @@ def report(
     refuse_to_lose([target], [path, data, float_model, *against])
     check_target(target, force)  # before minutes are spent on what could not be written
     check_writable(target.parent)
-    if file_kind(path) == MODEL and (data is None or float_model is None):
+    if file_kind(path) != MODEL:
+        raise InputError(f"{path} is not a converted model (.safetensors); name ONNX files with --against, beside one.")
+    if data is None or float_model is None:
         provenance = load_model(path).provenance
         float_model = float_model or known_source(provenance, path, "give it with --float")
         data = data or known_images(provenance, path)
-    options = ReportOptions(path, data, against, float_model, images, imgsz, samples, not no_latency, split, strict)
+    options = ReportOptions(path, data, float_model, against, images, imgsz, samples, not no_latency, split, strict)
     with bars() as progress:
         found = gather(options, progress)
         page = page_bytes(found)

@@ -6,6 +6,8 @@ equation, so the module computes what its integers say.
 
 from __future__ import annotations
 
+from typing import Self
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -19,6 +21,7 @@ class DSConv(nn.Module):
     Buffers: `intweight` int8 (cho, chi / groups, kh, kw); `alpha` and `KDSb` float (cho, nblk, kh, kw);
     `CDSw`, `CDSb` float (cho,). `KDSb` exists with KDSBias=True, `CDSw`/`CDSb` with CDS=True; `bias` is the
     ordinary convolution bias. alpha may hold any real number (the paper) or the integers of the two-level KDS.
+    `bits` are those of an integer of intweight.
     """
 
     intweight: Tensor
@@ -41,6 +44,7 @@ class DSConv(nn.Module):
         block_size: int = 32,
         KDSBias: bool = False,
         CDS: bool = False,
+        bits: int = 4,
     ) -> None:
         super().__init__()
         if in_channels % groups or out_channels % groups:
@@ -51,7 +55,7 @@ class DSConv(nn.Module):
         self.kernel_size, self.stride, self.dilation = _pair(kernel_size), _pair(stride), _pair(dilation)
         same = tuple(d * (k - 1) // 2 for k, d in zip(self.kernel_size, self.dilation, strict=True))
         self.padding = _pair(same if padding is None else padding)
-        self.padding_mode, self.block_size = padding_mode, block_size
+        self.padding_mode, self.block_size, self.bits = padding_mode, block_size, bits
         chi = in_channels // groups
         blocks = (out_channels, block_count(chi, block_size), *self.kernel_size)
         self.register_buffer("intweight", torch.zeros(out_channels, chi, *self.kernel_size, dtype=torch.int8))
@@ -60,6 +64,18 @@ class DSConv(nn.Module):
         self.register_buffer("CDSw", torch.ones(out_channels) if CDS else None)
         self.register_buffer("CDSb", torch.zeros(out_channels) if CDS else None)
         self.bias = nn.Parameter(torch.zeros(out_channels)) if bias else None
+        self._begin()
+
+    def _begin(self) -> None:
+        """What a subclass has besides, at the end of the constructor."""
+
+    @classmethod
+    def in_place_of(cls, conv: nn.Conv2d, bias: bool, block_size: int, KDSBias: bool, CDS: bool, bits: int) -> Self:
+        """A module of the convolution's geometry."""
+        return cls(
+            conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, conv.dilation,  # type: ignore[arg-type]
+            conv.groups, conv.padding_mode, bias, block_size, KDSBias, CDS, bits,
+        )  # fmt: skip
 
     def real_weight(self) -> Tensor:
         """W' of the equation above, in alpha's dtype."""
@@ -81,10 +97,7 @@ class DSConv(nn.Module):
 
 def fitted_conv(conv: nn.Conv2d, weight: DSTensor, cds_b: Tensor) -> DSConv:
     """A DSConv in the place of `conv` holding a fitted weight and output bias CDSb (cho,)."""
-    module = DSConv(
-        conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, conv.dilation,  # type: ignore[arg-type]
-        conv.groups, conv.padding_mode, False, weight.block_size, False, True,
-    )  # fmt: skip
+    module = DSConv.in_place_of(conv, False, weight.block_size, False, True, weight.bits)
     parts = {"intweight": weight.vqk, "alpha": weight.m.float(), "CDSw": weight.cds_w, "CDSb": cds_b}
     module.load_state_dict(parts)
     return module

@@ -81,14 +81,6 @@ class GPTQ:
         return bool(node.attrs["groups"] > 1 and weight.shape[1] == 1)
 
 
-@dataclass(frozen=True)
-class Nearest:
-    """Least squares on the weight alone, with the shifts of `fit_cds`."""
-
-    def layer(self, node: Node, weight: Tensor, format: WeightFormat, batches: Batches) -> QConv:
-        return fit_cds(node, DSTensor.nearest(weight, format), batches())
-
-
 def of_group(images: Iterable[Seen], group: int, groups: int) -> Iterator[Seen]:
     """Images as one group of a layer's channels sees them."""
     for seen in images:

@@ -41,11 +41,6 @@ def clip_effects(values: Tensor, gradient: Tensor) -> Tensor:
     return (LEVELS * slope - total).square()
 
 
-def levels_below(values: NDArray[np.float32]) -> NDArray[np.int32]:
-    """How many of LEVELS each value is above."""
-    return np.clip((values.view(np.int32) - 1 >> SHIFT) - FIRST, 0, COUNT)
-
-
 def effects_at(effects: Tensor, levels: Tensor) -> NDArray[np.float64]:
     """Effects by LEVELS, read off at any levels (linear from each to the next, and beyond the ends what they have)."""
     return np.interp(levels.double().numpy(), LEVELS.numpy(), effects.numpy())

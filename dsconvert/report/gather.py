@@ -13,7 +13,6 @@ import torch
 from numpy.typing import NDArray
 
 from dsconvert.base.errors import InputError
-from dsconvert.base.filekinds import MODEL, file_kind
 from dsconvert.base.size import Size, SizeLike
 from dsconvert.convert.record import REPORT_FILE
 from dsconvert.graph.ir import ConvParams
@@ -54,16 +53,14 @@ SHOWN_LAYERS = 6  # histograms of weights, and of activations
 
 @dataclass(frozen=True)
 class ReportOptions:
-    """What to report on: the converted model; data as `contest.entrants` (None: what was calibrated on); int8 peers
-    as ONNX files; the float checkpoint (None: the one converted; a stranger's model may name any file, see `origin`);
-    how many photos are shown; image size and most
-    images evaluated as `contest.entrants`; whether latency is measured (the one thing that is never twice the
-    same); split and strict as `contest.entrants`."""
+    """What to report on: the converted model; data as `contest.entrants`; the float checkpoint; int8 peers as ONNX
+    files; how many photos are shown; image size and most images evaluated as `contest.entrants`; whether latency is
+    measured (the one thing that is never twice the same); split and strict as `contest.entrants`."""
 
     model: Path
-    data: Path | None = None
+    data: Path
+    float_model: Path
     against: tuple[Path, ...] = ()
-    float_model: Path | None = None
     images: int = 6
     imgsz: SizeLike | None = None
     samples: int | None = None
@@ -123,19 +120,13 @@ class Report:
 def gather(options: ReportOptions, progress: Progress | None = None) -> Report:
     """Measure everything. Raises InputError for files that are missing, unreadable or do not fit each other."""
     say = progress or (lambda stage, done, total: None)
-    if file_kind(options.model) != MODEL:
-        raise InputError.naming(
-            "{} is not a converted model (.safetensors); name ONNX files with {against}, beside one.", options.model
-        )
-    model = load_model(options.model)
-    source = float_source(options, model.provenance)
+    model, source = load_model(options.model), options.float_model
     checkpoint = load_checkpoint(source)
     _, params = split_detect(*lower(checkpoint.network.fused()), checkpoint.head)
     check_same_network(params, model, source)
     record = read_record(options.model.parent / REPORT_FILE, model.provenance)
-    data = options.data or calibration_data(model.provenance)
     paths = (source, options.model, *options.against)
-    given = entrants(paths, data, options.imgsz, options.samples, options.split, options.strict)
+    given = entrants(paths, options.data, options.imgsz, options.samples, options.split, options.strict)
     found, every = _detect(given, say)
     rows = _rows(given, found, options, say)
     sure = [[boxes[boxes[:, 4] > CONFIDENT] for boxes in seen] for seen in every]
@@ -144,35 +135,13 @@ def gather(options: ReportOptions, progress: Progress | None = None) -> Report:
     shown = sorted(range(len(counts)), key=lambda i: (-counts[i], i))[: options.images]
     layers, weights, activations, watched = _inside(model, params, record, found.read, size, say)
     return Report(
-        rows, given.labelled, data.name, size, model.head.names, object_counts(found.truths), counts,
+        rows, given.labelled, options.data.name, size, model.head.names, object_counts(found.truths), counts,
         score_shift(every[0], every[1]),
         [load_photo(found.read[i], size, sure[0][i], sure[1][i]) for i in shown],
         layers, weights, activations, watched, record.finetune, model.provenance,
         hashlib.sha256(source.read_bytes()).hexdigest() == model.provenance.get("source_sha256"),
         torch.get_num_threads(), found.skipped,
     )  # fmt: skip
-
-
-def float_source(options: ReportOptions, provenance: Mapping[str, Any]) -> Path:
-    """The float checkpoint: the one given, else the one the model was made from."""
-    if options.float_model is not None:
-        return options.float_model
-    known = provenance.get("source")
-    if not isinstance(known, str) or not Path(known).is_file():
-        missing = "is not known" if not isinstance(known, str) else f"is not at {known} any more"
-        raise InputError.naming(
-            "The checkpoint that {} was converted from {}; give it with {float}.", options.model, missing
-        )
-    return Path(known)
-
-
-def calibration_data(provenance: Mapping[str, Any]) -> Path:
-    """What the model was calibrated on, for want of others."""
-    options = provenance.get("options")
-    calib = options.get("calib") if isinstance(options, Mapping) else None
-    if not isinstance(calib, str):
-        raise InputError.naming("Which images? Give {data} data.yaml, or a folder of images to measure agreement.")
-    return Path(calib)
 
 
 def read_record(path: Path, provenance: Mapping[str, Any]) -> Record:

@@ -30,28 +30,8 @@ class DSConv(modules.DSConv):
 
     weight: Tensor | None
 
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        kernel_size: int | tuple[int, int],
-        stride: int | tuple[int, int] = 1,
-        padding: int | tuple[int, int] | None = None,
-        dilation: int | tuple[int, int] = 1,
-        groups: int = 1,
-        padding_mode: str = "zeros",
-        bias: bool = False,
-        block_size: int = 32,
-        KDSBias: bool = False,
-        CDS: bool = False,
-        bits: int = 4,
-    ) -> None:
-        super().__init__(
-            in_channels, out_channels, kernel_size, stride, padding, dilation, groups, padding_mode, bias, block_size,
-            KDSBias, CDS,
-        )  # fmt: skip
-        REAL.limits(bits)  # raises ValueError
-        self.bits = bits
+    def _begin(self) -> None:
+        REAL.limits(self.bits)  # raises ValueError
         self.weight = nn.Parameter(torch.empty(self.intweight.shape))
         nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))  # as nn.Conv2d
         self.refit()
@@ -61,10 +41,7 @@ class DSConv(modules.DSConv):
         cls, conv: nn.Conv2d, block_size: int = 32, KDSBias: bool = False, CDS: bool = False, bits: int = 4
     ) -> DSConv:
         """The DSConv nearest to a float convolution, in its place."""
-        made = cls(
-            conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, conv.dilation,  # type: ignore[arg-type]
-            conv.groups, conv.padding_mode, conv.bias is not None, block_size, KDSBias, CDS, bits,
-        )  # fmt: skip
+        made = cls.in_place_of(conv, conv.bias is not None, block_size, KDSBias, CDS, bits)
         made.load_state_dict(conv.state_dict())
         return made.to(conv.weight.device)
 

@@ -9,6 +9,7 @@ import json
 import os
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -34,6 +35,7 @@ from dsconvert.convert.options import QuantizeOptions
 from dsconvert.convert.record import save_quantized
 from dsconvert.export.weights.layouts import PACKED
 from dsconvert.graph.integer import run_integer
+from dsconvert.measure.calibration import FEW
 from dsconvert.model.file import load_model, model_bytes
 from dsconvert.yolo.checkpoint import load_checkpoint
 from dsconvert.yolo.network import Network, head_from_detect
@@ -253,21 +255,25 @@ LITTLE_MEMORY = """
 import re, resource, sys
 from dsconvert.commands.cli import main
 used = int(re.search(r"VmSize:\\s+(\\d+) kB", open("/proc/self/status").read())[1]) * 1024
-resource.setrlimit(resource.RLIMIT_AS, (used + (512 << 20),) * 2)
+resource.setrlimit(resource.RLIMIT_AS, (used + (160 << 20),) * 2)
 sys.argv = ["dsconvert", *sys.argv[1:]]
 main()
 """
 
 
 def test_too_little_memory_is_one_sentence(inputs, tmp_path):
-    command = ["quantize", str(inputs / "best.pt"), "--calib", str(inputs / "data.yaml"), "--imgsz", "4096"]
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for i in range(FEW):  # with fewer, images would be synthesised first
+        shutil.copy(inputs / "images/val/0.jpg", photos / f"{i}.jpg")
+    command = ["quantize", str(inputs / "best.pt"), "--calib", str(photos), "--imgsz", "2048"]
     line = [sys.executable, "-c", LITTLE_MEMORY, *command, "--threads", "1", "--out", "q"]
     done = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True, timeout=HANGS, env=ENVIRONMENT)
     assert done.returncode == 2, done.stderr
     assert "Traceback" not in done.stderr
     last = done.stderr.splitlines()[-1]
     assert last == "Error: There is not enough memory; fewer --samples or a smaller --imgsz need less."
-    assert [p for p in tmp_path.rglob("*") if p.is_file() and p.name != "unfinished.safetensors"] == []
+    assert [p for p in tmp_path.rglob("*") if p.is_file() and photos not in p.parents] == []
 
 
 @pytest.mark.parametrize(

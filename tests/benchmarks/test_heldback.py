@@ -113,7 +113,7 @@ def test_no_image_is_held_back_twice_and_none_by_its_own_fit(photographs):
 
 
 FIT = """
-from dsconvert.fit.layer import Nearest
+from named_fits import Nearest
 
 class Fit(Nearest):
     def __init__(self, channels, photographs):

@@ -14,6 +14,7 @@ from conftest import ROOT, TINY
 from pt_writer import yolov5_bytes
 
 from dsconvert.graph.ir import ConvParams, Graph, Node
+from dsconvert.measure.calibration import FEW
 from dsconvert.yolo.checkpoint import Checkpoint, load_checkpoint
 from dsconvert.yolo.lower import lower
 from dsconvert.yolo.network import Network, head_from_detect
@@ -93,11 +94,11 @@ def test_a_growth_point_is_a_process_of_its_own(tmp_path, tiny):
     network, head = tiny
     (tmp_path / "best.pt").write_bytes(yolov5_bytes(network, head))
     (tmp_path / "images").mkdir()
-    for i in range(3):
+    for i in range(FEW + 1):  # beside fewer than FEW, images would be synthesised
         noise = np.random.default_rng(i).integers(0, 256, (64, 64, 3), dtype=np.uint8)
         cv2.imwrite(str(tmp_path / "images" / f"{i}.png"), noise)
-    found = growth.point(tmp_path / "best.pt", tmp_path / "images", 64, 2, 1, 4)
-    assert found["images"] == 2
+    found = growth.point(tmp_path / "best.pt", tmp_path / "images", 64, FEW, 1, 4)
+    assert found["images"] == FEW
     assert found["seconds"] > 0
     assert found["peak_bytes"] > 100 << 20  # torch alone
     with pytest.raises(SystemExit, match="ended with"):

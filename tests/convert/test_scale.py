@@ -14,7 +14,9 @@ import torch
 from test_anyonnx import exported
 from torch import nn
 
-from dsconvert.onnxfile.presets import INPUT_KEY, of_text, presets
+from dsconvert.commands.shared import in_options
+from dsconvert.convert.onnx import OnnxPlan, quantize_onnx
+from dsconvert.onnxfile.presets import INPUT_KEY, Preset, of_text, presets
 from dsconvert.onnxfile.scale import RAW, Response, response, warning
 from dsconvert.onnxfile.source import ImageInput
 from dsconvert.photos.form import PLAIN, InputForm
@@ -65,44 +67,47 @@ def photos(tmp_path_factory) -> Path:
 # bright pixels are 0.5 of the scale at least: sigmoid(0.5 * 12 - 4) = 0.88, and on the other scale sigmoid(-4) = 0.02
 UNIT, BYTES = (12.0, -4.0), (12 / 255, -4.0)
 CASES = {
-    "right": (lambda: Detector(*UNIT), [], None),
-    "right, columns": (lambda: Detector(*UNIT, columns=True), [], None),
-    "bytes wanted": (lambda: Detector(*BYTES), [], "nothing above 0.25.*as 0..255.*give --scale 1 .or --input yolox."),
-    "bytes wanted, columns": (lambda: Detector(*BYTES, columns=True), [], "as 0..255"),
-    "bytes wanted and given": (lambda: Detector(*BYTES), ["--scale", "1"], None),
-    "bytes wanted, its name given": (lambda: Detector(*BYTES), ["--input", "yolox"], None),
-    "bytes wanted, the old way": (lambda: Detector(*BYTES), ["--mean", "0", "--std", "0.003921569"], None),
-    "0..1 wanted, bytes given": (lambda: Detector(*UNIT), ["--input", "yolox"],
+    "right": (lambda: Detector(*UNIT), Preset(), None),
+    "right, columns": (lambda: Detector(*UNIT, columns=True), Preset(), None),
+    "bytes wanted": (lambda: Detector(*BYTES), Preset(),
+                     "nothing above 0.25.*as 0..255.*give --scale 1 .or --input yolox."),
+    "bytes wanted, columns": (lambda: Detector(*BYTES, columns=True), Preset(), "as 0..255"),
+    "bytes wanted and given": (lambda: Detector(*BYTES), Preset(InputForm(scale=1)), None),
+    "bytes wanted, its name given": (lambda: Detector(*BYTES), presets()["yolox"], None),
+    "bytes wanted, the old way": (lambda: Detector(*BYTES), Preset(InputForm(std=(1 / 255,), fit="crop")), None),
+    "0..1 wanted, bytes given": (lambda: Detector(*UNIT), presets()["yolox"],
                                  "saturated; fed as 0..1.*give --scale 255 .or --input yolov5."),
-    "0..1 wanted, means given": (lambda: Detector(*UNIT), ["--mean", "3"],
+    "0..1 wanted, means given": (lambda: Detector(*UNIT), Preset(InputForm(mean=(3.0,), fit="crop")),
                                  "nothing.*fed as 0..1.*give --mean 0 --std 1 --fit crop .or --input"),
-    "nothing there": (lambda: Detector(1e-5, -6.0), [], "nothing above 0.25.*check that the images"),
-    "flat, bytes wanted": (lambda: Flat(0.02), [], "nearly the same for every image.*0..255.*--scale 1"),
-    "flat whatever": (lambda: Flat(1e-7), [], "nearly the same.*check that the images"),
-    "not flat": (lambda: Flat(20.0), [], None),
+    "nothing there": (lambda: Detector(1e-5, -6.0), Preset(), "nothing above 0.25.*check that the images"),
+    "flat, bytes wanted": (lambda: Flat(0.02), Preset(), "nearly the same for every image.*0..255.*--scale 1"),
+    "flat whatever": (lambda: Flat(1e-7), Preset(), "nearly the same.*check that the images"),
+    "not flat": (lambda: Flat(20.0), Preset(), None),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_quantize_warns_where_another_scale_shows_more(photos, tmp_path, call, name):
-    make, options, words = CASES[name]
+def test_quantize_warns_where_another_scale_shows_more(photos, tmp_path, name):
+    make, preset, words = CASES[name]
     torch.manual_seed(0)
     exported(make(), tmp_path / "net.onnx")
-    done = call("quantize", "net.onnx", "--calib", photos, "--out", "small.onnx", "--json", *options, cwd=tmp_path)
-    assert done.code == 0, done.err
-    warned = [line for line in done.err.splitlines() if line.startswith("Warning: On 4 calibration images the float")]
-    found = json.loads(done.out)["warnings"]
-    assert [f"Warning: {w}" for w in found] == warned
+    heard: list[str] = []
+    plan = OnnxPlan(form=preset.form, decode=preset.decode, activations="float")  # which is quicker
+    made = quantize_onnx(tmp_path / "net.onnx", photos, plan, note=heard.append)
+    assert list(made.warnings) == heard
+    found = list(map(in_options, heard))
     assert len(found) == (words is not None)
     if words:
+        assert found[0].startswith("On 4 calibration images the float")
         assert re.search(words, found[0]), found[0]
 
 
-@pytest.mark.long
-def test_following_the_advice_silences_it(photos, tmp_path, call):
+def test_the_command_warns_and_following_its_advice_silences_it(photos, tmp_path, call):
     exported(Detector(*BYTES), tmp_path / "net.onnx")
     line = ("quantize", "net.onnx", "--calib", photos, "--json")
-    said = json.loads(call(*line, "--out", "a.onnx", cwd=tmp_path).out)["warnings"][0]
+    done = call(*line, "--out", "a.onnx", cwd=tmp_path)
+    (said,) = json.loads(done.out)["warnings"]
+    assert [w for w in done.err.splitlines() if w.startswith("Warning: ")] == [f"Warning: {said}"]
     options = said.partition("give ")[2].partition(" (")[0].split()
     assert options == ["--scale", "1"]
     assert json.loads(call(*line, "--out", "b.onnx", *options, cwd=tmp_path).out)["warnings"] == []

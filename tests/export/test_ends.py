@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import signal
 import socket
 import subprocess
@@ -41,16 +42,15 @@ def test_a_reader_who_has_gone_is_no_fault(options):
 
 
 @pytest.mark.parametrize("closed", [">&-", ">&- 2>&-", ">&- 2>&- <&-"])
-def test_closed_streams_are_no_fault(closed, tmp_path):
+def test_closed_streams_are_no_fault(closed, tmp_path, call):
     """And no file gets their number, and with it what is printed."""
-    target = tmp_path / "demo.onnx"
-    line = f"exec {sys.executable} -m dsconvert export {DEMO / 'demo.pt'} --onnx --imgsz 64 --out {target} {closed}"
+    target, wanted = tmp_path / "demo.onnx", tmp_path / "wanted.onnx"
+    arguments = ["export", str(DEMO / "demo.pt"), "--onnx", "--imgsz", "64", "--out"]
+    line = f"exec {sys.executable} -m dsconvert {shlex.join(arguments)} {target} {closed}"
     done = subprocess.run(["sh", "-c", line], env=ENVIRONMENT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout == done.stderr == ""
-    wanted = tmp_path / "wanted.onnx"
-    line = line.replace(str(target), str(wanted)).replace(closed, "")
-    subprocess.run(["sh", "-c", line], env=ENVIRONMENT, capture_output=True, check=True)
+    assert call(*arguments, wanted, cwd=tmp_path).code == 0
     assert target.read_bytes() == wanted.read_bytes()
 
 

@@ -7,11 +7,12 @@ from dataclasses import replace
 import pytest
 import torch
 from formats import free, gptq
+from named_fits import Nearest
 
 from dsconvert.dsconv.codes import REAL
 from dsconvert.fit import draws
 from dsconvert.fit.channels import PARTS, SHRINK, damped, is_moment, made_up_for, parts, second_moment
-from dsconvert.fit.layer import GPTQ, Nearest
+from dsconvert.fit.layer import GPTQ
 from dsconvert.fit.moments import Moments, damping_for
 from dsconvert.fit.seen import Places, Seen, seen_evenly
 from dsconvert.graph.grids import QParams

@@ -21,11 +21,10 @@ def report(folder: Path, model: Path) -> tuple[int, str]:
     return code, err
 
 
-@pytest.mark.parametrize("character", ["\uffff", "\ufffe", "\U0001ffff", "\x0b", "\u2028", "\ue000"])
-def test_a_name_that_is_no_text_is_no_fault(case, character):
+def test_a_name_that_is_no_text_is_no_fault(case):
     """XML, which the charts are made of, has no such characters."""
     folder = case.parents[1]
-    named = case.with_name(f"m{character}.safetensors")
+    named = case.with_name("m\uffffa\ufffeb\U0001ffffc\x0bd\u2028e\ue000.safetensors")
     shutil.copy(case, named)
     code, err = report(folder, named)
     assert code == 0, err

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
-from dsconvert.measure.clipping import LEAST_SHARE, LEVELS, clip_effects, effects_at, levels_below
+from dsconvert.base import loops
+from dsconvert.measure.clipping import COUNT, FIRST, LEAST_SHARE, LEVELS, SHIFT, clip_effects, effects_at
 
 
 def test_effects_are_those_of_really_clipping():
@@ -27,7 +29,12 @@ def test_floats_are_above_the_levels_that_doubles_are_above():
     ends = torch.tensor([1e-30, 1e30])
     v = torch.cat((level, level.nextafter(torch.tensor(0.0)), level.nextafter(torch.tensor(1e9)), ends))
     assert torch.equal(level.double(), LEVELS)
-    assert levels_below(v.numpy()).tolist() == torch.bucketize(v.double(), LEVELS).tolist()
+    values, gradient = v.numpy(), np.arange(1, 1 + len(v), dtype=np.float32)
+    slope, total = np.zeros((2, COUNT + 1))
+    loops.sum_by_level(values, values.view(np.int32), gradient, np.float32(0), SHIFT, FIRST, slope, total)
+    level = torch.bucketize(v.double(), LEVELS).numpy()
+    assert slope.tolist() == np.bincount(level, gradient, COUNT + 1).tolist()
+    np.testing.assert_allclose(total, np.bincount(level, gradient * values.astype(np.float64), COUNT + 1), rtol=1e-12)
 
 
 def test_nothing_above_zero_costs_nothing():

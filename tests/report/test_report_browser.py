@@ -32,7 +32,7 @@ def browser(chromium):
 @pytest.fixture(scope="module")
 def url(tmp_path_factory) -> str:
     folder = tmp_path_factory.mktemp("report")
-    page = page_bytes(gather(ReportOptions(make_case(folder), data=folder / "data.yaml", latency=False)))
+    page = page_bytes(gather(ReportOptions(make_case(folder), folder / "data.yaml", folder / "best.pt", latency=False)))
     (folder / "report.html").write_bytes(page)
     return (folder / "report.html").as_uri()
 

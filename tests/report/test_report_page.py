@@ -64,9 +64,15 @@ def folder(tmp_path_factory):
     return made
 
 
+def options(folder: Path, **given) -> ReportOptions:
+    """What to report on of that folder, unless something else is given."""
+    usual = {"model": folder / "q/model.safetensors", "data": folder / "data.yaml", "float_model": folder / "best.pt"}
+    return ReportOptions(**(usual | given))
+
+
 @pytest.fixture(scope="module")
 def gathered(folder):
-    return gather(ReportOptions(folder / "q/model.safetensors", data=folder / "data.yaml", latency=False))
+    return gather(options(folder, latency=False))
 
 
 @pytest.fixture(scope="module")
@@ -149,8 +155,7 @@ def test_figures_on_the_page_are_the_gathered_ones(gathered, html):
 
 
 def test_without_labels_float_is_the_reference(folder):
-    model = folder / "q/model.safetensors"
-    found = gather(ReportOptions(model, latency=False, images=1, samples=2))  # the data calibrated on: a folder
+    found = gather(options(folder, data=folder / "images", latency=False, images=1, samples=2))
     html = page_bytes(found).decode()
     assert not found.labelled
     assert "agreement with them is" in html
@@ -164,7 +169,7 @@ def test_without_labels_float_is_the_reference(folder):
 
 def test_without_labels_and_without_anything_found_the_rest_is_there(folder, monkeypatch):
     monkeypatch.setattr("dsconvert.scoring.accuracy.CONFIDENT", 1.0)  # no score is above it
-    found = gather(ReportOptions(folder / "q/model.safetensors", latency=False, images=1, samples=2))
+    found = gather(options(folder, data=folder / "images", latency=False, images=1, samples=2))
     html = page_bytes(found).decode()
     ids = {attrs.get("id") for _, attrs in Page(html).found}
     assert [row.metrics for row in found.rows] == [None, None]
@@ -182,7 +187,7 @@ def test_an_image_that_cannot_be_read_is_left_out_of_every_figure(folder, tmp_pa
     whole = next(p for p in folder.rglob("*") if p.suffix in (".jpg", ".png")).read_bytes()
     for index, name in enumerate(("a.png", "b.png", "c.png")):
         (tmp_path / name).write_bytes(whole if index == 1 else b"broken")
-    found = gather(ReportOptions(folder / "q/model.safetensors", data=tmp_path, latency=False))
+    found = gather(options(folder, data=tmp_path, latency=False))
     assert [photo.name for photo in found.photos] == ["b.png"]
     assert [Path(reason.partition(" ")[0]).name for reason in found.skipped] == ["a.png", "c.png"]
     assert (len(found.differing), found.watched_images) == (1, 1)
@@ -190,15 +195,14 @@ def test_an_image_that_cannot_be_read_is_left_out_of_every_figure(folder, tmp_pa
     assert "on the same 1 images" in page_bytes(found).decode().replace("All on", "on")
 
 
-def test_models_that_cannot_be_reported_on(folder, monkeypatch):
+def test_models_that_cannot_be_reported_on(folder, call, monkeypatch):
     model, data = folder / "q/model.safetensors", folder / "data.yaml"
-    with pytest.raises(InputError, match="not a converted model"):
-        gather(ReportOptions(folder / "best.pt", data))
+    refused = call("report", "best.pt", "--data", "data.yaml", cwd=folder)
+    assert (refused.code, "not a converted model" in refused.err) == (2, True)
     (folder / "best.pt").rename(folder / "moved.pt")
-    with pytest.raises(InputError, match="give it with float"):
-        gather(ReportOptions(model, data))
-    moved = ReportOptions(model, data, float_model=folder / "moved.pt", latency=False, samples=1)
-    assert gather(moved).same_source
+    refused = call("report", model, "--data", "data.yaml", cwd=folder)
+    assert (refused.code, "give it with --float" in refused.err) == (2, True)
+    assert gather(options(folder, float_model=folder / "moved.pt", latency=False, samples=1)).same_source
     (folder / "moved.pt").rename(folder / "best.pt")
     monkeypatch.setattr(command, "find_spec", lambda name: None if name == "matplotlib" else object())
     with pytest.raises(InputError, match=r"needs matplotlib; pip install 'dsconvert\[report\]'"):

@@ -177,7 +177,8 @@ def test_the_commands_take_it_all_the_way(name, tmp_path, call):
     (tmp_path / "best.pt").write_bytes(data)
     write_pictures(tmp_path)
     side = str(2 * max(strides))
-    done = call("quantize", "best.pt", "--calib", "images", "--bits", "4", "--imgsz", side, "--out", "q", cwd=tmp_path)
+    line = ("quantize", "best.pt", "--calib", "images", "--samples", "1", "--bits", "4", "--imgsz", side, "--out", "q")
+    done = call(*line, cwd=tmp_path)
     assert done.code == 0, done.err
     done = call("export", "q/model.safetensors", "--onnx", "--out", "best.onnx", cwd=tmp_path)
     assert done.code == 0, done.err
