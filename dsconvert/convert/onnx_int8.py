@@ -34,6 +34,7 @@ from dsconvert.measure.importance import Part
 from dsconvert.measure.views import wanted
 from dsconvert.model.check import largest_sum
 from dsconvert.model.model import Converted
+from dsconvert.onnxfile.apart import taken_apart_by_range
 from dsconvert.onnxfile.compact import compact
 from dsconvert.onnxfile.engines import session
 from dsconvert.onnxfile.facts import Facts, facts_of
@@ -167,8 +168,9 @@ def _prepared(
     kept = with_views(pixels, len(photographs), range(total), wish.seed, room)
     images = Images(kept, Part(0, total, total), Size(*shape[1:]), len(photographs), (), 0, _entry(form))
     step = max(1, total // RANGED)
-    seen = (images.one(index, "cpu") for index in range(0, total, step))
-    stepped, maps = in_steps(low, score_kinds(facts, low), seen, partial(run_float, low.graph, low.params))
+    seen = [images.one(index, "cpu") for index in range(0, total, step)]
+    split = taken_apart_by_range(low, seen, lambda x, visit: run_float(low.graph, low.params, x, visit))
+    stepped, maps = in_steps(split, score_kinds(facts, low), seen, partial(run_float, split.graph, split.params))
     return Prepared(facts.source, low, stepped, maps, images, len(photographs), shape)
 
 

@@ -67,7 +67,7 @@ def folder(tmp_path: Path) -> Path:
     """The page's files: a checkpoint, photos to calibrate on, and others; all of them show what it detects. Enough of
     them that the converted model misses something: on six it agreed in everything, and the gate had nothing to say."""
     shutil.copy(DEMO / "demo.pt", tmp_path / "ppe_best.pt")
-    for name, source, count in (("photos", "calib", 3), ("others", "val", 24)):
+    for name, source, count in (("photos", "calib", 3), ("others", "val", 60)):
         (tmp_path / name).mkdir()
         for picture in sorted((DEMO / "images" / source).iterdir())[:count]:
             shutil.copy(picture, tmp_path / name)
@@ -87,7 +87,7 @@ def test_every_command_of_the_page_does_what_the_page_shows(folder, call):
         done.append(arguments[0])
     assert set(done) == {"--version", "info", "quantize", "export", "compare", "detect", "eval", "report"}
     assert (folder / "runs/dsconvert/ppe_best/report.html").read_text().startswith("<!doctype html>")
-    assert len(list((folder / "runs/detect/exp").glob("*.jpg"))) == 24
+    assert len(list((folder / "runs/detect/exp").glob("*.jpg"))) == 60
 
 
 def test_the_page_shows_output_of_every_command():
