@@ -18,6 +18,7 @@ from dsconvert.export.check import check_export, check_images
 from dsconvert.export.onnx import PLAIN, export_float, export_quantized
 from dsconvert.export.reference import float_reference, reference_of
 from dsconvert.export.weights.layouts import layout_named
+from dsconvert.graph.activations import GATES
 from dsconvert.graph.grids import QParams
 from dsconvert.graph.integer import QConv, grid_of, gridded, integer_step, real_params, run_integer
 from dsconvert.graph.ir import INPUT, ConvParams, Graph, Node
@@ -45,6 +46,19 @@ KNOWN = [
     ("maxpool", {"kernel": 3, "stride": 2, "padding": 1}, [[[[1.0, 2.0, 3.0], [6.0, 5.0, 4.0]]]], [[[6.0, 5.0]]]),
     ("upsample", {"scale": 2}, [X], [[[-1.0, -1.0, 3.0, 3.0]] * 2]),
     ("space_to_depth", {}, [[[[1.0, 2.0], [3.0, 4.0]]]], [[[1.0]], [[3.0]], [[2.0]], [[4.0]]]),
+    ("act", {"kind": "Sigmoid"}, [[[[math.log(3), 0.0]]]], [[[0.75, 0.5]]]),
+    ("act", {"kind": "HardSigmoid"}, [[[[-4.0, -1.0, 4.0]]]], [[[0.0, 1 / 3, 1.0]]]),
+    ("relu", {"top": 2}, [X], [[[0.0, 2.0]]]),
+    ("relu", {"top": 0}, [X], [[[0.0, 3.0]]]),
+    ("product", {}, [X, [[[2.0]]]], [[[-2.0, 6.0]]]),
+    ("mean", {}, [X], [[[1.0]]]),
+    ("mean_pool", {"kernel": 2, "stride": 2, "padding": 0, "padded": 0}, [[[[1.0, 2.0], [3.0, 6.0]]]], [[[3.0]]]),
+    ("mean_pool", {"kernel": 3, "stride": 3, "padding": 1, "padded": 1}, [[[[1.0, 2.0], [3.0, 3.0]]]], [[[1.0]]]),
+    ("select", {"channels": [2, 0]}, [[[[1.0]], [[2.0]], [[3.0]]]], [[[3.0]], [[1.0]]]),
+    ("resize", {"scale": 2}, [[[[1.0, 3.0]]]], [[[1.0, 1.5, 2.5, 3.0]] * 2]),
+    # two values for a query
+    ("uneven_attention", {"heads": 1, "size": 1, "value": 2},
+     [[[[0.0, math.log(3)]]], [[[0.0, 1.0]]], [[[1.0, 5.0]], [[0.0, 4.0]]]], [[[3.0, 4.0]], [[2.0, 3.0]]]),
     # the first query sees both keys alike, the second the second key three times as much
     ("attention", {"heads": 1, "size": 1}, [[[[0.0, math.log(3)]]], [[[0.0, 1.0]]], [[[1.0, 5.0]]]], [[[3.0, 4.0]]]),
 ]
@@ -84,8 +98,8 @@ def test_in_onnx(op, attrs, inputs, wanted):
 
 @EVERY
 def test_between_grids(op, attrs, inputs, wanted):
-    """Of the real numbers that its inputs stand for; half a step of its own grid away at most, and SiLU |x| / 510 more,
-    as its sigmoid is rounded to 1 / 255. Convolutions have weights of another kind: see test_integer."""
+    """Of the real numbers that its inputs stand for; half a step of its own grid away at most, and SiLU and Hardswish
+    |x| / 510 more, as their gate is rounded to 1 / 255. Convolutions have weights of another kind: see test_integer."""
     if op == "conv":
         return
     node, given = case(op, attrs, inputs)
@@ -94,7 +108,7 @@ def test_between_grids(op, attrs, inputs, wanted):
     quantized = [grids[name].quantize(t) for name, t in zip(node.inputs, given, strict=True)]
     real = [grids[name].dequantize(q) for name, q in zip(node.inputs, quantized, strict=True)]
     found = grids["y"].dequantize(integer_step(node, quantized, {}, grids))
-    more = 3.5 / 510 if attrs.get("kind") == "SiLU" else 0.0
+    more = 3.5 / 510 if attrs.get("kind") in GATES else 0.0
     torch.testing.assert_close(found, OPS[op].real(node, real), rtol=0, atol=0.0201 + more)
 
 
@@ -108,7 +122,7 @@ def test_between_grids(op, attrs, inputs, wanted):
         Node("upsample", "y", ("a",), {"scale": 17}),
         Node("upsample", "y", ("a",), {"scale": True}),
         Node("upsample", "y", ("a",), {"scale": 2.0}),
-        Node("act", "y", ("a",), {"kind": "Tanh"}),
+        Node("act", "y", ("a",), {"kind": "Softsign"}),
         Node("act", "y", ("a",), {"kind": ["ReLU"]}),
         Node("act", "y", ("a",)),
     ],

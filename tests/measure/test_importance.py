@@ -110,8 +110,9 @@ def test_clipping_is_judged_on_every_image_whose_gradient_is_whole(tiny, picture
     for name, effects in found.clipping.items():
         each = [clip_effects(*values[name]) for values in single]
         whole = name in graph.outputs or all(r.name in graph.outputs for r in readers[name])
-        # as many as one thorough image; sums of float32
-        torch.testing.assert_close(effects, sum(each) / 2 if whole else each[0], rtol=1e-4, atol=1e-12)
+        # as many as one thorough image; sums of float32, which cancel where an effect is small
+        wanted = sum(each) / 2 if whole else each[0]
+        torch.testing.assert_close(effects, wanted, rtol=1e-4, atol=1e-6 * float(wanted.max()) + 1e-12)
         both = torch.cat([values[name][0].flatten() for values in (single if whole else single[:1])])
         assert torch.stack(torch.aminmax(found.samples[name][0])).tolist() == torch.stack(torch.aminmax(both)).tolist()
 

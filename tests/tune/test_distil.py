@@ -63,7 +63,7 @@ def test_the_error_is_that_of_scores_and_boxes(converted, float_params, picture)
     parts = {name: brief._as_parts(p) for name, p in float_params.items()}
     real = replace(converted, activations={})
     # float arithmetic in another order: the factor after the sum
-    assert float(brief._errors(real, float_params, parts, picture)) == pytest.approx(0, abs=1e-8)
+    assert float(brief._errors(real, float_params, Detections(real.head), parts, picture)) == pytest.approx(0, abs=1e-8)
     other = {n: replace(p, bias=p.bias + 0.01) for n, p in parts.items()}
     raw = run_float(real.graph, float_params, picture)
     moved = {n: replace(p, bias=p.bias + 0.01) for n, p in float_params.items()}
@@ -73,7 +73,8 @@ def test_the_error_is_that_of_scores_and_boxes(converted, float_params, picture)
         strict=True,
     )
     expected = sum(float((a - b).square().sum()) for a, b in pairs)
-    assert float(brief._errors(real, float_params, other, picture)) == pytest.approx(expected, rel=1e-3)
+    found = brief._errors(real, float_params, Detections(real.head), other, picture)
+    assert float(found) == pytest.approx(expected, rel=1e-3)
 
 
 def test_a_step_has_the_mean_gradient_of_its_images(spoiled, float_params):
@@ -84,7 +85,7 @@ def test_a_step_has_the_mean_gradient_of_its_images(spoiled, float_params):
 
     def errors(x):
         parts = {name: layer.parts(name, latents) for name, layer in layers.items()}
-        return brief._errors(spoiled, float_params, parts, x)
+        return brief._errors(spoiled, float_params, Detections(spoiled.head), parts, x)
 
     def gradients(pictures, picks):
         loss = brief._step(errors, latents, pictures, picks)
