@@ -240,9 +240,7 @@ def _tuned(
     if len(held) < 2 or not wish.finetunes:
         return None
     images = network.images
-    pictures = Pictures(
-        images.part.all, range(images.part.mine), partial(images.one, device="cpu"), held, images.entry
-    )
+    pictures = Pictures(images.part.all, range(images.part.mine), partial(images.one, device="cpu"), held, images.entry)
     return distil(
         model, network.stepped.params, network.maps, pictures, wish.finetune_steps, wish.finetune_time, wish.seed,
         "cpu", partial(report, "finetune"),
@@ -287,4 +285,3 @@ def _check(written: Written, network: Prepared, model: Converted) -> None:
         off = (wanted_here - got[node.name]).abs()
         if float(off.max()) > 1 or float((off > 0).float().mean()) > MANY_OFF:
             raise CheckError(f"The file computes something else than it should at {node.name}; please report it.")
-

@@ -89,4 +89,3 @@ def _assembled(source: Source, low: Lowered, b: OnnxBuilder) -> onnx.ModelProto:
     made.ir_version = max(made.ir_version, IR_VERSION[21] if source.opset >= 21 else IR_VERSION[13])
     made.producer_name, made.producer_version = "dsconvert", VERSION
     return made
-

@@ -98,6 +98,4 @@ def resize(node: Node, inputs: list[Tensor]) -> Tensor:
 
 def resize_onnx(b: OnnxBuilder, node: Node, inputs: list[str], output: str) -> str:
     scales = b.constant(np.array([1, 1, node.attrs["scale"], node.attrs["scale"]], np.float32))
-    return b.node(
-        "Resize", [inputs[0], "", scales], output, mode="linear", coordinate_transformation_mode="half_pixel"
-    )
+    return b.node("Resize", [inputs[0], "", scales], output, mode="linear", coordinate_transformation_mode="half_pixel")

@@ -117,10 +117,10 @@ def _gives(facts: Facts, output: str, found: Heads) -> bool:
     }
     wanted = facts.compute(output, given)
     node = Node("uneven_attention", "attention", (), found.attrs)
-    maps = [
-        torch.from_numpy(given[root][:, chosen]) for root, chosen in zip(found.roots, found.channels, strict=True)
-    ]
+    maps = [torch.from_numpy(given[root][:, chosen]) for root, chosen in zip(found.roots, found.channels, strict=True)]
     made = attention(node, maps).numpy()
-    return wanted is not None and wanted.shape == made.shape and bool(
-        np.abs(wanted - made).max() <= CLOSE * max(1.0, float(np.abs(wanted).max()))
+    return (
+        wanted is not None
+        and wanted.shape == made.shape
+        and bool(np.abs(wanted - made).max() <= CLOSE * max(1.0, float(np.abs(wanted).max())))
     )

@@ -184,9 +184,7 @@ def _anchors(e: Exit, channels: int) -> int:
     return 3 if bool((e.kinds == SIGMOID).all()) and channels % 3 == 0 and channels // 3 > 5 else 0
 
 
-def _ranges(
-    images: Iterable[Tensor], run: Callable[[Tensor], list[Tensor]]
-) -> tuple[list[Tensor], list[Tensor]]:
+def _ranges(images: Iterable[Tensor], run: Callable[[Tensor], list[Tensor]]) -> tuple[list[Tensor], list[Tensor]]:
     """The least and the largest of each channel of every output."""
     lows: list[Tensor] = []
     highs: list[Tensor] = []

@@ -57,8 +57,12 @@ KNOWN = [
     ("select", {"channels": [2, 0]}, [[[[1.0]], [[2.0]], [[3.0]]]], [[[3.0]], [[1.0]]]),
     ("resize", {"scale": 2}, [[[[1.0, 3.0]]]], [[[1.0, 1.5, 2.5, 3.0]] * 2]),
     # two values for a query
-    ("uneven_attention", {"heads": 1, "size": 1, "value": 2},
-     [[[[0.0, math.log(3)]]], [[[0.0, 1.0]]], [[[1.0, 5.0]], [[0.0, 4.0]]]], [[[3.0, 4.0]], [[2.0, 3.0]]]),
+    (
+        "uneven_attention",
+        {"heads": 1, "size": 1, "value": 2},
+        [[[[0.0, math.log(3)]]], [[[0.0, 1.0]]], [[[1.0, 5.0]], [[0.0, 4.0]]]],
+        [[[3.0, 4.0]], [[2.0, 3.0]]],
+    ),
     # the first query sees both keys alike, the second the second key three times as much
     ("attention", {"heads": 1, "size": 1}, [[[[0.0, math.log(3)]]], [[[0.0, 1.0]]], [[[1.0, 5.0]]]], [[[3.0, 4.0]]]),
 ]

@@ -19,6 +19,8 @@ from dsconvert.onnxfile.lower import Lowered, NotLowered
 from dsconvert.onnxfile.source import read_source
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # the exporter's own
+
+
 def operations(low: Lowered) -> Counter[str]:
     return Counter(n.attrs["kind"] if n.op == "act" else n.op for n in low.graph.nodes if n.op != "conv")
 
