@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -153,13 +154,16 @@ def quantize_onnx(
         except NotLowered as why:
             if plan.layout not in LAYOUTS:
                 raise InputError.naming(
-                    "{} keeps float activations ({}); give {layout} packed or int8.", path, str(why)
+                    "{} keeps float activations, as {}; give {layout} packed or int8.", path, str(why)
                 ) from None
-            said.append(f"Activations stay float, and no speed is gained: the graph cannot express {why}.")
+            said.append(f"Activations stay float, and no speed is gained, as {why}.")
             note(str(said[-1]))
         else:
-            judges = pictures(paths.judges, given.image, plan.form)[0] if paths.judges else []
-            converted = quantize_lowered(facts, low, images, judges, plan.form, plan.wish, report)
+            judges: list[Image] = []
+            with suppress(InputError):  # there is no fine-tune where none of them can be read
+                judges = pictures(paths.judges, given.image, plan.form)[0] if paths.judges else []
+            with scratch_folder() as folder:
+                converted = quantize_lowered(facts, low, images, judges, plan.form, plan.wish, report, folder)
             _note_input(converted.model, plan)
             return replace(converted, skipped=tuple(skipped), warnings=tuple(filter(None, said)))
     return _weights_alone(path, given, images, skipped, said, probe, plan, report)

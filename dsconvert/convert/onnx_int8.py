@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -129,20 +130,23 @@ def taken_apart(source: Source, probe: Array) -> tuple[Facts, Lowered]:
     found = run_float(low.graph, low.params, torch.from_numpy(probe))
     for name, made in zip(low.exits, found, strict=True):
         wanted_there = facts.values[name]
+        if wanted_there.dtype != np.float32:
+            raise NotLowered("it has values of another type than float32")
         off = np.abs(made.numpy().reshape(wanted_there.shape) - wanted_there).max()
         if not off <= MOST_OFF * np.abs(wanted_there).max():
-            raise NotLowered("its graph, as it is understood, computes something else")
+            raise NotLowered("it computes something else than it seems to")
     return facts, low
 
 
 def quantize_lowered(
     facts: Facts, low: Lowered, photographs: list[Image], judges: list[Image], form: InputForm, wish: Wish,
-    report: Progress,
+    report: Progress, folder: Path | None = None,
 ) -> OnnxInt8:  # fmt: skip
     """Convert a file that was taken apart, on photographs that are placed as the form says; the fine-tune is judged on
-    others. Raises CheckError where the file computes something else than it should."""
+    others. What memory has no room for waits in the folder. Raises CheckError where the file computes something else
+    than it should."""
     torch.manual_seed(wish.seed)
-    room = Room(None, MEMORY)
+    room = Room(folder, MEMORY)
     network = _prepared(facts, low, photographs, form, wish, room)
     found = _measured(network, wish, report, room)
     formats = _formats(network, found, wish)

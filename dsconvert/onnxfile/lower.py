@@ -75,7 +75,7 @@ def _finished(w: Walk) -> Lowered:
     left = [v.name for v in source.model.graph.output]
     while left:
         name = left.pop()
-        if name in source.initializers or name == source.image.name:
+        if name not in source.makers:  # stored, the image, or inside of a node's own graph
             continue
         index = source.makers[name]
         node = source.nodes[index]
@@ -85,7 +85,7 @@ def _finished(w: Walk) -> Lowered:
             asked[name] = node.input[0]
         elif index not in tail:
             if index in w.layers:
-                raise NotLowered(f"{_why(w, source.nodes[index])}")
+                raise NotLowered(f"nothing in integers stands for {_why(w, source.nodes[index])}")
             tail.add(index)
             left += used(node)
     ordered = tuple(sorted(exits, key=lambda name: source.makers[name]))

@@ -163,6 +163,9 @@ def in_steps(
     params, exits = dict(low.params), list[Exit]()
     for name, value, least, most in zip(low.graph.outputs, low.exits, lows, highs, strict=True):
         kind = kinds[value]
+        if (same := next((e for e in exits if e.name == name), None)) is not None:  # one value under two names
+            exits.append(same)
+            continue
         if name not in convs or name in read:
             exits.append(Exit(name, kind, torch.ones_like(least), torch.full_like(least, STEPS.zero_point)))
             continue

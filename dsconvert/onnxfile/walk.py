@@ -93,7 +93,7 @@ class Walk:
         """After the stored weight, where exporters have not numbered it."""
         name = layer.stored.removesuffix(".weight")
         if "::" in name:  # made up by torch's exporter, which calls the node /layer1/0/Conv
-            name = layer.name.strip("/").rpartition("/")[0].replace("/", ".") or name
+            name = layer.name.strip("/").rpartition("/")[0].replace("/", ".") or f"conv{len(self.params)}"
         return self._free(name)
 
     def _free(self, name: str) -> str:

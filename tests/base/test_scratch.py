@@ -76,7 +76,7 @@ def test_values_wait_beside_the_result_or_in_the_cache(network, photos, call, tm
         return run(*args)
 
     monkeypatch.setattr(lockstep, "_fit", watched)
-    answer = call("quantize", network, "--calib", photos, *options, cwd=tmp_path)
+    answer = call("quantize", network, "--activations", "float", "--calib", photos, *options, cwd=tmp_path)
     assert answer.code == 0, answer.err
     assert places == [tmp_path / "results" if options else tmp_path]
     assert [p for p in tmp_path.rglob("*") if p.name.startswith(".dsconvert")] == []
@@ -94,7 +94,9 @@ def test_a_disk_without_room_for_values_is_one_sentence_that_says_how_much(
         save(path, array, **options)
 
     monkeypatch.setattr(np, "save", full)
-    answer = call("quantize", network, "--calib", photos, "--out", tmp_path / "a.onnx", cwd=tmp_path)
+    answer = call(
+        "quantize", network, "--activations", "float", "--calib", photos, "--out", tmp_path / "a.onnx", cwd=tmp_path
+    )
     assert answer.code == 2
     # 6 images of 3 channels and 6 values of 8, for each of the two networks
     least = 6 * 2 * (3 + 8) * 64 * 64 * 4
@@ -114,9 +116,9 @@ def test_values_are_read_where_files_cannot_be_mapped(network, photos, call, tmp
             raise OSError(errno.ENODEV, "No such device")
         return load(path, **options)
 
-    call("quantize", network, "--calib", photos, "--out", tmp_path / "a.onnx", cwd=tmp_path)
+    call("quantize", network, "--activations", "float", "--calib", photos, "--out", tmp_path / "a.onnx", cwd=tmp_path)
     monkeypatch.setattr(np, "load", unmapped)
-    call("quantize", network, "--calib", photos, "--out", tmp_path / "b.onnx", cwd=tmp_path)
+    call("quantize", network, "--activations", "float", "--calib", photos, "--out", tmp_path / "b.onnx", cwd=tmp_path)
     assert (tmp_path / "a.onnx").read_bytes() == (tmp_path / "b.onnx").read_bytes()
 
 
@@ -182,7 +184,7 @@ def test_a_folder_that_cannot_be_written_is_known_before_the_work(
     """Whatever `os.access` says of it."""
     from dsconvert.base import files
     from dsconvert.commands import finetune
-    from dsconvert.commands import quantize as command_file
+    from dsconvert.commands import quantize_onnx as command_file
     from dsconvert.convert import exporting
     from dsconvert.convert import quantize as pipeline
     from dsconvert.report import gather
@@ -199,7 +201,7 @@ def test_a_folder_that_cannot_be_written_is_known_before_the_work(
     monkeypatch.setattr(files, "_probe", refuse)
     given = {
         "quantize": ("quantize", ROOT / "calib/demo/demo.pt", "--calib", photos, "--out", tmp_path / "q"),
-        "onnx": ("quantize", network, "--calib", photos, "--out", tmp_path / "q"),
+        "onnx": ("quantize", network, "--activations", "float", "--calib", photos, "--out", tmp_path / "q"),
         "export": ("export", model, "--onnx"),
         "report": ("report", model),
         "finetune": ("finetune", model, "--data", ROOT / "calib/demo/data.yaml", "--out", tmp_path / "q"),

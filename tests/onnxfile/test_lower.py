@@ -4,6 +4,7 @@ and the graph computes what the file computes."""
 from __future__ import annotations
 
 from collections import Counter
+from functools import partial
 
 import numpy as np
 import onnx
@@ -15,7 +16,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from dsconvert.convert.onnx_int8 import taken_apart
+from dsconvert.graph.run import run_float
 from dsconvert.onnxfile.lower import Lowered, NotLowered
+from dsconvert.onnxfile.meaning import in_steps, score_kinds
 from dsconvert.onnxfile.source import read_source
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # the exporter's own
@@ -138,3 +141,58 @@ def test_what_the_graph_cannot_express_is_named(tmp_path):
     source, x = source_of(Between(lambda x: x.cumsum(2)), tmp_path)
     with pytest.raises(NotLowered, match="CumSum"):
         taken_apart(source, x)
+
+
+def test_one_value_under_two_names_is_scaled_once(tmp_path):
+    """Two outputs of one convolution: each is read back in its own unit, by the same steps."""
+
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 1)
+
+        def forward(self, x):
+            y = self.conv(x)
+            return y, y.reshape(1, 2, 2, SIDE, SIDE).reshape(1, 4, SIDE, SIDE)
+
+    source, x = source_of(Twice(), tmp_path)
+    facts, low = taken_apart(source, x)
+    run = partial(run_float, low.graph, low.params)
+    stepped, maps = in_steps(low, score_kinds(facts, low), [torch.from_numpy(x)], run)
+    for e, value, made in zip(
+        maps.exits, run(torch.from_numpy(x)), run_float(stepped.graph, stepped.params, torch.from_numpy(x)), strict=True
+    ):
+        assert torch.allclose(e.real(made), value, atol=1e-5)
+
+
+def test_names_inside_of_a_nodes_own_graph_are_left_alone(tmp_path):
+    """A tail with an If, whose branches read what only they know."""
+    branch = [
+        helper.make_graph(
+            [
+                helper.make_node("Constant", [], [f"{n}k"], value=numpy_helper.from_array(np.float32(n == "a"))),
+                helper.make_node("Add", ["c", f"{n}k"], [f"{n}s"]),
+            ],
+            n,
+            [],
+            [helper.make_tensor_value_info(f"{n}s", TensorProto.FLOAT, None)],
+        )
+        for n in "ab"
+    ]
+    nodes = [
+        helper.make_node("Conv", ["x", "w"], ["c"]),
+        helper.make_node("ReduceMax", ["c"], ["top"], keepdims=0),
+        helper.make_node("Greater", ["top", "zero"], ["high"]),
+        helper.make_node("If", ["high"], ["y"], then_branch=branch[0], else_branch=branch[1]),
+    ]
+    weight = np.random.default_rng(0).normal(size=(4, 3, 1, 1)).astype(np.float32)
+    tensors = [numpy_helper.from_array(weight, "w"), numpy_helper.from_array(np.float32(0), "zero")]
+    values = [helper.make_tensor_value_info(n, TensorProto.FLOAT, [1, c, 8, 8]) for n, c in (("x", 3), ("y", 4))]
+    graph = helper.make_graph(nodes, "g", values[:1], values[1:], tensors)
+    onnx.save(
+        helper.make_model(graph, ir_version=8, opset_imports=[helper.make_opsetid("", 17)]), tmp_path / "net.onnx"
+    )
+    source = read_source(tmp_path / "net.onnx", None, 1)
+    _, low = taken_apart(source, np.random.default_rng(1).random((1, 3, 8, 8)).astype(np.float32))
+    assert low.exits == ("c",)
+    assert low.stayed["If"] == 1
