@@ -12,7 +12,7 @@ import onnx
 import onnxruntime as ort
 import pytest
 import torch
-from families import Between, Decoded, Gate, Heads, Shuffle
+from spellings import Between, Decoded, Gate, Heads, Shuffle
 from torch import nn
 
 from dsconvert.base.errors import InputError

@@ -10,8 +10,8 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from families import SIDE, Between, Decoded, Focus, Gate, Heads, Shuffle, source_of
 from onnx import TensorProto, helper, numpy_helper
+from spellings import SIDE, Between, Decoded, Focus, Gate, Heads, Shuffle, source_of
 from torch import nn
 from torch.nn import functional as F
 

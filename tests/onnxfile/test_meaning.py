@@ -7,7 +7,7 @@ import operator
 
 import pytest
 import torch
-from families import SIDE, Decoded, source_of
+from spellings import SIDE, Decoded, source_of
 from torch import nn
 
 from dsconvert.convert.onnx_int8 import taken_apart
