@@ -8,6 +8,7 @@ import numpy as np
 from torch import Tensor
 
 QMAX = 255
+SURE = 5.0  # a logit whose sigmoid is 0.993: grids of scores reach it at least, however few objects were seen
 
 
 @dataclass(frozen=True)

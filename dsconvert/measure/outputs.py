@@ -8,12 +8,10 @@ from typing import Protocol
 
 from torch import Tensor
 
-from dsconvert.graph.grids import QParams
+from dsconvert.graph.grids import SURE, QParams
 from dsconvert.graph.ir import Graph
 from dsconvert.yolo.decode import detection_measure
 from dsconvert.yolo.network import Head
-
-SURE = 5.0  # a logit whose sigmoid is 0.993
 
 
 class Outputs(Protocol):

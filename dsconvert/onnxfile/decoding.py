@@ -11,7 +11,7 @@ import numpy as np
 
 from dsconvert.base.size import Size
 from dsconvert.base.smallyaml import load_plain
-from dsconvert.onnxfile.rules import RULES, Array, Unfit, has_cells
+from dsconvert.onnxfile.rules import RULES, Array, Unfit, has_cells, without_objectness
 
 ROWS, COLUMNS, ENDS = "rows", "columns", "ends"
 SHAPES = "(1, boxes, 5 + classes), (1, 4 + classes, boxes) or (1, boxes, 6)"  # that tell by themselves
@@ -90,7 +90,7 @@ def _by_shape(output: Array, size: Size, named: int) -> Array:
     if output.ndim == 3 and len(output) != 1:
         layout = None
     if layout == COLUMNS:
-        return _of_columns(output[0])
+        return without_objectness(output[0, :4].T, output[0, 4:].T)
     if layout == ENDS and _ends_in_classes(found := output.reshape(-1, 6)):
         return _of_ends(found, named or USUAL_CLASSES)
     if layout is None:
@@ -129,12 +129,6 @@ def classes_of(shape: Sequence[Any], size: Size) -> int:
     if layout == COLUMNS:
         return int(shape[1]) - 4
     return max(0, shape[2] - 5) if layout == ROWS and isinstance(shape[2], int) else 0
-
-
-def _of_columns(found: Array) -> Array:
-    """(4 + classes, boxes) of centre, sides and scores."""
-    rows = found.T
-    return np.concatenate((rows[:, :4], np.ones((len(rows), 1), np.float32), rows[:, 4:]), 1)
 
 
 def _ends_in_classes(found: Array) -> bool:

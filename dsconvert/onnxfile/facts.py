@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -11,8 +11,9 @@ import onnx
 from onnx import numpy_helper
 
 from dsconvert.onnxfile.engines import session
-from dsconvert.onnxfile.source import Array, Source, used
+from dsconvert.onnxfile.source import Array, Source, giving, used
 
+LONGEST = 64  # nodes that only move numbers, one behind the other or side by side
 SHAPES = ("Shape", "Size")  # they say nothing of an image but its size
 
 
@@ -48,10 +49,30 @@ class Facts:
         """Shape of a value; empty where it is unknown."""
         return tuple(self.values[name].shape) if name in self.values else ()
 
+    def maker(self, value: str) -> onnx.NodeProto | None:
+        """The node that makes a value; None for stored ones and the image."""
+        index = self.source.makers.get(value)
+        return None if index is None else self.source.nodes[index]
+
+    def sources(self, value: str, ends: Container[str], passes: Callable[[onnx.NodeProto], bool]) -> set[str] | None:
+        """Those of the `ends` that nodes which pass make a value of; None where others take part, or too many."""
+        found, left, seen = set[str](), [value], {value}
+        while left:
+            node = self.maker(left.pop())
+            if node is None or not passes(node) or len(seen) > LONGEST:
+                return None
+            for before in self.varying(node):
+                if before in ends:
+                    found.add(before)
+                elif before not in seen:
+                    seen.add(before)
+                    left.append(before)
+        return found
+
     def compute(self, target: str, given: Mapping[str, Array]) -> Array | None:
         """A value from other values that are given in the place of the image's; None where they do not lead to it, or
         ONNX Runtime fails on them."""
-        source, nodes = self.source, list[onnx.NodeProto]()
+        source = self.source
         left, seen = [target], set(given)
         indices = set[int]()
         while left:
@@ -65,7 +86,8 @@ class Facts:
             indices.add(index)
             left += source.nodes[index].input
         nodes = [source.nodes[i] for i in sorted(indices)]
-        fixed = {name: self.constant(name) for node in nodes for name in used(node) if name not in self.moving}
+        read = {name for node in nodes for name in used(node)} - self.moving - source.initializers.keys()
+        fixed = {name: self.constant(name) for name in read}
         if any(value is None for value in fixed.values()):
             return None
         stored = {name: numpy_helper.from_array(np.asarray(value), name) for name, value in fixed.items()}
@@ -79,18 +101,9 @@ class Facts:
 
 def facts_of(source: Source, probe: Array) -> Facts:
     """Run the file once on an input and keep every value. Raises whatever ONNX Runtime raises."""
-    names = [name for node in source.nodes for name in node.output if name]
-    there = {v.name for v in source.model.graph.output}
-    model = onnx.ModelProto()
-    model.CopyFrom(source.model)
-    model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names if name not in there)
+    model = giving(source.model, (name for node in source.nodes for name in node.output if name))
     running = session(model.SerializeToString(), 1)
     wanted = [output.name for output in running.inner.get_outputs()]
     found = running.run(wanted, {source.image.name: probe})
     values = {name: value for name, value in zip(wanted, found, strict=True) if isinstance(value, np.ndarray)}
     return Facts(source, {**values, source.image.name: probe})
-
-
-def maps_of(values: Iterable[str], facts: Facts) -> bool:
-    """Whether all of them are maps (n, channels, height, width)."""
-    return all(len(facts.shape(name)) == 4 for name in values)

@@ -39,17 +39,16 @@ class Heads:
 def find_attention(facts: Facts, output: str, origin: Callable[[str], str | None]) -> Heads | None:
     """The attention that gives a map (1, c, h, w); None where none does. `origin` has the one value in the graph whose
     numbers are moved to a value, None where there is none."""
-    maker = _Maker(facts)
-    last = maker.through(output, MOVING)
+    last = _behind(facts, output, MOVING)
     if last is None or last.op_type != "MatMul":
         return None
-    inputs = [maker.through(name, MOVING) for name in last.input]
+    inputs = [_behind(facts, name, MOVING) for name in last.input]
     weighed = [i for i, node in enumerate(inputs) if node is not None and node.op_type == "Softmax"]
     if len(weighed) != 1:
         return None
     softmax, values = inputs[weighed[0]], last.input[1 - weighed[0]]
     assert softmax is not None
-    first = maker.through(softmax.input[0], MOVING | SCALING)
+    first = _behind(facts, softmax.input[0], MOVING | SCALING)
     if first is None or first.op_type != "MatMul":
         return None
     parts = [_part(facts, name, origin) for name in (*first.input, values)]
@@ -66,24 +65,13 @@ def find_attention(facts: Facts, output: str, origin: Callable[[str], str | None
     return None
 
 
-@dataclass(frozen=True)
-class _Maker:
-    facts: Facts
-
-    def through(self, value: str, kinds: frozenset[str]) -> onnx.NodeProto | None:
-        """The first node behind a value that is of none of these kinds, where each of them has one source."""
-        name = value
-        while True:
-            index = self.facts.source.makers.get(name)
-            if index is None:
-                return None
-            node = self.facts.source.nodes[index]
-            if node.op_type not in kinds:
-                return node
-            varying = self.facts.varying(node)
-            if len(varying) != 1:
-                return None
-            name = varying[0]
+def _behind(facts: Facts, value: str, kinds: frozenset[str]) -> onnx.NodeProto | None:
+    """The first node behind a value that is of none of these kinds, where each of them has one source."""
+    node = facts.maker(value)
+    while node is not None and node.op_type in kinds:
+        varying = facts.varying(node)
+        node = facts.maker(varying[0]) if len(varying) == 1 else None
+    return node
 
 
 def _part(facts: Facts, value: str, origin: Callable[[str], str | None]) -> tuple[str, list[list[int]]] | None:

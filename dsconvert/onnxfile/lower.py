@@ -43,8 +43,6 @@ class Lowered:
 def lower(facts: Facts, layers: Iterable[Layer]) -> Lowered:
     """Take a file apart. Raises NotLowered, saying why, where a layer reads what the graph cannot express."""
     walk = Walk(facts, {layer.index: layer for layer in layers if not _counts(layer)})
-    if facts.source.image.name not in facts.moving or len(facts.shape(facts.source.image.name)) != 4:
-        raise NotLowered("its input is no image")
     for index, node in enumerate(facts.source.nodes):
         if index in walk.core:
             _add(walk, index, node)
@@ -114,9 +112,10 @@ def _float_share(w: Walk, tail: set[int]) -> float:
 
     def count(index: int) -> int:
         node = source.nodes[index]
-        weight = w.facts.constant(node.input[1]) if len(node.input) > 1 else None
-        made = w.facts.shape(node.output[0])
-        if weight is None or node.op_type not in ("Conv", "ConvTranspose", "Gemm", "MatMul"):
+        if node.op_type not in ("Conv", "ConvTranspose", "Gemm", "MatMul"):
+            return 0
+        weight, made = w.facts.constant(node.input[1]), w.facts.shape(node.output[0])
+        if weight is None:
             return 0
         return int(weight.size * np.prod(made[2:] if node.op_type.startswith("Conv") else made[:-1]))
 

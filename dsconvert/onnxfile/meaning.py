@@ -14,13 +14,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dsconvert.graph.grids import QMAX, QParams
+from dsconvert.graph.grids import QMAX, SURE, QParams
 from dsconvert.graph.ir import ConvParams, Graph
 from dsconvert.onnxfile.facts import Facts
 from dsconvert.onnxfile.lower import Lowered
 from dsconvert.onnxfile.recognise import MOVING
+from dsconvert.onnxfile.source import attribute
 
-SURE, UNLIKELY = 5.0, -9.0  # logits: scores of 0.993, which a grid reaches at least, and of 0.0001, all the same below
+UNLIKELY = -9.0  # a logit whose sigmoid is 0.0001: scores below are all the same
+ANCHORS = 3  # boxes of a cell of YOLOv5's
 MARGIN = 0.05  # of a channel's range on the images seen, beyond both ends: other images show more
 STEPS = QParams(1.0, 128)  # the grid of a map whose channels are in steps of their own
 WIDE = 1 << 13  # channels of an exit at most
@@ -36,6 +38,13 @@ class Exit:
     step: Tensor  # (c,) float32
     zero: Tensor  # (c,) float32, integers 0..255
 
+    @property
+    def has_boxes(self) -> bool:
+        """Whether all channels go through a Sigmoid and make x, y, w, h, objectness and classes of each of ANCHORS, as
+        YOLOv5's do."""
+        channels = len(self.kinds)
+        return bool((self.kinds == SIGMOID).all()) and channels % ANCHORS == 0 and channels // ANCHORS > 5
+
     def real(self, x: Tensor) -> Tensor:
         """A map (n, c, h, w) in the file's unit."""
         shape = (-1, 1, 1)
@@ -47,7 +56,6 @@ class Maps:
     """The maps that a tail of any origin reads, as `measure.outputs.Outputs`."""
 
     exits: tuple[Exit, ...]
-    anchors: tuple[int, ...] = ()  # of an exit whose channels all become scores, boxes first: how many anchors; else 0
 
     def measure(self, raw: list[Tensor], reference: list[Tensor]) -> list[Tensor]:
         """Scores, and all other channels as shares of their range. These count where the float network's best score
@@ -55,8 +63,7 @@ class Maps:
         parts: list[Tensor] = []
         for size in dict.fromkeys(x.shape[2:] for x in reference):
             here = [i for i, x in enumerate(reference) if x.shape[2:] == size]
-            made, wanted = ([self._level(here, maps)] for maps in (raw, reference))
-            (scores, others), (scores0, _) = made[0], wanted[0]
+            (scores, others), (scores0, _) = (self._level(here, maps) for maps in (raw, reference))
             weight = scores0.amax(1, keepdim=True).sqrt() if scores0 is not None else None
             parts += [scores] if scores is not None else []
             parts += [x * weight if weight is not None else x for x in others]
@@ -68,11 +75,11 @@ class Maps:
         others: list[Tensor] = []
         for i in here:
             e, x = self.exits[i], maps[i]
-            if self.anchors[i]:  # x, y, w, h, objectness and classes of each anchor, YOLOv5's way
-                apart = e.real(x).unflatten(1, (self.anchors[i], -1)).sigmoid()
-                found.append((apart[:, :, 4:5] * apart[:, :, 5:]).flatten(1, 2))
-                best = found[-1].detach().unflatten(1, (self.anchors[i], -1)).amax(2, keepdim=True).sqrt()
-                others.append((apart[:, :, :4] * best).flatten(1, 2))
+            if e.has_boxes:
+                apart = e.real(x).unflatten(1, (ANCHORS, -1)).sigmoid()
+                products = apart[:, :, 4:5] * apart[:, :, 5:]
+                found.append(products.flatten(1, 2))
+                others.append((apart[:, :, :4] * products.detach().amax(2, keepdim=True).sqrt()).flatten(1, 2))
                 continue
             real = e.real(x)
             logits = real[:, e.kinds == SIGMOID]
@@ -115,40 +122,25 @@ def score_kinds(facts: Facts, low: Lowered) -> dict[str, Tensor]:
     for index in low.tail:
         node = facts.source.nodes[index]
         kind = {"Sigmoid": SIGMOID, "Softmax": SOFTMAX}.get(node.op_type)
-        sources = _moved_from(facts, node.input[0], set(low.exits)) if kind else None
+        sources = _moved_from(facts, node.input[0], low.exits) if kind else None
         if kind is None or not sources:
             continue
         found = facts.compute(node.input[0], {name: marks[name] for name in sources})
         if found is None:
             continue
         owners, channels = np.divmod(np.unique(np.rint(found)).astype(np.int64), WIDE)
-        if kind == SOFTMAX and found.shape[_axis(node)] != len(channels):  # over bins of a distance, or over pixels
+        if kind == SOFTMAX and found.shape[attribute(node, "axis", -1)] != len(
+            channels
+        ):  # over bins of a distance, or over pixels
             continue
         for owner, channel in zip(owners, channels, strict=True):
             kinds[low.exits[owner - 1]][channel] = kind
     return kinds
 
 
-def _axis(node: object) -> int:
-    found = [a.i for a in node.attribute if a.name == "axis"]  # type: ignore[attr-defined]
-    return int(found[0]) if found else -1
-
-
-def _moved_from(facts: Facts, value: str, exits: set[str]) -> set[str] | None:
+def _moved_from(facts: Facts, value: str, exits: Sequence[str]) -> set[str] | None:
     """The exits that a value is only moved from; None where it is computed."""
-    found, left, seen = set[str](), [value], set[str]()
-    while left:
-        name = left.pop()
-        if name in exits:
-            found.add(name)
-            continue
-        index = facts.source.makers.get(name)
-        if index is None or facts.source.nodes[index].op_type not in MOVING:
-            return None
-        if name not in seen:
-            seen.add(name)
-            left += facts.varying(facts.source.nodes[index])
-    return found
+    return {value} if value in exits else facts.sources(value, exits, lambda node: node.op_type in MOVING)
 
 
 def in_steps(
@@ -178,13 +170,7 @@ def in_steps(
         p = params[name]
         params[name] = ConvParams(p.weight / step[:, None, None, None], p.bias / step + zero - STEPS.zero_point)
         exits.append(Exit(name, kind, step, zero))
-    anchors = tuple(_anchors(e, v.shape[0]) for e, v in zip(exits, lows, strict=True))
-    return replace(low, params=params), Maps(tuple(exits), anchors)
-
-
-def _anchors(e: Exit, channels: int) -> int:
-    """3 where all channels go through a Sigmoid and make so many boxes with scores, as YOLOv5's do; else 0."""
-    return 3 if bool((e.kinds == SIGMOID).all()) and channels % 3 == 0 and channels // 3 > 5 else 0
+    return replace(low, params=params), Maps(tuple(exits))
 
 
 def _ranges(images: Iterable[Tensor], run: Callable[[Tensor], list[Tensor]]) -> tuple[list[Tensor], list[Tensor]]:

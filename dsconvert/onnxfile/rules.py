@@ -50,8 +50,9 @@ def yolox(outputs: Sequence[Array], size: Size) -> Array:
         raise Unfit("one output (1, cells, 5 + classes), a row for every cell of strides 8, 16 and 32")
     if rows[:, 2:4].max() > MOST_EXPONENT:
         return rows
-    places = np.concatenate([cells(size, s) for s in strides])
-    scale = np.concatenate([np.full((len(cells(size, s)), 1), s, np.float32) for s in strides])
+    grids = [cells(size, s) for s in strides]
+    places = np.concatenate(grids)
+    scale = np.repeat(np.array(strides, np.float32), [len(g) for g in grids])[:, None]
     sides = np.exp(np.minimum(rows[:, 2:4], MOST_EXPONENT)) * scale
     return np.concatenate(((rows[:, :2] + places) * scale, sides, rows[:, 4:]), 1)
 
@@ -75,7 +76,7 @@ def distances(outputs: Sequence[Array], size: Size) -> Array:
         if stride is None:
             raise Unfit(expects)
         boxes = _from_sides(expected(sides[count].reshape(count, 4, -1)), cells(size, stride), stride)
-        levels.append(_without_objectness(boxes, scores[count]))
+        levels.append(without_objectness(boxes, scores[count]))
     return np.concatenate(levels)
 
 
@@ -135,7 +136,7 @@ def _heads(outputs: Sequence[Array], size: Size, nc: int | None) -> Array:
         rows = found[0].reshape(found.shape[1], -1).T
         last = None if nc is None else 4 * BINS + nc
         boxes = _from_sides(expected(rows[:, : 4 * BINS].reshape(-1, 4, BINS)), cells(size, stride), stride)
-        levels.append(_without_objectness(boxes, sigmoid(rows[:, 4 * BINS : last])))
+        levels.append(without_objectness(boxes, sigmoid(rows[:, 4 * BINS : last])))
     if len({level.shape[1] for level in levels}) != 1:
         raise Unfit(expects)
     return np.concatenate(levels)
@@ -160,7 +161,8 @@ def _from_sides(sides: Array, places: Array, stride: int) -> Array:
     return np.concatenate(((low + high) / 2, high - low), 1) * np.float32(stride)
 
 
-def _without_objectness(boxes: Array, classes: Array) -> Array:
+def without_objectness(boxes: Array, classes: Array) -> Array:
+    """Rows of boxes (n, 4) and scores (n, classes)."""
     return np.concatenate((boxes, np.ones((len(boxes), 1), np.float32), classes), 1).astype(np.float32, copy=False)
 
 

@@ -147,6 +147,20 @@ def _within(node: onnx.NodeProto) -> Iterator[onnx.NodeProto]:
                 left.extend(graph.node)
 
 
+def attribute(node: onnx.NodeProto, name: str, usual: Any = None) -> Any:
+    """An attribute's value; `usual` where the node has none of that name."""
+    return next((onnx.helper.get_attribute_value(a) for a in node.attribute if a.name == name), usual)
+
+
+def giving(model: onnx.ModelProto, values: Iterable[str]) -> onnx.ModelProto:
+    """A copy that has these values as outputs too, behind its own, each once."""
+    made = onnx.ModelProto()
+    made.CopyFrom(model)
+    there = {v.name for v in model.graph.output}
+    made.graph.output.extend(onnx.ValueInfoProto(name=name) for name in values if name not in there)
+    return made
+
+
 def opset_of(model: onnx.ModelProto) -> int:
     """Version of ONNX's own operators."""
     return max((o.version for o in model.opset_import if o.domain in ("", "ai.onnx")), default=1)

@@ -4,21 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import onnx
 import torch
-from onnx import helper
 
 from dsconvert.graph.ir import INPUT, ConvParams, Node
 from dsconvert.onnxfile.facts import Facts
 from dsconvert.onnxfile.layers import Layer
 from dsconvert.onnxfile.recognise import ELEMENTWISE, MOVING
-from dsconvert.onnxfile.source import used
+from dsconvert.onnxfile.source import attribute, used
 
 FAR = 16  # operators between an activation's source and its end: a GELU has 8
-LONGEST = 64  # operators that only move numbers, one behind the other or side by side
 AFFINE = ("BatchNormalization", "Mul", "Add", "Sub", "Div")
 
 
@@ -48,7 +45,7 @@ class Walk:
 
     def known(self, value: str) -> str | None:
         """The graph's value for one of the file's; None where there is none."""
-        if value not in self.place and not (value in self.facts.moving and self._folds(value)):
+        if value not in self.place and not (value in self.facts.moving and self.folded(value)):
             return None
         return self.place[value]
 
@@ -76,18 +73,17 @@ class Walk:
         node = self.nodes.get(name)
         return (node.inputs[0], list(node.attrs["channels"])) if node and node.op == "select" else (name, None)
 
-    def choose(self, base: str, chosen: list[int], output: str) -> None:
-        """Channels of a value under the name that the file has for them; all of them are the value itself."""
-        if chosen == list(range(self.widths[base])):
+    def choose(self, base: str, chosen: list[int], output: str | None = None) -> str:
+        """Channels of a value, under the name that the file has for them, if it has one. All of them are the value
+        itself, and a choice from a choice is one from what that was made of."""
+        base, before = self.as_choice(base)
+        if before is not None:
+            chosen = [before[i] for i in chosen]
+        if chosen != list(range(self.widths[base])):
+            return self.new("select", [base], {"channels": chosen}, output, len(chosen))
+        if output is not None:
             self.place[output] = base
-        else:
-            self.new("select", [base], {"channels": chosen}, output)
-
-    def selected(self, base: str, channels: list[int]) -> str:
-        """Channels of a value that the file has no name for."""
-        if channels == list(range(self.widths[base])):
-            return base
-        return self.new("select", [base], {"channels": channels}, None, len(channels))
+        return base
 
     def layer_name(self, layer: Layer) -> str:
         """After the stored weight, where exporters have not numbered it."""
@@ -111,11 +107,8 @@ class Walk:
         return found
 
     def _climb(self, value: str, found: list[str], far: int) -> None:
-        index = self.facts.source.makers.get(value)
-        if index is None or not far:
-            return
-        node = self.facts.source.nodes[index]
-        if node.op_type not in ELEMENTWISE or not self.by_numbers(node):
+        node = self.facts.maker(value)
+        if node is None or not far or node.op_type not in ELEMENTWISE or not self.by_numbers(node):
             return
         sources = list(dict.fromkeys(self.facts.varying(node)))
         chains: list[list[str]] = []
@@ -132,32 +125,20 @@ class Walk:
 
     def origin(self, value: str, kinds: Collection[str] = MOVING) -> str | None:
         """The one value in the graph whose numbers are moved to this one, or whatever nodes of these kinds do."""
-        found, left, seen = set[str](), [value], set[str]()
-        while left:
-            name = left.pop()
-            index = self.facts.source.makers.get(name)
-            if index is None or len(seen) > LONGEST:
-                return None
-            node = self.facts.source.nodes[index]
-            if node.op_type not in kinds or mode(node) not in (None, "nearest"):
-                return None
-            for before in self.facts.varying(node):
-                if before in self.place:
-                    found.add(before)
-                elif before not in seen and before in self.facts.source.makers:
-                    seen.add(before)
-                    left.append(before)
-        return found.pop() if len(found) == 1 else None
+        found = self.facts.sources(
+            value, self.place, lambda node: node.op_type in kinds and mode(node) in (None, "nearest")
+        )
+        return found.pop() if found is not None and len(found) == 1 else None
 
     def folded(self, output: str) -> bool:
         """Whether a value is a multiple of a convolution, plus something, channel by channel; then both go into the
         convolution's weights, which nothing else reads."""
-        node = self.facts.source.nodes[self.facts.source.makers[output]]
-        varying = self.facts.varying(node)
-        if node.op_type not in AFFINE or len(varying) != 1:
+        node = self.facts.maker(output)
+        varying = [] if node is None else self.facts.varying(node)
+        if node is None or node.op_type not in AFFINE or len(varying) != 1:
             return False
         before = varying[0]
-        if before not in self.place and not self._folds(before):
+        if before not in self.place and not self.folded(before):
             return False
         conv = self.nodes.get(self.place[before])
         alone = self.readers.get(before) == 1 and before not in self.outputs
@@ -178,34 +159,17 @@ class Walk:
         self.place[output] = self.place.pop(before)
         return True
 
-    def _folds(self, value: str) -> bool:
-        return value in self.facts.source.makers and self.folded(value)
-
 
 def leading_to(facts: Facts, layers: Iterable[int]) -> set[int]:
     """Places of the nodes that layers' inputs are made by, and the layers' own."""
     source, found = facts.source, set(layers)
-    left = [source.nodes[i].input[0] for i in layers]
-    while left:
-        name = left.pop()
-        index = source.makers.get(name)
-        if index is None or name not in facts.moving or index in found:
-            continue
-        found.add(index)
-        left += facts.varying(source.nodes[index])
-    for index in list(found):  # and what layers read through other layers
-        left += facts.varying(source.nodes[index])
+    left = [name for index in found for name in facts.varying(source.nodes[index])]
     while left:
         index = source.makers.get(left.pop())
         if index is not None and index not in found:
             found.add(index)
             left += facts.varying(source.nodes[index])
     return found
-
-
-def attribute(node: onnx.NodeProto, name: str, usual: Any = None) -> Any:
-    """An attribute's value; `usual` where the node has none of that name."""
-    return next((helper.get_attribute_value(a) for a in node.attribute if a.name == name), usual)
 
 
 def mode(node: onnx.NodeProto) -> str | None:

@@ -15,7 +15,8 @@ from dsconvert.graph.ir import ConvParams, Node
 from dsconvert.onnxfile.heads import SCALING, find_attention
 from dsconvert.onnxfile.layers import Layer
 from dsconvert.onnxfile.recognise import ELEMENTWISE, MOVING, activation_named, moved, places, points
-from dsconvert.onnxfile.walk import Walk, attribute, mode
+from dsconvert.onnxfile.source import attribute
+from dsconvert.onnxfile.walk import Walk, mode
 
 POOLING = ("GlobalAveragePool", "ReduceMean", "Resize", "Upsample", "MaxPool", "AveragePool")
 AT_EVERY_PIXEL = {"stride": 1, "dilation": 1, "groups": 1}
@@ -113,8 +114,6 @@ def moving(w: Walk, node: onnx.NodeProto, output: str) -> bool:
         given = w.new("upsample", [given], {"scale": what.scale}, None, shape[1])
     elif what.kind == "space_to_depth":
         given = w.new("space_to_depth", [given], {}, None, 4 * shape[1])
-    elif (before := w.as_choice(given))[1] is not None:
-        given, chosen = before[0], [before[1][i] for i in chosen]
     w.choose(given, chosen, output)
     return True
 
@@ -132,11 +131,10 @@ def arithmetic(w: Walk, node: onnx.NodeProto, output: str) -> bool:
         w.new("add", [a, b], {}, output)
         return True
     if node.op_type == "Mul" and len(shapes[0]) == len(shapes[1]) == 3:
+        if shapes[0] == (shapes[1][0], 1, 1) != shapes[1]:  # the map comes first
+            a, b, shapes = b, a, shapes[::-1]
         if shapes[1] in (shapes[0], (shapes[0][0], 1, 1)):
             w.new("product", [a, b], {}, output)
-            return True
-        if shapes[0] == (shapes[1][0], 1, 1):
-            w.new("product", [b, a], {}, output)
             return True
     return False
 
@@ -189,11 +187,7 @@ def attention(w: Walk, node: onnx.NodeProto, output: str) -> bool:
     found = find_attention(w.facts, output, through) if len(w.facts.shape(output)) == 4 else None
     if found is None:
         return False
-    parts = []
-    for root, chosen in zip(found.roots, found.channels, strict=True):
-        base, before = w.as_choice(w.place[root])
-        channels = [before[i] for i in chosen] if before is not None else chosen
-        parts.append(base if channels == list(range(w.widths[base])) else w.selected(base, channels))
+    parts = [w.choose(w.place[root], chosen) for root, chosen in zip(found.roots, found.channels, strict=True)]
     even = found.size == found.value
     attrs = {"heads": found.heads, "size": found.size} if even else found.attrs
     w.new("attention" if even else "uneven_attention", parts, attrs, output)
@@ -208,7 +202,7 @@ def affine(w: Walk, node: onnx.NodeProto, output: str) -> bool:
 
 def _padded(w: Walk, value: str) -> tuple[str, int]:
     """What a Pad with as many zeros on all four sides reads, and how many; a value of anything else, and 0."""
-    node = w.facts.source.nodes[w.facts.source.makers[value]] if value in w.facts.source.makers else None
+    node = w.facts.maker(value)
     if node is None or node.op_type != "Pad" or attribute(node, "mode", b"constant") != b"constant":
         return value, 0
     pads = attribute(node, "pads") or (w.facts.constant(node.input[1]) if len(node.input) > 1 else None)

@@ -83,7 +83,7 @@ def test_boxes_count_where_the_best_score_is():
     """Of two cells one has a score of 0.9 and the other of almost none: a box's change counts there alone, by the root
     of the score; an objectness is multiplied with its classes."""
     exits = (map_of([NOTHING] * 4), map_of([SIGMOID] * 2), map_of([SIGMOID]))
-    maps = Maps(exits, (0, 0, 0))
+    maps = Maps(exits)
     sure = torch.logit(torch.tensor(0.9))
     classes = torch.full((1, 2, 1, 2), 50.0)
     objectness = torch.tensor([sure, -50.0]).view(1, 1, 1, 2)
@@ -101,7 +101,7 @@ def test_rows_of_boxes_and_scores_together_are_taken_apart():
     e = map_of([SIGMOID] * 21)
     raw = torch.zeros(1, 21, 1, 1)
     raw[0, 4], raw[0, 5:7] = 50.0, torch.tensor([0.0, 50.0]).view(2, 1, 1)  # the first anchor is sure of class 1
-    scores, boxes = Maps((e,), (3,)).measure([raw], [raw])
+    scores, boxes = Maps((e,)).measure([raw], [raw])
     assert torch.allclose(scores[0, :2, 0, 0], torch.tensor([0.5, 1.0]))
     assert torch.allclose(scores[0, 2:, 0, 0], torch.full((4,), 0.25))
     assert torch.allclose(boxes[0, :4, 0, 0], torch.full((4,), 0.5))

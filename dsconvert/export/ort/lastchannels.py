@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
 
 import onnx
 from onnx import helper
 
 from dsconvert.base.builder import OnnxBuilder
+from dsconvert.onnxfile.source import attribute
 
 LAST = ".last"  # suffix of a map's name when its channels are last
 MICROSOFT = "com.microsoft"
@@ -71,7 +71,7 @@ class _Walk:
         """Whether it turns a map to how it is already, or to how it was before; then nothing is left of it."""
         if node.op_type != "Transpose" or node.output[0] in self.outputs:
             return False
-        source, order = node.input[0], _attribute(node, "perm")
+        source, order = node.input[0], attribute(node, "perm")
         if order == TO_LAST and source in self.last:
             self.same[node.output[0]] = self.last[source]
         elif order == TO_FIRST:
@@ -89,7 +89,7 @@ class _Walk:
             if not all(name in self.constants and math.prod(self.constants[name]) == 1 for name in parts):
                 return False
             self._same(node, node.op_type, node.domain)
-        elif node.op_type in JOINING and _attribute(node, "axis") == 1:
+        elif node.op_type in JOINING and attribute(node, "axis") == 1:
             self._same(node, node.op_type, node.domain, {"axis": 3}, turn=True)
         elif node.op_type == "MaxPool" and len(node.output) == 1:
             self._same(node, "NhwcMaxPool", MICROSOFT)
@@ -132,7 +132,3 @@ class _Walk:
         made.attribute.extend(node.attribute)
         made.attribute.append(helper.make_attribute("channels_last", 1))
         self.b.nodes.append(made)
-
-
-def _attribute(node: onnx.NodeProto, name: str) -> Any:
-    return next((helper.get_attribute_value(a) for a in node.attribute if a.name == name), None)
