@@ -36,7 +36,7 @@ from dsconvert.export.weights.layouts import PACKED, layout_named
 from dsconvert.measure.calibration import Progress
 from dsconvert.model.file import load_model, model_bytes
 from dsconvert.model.model import DSModel
-from dsconvert.onnxfile.presets import named_preset
+from dsconvert.onnxfile.presets import perhaps_named
 from dsconvert.photos.dataset import SPLITS
 from dsconvert.scoring import contest
 from dsconvert.yolo.checkpoint import Checkpoint, load_checkpoint
@@ -269,7 +269,7 @@ def evaluate(
     if samples is not None and samples < 1:
         raise InputError("samples must be at least 1.")
     check_split(split)
-    preset = None if input is None else named_preset(input)
+    preset = perhaps_named(input)
     with tempfile.TemporaryDirectory() as folder:
         paths = [as_file(m, Path(folder, str(i))) for i, m in enumerate(given)]
         found = contest.evaluate(paths, Path(data), imgsz, samples, progress, split, strict, preset=preset)

@@ -20,7 +20,7 @@ from pathlib import Path
 from dsconvert.api.models import File, FloatModel, QuantizedModel, as_file, check_split
 from dsconvert.base.errors import InputError
 from dsconvert.base.size import SizeLike
-from dsconvert.onnxfile.presets import Preset, named_preset
+from dsconvert.onnxfile.presets import perhaps_named
 from dsconvert.photos.images import Image, read_image
 from dsconvert.scoring.candidates import load_candidate
 from dsconvert.scoring.detect import DetectOptions, Found, class_name, class_numbers, draw
@@ -137,7 +137,7 @@ def detect(
     DetectOptions(conf_thres, iou_thres, max_det)  # before anything is loaded
     skipped: list[Skipped] = []
     with tempfile.TemporaryDirectory() as folder:
-        candidate = load_candidate(as_file(model, Path(folder)), imgsz, preset=_preset(input)).named
+        candidate = load_candidate(as_file(model, Path(folder)), imgsz, preset=perhaps_named(input)).named
         wanted = class_numbers([str(c) for c in classes or ()], candidate.names)
         options = DetectOptions(conf_thres, iou_thres, max_det, wanted, agnostic_nms)
         if candidate.limits and (kept := options.beyond(candidate.limits)):
@@ -178,7 +178,16 @@ def compare(
     with tempfile.TemporaryDirectory() as folder:
         a_file, b_file = (as_file(m, Path(folder, str(i))) for i, m in enumerate((first, second)))
         found = compare_files(
-            a_file, b_file, Path(images), options, imgsz, samples, progress or _silent, split, strict, _preset(input)
+            a_file,
+            b_file,
+            Path(images),
+            options,
+            imgsz,
+            samples,
+            progress or _silent,
+            split,
+            strict,
+            perhaps_named(input),
         )
     if found.names_differ:
         _warn("The models name their classes differently; class numbers are compared.")
@@ -208,10 +217,6 @@ def _photo(
         for *corners, score, number in boxes.tolist()
     )
     return DetectedPhoto(path, image.shape[1], image.shape[0], objects, boxes, names, masks)
-
-
-def _preset(input: str | None) -> Preset | None:
-    return None if input is None else named_preset(input)
 
 
 def _warn(text: str) -> None:

@@ -23,7 +23,7 @@ from dsconvert.convert.onnx_int8 import OnnxInt8, Wish, quantize_lowered, taken_
 from dsconvert.convert.onnx_lockstep import fit_lockstep
 from dsconvert.convert.onnx_rewrite import LAYOUTS, with_floats, with_integers
 from dsconvert.dsconv.codes import usual_format
-from dsconvert.export.weights.layouts import PACKED, Layout, layout_named
+from dsconvert.export.weights.layouts import PACKED, layout_named
 from dsconvert.fit.layer import GPTQ
 from dsconvert.graph.integer import QConv
 from dsconvert.onnxfile.engines import session
@@ -32,7 +32,7 @@ from dsconvert.onnxfile.layers import Layer, find_layers
 from dsconvert.onnxfile.lower import NotLowered
 from dsconvert.onnxfile.presets import INPUT_KEY, Preset, as_text
 from dsconvert.onnxfile.scale import warning
-from dsconvert.onnxfile.source import Array, Source, opset_of, read_source
+from dsconvert.onnxfile.source import Array, Source, giving, opset_of, read_source
 from dsconvert.photos.dataset import calibration_images
 from dsconvert.photos.form import PLAIN, InputForm
 from dsconvert.photos.images import Image
@@ -69,8 +69,8 @@ class OnnxPlan:
     finetune_time: float | None = None  # seconds that it takes at most; 0: none; None: any
 
     def __post_init__(self) -> None:
-        least = min(self.block_size or 1, self.samples)
-        if not 2 <= (self.bits or 4) <= 8 or self.bits == 0 or self.block_size == 0 or least < 1:
+        bits, block = (usual if given is None else given for given, usual in ((self.bits, 4), (self.block_size, 32)))
+        if not 2 <= bits <= 8 or block < 1 or self.samples < 1:
             raise InputError("bits must be 2 to 8, block_size and samples at least 1.")
         if self.activations not in KINDS:
             raise InputError(f"activations {self.activations!r} is not one of {', '.join(KINDS)}.")
@@ -147,9 +147,8 @@ def quantize_onnx(
         note(sentence)
     probe = as_input(images[:1] * given.image.batch, given.image, plan.form)
     if plan.activations == "int8":
-        layout = layout_named(plan.layout)
         try:
-            source = _raised(path, given, replace(layout, rewrites=layout.opset), probe)
+            source = _raised(path, given, layout_named(plan.layout).opset, probe)
             facts, low = taken_apart(source, probe)
         except NotLowered as why:
             if plan.layout not in LAYOUTS:
@@ -175,7 +174,7 @@ def _weights_alone(
 ) -> OnnxConverted:  # fmt: skip
     """Fit the Conv, Gemm and MatMul weights on what they see of the images."""
     threads, layout = torch.get_num_threads(), LAYOUTS[plan.layout]
-    source = _raised(path, given, layout, probe)
+    source = _raised(path, given, layout.rewrites, probe)
     layers = find_layers(source)
     bits = _bits(layers, plan.bits or 4, source)
     formats = {n.index: usual_format(bits[n.index], n.weight.shape[1], plan.block_size or 32) for n in layers}
@@ -213,24 +212,22 @@ def _bits(layers: list[Layer], bits: int, source: Source) -> dict[int, int]:
     return {layer.index: 8 if layer.index in edges | depthwise else bits for layer in layers}
 
 
-def _raised(path: Path, given: Source, layout: Layout, probe: Array) -> Source:
-    """The source at an opset that knows the layout; it must compute what it did before."""
+def _raised(path: Path, given: Source, opset: int, probe: Array) -> Source:
+    """The source at that opset or a later one; it must compute what it did before."""
     before = _outputs(given.model, given, probe, path)
-    if given.opset >= layout.rewrites:
+    if given.opset >= opset:
         return given
     hint = (
         Sentence("give {layout} int8, which keeps it") if given.opset >= LAYOUTS["int8"].rewrites else "export it anew"
     )
-    refused = InputError.naming(
-        "{} has opset {}, which cannot be raised to {}; {}.", path, given.opset, layout.rewrites, hint
-    )
+    refused = InputError.naming("{} has opset {}, which cannot be raised to {}; {}.", path, given.opset, opset, hint)
     try:
-        model = onnx.version_converter.convert_version(given.model, layout.rewrites)
+        model = onnx.version_converter.convert_version(given.model, opset)
         made = Source(model, given.image)
         after = _outputs(model, made, probe, path)
     except Exception:  # the converter raises many kinds, on operators that it does not know
         raise refused from None
-    if opset_of(model) < layout.rewrites or not _close(before, after):
+    if opset_of(model) < opset or not _close(before, after):
         raise refused
     find_layers(made)
     return made
@@ -249,12 +246,7 @@ def _outputs(
 ) -> list[Any]:
     """The model's outputs and `more` of its values. Raises InputError about the file at `path`, which must compute the
     same each time, CheckError without."""
-    there = {v.name for v in model.graph.output}
-    if more:
-        copied = onnx.ModelProto()
-        copied.CopyFrom(model)
-        copied.graph.output.extend(onnx.ValueInfoProto(name=name) for name in more if name not in there)
-        model = copied
+    model = giving(model, more) if more else model
     try:
         running = session(model.SerializeToString(), torch.get_num_threads(), str(path or "The file"))
         found = list(running.run(None, {source.image.name: probe}))

@@ -5,7 +5,7 @@ read -> lower (graph and tail) -> images -> ranges of the outputs -> measure -> 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,22 +18,20 @@ from torch import Tensor
 from dsconvert.base.errors import CheckError
 from dsconvert.base.kept import MEMORY, Room
 from dsconvert.base.size import Size
-from dsconvert.dsconv.codes import usual_format
 from dsconvert.dsconv.format import WeightFormat
+from dsconvert.export.check import check_accumulators, first_wrong, of_graph
+from dsconvert.export.onnx import in_layout
 from dsconvert.export.rewritten import write_rewritten
 from dsconvert.export.weights.layouts import Layout
 from dsconvert.export.written import Written
 from dsconvert.fit.layer import GPTQ
 from dsconvert.fit.lockstep import fit_lockstep
-from dsconvert.graph.integer import QConv, grid_of, integer_step
-from dsconvert.graph.ir import INPUT
-from dsconvert.graph.ops import Shape
+from dsconvert.graph.integer import grid_of, integer_step
+from dsconvert.graph.ir import INPUT, Shape
 from dsconvert.graph.run import run_float
 from dsconvert.measure.calibration import Calibration, Images, Progress, calibrate, with_views
-from dsconvert.measure.damage import formats_of
 from dsconvert.measure.importance import Part
 from dsconvert.measure.views import wanted
-from dsconvert.model.check import largest_sum
 from dsconvert.model.model import Converted
 from dsconvert.onnxfile.apart import taken_apart_by_range
 from dsconvert.onnxfile.compact import compact
@@ -42,22 +40,13 @@ from dsconvert.onnxfile.facts import Facts, facts_of
 from dsconvert.onnxfile.layers import find_layers
 from dsconvert.onnxfile.lower import Lowered, NotLowered, lower
 from dsconvert.onnxfile.meaning import Maps, in_steps, score_kinds
-from dsconvert.onnxfile.source import Array, Source
-from dsconvert.photos.entry import Entry
+from dsconvert.onnxfile.source import Array, Source, giving
 from dsconvert.photos.form import InputForm
 from dsconvert.photos.images import Image
 from dsconvert.tune.distil import Distilled, Pictures, distil
-from dsconvert.widths.size import (
-    BITS,
-    BLOCK_SIZES,
-    empty_weight,
-    formats_for_file,
-    formats_like_uniform,
-    of_every_layer,
-)
+from dsconvert.widths.size import Formats, formats_as_asked, judged_formats, of_every_layer, unfitted
 
 RANGED = 64  # images on which the outputs' ranges are looked at
-MANY_OFF = 0.01  # of a layer's integers that an engine may round to the other side of a tie
 MOST_OFF = 1e-3  # of an output's largest number, that a lowered float graph may differ from the file's
 
 
@@ -84,12 +73,9 @@ class Prepared:
     """A file taken apart, with the images that it is measured on."""
 
     source: Source
-    low: Lowered  # in its own units
-    stepped: Lowered  # with its outputs in steps
+    low: Lowered  # with its outputs in steps
     maps: Maps  # what these mean
     images: Images
-    photographs: int  # images that are no views of others
-    image: Shape  # (channels, height, width)
 
 
 @dataclass(frozen=True)
@@ -151,36 +137,32 @@ def quantize_lowered(
     found = _measured(network, wish, report, room)
     formats = _formats(network, found, wish)
     fitted = _fitted(network, found, formats, report, room)
-    held = [torch.from_numpy(form.ordered(image, network.image[0])) for image in judges]
+    held = [torch.from_numpy(form.ordered(image, facts.source.image.channels)) for image in judges]
     tuned = _tuned(fitted, network, held, wish, report)
     model = tuned.model if tuned is not None else fitted
-    if bound := largest_sum(model):
-        raise CheckError(f"The sums of layer {bound[0]} can reach {bound[1]}, so the file was not written.")
+    check_accumulators(model)
     written = _written(network, model, wish.layout)
-    _check(written, network, model)
+    _check(written, network, in_layout(model, wish.layout))
     return OnnxInt8(_compacted(written.model), model, low, len(photographs), tuned)
 
 
 def _prepared(
     facts: Facts, low: Lowered, photographs: list[Image], form: InputForm, wish: Wish, room: Room
 ) -> Prepared:  # fmt: skip
-    shape = facts.shape(facts.source.image.name)[1:]
+    shape = facts.source.image.shape
     pixels = room.kept(len(photographs), shape, torch.uint8)
     for index, image in enumerate(photographs):
         pixels.put(index, torch.from_numpy(form.ordered(image, shape[0])))
     total = wanted(len(photographs))
     kept = with_views(pixels, len(photographs), range(total), wish.seed, room)
-    images = Images(kept, Part(0, total, total), Size(*shape[1:]), len(photographs), (), 0, _entry(form))
-    step = max(1, total // RANGED)
-    seen = [images.one(index, "cpu") for index in range(0, total, step)]
-    split = taken_apart_by_range(low, seen, lambda x, visit: run_float(low.graph, low.params, x, visit))
-    stepped, maps = in_steps(split, score_kinds(facts, low), seen, partial(run_float, split.graph, split.params))
-    return Prepared(facts.source, low, stepped, maps, images, len(photographs), shape)
+    images = Images(kept, Part(0, total, total), Size(*shape[1:]), len(photographs), (), 0, form.entry)
 
+    def seen() -> Iterator[Tensor]:
+        return (images.one(index, "cpu") for index in range(0, total, max(1, total // RANGED)))
 
-def _entry(form: InputForm) -> Entry:
-    """What the network reads of bytes in its own order of channels."""
-    return Entry(float(form.scale), form.mean, form.std)
+    split = taken_apart_by_range(low, seen())
+    stepped, maps = in_steps(split, score_kinds(facts, low), seen())
+    return Prepared(facts.source, stepped, maps, images)
 
 
 def _chosen(low: Lowered) -> list[str]:
@@ -195,43 +177,31 @@ def _chosen(low: Lowered) -> list[str]:
 
 
 def _measured(network: Prepared, wish: Wish, report: Progress, room: Room) -> Calibration:
-    low, chosen = network.stepped, _chosen(network.stepped)
-    sizes = [wish.block_size] if wish.block_size else BLOCK_SIZES
-    judged = {name: formats_of(low.params[name].weight.shape[1], BITS, sizes) for name in chosen}
-    judged = {} if wish.bits is not None else {name: some for name, some in judged.items() if some}
+    low, wanted = network.low, _chosen(network.low) if wish.bits is None else []
+    judged = judged_formats(low.params, wanted, wish.block_size)
     return calibrate(
         low.graph, low.params, network.maps, network.images, judged, wish.seed, "cpu", True, report, room
     )  # fmt: skip
 
 
 def _formats(network: Prepared, found: Calibration, wish: Wish) -> dict[str, WeightFormat]:
-    params = network.stepped.params
-    if wish.bits is not None:
-        block = wish.block_size or min(BLOCK_SIZES)
-        return {n: usual_format(wish.bits, params[n].weight.shape[1], block) for n in _chosen(network.stepped)}
-    if wish.target_bytes is None:
-        return formats_like_uniform(params, found.damage)
-    return formats_for_file(params, found.damage, wish.target_bytes, partial(_size, network, found, wish.layout))
+    return formats_as_asked(
+        network.low.params, found.damage, _chosen(network.low), wish.bits, wish.block_size, wish.target_bytes,
+        partial(_size, network, found, wish.layout),
+    )  # fmt: skip
 
 
-def _size(network: Prepared, found: Calibration, layout: Layout, formats: Mapping[str, WeightFormat]) -> int:
+def _size(network: Prepared, found: Calibration, layout: Layout, formats: Formats) -> int:
     """Most bytes of the file with these formats, before it is fitted."""
-    params = network.stepped.params
-    convs = {
-        name: QConv(empty_weight(params[name].weight.shape, f), torch.full_like(params[name].bias, 1e30))
-        for name, f in of_every_layer(params, formats).items()
-    }
-    model = Converted(network.stepped.graph, convs, found.own)
+    model = Converted(network.low.graph, unfitted(network.low.params, formats), found.own)
     return _compacted(_written(network, model, layout).model).ByteSize()
 
 
-def _fitted(
-    network: Prepared, found: Calibration, formats: Mapping[str, WeightFormat], report: Progress, room: Room
-) -> Converted:
-    low, images = network.stepped, network.images
+def _fitted(network: Prepared, found: Calibration, formats: Formats, report: Progress, room: Room) -> Converted:
+    low, images = network.low, network.images
     report("widths", 1, 1)
     convs = fit_lockstep(
-        low.graph, low.params, GPTQ(found.channels, network.photographs), of_every_layer(low.params, formats),
+        low.graph, low.params, GPTQ(found.channels, images.all_photographs()), of_every_layer(low.params, formats),
         found.own, images.pixels, found.drawn, images.part.mine, room, "cpu",
         lambda done, total: report("fit", done, total), entry=images.entry,
     )  # fmt: skip
@@ -246,13 +216,13 @@ def _tuned(
     images = network.images
     pictures = Pictures(images.part.all, range(images.part.mine), partial(images.one, device="cpu"), held, images.entry)
     return distil(
-        model, network.stepped.params, network.maps, pictures, wish.finetune_steps, wish.finetune_time, wish.seed,
+        model, network.low.params, network.maps, pictures, wish.finetune_steps, wish.finetune_time, wish.seed,
         "cpu", partial(report, "finetune"),
     )  # fmt: skip
 
 
 def _written(network: Prepared, model: Converted, layout: Layout) -> Written:
-    return write_rewritten(network.source, network.stepped, network.maps, model, layout, network.image)
+    return write_rewritten(network.source, network.low, network.maps, model, layout)
 
 
 def _compacted(model: onnx.ModelProto) -> onnx.ModelProto:
@@ -262,30 +232,17 @@ def _compacted(model: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def _check(written: Written, network: Prepared, model: Converted) -> None:
-    """Every layer of the file, in ONNX Runtime, gives the integers of this reference for what it is given."""
+    """Every layer of the file, in ONNX Runtime, gives the integers of `model`, which is in the file's layout, for what
+    it is given."""
     graph, grids = model.graph, grid_of(model.graph, model.activations)
-    copied = onnx.ModelProto()
-    copied.CopyFrom(written.model)
-    there = {name for node in copied.graph.node for name in node.output}
-    there -= {v.name for v in copied.graph.output}
-    wanted_values = {value: place for value, place in written.places.items() if place.name in there}
-    names = list(dict.fromkeys(place.name for place in wanted_values.values()))
-    copied.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)
+    names = list(dict.fromkeys(place.name for place in written.places.values()))
     x = network.images.one(0, "cpu")
     try:
-        running = session(copied.SerializeToString(), torch.get_num_threads())
+        running = session(giving(written.model, names).SerializeToString(), torch.get_num_threads())
         found = dict(zip(names, running.run(names, {network.source.image.name: x.numpy()}), strict=True))
     except Exception:  # ONNX Runtime raises many kinds
         raise CheckError("ONNX Runtime fails on the file that was made, so it was not written.") from None
-    got: dict[str, Tensor] = {}
-    for value, place in wanted_values.items():
-        array = found[place.name].transpose(0, 3, 1, 2) if place.last else found[place.name]
-        got[value] = torch.from_numpy(np.ascontiguousarray(array[:, : array.shape[1] - place.more])).float()
-    for node in graph.nodes:
-        if node.name not in got or node.name not in grids or any(name not in got for name in node.inputs):
-            continue
-        with torch.no_grad():
-            wanted_here = integer_step(node, [got[name] for name in node.inputs], model.convs, grids)
-        off = (wanted_here - got[node.name]).abs()
-        if float(off.max()) > 1 or float((off > 0).float().mean()) > MANY_OFF:
-            raise CheckError(f"The file computes something else than it should at {node.name}; please report it.")
+    got = {value: of_graph(found[place.name], place) for value, place in written.places.items()}
+    inside = {node.name for node in graph.nodes} - grids.keys()
+    if wrong := first_wrong(got, graph, partial(integer_step, convs=model.convs, grids=grids), True, inside):
+        raise CheckError(f"The file computes something else than it should at {wrong}; please report it.")

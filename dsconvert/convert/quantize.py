@@ -23,7 +23,7 @@ from dsconvert.convert.division import Division, divided
 from dsconvert.convert.options import QuantizeOptions, check_options
 from dsconvert.convert.record import Quantized, provenance
 from dsconvert.convert.resume import read_unfinished, usable, write_unfinished
-from dsconvert.dsconv.codes import REAL, usual_format
+from dsconvert.dsconv.codes import REAL
 from dsconvert.dsconv.format import WeightFormat
 from dsconvert.fit.layer import GPTQ, Fit, Maker
 from dsconvert.fit.lockstep import fit_lockstep
@@ -43,7 +43,6 @@ from dsconvert.measure.calibration import (
     photographs_of,
     synthetic,
 )
-from dsconvert.measure.damage import formats_of
 from dsconvert.measure.outputs import Detections, Outputs
 from dsconvert.model.model import DSModel
 from dsconvert.photos.dataset import calibration_images
@@ -52,16 +51,7 @@ from dsconvert.photos.sameness import warning_of
 from dsconvert.scoring.drop import labels_of, map_drop, scores_on
 from dsconvert.tune.distil import Distilled, Pictures, distil
 from dsconvert.widths.loss import smallest_within
-from dsconvert.widths.size import (
-    BITS,
-    BLOCK_SIZES,
-    UNIFORM,
-    Formats,
-    formats_for_file,
-    formats_like_uniform,
-    of_every_layer,
-    packed_size,
-)
+from dsconvert.widths.size import UNIFORM, Formats, formats_as_asked, judged_formats, of_every_layer, packed_size
 from dsconvert.yolo.checkpoint import Checkpoint
 from dsconvert.yolo.lower import lower, split_detect
 from dsconvert.yolo.network import Head
@@ -176,11 +166,8 @@ def measure(
     """What the images say of the network. Where each layer's width is to be found, also what each would do to it.
     `origin`: digests of the checkpoint and of the images."""
     graph, params = network.graph, network.params
-    sizes = [options.block_size] if options.block_size else BLOCK_SIZES
-    judged = {
-        name: formats_of(params[name].weight.shape[1], BITS, sizes)
-        for name in (network.chosen if options.bits is None else [])
-    }
+    wanted = network.chosen if options.bits is None else []
+    judged = judged_formats(params, wanted, options.block_size)
     key = _deciding(options, images)
     seen = {name: key[name] for name in ("images", "imgsz", "seed", "device", "activations")}
     seen["formats"] = {name: [f.spelled() for f in some] for name, some in judged.items()}
@@ -219,16 +206,13 @@ def resumable(
 def choose_formats(network: Prepared, found: Calibration, options: QuantizeOptions) -> dict[str, WeightFormat]:
     """A format for every chosen layer: the one that is asked for, else by what each would do, within the budget."""
     params = network.params
-    if options.bits is not None:
-        block = options.block_size or min(BLOCK_SIZES)
-        formats = {name: usual_format(options.bits, params[name].weight.shape[1], block) for name in network.chosen}
-        if options.kds == "float":  # the paper's form: every VQK is any integer of its bits
-            formats = {name: replace(format, code=REAL) for name, format in formats.items()}
-        return formats
-    if options.target_bytes is None:
-        return formats_like_uniform(params, found.damage)
-    file_size = partial(packed_size, network.graph, params, found.own, network.head, network.imgsz)
-    return formats_for_file(params, found.damage, options.target_bytes, file_size)
+    formats = formats_as_asked(
+        params, found.damage, network.chosen, options.bits, options.block_size, options.target_bytes,
+        partial(packed_size, network.graph, params, found.own, network.head, network.imgsz),
+    )  # fmt: skip
+    if options.kds == "float":  # the paper's form: every VQK is any integer of its bits
+        formats = {name: replace(format, code=REAL) for name, format in formats.items()}
+    return formats
 
 
 def fit_within(

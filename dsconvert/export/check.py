@@ -8,7 +8,7 @@ the first layer to blame is named.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,7 +25,7 @@ from dsconvert.export.onnx import Ends
 from dsconvert.export.reference import Reference, float_reference, reference_of
 from dsconvert.export.stored import DETECT, wrong_layer
 from dsconvert.export.written import Place
-from dsconvert.graph.ir import INPUT, display_name
+from dsconvert.graph.ir import INPUT, Graph, Node, display_name
 from dsconvert.model.check import largest_sum
 from dsconvert.model.model import Converted
 from dsconvert.yolo.decode import decode
@@ -106,7 +106,7 @@ def _wrong_on(
     values = _File.of(every.data, places, ends).run(feed).values
     if INPUT not in values:  # bytes are the integers of the image
         values[INPUT] = torch.from_numpy(feed).float() if reference.exact else real
-    return _first_wrong(values, reference)
+    return first_wrong(values, reference.graph, reference.step, reference.exact, reference.inside)
 
 
 @dataclass(frozen=True)
@@ -149,11 +149,7 @@ class _File:
         """Of one image."""
         outputs = [np.asarray(value) for value in _run(self.running, feed)]
         boxes, rest = outputs[: self.ends], outputs[self.ends :]
-        got = {}
-        for (name, place), value in zip(self.values.items(), rest, strict=False):
-            first = value.transpose(0, 3, 1, 2) if place.last else value
-            asked = first[:, : first.shape[1] - place.more]
-            got[name] = torch.from_numpy(np.ascontiguousarray(asked)).float()
+        got = {name: of_graph(value, place) for (name, place), value in zip(self.values.items(), rest, strict=False)}
         if not self.suppressed:
             return _Run(boxes, got)
         (found,), (box, scores) = boxes, rest[len(self.values) :]
@@ -210,18 +206,27 @@ def _close(pairs: Sequence[tuple[Array, Array]] | None, rtol: float, atol: float
     return pairs is not None and all(np.max(np.abs(f - w) - rtol * np.abs(w)) <= atol for f, w in pairs)  # a NaN is not
 
 
-def _first_wrong(got: Mapping[str, Tensor], reference: Reference) -> str | None:
-    """The first node that, given what the file gives it, does not make what torch makes of that."""
+def of_graph(value: Array, place: Place) -> Tensor:
+    """A value as the file has it at a place -> as the graph has it, float32."""
+    first = value.transpose(0, 3, 1, 2) if place.last else value
+    return torch.from_numpy(np.ascontiguousarray(first[:, : first.shape[1] - place.more])).float()
+
+
+def first_wrong(
+    got: Mapping[str, Tensor], graph: Graph, step: Callable[[Node, list[Tensor]], Tensor], exact: bool,
+    inside: Collection[str],
+) -> str | None:  # fmt: skip
+    """The first node that, given what the file gives it (`got`, by name in the graph), does not make what torch makes
+    of that by `step`. What is `inside` engines compute together with what reads it."""
     got = dict(got)
-    for node in reference.graph.nodes:
-        inside = node.name in reference.inside
-        if (node.name not in got and not inside) or any(name not in got for name in node.inputs):
+    for node in graph.nodes:
+        if (node.name not in got and node.name not in inside) or any(name not in got for name in node.inputs):
             continue
         with torch.no_grad():
-            wanted = reference.step(node, [got[name] for name in node.inputs])
-        if inside:  # what reads it is held against torch's
+            wanted = step(node, [got[name] for name in node.inputs])
+        if node.name in inside:  # what reads it is held against torch's
             got[node.name] = wanted
-        elif not _same(got[node.name], wanted, reference.exact):
+        elif not _same(got[node.name], wanted, exact):
             return display_name(node)
     return None
 

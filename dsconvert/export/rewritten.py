@@ -16,34 +16,27 @@ from dsconvert.export.quantized import PlainForm
 from dsconvert.export.weights.layouts import Layout, check_layout
 from dsconvert.export.written import Place, Written
 from dsconvert.graph.ir import INPUT
-from dsconvert.graph.ops import Shape
 from dsconvert.model.model import Converted
 from dsconvert.onnxfile.lower import Lowered
-from dsconvert.onnxfile.meaning import Exit, Maps
+from dsconvert.onnxfile.meaning import STEPS, Exit, Maps
 from dsconvert.onnxfile.source import Source, used
 
 
-def write_rewritten(
-    source: Source, low: Lowered, maps: Maps, model: Converted, layout: Layout, image: Shape
-) -> Written:
-    """The file with integer weights and activations. Its names, metadata, outputs and batch are the source's; `image`
-    is (channels, height, width) of its input."""
+def write_rewritten(source: Source, low: Lowered, maps: Maps, model: Converted, layout: Layout) -> Written:
+    """The file with integer weights and activations. Its names, metadata, outputs and batch are the source's."""
     check_layout(model, layout)
     model = in_layout(model, layout)
-    b = OnnxBuilder(source.opset)
+    b, image = OnnxBuilder(source.opset), source.image.shape
     form = QuickForm(b, model, layout, "float32", image) if layout.quick else PlainForm(b, model, layout, "float32")
     for node in model.graph.nodes:
         form.add(node)
+    integers = {value: _cut(b, value, form, model) for value in (*model.graph.outputs, *low.shapes.values())}
     for name, end in zip(low.exits, maps.exits, strict=True):
-        _leave(b, form.place(end.name), end, name, name in low.flat)
+        _leave(b, integers[end.name], end, name, name in low.flat)
     for name, value in low.shapes.items():
-        place = form.place(value)
-        if place.more:
-            cut = [b.shape(0), b.shape(len(model.convs[value].bias)), b.shape(1)]
-            place = replace(place, name=b.node("Slice", [place.name, *cut], f"{value}.shaped"))
         asked = onnx.NodeProto()
         asked.CopyFrom(source.nodes[source.makers[name]])
-        asked.input[:] = [place.name]  # of integers it is the same
+        asked.input[:] = [integers[value].name]  # of integers it is the same
         b.nodes.append(asked)
     form.finish()
     made = _assembled(source, low, b)
@@ -54,18 +47,24 @@ def write_rewritten(
     return Written(made, form.places(), form.weights.made)
 
 
+def _cut(b: OnnxBuilder, value: str, form: PlainForm, model: Converted) -> Place:
+    """Where the file has a value of the graph, without channels that the graph does not have."""
+    place = form.place(value)
+    if not place.more:
+        return place
+    ends = [b.shape(0), b.shape(len(model.convs[value].bias)), b.shape(1)]
+    return replace(place, name=b.node("Slice", [place.name, *ends], f"{value}.cut"), more=0)
+
+
 def _leave(b: OnnxBuilder, place: Place, end: Exit, name: str, flat: bool) -> None:
     """The value as the tail reads it: float, each channel by its own step."""
     assert place.grid is not None
-    integers, count = place.name, len(end.step)
-    if place.more:
-        integers = b.node("Slice", [integers, b.shape(0), b.shape(count), b.shape(1)], f"{end.name}.cut")
     scales = (place.grid.scale * end.step.numpy()).astype(np.float32)
-    zeros = (end.zero.numpy() - 128 + place.grid.zero_point).round().astype(np.uint8)
+    zeros = (end.zero.numpy() - STEPS.zero_point + place.grid.zero_point).round().astype(np.uint8)
     alike = bool((scales == scales[0]).all() and (zeros == zeros[0]).all())
     parts = [b.constant(scales[0] if alike else scales), b.constant(zeros[0] if alike else zeros)]
     real = f"{end.name}.out" if flat else name
-    b.node("DequantizeLinear", [integers, *parts], real, **({} if alike else {"axis": 1}))
+    b.node("DequantizeLinear", [place.name, *parts], real, **({} if alike else {"axis": 1}))
     if flat:
         b.node("Flatten", [real], name)
 
@@ -84,7 +83,7 @@ def _assembled(source: Source, low: Lowered, b: OnnxBuilder) -> onnx.ModelProto:
     graph.initializer.extend([*stored, *fixed, *b.initializers.values()])
     for entry in graph.input:  # the graph is for images of one size
         dims = entry.type.tensor_type.shape.dim
-        for dim, size in zip(dims[1:], (source.image.channels, source.image.height, source.image.width), strict=True):
+        for dim, size in zip(dims[1:], source.image.shape, strict=True):
             dim.dim_value = size
     made.ir_version = max(made.ir_version, IR_VERSION[21] if source.opset >= 21 else IR_VERSION[13])
     made.producer_name, made.producer_version = "dsconvert", VERSION

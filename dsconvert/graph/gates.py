@@ -10,12 +10,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dsconvert.graph.grids import QMAX, QParams
-from dsconvert.graph.ir import Node
+from dsconvert.graph.ir import Node, Shape
 
 if TYPE_CHECKING:
     from dsconvert.base.builder import OnnxBuilder
-
-Shape = tuple[int, ...]
 
 
 def relu(node: Node, inputs: list[Tensor]) -> Tensor:

@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor
 
 INPUT = "images"
+Shape = tuple[int, ...]  # channels, height, width; a convolution's weight (cho, chi / groups, kh, kw)
 
 
 @dataclass(frozen=True)

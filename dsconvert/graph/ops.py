@@ -20,12 +20,11 @@ from dsconvert.base.errors import InputError
 from dsconvert.graph import gates
 from dsconvert.graph.activations import ACTIVATIONS, activation_table, as_engines
 from dsconvert.graph.grids import QMAX, QParams
-from dsconvert.graph.ir import Node, display_name
+from dsconvert.graph.ir import Node, Shape, display_name
 
 if TYPE_CHECKING:
     from dsconvert.base.builder import OnnxBuilder
 
-Shape = tuple[int, ...]  # channels, height, width; a convolution's weight (cho, chi / groups, kh, kw)
 PLAIN_ACTS = ("Sigmoid", "Tanh")  # which ONNX calls so too
 MAX_POOL = 99  # YOLOv5 pools over 13 at most
 MOST_PAIRS = 1 << 28  # of pixels that attention compares, over all heads and images: 1 GiB of float32

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from dsconvert.graph.ir import INPUT, Graph, Node
-from dsconvert.graph.ops import OPS, Shape
+from dsconvert.graph.ir import INPUT, Graph, Node, Shape
+from dsconvert.graph.ops import OPS
 
 
 def check_node(node: Node) -> None:

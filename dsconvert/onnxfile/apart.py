@@ -7,7 +7,7 @@ channels and a grid of its own; the depthwise convolutions are two as well, and 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -15,14 +15,13 @@ from torch import Tensor
 
 from dsconvert.graph.grids import QMAX
 from dsconvert.graph.ir import ConvParams, Graph, Node
+from dsconvert.graph.run import run_float
 from dsconvert.onnxfile.lower import Lowered
 
 # mean noise of the channels of depthwise convolutions, as a share of their variance, that is worth the trouble
 NOISY = 1e-2
 SILENT = 1e-3  # of the median channel's variance
 BETTER = 4.0  # times less noise than together, or they stay so
-Visit = Callable[[str, Tensor], None]
-Look = Callable[[Tensor, Visit], object]  # run the float network on an image (1, c, h, w), seeing every value
 
 
 @dataclass(frozen=True)
@@ -39,12 +38,12 @@ class _Chain:
         return (self.act or self.conv).name
 
 
-def taken_apart_by_range(low: Lowered, images: Iterable[Tensor], look: Look) -> Lowered:
-    """The same network, with convolutions in two where noise falls by much; see the module."""
+def taken_apart_by_range(low: Lowered, images: Iterable[Tensor]) -> Lowered:
+    """The same network, with convolutions in two where noise falls by much on images (1, c, h, w); see the module."""
     chains = _chains(low.graph, low.params)
     if not chains:
         return low
-    peaks, spreads = _statistics(chains, images, look)
+    peaks, spreads = _statistics(low, chains, images)
     for chain in chains:
         groups = _groups(peaks[chain.value], [_gains(low.params[d.name], spreads[d.name]) for d in chain.readers])
         if groups:
@@ -75,7 +74,7 @@ def _is_depthwise(node: Node, params: Mapping[str, ConvParams]) -> bool:
 
 
 def _statistics(
-    chains: Sequence[_Chain], images: Iterable[Tensor], look: Look
+    low: Lowered, chains: Sequence[_Chain], images: Iterable[Tensor]
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """The largest numbers of each channel of what is split, and the variances of the depthwise convolutions'."""
     wanted, made = {c.value for c in chains}, {d.name for c in chains for d in c.readers}
@@ -92,7 +91,7 @@ def _statistics(
             sums[name] = sums.get(name, torch.zeros(len(flat))) + flat.var(1)
 
     for image in images:
-        look(image, visit)
+        run_float(low.graph, low.params, image, visit)
         count += 1
     return peaks, {name: total / max(count, 1) for name, total in sums.items()}
 

@@ -7,7 +7,7 @@ CDSw, and the tail reads the channel back in its own unit.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from dsconvert.graph.grids import QMAX, SURE, QParams
 from dsconvert.graph.ir import ConvParams, Graph
+from dsconvert.graph.run import run_float
 from dsconvert.onnxfile.facts import Facts
 from dsconvert.onnxfile.lower import Lowered
 from dsconvert.onnxfile.recognise import MOVING
@@ -144,12 +145,11 @@ def _moved_from(facts: Facts, value: str, exits: Sequence[str]) -> set[str] | No
 
 
 def in_steps(
-    low: Lowered, kinds: Mapping[str, Tensor], images: Iterable[Tensor],
-    run: Callable[[Tensor], list[Tensor]],
+    low: Lowered, kinds: Mapping[str, Tensor], images: Iterable[Tensor]
 ) -> tuple[Lowered, Maps]:  # fmt: skip
     """The graph with every channel of its outputs in steps of its own range on the images (1, c, h, w), where a
-    convolution makes the output and nothing else in the graph reads it; `run` gives the outputs."""
-    lows, highs = _ranges(images, run)
+    convolution makes the output and nothing else in the graph reads it."""
+    lows, highs = _ranges(low, images)
     read = {name for node in low.graph.nodes for name in node.inputs}
     convs = {node.name for node in low.graph.convs()}
     params, exits = dict(low.params), list[Exit]()
@@ -173,13 +173,13 @@ def in_steps(
     return replace(low, params=params), Maps(tuple(exits))
 
 
-def _ranges(images: Iterable[Tensor], run: Callable[[Tensor], list[Tensor]]) -> tuple[list[Tensor], list[Tensor]]:
+def _ranges(low: Lowered, images: Iterable[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
     """The least and the largest of each channel of every output."""
     lows: list[Tensor] = []
     highs: list[Tensor] = []
     for x in images:
-        made = [y[0].flatten(1) for y in run(x)]
-        low, high = [y.amin(1) for y in made], [y.amax(1) for y in made]
-        lows = [torch.minimum(a, b) for a, b in zip(lows, low, strict=True)] if lows else low
-        highs = [torch.maximum(a, b) for a, b in zip(highs, high, strict=True)] if highs else high
+        made = [y[0].flatten(1) for y in run_float(low.graph, low.params, x)]
+        least, most = [y.amin(1) for y in made], [y.amax(1) for y in made]
+        lows = [torch.minimum(a, b) for a, b in zip(lows, least, strict=True)] if lows else least
+        highs = [torch.maximum(a, b) for a, b in zip(highs, most, strict=True)] if highs else most
     return lows, highs

@@ -64,6 +64,11 @@ def named_preset(given: str) -> Preset:
     return _preset(entries[chosen], f"{path}, {chosen}")
 
 
+def perhaps_named(given: str | None) -> Preset | None:
+    """The same, or None where none is given."""
+    return None if given is None else named_preset(given)
+
+
 def as_text(preset: Preset) -> str:
     """What an ONNX file notes of its input under INPUT_KEY, for `of_text`."""
     form = preset.form

@@ -38,6 +38,11 @@ class ImageInput:
     width: int
     channels_last: bool = False
 
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Channels, height and width."""
+        return self.channels, self.height, self.width
+
 
 @dataclass(frozen=True)
 class Source:

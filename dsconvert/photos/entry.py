@@ -18,10 +18,15 @@ class Entry:
     mean: tuple[float, ...] = (0.0,)  # one number, or one a channel of the network's input
     std: tuple[float, ...] = (1.0,)  # likewise, above 0
 
+    @property
+    def is_normalised(self) -> bool:
+        """Whether a mean is taken away, or a deviation divided by."""
+        return any(self.mean) or any(value != 1 for value in self.std)
+
     def real(self, image: Tensor) -> Tensor:
         """Bytes (channels, h, w) -> float32 (channels, h, w)."""
         made = image.float() / self.divisor
-        if any(self.mean) or any(s != 1 for s in self.std):
+        if self.is_normalised:
             mean, std = (torch.tensor(numbers, device=made.device)[:, None, None] for numbers in (self.mean, self.std))
             made = (made - mean) / std
         return made

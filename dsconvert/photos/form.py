@@ -6,10 +6,13 @@ from dataclasses import dataclass
 
 import cv2
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from dsconvert.base.errors import InputError
-from dsconvert.photos.images import PAD_VALUE, Image, Letterbox, on_grey, scaled
+from dsconvert.base.size import Size
+from dsconvert.photos.entry import Entry
+from dsconvert.photos.images import PAD_VALUE, Image, Letterbox, gain_to_fit, letterbox, scaled
 
 FITS = ("letterbox", "corner", "stretch", "crop")
 SCALES = (255, 1)
@@ -42,9 +45,14 @@ class InputForm:
             raise InputError.naming("{pad} is a pixel's value, 0 to 255, not {}.", self.pad)
 
     @property
+    def entry(self) -> Entry:
+        """What becomes of bytes in the network's own order of channels."""
+        return Entry(float(self.scale), self.mean, self.std)
+
+    @property
     def is_normalised(self) -> bool:
         """Whether a mean is taken away, or a deviation divided by."""
-        return any(self.mean) or any(value != 1 for value in self.std)
+        return self.entry.is_normalised
 
     def apply(self, image: Image, height: int, width: int, channels: int = 3) -> NDArray[np.float32]:
         """An RGB image (h, w, 3) of any size -> the network's own input (channels, height, width); of one channel it
@@ -61,13 +69,7 @@ class InputForm:
         """A placed RGB picture -> (channels, height, width), as the network takes it."""
         if channels < max(len(self.mean), len(self.std)):
             raise InputError.naming("The image has one channel, so {mean} and {std} are one number each.")
-        values = self.ordered(picture, channels).astype(np.float32)
-        if self.scale != 1:
-            values /= np.float32(self.scale)
-        if self.is_normalised:
-            mean, std = (np.array(v, np.float32)[:, None, None] for v in (self.mean, self.std))
-            values = (values - mean) / std
-        return values
+        return self.entry.real(torch.from_numpy(self.ordered(picture, channels))).numpy()
 
     def ordered(self, picture: Image, channels: int = 3) -> Image:
         """A placed RGB picture -> bytes (channels, height, width), in the order in which the network takes them."""
@@ -80,17 +82,20 @@ PLAIN = InputForm()
 
 
 def _letterbox(image: Image, height: int, width: int, pad: int) -> tuple[Image, Letterbox]:
-    gain = min(height / image.shape[0], width / image.shape[1])
-    made, left, top = on_grey(scaled(image, gain)[:height, :width], height, width, pad)
-    return made, Letterbox(gain, left, top)
+    return letterbox(image, Size(height, width), pad)
 
 
 def _corner(image: Image, height: int, width: int, pad: int) -> tuple[Image, Letterbox]:
-    gain = min(height / image.shape[0], width / image.shape[1])
-    part = scaled(image, gain)[:height, :width]
+    gain = gain_to_fit(image, Size(height, width))
+    return _from_corner(scaled(image, gain), height, width, pad), Letterbox(gain, 0, 0)
+
+
+def _from_corner(image: Image, height: int, width: int, pad: int) -> Image:
+    """The image from the top left on: cut off where it is larger, padded where it is smaller."""
+    part = image[:height, :width]
     made = np.full((height, width, 3), pad, np.uint8)
     made[: part.shape[0], : part.shape[1]] = part
-    return made, Letterbox(gain, 0, 0)
+    return made
 
 
 def _stretch(image: Image, height: int, width: int, pad: int) -> tuple[Image, Letterbox]:
@@ -103,11 +108,9 @@ def _crop(image: Image, height: int, width: int, pad: int) -> tuple[Image, Lette
     gain = max(height / image.shape[0], width / image.shape[1])
     image = scaled(image, gain)
     h, w = image.shape[:2]
-    made = np.full((height, width, 3), pad, np.uint8)  # rounding may leave a row short
     top, left = max(0, (h - height) // 2), max(0, (w - width) // 2)
-    part = image[top : top + height, left : left + width]
-    made[: part.shape[0], : part.shape[1]] = part
-    return made, Letterbox(gain, -left, -top)
+    # rounding may leave a row short
+    return _from_corner(image[top:, left:], height, width, pad), Letterbox(gain, -left, -top)
 
 
 _PLACES = {"letterbox": _letterbox, "corner": _corner, "stretch": _stretch, "crop": _crop}

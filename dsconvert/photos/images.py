@@ -79,11 +79,11 @@ def _decode(data: bytes) -> Image | None:
     return None if image is None else image.astype(np.uint8, copy=False)
 
 
-def letterbox(image: Image, size: SizeLike) -> tuple[Image, Letterbox]:
-    """Scale to fit that size keeping the aspect ratio (bilinear), pad the rest with grey, centred."""
+def letterbox(image: Image, size: SizeLike, pad: int = PAD_VALUE) -> tuple[Image, Letterbox]:
+    """Scale to fit that size keeping the aspect ratio (bilinear), pad the rest with grey of that value, centred."""
     size = Size.of(size)
     gain = gain_to_fit(image, size)
-    placed, left, top = on_grey(scaled(image, gain), size.height, size.width)
+    placed, left, top = on_grey(scaled(image, gain), size.height, size.width, pad)
     return placed, Letterbox(gain, left, top)
 
 

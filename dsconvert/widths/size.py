@@ -4,7 +4,7 @@ lost."""
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 
 import onnx
@@ -21,6 +21,7 @@ from dsconvert.export.weights.layouts import PACKED, add_int8_weight
 from dsconvert.graph.grids import QParams
 from dsconvert.graph.integer import QConv
 from dsconvert.graph.ir import ConvParams, Graph
+from dsconvert.measure.damage import formats_of
 from dsconvert.model.model import DSModel
 from dsconvert.onnxfile.compact import compact
 from dsconvert.widths.allocate import Choice, allocate
@@ -113,6 +114,37 @@ def formats_for_file(
     return best
 
 
+def unfitted(params: Mapping[str, ConvParams], formats: Formats) -> dict[str, QConv]:
+    """Convolutions that take the most bytes which fitted ones of these formats, and int8 ones besides, can take."""
+    # how many bits the integer biases need is known after the fit only: here they get all 32
+    return {
+        name: QConv(empty_weight(params[name].weight.shape, format), torch.full_like(params[name].bias, 1e30).cpu())
+        for name, format in of_every_layer(params, formats).items()
+    }
+
+
+def judged_formats(
+    params: Mapping[str, ConvParams], chosen: Sequence[str], block_size: int | None
+) -> dict[str, list[WeightFormat]]:
+    """What each chosen layer can be stored in, with blocks of that size or, without one, of all that are tried."""
+    sizes = [block_size] if block_size else BLOCK_SIZES
+    return {name: formats_of(params[name].weight.shape[1], BITS, sizes) for name in chosen}
+
+
+def formats_as_asked(
+    params: Mapping[str, ConvParams], damage: Damage, chosen: Sequence[str], bits: int | None, block_size: int | None,
+    target: int | None, file_size: Callable[[Formats], int],
+) -> dict[str, WeightFormat]:  # fmt: skip
+    """A format for every chosen layer: that of so many bits, if any; else by damage, in a file of `target` bytes or, if
+    none is given, in the bytes of `UNIFORM`."""
+    if bits is not None:
+        block = block_size or min(BLOCK_SIZES)
+        return {name: usual_format(bits, params[name].weight.shape[1], block) for name in chosen}
+    if target is None:
+        return formats_like_uniform(params, damage)
+    return formats_for_file(params, damage, target, file_size)
+
+
 def packed_size(
     graph: Graph,
     params: Mapping[str, ConvParams],
@@ -122,9 +154,5 @@ def packed_size(
     formats: Formats,
 ) -> int:
     """Most bytes of the packed ONNX file of a model with these formats (other layers int8), before it is fitted."""
-    # how many bits the integer biases need is known after the fit only: here they get all 32
-    convs = {
-        name: QConv(empty_weight(params[name].weight.shape, format), torch.full_like(params[name].bias, 1e30).cpu())
-        for name, format in of_every_layer(params, formats).items()
-    }
+    convs = unfitted(params, formats)
     return compact(export_quantized(DSModel(graph, convs, own, head, imgsz, {}), PACKED, imgsz)).ByteSize()

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import cv2
 import numpy as np
-import onnx
-import onnxruntime as ort
 import pytest
 import torch
 from spellings import Between, Decoded, Gate, Heads, Shuffle
+from test_anyonnx import exported as plainly_exported
+from test_anyonnx import run
 from torch import nn
 
 from dsconvert.base.errors import InputError
@@ -59,17 +59,7 @@ def exported(module: nn.Module, path: Path, **how) -> Path:
     for m in module.modules():
         if isinstance(m, nn.Conv2d) and m.bias is not None:
             nn.init.kaiming_normal_(m.weight)  # values that grids have to hold
-    torch.onnx.export(module.eval(), (torch.rand(1, 3, SIDE, SIDE),), str(path), dynamo=False, opset_version=17, **how)
-    return path
-
-
-def run(model: onnx.ModelProto | Path, x: np.ndarray, level: int = 99) -> list[np.ndarray]:
-    options = ort.SessionOptions()
-    options.log_severity_level = 3
-    options.graph_optimization_level = ort.GraphOptimizationLevel(level)
-    data = str(model) if isinstance(model, Path) else model.SerializeToString()
-    session = ort.InferenceSession(data, options, providers=["CPUExecutionProvider"])
-    return session.run(None, {session.get_inputs()[0].name: x})
+    return plainly_exported(module, path, (1, 3, SIDE, SIDE), **how)
 
 
 def picture(photos: Path, count: int = 1) -> np.ndarray:

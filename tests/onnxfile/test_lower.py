@@ -158,7 +158,7 @@ def test_one_value_under_two_names_is_scaled_once(tmp_path):
     source, x = source_of(Twice(), tmp_path)
     facts, low = taken_apart(source, x)
     run = partial(run_float, low.graph, low.params)
-    stepped, maps = in_steps(low, score_kinds(facts, low), [torch.from_numpy(x)], run)
+    stepped, maps = in_steps(low, score_kinds(facts, low), [torch.from_numpy(x)])
     for e, value, made in zip(
         maps.exits, run(torch.from_numpy(x)), run_float(stepped.graph, stepped.params, torch.from_numpy(x)), strict=True
     ):

@@ -60,7 +60,7 @@ def test_every_channel_is_in_steps_of_its_own_range(tmp_path):
     def run(image):
         return run_float(low.graph, low.params, image)
 
-    stepped, maps = in_steps(low, score_kinds(facts, low), images, run)
+    stepped, maps = in_steps(low, score_kinds(facts, low), images)
     for image in images:
         before, after = run(image), run_float(stepped.graph, stepped.params, image)
         for e, value, made in zip(maps.exits, before, after, strict=True):

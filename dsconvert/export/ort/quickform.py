@@ -23,8 +23,8 @@ from dsconvert.export.ort.quickconv import (
 from dsconvert.export.quantized import PlainForm
 from dsconvert.export.weights.layouts import Layout
 from dsconvert.export.written import Place
-from dsconvert.graph.ir import INPUT, Node, display_name
-from dsconvert.graph.ops import OPS, Shape
+from dsconvert.graph.ir import INPUT, Node, Shape, display_name
+from dsconvert.graph.ops import OPS
 from dsconvert.graph.shapes import value_shapes
 from dsconvert.model.model import Converted, DSModel
 
@@ -35,7 +35,6 @@ class QuickForm(PlainForm):
 
     def __init__(self, b: OnnxBuilder, model: Converted, layout: Layout, input_type: str, image: Shape) -> None:
         super().__init__(b, model, layout, input_type)
-        self.head = model.head if isinstance(model, DSModel) else None
         weights = {name: tuple(conv.weight.vqk.shape) for name, conv in model.convs.items()}
         self.shapes = value_shapes(model.graph, weights, image)
         self.images: dict[tuple[int, ...], str] = {}  # the image in other shapes, bytes
@@ -51,9 +50,8 @@ class QuickForm(PlainForm):
 
     def raw(self, value: str) -> Place:
         """An output of the graph, as `decode` shall have it."""
-        place, head = self.place(value), self.head
-        if head is None:
-            return place
+        assert isinstance(self.model, DSModel)  # other files' outputs are not decoded
+        place, head = self.place(value), self.model.head
         prototypes = bool(head.nm) and value == self.model.graph.outputs[-1]
         # decoding turns few channels around by itself; ONNX Runtime would make one Transpose of the two
         few = not self.layout.fused and not place.more and self.shapes[value][0] <= SHORT * head.na
