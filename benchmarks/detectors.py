@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from datetime import date
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,18 +29,18 @@ import torch
 from bootstrap import bootstrap, image_draws
 from machine import cpu_name
 from numpy.typing import NDArray
-from peers import Images, nncf_int8, openvino_model, ort_static
+from peers import Images, decoded, nncf_int8, openvino_model, ort_static
 
 from dsconvert.base.size import Size
 from dsconvert.convert.onnx import OnnxPlan, quantize_onnx
 from dsconvert.convert.onnx_int8 import OnnxInt8
 from dsconvert.onnxfile.decoding import boxes_of
 from dsconvert.onnxfile.presets import Preset, named_preset
-from dsconvert.photos.dataset import calibration_images, read_data_yaml
+from dsconvert.photos.dataset import read_data_yaml
 from dsconvert.photos.form import InputForm
-from dsconvert.photos.images import read_image, spread
 from dsconvert.scoring.accuracy import Predictor, detect_all
 from dsconvert.scoring.candidates import load_candidate
+from dsconvert.scoring.latency import interleaved_times
 
 # files by the preset of their family; those without labels for what they detect are timed alone
 FAMILIES = {
@@ -73,12 +74,6 @@ def inputs_of(path: Path) -> tuple[str, Size]:
     """The name of the image that a file takes, and its size."""
     entry = ort.InferenceSession(str(path), providers=["CPUExecutionProvider"]).get_inputs()[0]
     return str(entry.name), Size(int(entry.shape[2]), int(entry.shape[3]))
-
-
-def calibration(data: Path, form: InputForm, size: Size) -> list[NDArray[np.float32]]:
-    """The images that all tools get, as the network takes them."""
-    paths = spread(calibration_images(data), SAMPLES)
-    return [form.apply(read_image(path), *size.pair)[None] for path in paths]
 
 
 def made(target: Path, make: Callable[[], object]) -> bool:
@@ -127,7 +122,7 @@ def files_for(source: Path, data: Path, preset: Preset, work: Path) -> dict[str,
 
     def given() -> Images:
         if not images:
-            images.extend(calibration(data, preset.form, size))
+            images.extend(decoded(data, size, SAMPLES, preset.form))
         return images
 
     made_by: dict[str, tuple[Path, Callable[[Path], object]]] = {
@@ -179,16 +174,9 @@ def latencies(files: dict[str, Path], threads: int) -> dict[str, float]:
     entry = next(iter(running.values())).get_inputs()[0]
     shape = [n if isinstance(n, int) else 1 for n in entry.shape]
     feed = {entry.name: np.random.default_rng(0).random(shape, np.float32)}
-    times: dict[str, list[float]] = {tool: [] for tool in running}
-    for _ in range(TURNS):
-        for tool, one in running.items():
-            began = time.perf_counter()
-            one.run(None, feed)
-            times[tool].append(time.perf_counter() - began)
-    first = np.array(times["float32"])
-    return {tool: float(np.median(np.array(t) / first)) for tool, t in times.items()} | {
-        "float32 ms": float(np.median(first)) * 1e3
-    }
+    times = interleaved_times([partial(one.run, None, feed) for one in running.values()], TURNS)
+    ratios = {tool: float(np.median(t / times[0])) for tool, t in zip(running, times, strict=True)}
+    return {**ratios, "float32 ms": float(np.median(times[0]))}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

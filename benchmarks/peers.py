@@ -23,9 +23,10 @@ from onnxruntime.quantization import CalibrationDataReader, CalibrationMethod, Q
 from onnxruntime.quantization.shape_inference import quant_pre_process
 
 from dsconvert.base.errors import InputError
-from dsconvert.base.size import SizeLike
+from dsconvert.base.size import Size, SizeLike
 from dsconvert.photos.dataset import calibration_images
-from dsconvert.photos.images import letterbox, read_image, spread, to_tensor
+from dsconvert.photos.form import PLAIN, InputForm
+from dsconvert.photos.images import read_image, spread
 
 Images = Sequence[NDArray[np.float32]]
 
@@ -36,12 +37,12 @@ MNN_BLOCK = 32
 MNN_CONVERT = "import sys, _tools; _tools.mnnconvert(sys.argv)"
 
 
-def decoded(data: Path, imgsz: SizeLike, samples: int) -> list[NDArray[np.float32]]:
-    """The calibration images that `quantize` takes by default, letterboxed, each (1, 3, h, w)."""
+def decoded(data: Path, imgsz: SizeLike, samples: int, form: InputForm = PLAIN) -> list[NDArray[np.float32]]:
+    """The calibration images that `quantize` takes by default, as the network takes them, each (1, 3, h, w)."""
     found = []
     for path in spread(calibration_images(data), samples):
         with suppress(InputError):  # a file that cannot be read is left out, as quantize does
-            found.append(to_tensor([letterbox(read_image(path), imgsz)[0]]).numpy())
+            found.append(form.apply(read_image(path), *Size.of(imgsz).pair)[None])
     return found
 
 
