@@ -53,6 +53,19 @@ class OnnxBuilder:
         """Whether a node makes this value already."""
         return any(value in node.output for node in self.nodes)
 
+    def made(self) -> set[str]:
+        """Names of all nodes' outputs and initializers."""
+        return {*self.initializers, *(name for node in self.nodes for name in node.output)}
+
+    def rename(self, names: Mapping[str, str]) -> None:
+        """Give values other names, all at once."""
+        for node in self.nodes:
+            for values in (node.input, node.output):
+                values[:] = [names.get(name, name) for name in values]
+        for tensor in self.initializers.values():
+            tensor.name = names.get(tensor.name, tensor.name)
+        self.initializers = {tensor.name: tensor for tensor in self.initializers.values()}
+
     def shape(self, *dims: int) -> str:
         """A shape for Reshape and its kin."""
         return self.constant(np.array(dims, np.int64))

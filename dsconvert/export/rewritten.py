@@ -19,7 +19,7 @@ from dsconvert.graph.ir import INPUT
 from dsconvert.model.model import Converted
 from dsconvert.onnxfile.lower import Lowered
 from dsconvert.onnxfile.meaning import STEPS, Exit, Maps
-from dsconvert.onnxfile.source import Source, used
+from dsconvert.onnxfile.source import Source, made_within, used
 
 
 def write_rewritten(source: Source, low: Lowered, maps: Maps, model: Converted, layout: Layout) -> Written:
@@ -31,20 +31,37 @@ def write_rewritten(source: Source, low: Lowered, maps: Maps, model: Converted, 
     for node in model.graph.nodes:
         form.add(node)
     integers = {value: _cut(b, value, form, model) for value in (*model.graph.outputs, *low.shapes.values())}
+    final = {INPUT: source.image.name}  # our names -> the file's
+
+    def tails(name: str) -> str:
+        """Our name of a value that the tail reads: we may have given its own to another."""
+        final[f"{source.free_prefix}{name}"] = name
+        return f"{source.free_prefix}{name}"
+
     for name, end in zip(low.exits, maps.exits, strict=True):
-        _leave(b, integers[end.name], end, name, name in low.flat)
+        _leave(b, integers[end.name], end, tails(name), name in low.flat)
     for name, value in low.shapes.items():
         asked = onnx.NodeProto()
         asked.CopyFrom(source.nodes[source.makers[name]])
         asked.input[:] = [integers[value].name]  # of integers it is the same
+        asked.output[:] = [tails(name)]
         b.nodes.append(asked)
     form.finish()
+    final |= {name: f"{source.free_prefix}{name}" for name in b.made() & _tails_names(source, low)}
+    b.rename(final)
     made = _assembled(source, low, b)
-    for node in made.graph.node:  # the image is called as in the source
-        node.input[:] = [source.image.name if name == INPUT else name for name in node.input]
     meta = {p.key: p.value for p in source.model.metadata_props}
     helper.set_model_props(made, {**meta, LAYOUT_KEY: layout.name})
-    return Written(made, form.places(), form.weights.made)
+    places = {value: replace(place, name=final.get(place.name, place.name)) for value, place in form.places().items()}
+    weights = {layer: final.get(name, name) for layer, name in form.weights.made.items()}
+    return Written(made, places, weights)
+
+
+def _tails_names(source: Source, low: Lowered) -> set[str]:
+    """Every name that the source's own nodes, inputs and outputs have in the written file."""
+    tail = [source.nodes[i] for i in low.tail]
+    names = {value.name for value in (*source.model.graph.input, *source.model.graph.output)}
+    return names | {name for node in tail for name in (*used(node), *made_within(node))}
 
 
 def _cut(b: OnnxBuilder, value: str, form: PlainForm, model: Converted) -> Place:

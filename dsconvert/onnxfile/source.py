@@ -75,7 +75,7 @@ class Source:
     def free_prefix(self) -> str:
         """A beginning that no name in the file has."""
         names = {*self.initializers, *self.makers, self.image.name}
-        names |= {out for node in self.nodes for inner in _within(node) for out in inner.output}
+        names |= {out for node in self.nodes for out in made_within(node)}
         prefix = "ds."
         while any(n.startswith(prefix) for n in names):
             prefix = f"ds{prefix}"
@@ -139,6 +139,11 @@ def used(node: onnx.NodeProto) -> Iterator[str]:
         for a in inner.attribute:
             for graph in (a.g, *a.graphs):
                 yield from (out.name for out in graph.output)
+
+
+def made_within(node: onnx.NodeProto) -> Iterator[str]:
+    """Names of the values that it makes, and that its own graphs make."""
+    return (out for inner in _within(node) for out in inner.output if out)
 
 
 def _within(node: onnx.NodeProto) -> Iterator[onnx.NodeProto]:

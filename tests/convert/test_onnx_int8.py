@@ -8,6 +8,7 @@ from pathlib import Path
 
 import cv2
 import numpy as np
+import onnx
 import pytest
 import torch
 from spellings import Between, Decoded, Gate, Heads, Shuffle
@@ -22,7 +23,7 @@ from dsconvert.graph.activations import activation_table
 from dsconvert.graph.gates import is_limit
 from dsconvert.graph.grids import QParams
 from dsconvert.graph.integer import grid_of
-from dsconvert.graph.ir import Node
+from dsconvert.graph.ir import INPUT, Node
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # the exporter's own
 SIDE = 32
@@ -145,6 +146,26 @@ def test_what_cannot_be_lowered_keeps_float_activations_and_says_why(tmp_path, p
         quantize_onnx(path, photos, OnnxPlan(layout="openvino"))
 
 
+def test_a_file_may_have_the_names_that_the_writer_gives(tmp_path, photos):
+    """Our own exports do. Every value is called as the writer calls its constants, one as it calls the image."""
+    path = exported(Detector(), tmp_path / "net.onnx")
+    model = onnx.load(path)
+    given = [model.graph.input[0].name, *(t.name for t in model.graph.initializer)]
+    given += [out for node in model.graph.node for out in node.output]
+    names = {name: f"c{i}" for i, name in enumerate(given)} | {given[-2]: INPUT}
+    for node in model.graph.node:
+        node.input[:], node.output[:] = ([names[name] for name in values] for values in (node.input, node.output))
+    for value in (*model.graph.input, *model.graph.output, *model.graph.initializer):
+        value.name = names[value.name]
+    del model.graph.value_info[:]
+    onnx.save(model, tmp_path / "renamed.onnx")
+    (found,), (wanted,) = (
+        run(quantize_onnx(file, photos, OnnxPlan(bits=8)).model, picture(photos))
+        for file in (tmp_path / "renamed.onnx", path)
+    )
+    assert np.array_equal(found, wanted)
+
+
 def test_a_target_size_is_kept(tmp_path, photos):
     path = exported(Between(nn.Sequential(nn.SiLU(), nn.Conv2d(32, 32, 3, padding=1)), 32), tmp_path / "net.onnx")
     whole = quantize_onnx(path, photos, OnnxPlan()).model.ByteSize()
@@ -178,7 +199,7 @@ def test_gated_activations_are_onnx_runtimes_own_integers(kind):
     from dsconvert.base.builder import OnnxBuilder
     from dsconvert.export.quantized import PlainForm
     from dsconvert.export.weights.layouts import PACKED
-    from dsconvert.graph.ir import INPUT, Graph
+    from dsconvert.graph.ir import Graph
     from dsconvert.model.model import Converted
 
     graph = Graph((Node("act", "a", (INPUT,), {"kind": kind}),), ("a",))
