@@ -6,7 +6,7 @@ read -> lower (graph and tail) -> images -> ranges of the outputs -> measure -> 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -30,10 +30,10 @@ from dsconvert.graph.integer import grid_of, integer_step
 from dsconvert.graph.ir import INPUT, Shape
 from dsconvert.graph.run import run_float
 from dsconvert.measure.calibration import Calibration, Images, Progress, calibrate, with_views
+from dsconvert.measure.evened import IMAGES, evened
 from dsconvert.measure.importance import Part
 from dsconvert.measure.views import wanted
 from dsconvert.model.model import Converted
-from dsconvert.onnxfile.apart import taken_apart_by_range
 from dsconvert.onnxfile.compact import compact
 from dsconvert.onnxfile.engines import session
 from dsconvert.onnxfile.facts import Facts, facts_of
@@ -157,12 +157,12 @@ def _prepared(
     kept = with_views(pixels, len(photographs), range(total), wish.seed, room)
     images = Images(kept, Part(0, total, total), Size(*shape[1:]), len(photographs), (), 0, form.entry)
 
-    def seen() -> Iterator[Tensor]:
-        return (images.one(index, "cpu") for index in range(0, total, max(1, total // RANGED)))
+    def seen(most: int) -> Iterator[Tensor]:
+        return (images.one(index, "cpu") for index in range(0, total, max(1, total // most)))
 
-    split = taken_apart_by_range(low, seen())
-    stepped, maps = in_steps(split, score_kinds(facts, low), seen())
-    return Prepared(facts.source, stepped, maps, images)
+    stepped, maps = in_steps(low, score_kinds(facts, low), seen(RANGED))
+    graph, params = evened(stepped.graph, stepped.params, maps.measure, list(seen(IMAGES)), wish.seed)
+    return Prepared(facts.source, replace(stepped, graph=graph, params=params), maps, images)
 
 
 def _chosen(low: Lowered) -> list[str]:

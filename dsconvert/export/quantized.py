@@ -16,7 +16,7 @@ from dsconvert.export.weights.layouts import Layout
 from dsconvert.export.weights.weights import Weights
 from dsconvert.export.written import Place
 from dsconvert.graph.activations import GATES, THREE
-from dsconvert.graph.gates import is_limit
+from dsconvert.graph.gates import is_limit, is_relabelled
 from dsconvert.graph.grids import SIGMOID, QParams
 from dsconvert.graph.integer import grid_of
 from dsconvert.graph.ir import INPUT, Node, display_name
@@ -47,7 +47,7 @@ class PlainForm:
             self.floats[node.name] = self._conv(node)
         elif node.op == "conv":
             self._add_conv(node)
-        elif node.op == "relu" and is_limit(node, self.grids[node.name]):
+        elif self._keeps_integers(node):
             self.uint8[node.name] = self.uint8[node.inputs[0]]
         elif op.moves and all(self.grids[x] == self.grids[node.name] for x in node.inputs):
             self.uint8[node.name] = self._moved(node)
@@ -56,6 +56,12 @@ class PlainForm:
             self._quantize(node.name, self.b.node("Mul", [self.real(node.inputs[0]), gate], node.name))
         else:
             self._quantize(node.name, op.onnx(self.b, node, [self.real(x) for x in node.inputs], node.name))
+
+    def _keeps_integers(self, node: Node) -> bool:
+        """Whether the node's integers are those that it reads."""
+        if node.op == "relu":
+            return is_limit(node, self.grids[node.name])
+        return node.op == "times" and is_relabelled(node, self.grids[node.inputs[0]], self.grids[node.name])
 
     def _gate(self, node: Node) -> str:
         """What an activation multiplies its input with, in steps of 1/255."""

@@ -54,6 +54,23 @@ def product_integer(node: Node, inputs: list[Tensor], source: list[QParams], tar
     return (a * b).mul_(ratio).round_().add_(target.zero_point).clamp_(0, QMAX)
 
 
+def times_integer(node: Node, inputs: list[Tensor], source: list[QParams], target: QParams) -> Tensor:
+    """The same integers, on a grid that is as many times as wide."""
+    if is_relabelled(node, source[0], target):
+        return inputs[0]
+    return target.quantize(source[0].dequantize(inputs[0]) * node.attrs["by"])
+
+
+def is_relabelled(node: Node, source: QParams, target: QParams) -> bool:
+    """Whether multiplying needs no arithmetic, as the grid behind has the factor in its scale."""
+    return source == before_times(node, target)
+
+
+def before_times(node: Node, target: QParams) -> QParams:
+    """The grid of what is multiplied that makes the product the same integers on its own grid."""
+    return QParams(float(np.float32(target.scale / node.attrs["by"])), target.zero_point)
+
+
 def mean_pool(node: Node, inputs: list[Tensor]) -> Tensor:
     """Means over windows; of those at the edge over what lies inside, or with `padded` 1 over zeros too."""
     a = node.attrs
@@ -86,7 +103,7 @@ def select_onnx(b: OnnxBuilder, node: Node, inputs: list[str], output: str) -> s
     if chosen == list(range(chosen[0], chosen[0] + len(chosen))):
         ends = [b.shape(chosen[0]), b.shape(chosen[0] + len(chosen)), b.shape(1)]
         return b.node("Slice", [*inputs, *ends], output)
-    return b.node("Gather", [*inputs, b.constant(np.array(chosen, np.int64))], output, axis=1)
+    return b.node("Gather", [*inputs, b.constant(np.array(chosen, np.int32))], output, axis=1)
 
 
 def resize(node: Node, inputs: list[Tensor]) -> Tensor:

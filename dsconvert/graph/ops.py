@@ -305,6 +305,13 @@ OPS: Mapping[str, Op] = {
         inputs=(2, 2),
         integer=gates.product_integer,
     ),
+    "times": Op(
+        real=lambda node, inputs: inputs[0] * node.attrs["by"],
+        shape=_same_shape,
+        onnx=lambda b, node, inputs, output: b.node("Mul", [*inputs, b.scalar(node.attrs["by"])], output),
+        attrs={"by": ()},  # a real number, which no model file has
+        integer=gates.times_integer,
+    ),
     "mean": Op(
         real=lambda node, inputs: inputs[0].mean((2, 3), keepdim=True),
         shape=lambda node, inputs: (inputs[0][0], 1, 1),

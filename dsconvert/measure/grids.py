@@ -25,6 +25,7 @@ from torch import Tensor
 
 from dsconvert.base.threads import in_order
 from dsconvert.graph.activations import ACTIVATIONS, as_engines
+from dsconvert.graph.gates import before_times
 from dsconvert.graph.grids import QMAX, QParams
 from dsconvert.graph.integer import keeps_grid
 from dsconvert.graph.ir import INPUT, Graph
@@ -90,11 +91,14 @@ def choose_grids(
 
     grids.update(zip(seen, in_order(best, seen), strict=True))
     grids = share_grids(graph, {name: s for name, s in seen.items() if name not in behind}, grids)
+    tied = {node.inputs[0]: node for node in graph.nodes if node.op == "times"}
+    grids.update({name: before_times(node, grids[node.name]) for name, node in tied.items()})
     readers = Counter(grids.values())
 
     def pair(names: tuple[str, str]) -> tuple[QParams, QParams]:
         before, after = (grids[name] for name in names)
-        return together(seen[names[0]], kinds[names[1]], before, after, readers[after] == 1)
+        free = readers[after] == 1 and names[1] not in tied
+        return together(seen[names[0]], kinds[names[1]], before, after, free)
 
     for names, found in zip(behind.items(), in_order(pair, behind.items()), strict=True):
         grids.update(zip(names, found, strict=True))

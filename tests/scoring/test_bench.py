@@ -136,7 +136,7 @@ def test_bench_rows_are_every_file_in_every_engine(tmp_path):
 def test_bench_in_openvino(tmp_path):
     pytest.importorskip("openvino")
     paths = [write(tmp_path / "a.onnx", [("x", TensorProto.UINT8, ("n", 3, "h", "w"))])]
-    rows = bench(paths, ["onnxruntime", "openvino"], 1, runs=3, side=8)
+    rows = bench(paths, ["onnxruntime", "openvino"], 1, runs=3, imgsz=8)
     assert [r.engine for r in rows] == ["onnxruntime", "openvino"]
     engines = [open_model(paths[0], engine, 1, 8)() for engine in ("onnxruntime", "openvino")]
     np.testing.assert_allclose(engines[0][0], engines[1][0], rtol=1e-5)  # a float32 sum of 192 numbers
