@@ -47,6 +47,9 @@ from dsconvert.tune.distil import Distilled, Pictures, distil
 from dsconvert.widths.size import Formats, formats_as_asked, judged_formats, of_every_layer, unfitted
 
 RANGED = 64  # images on which the outputs' ranges are looked at
+# A network of fewer weights loses more with each bit. Where the bytes of 4 bits leave room, its file takes this share of
+# the float file's bytes.
+SMALL, SMALL_SHARE = 1_500_000, 0.195
 MOST_OFF = 1e-3  # of an output's largest number, that a lowered float graph may differ from the file's
 
 
@@ -185,10 +188,27 @@ def _measured(network: Prepared, wish: Wish, report: Progress, room: Room) -> Ca
 
 
 def _formats(network: Prepared, found: Calibration, wish: Wish) -> dict[str, WeightFormat]:
-    return formats_as_asked(
-        network.low.params, found.damage, _chosen(network.low), wish.bits, wish.block_size, wish.target_bytes,
-        partial(_size, network, found, wish.layout),
-    )  # fmt: skip
+    params, file_size = network.low.params, partial(_size, network, found, wish.layout)
+
+    def within(target: int | None) -> dict[str, WeightFormat]:
+        return formats_as_asked(
+            params, found.damage, _chosen(network.low), wish.bits, wish.block_size, target, file_size
+        )  # fmt: skip
+
+    formats = within(wish.target_bytes)
+    room = int(SMALL_SHARE * network.source.model.ByteSize())
+    if (
+        wish.bits is not None
+        or wish.target_bytes is not None
+        or not _is_small(network.low)
+        or file_size(formats) > room
+    ):
+        return formats
+    return within(room)
+
+
+def _is_small(low: Lowered) -> bool:
+    return sum(p.weight.numel() for p in low.params.values()) < SMALL
 
 
 def _size(network: Prepared, found: Calibration, layout: Layout, formats: Formats) -> int:

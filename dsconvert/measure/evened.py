@@ -28,6 +28,7 @@ IMAGES = 16  # that are looked at
 # A map gets factors, or one part more, if that saves this share of the error which all maps leave at best. 0.03 saves
 # 5 % more of PicoDet's error with half as many parts more (docs/detectors.md).
 WORTH = 0.1
+BETTER = 4.0  # and only if it leaves so many times less of the map's own error
 MOST_PARTS = 3
 WIDEST = 1e4  # a factor at most: a channel that never moves needs none
 PASSING = ("maxpool", "upsample", "resize", "mean", "mean_pool")  # keep a channel's factor
@@ -209,21 +210,47 @@ class _Plan:
         """In how many parts the map shall be: 0 where nothing saves `least`."""
         best, found = self.now, 0
         for count, error in enumerate(self.errors, 1):
-            if best - error >= least:
+            if best - error >= least and best >= BETTER * error:
                 best, found = error, count
         return found
 
 
 def _plan(chain: _Chain, seen: _Seen, widest: float) -> _Plan:
     tops, effects = seen.peaks[chain.value], seen.effects[chain.value]
-    now = seen.error(chain.value, widest)
     if not chain.is_gated:
-        factors = (widest / tops.clamp_min(1e-30)).clamp(max=WIDEST)
-        best = _step_variance(widest) * float((effects / factors.square()).sum())
+        now, best, factors = _factors(chain, seen, widest)
         return _Plan(now, (best,), (), factors, tops, widest)
+    now = seen.error(chain.value, widest)
     most = MOST_PARTS if chain.conv.attrs["groups"] == 1 else 1
     found = [_parts(tops, effects, count) for count in range(1, min(most, len(tops)) + 1)]
     return _Plan(now, tuple(error for error, _ in found), tuple(parts for _, parts in found), Tensor(), tops, widest)
+
+
+def _factors(chain: _Chain, seen: _Seen, widest: float) -> tuple[float, float, Tensor]:
+    """The error without factors, with the best, and these, (c,).
+
+    What LeakyReLU reads is rounded too, and reaches ten times as far down: then neither map's channels reach equally
+    far, and how far the map before it reaches, beside the one behind it, is searched for."""
+    tops, effects = seen.peaks[chain.value].clamp_min(1e-30), seen.effects[chain.value]
+    if chain.act is None or chain.act.op == "relu" or chain.act.attrs["kind"] != "LeakyReLU":
+        factors = (widest / tops).clamp(max=WIDEST)
+        return (
+            seen.error(chain.value, widest),
+            _step_variance(widest) * float((effects / factors.square()).sum()),
+            factors,
+        )
+    before, through = seen.peaks[chain.conv.name].clamp_min(1e-30), seen.effects[chain.conv.name]
+
+    def error(reach: float, factors: Tensor) -> float:
+        both = _step_variance(reach) * through + _step_variance(widest) * effects
+        return float((both / factors.square()).sum())
+
+    found: list[tuple[float, Tensor]] = []
+    for reach in (widest * 2 ** (i / 4) for i in range(-4, 15)):
+        factors = torch.minimum(reach / before, widest / tops).clamp(max=WIDEST)
+        found.append((error(reach, factors), factors))
+    best, factors = min(found, key=lambda one: one[0])
+    return error(float(before.max()), torch.ones_like(tops)), best, factors
 
 
 def _parts(tops: Tensor, effects: Tensor, count: int) -> tuple[float, tuple[tuple[int, ...], ...]]:
