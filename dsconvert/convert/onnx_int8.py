@@ -47,8 +47,8 @@ from dsconvert.tune.distil import Distilled, Pictures, distil
 from dsconvert.widths.size import Formats, formats_as_asked, judged_formats, of_every_layer, unfitted
 
 RANGED = 64  # images on which the outputs' ranges are looked at
-# A network of fewer weights loses more with each bit. If the bytes of 4 bits leave room, its file takes this share of the
-# float file's bytes.
+# A network of fewer weights loses more with each bit. If the bytes of 4 bits leave room, its file takes this share of
+# the float file's bytes.
 SMALL, SMALL_SHARE = 1_500_000, 0.195
 MOST_OFF = 1e-3  # of an output's largest number, that a lowered float graph may differ from the file's
 
