@@ -153,9 +153,9 @@ def test_the_reference_has_every_command_option_and_function():
     assert set(dsconvert.__all__) >= set(re.findall(r"dsconvert\.(\w+)\(", (DOCS / "tutorial.md").read_text()))
 
 
-def test_the_navigation_lists_what_exists_known_pages_first():
-    order = hooks().page_order(["zebra.md", "faq.md", "index.md", "apple.md"])
-    assert order == ["index.md", "faq.md", "apple.md", "zebra.md"]
+def test_the_navigation_lists_what_exists_in_its_groups():
+    found = hooks().navigation(["zebra.md", "faq.md", "index.md", "apple.md", "method.md"])
+    assert found == [{"Use": ["index.md", "faq.md"]}, {"Method": ["method.md"]}, "apple.md", "zebra.md"]
 
 
 def test_the_site_builds_without_a_warning(tmp_path):
@@ -395,4 +395,6 @@ def test_detects_convolutions_are_named_as_they_are():
 
 
 def test_every_page_has_its_place_in_the_navigation():
-    assert sorted(hooks().PAGES) == sorted(p.name for p in DOCS.glob("*.md"))
+    groups = hooks().GROUPS
+    assert list(groups) == ["Use", "Reference", "Method", "Trust", "Contribute"]
+    assert sorted(page for pages in groups.values() for page in pages) == sorted(p.name for p in DOCS.glob("*.md"))
