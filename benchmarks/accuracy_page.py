@@ -24,23 +24,25 @@ COLUMNS = (
     "bits a weight | DSConv layers |"
 )
 LEGEND = (
-    "*Drop* is the loss of mAP50-95 against float32 on the same images, in points. Its interval is a paired bootstrap "
-    "over images.",
-    f"*Boxes* are detections with a score above {CONFIDENT}. Two boxes are the same if they have one class and an IoU of "
-    "0.5. *Lost* is the share of float32's boxes that a file does not have. *New* is the share of a file's boxes that "
-    "float32 does not have. *Score moved* is the mean absolute difference of the scores of all others. Brackets hold "
-    "95 % intervals, from the same draws of images.",
-    "Every row is a file that was run: ONNX in ONNX Runtime, NNCF and layout openvino in OpenVINO, MNN in MNN. The float "
-    "parts of a file run in float32, in OpenVINO too. OpenVINO by itself would choose bfloat16 on CPUs that have it.",
-    "The first layer and Detect are int8 in every dsconvert row, and activations are uint8. *DSConv layers* is the size "
-    "of all other layers' quantized weights and group scales, against float32. *Default* spends the bytes of 4 bits "
-    "where they save most (`dsconvert quantize` without `--bits`).",
-    "*Exact products* means ONNX Runtime's option `session.x64quantprecision`. By default, products of ordinary int8 "
-    "weights saturate on a CPU without VNNI. dsconvert's weights cannot saturate, so its rows are the same on every CPU.",
-    "*Ultralytics' way* is `quantize_static` with its defaults (MinMax, one scale for all of a layer's weights, int8 "
-    "activations) on Conv, Gemm and MatMul.",
-    "*MNN* is `mnnconvert --weightQuantBits 4 --weightQuantBlock 32 --hqq`. Its activations stay float, and it takes no "
-    "images.",
+    "*Drop* is the loss of mAP50-95 against float32 on the same images, in points. Its interval is a paired "
+    "bootstrap over images.",
+    f"*Boxes* are detections with a score above {CONFIDENT}. Two boxes are the same if they have one class and an "
+    "IoU of 0.5. *Lost* is the share of float32's boxes that a file does not have. *New* is the share of a file's "
+    "boxes that float32 does not have. *Score moved* is the mean absolute difference of the scores of all others. "
+    "Brackets hold 95 % intervals, from the same draws of images.",
+    "Every row is a file that was run: ONNX in ONNX Runtime, NNCF and layout openvino in OpenVINO, MNN in MNN. The "
+    "float parts of a file run in float32, in OpenVINO too. OpenVINO by itself would choose bfloat16 on CPUs that "
+    "have it.",
+    "The first layer and Detect are int8 in every dsconvert row, and activations are uint8. *DSConv layers* is the "
+    "size of all other layers' quantized weights and group scales, against float32. *Default* spends the bytes of 4 "
+    "bits where they save most (`dsconvert quantize` without `--bits`).",
+    "*Exact products* means ONNX Runtime's option `session.x64quantprecision`. By default, products of ordinary "
+    "int8 weights saturate on a CPU without VNNI. dsconvert's weights cannot saturate, so its rows are the same on "
+    "every CPU.",
+    "*Ultralytics' way* is `quantize_static` with its defaults (MinMax, one scale for all of a layer's weights, "
+    "int8 activations) on Conv, Gemm and MatMul.",
+    "*MNN* is `mnnconvert --weightQuantBits 4 --weightQuantBlock 32 --hqq`. Its activations stay float, and it "
+    "takes no images.",
 )
 
 

@@ -277,17 +277,20 @@ def trellis() -> str:
     parts += [text(16, 46, "stored bits"), text(16, 62, "2 a weight", fill="#555b63", font_size="12")]
     for place, bits in enumerate(STRING):
         x = first + size * place
-        parts += [box(x, 30, size - 6, 32, FILLS[0]), text(x + (size - 6) / 2, 51, f"{bits:02b}", "middle", font_size="15")]
-        parts += [text(x + (size - 6) / 2, 20, f"weight {place + 1}", "middle", font_size="12", fill="#555b63")]
+        middle = x + (size - 6) / 2
+        parts += [box(x, 30, size - 6, 32, FILLS[0]), text(middle, 51, f"{bits:02b}", "middle", font_size="15")]
+        parts += [text(middle, 20, f"weight {place + 1}", "middle", font_size="12", fill="#555b63")]
     for row, place in enumerate((3, 4, 5)):
         y = 84 + 46 * row
         begin, end = first + size * (place - 3), first + size * (place + 1) - 6
-        parts += [line(begin, y, end, y, BLUE, 2), line(begin, y, begin, y - 7, BLUE, 2), line(end, y, end, y - 7, BLUE, 2)]
+        parts += [line(begin, y, end, y, BLUE, 2)]
+        parts += [line(side, y, side, y - 7, BLUE, 2) for side in (begin, end)]
         window, value = found[place]
         index = int(window, 2)
         said = f"last 8 bits {window} = {index},  table[{index}] = {value}".replace("-", "−")
         parts.append(text(end, y + 19, said, "end"))
-        parts.append(text(end + 12, y + 5, f"VQK {place + 1} = {value}".replace("-", "−"), font_weight="bold", fill=BLUE))
+        weight = f"VQK {place + 1} = {value}".replace("-", "−")
+        parts.append(text(end + 12, y + 5, weight, font_weight="bold", fill=BLUE))
     title = "A trellis: each quantized weight is a table entry, chosen by the last eight bits of the string"
     return svg(720, 224, title, parts)
 

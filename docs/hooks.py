@@ -43,7 +43,7 @@ def on_config(config: Any) -> Any:
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
-    """Replace a link to a file outside of docs/ by its path, as the site does not hold it; mkdocs calls this for a page."""
+    """Replace a link to a file outside of docs/ by its path, as the site lacks it; mkdocs calls this for a page."""
     for target in (m[2] for m in LEAVING.finditer(markdown)):
         if not (DOCS / target.split("#")[0]).exists():
             log.warning("%s links to %s, which is not there.", page.file.src_path, target)

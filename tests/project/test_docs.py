@@ -21,12 +21,17 @@ from conftest import HANGS, ROOT
 import dsconvert
 from dsconvert.base import kept, threads
 from dsconvert.commands.cli import cli
+from dsconvert.convert import division
 from dsconvert.convert.config import recipe_names
+from dsconvert.dsconv.codes import trellis_search
+from dsconvert.dsconv.format import M_MAX, PAIR_MAX
 from dsconvert.export.weights.layouts import LAYOUTS, run_by
-from dsconvert.fit import draws
+from dsconvert.fit import channels, draws, moments
+from dsconvert.measure import calibration, importance, views
 from dsconvert.model.file import VERSION
 from dsconvert.scoring import drop
 from dsconvert.scoring.compare import MOST_SHIFT
+from dsconvert.tune import distil
 from dsconvert.yolo.lower import PARTS
 
 DOCS = ROOT / "docs"
@@ -295,11 +300,9 @@ def rows(text: str, heading: str) -> list[list[str]]:
     return [[c.strip() for c in line.strip("|").split(" | ")] for line in part.splitlines()[2:]]
 
 
-def test_readme_and_contributing_have_one_table_of_folders_with_every_package_once():
-    readme, contributing = ((ROOT / name).read_text() for name in ("README.md", "docs/contributing.md"))
-    table = [row[:2] for row in rows(readme, "folder")]
-    assert table == [row[:2] for row in rows(contributing, "folder")]
-    named = [name for cell, _ in table for name in spans(cell)]
+def test_contributing_has_a_table_of_folders_with_every_package_once():
+    table = rows((DOCS / "contributing.md").read_text(), "folder")
+    named = [name for row in table for name in spans(row[0])]
     assert sorted(n for n in named if re.fullmatch(r"dsconvert/\w+", n)) == [f"dsconvert/{p}" for p in PACKAGES]
     for name in named:
         assert (ROOT / name).exists(), name
@@ -328,10 +331,11 @@ def test_layouts_and_engines_are_those_of_the_code():
 
 
 def test_layouts_are_spelled_as_many_times_as_there_are():
-    method = (DOCS / "method.md").read_text()
-    assert [row[0] for row in rows(method, "layout")] == list(LAYOUTS)
-    counted = {4: "four", 5: "five", 6: "six"}[len(LAYOUTS)]
-    assert f"{counted} spellings (`dsconvert/export/weights/layouts.py`)" in method
+    page = (DOCS / "onnx.md").read_text()
+    assert [row[0] for row in rows(page, "layout")] == list(LAYOUTS)
+    assert [int(row[2].split(",")[0]) for row in rows(page, "layout")] == [x.opset for x in LAYOUTS.values()]
+    counted = {4: "four", 5: "five", 6: "six", 7: "seven"}[len(LAYOUTS)]
+    assert f"{counted} layouts (`dsconvert/export/weights/layouts.py`)" in " ".join(page.split())
 
 
 def test_exit_codes_are_those_of_the_code():
@@ -351,7 +355,7 @@ def test_exit_codes_are_those_of_the_code():
 def test_recipes_in_the_pages_are_those_there_are():
     page = rows((DOCS / "command-line.md").read_text(), "recipe")
     assert sorted(re.match(r"\[(\w+)\]", row[0])[1] for row in page) == recipe_names()
-    assert f"`--config {'|'.join(recipe_names())}`" in (ROOT / "README.md").read_text()
+    assert f"`--config {'|'.join(recipe_names())}`" in (DOCS / "command-line.md").read_text()
 
 
 def test_the_readme_names_the_way_for_other_networks():
@@ -374,10 +378,26 @@ def test_one_module_reads_pickles_and_the_pages_name_it():
         ("command-line.md", r"network on (\d+) of its images", drop.SCORED),
         ("command-line.md", r"warns where the mean best score shifts by more than ([\d.]+\d)", MOST_SHIFT),
         ("command-line.md", r"stays in memory up to (\d+) GiB", kept.MEMORY >> 30),
-        ("method.md", r"in memory as far as (\d+) GiB goes", kept.MEMORY >> 30),
-        ("method.md", r"E are sums over (\d+) positions an image", draws.POSITIONS),
-        ("method.md", r"gives fewer, ([\d,]+) in all", draws.TOGETHER),
-        ("method.md", r"in all but at least (\d+)", draws.FEWEST),
+        ("method.md", r"stay in memory up to (\d+) GiB", kept.MEMORY >> 30),
+        ("method.md", r"Each image gives (\d+) positions", draws.POSITIONS),
+        ("method.md", r"each gives fewer, together ([\d,]+), and", draws.TOGETHER),
+        ("method.md", r", and at least (\d+) \(`dsconvert/fit/draws", draws.FEWEST),
+        ("method.md", r"more than (\d+) images it ends before the last", importance.BRIEFLY),
+        ("method.md", r"(\d+) of 128 to 512", importance.THOROUGH),
+        ("method.md", r"Fewer than (\d+) photos get views", views.WANTED),
+        ("method.md", r"Fewer than (\d+) photos also get synthesised", calibration.FEW),
+        ("method.md", r"times (\d+) / n for n photos", moments.SURE),
+        ("method.md", r"limited to the range from ([\d.]+\d) to", moments.DAMPING),
+        ("method.md", r"limited to the range from [\d.]+ to (\d+)\.", moments.MOST_DAMPING),
+        ("method.md", r"fitted in up to (\d+) groups", channels.PARTS),
+        ("method.md", r"search has gone (\d+) columns further", trellis_search.AHEAD),
+        ("method.md", r"an integer from 1 to (\d+) for each block", M_MAX),
+        ("method.md", r"`\|w1 \+ w2\| <= (\d+)`", PAIR_MAX),
+        ("training.md", r"Adam takes (\d+) images a step", distil.IMAGES),
+        ("training.md", r"They are (\d+) photos beyond `--samples`", division.JUDGES),
+        ("training.md", r"every eighth of (\d+) or more photos", division.FEWEST),
+        ("method.md", r"There are (\d+) images of 320 pixels", calibration.SYNTHETIC_IMAGES),
+        ("training.md", r"The rate is ([\d.]+\d) for factors", distil.RATE),
         ("reliability.md", r"Layers of fewer than ([\d,]+) weights", threads.FEW),
         ("../CHANGELOG.md", r"Model files are of version (\d+)", VERSION),
     ],
