@@ -50,7 +50,7 @@ PEERS = {
 OURS = {
     "dsconvert mixed, 0.725 MB": ("--target-size 0.725MB", 9, 4, "start"),
     "dsconvert mixed, 3 bit size": ("bytes of 3 bits", 9, -3, "start"),
-    DEFAULT: ("default", -8, 16, "end"),
+    DEFAULT: ("default", 9, 14, "start"),
     "dsconvert 8 bit": ("--bits 8", 9, -4, "start"),
 }
 

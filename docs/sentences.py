@@ -1,4 +1,7 @@
-"""Count the sentences of Markdown pages by their words: `python docs/sentences.py [PAGE ...]` lists the long ones.
+"""Count the sentences of Markdown pages by their words, or draw passages to read.
+
+    python docs/sentences.py [PAGE ...]        list the long sentences and their share
+    python docs/sentences.py --draw 10 --seed 27        print ten passages drawn at random
 
 A long sentence has more than LONG words. Code blocks, tables, headings, comments and the targets of links are left
 out. A span of code counts as one word, as it is read as one.
@@ -6,12 +9,14 @@ out. A span of code counts as one word, as it is read as one.
 
 from __future__ import annotations
 
+import argparse
+import random
 import re
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 LONG = 30
+SHORTEST = 20  # words of a passage that is drawn
 ROOT = Path(__file__).resolve().parent.parent
 FENCED = re.compile(r"^([ ]*)```.*?^\1```[ ]*$", re.MULTILINE | re.DOTALL)
 COMMENT = re.compile(r"<!--.*?-->", re.DOTALL)
@@ -72,5 +77,20 @@ def main(paths: list[Path]) -> None:
     print(f"{100 * long / max(every, 1):.2f} % of {every} sentences")
 
 
+def draw(paths: list[Path], count: int, seed: int) -> None:
+    """Print so many passages: paragraphs of at least SHORTEST words, each as likely as any other."""
+    every = [(path, text) for path in paths for text in paragraphs(path.read_text()) if words(text) >= SHORTEST]
+    for number, (path, text) in enumerate(random.Random(seed).sample(every, count), 1):
+        print(f"{number}. {path.name}: {text}\n")
+
+
 if __name__ == "__main__":
-    main([Path(name) for name in sys.argv[1:]] or pages())
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("pages", nargs="*", type=Path, help="README.md and docs/ if none is named")
+    parser.add_argument("--draw", type=int, default=0, help="how many passages to print")
+    parser.add_argument("--seed", type=int, default=0)
+    given = parser.parse_args()
+    if given.draw:
+        draw(given.pages or pages(), given.draw, given.seed)
+    else:
+        main(given.pages or pages())
