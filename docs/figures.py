@@ -114,7 +114,7 @@ def integer_table() -> str:
     e, both = example(), range(2)
     products = []
     for o in both:
-        terms = [f"{q}*{w}" if w >= 0 else f"{q}*({w})" for q, w in zip(PIXEL, e["merged"][o], strict=True)]
+        terms = [f"{q} × {w}" if w >= 0 else f"{q} × ({w})" for q, w in zip(PIXEL, e["merged"][o], strict=True)]
         products.append(" + ".join(terms))
     rows = [
         ("bias `CDSb` in units of the sum, int32", [str(e["bias"][o]) for o in both]),
