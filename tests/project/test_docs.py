@@ -408,6 +408,26 @@ def test_numbers_in_the_text_are_the_codes(page, pattern, value):
     assert float(found[1].replace(",", "")) == value
 
 
+@pytest.mark.parametrize(
+    ("page", "pattern", "command", "option"),
+    [
+        ("howto.md", r"The default is `--samples (\d+)`", "quantize", "samples"),
+        ("command-line.md", r"among them `--conf-thres ([\d.]+)`", "detect", "conf_thres"),
+        ("command-line.md", r"`--iou-thres ([\d.]+)` and `--save-conf`", "detect", "iou_thres"),
+        ("command-line.md", r"`eval --conf-thres` \(([\d.]+)\)", "eval", "conf_thres"),
+        ("report.md", r"`--images N` sets the number of photos \((\d+)\)", "report", "images"),
+        ("training.md", r"The default of ([\d.]+) is meant for its \d+ epochs", "finetune", "rate"),
+        ("training.md", r"is meant for its (\d+) epochs", "finetune", "epochs"),
+        ("training.md", r"is meant for its \d+ epochs of (\d+) images", "finetune", "batch"),
+    ],
+)
+def test_defaults_in_the_text_are_the_commands(page, pattern, command, option):
+    found = re.search(pattern, " ".join((DOCS / page).read_text().split()))
+    assert found, pattern
+    (parameter,) = (p for p in cli.commands[command].params if p.name == option)
+    assert float(found[1]) == parameter.default
+
+
 def test_detects_convolutions_are_named_as_they_are():
     page = " ".join((DOCS / "compatibility.md").read_text().split())
     said = re.search(r"Detect's convolutions is in three parts, (.+?), of segmentation .+? with (.+?);", page)
