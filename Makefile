@@ -58,6 +58,8 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy dsconvert calib/demo benchmarks
+	$(BIN)/codespell README.md CHANGELOG.md docs dsconvert benchmarks tests examples
+	$(BIN)/proselint --config .proselintrc.json check -o compact README.md docs/*.md
 
 check: lint
 	$(PYTEST) -m 'not long' $(CHECKED)
@@ -97,10 +99,11 @@ lock: .venv/.audit
 	grep -q '$(TORCH_ARM)' requirements.lock || sed -i 's/^torch==.*/&\n    --hash=$(TORCH_ARM) \\/' requirements.lock
 	for extra in dev bench audit; do $(ONE_OF_THEM) --extra $$extra $(NOT_AGAIN) --output-file locks/$$extra.lock || exit 1; done
 
-# faster-coco-eval names its licence in a file alone: Apache 2.0
+# faster-coco-eval names its licence in a file alone: Apache 2.0. codespell is GPL 2.0: a program that lint runs, and that
+# nothing imports.
 audit: .venv/.audit
 	$(BIN)/pip-licenses --with-system --from=mixed --partial-match --allow-only='$(LICENCES)' \
-	  --ignore-packages faster-coco-eval \
+	  --ignore-packages faster-coco-eval codespell \
 	  --packages $$(sed -n 's/^\([A-Za-z0-9._-]*\)==.*/\1/p' requirements.lock locks/dev.lock)
 	$(BIN)/pip-audit --strict --disable-pip --require-hashes --requirement requirements.lock
 

@@ -16,30 +16,33 @@ DEFAULT = "dsconvert default (mixed, 4 bit size)"
 DATA_FREE = "dsconvert default, data-free"
 DECIDES = 500  # images from which on a table needs no such warning
 FEW = (
-    "The intervals are wide because the images are few. Another draw of calibration pixels moves a drop by another "
-    "point. So this table cannot tell apart files within a point of each other."
+    "The intervals are wide, as the images are few. Another draw moves a drop by another point. So this table cannot "
+    "tell apart files within a point of each other."
 )
 COLUMNS = (
     "| model | mAP50-95 | mAP50 | drop, points | 95 % interval | boxes lost | new | score moved | file MB | "
     "bits a weight | DSConv layers |"
 )
 LEGEND = (
-    "*Drop*: points of mAP50-95 against float32 on the same images. The interval is a paired bootstrap over images.",
-    f"*Boxes* are those with a score above {CONFIDENT}, by class and at an IoU of 0.5. *Lost* is the share of "
-    "float32's boxes that a file has not. *New* is the share of a file's boxes that float32 has not. *Score moved* "
-    "is the mean absolute difference of the scores of all others. In brackets stand 95 % intervals, of the same "
-    "draws of images.",
-    "Every row is its file, run: ONNX in ONNX Runtime, NNCF and layout openvino in OpenVINO, MNN in MNN. What is float "
-    "in a file runs in float32, in OpenVINO too, which would choose bfloat16 on CPUs that have it.",
-    "The stem and Detect are int8 in every dsconvert row, and activations are uint8. *DSConv layers*: VQK and KDS of "
-    "all other layers against float32. *Default* spends the bytes of 4 bits everywhere where they save most "
-    "(`dsconvert quantize` without `--bits`).",
-    "*Exact products*: with ONNX Runtime's `session.x64quantprecision`. By default a CPU without VNNI saturates "
-    "ordinary int8 weights' products. dsconvert's weights cannot saturate, so its rows are the same on every CPU.",
-    "*Ultralytics' way*: `quantize_static` with its defaults (MinMax, one scale for all of a layer's weights, int8 "
-    "activations) on Conv, Gemm and MatMul.",
-    "*MNN*: `mnnconvert --weightQuantBits 4 --weightQuantBlock 32 --hqq`. Its activations stay float, and it takes no "
-    "images.",
+    "*Drop* is the loss of mAP50-95 against float32 on the same images, in points. Its interval is a paired "
+    "bootstrap over images.",
+    f"*Boxes* are detections with a score above {CONFIDENT}. Two boxes are the same if they have one class and an "
+    "IoU of 0.5. *Lost* is the share of float32's boxes that a file does not have. *New* is the share of a file's "
+    "boxes that float32 does not have. *Score moved* is the mean absolute difference of the scores of all others. "
+    "Brackets hold 95 % intervals, from the same draws of images.",
+    "Every row is a file that was run: ONNX in ONNX Runtime, NNCF and layout openvino in OpenVINO, MNN in MNN. The "
+    "float parts of a file run in float32, in OpenVINO too. OpenVINO by itself would choose bfloat16 on CPUs that "
+    "have it.",
+    "The first layer and Detect are int8 in every dsconvert row, and activations are uint8. *DSConv layers* is the "
+    "size of all other layers' quantized weights and group scales, against float32. *Default* spends the bytes of 4 "
+    "bits where they save most (`dsconvert quantize` without `--bits`).",
+    "*Exact products* means ONNX Runtime's option `session.x64quantprecision`. By default, products of ordinary "
+    "int8 weights saturate on a CPU without VNNI. dsconvert's weights cannot saturate, so its rows are the same on "
+    "every CPU.",
+    "*Ultralytics' way* is `quantize_static` with its defaults (MinMax, one scale for all of a layer's weights, "
+    "int8 activations) on Conv, Gemm and MatMul.",
+    "*MNN* is `mnnconvert --weightQuantBits 4 --weightQuantBlock 32 --hqq`. Its activations stay float, and it "
+    "takes no images.",
 )
 
 
@@ -135,7 +138,8 @@ def section(name: str, found: Found) -> list[str]:
 
 def source(name: str, found: Found) -> list[str]:
     """Where a set's figures are from."""
-    made = f"{found['date']}, {found['threads']} threads of {found['cpu']}, {found['rounds']} draws for an interval."
+    threads = f"{found['threads']} thread{'s' if found['threads'] > 1 else ''}"
+    made = f"{found['date']}, {threads} of {found['cpu']}, {found['rounds']} draws of images for an interval."
     return [f"{name}: {made}", "", f"    {found['command']}", ""]
 
 

@@ -163,12 +163,13 @@ def page(text: str, found: dict[tuple[int, int], list[dict[str, float]]], floats
     """The document with what is below MARKER written anew."""
     kept = text.split(MARKER)[0].rstrip()
     spread = np.std(floats, ddof=1) if len(floats) > 1 else 0
-    made = (
-        f"By `{' '.join(['python', 'benchmarks/classification.py', *sys.argv[1:]])}` on {cpu_name()}, torch "
-        f"{torch.__version__}. {len(floats)} seeds, {steps} steps of shift training; the float networks classify "
-        f"{np.mean(floats):.1f} ± {spread:.1f} % right. Points of accuracy lost, mean ± standard deviation over seeds:"
+    made = f"Points of accuracy lost, as the mean ± the standard deviation over {len(floats)} seeds:"
+    below = (
+        f"The float networks classify {np.mean(floats):.1f} ± {spread:.1f} % right. Scales are trained for {steps} "
+        f"steps. Command: `{' '.join(['python', 'benchmarks/classification.py', *sys.argv[1:]])}`, on {cpu_name()}, "
+        f"torch {torch.__version__}."
     )
-    return "\n".join([kept, "", MARKER, "", made, "", *table(found, floats), ""])
+    return "\n".join([kept, "", MARKER, "", made, "", *table(found, floats), "", below, ""])
 
 
 def main() -> None:

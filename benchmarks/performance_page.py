@@ -22,6 +22,10 @@ NAMES = {
 }  # fmt: skip
 
 
+ABOUT = (
+    "This page has the size and speed of converted networks, beside files of other tools, and the time that conversion "
+    "takes. The first table has the figures that have a target."
+)
 # Seconds of a size of yolov5 against n's, at most.
 NETWORKS = {"s": 2.5, "m": 6.0, "x": 25.0}
 BUSY = {1: 2.5, 3: 6.0}  # beside so many neighbours a core, against idle, at most
@@ -121,14 +125,16 @@ def _conversion_figures(r: Results) -> list[Figure]:
 
 def write_page(r: Results, target: Path) -> None:
     """The page, and its curves beside it."""
-    lines = ["# Performance", "", *_machines(r), "## Figures", ""]
+    lines = ["# Performance", "", ABOUT, "", "## Figures", ""]
     lines += ["| figure | against | at most | found | spread | holds |", "|---|---|---|---|---|---|"]
     lines += [f.row for f in figures(r)]
     lines += [
-        "", "Ratios of latencies: calls in turn in one process, medians, bootstrap over rounds. Ratios of load times "
-        "and of starts: fresh processes in turn, the same way. The spread is then a 95 % interval. Ratios of seconds: "
-        "medians of a few turns; the spread is the least and the most that one turn gave. A start holds when its "
-        "interval reaches the target.", "", *kept(target),
+        "", "- Ratios of latencies are ratios of medians. The files take turns in one process, and a bootstrap over "
+        "rounds gives a 95 % interval. Ratios of load times and of starts are made in the same way, with fresh "
+        "processes.",
+        "- Ratios of seconds are ratios of the medians of a few turns. Their spread is the least and the most of one "
+        "turn.",
+        "- A start holds if its interval reaches the target.", "", *kept(target),
     ]  # fmt: skip
     for name, section in SECTIONS.items():
         if name in r:
@@ -137,11 +143,12 @@ def write_page(r: Results, target: Path) -> None:
     if {"growth", "networks"} & set(r):
         plot(r, target.with_suffix(".svg"))
         lines += [*_growth(r, target.with_suffix(".svg").name), ""]
+    lines += _machines(r)
     target.write_text("\n".join(lines))
 
 
 def _machines(r: Results) -> list[str]:
-    """Machines, each named once, and what was measured there: of what, when, how busy it was, and by which command."""
+    """List the machines, each once, and what was measured there: of what, when, how busy it was, by which command."""
     by_machine: dict[str, list[list[str]]] = {}
     for name, found in r.items():
         m = found["machine"]
@@ -149,7 +156,7 @@ def _machines(r: Results) -> list[str]:
         subject = f"{m['checkpoint']}, {m['imgsz']} pixels" if "checkpoint" in m else ""
         row = [name, subject, found.get("date", ""), f"{m.get('load', '')}", f"`{found['command']}`"]
         by_machine.setdefault(f"{m['threads']} threads of {m['cpu']} ({m['int8']}); {versions}", []).append(row)
-    lines = []
+    lines = ["## Where the figures are from", ""]
     for about, rows in by_machine.items():
         head = ("what", "of", "on", "load average before it", "command")
         lines += [f"On {about}:", "", *_table(head, rows), ""]
@@ -192,15 +199,15 @@ def _latency(s: Mapping[str, Any]) -> list[str]:
 def _openvino(s: Mapping[str, Any]) -> list[str]:
     return [
         *_times(s, "Latency in OpenVINO"), "",
-        "What is float in a file, all of it in a float32 one, runs in the type that is named. f32 is what accuracy is "
-        "measured with; bf16 is what OpenVINO chooses by itself on a CPU that has it (`INFERENCE_PRECISION_HINT`).",
+        "The float parts of a file run in the type that is named. Accuracy is measured with f32. OpenVINO by itself "
+        "chooses bf16 on a CPU that has it (`INFERENCE_PRECISION_HINT`).",
     ]  # fmt: skip
 
 
 def _mnn(s: Mapping[str, Any]) -> list[str]:
     return [
         *_times(s, "Latency in MNN, and of ours in ONNX Runtime beside it"), "",
-        "MNN makes float32 of its weights when it loads a file; what is small is the file alone.",
+        "MNN turns its weights into float32 when it loads a file. So only the file is small.",
     ]  # fmt: skip
 
 
@@ -215,9 +222,9 @@ def _seconds(times: Sequence[float]) -> str:
 def _quantize(s: Mapping[str, Any]) -> list[str]:
     return [
         "## Conversion", "",
-        f"quantize fitted {s['images']} images in {_seconds(s['seconds'])} s (decoding took {s['decoding']:.1f} s "
-        f"more); in turn with it, NNCF {s['nncf']} took {_seconds(s['nncf seconds'])} s on the same, decoded. The "
-        "ratio is that of the medians.",
+        f"quantize fitted {s['images']} images in {_seconds(s['seconds'])} s. Decoding them took {s['decoding']:.1f} s "
+        f"more. In turn with it, NNCF {s['nncf']} took {_seconds(s['nncf seconds'])} s on the same decoded images. The "
+        "ratio in the table of figures is the ratio of the medians.",
     ]  # fmt: skip
 
 
@@ -230,11 +237,11 @@ def _busy(s: Mapping[str, Any]) -> list[str]:
     head = ("busy processes a core", "seconds", "idle seconds", "ratio", "turns", "fair share")
     return [
         "## Beside busy neighbours", "",
-        f"The demo's `dsconvert quantize` on {s['cores']} cores, as a whole command. A busy process is one that "
-        "computes without end and never waits. Each run stands between two without neighbours; the mean of these is "
-        "the idle time. The system gives every process the same share of a core, so that a program that only computes "
-        "takes one more than the number of neighbours times as long: the fair share. What it takes beyond that, it "
-        "spends waiting for threads of its own whose turn has not come.", "", *_table(head, rows),
+        f"The demo's `dsconvert quantize` ran on {s['cores']} cores, as a whole command. A busy process computes "
+        "without end and never waits. Before and after each run beside busy processes, quantize ran alone; the mean of "
+        "both is the idle time. The system gives every process the same share of a core. So beside n busy processes, a "
+        "program that only computes takes n + 1 times as long. That is the fair share. A larger ratio means that the "
+        "program waited for threads of its own.", "", *_table(head, rows),
     ]  # fmt: skip
 
 
@@ -244,7 +251,7 @@ def _many(s: Mapping[str, Any]) -> list[str]:
         for p in s["points"]
     ]
     head = ("images", "seconds", f"against {s['points'][0]['images']}", "peak GiB")
-    text = f"quantize with its defaults at {s['imgsz']} pixels, images decoded beforehand; fresh processes in turn."
+    text = f"quantize ran with its defaults at {s['imgsz']} pixels, on decoded images, in fresh processes in turn."
     return ["## Many images", "", text, "", *_table(head, rows)]
 
 
@@ -252,7 +259,7 @@ def _memory(s: Mapping[str, Any]) -> list[str]:
     return [
         "## Memory", "",
         f"`dsconvert quantize --samples {s['samples']}` at {s['imgsz']} pixels held {s['peak_bytes'] / 2**30:.2f} GiB "
-        f"at its peak and took {s['seconds']:.0f} s, decoding and all. Pages of files that it maps count as held.",
+        f"at its peak and took {s['seconds']:.0f} s with decoding. Mapped pages of files count as held.",
     ]  # fmt: skip
 
 
@@ -264,7 +271,8 @@ def _start(s: Mapping[str, Any]) -> list[str]:
     ]  # fmt: skip
     head = ("start", "ms now", "ms before", "ratio", "95 % interval")
     text = (
-        f"Medians of {s['processes']} fresh processes each, in turn; *before*: the last commit without compiled loops."
+        f"The times are medians of {s['processes']} fresh processes each, in turn. *Before* is the last commit without "
+        "compiled loops."
     )
     return ["## Start", "", text, "", *_table(head, rows)]
 
@@ -276,8 +284,8 @@ def _profile(s: Mapping[str, Any]) -> list[str]:
     shown = [row for row in rows if any(float(cell or 0) >= 0.05 for cell in row[1:])]
     total = ["all", *(f"{sum(s[n].values()):.2f}" for n in names)]
     return [
-        "## Profile", "", "Milliseconds a frame by kind of node (ONNX Runtime's profiler, which slows every node "
-        "down a little; kinds below 0.05 ms left out).", "",
+        "## Profile", "", "The table has milliseconds a frame by kind of node, from ONNX Runtime's profiler. The "
+        "profiler slows every node down a little. Kinds below 0.05 ms are left out.", "",
         *_table(("node", *(NAMES[n] for n in names)), [*shown, total]),
     ]  # fmt: skip
 
@@ -292,8 +300,8 @@ def _roofline(s: Mapping[str, Any]) -> list[str]:
         if ms
     ]
     return [
-        "## Roofline", "", f"The network has {s['macs'] / 1e9:.2f} G multiplications. The most that int8 kernels reach "
-        "by themselves, GMAC/s:", "", *_table(("kernel", "GMAC/s"), rows), "",
+        "## Roofline", "", f"The network has {s['macs'] / 1e9:.2f} G multiplications. Int8 kernels alone reach at most "
+        "so many GMAC/s:", "", *_table(("kernel", "GMAC/s"), rows), "",
         *_table(("packed", "ms", "GMAC/s", "of the best kernel"), shares),
     ]  # fmt: skip
 
@@ -309,8 +317,8 @@ def _growth(r: Results, picture: str) -> list[str]:
 
     images, sizes = by_images(r), by_size(r)
     pixels = " and ".join(str(n) for n in sorted({r[n]["imgsz"] for n in ("growth", "networks") if n in r}))
-    lines = ["## Growth", "", f"quantize at 4 bits, {pixels} pixels, images decoded beforehand; every point a "
-             "fresh process.", "", f"![growth]({picture})", ""]  # fmt: skip
+    lines = ["## Growth", "", f"quantize ran at 4 bits and {pixels} pixels on decoded images. Every point is "
+             "a fresh process.", "", f"![growth]({picture})", ""]  # fmt: skip
     if images:
         lines += _table(("images", "seconds", "peak GiB"), [row(p, ()) for p in images])
         if len(images) > 1:

@@ -1,6 +1,6 @@
-"""What `mkdocs build` does beside mkdocs: the order of pages, links out of docs/, and reference.md from the code.
+"""Extend `mkdocs build`: order the pages in groups, rewrite links out of docs/, and fill reference.md from the code.
 
-Pages that exist are listed, in PAGES' order, others after them; so a page is added by writing it.
+A new page is listed in one of GROUPS. A page that is in no group stands behind the last one.
 """
 
 from __future__ import annotations
@@ -15,30 +15,35 @@ from typing import Any
 
 import click
 
-PAGES = (
-    "index.md", "ten-minutes.md", "tutorial.md", "howto.md", "datasets.md", "reference.md", "command-line.md",
-    "report.md", "method.md", "accuracy.md", "performance.md", "compatibility.md", "training.md", "modules.md",
-    "detectors.md", "classification.md", "coverage.md", "reliability.md", "security.md", "faq.md", "contributing.md",
-)  # fmt: skip
+GROUPS = {
+    "Use": ("index.md", "ten-minutes.md", "tutorial.md", "howto.md", "datasets.md", "detectors.md", "modules.md",
+            "training.md", "faq.md"),
+    "Reference": ("reference.md", "command-line.md", "report.md", "compatibility.md", "glossary.md"),
+    "Method": ("method.md", "onnx.md", "classification.md", "notebook.md"),
+    "Trust": ("accuracy.md", "performance.md", "coverage.md", "reliability.md", "security.md"),
+    "Contribute": ("contributing.md",),
+}  # fmt: skip
 MARKER = "<!-- generated here by docs/hooks.py -->"
 DOCS = Path(__file__).resolve().parent
 LEAVING = re.compile(r"(?<!!)\[([^\]]*)\]\((\.\./[^)\s]+)\)")
 log = logging.getLogger("mkdocs.hooks.dsconvert")
 
 
-def page_order(found: list[str]) -> list[str]:
-    """Names of pages as the navigation lists them."""
-    return [p for p in PAGES if p in found] + sorted(set(found) - set(PAGES))
+def navigation(found: list[str]) -> list[Any]:
+    """The navigation of these pages as mkdocs wants it: a title and its pages for each group, then other pages."""
+    groups = {title: [page for page in pages if page in found] for title, pages in GROUPS.items()}
+    known = {page for pages in groups.values() for page in pages}
+    return [*({title: pages} for title, pages in groups.items() if pages), *sorted(set(found) - known)]
 
 
 def on_config(config: Any) -> Any:
-    """mkdocs calls this once."""
-    config["nav"] = page_order([p.name for p in DOCS.glob("*.md")])
+    """Set the navigation; mkdocs calls this once."""
+    config["nav"] = navigation([p.name for p in DOCS.glob("*.md")])
     return config
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
-    """mkdocs calls this for every page. A link to a file beside docs/ becomes its path: the site does not hold it."""
+    """Replace a link to a file outside of docs/ by its path, as the site lacks it; mkdocs calls this for a page."""
     for target in (m[2] for m in LEAVING.finditer(markdown)):
         if not (DOCS / target.split("#")[0]).exists():
             log.warning("%s links to %s, which is not there.", page.file.src_path, target)
@@ -47,7 +52,7 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
 
 
 def reference() -> str:
-    """Every command's --help and every name of the Python API, as Markdown."""
+    """Write every command's --help and every name of the Python API as Markdown."""
     from dsconvert.commands.cli import cli
 
     lines = ["## Commands", "", *_help("dsconvert", cli, None)]
@@ -85,7 +90,7 @@ def _described(level: str, name: str, function: Any) -> Iterator[str]:
 
 
 def _broken(call: str) -> str:
-    """A long signature with a line for every parameter."""
+    """Break a long signature into a line for every parameter."""
     if len(call) <= 100:
         return call
     start, end = call.index("("), call.rindex(")")

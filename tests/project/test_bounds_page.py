@@ -23,7 +23,7 @@ from dsconvert.yolo import archive, container, picklestack
     [
         ("reliability.md", r"file gain (\d+) MB", bounds.BASE_BYTES // 1_000_000),
         ("reliability.md", r"(\d+) MB for each CPU", bounds.THREAD_BYTES >> 20),
-        ("reliability.md", r"and take (\d+) s, a second", bounds.BASE_SECONDS),
+        ("reliability.md", r"once may take (\d+) s, plus a second", bounds.BASE_SECONDS),
         ("security.md", r"pickle \| (\d+) MiB; tuples", container.MAX_PICKLE_BYTES >> 20),
         ("security.md", r"; tuples (\d+) deep", picklestack.MAX_TUPLES),
         ("security.md", r"deep and of ([\d,]+) leaves", picklestack.MAX_LEAVES),

@@ -21,12 +21,17 @@ from conftest import HANGS, ROOT
 import dsconvert
 from dsconvert.base import kept, threads
 from dsconvert.commands.cli import cli
+from dsconvert.convert import division
 from dsconvert.convert.config import recipe_names
+from dsconvert.dsconv.codes import trellis_search
+from dsconvert.dsconv.format import M_MAX, PAIR_MAX
 from dsconvert.export.weights.layouts import LAYOUTS, run_by
-from dsconvert.fit import draws
+from dsconvert.fit import channels, draws, moments
+from dsconvert.measure import calibration, importance, views
 from dsconvert.model.file import VERSION
 from dsconvert.scoring import drop
 from dsconvert.scoring.compare import MOST_SHIFT
+from dsconvert.tune import distil
 from dsconvert.yolo.lower import PARTS
 
 DOCS = ROOT / "docs"
@@ -153,9 +158,9 @@ def test_the_reference_has_every_command_option_and_function():
     assert set(dsconvert.__all__) >= set(re.findall(r"dsconvert\.(\w+)\(", (DOCS / "tutorial.md").read_text()))
 
 
-def test_the_navigation_lists_what_exists_known_pages_first():
-    order = hooks().page_order(["zebra.md", "faq.md", "index.md", "apple.md"])
-    assert order == ["index.md", "faq.md", "apple.md", "zebra.md"]
+def test_the_navigation_lists_what_exists_in_its_groups():
+    found = hooks().navigation(["zebra.md", "faq.md", "index.md", "apple.md", "method.md"])
+    assert found == [{"Use": ["index.md", "faq.md"]}, {"Method": ["method.md"]}, "apple.md", "zebra.md"]
 
 
 def test_the_site_builds_without_a_warning(tmp_path):
@@ -295,11 +300,9 @@ def rows(text: str, heading: str) -> list[list[str]]:
     return [[c.strip() for c in line.strip("|").split(" | ")] for line in part.splitlines()[2:]]
 
 
-def test_readme_and_contributing_have_one_table_of_folders_with_every_package_once():
-    readme, contributing = ((ROOT / name).read_text() for name in ("README.md", "docs/contributing.md"))
-    table = [row[:2] for row in rows(readme, "folder")]
-    assert table == [row[:2] for row in rows(contributing, "folder")]
-    named = [name for cell, _ in table for name in spans(cell)]
+def test_contributing_has_a_table_of_folders_with_every_package_once():
+    table = rows((DOCS / "contributing.md").read_text(), "folder")
+    named = [name for row in table for name in spans(row[0])]
     assert sorted(n for n in named if re.fullmatch(r"dsconvert/\w+", n)) == [f"dsconvert/{p}" for p in PACKAGES]
     for name in named:
         assert (ROOT / name).exists(), name
@@ -328,10 +331,11 @@ def test_layouts_and_engines_are_those_of_the_code():
 
 
 def test_layouts_are_spelled_as_many_times_as_there_are():
-    method = (DOCS / "method.md").read_text()
-    assert [row[0] for row in rows(method, "layout")] == list(LAYOUTS)
-    counted = {4: "four", 5: "five", 6: "six"}[len(LAYOUTS)]
-    assert f"{counted} spellings (`dsconvert/export/weights/layouts.py`)" in method
+    page = (DOCS / "onnx.md").read_text()
+    assert [row[0] for row in rows(page, "layout")] == list(LAYOUTS)
+    assert [int(row[2].split(",")[0]) for row in rows(page, "layout")] == [x.opset for x in LAYOUTS.values()]
+    counted = {4: "four", 5: "five", 6: "six", 7: "seven"}[len(LAYOUTS)]
+    assert f"{counted} layouts (`dsconvert/export/weights/layouts.py`)" in " ".join(page.split())
 
 
 def test_exit_codes_are_those_of_the_code():
@@ -351,7 +355,7 @@ def test_exit_codes_are_those_of_the_code():
 def test_recipes_in_the_pages_are_those_there_are():
     page = rows((DOCS / "command-line.md").read_text(), "recipe")
     assert sorted(re.match(r"\[(\w+)\]", row[0])[1] for row in page) == recipe_names()
-    assert f"`--config {'|'.join(recipe_names())}`" in (ROOT / "README.md").read_text()
+    assert f"`--config {'|'.join(recipe_names())}`" in (DOCS / "command-line.md").read_text()
 
 
 def test_the_readme_names_the_way_for_other_networks():
@@ -374,10 +378,26 @@ def test_one_module_reads_pickles_and_the_pages_name_it():
         ("command-line.md", r"network on (\d+) of its images", drop.SCORED),
         ("command-line.md", r"warns where the mean best score shifts by more than ([\d.]+\d)", MOST_SHIFT),
         ("command-line.md", r"stays in memory up to (\d+) GiB", kept.MEMORY >> 30),
-        ("method.md", r"in memory as far as (\d+) GiB goes", kept.MEMORY >> 30),
-        ("method.md", r"E are sums over (\d+) positions an image", draws.POSITIONS),
-        ("method.md", r"gives fewer, ([\d,]+) in all", draws.TOGETHER),
-        ("method.md", r"in all but at least (\d+)", draws.FEWEST),
+        ("method.md", r"stay in memory up to (\d+) GiB", kept.MEMORY >> 30),
+        ("method.md", r"Each image gives (\d+) positions", draws.POSITIONS),
+        ("method.md", r"each gives fewer, together ([\d,]+), and", draws.TOGETHER),
+        ("method.md", r", and at least (\d+) \(`dsconvert/fit/draws", draws.FEWEST),
+        ("method.md", r"more than (\d+) images it ends before the last", importance.BRIEFLY),
+        ("method.md", r"(\d+) of 128 to 512", importance.THOROUGH),
+        ("method.md", r"Fewer than (\d+) photos get views", views.WANTED),
+        ("method.md", r"Fewer than (\d+) photos also get synthesised", calibration.FEW),
+        ("method.md", r"The share is (\d+) / n for n photos", moments.SURE),
+        ("method.md", r"photos, but at least ([\d.]+\d) and at most", moments.DAMPING),
+        ("method.md", r"photos, but at least [\d.]+ and at most (\d+)\.", moments.MOST_DAMPING),
+        ("method.md", r"fitted in up to (\d+) groups", channels.PARTS),
+        ("method.md", r"search has gone (\d+) columns further", trellis_search.AHEAD),
+        ("method.md", r"an integer from 1 to (\d+) for each block", M_MAX),
+        ("method.md", r"`\|w1 \+ w2\| <= (\d+)`", PAIR_MAX),
+        ("training.md", r"Adam takes (\d+) images a step", distil.IMAGES),
+        ("training.md", r"They are (\d+) photos beyond `--samples`", division.JUDGES),
+        ("training.md", r"every eighth of (\d+) or more photos", division.FEWEST),
+        ("method.md", r"There are (\d+) images of 320 pixels", calibration.SYNTHETIC_IMAGES),
+        ("training.md", r"The rate is ([\d.]+\d) for factors", distil.RATE),
         ("reliability.md", r"Layers of fewer than ([\d,]+) weights", threads.FEW),
         ("../CHANGELOG.md", r"Model files are of version (\d+)", VERSION),
     ],
@@ -388,6 +408,26 @@ def test_numbers_in_the_text_are_the_codes(page, pattern, value):
     assert float(found[1].replace(",", "")) == value
 
 
+@pytest.mark.parametrize(
+    ("page", "pattern", "command", "option"),
+    [
+        ("howto.md", r"The default is `--samples (\d+)`", "quantize", "samples"),
+        ("command-line.md", r"among them `--conf-thres ([\d.]+)`", "detect", "conf_thres"),
+        ("command-line.md", r"`--iou-thres ([\d.]+)` and `--save-conf`", "detect", "iou_thres"),
+        ("command-line.md", r"`eval --conf-thres` \(([\d.]+)\)", "eval", "conf_thres"),
+        ("report.md", r"`--images N` sets the number of photos \((\d+)\)", "report", "images"),
+        ("training.md", r"The default of ([\d.]+) is meant for its \d+ epochs", "finetune", "rate"),
+        ("training.md", r"is meant for its (\d+) epochs", "finetune", "epochs"),
+        ("training.md", r"is meant for its \d+ epochs of (\d+) images", "finetune", "batch"),
+    ],
+)
+def test_defaults_in_the_text_are_the_commands(page, pattern, command, option):
+    found = re.search(pattern, " ".join((DOCS / page).read_text().split()))
+    assert found, pattern
+    (parameter,) = (p for p in cli.commands[command].params if p.name == option)
+    assert float(found[1]) == parameter.default
+
+
 def test_detects_convolutions_are_named_as_they_are():
     page = " ".join((DOCS / "compatibility.md").read_text().split())
     said = re.search(r"Detect's convolutions is in three parts, (.+?), of segmentation .+? with (.+?);", page)
@@ -395,4 +435,6 @@ def test_detects_convolutions_are_named_as_they_are():
 
 
 def test_every_page_has_its_place_in_the_navigation():
-    assert sorted(hooks().PAGES) == sorted(p.name for p in DOCS.glob("*.md"))
+    groups = hooks().GROUPS
+    assert list(groups) == ["Use", "Reference", "Method", "Trust", "Contribute"]
+    assert sorted(page for pages in groups.values() for page in pages) == sorted(p.name for p in DOCS.glob("*.md"))

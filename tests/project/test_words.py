@@ -1,0 +1,89 @@
+"""The language of README.md and docs/: short sentences, no spelling mistakes, no private dialect, no doubled words."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import subprocess
+import sys
+import tomllib
+
+import pytest
+from conftest import HANGS, ROOT
+
+MOST_LONG = 0.02  # of all sentences
+
+
+def load():
+    spec = importlib.util.spec_from_file_location("sentences", ROOT / "docs/sentences.py")
+    made = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(made)
+    return made
+
+
+counting = load()
+
+
+def test_fewer_than_two_in_a_hundred_sentences_are_long():
+    found = [s for page in counting.pages() for s in counting.sentences(page.read_text())]
+    long = [s for s in found if counting.words(s) > counting.LONG]
+    assert len(found) > 1000  # the pages were read
+    assert len(long) < MOST_LONG * len(found), long
+
+
+def test_what_counts_as_a_sentence():
+    text = "# A heading. Here.\n\nOne two. Three `a b c` four!\n\n| a. b. |\n|---|\n\n    code. more.\n\n"
+    text += "```\nx. y.\n```\n"
+    text += "- First item: [five six](a-b.md#c). Seven, e.g. eight\n  nine.\n<!-- no. -->\n1. Ten 0.5 (eleven).\n"
+    assert list(counting.sentences(text)) == [
+        "One two.", "Three CODE four!", "First item: five six.", "Seven, e.g. eight nine.", "Ten 0.5 (eleven).",
+    ]  # fmt: skip
+    assert counting.words("One, two - CODE = 3.") == 4
+
+
+def test_the_code_in_a_list_is_no_sentence():
+    text = "1. Do this:\n\n    ```sh\n    dsconvert a. b\n    ```\n\n    Then that.\n\nAnd more:\n\n    code. here.\n"
+    assert list(counting.sentences(text)) == ["Do this:", "Then that.", "And more:"]
+
+
+def test_the_readme_is_short():
+    lines = (ROOT / "README.md").read_text().splitlines()
+    assert len(lines) <= 80
+    for command in ("make demo", "make test"):
+        assert any(line.strip().startswith(command) for line in lines)
+
+
+DIALECT = re.compile(
+    r"\b(what is left of it|what it counts for|that of the one|hang on others|is said by)\b", re.IGNORECASE
+)
+
+
+@pytest.mark.parametrize("page", counting.pages(), ids=lambda p: p.name)
+def test_no_page_speaks_a_private_dialect(page):
+    assert DIALECT.findall(" ".join(page.read_text().split())) == []
+
+
+@pytest.mark.parametrize("page", counting.pages(), ids=lambda p: p.name)
+def test_no_word_stands_twice_in_a_row(page):
+    for sentence in counting.sentences(page.read_text()):
+        assert not re.search(r"\b([a-z]+) \1\b", sentence), sentence
+
+
+def test_the_spell_check_finds_a_mistake_and_nothing_in_the_pages(tmp_path):
+    pytest.importorskip("codespell_lib", reason="codespell is not installed: pip install '.[dev]'")
+    command = [sys.executable, "-m", "codespell_lib", "--toml", str(ROOT / "pyproject.toml")]
+    mistake = "Rec" + "ieve"
+    (tmp_path / "wrong.md").write_text(f"{mistake} the images.\n")
+    found = subprocess.run([*command, tmp_path / "wrong.md"], cwd=ROOT, capture_output=True, text=True, timeout=HANGS)
+    assert found.returncode
+    assert mistake in found.stdout
+    done = subprocess.run([*command, "README.md", "docs"], cwd=ROOT, capture_output=True, text=True, timeout=HANGS)
+    assert done.returncode == 0, done.stdout
+
+
+def test_lint_checks_spelling_and_style_of_the_same_pages():
+    lint = (ROOT / "Makefile").read_text().split("\nlint:")[1].split("\n\n")[0]
+    assert "codespell" in lint
+    assert "proselint" in lint
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["codespell"]
+    assert (ROOT / settings["ignore-words"]).exists()
