@@ -164,7 +164,11 @@ def quantize_onnx(
             with scratch_folder() as folder:
                 converted = quantize_lowered(facts, low, images, judges, plan.form, plan.wish, report, folder)
             _note_input(converted.model, plan)
-            return replace(converted, skipped=tuple(skipped), warnings=tuple(filter(None, said)))
+            for sentence in converted.warnings:
+                note(sentence)
+            return replace(
+                converted, skipped=tuple(skipped), warnings=(*filter(None, said), *converted.warnings)
+            )  # fmt: skip
     return _weights_alone(path, given, images, skipped, said, probe, plan, report)
 
 

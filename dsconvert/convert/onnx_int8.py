@@ -40,12 +40,14 @@ from dsconvert.onnxfile.facts import Facts, facts_of
 from dsconvert.onnxfile.layers import find_layers
 from dsconvert.onnxfile.lower import Lowered, NotLowered, lower
 from dsconvert.onnxfile.meaning import Maps, in_steps, score_kinds
+from dsconvert.onnxfile.nearness import how_far_off
 from dsconvert.onnxfile.source import Array, Source, giving
 from dsconvert.photos.form import InputForm
 from dsconvert.photos.images import Image
 from dsconvert.tune.distil import Distilled, Pictures, distil
 from dsconvert.widths.size import Formats, formats_as_asked, judged_formats, of_every_layer, unfitted
 
+COMPARED = 4  # images on which the written file is held against the float one
 RANGED = 64  # images on which the outputs' ranges are looked at
 # A network of fewer weights loses more with each bit. If the bytes of 4 bits leave room, its file takes this share of
 # the float file's bytes.
@@ -146,7 +148,10 @@ def quantize_lowered(
     check_accumulators(model)
     written = _written(network, model, wish.layout)
     _check(written, network, in_layout(model, wish.layout))
-    return OnnxInt8(_compacted(written.model), model, low, len(photographs), tuned)
+    made = _compacted(written.model)
+    seen = [network.images.one(i, "cpu").numpy() for i in range(min(COMPARED, len(photographs)))]
+    strayed = how_far_off(facts.source, made, seen)
+    return OnnxInt8(made, model, low, len(photographs), tuned, warnings=(strayed,) if strayed else ())
 
 
 def _prepared(

@@ -336,6 +336,13 @@ OPS: Mapping[str, Op] = {
         onnx=gates.resize_onnx,
         attrs={"scale": _to(1, 16)},
     ),
+    "island": Op(
+        real=lambda node, inputs: node.attrs["part"].compute(inputs),
+        shape=lambda node, inputs: node.attrs["part"].shape,
+        onnx=lambda b, node, inputs, output: node.attrs["part"].emit(b, inputs, output),
+        inputs=(1, 1000),
+        attrs={"part": ()},  # a piece of an ONNX file, which no model file has
+    ),
     "attention": Op(  # engines have no integers for it either
         real=attention,
         shape=_attention_shape,

@@ -128,6 +128,8 @@ def _widths(graph: Graph, params: Mapping[str, ConvParams]) -> dict[str, int]:
             widths[node.name] = len(node.attrs["channels"])
         elif node.op == "concat":
             widths[node.name] = sum(widths.get(x, 0) for x in node.inputs)
+        elif node.op == "island":
+            widths[node.name] = node.attrs["part"].shape[0]
         elif node.op == "space_to_depth":
             widths[node.name] = 4 * widths.get(node.inputs[0], 0)
         else:

@@ -15,10 +15,13 @@ import torch
 
 from dsconvert.graph.ir import ConvParams, Graph, Node
 from dsconvert.onnxfile.facts import SHAPES, Facts
+from dsconvert.onnxfile.islands import island
 from dsconvert.onnxfile.layers import Layer
 from dsconvert.onnxfile.source import Array, used
 from dsconvert.onnxfile.walk import Walk
 from dsconvert.onnxfile.ways import WAYS, weights
+
+MOST_FLOAT = 0.5  # of all multiplications: a file that keeps more of them float is no int8 file
 
 
 class NotLowered(Exception):
@@ -36,7 +39,7 @@ class Lowered:
     tail: tuple[int, ...]  # places of the nodes behind them
     shapes: Mapping[str, str]  # shapes that the tail asks for -> the graph's value that has it
     fixed: Mapping[str, Array]  # shapes that it asks for of values that are no more, as they are for one image
-    stayed: Mapping[str, int]  # operators of the tail, how many of each
+    stayed: Mapping[str, int]  # operators that stay float, of the tail and of islands, how many of each
     float_share: float  # multiplications of convolutions that stay float, as a share of all convolutions'
 
 
@@ -61,9 +64,17 @@ def _add(w: Walk, index: int, node: onnx.NodeProto) -> None:
         if not output or output not in w.facts.moving or len(w.facts.shape(output)) not in (2, 4):
             continue
         if index in w.layers:
-            weights(w, w.layers[index], output)
+            _layer(w, w.layers[index], output)
         else:
             any(way(w, node, output) for way in WAYS)
+
+
+def _layer(w: Walk, layer: Layer, output: str) -> None:
+    """Lower a layer; what it reads is an island where the graph has no operation for it."""
+    if weights(w, layer, output):
+        return
+    if w.known(layer.value) is None and island(w, layer.value):
+        weights(w, layer, output)
 
 
 def _finished(w: Walk) -> Lowered:
@@ -96,15 +107,22 @@ def _finished(w: Walk) -> Lowered:
         if w.place.get(value) in there and len(facts.shape(value)) == 4
     }  # fmt: skip
     fixed = {name: facts.values[name] for name in asked if name not in shapes}
+    inside = {
+        source.makers[out] for node in graph.nodes if node.op == "island"
+        for one in node.attrs["part"].nodes for out in one.output if out
+    }  # fmt: skip
     stayed: dict[str, int] = {}
-    for index in sorted(tail):
+    for index in sorted(tail | inside):
         if not facts.varying(source.nodes[index]):
             continue
         kind = source.nodes[index].op_type
         stayed[kind] = stayed.get(kind, 0) + 1
     params = {node.name: w.params[node.name] for node in graph.convs()}
     flat = frozenset(name for name in ordered if len(facts.shape(name)) == 2)
-    return Lowered(graph, params, ordered, flat, tuple(sorted(tail)), shapes, fixed, stayed, _float_share(w, tail))
+    share = _float_share(w, tail | inside)
+    if share > MOST_FLOAT:
+        raise NotLowered(f"{100 * share:.0f} % of its multiplications have no integers")
+    return Lowered(graph, params, ordered, flat, tuple(sorted(tail)), shapes, fixed, stayed, share)
 
 
 def _float_share(w: Walk, tail: set[int]) -> float:
@@ -117,7 +135,8 @@ def _float_share(w: Walk, tail: set[int]) -> float:
         weight, made = w.facts.constant(node.input[1]), w.facts.shape(node.output[0])
         if weight is None:
             return 0
-        return int(weight.size * np.prod(made[2:] if node.op_type.startswith("Conv") else made[:-1]))
+        pixels = {"Conv": made[2:], "ConvTranspose": w.facts.shape(node.input[0])[2:]}
+        return int(weight.size * np.prod(pixels.get(node.op_type, made[:-1])))
 
     every = sum(map(count, range(len(source.nodes))))
     return sum(map(count, tail)) / every if every else 0.0

@@ -54,7 +54,7 @@ class Walk:
         such value."""
         key = (op, *inputs, str(attrs))
         if key not in self.made:
-            name = self._free(f"{self.facts.source.free_prefix}{op}{len(self.nodes)}")
+            name = self.free(f"{self.facts.source.free_prefix}{op}{len(self.nodes)}")
             self.made[key] = self.put(Node(op, name, tuple(inputs), dict(attrs)), output, width)
         elif output is not None:
             self.place[output] = self.made[key]
@@ -90,9 +90,9 @@ class Walk:
         name = layer.stored.removesuffix(".weight")
         if "::" in name:  # made up by torch's exporter, which calls the node /layer1/0/Conv
             name = layer.name.strip("/").rpartition("/")[0].replace("/", ".") or f"conv{len(self.params)}"
-        return self._free(name)
+        return self.free(name)
 
-    def _free(self, name: str) -> str:
+    def free(self, name: str) -> str:
         """The name, or the next that is nobody's, nor the beginning of one."""
         found, number = name, 0
         while found in self.nodes or found in self.names or any(n.startswith(f"{found}.") for n in self.nodes):

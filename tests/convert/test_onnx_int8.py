@@ -135,6 +135,19 @@ def test_attention_is_float_between_grids(tmp_path, photos):
     assert off(found, wanted) < 0.05
 
 
+@pytest.mark.parametrize("layout", ["packed", "int8", "openvino"])
+def test_an_unknown_operator_stays_float_and_its_neighbours_are_integers(layout, tmp_path, photos):
+    path = exported(Between(nn.ELU(0.7), 16), tmp_path / "net.onnx")
+    made = quantize_onnx(path, photos, OnnxPlan(bits=8, layout=layout))
+    assert isinstance(made, OnnxInt8)
+    assert made.low.stayed == {"Elu": 1}
+    (wanted,), (found,) = run(path, picture(photos)), run(made.model, picture(photos))
+    assert off(found, wanted) < 0.01
+    operators = [n.op_type for n in made.model.graph.node]
+    assert operators.count("Elu") == 1
+    assert operators.count("Conv") == 2
+
+
 def test_what_cannot_be_lowered_keeps_float_activations_and_says_why(tmp_path, photos):
     path = exported(Between(lambda x: x.cumsum(2)), tmp_path / "net.onnx")
     said: list[str] = []

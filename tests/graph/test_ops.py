@@ -10,6 +10,7 @@ import onnxruntime as ort
 import pytest
 import torch
 from formats import fit_weight
+from onnx import helper
 
 from dsconvert.base.builder import OnnxBuilder
 from dsconvert.base.errors import InputError
@@ -22,6 +23,7 @@ from dsconvert.graph.activations import GATES
 from dsconvert.graph.grids import QParams
 from dsconvert.graph.integer import QConv, grid_of, gridded, integer_step, real_params, run_integer
 from dsconvert.graph.ir import INPUT, ConvParams, Graph, Node
+from dsconvert.graph.island import Part
 from dsconvert.graph.ops import OPS, Op
 from dsconvert.graph.run import run_float
 from dsconvert.graph.shapes import check_node, value_shapes
@@ -52,6 +54,12 @@ KNOWN = [
     ("relu", {"top": 0}, [X], [[[0.0, 3.0]]]),
     ("product", {}, [X, [[[2.0]]]], [[[-2.0, 6.0]]]),
     ("mean", {}, [X], [[[1.0]]]),
+    (
+        "island",
+        {"part": Part((helper.make_node("Neg", ["a"], ["y"]),), {}, ("a",), "y", (1, 1, 2))},
+        [X],
+        [[[1.0, -3.0]]],
+    ),
     ("times", {"by": 1.5}, [X], [[[-1.5, 4.5]]]),
     ("mean_pool", {"kernel": 2, "stride": 2, "padding": 0, "padded": 0}, [[[[1.0, 2.0], [3.0, 6.0]]]], [[[3.0]]]),
     ("mean_pool", {"kernel": 3, "stride": 3, "padding": 1, "padded": 1}, [[[[1.0, 2.0], [3.0, 3.0]]]], [[[1.0]]]),

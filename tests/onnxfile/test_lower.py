@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from dsconvert.convert.onnx_int8 import taken_apart
 from dsconvert.graph.run import run_float
+from dsconvert.measure.importance import gradients
 from dsconvert.onnxfile.lower import Lowered, NotLowered
 from dsconvert.onnxfile.meaning import in_steps, score_kinds
 from dsconvert.onnxfile.source import read_source
@@ -79,10 +80,11 @@ def test_attention_is_found_with_its_own_channels(tmp_path):
     assert [parts[name] for name in node.inputs] == [[0, 4], [1, 5], [2, 3, 6, 7]]
 
 
-def test_attention_on_another_scale_is_none_of_ours(tmp_path):
+def test_attention_on_another_scale_stays_as_it_is(tmp_path):
     source, x = source_of(Between(Heads(3.0), 8, 4), tmp_path)
-    with pytest.raises(NotLowered):
-        taken_apart(source, x)
+    _, low = taken_apart(source, x)
+    assert operations(low) == {"island": 1}
+    assert low.stayed["Softmax"] == 1
 
 
 def test_a_focus_layer_and_its_convolution_are_one_of_every_second_pixel(tmp_path):
@@ -196,3 +198,92 @@ def test_names_inside_of_a_nodes_own_graph_are_left_alone(tmp_path):
     _, low = taken_apart(source, np.random.default_rng(1).random((1, 3, 8, 8)).astype(np.float32))
     assert low.exits == ("c",)
     assert low.stayed["If"] == 1
+
+
+def normed(x):
+    """A normalisation of channels as ConvNeXt has it."""
+    return F.layer_norm(x.permute(0, 2, 3, 1), (8,), torch.linspace(0.5, 1.5, 8)).permute(0, 3, 1, 2)
+
+
+def tokens(x):
+    """Attention whose queries are scaled pixel by pixel, which the graph's own does not know."""
+    n, c, h, w = x.shape
+    t = x.flatten(2).transpose(1, 2)
+    return (
+        (((t * t.mean(2, keepdim=True).exp()) @ t.transpose(1, 2)).softmax(2) @ t).transpose(1, 2).reshape(n, c, h, w)
+    )
+
+
+# what stays float between two convolutions
+ISLANDS = {
+    "PReLU": nn.PReLU(8, 0.3),
+    "LeakyReLU of another slope": nn.LeakyReLU(0.2),
+    "ELU": nn.ELU(0.7),
+    "CELU and more": lambda x: F.selu(x) * F.softsign(x) + torch.sin(x).abs().sqrt(),
+    "a power": lambda x: (x.abs() + 0.1) ** 1.5 / (x.square() + 1).log().exp(),
+    "larger one and smaller one": lambda x: torch.maximum(x, 0.1 * x.flip(1)) - torch.minimum(x, -x),
+    "normalised channels": normed,
+    "normalised maps": nn.InstanceNorm2d(8, affine=True),
+    "tokens": tokens,
+    "transposed convolution": nn.ConvTranspose2d(8, 8, 3, 2, 1, output_padding=1, groups=8),
+    "transposed convolution by groups": nn.ConvTranspose2d(8, 8, 2, 2, groups=4),
+    "pixels from channels": Between(nn.PixelShuffle(2), 8, 2),
+    "uneven padding": lambda x: F.pad(x, (1, 0, 2, 1)),
+    "uneven strides": nn.MaxPool2d((2, 1), (2, 1)),
+    "means of uneven windows": nn.AvgPool2d((3, 1), (2, 1), (1, 0), count_include_pad=False),
+    "an uneven convolution": nn.Conv2d(8, 8, (1, 3), (1, 2), (0, 1)),
+    "sums and extremes": lambda x: x - x.mean(1, keepdim=True) + x.amax((2, 3), keepdim=True) - x.sum(1, keepdim=True),
+    "slices": lambda x: torch.cat((x[:, :, 1::2], x[:, :, ::2]), 2)[:, [3, 1, 2, 0, 7, 6, 5, 4]].clamp(-0.4, 0.3),
+}
+
+
+@pytest.mark.parametrize("between", ISLANDS.values(), ids=ISLANDS)
+def test_what_the_graph_does_not_know_stays_float_between_grids(between, tmp_path):
+    """With its gradient, which shows that what stands before it matters."""
+    source, x = source_of(between if isinstance(between, Between) else Between(between), tmp_path)
+    _, low = taken_apart(source, x)  # which holds the graph against the file
+    (island,) = (n for n in low.graph.nodes if n.op == "island")
+    assert len(low.graph.convs()) == 2
+    assert set(low.stayed) == {n.op_type for n in island.attrs["part"].nodes}
+    several = torch.cat((torch.from_numpy(x), torch.rand(2, *x.shape[1:])))
+    alone = torch.cat([run_float(low.graph, low.params, one[None])[0] for one in several])
+    torch.testing.assert_close(run_float(low.graph, low.params, several)[0], alone)
+    found = gradients(low.graph, low.params, several[:1], lambda raw, _: raw, torch.Generator())
+    assert float(found[low.graph.convs()[0].name][1].abs().sum()) > 0
+
+
+def test_most_of_a_network_in_float_is_no_integer_file(tmp_path):
+    """A convolution with uneven windows, which holds most of the multiplications."""
+    source, x = source_of(Between(nn.Conv2d(8, 64, (1, 31), padding=(0, 15)), made=64), tmp_path)
+    with pytest.raises(NotLowered, match="% of its multiplications"):
+        taken_apart(source, x)
+
+
+def test_spellings_of_older_files(tmp_path):
+    """Axes, splits and limits as attributes, depths from channels, and a mean by Gemm."""
+    nodes = [
+        helper.make_node("Conv", ["x", "w"], ["a"]),
+        helper.make_node("Elu", ["a"], ["b"]),
+        helper.make_node("Split", ["b"], ["c", "d"], axis=1, split=[3, 1]),
+        helper.make_node("Clip", ["c"], ["e"], min=-0.1, max=0.2),
+        helper.make_node("Concat", ["e", "d"], ["f"], axis=1),
+        helper.make_node("DepthToSpace", ["f"], ["g"], blocksize=2),
+        helper.make_node("SpaceToDepth", ["g"], ["h"], blocksize=2),
+        helper.make_node("Unsqueeze", ["h"], ["i"], axes=[1]),
+        helper.make_node("Squeeze", ["i"], ["j"], axes=[1]),
+        helper.make_node("ReduceMean", ["j"], ["k"], axes=[2, 3]),
+        helper.make_node("Mul", ["j", "k"], ["l"]),
+        helper.make_node("Conv", ["l", "v"], ["y"]),
+    ]
+    rng = np.random.default_rng(0)
+    stored = [numpy_helper.from_array(rng.normal(size=s).astype(np.float32), n)
+              for n, s in (("w", (4, 3, 1, 1)), ("v", (2, 4, 1, 1)))]  # fmt: skip
+    graph = helper.make_graph(
+        nodes, "g", [helper.make_tensor_value_info("x", TensorProto.FLOAT, [1, 3, 8, 8])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [1, 2, 8, 8])], stored,
+    )  # fmt: skip
+    path = tmp_path / "old.onnx"
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 10)], ir_version=7), path)
+    source = read_source(path, None, 1)
+    _, low = taken_apart(source, rng.random((1, 3, 8, 8)).astype(np.float32))
+    assert [n.op for n in low.graph.nodes] == ["conv", "island", "conv"]
