@@ -32,8 +32,13 @@ from numpy.typing import NDArray
 from peers import Images, decoded, nncf_int8, openvino_model, ort_static
 
 from dsconvert.base.size import Size
+from dsconvert.convert.exporting import onnx_bytes
 from dsconvert.convert.onnx import OnnxPlan, quantize_onnx
 from dsconvert.convert.onnx_int8 import OnnxInt8
+from dsconvert.convert.options import QuantizeOptions
+from dsconvert.convert.quantize import quantize
+from dsconvert.convert.record import save_quantized
+from dsconvert.export.weights.layouts import PACKED
 from dsconvert.onnxfile.decoding import boxes_of
 from dsconvert.onnxfile.presets import Preset, named_preset
 from dsconvert.photos.dataset import read_data_yaml
@@ -41,6 +46,7 @@ from dsconvert.photos.form import InputForm
 from dsconvert.scoring.accuracy import Predictor, detect_all
 from dsconvert.scoring.candidates import load_candidate
 from dsconvert.scoring.latency import interleaved_times
+from dsconvert.yolo.checkpoint import load_checkpoint
 
 # files by the preset of their family; those without labels for what they detect are timed alone
 FAMILIES = {
@@ -139,6 +145,24 @@ def files_for(source: Path, data: Path, preset: Preset, work: Path) -> dict[str,
     return found
 
 
+def both_ways(checkpoint: Path, data: Path, work: Path) -> dict[str, Path]:
+    """A checkpoint's float file, and what becomes of the checkpoint and of that file by their two ways."""
+    names = ("float32", "dsconvert, of the checkpoint", "dsconvert, of its ONNX file")
+    files = {name: work / f"{checkpoint.stem}-{i}.onnx" for i, name in enumerate(names)}
+    float_file, by_checkpoint, by_onnx = files.values()
+
+    def convert(target: Path) -> None:
+        options = QuantizeOptions(calib=data, samples=SAMPLES)
+        folder = work / checkpoint.stem
+        save_quantized(quantize(load_checkpoint(checkpoint), options), folder, force=True)
+        target.write_bytes(onnx_bytes(folder / "model.safetensors", PACKED, None))
+
+    made(float_file, lambda: float_file.write_bytes(onnx_bytes(checkpoint, PACKED, None)))
+    made(by_checkpoint, lambda: convert(by_checkpoint))
+    made(by_onnx, lambda: ours(float_file, by_onnx, data, Preset()))
+    return files
+
+
 def size_of(path: Path) -> int:
     """Bytes of a file, of an OpenVINO IR with its weights."""
     return path.stat().st_size + (path.with_suffix(".bin").stat().st_size if path.suffix == ".xml" else 0)
@@ -187,6 +211,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=Path("docs/detectors.json"))
     parser.add_argument("--only", nargs="*", help="names of files")
     parser.add_argument("--parts", nargs="*", default=["accuracy", "latency"])
+    parser.add_argument("--checkpoint", type=Path, help="one that is converted both ways, as it is and as ONNX")
     parser.add_argument("--rounds", type=int, default=1000)
     args = parser.parse_args(arguments)
     args.work.mkdir(parents=True, exist_ok=True)
@@ -196,14 +221,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     results = json.loads(args.out.read_text()) if args.out.exists() else {"files": {}}
     results |= {"command": shlex.join(["python", *sys.argv]), "date": date.today().isoformat(), "cpu": cpu_name(),
                 "threads": threads}  # fmt: skip
-    for name, family in FAMILIES.items():
-        if args.only and name not in args.only:
-            continue
-        source, preset = args.models / name, named_preset(family)
-        files = files_for(source, args.data, preset, args.work)
+
+    def measure(name: str, files: dict[str, Path], preset: Preset) -> None:
         row = results["files"].setdefault(name, {})
         row["bytes"] = {tool: size_of(path) for tool, path in files.items()}
-        told = files.get("dsconvert", source).with_suffix(".json")
+        told = files.get("dsconvert", files["float32"]).with_suffix(".json")
         row |= json.loads(told.read_text()) if told.exists() else {}
         if "latency" in args.parts:
             row["latency"] = latencies(files, threads)
@@ -211,6 +233,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
             row["accuracy"] = accuracies(files, args.data, preset, args.rounds)
         print(name, json.dumps(row, indent=1), flush=True)
         args.out.write_text(json.dumps(results, indent=1) + "\n")
+
+    for name, family in FAMILIES.items():
+        if args.only is None or name in args.only:
+            preset = named_preset(family)
+            measure(name, files_for(args.models / name, args.data, preset, args.work), preset)
+    if args.checkpoint is not None:
+        measure(args.checkpoint.name, both_ways(args.checkpoint, args.data, args.work), Preset())
 
 
 if __name__ == "__main__":
