@@ -149,7 +149,7 @@ def in_steps(
 ) -> tuple[Lowered, Maps]:  # fmt: skip
     """The graph with every channel of its outputs in steps of its own range on the images (1, c, h, w), where a
     convolution makes the output and nothing else in the graph reads it."""
-    lows, highs = _ranges(low, images)
+    lows, highs = _ranges(low, kinds, images)
     read = {name for node in low.graph.nodes for name in node.inputs}
     convs = {node.name for node in low.graph.convs()}
     params, exits = dict(low.params), list[Exit]()
@@ -173,13 +173,30 @@ def in_steps(
     return replace(low, params=params), Maps(tuple(exits))
 
 
-def _ranges(low: Lowered, images: Iterable[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-    """The least and the largest of each channel of every output."""
+def _ranges(low: Lowered, kinds: Mapping[str, Tensor], images: Iterable[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    """The least and the largest number of each channel of every output that makes a difference."""
     lows: list[Tensor] = []
     highs: list[Tensor] = []
     for x in images:
         made = [y[0].flatten(1) for y in run_float(low.graph, low.params, x)]
-        least, most = [y.amin(1) for y in made], [y.amax(1) for y in made]
+        ends = [_ends(y, kinds[name] == SOFTMAX) for y, name in zip(made, low.exits, strict=True)]
+        least, most = [a for a, _ in ends], [b for _, b in ends]
         lows = [torch.minimum(a, b) for a, b in zip(lows, least, strict=True)] if lows else least
         highs = [torch.maximum(a, b) for a, b in zip(highs, most, strict=True)] if highs else most
     return lows, highs
+
+
+def _ends(y: Tensor, shared: Tensor) -> tuple[Tensor, Tensor]:
+    """The least and the largest number of each channel of a map (c, positions). Of channels that one Softmax reads,
+    `shared` (c,), no number counts that could as well be nearer: its share stays below exp(UNLIKELY), or the share of all
+    others does."""
+    least, most = y.amin(1), y.amax(1)
+    if int(shared.sum()) < 2:
+        return least, most
+    logits = y[shared].double()
+    whole, best = logits.logsumexp(0), logits.argmax(0, keepdim=True)
+    others = whole.expand_as(logits).scatter(0, best, logits.scatter(0, best, -torch.inf).logsumexp(0, keepdim=True))
+    least, most = least.clone(), most.clone()
+    least[shared] = torch.maximum(logits, whole + UNLIKELY).amin(1).float()
+    most[shared] = torch.minimum(logits, others - UNLIKELY).amax(1).float()
+    return least, most

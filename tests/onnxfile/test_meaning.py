@@ -12,7 +12,7 @@ from torch import nn
 
 from dsconvert.convert.onnx_int8 import taken_apart
 from dsconvert.graph.run import run_float
-from dsconvert.onnxfile.meaning import NOTHING, SIGMOID, SOFTMAX, STEPS, Exit, Maps, in_steps, score_kinds
+from dsconvert.onnxfile.meaning import NOTHING, SIGMOID, SOFTMAX, STEPS, Exit, Maps, _ends, in_steps, score_kinds
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # the exporter's own
 
@@ -107,3 +107,19 @@ def test_rows_of_boxes_and_scores_together_are_taken_apart():
     assert torch.allclose(boxes[0, :4, 0, 0], torch.full((4,), 0.5))
     assert boxes.shape == (1, 12, 1, 1)
     assert torch.allclose(boxes[0, 4:, 0, 0], torch.full((8,), 0.5 * 0.5))
+
+
+def test_of_a_softmax_only_what_makes_a_difference_needs_a_grid():
+    """Two classes at three positions, and a channel beside them: the second class never matters below -9, and the first
+    is as sure at 10 as at 30."""
+    y = torch.tensor([[0.0, 30.0, -1.0], [-40.0, -2.0, -20.0], [-70.0, 3.0, 5.0]])
+    least, most = _ends(y, torch.tensor([True, True, False]))
+    assert (float(least[2]), float(most[2])) == (-70.0, 5.0)
+    # the least of: 0 - 9, 30 - 9 or its -2 there, -1 - 9
+    assert least[1] == pytest.approx(-10.0, abs=1e-3)
+    assert float(least[0]) == -1.0
+    assert float(most[1]) == -2.0
+    # the most of: nine above -40, above -2, above -20; the float32 exponentials of a double
+    assert most[0] == pytest.approx(7.0, abs=1e-3)
+    clipped = y[:2].clamp(least[:2, None], most[:2, None])
+    torch.testing.assert_close(clipped.softmax(0), y[:2].softmax(0), rtol=0, atol=2e-4)  # two shares of exp(-9)
