@@ -187,9 +187,10 @@ def _ranges(low: Lowered, kinds: Mapping[str, Tensor], images: Iterable[Tensor])
 
 
 def _ends(y: Tensor, shared: Tensor) -> tuple[Tensor, Tensor]:
-    """The least and the largest number of each channel of a map (c, positions). Of channels that one Softmax reads,
-    `shared` (c,), no number counts that could as well be nearer: its share stays below exp(UNLIKELY), or the share of all
-    others does."""
+    """The least and the largest number of each channel of a map (c, positions).
+
+    Of channels that one Softmax reads, `shared` (c,), no number counts that could as well be nearer: its own share
+    stays below exp(UNLIKELY), or the share of all others does."""
     least, most = y.amin(1), y.amax(1)
     if int(shared.sum()) < 2:
         return least, most
