@@ -30,8 +30,7 @@ class PlainForm:
     """Walks the graph and keeps the name of the uint8 value of every map.
 
     Each reader gets a DequantizeLinear of its own. ONNX Runtime would copy a shared one for each reader at load, and
-    then
-    optimise the whole graph once more.
+    then optimise the whole graph once more.
     """
 
     def __init__(self, b: OnnxBuilder, model: Converted, layout: Layout, input_type: str) -> None:
@@ -112,8 +111,9 @@ class PlainForm:
         return OPS[node.op].onnx(b, node, [x, weight, real], node.name)
 
     def _bias(self, node: Node, cds: str, more: int = 0) -> tuple[str, str]:
-        """Return the names of the bias's integers (cho,) and of their units (cho + more,), which are input scale *
-        CDSw.
+        """Return the names of the bias's integers (cho,) and of their units (cho + more,).
+
+        A unit is the layer's input scale * CDSw.
         """
         b, name, conv = self.b, display_name(node), self.model.convs[node.name]
         source = self.grids[node.inputs[0]]

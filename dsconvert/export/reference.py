@@ -65,8 +65,9 @@ class Reference:
 
 
 def reference_of(model: DSModel, layout: Layout) -> Reference:
-    """Return the reference of a converted model in a layout: integer arithmetic, or float if its activations are
-    float.
+    """Return the reference of a converted model in a layout.
+
+    Its arithmetic is integer, or float if the model's activations are float.
     """
     model = in_layout(model, layout)
     graph, convs, own = model.graph, model.convs, model.activations
