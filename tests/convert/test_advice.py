@@ -51,7 +51,7 @@ def test_scores_that_shift_come_first(make):
 def test_the_layer_that_does_most_of_the_damage(make):
     assert advice(make(damage=[2.9, 2.9, 2.9, 1.3]), 128) == []
     (most,) = advice(make(damage=[1, 7, 2]), 128)
-    assert most.startswith("model.2.cv1, at 4 bits, hurts most: 70 % of the expected damage; a target_size above")
+    assert most.startswith("model.2.cv1, at 4 bits, is expected to cause 70 % of the loss; a target_size above")
     assert "above 0.90MB" in advice(make(damage=[1, 7, 2], target_bytes=900_000), 128)[0]
 
 
@@ -65,7 +65,7 @@ def test_with_a_target_for_the_loss_images_are_held_back_on_purpose(make):
 def test_with_one_width_the_largest_error_speaks(make):
     assert advice(make(sqnr=10.0, bits=3), 128) == []
     (most,) = advice(make(sqnr=9.0, bits=3), 128)
-    assert most.startswith("model.2.cv1 hurts most: at 4 bits its weights are only 9.0 dB above their error")
+    assert most.startswith("model.2.cv1 loses most: at 4 bits its weights are only 9.0 dB above their rounding error")
     assert "leave out bits 3" in most
     assert advice(make(sqnr=9.0, damage=[1, 1, 1, 1]), 128) == []  # where damage was measured it counts, not errors
 

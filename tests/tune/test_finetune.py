@@ -325,7 +325,7 @@ def test_the_command_resumes_what_was_stopped(folder, call, rising, monkeypatch)
     [
         (["--epochs", "0"], "at least 1"),
         (["--batch", "0"], "at least 1"),
-        (["--rate", "0"], "--rate lies above 0"),
+        (["--rate", "0"], "--rate must be above 0"),
         (["--mosaic", "2"], "--mosaic from 0 to 1"),
         (["--warmup", "9"], "--warmup within"),
         (["--train", "everything"], "--train"),
