@@ -96,7 +96,7 @@ def test_no_labels_at_all_are_said_with_the_place(work, call):
     shutil.rmtree(work / "labels")
     done = call("eval", "best.pt", "--data", "data.yaml", "--imgsz", "64", cwd=work)
     assert done.code == 2
-    assert "None of the 4 images of data.yaml has labels; those of the first were looked for at" in done.err
+    assert "None of the 4 images of data.yaml has labels; the first one's should be at" in done.err
     assert "labels/val/0.txt" in done.err
 
 

@@ -74,10 +74,10 @@ def test_ranges_far_wider_than_the_others(make):
     grids = {f"model.{i}.act": QParams(0.01, 0) for i in range(5)}
     assert advice(make(grids=grids | {"model.9.conv": QParams(0.16, 0)}), 128) == []
     (wide,) = advice(make(grids=grids | {"model.9.conv": QParams(0.5, 0)}), 128)
-    assert wide.startswith("model.9's values span 127.5, 50 times the usual range")
+    assert wide.startswith("The values of model.9 span 127.5, 50 times the usual range")
     assert "activations float" in wide
     (wide,) = advice(make(grids=grids | {"a": QParams(0.5, 0), "b": QParams(0.6, 0)}), 128)
-    assert wide.startswith("b's values (and 1 other layers') span")
+    assert wide.startswith("The values of b (and of 1 other layers) span")
     assert advice(replace(make(), model=replace(make().model, activations={})), 128) == []  # activations float
 
 

@@ -26,7 +26,7 @@ from dsconvert.onnxfile import bounds
 from dsconvert.onnxfile.bounds import Bounds, enforced, growth, in_time
 from dsconvert.onnxfile.engines import session
 
-TOO_MUCH = r"needs over \d+ MB of memory, more than a network of its size should or than there are\.$"
+TOO_MUCH = r"needs over \d+ MB of memory, more than a network of its size should or than this machine has\.$"
 COMMANDS = {
     "eval": ["eval", "greedy.onnx", "--data", "images", "--threads", "1"],
     "detect": ["detect", "greedy.onnx", "images"],
