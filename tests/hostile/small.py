@@ -145,9 +145,7 @@ def many() -> Iterator[Small]:
         "graphs": field(7, field(1, field(5, b"\x5a\x00" * 10_000_000))),
     }.items():  # fmt: skip
         yield Small(f"many-{name}.onnx", of(graph + data), [INFO], "more than")
-    yield Small(
-        "deep.onnx", of(graph + field(7, nested(200))), [INFO, DETECT], "deeper than in any|not an ONNX file"
-    )
+    yield Small("deep.onnx", of(graph + field(7, nested(200))), [INFO, DETECT], "deeper than in any|not an ONNX file")
     for name, through in {"shared": "", "each": "Identity", "joined": "Concat", "reshaped": "Transpose"}.items():
         yield Small(
             f"web-{name}.onnx", of(web(through)), [INFO], None if name != "joined" else "in more ways|readable|"

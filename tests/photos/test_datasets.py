@@ -182,7 +182,7 @@ def test_another_split_in_place_of_the_wanted_one_is_said_every_time(tmp_path):
     evaluation_images(train, "train")  # asked for: nothing to say
     with pytest.raises(InputError, match="names no test images"):
         evaluation_images(val, "test")
-    with pytest.raises(InputError, match=r"no data\.yaml, so it has no splits such as val"):
+    with pytest.raises(InputError, match=r"not a data\.yaml, so it has no splits such as val"):
         evaluation_images(tmp_path / "here", "val")
 
 

@@ -155,7 +155,7 @@ def test_a_wrong_file_is_one_sentence(tmp_path, text, name, words):
 
 
 def test_a_name_that_is_none_is_told_the_names(tmp_path):
-    with pytest.raises(InputError, match=r"'yolo' is none of yolov5, .*imagenet"):
+    with pytest.raises(InputError, match=r"'yolo' is neither one of yolov5, .*imagenet"):
         named_preset("yolo")
     with pytest.raises(InputError, match=r"There is no file at .*none\.yaml"):
         named_preset(str(tmp_path / "none.yaml:a"))

@@ -198,7 +198,7 @@ def test_the_api_takes_a_name_too(photo):
     (found,) = dsconvert.detect(photo.parent / "net.onnx", photo, input="yolov8")
     assert [o.name for o in found.objects] == ["person"]
     assert dsconvert.compare(photo.parent / "net.onnx", photo.parent / "net.onnx", photo, input="yolov8").agreement == 1
-    with pytest.raises(InputError, match="input 'nothing' is none of yolov5"):
+    with pytest.raises(InputError, match="input 'nothing' is neither one of yolov5"):
         dsconvert.evaluate(photo.parent / "net.onnx", photo.parent, input="nothing")
 
 
