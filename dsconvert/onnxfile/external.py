@@ -44,7 +44,7 @@ def parsed(path: Path) -> Parsed:
     Raises InputError when it cannot be parsed, has too many parts, or keeps data outside of its own folder.
     """
     check_ordinary(path)
-    unusable = InputError(f"{path} is not an ONNX file ONNX Runtime can run.")
+    unusable = InputError(f"{path} is not an ONNX file that ONNX Runtime can run.")
     try:
         size = path.stat().st_size
         if size > MAX_BYTES:

@@ -201,7 +201,7 @@ def read_source(path: Path, imgsz: SizeLike | None, threads: int) -> Source:
     if given.model.ByteSize() + given.outside > MAX_BYTES:  # all tensors may claim the same gigabyte of a file
         raise large
     try_out(path, "onnxruntime", threads, asked, given.size)
-    with refusing(f"{path} is not an ONNX file ONNX Runtime can run."):
+    with refusing(f"{path} is not an ONNX file that ONNX Runtime can run."):
         model = onnx.load(path, format="protobuf")
         whole = None if model.ByteSize() > MAX_BYTES else model.SerializeToString()
         running = None if whole is None else session(whole, threads, str(path), max(given.size, len(whole)))

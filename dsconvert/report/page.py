@@ -250,4 +250,4 @@ def _activations(view: ActivationView, index: int) -> dict[str, Any]:
 
 def _finetune_alt(looks: Sequence[tuple[float, float]]) -> str:
     (_, first), (step, last) = looks[0], looks[-1]
-    return f"Error of images held back: {first:.4g} before the brief fine-tune, {last:.4g} after {step:g} steps."
+    return f"Error on held-back images: {first:.4g} before the brief fine-tune, {last:.4g} after {step:g} steps."

@@ -185,7 +185,7 @@ def _onnx(path: Path, asked: Size | None, preset: Preset | None) -> Candidate:
     if not path.is_file():
         raise InputError(f"There is no ONNX file at {path}.")
     given = parsed(path)
-    with refusing(f"{path} is not an ONNX file ONNX Runtime can run."):
+    with refusing(f"{path} is not an ONNX file that ONNX Runtime can run."):
         weights = conv_weights(given.model)
     try_out(path, "onnxruntime", torch.get_num_threads(), asked, given.size)
     running = load_file(path, torch.get_num_threads(), given.size)

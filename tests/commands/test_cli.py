@@ -223,7 +223,7 @@ BAD = {
     "bits and size": (["quantize", "best.pt", "--bits", "4", "--target-size", "1MB"], "give one of them"),
     "nothing to export": (["export", "--onnx"], "no converted model"),
     "two inputs": (["export", "best.pt", "--onnx", "--uint8-input", "--half-input"], "one of them"),
-    "limits without nms": (["export", "best.pt", "--onnx", "--max-det", "5"], "belong to --nms"),
+    "limits without nms": (["export", "best.pt", "--onnx", "--max-det", "5"], "work only with --nms"),
     "limits": (["export", "best.pt", "--onnx", "--nms", "--iou-thres", "2"], "must lie in 0..1"),
     "bench nothing": (["bench"], "Missing argument"),
     "bench a checkpoint": (["bench", "best.pt"], "not an ONNX file"),

@@ -95,7 +95,7 @@ def test_a_fixed_batch_is_filled_with_the_one_image(files, call):
     three.run_once()
     done = call("eval", "one.onnx", "three.onnx", "--data", "data.yaml", "--json", cwd=files)
     assert done.code == 0, done.err
-    assert "three.onnx takes 3 images at once; its ms is of all of them." in done.err
+    assert "three.onnx takes 3 images at once; its ms is for all of them." in done.err
     first, second = json.loads(done.out)["models"]
     assert first["map50_95"] == second["map50_95"]
     assert call("detect", "three.onnx", "images/val", "--out", "d", cwd=files).code == 0

@@ -168,11 +168,11 @@ def test_compare_says_in_words_that_outputs_are_no_boxes(photo, call):
     says(photo.parent / "b.onnx", np.array([[3.0, 5]]))
     done = call("compare", "a.onnx", "b.onnx", photo, cwd=photo.parent)
     assert done.code == 0, done.err
-    assert "The outputs are no boxes that can be read, so they are compared as they are." in done.out
+    assert "The outputs are not boxes that can be read, so they are compared as they are." in done.out
     assert "0.2000" in done.out
     refused = call("compare", "a.onnx", "b.onnx", photo, "--min-agreement", "0.9", cwd=photo.parent)
     assert refused.code == 2
-    assert "--min-agreement cannot be held" in refused.err
+    assert "--min-agreement cannot be checked" in refused.err
     with pytest.raises(InputError, match="gives no boxes that can be read"):
         dsconvert.compare(photo.parent / "a.onnx", photo.parent / "b.onnx", photo)
     says(photo.parent / "c.onnx", np.array([[3.0, 5, 1]]))
