@@ -298,7 +298,7 @@ def evaluate(
     input: the family of ONNX files, as in `detect`.
     progress: called as progress(stage, done, total).
 
-    A converted model's size is that of the file that `save` writes.
+    A converted model has the size of the file that `save` writes.
     """
     given = [models] if isinstance(models, (str, Path, FloatModel, QuantizedModel)) else list(models)
     if not given:

@@ -85,7 +85,7 @@ def quantize_module(module: nn.Module, batches: Sequence[Any], plan: ModulePlan 
     batches: inputs for the module, each a tensor or a tuple of arguments; they are kept in memory.
     plan: None: the defaults.
 
-    Some layers get the integers of least squares: those that no batch reaches, grouped ones, and convolutions with
+    Some layers get the integers of least squares: layers that no batch reaches, grouped ones, and convolutions with
     unequal strides, paddings or dilations or with a padding mode. Layers with one channel a group get 8 bits.
 
     Raises InputError when there is no Conv2d and no Linear.

@@ -161,7 +161,7 @@ def detect(
         wanted = class_numbers([str(c) for c in classes or ()], candidate.names)
         options = DetectOptions(conf_thres, iou_thres, max_det, wanted, agnostic_nms)
         if candidate.limits and (kept := options.beyond(candidate.limits)):
-            _warn(f"{candidate.path} suppresses boxes itself, and keeps only those within {kept}.")
+            _warn(f"{candidate.path} suppresses boxes itself, and keeps only boxes within {kept}.")
         found = detect_files(candidate, paths, options, skipped, progress or _silent)
         photos = Detections([_photo(path, image, boxes, candidate.names, masks) for path, image, boxes, masks in found])
     if skipped:

@@ -93,8 +93,8 @@ def follow(first, last, columns, upper, tried, after, own, state, values, bits, 
     """Choose m and the string of one group: rows first..last of `round_strings`.
 
     For every m that is tried, and every state, the best string to that state is kept (Viterbi's search). Each of these
-    strings has its own copy of the columns that follow, changed by its own errors: with e[j] the error of column j in
-    steps and U the Cholesky factor,
+    strings has its own copy of the columns that follow, changed by its own errors. With e[j] the error of column j in
+    steps, and U the Cholesky factor, an error changes the columns t > j and costs
 
         w[t] -= e[j] U[j, t] / U[j, j],    cost = step^2 * sum over j of (e[j] / U[j, j])^2
 

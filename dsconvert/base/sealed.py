@@ -1,4 +1,4 @@
-"""Write safetensors files that are read back later, and refuse those that were changed."""
+"""Write safetensors files that are read back later, and refuse changed ones."""
 
 from __future__ import annotations
 

@@ -120,7 +120,7 @@ def named_device(wanted: object) -> str:
 
 
 def device(wanted: object) -> str:
-    """Return the device in torch's spelling; `cuda` is this process's own GPU.
+    """Return the device as torch names it; `cuda` is this process's own GPU.
 
     Raises InputError if it cannot be used.
     """

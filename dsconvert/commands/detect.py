@@ -130,9 +130,11 @@ def detect(
 ) -> None:  # fmt: skip
     """Find objects in images and videos, and draw them.
 
-    MODEL is a .pt, .safetensors or .onnx file. SOURCE is an image, a video, a folder of them, a pattern such as
-    'photos/*.jpg', a text file of paths, a data.yaml, the number of a webcam, or the address of a stream (rtsp, rtmp,
-    http). Options that YOLOv5's detect.py has too have its defaults, except --imgsz and --device.
+    MODEL is a .pt, .safetensors or .onnx file. SOURCE is an image, a video, a
+    folder of them, a pattern such as 'photos/*.jpg', a text file of paths, or a
+    data.yaml. It may also be the number of a webcam, or the address of a stream
+    (rtsp, rtmp, http). Options that YOLOv5's detect.py has too have its
+    defaults, except --imgsz and --device.
 
     \b
     Examples: dsconvert detect best.onnx photos/
@@ -156,7 +158,7 @@ def detect(
         raise InputError(f"{model} takes no float16 input: export it with --half-input, or leave out --half.")
     options = DetectOptions(conf_thres, iou_thres, max_det, class_numbers(classes, candidate.names), agnostic_nms)
     if candidate.limits and (kept := options.beyond(candidate.limits)):
-        warn(f"{model} suppresses boxes itself, and keeps only those within {in_options(kept)}; "
+        warn(f"{model} suppresses boxes itself, and keeps only boxes within {in_options(kept)}; "
             "to find more, export it again without --nms.")  # fmt: skip
     wanted = out or (base if exist_ok else None)
     writes = wishes.anything or save_json

@@ -49,9 +49,7 @@ def _few_images(result: Quantized, options: Mapping[str, Any], available: int) -
         read += min(available, options["samples"]) // HELD_BACK
     used = f"Only {result.images} calibration images were used, so the weights may fit other images badly;"
     if available <= read:
-        return [
-            Sentence(f"{used} give {{images}} about 100 photos like those that the model will see (no labels needed).")
-        ]
+        return [Sentence(f"{used} give {{images}} about 100 photos of what the model will see (no labels needed).")]
     return [Sentence(f"{used} leave out {{samples}} {options['samples']}.")]
 
 
@@ -96,7 +94,7 @@ def _wide_ranges(grids: Mapping[str, QParams]) -> list[str]:
     others = f" (and of {len(wide) - 1} other layers)" if len(wide) > 1 else ""
     sentence = (
         "The values of {}{} span {:.4g}, {:.0f} times the usual range in this model, so their int8 steps are coarse. "
-        "If accuracy disappoints, try {activations} float, and check that {images} holds photos like those that the "
+        "If accuracy disappoints, try {activations} float, and check that {images} holds photos of what the "
         "model will see."
     )
     return [Sentence(sentence, name, others, 255 * scale, scale / usual)]

@@ -1,4 +1,4 @@
-"""Divide the photographs: those that a conversion is fitted on, and those held back to judge it."""
+"""Divide the photographs: some to fit a conversion on, the others held back to judge it."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from dsconvert.photos.images import spread
 
 HELD_BACK = 4  # with a target for the loss, every fourth photograph measures the loss and calibrates nothing
 JUDGES = 32  # most photographs that judge the brief fine-tune
-EACH = 8  # every eighth photograph judges the fine-tune, if there are none beyond those of the fit
+EACH = 8  # every eighth photograph judges the fine-tune, if the fit would use all photographs
 FEWEST = 128  # with fewer photographs than this, none are held back for the fine-tune
 
 
 @dataclass(frozen=True)
 class Division:
-    """The photographs by purpose. Only those of a target may also judge the fine-tune."""
+    """The photographs by purpose. Only photographs of `target` may also judge the fine-tune."""
 
     fit: tuple[Path, ...]  # the fit and the fine-tune learn from these
     target: tuple[Path, ...]  # the target for the loss is measured on these
@@ -24,11 +24,11 @@ class Division:
 
 
 def divided(available: Sequence[Path], samples: int, target: bool, finetune: bool) -> Division:
-    """Divide at most `samples` photographs, evenly spread over those available.
+    """Divide at most `samples` photographs, evenly spread over all that are given.
 
-    Photographs beyond the samples cost nothing, so they judge the fine-tune, and so do those of a target. Otherwise
-    every eighth photograph of the fit is held back for it. With fewer than FEWEST photographs none is, because the fit
-    needs all.
+    Photographs beyond the samples cost nothing, so they judge the fine-tune, and so do photographs of a target.
+    Otherwise every eighth photograph of the fit is held back for it. With fewer than FEWEST photographs none is,
+    because the fit needs all.
 
     target: whether the loss is to be measured.
     finetune: whether there is a fine-tune.

@@ -71,8 +71,8 @@ def known_source(provenance: Mapping[str, Any], model: Path, ask: str) -> Path:
 def _is_the_one(path: Path, digest: object) -> bool:
     """Return whether a path is an ordinary file with exactly the content that the model names.
 
-    Whoever knows this digest has the content already, so opening the file reveals nothing. A user's own checkpoint may
-    therefore lie anywhere.
+    A person who knows this digest has the content already, so opening the file reveals nothing. So a user's own
+    checkpoint may lie anywhere.
     """
     try:
         if not path.is_file() or path.stat().st_size > MOST_HASHED:

@@ -78,7 +78,7 @@ class Prepared:
     outputs: Outputs  # how errors in the outputs count
     chosen: Sequence[str]  # convolutions that become DSConv; the others become int8
     imgsz: Size  # of the images that the network is converted for
-    device: str  # where the network runs, in torch's spelling
+    device: str  # where the network runs, as torch names it
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
 """The storage format of a quantized weight: bits, block size, and the code that gives the bits a meaning.
 
-A `WeightFormat` is what others call bits and group size, together with a code. A code is an object that knows which
-integers (VQK) the stored bits stand for, how a target is rounded to them, and how they are packed into a model file and
-an ONNX file. The fit is handed the code, as QTIP hands its code book to the rounding (arXiv 2406.11235).
+A `WeightFormat` is bits and group size, as in other tools, together with a code. A code is an object with three parts:
+which integers (VQK) the stored bits stand for, how a target is rounded to them, and how they are packed into files. The
+fit takes the code as an argument, as QTIP's rounding takes its code book (arXiv 2406.11235).
 
 `dsconvert.dsconv.codes` lists all codes. To add one, add a file there and a line to that list.
 """

@@ -98,7 +98,7 @@ class DSTensor:
 
     @property
     def weight_bits(self) -> float:
-        """Stored bits per weight: those of VQK and a share of those of KDS. Plain int8 stores no KDS."""
+        """Stored bits per weight: the bits of VQK and a share of the bits of KDS. Plain int8 stores no KDS."""
         return self.bits + self.m.numel() * self.format.kds_bits / self.stored.numel()
 
     @property

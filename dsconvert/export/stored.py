@@ -130,8 +130,8 @@ def _key(tensor: onnx.TensorProto) -> bytes:
 def _layer_of(tensor: onnx.TensorProto, file: onnx.ModelProto, again: onnx.ModelProto, reference: Reference) -> str:
     """Return the name of the layer that a tensor belongs to.
 
-    A tensor is found by its own name, which begins with its layer's (docs/compatibility.md promises it); by its
-    position, if it is part of the bias vector; or by the node that reads it.
+    Its own name begins with the layer's, as docs/compatibility.md promises. A part of the bias vector is known by its
+    position, and any other tensor by the node that reads it.
     """
     nodes = sorted(reference.graph.nodes, key=lambda node: -len(display_name(node)))
     if tensor.name.startswith(VECTOR):

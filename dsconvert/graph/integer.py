@@ -98,7 +98,7 @@ def grid_of(graph: Graph, own: Mapping[str, QParams]) -> dict[str, QParams]:
 
 
 def real_between(graph: Graph, own: Mapping[str, QParams]) -> dict[str, QParams]:
-    """Return the grids without those between a convolution and its activation.
+    """Return the grids, except grids between a convolution and its activation.
 
     These values stay float32, and are rounded once, behind the activation. This describes engines that compute both in
     one step.

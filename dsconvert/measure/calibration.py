@@ -277,7 +277,7 @@ def _synthesised(checkpoint: Checkpoint, count: int, size: Size, seed: int, repo
 
 
 def _placed(pixels: Kept, mine: int, size: Size, photographs: int, skipped: Sequence[str] = ()) -> Images:
-    """Return this process's images with their place among those of all processes."""
+    """Return this process's images with their place among all processes' images."""
     counts = workers.gathered(mine)
     return Images(pixels, Part(sum(counts[: workers.number()]), mine, sum(counts)), size, photographs, tuple(skipped))
 

@@ -27,7 +27,7 @@ LEVELS = torch.tensor(
     dtype=torch.float64,
 )
 SHIFT = 23 - int(math.log2(PER_OCTAVE))
-FIRST = (int(LEVELS[:1].float().view(torch.int32)) >> SHIFT) - 1  # the number just below that of the lowest level
+FIRST = (int(LEVELS[:1].float().view(torch.int32)) >> SHIFT) - 1  # the number just below the lowest level's
 LEAST_SHARE = 0.1  # ranges are not cut below this share of the largest value
 
 

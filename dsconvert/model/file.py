@@ -6,8 +6,9 @@ Each convolution has these tensors:
     <name>.kds or <name>.alpha   m as packed bits, or the paper's real alpha, float32; plain int8 layers have neither
     <name>.cdsw, <name>.cdsb     per-channel scales and biases, float32
 
-The header has a single key, `dsconvert`, with JSON: format version, graph, layers (shape, bits, block size), activation
-grids, head, image size, provenance, and last a digest of all this and of the tensors (see `base.seal`).
+The header has a single key, `dsconvert`, with JSON. This holds the format version, graph, layers (shape, bits, block
+size), activation grids, head, image size and provenance. Last comes a digest of these and of the tensors (see
+`base.seal`).
 """
 
 from __future__ import annotations
@@ -142,7 +143,7 @@ def _read(stored: Any, path: Path) -> DSModel:
 
 
 def _check_sizes(layers: Mapping[str, Any], stored: Any) -> None:
-    """Raise ValueError for tensors that are not those of a layer, and for more weights than any network has.
+    """Raise ValueError for tensors that do not belong to a layer, and for more weights than any network has.
 
     This is checked before any tensor is read: a sparse file may be far larger than the space it takes on disk.
     """

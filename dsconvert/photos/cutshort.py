@@ -34,7 +34,7 @@ MARKER, FILL = re.compile(rb"\xff(?![\x00\xd0-\xd7])", re.DOTALL), re.compile(rb
 
 
 def kind_of(data: bytes) -> str:
-    """Return the name of the format; empty if it is not one of those handled here."""
+    """Return the name of the format; empty if it is not handled here."""
     if data.startswith(b"RIFF"):
         return "WebP" if data[8:12] == b"WEBP" else ""
     return next((name for start, name in STARTS.items() if data.startswith(start)), "")

@@ -1,4 +1,4 @@
-"""Find images: those of a folder, a text file of paths, or a split of a data.yaml. docs/datasets.md has the rules.
+"""Find the images of a folder, a text file of paths, or a split of a data.yaml. docs/datasets.md has the rules.
 
 Whatever is left out or replaced is reported with `dsconvert.base.notes`.
 """

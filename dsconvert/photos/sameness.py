@@ -36,7 +36,7 @@ def warning_of(images: Iterable[Pixels]) -> str:
     return ""
 
 
-_REMEDY = "give {images} about 100 different photos like those that the model will see"
+_REMEDY = "give {images} about 100 different photos of what the model will see"
 
 
 def _all(count: int) -> str:

@@ -23,7 +23,7 @@ from dsconvert.scoring.accuracy import CONFIDENT, OVERLAP
 from dsconvert.scoring.contest import nothing_found
 from dsconvert.scoring.curves import ClassCurve, mean_curve
 
-PR_CLASSES = 12  # classes with a chart of their own at most: those that lose most
+PR_CLASSES = 12  # most classes with a chart of their own; the classes that lose most are taken
 FACTS = {
     "command": "Command", "dsconvert": "Version", "source": "Checkpoint", "source_sha256": "Its SHA-256",
     "calib": "Calibrated on", "samples": "Most images", "imgsz": "Image size, pixels", "bits": "Bits",

@@ -270,9 +270,7 @@ def _read(
         check_scores(rows)
     except OtherFamily as error:
         ways = " or ".join(f"{{input}} {name}" for name in error.names)
-        raise OtherOutput.naming(
-            f"{{}} has outputs like those of other families than YOLOv5's; give {ways}.", path
-        ) from None
+        raise OtherOutput.naming(f"{{}} has outputs like another family's, not YOLOv5's; give {ways}.", path) from None
     except Unfit as error:
         raise _other_output(path, floats, names, str(error)) from None
     return rows

@@ -56,7 +56,7 @@ def coco_metrics(
     truths: (m, 5) class, x1, y1, x2, y2.
     shapes: (height, width); boxes are in pixels of these images.
     nc: number of classes.
-    most: detections of a class in an image that count for the mAP, those with the highest scores.
+    most: detections of a class in an image that count for the mAP; the highest scores are kept.
 
     Raises InputError when there is no object to find.
     """

@@ -169,7 +169,7 @@ def agreement(
     """Return the agreement from both models' objects in each image.
 
     map50_95: see Agreement.
-    scores: None: those of the objects.
+    scores: None takes the objects' scores.
     """
     matches = [match(a, b) for a, b in pairs]
     shifts = shifts_of(pairs, matches)

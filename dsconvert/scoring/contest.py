@@ -80,7 +80,7 @@ def entrants(
     confidence, overlap: as for `detect_all`.
     preset: as for `load_candidates`.
 
-    Raises InputError when a model's classes are not those of the data, or of the first model.
+    Raises InputError when a model's classes differ from the data's, or from the first model's.
     """
     given = images_of(data, ("val", "test", "train"), split, strict)
     described, paths = given.described, given.paths if samples is None else spread(given.paths, samples)

@@ -32,7 +32,7 @@ GOLDEN = 0.618034  # step on the colour circle that keeps any number of hues apa
 
 @dataclass(frozen=True)
 class DetectOptions:
-    """What counts as a detection; the defaults are those of YOLOv5's detect.py.
+    """What counts as a detection; the defaults are the same as in YOLOv5's detect.py.
 
     confidence: least score.
     iou: largest overlap with a better box of the same class.

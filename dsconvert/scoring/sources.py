@@ -32,9 +32,9 @@ class Sources:
 def find_sources(given: Iterable[str]) -> Sources:
     """Find the sources that the user named.
 
-    Each of `given` is an image, a video, a folder of both, a pattern such as `photos/*.jpg`, a text file of paths, a
-    data.yaml (its images for evaluation), a webcam's number, or a stream's address. An existing file or folder takes
-    precedence.
+    Each of `given` is an image, a video, a folder of both, a pattern such as `photos/*.jpg` or a text file of paths. It
+    can also be a data.yaml (its images for evaluation), a webcam's number, or a stream's address. An existing file or
+    folder takes precedence.
 
     Raises InputError for anything else, and for a live source beside others, as it may never end.
     """

@@ -63,7 +63,7 @@ class DSConv(modules.DSConv):
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """Set the integers to those nearest to the float weight at the present shifts.
+        """Set the integers to the nearest to the float weight at the present shifts.
 
         Code that changes weight or alpha by hand, such as averaging over epochs, need not call it: forward, state_dict
         and pickle do.

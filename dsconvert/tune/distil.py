@@ -180,7 +180,7 @@ def _errors(
 
 
 def _step(errors: Callable[[Tensor], Tensor], latents: Latents, pictures: Pictures, picks: Sequence[int]) -> float:
-    """Set every latent's gradient to that of the mean loss of the picked images, and return this loss."""
+    """Set every latent's gradient of the mean loss over the picked images, and return this loss."""
 
     every = list(latents.values())
 

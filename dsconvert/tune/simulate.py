@@ -46,7 +46,7 @@ def simulate(graph: Graph, parts: Mapping[str, Parts], own: Mapping[str, QParams
     parts: the convolutions' numbers.
     own: activation grids as `grid_of` takes them; empty where activations stay float.
 
-    The values are those of `graph.integer.run_integer`, except where a tie is rounded to the other side.
+    The values equal `graph.integer.run_integer`'s, except where a tie is rounded to the other side.
     """
     grids = grid_of(graph, own) if own else None
     if grids is not None:

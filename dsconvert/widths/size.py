@@ -39,8 +39,8 @@ Formats = Mapping[str, WeightFormat]
 def stored_bytes(shape: torch.Size, format: WeightFormat) -> int:
     """Return the bytes that a weight adds to the packed file: VQK, m and the nodes that decode them.
 
-    The weight is counted as decoded by itself. Decoded with other layers it needs fewer bytes for nodes, but then the
-    size of one layer would depend on the formats of others, and the allocation needs sizes that do not.
+    The weight is counted as decoded by itself. Together with other layers it needs fewer bytes for nodes. But then the
+    size of one layer would depend on the formats of others, and the allocation needs independent sizes.
 
     shape: (cho, chi, kh, kw).
     """

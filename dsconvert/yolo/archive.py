@@ -7,7 +7,7 @@ This is the only module of dsconvert that reads a pickle. Each of three barriers
 3. Every allowed name, even of torch's own classes and functions, stands for `Record`, an inert object that only keeps
    what it is given.
 
-Tensors are then made here, from numbers whose position and size were checked, and only those that are asked for. So a
+Tensors are then made here, from numbers whose position and size were checked, and only if they are asked for. So a
 file cannot make us allocate more than it holds.
 """
 

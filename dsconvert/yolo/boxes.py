@@ -38,7 +38,7 @@ def suppressed(
     confidence: a box takes part in each class whose score (objectness * class) exceeds this.
     iou: boxes that overlap a better one of their class by more than this are dropped.
     most: most boxes that are returned.
-    candidates: most boxes that take part, those with the highest scores.
+    candidates: most boxes that take part; the highest scores are kept.
     best_class_only: whether a box takes part only in its best class.
     classes_kept: only these classes; None: all.
     agnostic: whether boxes of different classes suppress each other too.

@@ -161,7 +161,7 @@ def _names(record: Record, nc: int) -> list[str]:
 
 
 def _fill(network: Network, stored: Mapping[str, Any], made: Mapping[str, Tensor], archive: Archive) -> int:
-    """Fill the network (on the meta device) with the checkpoint's tensors, and with those `made` from others.
+    """Fill the network (on the meta device) with the checkpoint's tensors, and with tensors `made` from others.
 
     Every name and shape must match. Returns the bits in which a weight is stored.
     """

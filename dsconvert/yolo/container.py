@@ -1,8 +1,8 @@
 """The two forms of PyTorch's files: where the pickle lies, and where the numbers.
 
 Since version 1.6 `torch.save` writes a zip with one pickle and an entry for each run of numbers. Older versions wrote
-five pickles (a magic number, a protocol number, facts about the machine, the object, the keys of its numbers in order),
-followed by each run with its length before it. Pickles are only cut out here, never read.
+five pickles: a magic number, a protocol number, facts about the machine, the object, and the keys of its numbers in
+order. Each run of numbers follows, with its length before it. Pickles are only cut out here, never read.
 """
 
 from __future__ import annotations
@@ -138,7 +138,7 @@ def _pickle_end(data: bytes, start: int, path: Path) -> int:
 
 
 def _entries(stream: BinaryIO, path: Path) -> tuple[zipfile.ZipFile, dict[str, zipfile.ZipInfo]]:
-    """Return the zip and its entries, by name without the leading folder (that of the pickle)."""
+    """Return the zip and its entries, by name without the leading folder, which the pickle's name shows."""
     not_one = InputError(f"{path} is not a PyTorch checkpoint, or it is truncated; {AGAIN}, or give a whole one.")
     try:
         if _directory_bytes(stream) > MAX_DIRECTORY_BYTES:

@@ -91,7 +91,7 @@ def make_layer(
         if kind in _POOLS:
             return _repeated([_POOLS[kind](*args) for _ in range(n)]), c1
         if kind in KNOWN:
-            # channels that equal those of Detect's maps are not scaled
+            # a number of channels that equals Detect's is not scaled
             given = positive(args[0], "channels")
             c2 = given if given == na * (nc + 5) else math.ceil(given * width / 8) * 8
             return _with_channels(kind, c1, c2, args[1:], n, act), c2

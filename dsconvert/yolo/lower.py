@@ -178,7 +178,7 @@ def check_maps(network: Network, strides: Sequence[int]) -> None:
     maps = [shapes[name][1:] for name in graph.outputs]
     sides = [side // s for s in strides] + [2 * side // strides[0]] * bool(network.detect.nm)
     if any(side % s for s in strides) or maps != [(s, s) for s in sides]:
-        raise InputError(f"The checkpoint's strides {list(strides)} are not those of its layers.")
+        raise InputError(f"The checkpoint's strides {list(strides)} do not match its layers.")
 
 
 def split_detect(graph: Graph, params: dict[str, ConvParams], head: Head) -> tuple[Graph, dict[str, ConvParams]]:

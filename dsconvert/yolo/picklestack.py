@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 MAX_TUPLES = 100  # nested in each other; a checkpoint has 4
-MAX_LEAVES = 2 << 20  # of a tuple, with those of nested tuples: more than the bytes of a pickle that is read
+MAX_LEAVES = 2 << 20  # leaves of a tuple and the tuples in it; more than the bytes of a pickle that is read
 MAX_KEY_PARTS = 16  # elements of a tuple that is a key
 MAX_KEY = 1 << 53  # of an integer that is a key: hashes of larger ones can be made equal
 MAX_INTEGER = 1 << 63  # LONG1 can hold 255 bytes

@@ -30,9 +30,9 @@ def choose_layers(network: Network, blocks: str) -> list[int]:
 def choose_convs(network: Network, graph: Graph, blocks: str, scope: str) -> frozenset[str]:
     """Return the names of the convolutions to convert.
 
-    scope `bottleneck`: those inside the chosen blocks' bottlenecks. scope `c3`: all of the chosen blocks. scope `all`:
-    also the other layers of the same part of the network: the whole of it, head or backbone, or the layers between the
-    first and the last index.
+    scope: `bottleneck` takes the convolutions inside the chosen blocks' bottlenecks, and `c3` all of the chosen blocks.
+        `all` also takes other layers of the same part of the network: the whole head or backbone, or the layers between
+        the first and the last index.
 
     The stem (layer 0) and Detect are never among them. The layers that make a segmentation network's prototypes belong
     to the head. A network without C3 blocks (YOLOv7) has only the scope `all`.

@@ -26,7 +26,7 @@ MOST_BLOCK = 1 << 16
 def float_weights(
     stored: Mapping[str, Any], modules: Mapping[str, Any], read: Callable[[Any], Tensor]
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Return the stored tensors by name without those of DSConv modules, and new tensors, by name, for some of them.
+    """Return the stored tensors outside DSConv modules, and new tensors for some of the modules; both by name.
 
     modules: records with a `kind`, by prefix with its dot.
     read: makes a stored tensor.

@@ -72,7 +72,7 @@ def nearest_integers(blocks: Tensor, cds: Tensor, format: WeightFormat) -> tuple
 
 
 def _unclipped_scale(blocks: Tensor, format: WeightFormat) -> Tensor:
-    """Return the least CDSw * m (cho,) at which no VQK is clipped, by its own limits or by those of a pair."""
+    """Return the least CDSw * m (cho,) at which no VQK is clipped, by its own limits or by a pair's."""
     low, high = format.limits
     scale = (blocks.amax((1, 2, 3)) / high).maximum(blocks.amin((1, 2, 3)) / low)
     if format.bits == 8:

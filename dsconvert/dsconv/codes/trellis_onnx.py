@@ -7,10 +7,10 @@ number here, into a table. The table's entries are m times the VQK, int8, so one
 Most time goes into lookups and into filling memory. So all values stay bytes until one MatMulInteger computes all
 numbers of a row. It multiplies these bytes:
 
-- the last byte of the row before, whose bits reach into the first number (0 at the start of an output channel),
-- the bytes of the row,
-- remainders of these bytes, where a number takes only a part of a byte,
-- m.
+    the last byte of the row before, as the first number needs its bits (0 at the start of an output channel)
+    the bytes of the row
+    remainders of these bytes, for numbers that need only some bits of a byte
+    m
 
 Bits `first` to `last` of a byte x are (x mod 2^(8 - first) - x mod 2^(8 - last)) / 2^(8 - last). Bits that come first
 are the lowest of a number. So no factor of the product exceeds 64, and engines that add products of bytes in 16 bits do
@@ -135,7 +135,7 @@ class Matrix:
     def weights(self, step: int, copies: int) -> NDArray[np.int8]:
         """Return the factors (n, numbers), int8.
 
-        The rows are those of byte -1's remainders, the row's bytes, their remainders layer by layer, and m's bytes.
+        The rows stand for byte -1's remainders, the row's bytes, their remainders layer by layer, and m's bytes.
 
         step, copies: see `Tables`.
         """

@@ -1,4 +1,4 @@
-"""Find VQK along a trellis (see `trellis_table`): the nearest to a weight, or those that GPTQ's loop rounds to.
+"""Find VQK along a trellis (see `trellis_table`): the nearest to a weight, or the ones that GPTQ's loop rounds to.
 
 At each weight, the window is the last eight bits of the string, and decides VQK. The state is the part of the window
 that the next window still contains. Of all strings that lead to one state, only the best can be part of the best string

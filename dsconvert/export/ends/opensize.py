@@ -1,7 +1,7 @@
 """Write the decoding for a file whose input may have any height and width.
 
-The equations are those of `decode`. Each level is decoded by itself, because the number of its boxes is known only when
-the file runs.
+The equations are the same as in `decode`. Each level is decoded by itself, because the number of its boxes is known
+only when the file runs.
 """
 
 from __future__ import annotations
