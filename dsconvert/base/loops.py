@@ -139,7 +139,6 @@ def follow(first, last, columns, upper, tried, after, own, state, values, bits, 
                     error[w] = e
                     added[w] = fma(e * e, square, cost[w >> bits])
                 for s in range(states):
-                    # a slice: numba does not check its index for being negative, and LLVM vectorises it
                     cost[s], reached[s] = added[s], s
                 for w in range(states, count, states):
                     others = added[w : w + states]  # slices: numba checks no index for being negative, LLVM vectorizes

@@ -21,7 +21,6 @@ class DataWarning(UserWarning):
     """Something about the images or labels that changes what is measured; one complete sentence."""
 
 
-# the same sentence is said every time, not once a place in the code, unless the user's own filters say otherwise
 # show a sentence every time, not once for each place in the code, unless the user's own filters say otherwise
 warnings.filterwarnings("always", category=DataWarning, append=True)
 _heard: list[list[str]] = []  # one list for each caller of `heard`, the innermost last

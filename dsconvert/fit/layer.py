@@ -47,8 +47,8 @@ Maker = Callable[[Mapping[str, Tensor], int], Fit]
 class GPTQ:
     """Asymmetric GPTQ (see `gptq`), applied to each group of channels by itself.
 
-    Some layers get the nearest weight instead, with the CDSw and CDSb of `fit_cds`: layers whose H would be too large,
-    layers whose stride or dilation differs between height and width, and depthwise layers (one input channel a group).
+    Some layers get the nearest weight instead, with the CDSw and CDSb of `fit_cds`. Their H would be too large, or
+    their stride or dilation differs between height and width, or they are depthwise (one input channel a group).
     """
 
     # second moments (cho, cho) of output gradients by convolution name; the channels of these layers are fitted

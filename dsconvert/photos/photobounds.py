@@ -17,9 +17,9 @@ from dsconvert.photos.tifflist import MOST_PIECES, PACKING, first_list, pieces
 # Each scan of a JPEG is decoded over the whole picture; a progressive one has ten. The second is scans times pixels.
 MOST_SCANS, MOST_SCANNED = 500, 20 << 27
 MANY_SCANS = "is a JPEG of more scans than any camera or program writes"
-ON_EACH_OTHER = "is a TIFF whose parts lie on each other"
-# bytes that entries may share, beyond four times the file: of strips and tiles (empty ones are often the same), and of
-# values, which no program shares
+ON_EACH_OTHER = "is a TIFF whose parts overlap"
+# Bytes that entries may share beyond four times the file's size. Strips and tiles may share many, as empty ones are
+# often the same. Values may share few, as no program writes them so.
 SHARED_PIECES, SHARED_VALUES = 256 << 20, 1 << 20
 # what stands before EXIF data in each format, and at which distance; in unknown formats it may begin anywhere
 EXIF = {"JPEG": ((b"\xff\xe1", (10,)),), "PNG": ((b"eXIf", (4,)),), "WebP": ((b"EXIF", (8, 14)),),
@@ -40,7 +40,7 @@ def too_much(data: bytes) -> str | None:
     elif kind == "TIFF":
         return _overlaid(data)
     if _piled_up(data, kind):
-        return "has EXIF data that lie on each other, or more of them than any camera writes"
+        return "has overlapping EXIF data, or more than any camera writes"
     return "is larger than any image of its kind that dsconvert reads" if _wide(data, kind) > MOST_WIDE else None
 
 

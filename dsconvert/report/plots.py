@@ -100,7 +100,7 @@ def weight_chart(view: WeightView, name: str, alt: str) -> str:
         else:
             fitted, _ = np.histogram(view.levels, view.edges, weights=view.level_counts)
             ax.stairs(_density(fitted, view.edges), view.edges, color=CONVERTED, linewidth=1.4)
-        ax.set(xlabel="steps of the block", xlim=(view.edges[0], view.edges[-1]), ylim=(0, None), yticks=[])
+        ax.set(xlabel="weight / (CDSw m)", xlim=(view.edges[0], view.edges[-1]), ylim=(0, None), yticks=[])
         ax.spines["left"].set_visible(False)
         ax.set_xticks([low, 0, high])
         return to_svg(figure, name, alt)

@@ -241,7 +241,7 @@ def _refuse_unknown(stream: bytes, path: Path) -> None:
         for op, arg, _ in pickletools.genops(io.BytesIO(stream)):
             count += 1
             if op.name in ("GLOBAL", "INST"):
-                names.append(str(arg).replace(" ", "."))  # the memo is an array as long as its largest index
+                names.append(str(arg).replace(" ", "."))
             # the memo is an array as long as its largest index
             far = op.name.endswith("BINPUT") and isinstance(arg, int) and arg > count
             foreign = far or op.name not in _OPCODES or not stack.bears(op.name, arg)

@@ -211,7 +211,7 @@ BAD = {
     "missing checkpoint": (["quantize", "none.pt"], "no checkpoint file"),
     "not a checkpoint": (["quantize", "data.yaml"], "not a PyTorch checkpoint"),
     "missing images": (["quantize", "best.pt", "--calib", "nowhere"], "no file or folder"),
-    "wrong size": (["quantize", "best.pt", "--calib", "images", "--imgsz", "65"], "not a multiple"),
+    "wrong size": (["quantize", "best.pt", "--calib", "images", "--imgsz", "65"], "must be a multiple"),
     "wrong layer": (["quantize", "best.pt", "--calib", "images", "--imgsz", "64", "--blocks", "3"], "not a C3"),
     "no GPU": (["quantize", "best.pt", "--calib", "images", "--imgsz", "64", "--device", "cuda"], "not available"),
     "bits": (["quantize", "best.pt", "--bits", "9"], "--bits"),

@@ -8,7 +8,7 @@ register (arXiv 2406.11235, section 3). With c[t] the b bits of weight t,
     VQK[t] = table(b)[the last 8 bits of c[0] c[1] ... c[t]],    zeros before c[0]
 
 so a code is a table of 256 integers. On Gaussian weights, its error is lower than with
-free integers of as many bits: by about 1 dB at 1 bit (against signs), 2.8 dB at 2 bits, and 2 dB at 3 and 4 bits.
+free integers of as many bits. The gain is about 1 dB at 1 bit (against signs), 2.8 dB at 2 bits, and 2 dB at 3 and 4.
 
 The string of an output channel goes block by block, within a block tap by tap, and within a tap channel by channel. So
 weights that share an m are neighbours. `code` (the bits of every weight, uint8) has the shape of VQK; `strings` puts it

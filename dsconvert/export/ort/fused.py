@@ -43,7 +43,7 @@ def fuse(written: Written) -> Written:
     made.graph.initializer.extend(new[name] for name in needed if name in new)
     turned = channels_last(made, {t.name: tuple(t.dims) for t in optimised.graph.initializer})
     used = {node.domain for node in made.graph.node}
-    # # the optimizer lists every domain that it knows
+    # the optimizer lists every domain that it knows
     made.opset_import.extend(o for o in optimised.opset_import if o.domain in used)
     _plain_names(made, set(new))
     places = {
@@ -55,14 +55,14 @@ def fuse(written: Written) -> Written:
 
 def _optimised(model: onnx.ModelProto) -> onnx.ModelProto:
     options = ort.SessionOptions()
-    # # the next level would add memory layouts that suit only this CPU
+    # the next level would add memory layouts that suit only this CPU
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
     options.log_severity_level = 4  # its warning that the file is for this machine is true only of the highest level
     data = model.SerializeToString()
     with scratch_folder() as folder:
         path = folder / "optimised.onnx"
         options.optimized_model_filepath = str(path)
-        # # `lastchannels` needs every Transpose where it is
+        # `lastchannels` needs every Transpose where it is
         kept = ["TransposeOptimizer", "TransposeOptimizer_CPUExecutionProvider"]
         try:
             ort.InferenceSession(data, options, providers=["CPUExecutionProvider"], disabled_optimizers=kept)

@@ -18,7 +18,7 @@ from dsconvert.onnxfile.source import attribute
 LAST = ".last"  # suffix of a map's name when its channels are last
 MICROSOFT = "com.microsoft"
 TO_LAST, TO_FIRST = [0, 2, 3, 1], [0, 3, 1, 2]
-# # operators whose output at a place depends only on the inputs at that place
+# operators whose output at a place depends only on the inputs at that place
 PLACEWISE = (
     "QLinearSigmoid", "QLinearMul", "QLinearAdd", "QLinearLeakyRelu", "QuantizeLinear", "DequantizeLinear", "Relu",
     "LeakyRelu", "HardSigmoid", "Sigmoid", "Mul", "Add",

@@ -5,7 +5,7 @@ result stays until all are folded, and a new page of memory costs as much as cop
 single VQK: it holds two or more.
 
 Layers of the same code, bits and block size are a group. Each layer keeps its initializers under its own name, as bytes
-that one Concat can join: `.kds` has two m in a byte, and the code decides how VQK are stored. VQK are in rows that
+that one Concat can join. `.kds` has two m in a byte, and the code decides how VQK are stored. VQK are in rows that
 share an m: block by block, and within a block tap by tap. OpenVINO folds all of these nodes. It would not fold products
 of int8, or of values that were just cast from 4 bits.
 """
@@ -55,7 +55,7 @@ class JointWeights:
         for kind in ((code, bits) for code in CODES.values() for bits in code.joint_bits):
             layers = [x for x in self.found if x.kind == kind]
             for size in sorted({x.size for x in layers}):
-                # # layers with equal numbers of rows in an output channel are neighbours, as `trellis_onnx` needs
+                # layers with equal numbers of rows in an output channel are neighbours, as `trellis_onnx` needs
                 group = sorted((x for x in layers if x.size == size), key=lambda x: x.each)
                 value = kind[0].spell_rows(self, group, layers, f"{self.label_of(group[0])}x{size}")
                 for x, part in zip(group, self._split(value, group), strict=True):

@@ -22,7 +22,7 @@ def add_real_weight(b: OnnxBuilder, name: str, weight: DSTensor) -> str:
         )
     chi, size = weight.vqk.shape[1], weight.block_size
     whole = chi // size * size
-    # # OpenVINO refuses a short last block, so it is a tensor of its own
+    # OpenVINO refuses a short last block, so it is a tensor of its own
     parts = [_blocks(b, name, weight, first, last) for first, last in ((0, whole), (whole, chi)) if first < last]
     return parts[0] if len(parts) == 1 else b.node("Concat", parts, f"{name}.w", axis=1)
 
