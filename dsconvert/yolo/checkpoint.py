@@ -112,7 +112,9 @@ def _check_activations(network: Network, modules: Mapping[str, Record], path: Pa
             raise InputError(f"{path}: {name} is {kind} where the model yaml needs {wanted}.")
         slope = getattr(record, "negative_slope", LEAKY_SLOPE)
         if kind == "LeakyReLU" and slope != LEAKY_SLOPE:
-            raise InputError(f"{path}: {name} is a LeakyReLU of slope {shown(slope)}; dsconvert knows {LEAKY_SLOPE}.")
+            raise InputError(
+                f"{path}: {name} is a LeakyReLU of slope {shown(slope)}; dsconvert supports only {LEAKY_SLOPE}."
+            )
 
 
 def _check_attention(network: Network, modules: Mapping[str, Record], path: Path) -> None:
@@ -123,7 +125,7 @@ def _check_attention(network: Network, modules: Mapping[str, Record], path: Path
             for key, value in usual.items():
                 found = getattr(modules.get(f"{name}."), key, value)
                 if type(found) is not type(value) or found != value:
-                    raise InputError(f"{path}: {name} has {key} {shown(found)}; dsconvert knows {value} alone.")
+                    raise InputError(f"{path}: {name} has {key} {shown(found)}; dsconvert supports only {value}.")
 
 
 def _take_epsilons(network: Network, modules: Mapping[str, Record], path: Path) -> None:

@@ -99,7 +99,7 @@ def make_layer(
         if isinstance(error, InputError):
             raise
         raise InputError(f"The model yaml's arguments for a {kind} layer cannot be used: {args}.") from None
-    raise InputError(f"The layer {kind} is not supported; dsconvert knows {', '.join(KNOWN[:-1])} and {KNOWN[-1]}.")
+    raise InputError(f"The layer {kind} is not supported; dsconvert supports {', '.join(KNOWN[:-1])} and {KNOWN[-1]}.")
 
 
 def _with_channels(kind: str, c1: int, c2: int, rest: list[Any], n: int, act: str) -> nn.Module:

@@ -48,7 +48,7 @@ WRONG = {
     ("--scale", "2"): "Invalid value for '--scale'",
     ("--fit", "middle"): "Invalid value for '--fit'",
     ("--pad", "300"): "Invalid value for '--pad'",
-    ("--mean", "1,2"): "--mean and --std are one or three numbers",
+    ("--mean", "1,2"): "--mean and --std must be one or three numbers",
 }
 
 

@@ -282,7 +282,7 @@ def test_large_images_are_for_those_who_ask_for_them(work):
         for command in ("bench", "detect", "quantize"):
             peak, (code, _, err) = peak_of(lambda command=command: dsconvert(work, *COMMANDS[command]))
             assert code == 2, command
-            assert "--imgsz to have it nevertheless." in err, command
+            assert "--imgsz to run it nevertheless." in err, command
             assert peak < MOST_BYTES
 
 

@@ -136,7 +136,7 @@ def test_a_file_of_the_users_adds_names(tmp_path):
     ("text", "name", "words"),
     [("a: {size: 3}", ":a", "size.*none of channels"), ("a: {scale: x}", ":a", "scale to 'x'"),
      ("a: {mean: {}}", ":a", "mean"),
-     ("a: 3", ":a", "no list of keys"), ("- a", ":a", "list of inputs"), ("a: {", ":a", "readable YAML"),
+     ("a: 3", ":a", "not a list of keys"), ("- a", ":a", "list of inputs"), ("a: {", ":a", "readable YAML"),
      ("a: {}\nb: {}", "", "2 entries"),
      ("a: {}", ":c", "no entry 'c'; it has a"), ("", ":a", "list of inputs"), ("a: {fit: x}", ":a", "a: fit is one of"),
      ("a: {channels: grb}", ":a", "channels"), ("1: &x {}\n2: *x", ":1", None), ("a: {pad: 1e9}", ":a", "pad"),
