@@ -121,7 +121,7 @@ def _hold(rows: list[contest.Evaluated], most: float) -> None:
         raise InputError("--max-map-drop cannot be checked on images in which nothing is found.")
     first = measured[0][1]
     drops = [(path, 100 * (first - value)) for path, value in measured[1:]]
-    # binary fractions are off by a tenth of a millionth of a point
+    # 1e-7 points allow for the rounding of binary fractions
     missed = [f"{path} loses {drop:.2f} points" for path, drop in drops if not drop <= most + 1e-7]
     if missed:
         against = f"of mAP50-95 against {rows[0].candidate.path}"

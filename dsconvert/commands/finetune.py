@@ -95,7 +95,7 @@ def finetune_command(
     if out is not None:
         refuse_to_lose([out, *(out / name for name in (MODEL_FILE, RECORD_FILE, UNFINISHED))], [model, chosen.data])
         check_target(out / MODEL_FILE, force)
-        check_target(out / RECORD_FILE, force=True)  # quantize replaces its record too
+        check_target(out / RECORD_FILE, force=True)  # a record alone was left by a run that was killed
     command = typed_command()
     note: Callable[[str], None] = (lambda line: None) if quiet else say
     with run_folder(out, base, UNFINISHED, resume) as folder, bars(quiet, lines=True) as progress:

@@ -37,7 +37,7 @@ class Moved:
     """What moving did to a map (c, h, w).
 
     kind: "select" keeps the pixels; "upsample" repeats each pixel `scale` times along both sides; "space_to_depth"
-        turns each of four phases of pixels into channels.
+        moves the four pixels of each 2 x 2 square into channels.
     channels: the chosen channels, in order.
     """
 

@@ -39,7 +39,7 @@ WARMUP = 10  # steps
 FORGETTING = (0.9, 0.99)  # Adam's betas; the usual second one, 0.999, is too slow for so few steps
 LOOK = 32  # steps between two evaluations of the held-back images
 WORTHWHILE = 0.5  # least share of the error that must come from the weights; otherwise nothing is learned
-SEED = 7919  # keeps these draws apart from the fit's
+SEED = 7919  # a seed of its own, so that these draws differ from the fit's
 
 Progress = Callable[[int, int], None]
 

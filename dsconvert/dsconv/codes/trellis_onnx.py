@@ -94,7 +94,7 @@ def pieces(bits: int, number: int) -> list[Piece]:
 
 
 def forms(bits: int) -> list[tuple[int, ...]]:
-    """Return the ways in which numbers divide bytes, in the order of a row: for each, the bits of its pieces."""
+    """Return the ways in which a row's numbers divide bytes, in order, each as the lengths of its pieces in bits."""
     turn = np.lcm(BITS, MEMBERS[bits] * bits) // (MEMBERS[bits] * bits)
     return [tuple(p.length for p in pieces(bits, i)) for i in range(turn)]
 

@@ -81,7 +81,7 @@ class QuickForm(PlainForm):
         return b.node("Transpose", [tall], f"{name}.q", perm=TO_FIRST)
 
     def _add_conv(self, node: Node) -> None:
-        """Write a convolution in quads, or with padding channels that are cut off again, or as it is."""
+        """Write a convolution over quads of pixels (see `quickconv`), with padding channels, or as it is."""
         if quads := self._quads(node):
             self.uint8[node.name] = self._conv_by_quads(node, quads)
             return
