@@ -141,7 +141,7 @@ def follow(first, last, columns, upper, tried, after, own, state, values, bits, 
                 for s in range(states):
                     cost[s], reached[s] = added[s], s
                 for w in range(states, count, states):
-                    others = added[w : w + states]  # slices: numba checks no index for being negative, LLVM vectorizes
+                    others = added[w : w + states]  # slices: numba checks no index for being negative, LLVM vectorises
                     for s in range(states):
                         better = others[s] < cost[s]
                         cost[s] = others[s] if better else cost[s]

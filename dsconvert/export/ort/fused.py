@@ -1,9 +1,9 @@
-"""Layout fused: the packed file after ONNX Runtime's own optimizer, with its weights still packed.
+"""Layout fused: the packed file after ONNX Runtime's own optimiser, with its weights still packed.
 
 Whenever ONNX Runtime loads a packed file, it replaces quantize and dequantize pairs around float operators by operators
 of its own (QLinearConv, QLinearSigmoid, ...). This takes most of the loading time, so here it is done once, at export.
 
-The optimizer also folds constants, above all the weights. These are put back as the constants that they were folded
+The optimiser also folds constants, above all the weights. These are put back as the constants that they were folded
 from, so the file stays as small. It loads in about half the time and gives the same integers. It runs only in ONNX
 Runtime, as its operators are in the domain `com.microsoft`. At last, feature maps get channels last (see
 `lastchannels`), which ONNX Runtime would also do at every load.
@@ -22,7 +22,7 @@ from dsconvert.base.files import needs_room, scratch_folder
 from dsconvert.export.ort.lastchannels import channels_last
 from dsconvert.export.written import Written
 
-UNPACKED = 8  # most bytes of the optimized file per byte of the packed one: weights of 1 bit become int8
+UNPACKED = 8  # most bytes of the optimised file per byte of the packed one: weights of 1 bit become int8
 
 
 def fuse(written: Written) -> Written:
@@ -43,7 +43,7 @@ def fuse(written: Written) -> Written:
     made.graph.initializer.extend(new[name] for name in needed if name in new)
     turned = channels_last(made, {t.name: tuple(t.dims) for t in optimised.graph.initializer})
     used = {node.domain for node in made.graph.node}
-    # the optimizer lists every domain that it knows
+    # the optimiser lists every domain that it knows
     made.opset_import.extend(o for o in optimised.opset_import if o.domain in used)
     _plain_names(made, set(new))
     places = {
@@ -106,7 +106,7 @@ def _needed(
 
 
 def _plain_names(model: onnx.ModelProto, constants: set[str]) -> None:
-    """Rename constants by number, as the optimizer's own names are random and equal models would give different
+    """Rename constants by number, as the optimiser's own names are random and equal models would give different
     bytes.
     """
     found = [t.name for t in model.graph.initializer if t.name in constants]

@@ -43,7 +43,7 @@ _TABLE = (
     # Most layers are decoded together (see `joint`), the others one by one, by the nodes of their code. There are few
     # nodes and few INT32 copies of a weight, as both cost time and memory at load.
     Layout(name="packed", about="smallest file", rewrites=21, joint=True, quick=True),
-    # Layout packed after the optimizations that ONNX Runtime would make at load.
+    # Layout packed after the optimisations that ONNX Runtime would make at load.
     Layout(
         name="fused",
         about="with ONNX Runtime's own operators, loads faster",
