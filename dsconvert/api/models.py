@@ -361,7 +361,7 @@ def _ends(
     limits: dict[str, Any] = {"confidence": conf_thres, "iou": iou_thres, "most": max_det}
     chosen = {name: value for name, value in limits.items() if value is not None}
     if chosen and not nms:
-        raise InputError("conf_thres, iou_thres and max_det belong to nms=True; give it too.")
+        raise InputError("conf_thres, iou_thres and max_det work only with nms=True; give it too.")
     return Ends(dynamic_batch, input_type, Nms(**chosen) if nms else None, dynamic)
 
 

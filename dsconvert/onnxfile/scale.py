@@ -86,11 +86,11 @@ def warning(
             shows = f"its best score is {found.best:.2f}" if found.best is not None else "they differ"
             return Sentence(f"{begun}; fed {how}, {shows}: {_way(form, other)}, if the network was trained so.")
     scale = "" if wanted.type is np.uint8 else f", and that {_shown(form)} is its input ({{input}} names others)"
-    return Sentence(f"{begun}; check that the images are like those it was trained on{scale}.")
+    return Sentence(f"{begun}; check that the images look like its training images{scale}.")
 
 
 def _family(run: Callable[[Array], list[Any]], image: Image, wanted: ImageInput, form: InputForm) -> str | None:
-    """Return a warning if the outputs are those of a family with another input than YOLOv5's, which is being used.
+    """Return a warning if the outputs belong to a family with another input than YOLOv5's, which is being used.
 
     Scores alone do not show it, as the wrong input only lowers them.
     """
@@ -107,7 +107,7 @@ def _family(run: Callable[[Array], list[Any]], image: Image, wanted: ImageInput,
         return None
     ways = " or ".join(f"{{input}} {name}" for name in names)
     return Sentence(
-        f"Its outputs look like those of a family with another input than YOLOv5's; give {ways} if it belongs to one."
+        f"Its outputs look like another family's, which needs another input than YOLOv5's; give {ways} if it is one."
     )
 
 

@@ -180,7 +180,7 @@ class Archive:
             raise InputError(f"{self.path} is damaged: a weight is stored as something else.")
         storage, offset, size, stride = record.args[:4]
         if not (isinstance(storage, Storage) and _whole(offset) and _shape(size) and _shape(stride)):
-            raise InputError(f"{self.path} is damaged: a weight's shape or place is not one.")
+            raise InputError(f"{self.path} is damaged: the shape or the place of a weight is not valid.")
         last = offset + sum((n - 1) * s for n, s in zip(size, stride, strict=False))
         numel = math.prod(size)
         most = math.prod(max(n, 1) for n in size)  # for a tensor without numbers, torch multiplies the other dimensions
@@ -253,8 +253,8 @@ def _refuse_unknown(stream: bytes, path: Path) -> None:
     refuse_names(names, unknown, path)
     if foreign:
         raise InputError(
-            f"{path} is pickled as no PyTorch checkpoint is: by another protocol, or with numbers, tuples or keys that "
-            "take for ever to read; save it again by torch.save alone."
+            f"{path} is not pickled like a PyTorch checkpoint: it uses another protocol, or numbers, tuples or keys that "
+            "take for ever to read; save it again with torch.save."
         )
 
 

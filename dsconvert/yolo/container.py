@@ -76,7 +76,7 @@ class Legacy:
         stream.seek(0)
         head = stream.read(len(_LEGACY_START) + MAX_PICKLE_BYTES)
         if not head.startswith(_LEGACY_START):
-            raise InputError(f"{path} is damaged: it begins like a PyTorch checkpoint, and goes on otherwise.")
+            raise InputError(f"{path} is damaged: it begins like a PyTorch checkpoint, but does not go on like one.")
         found, at = [], len(_LEGACY_START)
         for _ in range(3):
             end = _pickle_end(head, at, path)

@@ -40,7 +40,7 @@ def of(data: bytes) -> Callable[[Path], object]:
 
 
 def pickled() -> Iterator[Small]:
-    key = "pickled as no PyTorch checkpoint is"
+    key = "not pickled like a PyTorch checkpoint"
     prime = (1 << 61) - 1
     ints = b"".join(b"\x8a\x0b" + (prime * (i + 1)).to_bytes(11, "little") + b"N" for i in range(120_000))
     for name, data in {
