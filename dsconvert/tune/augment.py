@@ -125,7 +125,7 @@ def _shifted(boxes: Boxes, left: int, top: int) -> Boxes:
 
 
 def _visible(boxes: Boxes, size: Size) -> Boxes:
-    """Clip boxes to the image, and drop those with too little left."""
+    """Clip boxes to the image, and drop boxes with too little left."""
     cut = boxes.copy()
     cut[:, 1:] = cut[:, 1:].clip(0, (size.width, size.height) * 2)
     before, after = boxes[:, 3:] - boxes[:, 1:3], cut[:, 3:] - cut[:, 1:3]

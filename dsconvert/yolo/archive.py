@@ -253,8 +253,8 @@ def _refuse_unknown(stream: bytes, path: Path) -> None:
     refuse_names(names, unknown, path)
     if foreign:
         raise InputError(
-            f"{path} is not pickled like a PyTorch checkpoint: it uses another protocol, or numbers, tuples or keys that "
-            "take for ever to read; save it again with torch.save."
+            f"{path} is not pickled like a PyTorch checkpoint: it uses another protocol, or numbers, tuples or keys "
+            "that take for ever to read; save it again with torch.save."
         )
 
 
