@@ -103,8 +103,8 @@ def test_the_command_line_wins(work, call, monkeypatch):
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("bitz: 4", "sets bitz, which is no option"),
-        ("force: true", "sets force, which is no option"),
+        ("bitz: 4", "sets bitz, which is not an option"),
+        ("force: true", "sets force, which is not an option"),
         ("bits: 9", "--bits"),
         ("bits: yes", "--bits"),
         ("imgsz: 64.5", "--imgsz"),
