@@ -1,6 +1,6 @@
-"""Post-training conversion of YOLOv5 detectors to DSConv (arXiv 1901.01928) with integer ONNX export.
+"""Convert trained YOLOv5 detectors to DSConv (arXiv 1901.01928) and export them as integer ONNX files.
 
-The Python API is in `dsconvert.api`; its names are offered here and loaded, with torch, when first used.
+The Python API is in `dsconvert.api`. Its names are offered here and loaded, with torch, when first used.
 """
 
 from __future__ import annotations
@@ -52,14 +52,13 @@ __all__ = [
     "quantize_onnx",
 ]
 
-# OpenCV reads these when it is first imported, which is after this. A 100 kB file may declare an image of a billion
-# pixels: beyond 134 million (400 MB decoded) OpenCV refuses. What it thinks of broken images and
-# videos is said by our own errors.
+# OpenCV reads these at its first import, which comes later. A 100 kB file may declare an image of a billion pixels:
+# OpenCV refuses images beyond 134 million (400 MB decoded). Our own errors report broken images and videos.
 os.environ.setdefault("OPENCV_IO_MAX_IMAGE_PIXELS", str(1 << 27))
 os.environ.setdefault("OPENCV_LOG_LEVEL", "SILENT")
 os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")  # FFmpeg's AV_LOG_QUIET
-# ONNX Runtime reads this when it is imported. Without it 1.32 writes an identifier of the machine below ~/.cache and
-# sends to Microsoft what models are run.
+# ONNX Runtime reads this at its import. Without it, version 1.32 writes an identifier of the machine below ~/.cache,
+# and tells Microsoft which models are run.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 

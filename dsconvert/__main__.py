@@ -7,9 +7,9 @@ import sys
 
 
 def run() -> None:
-    """Start the command line; an interrupt during the seconds that torch takes to load is one line, too."""
-    # Before torch loads OpenMP, which reads it once. By default a thread that waits for others spins for a while: on a
-    # busy machine it spins away the time in which they would have come.
+    """Start the command line. An interrupt while torch is loading also gives one line."""
+    # Set before torch loads OpenMP, which reads it once. By default a waiting thread spins for a while. On a busy
+    # machine it thereby takes the time of the threads that it waits for.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         from dsconvert.base.streams import open_streams

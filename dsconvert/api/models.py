@@ -1,4 +1,4 @@
-"""The Python API, as one uses it in a notebook; `import dsconvert` offers all of it (loaded when first used).
+"""The Python API for models, as used in a notebook; `import dsconvert` offers all of it and loads it when first used.
 
     m = dsconvert.load("best.pt")
     q = dsconvert.quantize(m, "photos/", target_size=900_000)
@@ -6,8 +6,8 @@
     q.export("small/best.onnx")
     dsconvert.evaluate([m, q, "small/best.onnx"], "data.yaml")
 
-Everything is a thin layer over `dsconvert.convert.quantize`; `detect` and `compare` are in `photos`. Bad input raises
-`dsconvert.InputError` with one sentence; a file that is there is replaced only with force=True.
+This is a thin layer over `dsconvert.convert.quantize`; `detect` and `compare` are in `photos`. Bad input raises
+`dsconvert.InputError` with one sentence. Existing files are replaced only with force=True.
 """
 
 from __future__ import annotations
@@ -47,13 +47,13 @@ ACTIVATIONS = ("int8", "float")
 
 @dataclass(frozen=True, repr=False)
 class FloatModel:
-    """A YOLOv5 checkpoint as it was trained. Get one from `load`."""
+    """A YOLOv5 checkpoint as it was trained; `load` returns one."""
 
     checkpoint: Checkpoint
 
     @property
     def path(self) -> Path:
-        """The file it came from."""
+        """The file that it was loaded from."""
         return self.checkpoint.path
 
     @property
@@ -67,15 +67,19 @@ class FloatModel:
     def export(
         self, file: File, *, imgsz: SizeLike = 640, check: bool = True, force: bool = False, **ends: Any
     ) -> Path:
-        """Write the float32 network as ONNX, to compare with; returns the file. `check` and `ends` as in
-        QuantizedModel.export."""
+        """Write the float32 network as ONNX, for comparison; return the file.
+
+        `check` and `ends` are as in QuantizedModel.export.
+        """
         refuse_inputs([Path(file)], [self.path])
         return _write(file, exporting.onnx_bytes(self.path, PACKED, imgsz, _ends(**ends), check), force)
 
 
 @dataclass(frozen=True, repr=False)
 class QuantizedModel:
-    """A converted model. Get one from `quantize`, or from `load` (then `result`, how the conversion went, is None)."""
+    """A converted model; `quantize` and `load` return one. `result` describes the conversion; it is None after
+    `load`.
+    """
 
     model: DSModel
     result: Quantized | None = None
@@ -87,24 +91,27 @@ class QuantizedModel:
 
     @property
     def imgsz(self) -> int | tuple[int, int]:
-        """Size of the images it was calibrated on, pixels: of a square one number, else height and width."""
+        """Size of the calibration images in pixels: one number for a square, else height and width."""
         height, width = self.model.imgsz.pair
         return height if height == width else (height, width)
 
     @property
     def weight_bits(self) -> float:
-        """Mean stored bits of a convolution weight, shifts included."""
+        """Mean stored bits of a convolution weight, with shifts."""
         return self.model.weight_bits
 
     @property
     def map_drop(self) -> float | None:
-        """Points of mAP50-95 lost on the images held back; None unless target_map_drop was given."""
+        """Points of mAP50-95 lost on held-back images; None unless target_map_drop was given."""
         return self.result.map_drop if self.result else None
 
     @property
     def layers(self) -> list[dict[str, Any]]:
-        """One row a convolution: name, shape, kind, bits, block_size, bytes, float32_bytes, damage expected by bits;
-        after `quantize` also sqnr_db, the weight's signal to quantization noise in decibels."""
+        """One row for each convolution.
+
+        It has name, shape, kind, bits, block_size, bytes, float32_bytes, and the damage expected by bits. After
+        `quantize` it also has sqnr_db, the weight's signal-to-quantization-noise ratio in decibels.
+        """
         if self.result is None:
             return layer_table(self.model)
         return list(quantize_report(self.result)["layers"])
@@ -113,7 +120,7 @@ class QuantizedModel:
         return f"QuantizedModel({_source(self.model)!r}, {len(self.names)} classes, {self.weight_bits:.2f} bits)"
 
     def save(self, folder: File, *, force: bool = False) -> Path:
-        """Write model.safetensors and quantize.json into the folder; returns the former's path."""
+        """Write model.safetensors and quantize.json into a folder; return the model's path."""
         if self.result is None:
             raise InputError("This model was loaded from a file, so it is saved already; copy that file.")
         return save_quantized(self.result, Path(folder), force)
@@ -128,16 +135,21 @@ class QuantizedModel:
         force: bool = False,
         **ends: Any,
     ) -> Path:
-        """Write ONNX with integer weights; returns the file. Before that it is run in ONNX Runtime and must give
-        torch's numbers, else CheckError is raised; check=False leaves this out.
+        """Write ONNX with integer weights; return the file.
 
-        layout: packed (smallest), fused (that for ONNX Runtime alone, loads faster), blocked (ONNX block scales),
-        openvino (for OpenVINO: the fastest there), int8 (runs on old engines) or float (of kds="float").
-        imgsz: pixels of the input, a square's side or (height, width) (None: as calibrated).
-        dynamic_batch=True leaves the batch size open, dynamic=True height and width too (slower, for
-        ONNX Runtime).
-        input_type: float32 or float16 (0..1), or uint8 (the image's bytes). nms=True ends with non-maximum suppression,
-        `detections` (k, 7) = image, x1, y1, x2, y2, score, class; conf_thres, iou_thres and max_det belong to it."""
+        layout: packed (smallest), fused (for ONNX Runtime, loads faster), blocked (ONNX block scales), openvino (for
+            OpenVINO, the fastest there), int8 (runs on old engines), or float (for kds="float").
+        imgsz: pixels of the input, a square's side or (height, width); None: as calibrated.
+        check: whether to run the file in ONNX Runtime first and compare it with torch.
+        force: whether to replace an existing file.
+        dynamic_batch: leave the batch size open.
+        dynamic: leave batch size, height and width open (for ONNX Runtime; slower).
+        input_type: float32 or float16 in 0..1, or uint8 (the image's bytes).
+        nms: end with non-maximum suppression. The output `detections` (k, 7) is image, x1, y1, x2, y2, score, class.
+        conf_thres, iou_thres, max_det: limits of the suppression.
+
+        Raises CheckError if the check fails.
+        """
         chosen, asked = layout_named(layout), _ends(**ends)
         with tempfile.TemporaryDirectory() as folder:
             made = exporting.onnx_bytes(as_file(self, Path(folder)), chosen, imgsz, asked, check)
@@ -146,9 +158,16 @@ class QuantizedModel:
 
 @dataclass(frozen=True)
 class EvaluationRow:
-    """One model's line of an evaluation, its fields as `dsconvert eval` explains them: mAP, precision and recall in
-    0..1, ap50_95 by class number, stored bits a weight, milliseconds of ONNX Runtime (median, interquartile range).
-    Without labels the first four are None where the first model finds nothing."""
+    """One model in an evaluation; fields are as in `dsconvert eval`.
+
+    model: its file.
+    map50_95, map50, precision, recall: 0..1; None if, without labels, the first model finds nothing.
+    size_bytes: of the file.
+    weight_bits: stored bits of a weight.
+    latency_ms, latency_spread_ms: median and interquartile range of ONNX Runtime.
+    images: measured on.
+    ap50_95: by class number.
+    """
 
     model: str
     map50_95: float | None
@@ -164,7 +183,7 @@ class EvaluationRow:
 
 
 class Evaluation(tuple[EvaluationRow, ...]):
-    """Rows in the order of the models given; shows itself as a table. `pandas.DataFrame(evaluation)` works too."""
+    """Rows in the order of the models; it prints as a table, and `pandas.DataFrame(evaluation)` works too."""
 
     __slots__ = ()
 
@@ -217,18 +236,29 @@ def quantize(
     device: str = "cpu",
     progress: Progress | None = None,
 ) -> QuantizedModel:
-    """Convert a checkpoint to DSConv. It is left as it is.
+    """Convert a checkpoint to DSConv. The checkpoint is left as it is.
 
-    images: folder, data.yaml or text file of paths to calibrate on, no labels needed; None synthesises images from the
-    checkpoint. At most one of bits (2..8, every weight), target_size (bytes of the packed ONNX file) and
-    target_map_drop (points of mAP50-95 lost on images held back) decides the widths; without, layers share the bytes
-    of 4 bits as it does the least harm. block_size: input channels a shift covers (None: by layer). blocks: all, head,
-    backbone, or C3 layers such as "13,17,20,23"; scope: bottleneck, c3 or all. activations: int8, or float to quantize
-    weights only; kds: int, or float for the paper's real-valued shifts. imgsz: pixels, a square's side or (height,
-    width), multiples of the model's stride; samples: most images used; split: that of a data.yaml (None: train, else
-    val); strict: refuse lists and labels of which a part cannot be used, instead of a warning. finetune_steps: of the
-    brief fine-tune (None: as many as seem of use; 0: none), which ends after finetune_time seconds (None: never; 0:
-    there is none). device: cpu, or a GPU (0, cuda:0, cuda). progress(stage, done, total) is called as it goes."""
+    model: a checkpoint, or its file.
+    images: folder, data.yaml or text file of paths to calibrate on, without labels; None: synthesised from the
+        checkpoint.
+    bits: 2..8, of every weight.
+    target_size: largest packed ONNX file, in bytes.
+    target_map_drop: most points of mAP50-95 to lose on held-back images. At most one of these three may be given.
+        Without any, the bits of each layer are chosen so that the damage is least at the size of 4 bits everywhere.
+    block_size: input channels that share a KDS (group size); None: chosen for each layer.
+    blocks: all, head, backbone, or C3 layers such as "13,17,20,23".
+    scope: bottleneck, c3 or all.
+    activations: int8, or float to quantize weights only.
+    kds: int, or float for the paper's real-valued KDS.
+    imgsz: pixels, a square's side or (height, width), in multiples of the model's stride.
+    samples: most images used.
+    split: of a data.yaml; None: train, else val.
+    strict: refuse lists and labels with unusable parts, instead of a warning.
+    finetune_steps: steps of the brief fine-tune; None: as many as are useful; 0: none.
+    finetune_time: seconds after which the fine-tune stops; None: no limit; 0: no fine-tune.
+    device: cpu, or a GPU (0, cuda:0, cuda).
+    progress: called as progress(stage, done, total).
+    """
     source = load(model) if isinstance(model, (str, Path)) else model
     if not isinstance(source, FloatModel):
         raise InputError("This model is converted already; quantize takes a checkpoint (.pt).")
@@ -239,7 +269,7 @@ def quantize(
         finetune_time=finetune_time,
     )  # fmt: skip
     _check(options)
-    # fitting folds BatchNorm and may move the network to a device, in place
+    # the fit folds BatchNorm and may move the network to a device, in place
     own = replace(source.checkpoint, network=copy.deepcopy(source.checkpoint.network))
     result = pipeline.quantize(own, options, _as_call(source, options), progress)
     return QuantizedModel(result.model, result)
@@ -256,13 +286,20 @@ def evaluate(
     input: str | None = None,
     progress: Progress | None = None,
 ) -> Evaluation:
-    """Measure accuracy, size and latency of models, given as values or as `.pt`, `.safetensors` and `.onnx` files.
+    """Measure accuracy, size and latency of models.
 
-    data: data.yaml with labels, or a folder of images; then the truth is what the first model finds, and the others'
-    rows say how far they agree with it. A converted model's size is that of the file `save` writes. imgsz: pixels
-    of the images, a square's side or (height, width) (None: what the models were made for); samples: most images used;
-    split: that of the data.yaml (None: val, else test or train); strict: refuse lists and labels of which a part cannot
-    be used, instead of a warning; input: the family of ONNX files, as in `detect`."""
+    models: values, or `.pt`, `.safetensors` and `.onnx` files.
+    data: a data.yaml with labels, or a folder of images. Without labels the first model's detections are the truth, and
+        the other rows measure agreement with it.
+    imgsz: pixels of the images, a square's side or (height, width); None: what the models were made for.
+    samples: most images used.
+    split: of the data.yaml; None: val, else test or train.
+    strict: refuse lists and labels with unusable parts, instead of a warning.
+    input: the family of ONNX files, as in `detect`.
+    progress: called as progress(stage, done, total).
+
+    A converted model has the size of the file that `save` writes.
+    """
     given = [models] if isinstance(models, (str, Path, FloatModel, QuantizedModel)) else list(models)
     if not given:
         raise InputError("There is no model to evaluate.")
@@ -289,12 +326,12 @@ def _row(model: FloatModel | QuantizedModel | File, found: contest.Evaluated) ->
 
 
 def _source(model: DSModel) -> str:
-    """File name of the checkpoint a model was made from."""
+    """Return the file name of the checkpoint that a model was made from."""
     return Path(str(model.provenance.get("source", "model"))).name
 
 
 def as_file(model: FloatModel | QuantizedModel | File, folder: Path) -> Path:
-    """Where the model lies; one that is only in memory is first written into `folder`."""
+    """Return the model's file; a model in memory is first written into `folder`."""
     if isinstance(model, FloatModel):
         return model.path
     if not isinstance(model, QuantizedModel):
@@ -324,17 +361,17 @@ def _ends(
     limits: dict[str, Any] = {"confidence": conf_thres, "iou": iou_thres, "most": max_det}
     chosen = {name: value for name, value in limits.items() if value is not None}
     if chosen and not nms:
-        raise InputError("conf_thres, iou_thres and max_det belong to nms=True; give it too.")
+        raise InputError("conf_thres, iou_thres and max_det work only with nms=True; give it too.")
     return Ends(dynamic_batch, input_type, Nms(**chosen) if nms else None, dynamic)
 
 
 def _check(options: QuantizeOptions) -> None:
-    """What the command line's parser would have refused."""
+    """Raise InputError for values that the command line's parser would refuse."""
     if options.activations not in ACTIVATIONS:
         raise InputError(f"activations {options.activations!r} is not one of {', '.join(ACTIVATIONS)}.")
     if options.kds not in ("int", "float"):
         raise InputError(f"kds {options.kds!r} is not one of int, float.")
-    Size.of(options.imgsz)  # raises for what is none
+    Size.of(options.imgsz)  # raises for invalid values
     numbers = {"bits": options.bits, "target_size": options.target_bytes, "block_size": options.block_size,
                "samples": options.samples, "seed": options.seed,
                "finetune_steps": options.finetune_steps}  # fmt: skip
@@ -349,13 +386,13 @@ def _check(options: QuantizeOptions) -> None:
 
 
 def check_split(split: str | None) -> None:
-    """Raises InputError for one that there is not."""
+    """Raise InputError for an unknown split."""
     if split is not None and split not in SPLITS:
         raise InputError(f"split {split!r} is not one of {', '.join(SPLITS)}.")
 
 
 def _as_call(source: FloatModel, options: QuantizeOptions) -> str:
-    """What the model file notes as the command that made it."""
+    """Return the call that the model file notes as its origin."""
     keywords = {"calib": "images", "target_bytes": "target_size", "target_drop": "target_map_drop"}
     default = QuantizeOptions()
     given = {

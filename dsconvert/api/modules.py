@@ -1,7 +1,7 @@
-"""DSConv for any torch module: every Conv2d and Linear converted on what it sees, layer by layer as they run.
+"""Convert any torch module to DSConv: every Conv2d and Linear, fitted in the order in which they run.
 
-The float module and the partly converted one run side by side, as `fit.lockstep` has it for detectors, but through
-hooks: whatever happens between the layers stays the module's own code.
+The float module and the partly converted one run side by side, as in `fit.lockstep`, but with hooks. So whatever
+happens between the layers stays the module's own code.
 """
 
 from __future__ import annotations
@@ -30,8 +30,16 @@ FITS = ("gptq", "least_squares")
 
 @dataclass(frozen=True)
 class ModulePlan:
-    """bits (2..8) and block_size (input channels that share a shift) of every layer. activations: None for float, or
-    8 for inputs rounded to 8 bits within the range seen. fit: gptq, or least_squares, which looks at weights alone."""
+    """How a module is converted.
+
+    bits: of every layer, 2..8.
+    block_size: input channels that share a shift (KDS).
+    activations: None for float, or 8 to round inputs to 8 bits within the observed range.
+    fit: gptq, or least_squares, which uses only the weights.
+    seed: of all random choices.
+
+    Raises InputError for other values.
+    """
 
     bits: int = 4
     block_size: int = 32
@@ -47,14 +55,14 @@ class ModulePlan:
 
 
 class DSLinear(nn.Module):
-    """A Linear as a DSConv of 1x1."""
+    """A Linear as a 1x1 DSConv."""
 
     def __init__(self, conv: DSConv) -> None:
         super().__init__()
         self.conv = conv
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., chi) -> (..., cho)."""
+        """Map (..., chi) to (..., cho)."""
         out = self.conv(x.reshape(-1, x.shape[-1], 1, 1))
         return out.reshape(*x.shape[:-1], out.shape[1])
 
@@ -72,11 +80,16 @@ class Rounded(nn.Module):
 
 @torch.no_grad()
 def quantize_module(module: nn.Module, batches: Sequence[Any], plan: ModulePlan | None = None) -> nn.Module:
-    """A copy of the module in evaluation mode whose every Conv2d and Linear is DSConv; the module is left as it is.
+    """Return a copy of the module, in evaluation mode, with DSConv for every Conv2d and Linear.
 
-    batches: inputs to call it with, each a tensor or a tuple of arguments, kept in memory. Layers that no batch
-    reaches, grouped ones, and convolutions with unequal strides, paddings or dilations or with a padding mode get the
-    VQK of least squares; those with one channel a group 8 bits. Raises InputError when there is no such layer."""
+    batches: inputs for the module, each a tensor or a tuple of arguments; they are kept in memory.
+    plan: None: the defaults.
+
+    Some layers get the integers of least squares: layers that no batch reaches, grouped ones, and convolutions with
+    unequal strides, paddings or dilations or with a padding mode. Layers with one channel a group get 8 bits.
+
+    Raises InputError when there is no Conv2d and no Linear.
+    """
     chosen = plan or ModulePlan()
     source = copy.deepcopy(module).eval()
     made = copy.deepcopy(source)
@@ -102,7 +115,7 @@ def _call(module: nn.Module, batch: Any) -> None:
 
 
 def _order(source: nn.Module, batches: Sequence[Any], names: dict[int, str]) -> list[str]:
-    """Names of the layers that the first batch reaches, as it reaches them."""
+    """Return the names of the layers that the first batch reaches, in the order in which it does."""
     found: dict[str, None] = {}
     hooks = [m.register_forward_pre_hook(lambda m, _: found.setdefault(names[id(m)]))
              for m in source.modules() if id(m) in names]  # fmt: skip
@@ -114,7 +127,7 @@ def _order(source: nn.Module, batches: Sequence[Any], names: dict[int, str]) -> 
 
 
 def _seen(source: nn.Module, made: nn.Module, name: str, batches: Sequence[Any], seed: int) -> Iterator[Seen]:
-    """What the layer gets in both, and makes in the float one, at every call."""
+    """Yield what the layer gets in both modules, and what it gives in the float one, at every call."""
     layer, place = source.get_submodule(name), 0
     for batch in batches:
         for x, q in zip(*(_inputs(m, name, batch) for m in (source, made)), strict=True):
@@ -125,7 +138,7 @@ def _seen(source: nn.Module, made: nn.Module, name: str, batches: Sequence[Any],
 
 
 def _inputs(module: nn.Module, name: str, batch: Any) -> list[Tensor]:
-    """What the layer is called with in one forward pass."""
+    """Return the layer's inputs in one forward pass."""
     caught: list[Tensor] = []
     layer = module.get_submodule(name)
     hook = layer.register_forward_pre_hook(lambda _, args: caught.append(args[0].detach().clone()))
@@ -144,7 +157,7 @@ def _converted(layer: nn.Module, seen: list[Seen], plan: ModulePlan) -> nn.Modul
     conv = layer if isinstance(layer, nn.Conv2d) else _as_conv(layer)
     bias = conv.bias if conv.bias is not None else torch.zeros(conv.out_channels)
     node = _node(conv)
-    # one channel a group: a shift would belong to a single weight, so plain int8 takes no more room
+    # with one channel a group, a shift would belong to a single weight, and plain int8 takes no more space
     format = WeightFormat(plan.bits if conv.weight.shape[1] > 1 else 8, plan.block_size, FREE)
     if seen and node is not None and plan.fit == "gptq":
         fitted = GPTQ().layer(node, conv.weight, format, lambda: seen)
@@ -168,7 +181,7 @@ def _as_conv(layer: Any) -> nn.Conv2d:
 
 
 def _node(conv: nn.Conv2d) -> Node | None:
-    """The convolution as the fit knows it; None where it doesn't."""
+    """Return the convolution as the fit knows it, or None if the fit does not."""
     attrs = {"stride": conv.stride, "padding": conv.padding, "dilation": conv.dilation}
     if conv.padding_mode != "zeros" or any(isinstance(v, str) or len(set(v)) > 1 for v in attrs.values()):
         return None

@@ -1,4 +1,4 @@
-"""The Python API's `detect` and `compare`: models on photographs, without labels.
+"""The Python API's `detect` and `compare`, for photographs without labels.
 
     found = dsconvert.detect("small/best.onnx", "photos/")
     for photo in found:
@@ -32,7 +32,7 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class DetectedObject:
-    """One object: its class, its score in 0..1, and its box's corners in pixels of the photograph."""
+    """One object: its class, its score in 0..1, and the corners of its box in pixels of the photograph."""
 
     name: str
     class_number: int
@@ -45,8 +45,10 @@ class DetectedObject:
 
 @dataclass(frozen=True)
 class DetectedPhoto:
-    """A photograph and the objects in it, the surest first. `pandas.DataFrame(photo.objects)` works. `masks` are the
-    objects' of a segmentation model (`inside`, bool, from pixel `left`, `top` on), else None."""
+    """A photograph and the objects in it, by falling score. `pandas.DataFrame(photo.objects)` works.
+
+    masks: of a segmentation model's objects (`inside`, bool, starting at pixel `left`, `top`); else None.
+    """
 
     path: Path
     width: int
@@ -57,12 +59,12 @@ class DetectedPhoto:
     masks: tuple[PlacedMask, ...] | None = field(default=None, repr=False, compare=False)
 
     def draw(self, *, line_thickness: int = 3, labels: bool = True, scores: bool = True) -> Image:
-        """The photograph with its boxes, RGB uint8 (height, width, 3); the file is read again."""
+        """Return the photograph with its boxes, RGB uint8 (height, width, 3); the file is read again."""
         return draw(read_image(self.path), self.boxes, self.names, line_thickness, labels, scores, self.masks)
 
 
 class Detections(tuple[DetectedPhoto, ...]):
-    """Photographs in the order they were read; shows itself as a line for each."""
+    """Photographs in the order in which they were read; it prints as a line for each."""
 
     __slots__ = ()
 
@@ -78,7 +80,7 @@ class Detections(tuple[DetectedPhoto, ...]):
 
 @dataclass(frozen=True)
 class ComparedPhoto:
-    """How many objects in a photograph both models find, only the first, only the second."""
+    """How many objects in a photograph both models find, only the first, and only the second."""
 
     path: Path
     matched: int
@@ -88,11 +90,21 @@ class ComparedPhoto:
 
 @dataclass(frozen=True)
 class Comparison:
-    """How far two models find the same objects. Two boxes match when their class is the same and their IoU at least
-    0.5; `agreement` is the share of all objects that match. A confidence shift is the second's score less the first's.
-    `map50_95` measures the second against the first's objects. What cannot be said (nothing matches, the first finds
-    nothing) is None. Of each model, `mean_best_score` is the mean over photographs of the best score, and
-    `confident_boxes` the number of boxes above 0.25."""
+    """How far two models find the same objects.
+
+    Two boxes match if they have the same class and an IoU of at least 0.5.
+
+    matched, only_first, only_second: numbers of objects.
+    agreement: share of all objects that match.
+    mean_iou: of matching boxes.
+    mean_confidence_shift, largest_confidence_shift: the second model's score minus the first's.
+    map50_95: the second model measured against the first's objects.
+    mean_best_score_first, mean_best_score_second: mean over photographs of the best score.
+    confident_boxes_first, confident_boxes_second: boxes that score above 0.25.
+    photos: one entry for each.
+
+    A figure is None if it cannot be computed, because nothing matches or the first model finds nothing.
+    """
 
     matched: int
     only_first: int
@@ -124,24 +136,32 @@ def detect(
 ) -> Detections:
     """Find the objects in photographs, with the defaults of YOLOv5's detect.py.
 
-    images: a photograph, a folder, a text file of paths, or several of these. Found is what scores above conf_thres
-    and overlaps no surer object of its class (agnostic_nms: of any class) by more than iou_thres; at most max_det a
-    photograph; only classes, by number or name. imgsz: pixels of the model's input, a square's side or
-    (height, width) (None: what it was made for). input: the family of an ONNX file, such as "yolox", or
-    "FILE.yaml:NAME" (None: YOLOv5's input, and outputs whose shapes tell). Photographs that cannot be read are left out
-    with a warning; InputError is raised when all are."""
+    model: a value or a file.
+    images: a photograph, a folder, a text file of paths, or several of these.
+    conf_thres: least score.
+    iou_thres: largest overlap with a better object of the same class.
+    max_det: most objects in a photograph.
+    classes: only these, by number or name; None: all.
+    agnostic_nms: whether objects of different classes suppress each other too.
+    imgsz: pixels of the model's input, a square's side or (height, width); None: what the model was made for.
+    input: the family of an ONNX file, such as "yolox", or "FILE.yaml:NAME"; None: YOLOv5's input, and outputs
+        recognised by their shapes.
+    progress: called as progress(stage, done, total).
+
+    Photographs that cannot be read are left out with a warning. Raises InputError when none can be read.
+    """
     given = [images] if isinstance(images, (str, Path)) else list(images)
     paths = photo_paths(map(Path, given))
     if not paths:
         raise InputError("There are no images to look at.")
-    DetectOptions(conf_thres, iou_thres, max_det)  # before anything is loaded
+    DetectOptions(conf_thres, iou_thres, max_det)  # checked before anything is loaded
     skipped: list[Skipped] = []
     with tempfile.TemporaryDirectory() as folder:
         candidate = load_candidate(as_file(model, Path(folder)), imgsz, preset=perhaps_named(input)).named
         wanted = class_numbers([str(c) for c in classes or ()], candidate.names)
         options = DetectOptions(conf_thres, iou_thres, max_det, wanted, agnostic_nms)
         if candidate.limits and (kept := options.beyond(candidate.limits)):
-            _warn(f"{candidate.path} suppresses boxes itself, and keeps only those within {kept}.")
+            _warn(f"{candidate.path} suppresses boxes itself, and keeps only boxes within {kept}.")
         found = detect_files(candidate, paths, options, skipped, progress or _silent)
         photos = Detections([_photo(path, image, boxes, candidate.names, masks) for path, image, boxes, masks in found])
     if skipped:
@@ -163,14 +183,21 @@ def compare(
     input: str | None = None,
     progress: Progress | None = None,
 ) -> Comparison:
-    """Measure how far two models find the same objects in photographs that nobody labelled.
+    """Measure how far two models find the same objects in photographs without labels.
 
-    images: a photograph, a folder, a text file of paths or a data.yaml, whose labels are not read. Objects are those
-    above conf_thres, of which none overlaps another of its class by more than iou_thres. imgsz: pixels of the
-    models' input, a square's side or (height, width) (None: what they were made for); samples: most images
-    used; split: that of a data.yaml (None: val, else test or train); strict: refuse a list that names files that are
-    gone, instead of a warning; input: the family of ONNX files, as in `detect`. Raises InputError when neither model
-    finds anything."""
+    first, second: values or files.
+    images: a photograph, a folder, a text file of paths or a data.yaml; labels are not read.
+    conf_thres: least score of an object.
+    iou_thres: largest overlap with a better object of the same class.
+    imgsz: pixels of the models' input, a square's side or (height, width); None: what they were made for.
+    samples: most images used.
+    split: of a data.yaml; None: val, else test or train.
+    strict: refuse a list that names missing files, instead of a warning.
+    input: the family of ONNX files, as in `detect`.
+    progress: called as progress(stage, done, total).
+
+    Raises InputError when neither model finds anything.
+    """
     if samples is not None and samples < 1:
         raise InputError("samples must be at least 1.")
     check_split(split)
@@ -195,7 +222,7 @@ def compare(
         _warn(left_out(found.skipped))
     if found.agreement is None:
         raise InputError.naming(
-            "{} gives no boxes that can be read; {input} names a family whose outputs are.", found.first.path
+            "{} gives no boxes that can be read; give {input} if it belongs to a known family.", found.first.path
         )
     a, s = found.agreement, found.agreement.scores
     if shifted := s.warning(str(found.first.path), str(found.second.path)):
@@ -220,8 +247,8 @@ def _photo(
 
 
 def _warn(text: str) -> None:
-    warnings.warn(text, stacklevel=3)  # whoever called `detect` or `compare`
+    warnings.warn(text, stacklevel=3)  # points at the caller of `detect` or `compare`
 
 
 def _silent(stage: str, done: int, total: int) -> None:
-    """Progress nobody asked for."""
+    """Ignore progress."""

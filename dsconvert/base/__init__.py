@@ -1,1 +1,1 @@
-"""What knows nothing of networks: errors and words, files, processes, threads, compiled loops, ONNX nodes."""
+"""Parts that know nothing of networks: errors and texts, files, processes, threads, compiled loops, ONNX nodes."""

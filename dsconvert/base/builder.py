@@ -1,4 +1,4 @@
-"""A little bookkeeping around onnx.helper: nodes, shared initializers, the model around them."""
+"""Build ONNX models: nodes, shared initializers, and the model around them."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from onnx import helper, numpy_helper
 from dsconvert.base.errors import InputError
 from dsconvert.base.version import VERSION
 
-# The IR version that introduced each opset: old runtimes refuse files whose IR is newer than they know.
+# opset -> the IR version that introduced it; old runtimes refuse files with a newer IR version than they know
 IR_VERSION = {13: 7, 21: 10}
 
 
 def is_constant(tensor: onnx.TensorProto) -> bool:
-    """Whether it is one that nodes share, not a layer's own: these are called after their layers, with a dot."""
+    """Return whether an initializer is shared by nodes; a layer's own is named after its layer, with a dot."""
     return "." not in tensor.name
 
 
 class OnnxBuilder:
-    """Collects nodes and initializers; equal constants are stored once."""
+    """Collects nodes and initializers, and stores equal constants once."""
 
     def __init__(self, opset: int) -> None:
         self.opset = opset
@@ -33,32 +33,32 @@ class OnnxBuilder:
         self._shared: dict[tuple[str, tuple[int, ...], bytes], str] = {}
 
     def node(self, op: str, inputs: list[str], output: str, **attrs: Any) -> str:
-        """Append a node with one output and return that output's name."""
+        """Append a node with one output, and return the output's name."""
         self.nodes.append(helper.make_node(op, inputs, [output], **attrs))
         return output
 
     def tensor(self, name: str, value: NDArray[Any]) -> str:
-        """An initializer under its own name (any dtype onnx knows, ml_dtypes' int4 among them)."""
+        """Add an initializer under its own name, of any dtype that onnx knows, with ml_dtypes' int4."""
         self.initializers[name] = numpy_helper.from_array(np.asarray(value, order="C"), name)
         return name
 
     def constant(self, value: NDArray[Any]) -> str:
-        """An initializer shared by every user of the same value."""
+        """Add an initializer that all users of the same value share."""
         key = (str(value.dtype), value.shape, value.tobytes())
         if key not in self._shared:
             self._shared[key] = self.tensor(f"c{len(self._shared)}", value)
         return self._shared[key]
 
     def has(self, value: str) -> bool:
-        """Whether a node makes this value already."""
+        """Return whether a node already makes this value."""
         return any(value in node.output for node in self.nodes)
 
     def made(self) -> set[str]:
-        """Names of all nodes' outputs and initializers."""
+        """Return the names of all outputs of nodes and of all initializers."""
         return {*self.initializers, *(name for node in self.nodes for name in node.output)}
 
     def rename(self, names: Mapping[str, str]) -> None:
-        """Give values other names, all at once."""
+        """Rename values, all at once."""
         for node in self.nodes:
             for values in (node.input, node.output):
                 values[:] = [names.get(name, name) for name in values]
@@ -67,11 +67,11 @@ class OnnxBuilder:
         self.initializers = {tensor.name: tensor for tensor in self.initializers.values()}
 
     def shape(self, *dims: int) -> str:
-        """A shape for Reshape and its kin."""
+        """Add a shape, as Reshape and similar nodes read it."""
         return self.constant(np.array(dims, np.int64))
 
     def scalar(self, value: float) -> str:
-        """A float32 scalar."""
+        """Add a float32 scalar."""
         return self.constant(np.array(value, np.float32))
 
     def model(
@@ -81,12 +81,18 @@ class OnnxBuilder:
         metadata: Mapping[str, str],
         input_type: int = onnx.TensorProto.FLOAT,
     ) -> onnx.ModelProto:
-        """The finished model, checked by onnx. Inputs are of the given type, outputs float32. Raises InputError when
-        two values have one name, as they can when the names of a model file's layers were made up for it."""
+        """Return the finished model, checked by onnx.
+
+        inputs, outputs: name -> shape; inputs have the given type, outputs are float32.
+
+        Raises InputError when two values have one name, as a model file's invented layer names may cause.
+        """
         made = Counter([*inputs, *self.initializers, *(name for node in self.nodes for name in node.output)])
         twice = next((name for name, count in made.items() if count > 1), None)
         if twice is not None:
-            raise InputError(f"Two values of the exported file would be called {twice}, as its layers' names have it.")
+            raise InputError(
+                f"Two values of the exported file would be called {twice}; the model's layers are named so."
+            )
 
         def values(named: Mapping[str, tuple[int | str, ...]], kind: int) -> list[onnx.ValueInfoProto]:
             return [helper.make_tensor_value_info(n, kind, s) for n, s in named.items()]

@@ -1,4 +1,4 @@
-"""The exceptions a user may cause; the command line turns each into one sentence and an exit code."""
+"""The exceptions that a user may cause; the command line turns each into one sentence and an exit code."""
 
 from __future__ import annotations
 
@@ -12,8 +12,11 @@ MOST = 2000  # characters of a message
 
 
 def shown(value: object) -> str:
-    """A value of a stranger's file in a message: numbers and short text as they are, of anything else only its kind,
-    as the text of a few nested lists can be without end."""
+    """Return a value of a stranger's file for a message.
+
+    Numbers and short text are shown as they are, anything else only by its kind: a few nested lists can have endless
+    text.
+    """
     if isinstance(value, str) and len(value) <= 200:
         return repr(value)
     if value is None or isinstance(value, (bool, float)) or (isinstance(value, int) and abs(value) < 1 << 64):
@@ -24,27 +27,30 @@ def shown(value: object) -> str:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether this is how Python, torch, ONNX Runtime or OpenCV say that there is no memory left."""
+    """Return whether this error is how Python, torch, ONNX Runtime or OpenCV report that memory is exhausted."""
     return isinstance(error, MemoryError) or any(words in str(error) for words in _OUT_OF_MEMORY)
 
 
 def system_fault(error: BaseException) -> str | None:
-    """One sentence when the machine, and neither the input nor dsconvert, is at fault: memory, disk, permissions."""
+    """Return a sentence if the machine is at fault (memory, disk, permissions) and neither the input nor dsconvert."""
     if is_out_of_memory(error):
-        return Sentence("There is not enough memory; fewer {samples} or a smaller {imgsz} need less.")
+        return Sentence("There is not enough memory; use fewer {samples} or a smaller {imgsz}.")
     if isinstance(error, OSError) and error.strerror:
         what = f"{error.filename} cannot be used" if error.filename else "Reading or writing failed"
         return printable(f"{what}: {error.strerror}.")
     return None
 
 
-# how torch, ONNX Runtime, OpenCV and C++ say it
+# how torch, ONNX Runtime, OpenCV and C++ report it
 _OUT_OF_MEMORY = ("can't allocate memory", "out of memory", "Failed to allocate memory", "bad_alloc", "bad allocation",
                   "Insufficient memory")  # fmt: skip
 
 
 class InputError(ValueError):
-    """Something given to dsconvert cannot be used; the message is one complete sentence for the user. Exit code 2."""
+    """Something given to dsconvert cannot be used (exit code 2).
+
+    The message is one complete sentence for the user.
+    """
 
     def __init__(self, message: str) -> None:
         super().__init__(printable(message, MOST))
@@ -52,22 +58,21 @@ class InputError(ValueError):
 
     @classmethod
     def naming(cls, template: str, *values: object) -> Self:
-        """One whose message names parameters, see `text.Sentence`."""
+        """Return an error whose message names parameters (see `text.Sentence`)."""
         return cls(Sentence(template, *values))
 
     def said(self, words: Callable[[str], str]) -> str:
-        """The message with another face's words for the parameters."""
+        """Return the message with other words for the parameters, such as command line options."""
         return printable(in_words(self.message, words), MOST)
 
 
 class Unusable(InputError):
-    """One image or video cannot be used, or what belongs to it cannot be written; the next one may be."""
+    """One image or video cannot be used, or its results cannot be written; the next one may be fine."""
 
 
 @contextmanager
 def refusing(message: str) -> Iterator[None]:
-    """Raises InputError with that message for whatever is raised within, but for InputErrors: native libraries raise
-    many kinds on malformed files."""
+    """Raise InputError with that message for any other exception in the block: native libraries raise many kinds."""
     try:
         yield
     except InputError:
@@ -77,11 +82,11 @@ def refusing(message: str) -> Iterator[None]:
 
 
 class CheckError(RuntimeError):
-    """A file dsconvert made does not compute what it should, and so was not written; one sentence. Exit code 1."""
+    """A file that dsconvert made does not compute what it should, and so was not written (exit code 1)."""
 
     def __init__(self, message: str) -> None:
         super().__init__(printable(message, MOST))
 
 
 class LimitMissed(Exception):
-    """A measured value misses the limit that the user set for it (exit code 3); one complete sentence."""
+    """A measured value misses the limit that the user set (exit code 3); the message is one complete sentence."""

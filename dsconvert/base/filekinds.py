@@ -1,4 +1,4 @@
-"""What a file is, by its first bytes: the one rule of all commands. Names decide only where bytes say nothing.
+"""Tell what a file is by its first bytes, by one rule for all commands. Names decide only where bytes do not.
 
 `best.pt`, `best.PT`, `last.pth` and `checkpoint` are the same checkpoint; a web page saved as `best.pt` is a web page.
 """
@@ -12,12 +12,12 @@ from pathlib import Path
 from dsconvert.base.errors import InputError
 
 HEAD_BYTES = 1024
-LEAST_SPARSE, HOLES = 1 << 20, 16  # bytes; a file system that packs what it stores gains less on weights
+LEAST_SPARSE, HOLES = 1 << 20, 16  # bytes; a file system that compresses gains less on weights
 CHECKPOINT, MODEL, ONNX = "pt", "safetensors", "onnx"
 NAMES = {CHECKPOINT: "a PyTorch checkpoint", MODEL: "a safetensors file", ONNX: "an ONNX file"}
 _MISSING = {CHECKPOINT: "checkpoint", MODEL: "model", ONNX: "ONNX"}
 _SUFFIXES = {".pt": CHECKPOINT, ".pth": CHECKPOINT, ".ckpt": CHECKPOINT, ".safetensors": MODEL, ".onnx": ONNX}
-LEGACY_MAGIC = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."  # torch.save before PyTorch 1.6 begins with this number
+LEGACY_MAGIC = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."  # torch.save before PyTorch 1.6 wrote this number first
 LFS = (b"version https://git-lfs", b"version https://hawser", b"version http://git-media")
 AGAIN = "download or copy it again"
 UNPACK = "unpack it and give what is inside"
@@ -25,7 +25,7 @@ SOURCE = "give the checkpoint (.pt) or the ONNX file that it was made from"
 EXPORTED = "export it to ONNX with the program that made it, then dsconvert quantize model.onnx --calib photos/"
 
 
-# where in the file, which bytes -> what it is, and what to do
+# (offset, bytes, what the file is, what to do)
 _MAGIC: tuple[tuple[int, bytes, str, str], ...] = (
     (4, b"TFL3", "a TensorFlow Lite model", SOURCE),
     (0, b"ftrt", "a TensorRT engine", SOURCE),
@@ -50,7 +50,7 @@ _MAGIC: tuple[tuple[int, bytes, str, str], ...] = (
     (0, b"\x7fELF", "a program or library", "give the checkpoint (.pt) of the network"),
     (0, b"MZ", "a program or library of Windows", "give the checkpoint (.pt) of the network"),
 )  # fmt: skip
-# of files whose bytes say nothing of their kind
+# by suffix, for files whose bytes tell nothing
 _BY_SUFFIX = {
     ".engine": ("a TensorRT engine", SOURCE), ".plan": ("a TensorRT engine", SOURCE),
     ".trt": ("a TensorRT engine", SOURCE), ".pb": ("a TensorFlow graph", SOURCE),
@@ -65,15 +65,19 @@ _BY_SUFFIX = {
 
 
 def file_kind(path: Path, wanted: str | None = None) -> str:
-    """CHECKPOINT, MODEL or ONNX. Raises InputError, one sentence, for what is neither; it says that the file is not of
-    the kind that its name tells, or that is `wanted`."""
+    """Return CHECKPOINT, MODEL or ONNX.
+
+    wanted: the kind that the caller needs; it is named in the error for other files.
+
+    Raises InputError for any other file.
+    """
     named = _SUFFIXES.get(path.suffix.lower())
     check_ordinary(path)
     if path.is_dir():
         raise InputError(f"{path} is a folder; name the model file (.pt, .safetensors or .onnx) in it.")
     if not path.is_file():
         if not named:
-            raise InputError(f"{path} is not a .pt, .safetensors or .onnx file that is there.")
+            raise InputError(f"There is no file at {path}; give a .pt, .safetensors or .onnx file.")
         raise InputError(f"There is no {_MISSING[named]} file at {path}.")
     found = known_kind(path)
     if not found:
@@ -84,8 +88,10 @@ def file_kind(path: Path, wanted: str | None = None) -> str:
 
 
 def check_ordinary(path: Path) -> None:
-    """Raises InputError for a pipe, a socket or a device, which may never end, and for a file of nothing but holes,
-    whose gigabytes cost its maker nothing. What is not there, and folders, are left to others."""
+    """Raise InputError for a pipe, a socket or a device, which may never end, and for a file that is mostly holes.
+
+    A file of holes claims gigabytes at no cost. Missing files and folders are left to other checks.
+    """
     try:
         status = path.stat()
     except (OSError, ValueError):
@@ -93,20 +99,20 @@ def check_ordinary(path: Path) -> None:
     if stat.S_ISDIR(status.st_mode):
         return
     if not stat.S_ISREG(status.st_mode):
-        raise InputError(f"{path} is a pipe or a device, and no ordinary file; give the file itself.")
-    held = getattr(status, "st_blocks", 0) * 512  # some systems do not say
+        raise InputError(f"{path} is a pipe or a device, not an ordinary file; give the file itself.")
+    held = getattr(status, "st_blocks", 0) * 512  # some systems do not tell
     if status.st_size > LEAST_SPARSE and 0 < held < status.st_size // HOLES:
         raise InputError(
-            f"{path} says that it has {status.st_size / 1e6:.0f} MB, and holds {held / 1e6:.1f} MB and holes, as a "
-            f"broken download leaves them; {AGAIN}."
+            f"{path} claims {status.st_size / 1e6:.0f} MB but holds only {held / 1e6:.1f} MB, like a broken download; "
+            f"{AGAIN}."
         )
 
 
 def known_kind(path: Path) -> str | None:
-    """The kind that the first bytes say, None where they say none of ours. Raises InputError for unreadable files."""
+    """Return the kind that the first bytes tell, or None. Raises InputError for unreadable files."""
     head, size = _head(path)
     if head[:4] in (b"PK\x03\x04", b"PK\x05\x06") or head.startswith(LEGACY_MAGIC[:14]):
-        return CHECKPOINT  # `archive` says which archives are none
+        return CHECKPOINT  # `archive` tells which archives are not checkpoints
     if len(head) > 8 and head[8:9] == b"{" and 2 <= struct.unpack("<Q", head[:8])[0] <= size - 8:
         return MODEL
     if path.suffix.lower() not in _BY_SUFFIX and _is_onnx(head):
@@ -115,8 +121,10 @@ def known_kind(path: Path) -> str | None:
 
 
 def refuse_other(path: Path, wanted: str | None) -> None:
-    """Raises InputError, saying what the file is and what to do, where its bytes or its name tell; `wanted` is the kind
-    it should be (None: any)."""
+    """Raise InputError, saying what the file is and what to do, if its bytes or its name tell.
+
+    wanted: the kind that it should be; None: any.
+    """
     noun = NAMES[wanted] if wanted else "a .pt, .safetensors or .onnx file"
     head, size = _head(path)
     found = described(head, path.suffix.lower(), size)
@@ -136,22 +144,22 @@ _WAY = {
 
 
 def described(head: bytes, suffix: str, size: int) -> tuple[str, str] | None:
-    """What a file that is no model of ours is, and what to do, by its first bytes and its suffix."""
+    """Return what a file of no known model kind is, and what to do, by its first bytes and its suffix."""
     if not size:
         return "empty, truncated by a broken download or a full disk", AGAIN
     if not any(head):
-        return "zeros where a file should begin, truncated by a broken download or a full disk", AGAIN
+        return "zeros where it should begin, truncated by a broken download or a full disk", AGAIN
     for place, magic, what, do in _MAGIC:
         if head[place : place + len(magic)] == magic:
             return what, do
     text = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
     if text.startswith(LFS):
         return (
-            "a Git LFS pointer, a few lines of text in the place of the file",
+            "a Git LFS pointer, a few lines of text instead of the file",
             "run git lfs pull, or download it again",
         )
     if text.startswith((b"<!doctype html", b"<html", b"<head", b"<body")) or b"<html" in text:
-        return "a web page (HTML), saved in the place of the file", "download it again, by its direct link"
+        return "a web page (HTML) instead of the file", "download it again, by its direct link"
     if text.startswith(b"<"):
         return "XML text, such as OpenVINO's description of a network or a server's error message", SOURCE
     if text.startswith((b"{", b"[")) and _is_text(head):
@@ -168,7 +176,7 @@ def described(head: bytes, suffix: str, size: int) -> tuple[str, str] | None:
 def _head(path: Path) -> tuple[bytes, int]:
     try:
         size = path.stat().st_size
-        if not size:  # the system's own files have no size, and some wait when they are read
+        if not size:  # files of the system have no size, and reading some of them blocks
             return b"", 0
         with path.open("rb") as stream:
             return stream.read(HEAD_BYTES), size
@@ -177,7 +185,9 @@ def _head(path: Path) -> tuple[bytes, int]:
 
 
 def _is_onnx(head: bytes) -> bool:
-    """A protobuf that begins as ONNX's writers do: ir_version, then a name, the graph or the operator sets."""
+    """Return whether a protobuf begins as ONNX's writers do: ir_version, then a name, the graph or the operator
+    sets.
+    """
     return (
         len(head) > 3 and head[0] == 8 and 1 <= head[1] <= 30 and head[2] in (0x12, 0x1A, 0x22, 0x28, 0x32, 0x3A, 0x42)
     )

@@ -1,7 +1,7 @@
-"""Writing files so that a reader only ever sees the old one or the whole new one, on the disks that people have.
+"""Write files so that a reader only sees the old file or the complete new one, on the disks that people have.
 
-Cards (FAT, exFAT), drives in the network (SMB, Google Drive, gcsfuse) and folders shared with a virtual machine have no
-hard links, cannot sync a folder, or know no permissions. What a disk cannot do is left out; what fails otherwise fails.
+Memory cards (FAT, exFAT), network drives (SMB, Google Drive, gcsfuse) and shared folders of virtual machines have no
+hard links, cannot sync a folder, or know no permissions. What a disk cannot do is skipped; any other failure counts.
 """
 
 from __future__ import annotations
@@ -23,27 +23,35 @@ from dsconvert.base.errors import InputError, Unusable
 
 
 class NameRefused(Unusable):
-    """The disk takes no file of that name; of another name it would."""
+    """The disk accepts no file with this name; another name may work."""
 
 
-# how disks and systems say that they have no such thing
+# the errors by which disks and systems report that they cannot do something
 CANNOT = {errno.EPERM, errno.EACCES, errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOTTY}
 NO_LINKS = CANNOT | {errno.EMLINK, errno.EXDEV}
-NO_FOLDERS = CANNOT | {errno.EBADF, errno.EISDIR}  # that are opened like files
-LONGEST = 20  # characters of a file's name in that of its temporary one: names have at most 255 bytes
+NO_FOLDERS = CANNOT | {errno.EBADF, errno.EISDIR}  # systems that cannot open folders like files
+LONGEST = 20  # characters of the file's name that its temporary name has, as names have at most 255 bytes
 
 
 def write_atomic(path: Path, data: bytes, force: bool) -> None:
-    """Write beside, sync, then rename into place. Raises InputError when the file is there and force is off,
-    when the folder cannot be written, or for what `check_target` refuses."""
+    """Write a file beside `path`, sync it, and rename it into place.
+
+    Raises InputError when the file exists and `force` is off, when the folder cannot be written to, or as
+    `check_target` does.
+    """
     with written_whole(path, force) as temporary:
         temporary.write_bytes(data)
 
 
 @contextlib.contextmanager
 def written_whole(path: Path, force: bool, suffix: str = ".part") -> Iterator[Path]:
-    """A file beside `path` to be filled, by a library that wants a name (and `suffix`, for what it writes); it takes
-    the place of `path` at the end of the block, and is gone when the block fails. Errors as `write_atomic`."""
+    """Yield a file beside `path` that a library can fill by its name.
+
+    It replaces `path` at the end of the block, and is removed if the block fails. Raises InputError as `write_atomic`
+    does.
+
+    suffix: of the temporary file, for libraries that choose a format by it.
+    """
     check_target(path, force)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -75,17 +83,20 @@ def written_whole(path: Path, force: bool, suffix: str = ".part") -> Iterator[Pa
 
 
 def _place(temporary: Path, path: Path) -> None:
-    """Rename where no file is. Raises FileExistsError where one is, which stays."""
+    """Rename a file to a name that does not exist.
+
+    Raises FileExistsError if it does, and leaves that file as it is.
+    """
     link: Callable[[Path, Path], None] | None = getattr(os, "link", None)
     linked = False
     with _able(NO_LINKS):
         if link is not None:
-            link(temporary, path)  # unlike rename, fails when another run made the file meanwhile
+            link(temporary, path)  # unlike a rename, this fails if another run made the file meanwhile
             linked = True
     if linked:
         os.unlink(temporary)
         return
-    os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY))  # the name is this run's now
+    os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY))  # claims the name for this run
     try:
         os.replace(temporary, path)
     except BaseException:
@@ -104,7 +115,7 @@ def _sync_folder(folder: Path) -> None:
 
 @contextlib.contextmanager
 def _able(without: set[int]) -> Iterator[None]:
-    """What raises one of these errors within is left out."""
+    """Ignore errors of these kinds in the block."""
     try:
         yield
     except FileExistsError:
@@ -115,8 +126,11 @@ def _able(without: set[int]) -> Iterator[None]:
 
 
 def check_target(path: Path, force: bool) -> None:
-    """Raises InputError for a file to write that is there without force, that is a link (what it points to may belong
-    to someone else), or that is no ordinary file: better before minutes of work than after."""
+    """Raise InputError for a file to write that exists without `force`, that is a link, or that is not an ordinary
+    file.
+
+    The target of a link may belong to someone else. Checking before minutes of work is better than after.
+    """
     try:
         mode = path.lstat().st_mode
     except (FileNotFoundError, NotADirectoryError):
@@ -126,15 +140,17 @@ def check_target(path: Path, force: bool) -> None:
     if stat.S_ISLNK(mode):
         raise InputError(f"{path} cannot be written: it is a link; name the file that it points to, or another.")
     if not stat.S_ISREG(mode):
-        kind = "it is a folder" if stat.S_ISDIR(mode) else "it is a device or a pipe, no ordinary file"
+        kind = "it is a folder" if stat.S_ISDIR(mode) else "it is a device or a pipe, not an ordinary file"
         raise InputError(f"{path} cannot be written: {kind}.")
     if not force:
         raise already_there(path)
 
 
 def refuse_inputs(outputs: Iterable[Path], inputs: Iterable[Path]) -> None:
-    """Raises InputError when a file or folder to write is one that is read, under whatever name: `force` is for results
-    of earlier runs, not for what the user gave. What does not exist yet is neither."""
+    """Raise InputError when a file or folder to write is also one that is read, under any name.
+
+    `force` is meant for results of earlier runs, not for the user's inputs.
+    """
     read = {key: path for path in inputs if (key := _identity(path))}
     for path in outputs:
         if (given := read.get(_identity(path) or (0, 0))) is not None:
@@ -143,7 +159,7 @@ def refuse_inputs(outputs: Iterable[Path], inputs: Iterable[Path]) -> None:
 
 
 def _identity(path: Path) -> tuple[int, int] | None:
-    """What two names of one file or folder share, as os.path.samefile compares it; None where there is nothing."""
+    """Return what all names of one file or folder share, as os.path.samefile compares it; None if there is nothing."""
     try:
         found = path.stat()
     except (OSError, ValueError):
@@ -152,7 +168,7 @@ def _identity(path: Path) -> tuple[int, int] | None:
 
 
 def free_folder(base: Path) -> Path:
-    """`base`, or `base2`, `base3`, ... : the first that does not exist."""
+    """Return the first of `base`, `base2`, `base3`, ... that does not exist."""
     number, folder = 1, base
     while folder.exists():
         number += 1
@@ -161,9 +177,10 @@ def free_folder(base: Path) -> Path:
 
 
 def claim_folder(base: Path) -> Path:
-    """Make the first of `base`, `base2`, `base3`, ... that does not exist; of two runs each gets its own.
+    """Create the first of `base`, `base2`, `base3`, ... that does not exist; runs at the same time get different ones.
 
-    Raises InputError when it cannot be made."""
+    Raises InputError when it cannot be created.
+    """
     while True:
         folder = free_folder(base)
         try:
@@ -178,8 +195,10 @@ def claim_folder(base: Path) -> Path:
 
 
 def check_writable(folder: Path) -> None:
-    """Raises InputError when files in the folder, which need not exist yet, could not be written: better before
-    minutes of work than after. A file is written to find out, and removed again."""
+    """Raise InputError if files in the folder, which need not exist yet, could not be written.
+
+    A file is written and removed to find out, before minutes of work rather than after.
+    """
     place = existing(folder)
     if not place.is_dir():
         raise InputError(f"{folder} cannot be written: {place} is not a folder.")
@@ -205,7 +224,7 @@ def _probe(folder: Path) -> None:
 
 
 def existing(folder: Path) -> Path:
-    """The folder, or the nearest one above it that is there."""
+    """Return the folder, or the nearest one above it that exists."""
     place = folder
     while not place.exists() and place != place.parent:
         place = place.parent
@@ -217,8 +236,10 @@ _SCRATCH: ContextVar[Path | None] = ContextVar("scratch", default=None)
 
 @contextlib.contextmanager
 def scratch_in(folder: Path) -> Iterator[None]:
-    """Temporary folders are made in this one within, or in the nearest one above it that is there: the results' disk
-    has room for them sooner than the system's."""
+    """Create temporary folders inside this folder, or in the nearest existing one above it, during the block.
+
+    The disk of the results has room for them more likely than the system's.
+    """
     token = _SCRATCH.set(existing(folder).absolute())
     try:
         yield
@@ -228,8 +249,10 @@ def scratch_in(folder: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def scratch_folder() -> Iterator[Path]:
-    """An empty folder, where `scratch_in` says, else where the system has its own. It is removed afterwards, also when
-    the process is told to end."""
+    """Yield an empty folder, in the place of `scratch_in` or the system's.
+
+    It is removed afterwards, even on SIGTERM.
+    """
     place = _SCRATCH.get()
     try:
         folder = Path(tempfile.mkdtemp(prefix=".dsconvert-", dir=place))
@@ -244,7 +267,9 @@ def scratch_folder() -> Iterator[Path]:
 
 @contextlib.contextmanager
 def _removed_when_told_to_end(folder: Path) -> Iterator[None]:
-    """SIGTERM and SIGHUP end a process at once: no `finally` is reached. (Ctrl-C is an exception.)"""
+    """Remove the folder on SIGTERM and SIGHUP, which end a process without reaching any `finally`. (Ctrl-C is an
+    exception.)
+    """
     before: dict[int, signal._HANDLER] = {}
 
     def remove(number: int, frame: FrameType | None) -> None:
@@ -264,7 +289,7 @@ def _removed_when_told_to_end(folder: Path) -> Iterator[None]:
 
 
 def needs_room(folder: Path, size: int, error: OSError) -> InputError:
-    """What to say when temporary files of so many bytes do not fit into the folder."""
+    """Return the error for temporary files of so many bytes that do not fit into the folder."""
     return InputError.naming(
         "{} has no room for temporary files ({}): at least {:.1f} MB are needed; give {name} on a larger disk.",
         folder.parent, error.strerror or "it is full", size / 1e6,
@@ -272,13 +297,16 @@ def needs_room(folder: Path, size: int, error: OSError) -> InputError:
 
 
 def already_there(path: Path) -> InputError:
-    """What to say of a file that is not to be replaced."""
+    """Return the error for a file that must not be replaced."""
     return InputError.naming("{} already exists; give {force=True} to replace it, or another {name}.", path)
 
 
 def _unwritable(path: Path, error: OSError | ValueError) -> InputError:
-    """A name that is too long, or in characters that this disk has not, is the file's own fault; all else would befall
-    the next file too."""
+    """Return the error for a file that cannot be written.
+
+    A name that is too long, or has characters that this disk does not accept, is the fault of this file alone. Any
+    other error would also affect the next file.
+    """
     if not isinstance(error, OSError):
         return NameRefused(f"{path} cannot be written: its name holds a character that no name may hold.")
     odd = error.errno in (errno.ENAMETOOLONG, errno.EINVAL, errno.EILSEQ)

@@ -1,7 +1,7 @@
-"""What calibration keeps of every image: in memory as far as there is room, the rest in files without a name.
+"""Keep calibration values of every image: in memory as long as there is room, then in files without a name.
 
-Memory does not grow with the number of images. A file is gone when it is closed, however the process ends (on Windows:
-when it ends by itself).
+So memory does not grow with the number of images. A file disappears when it is closed, however the process ends (on
+Windows: only if it ends normally).
 """
 
 from __future__ import annotations
@@ -21,52 +21,55 @@ from torch import Tensor
 
 from dsconvert.base.errors import InputError
 
-MEMORY = 1 << 30  # bytes that are kept in memory at once, over all kinds of values
+MEMORY = 1 << 30  # bytes in memory at once, of all kinds of values
 
 
 def give_back() -> None:
-    """Let the C library return to the system what is free. glibc keeps what its threads free where anything lies behind
-    it, which came to 10 MB an image, and is asked; others need not be."""
-    with suppress(AttributeError, OSError, TypeError):  # not glibc, no libc of that name, Windows
+    """Let the C library return free memory to the system.
+
+    glibc keeps the memory that threads free, which came to 10 MB an image, until it is asked. Other libraries need no
+    call.
+    """
+    with suppress(AttributeError, OSError, TypeError):  # not glibc, no library of that name, or Windows
         ctypes.CDLL(None).malloc_trim(0)
 
 
 class Room:
-    """How many bytes may still be kept in memory, and the folder of the files for what is beyond."""
+    """How many more bytes may be kept in memory, and the folder for files with the rest."""
 
     def __init__(self, folder: Path | None = None, memory: int = MEMORY) -> None:
         self.folder, self.left = folder, memory
 
     def kept(self, count: int, shape: Sequence[int], dtype: torch.dtype) -> Kept:
-        """Room for `count` tensors of one shape and type; each must be put before it is got."""
+        """Return room for `count` tensors of one shape and type; each must be put before it is read."""
         size = math.prod(shape) * dtype.itemsize
         if count * size <= self.left:
             return InMemory(self, torch.empty((count, *shape), dtype=dtype))
         return OnDisk(self, tuple(shape), dtype, size)
 
     def like(self, count: int, value: Tensor) -> Kept:
-        """Room for `count` tensors of the shape and type of this one."""
+        """Return room for `count` tensors of the shape and type of this one."""
         return self.kept(count, value.shape, value.dtype)
 
 
 class Kept:
-    """Tensors of one shape and type by number. Threads may put and get at the same time."""
+    """Tensors of one shape and type by index. Threads may put and get at the same time."""
 
     def put(self, index: int, value: Tensor) -> None:
-        """Keep a tensor, from any device."""
+        """Keep a tensor from any device."""
         raise NotImplementedError
 
     def get(self, index: int) -> Tensor:
-        """A kept tensor, in main memory; it must not be changed."""
+        """Return a kept tensor in main memory; it must not be changed."""
         raise NotImplementedError
 
     def free(self) -> None:
-        """Forget all of them."""
+        """Drop all tensors."""
         raise NotImplementedError
 
 
 class InMemory(Kept):
-    """All in one tensor (count, *shape)."""
+    """Keeps all tensors in one, (count, *shape)."""
 
     def __init__(self, room: Room, values: Tensor) -> None:
         self.room, self.values = room, values
@@ -84,7 +87,7 @@ class InMemory(Kept):
 
 
 class OnDisk(Kept):
-    """One after another in a file."""
+    """Keeps tensors one after another in a file."""
 
     def __init__(self, room: Room, shape: tuple[int, ...], dtype: torch.dtype, size: int) -> None:
         self.folder, self.shape, self.dtype, self.size = room.folder, shape, dtype, size
@@ -113,7 +116,7 @@ class OnDisk(Kept):
             if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
                 raise
             raise InputError.naming(
-                "{} has no room for what calibration keeps of so many images; fewer {samples}, a smaller {imgsz}, or "
+                "{} has no room for the values that calibration keeps; use fewer {samples}, a smaller {imgsz}, or "
                 "{name} or {cache} on a larger disk.",
                 self._where(),
             ) from None

@@ -1,11 +1,12 @@
-"""The fit's loops over single numbers, compiled by numba: only what runs them imports this module, as numba takes a
-while to load.
+"""Loops over single numbers, compiled by numba.
 
-Every function does one output channel after another, so channels can be divided among threads (`base.threads.shared`)
-and come out the same on any number of them. No float operation is reordered. Where a product and a sum are to be
-rounded once, `fma` says so; LLVM joins no others, so that all CPUs give the same bits.
+Only their callers import this module, as numba takes a while to import.
 
-Machine code is kept beside the package or in the user's cache folder (NUMBA_CACHE_DIR names another).
+Every function handles output channels one after another. So channels can be divided among threads
+(`base.threads.shared`), and the result is the same for any number of threads. No float operation is reordered. Where a
+product and a sum must be rounded once, the code calls `fma`; LLVM fuses no others, so all CPUs give the same bits.
+
+Machine code is cached beside the package or in the user's cache folder (NUMBA_CACHE_DIR names another).
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from numba.extending import intrinsic
 
 @intrinsic
 def fma(_context: Any, a: Any, b: Any, c: Any) -> Any:
-    """a b + c, rounded once: on a CPU without the instruction by the C library."""
+    """Return a b + c, rounded once; a CPU without the instruction uses the C library."""
 
     def written(_context: Any, builder: ir.IRBuilder, _signature: Any, arguments: Any) -> Any:
         return builder.fma(*arguments)
@@ -31,15 +32,15 @@ def fma(_context: Any, a: Any, b: Any, c: Any) -> Any:
 
 
 def compiled(signature: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Compile a function for arguments of one signature now, or load what was compiled before."""
+    """Compile a function now for arguments of one signature, or load the code that was compiled before."""
 
     def make(function: Callable[..., Any]) -> Callable[..., Any]:
         try:
             return njit(signature, nogil=True, cache=True)(function)
-        except Exception:  # no folder can be written to, or what lies there is damaged
+        except Exception:  # no folder can be written to, or its content is damaged
             with suppress(Exception):
                 again = njit(nogil=True, cache=True)(function)
-                again._cache.flush()  # type: ignore[attr-defined]  # an empty index in the damaged one's place
+                again._cache.flush()  # type: ignore[attr-defined]  # replaces the damaged index by an empty one
                 again.compile(signature)
                 return again
             return njit(signature, nogil=True)(function)
@@ -49,21 +50,28 @@ def compiled(signature: str) -> Callable[[Callable[..., Any]], Callable[..., Any
 
 @compiled("void(i8, i8, f4[:,::1], f4[:,::1], f4[::1], i8, u1[:,::1])")
 def nearest_windows(first, last, wanted, m, values, bits, found):  # type: ignore[no-untyped-def]
-    """Rows first..last of `trellis_search.nearest_values`: found (n, K) get the windows of least
-    sum m^2 (wanted - VQK)^2 for wanted and m (n, K), `values` (256,) being VQK by window.
+    """Find the strings nearest to `wanted`: rows first..last of `trellis_search.nearest_values`.
 
-    Every string begins in state 0."""
+    Viterbi's search: `cost` has the error of the best string so far that ends in each state. Every string begins in
+    state 0.
+
+    wanted, m: (n, K).
+    values: (256,), VQK by window.
+    found: (n, K), gets the windows that minimise sum m^2 (wanted - VQK)^2.
+    """
     length, count = wanted.shape[1], values.shape[0]
     states = count >> bits
     cost, added = np.empty(states, np.float32), np.empty(count, np.float32)
-    via = np.empty((length, states), np.int16)  # the window by which each state is reached best
+    via = np.empty((length, states), np.int16)  # the last window of the best string to each state
     for row in range(first, last):
         cost[:] = np.inf
         cost[0] = 0
         for t in range(length):
+            # every window extends the best string to the state it comes from
             for w in range(count):
                 error = (wanted[row, t] - values[w]) * m[row, t]
                 added[w] = error * error + cost[w >> bits]
+            # of all windows that lead to a state, keep the cheapest
             for s in range(states):
                 cost[s], via[t, s] = added[s], s
             for w in range(states, count, states):
@@ -72,6 +80,7 @@ def nearest_windows(first, last, wanted, m, values, bits, found):  # type: ignor
                     better = others[s] < cost[s]
                     cost[s] = others[s] if better else cost[s]
                     via[t, s] = np.int16(w + s) if better else via[t, s]
+        # walk back from the cheapest last state
         s = cost.argmin()
         for t in range(length - 1, -1, -1):
             w = via[t, s]
@@ -81,11 +90,23 @@ def nearest_windows(first, last, wanted, m, values, bits, found):  # type: ignor
 
 @compiled("void(i8, i8, f4[:,::1], f4[:,::1], f4[:,::1], f4[::1], i8, i8[::1], f4[::1], i8, f4[::1], i8[:,::1])")
 def follow(first, last, columns, upper, tried, after, own, state, values, bits, m, windows):  # type: ignore[no-untyped-def]
-    """Rows first..last of `round_strings`: m (cho,) and windows (cho, own) get the string and m that add least to J.
+    """Choose m and the string of one group: rows first..last of `round_strings`.
 
-    With e[j] the error of column j in steps, U the Cholesky factor, and what is still to come moved by
-    w[t] -= e[j] U[j, t] / U[j, j], a string adds sum (e[j] / U[j, j])^2 times its step's square. Each state has the
-    best string that leads to it, and so its own columns still to come."""
+    For every m that is tried, and every state, the best string to that state is kept (Viterbi's search). Each of these
+    strings has its own copy of the columns that follow, changed by its own errors. With e[j] the error of column j in
+    steps, and U the Cholesky factor, an error changes the columns t > j and costs
+
+        w[t] -= e[j] U[j, t] / U[j, j],    cost = step^2 * sum over j of (e[j] / U[j, j])^2
+
+    where the cost is what the string adds to J.
+
+    columns: (cho, n), the group's columns and some of the next group, divided by CDSw.
+    tried: (cho, tries), the m to try.
+    after: (cho,), the m expected for the next group.
+    own: how many columns are the group's.
+    state: (cho,), where each string stands.
+    m, windows: (cho,) and (cho, own), get the result.
+    """
     length, count = columns.shape[1], values.shape[0]
     states = count >> bits
     inverse = np.empty(length, np.float32)
@@ -103,7 +124,7 @@ def follow(first, last, columns, upper, tried, after, own, state, values, bits, 
                 waiting[0, t] = columns[row, t] / step
             for s in range(1, states):
                 waiting[s] = waiting[0]
-            ratio = after[row] / step  # the next group's VQK in this group's steps
+            ratio = after[row] / step  # the next group's VQK, in steps of this group
             for w in range(count):
                 later[w] = ratio * values[w]
             cost[:] = np.inf
@@ -120,7 +141,7 @@ def follow(first, last, columns, upper, tried, after, own, state, values, bits, 
                 for s in range(states):
                     cost[s], reached[s] = added[s], s
                 for w in range(states, count, states):
-                    others = added[w : w + states]  # slices: numba checks no index for being negative, LLVM vectorizes
+                    others = added[w : w + states]  # slices: numba checks no index for being negative, LLVM vectorises
                     for s in range(states):
                         better = others[s] < cost[s]
                         cost[s] = others[s] if better else cost[s]
@@ -147,9 +168,15 @@ def follow(first, last, columns, upper, tried, after, own, state, values, bits, 
 
 @compiled("void(i8, i8, f8[:,::1], f8[::1], i8, f8[::1], f8[::1], f8[:,::1], f8[:,::1])")
 def suit(first, last, rms, cds, most, levels, noise, m, errors):  # type: ignore[no-untyped-def]
-    """Rows first..last of `trellis_search.suited`: for blocks of root mean squares rms (cho, n) and steps cds (cho,),
-    of 1, 2 .. most the m (cho, n) of least expected error, and that error (cho, n). Of numbers of a root mean square in
-    steps, `noise` has the error by `levels`; what is above the last level is cut."""
+    """Find the m of least expected error: rows first..last of `trellis_search.suited`.
+
+    rms: (cho, n), root mean squares of the blocks.
+    cds: (cho,), CDSw.
+    most: the largest m.
+    levels, noise: root mean squares in steps, rising, and the mean squared error there; above the last level values are
+        also clipped.
+    m, errors: (cho, n), get the best m and its expected error.
+    """
     top = levels.shape[0] - 1
     for row in range(first, last):
         for block in range(rms.shape[1]):
@@ -173,16 +200,24 @@ def suit(first, last, rms, cds, most, levels, noise, m, errors):  # type: ignore
             errors[row, block] = least
 
 
-STRING_ROWS = 8  # output channels that go along the columns together: they share what is read of the Cholesky factor
+STRING_ROWS = 8  # output channels handled together, so that they share reads of the Cholesky factor
 
 
 @compiled(
     "void(i8, i8, f4[:,::1], f4[::1], f4[:,::1], i8, i8, i8, i8, i8, f4[::1], f8[::1], f8[::1], u1[:,::1], f8[:,::1])"
 )
 def round_strings(first, last, w, cds, upper, size, ahead, near, most, bits, values, levels, noise, codes, chosen):  # type: ignore[no-untyped-def]
-    """Rows first..last of `trellis_search.round_strings`: codes (cho, K) and chosen (cho, groups), the m, of targets w
-    (cho, K), which are used up. Groups of `size` columns have an m of 1..most, no further than `near` from what suits
-    them; strings are followed `ahead` columns into the next group."""
+    """Run GPTQ's loop along strings: rows first..last of `trellis_search.round_strings`.
+
+    w: (cho, K), the target, which is overwritten.
+    cds: (cho,), CDSw.
+    upper: (K, K), the Cholesky factor.
+    size: columns that share an m.
+    ahead: columns of the next group that are searched too, before a group is decided.
+    near: how far m may be from the one that suits a group.
+    most: the largest m.
+    codes, chosen: (cho, K) and (cho, groups), get the codes and the m.
+    """
     length, states = w.shape[1], values.shape[0] >> bits
     count = min(most, 2 * near + 1)
     rows = min(STRING_ROWS, last - first)
@@ -205,7 +240,7 @@ def round_strings(first, last, w, cds, upper, size, ahead, near, most, bits, val
                 row = w[start + r]
                 for t in range(begin, end):
                     columns[r, t - begin] = row[t] / cds[start + r]
-                for which in range(2):  # this group, and the next where there is one
+                for which in range(2):  # this group, and the next one if there is one
                     a = begin + own if which and end > begin + own else begin
                     b = min(a + size, length)
                     total = 0.0
@@ -222,6 +257,7 @@ def round_strings(first, last, w, cds, upper, size, ahead, near, most, bits, val
             for r in range(here):
                 state[r] = windows[r, own - 1] % states
                 chosen[start + r, group] = m[r]
+            # the group is decided: spread its errors over all columns that follow
             for j in range(own):
                 factors = upper[begin + j, begin + j + 1 :]
                 for r in range(here):
@@ -237,8 +273,13 @@ def round_strings(first, last, w, cds, upper, size, ahead, near, most, bits, val
 
 @compiled("void(i8, i8, f8[:,:], f8[::1], f8[:,::1], f8, f8, f8, f8[::1], f8[:,::1], f8[:,::1])")
 def round_columns(first, last, columns, cds, upper, low, high, most, m, vqk, errors):  # type: ignore[no-untyped-def]
-    """Rows first..last of `free.Free.group`: m (cho,), VQK and errors (cho, n) get, of m = 1, 2 .. most, the one of
-    least sum errors^2: columns rounded one by one to low..high, the others moved by w[t] -= errors[j] U[j, t]."""
+    """Round the columns of one group with every m, and keep the best: rows first..last of `free.Free.group`.
+
+        errors[j] = (w[j] - step VQK[j]) / U[j, j],    w[t] -= errors[j] U[j, t],    J grows by sum errors^2
+
+    low, high, most: the range of VQK, and the largest m.
+    m, vqk, errors: (cho,) and (cho, n), get the result of the best m.
+    """
     length = columns.shape[1]
     waiting, integers, spent = np.empty(length), np.empty(length), np.empty(length)
     for row in range(first, last):
@@ -262,8 +303,13 @@ def round_columns(first, last, columns, cds, upper, low, high, most, m, vqk, err
 
 @compiled("void(f4[:,::1], f4[::1], f4, u1[::1], u1[:,::1])")
 def requantize(sums, multipliers, zero, table, made):  # type: ignore[no-untyped-def]
-    """Sums (cho, p) times each channel's multiplier -> integers 0..255 on a grid, and made (cho, p) what the table
-    (256,) has for them: `graph.integer.integer_conv` and an activation in one pass."""
+    """Turn sums (cho, p) into integers and look them up: `graph.integer.integer_conv` and an activation in one pass.
+
+    multipliers: (cho,), from sums to steps of the target grid.
+    zero: the grid's zero point.
+    table: (256,), the activation of each integer.
+    made: (cho, p), gets the result.
+    """
     count = sums.shape[1]
     places = np.empty(count, np.uint8)
     for o in range(sums.shape[0]):
@@ -277,8 +323,12 @@ def requantize(sums, multipliers, zero, table, made):  # type: ignore[no-untyped
 
 @compiled("void(f4[::1], i4[::1], f4[::1], f4, i8, i8, f8[::1], f8[::1])")
 def sum_by_level(values, bits, gradient, least, shift, first, slope, total):  # type: ignore[no-untyped-def]
-    """Values above the least, `bits` being the same as integers: slope (levels + 1,) gets each one's gradient g, and
-    total g times the value, at the number of levels that the value is above (see `clipping.LEVELS`)."""
+    """Sum gradients by level for `clipping.clip_effects`.
+
+    values, bits: the values, and the same memory as integers.
+    least: smaller values are skipped.
+    slope, total: (levels + 1,), get the sums of g and of g * value, at the number of levels below each value.
+    """
     most = slope.shape[0] - 1
     for i in range(values.shape[0]):
         if values[i] > least:
@@ -289,9 +339,15 @@ def sum_by_level(values, bits, gradient, least, shift, first, slope, total):  # 
 
 @compiled("void(u1[:,:,::1], i8[::1], i8[::1], i8, i8, i8, f4, f4, f4[::1], f4[::1], f4[:,:])")
 def gather(x, tops, lefts, high, wide, dilation, zero, scale, offsets, roots, found):  # type: ignore[no-untyped-def]
-    """Columns found (c high wide, p) of the unfolded integers x (c, h, w): taps of `high` by `wide`, that far apart,
-    from row tops[p] and column lefts[p] on, real (zero and scale), less each row's offset, times each column's root.
-    Outside of x is zero."""
+    """Unfold integers x (c, h, w) at p positions, as real numbers; outside of x is zero.
+
+    tops, lefts: (p,), the first row and column of each position.
+    high, wide, dilation: of the kernel.
+    zero, scale: the grid of x.
+    offsets: (c high wide,), subtracted.
+    roots: (p,), multiplied.
+    found: (c high wide, p), gets the result.
+    """
     for k in range(found.shape[0]):
         plane, right = x[k // (high * wide)], k % wide * dilation
         down, offset = k // wide % high * dilation, offsets[k]
@@ -303,12 +359,12 @@ def gather(x, tops, lefts, high, wide, dilation, zero, scale, offsets, roots, fo
             found[k, p] = (value - offset) * roots[p]
 
 
-ACROSS = 2048  # sums that are added to at once: they stay in the nearest cache
+ACROSS = 2048  # sums added to at once, so that they stay in the nearest cache
 
 
 @compiled("void(f4[:,::1], f4[::1])")
 def lengths(columns, found):  # type: ignore[no-untyped-def]
-    """found (p,) gets the length of each of the columns (n, p)."""
+    """Write the length of each column of (n, p) into found (p,)."""
     count = found.shape[0]
     for first in range(0, count, ACROSS):
         sums = found[first : min(first + ACROSS, count)]
@@ -323,8 +379,14 @@ def lengths(columns, found):  # type: ignore[no-untyped-def]
 
 @compiled("void(f4[::1], f4[::1], f4[::1], f4[::1], f4[::1], f4[::1], f4[:,::1], f8[::1])")
 def grid_errors(values, targets, weights, scales, zeros, highs, tables, found):  # type: ignore[no-untyped-def]
-    """For each of some grids, found (grids,) gets sum weight (table - target)^2 over the values (n,) up to its high:
-    a value's place on a grid is that of its scale and zero, and its tables (grids, 256) say what is made there."""
+    """Sum the weighted squared errors of values (n,) on each of several grids, for `measure.grids`.
+
+    scales, zeros: (grids,), of the grids.
+    highs: (grids,), larger values are skipped.
+    tables: (grids, 256), what each integer of a grid becomes.
+    targets, weights: (n,).
+    found: (grids,), gets sum weight (table - target)^2.
+    """
     last = np.float32(tables.shape[1] - 1)
     for k in range(found.shape[0]):
         scale, zero, high, table, total = scales[k], zeros[k], highs[k], tables[k], 0.0

@@ -1,7 +1,8 @@
-"""What a user must know of images and labels while the work goes on: files left out, another split, other names.
+"""Report what a user must know about images and labels while the work goes on: files left out, another split, other
+names.
 
-Deep code says it with `note`, as a Python warning; so programs that call dsconvert see it as any other. The command
-line prints it, and puts it into its JSON.
+Code reports it with `note`, as a Python warning, so programs that call dsconvert see it like any other warning. The
+command line prints it and adds it to its JSON.
 """
 
 from __future__ import annotations
@@ -20,19 +21,19 @@ class DataWarning(UserWarning):
     """Something about the images or labels that changes what is measured; one complete sentence."""
 
 
-# the same sentence is said every time, not once a place in the code, unless the user's own filters say otherwise
+# show a sentence every time, not once for each place in the code, unless the user's own filters say otherwise
 warnings.filterwarnings("always", category=DataWarning, append=True)
-_heard: list[list[str]] = []  # by caller of `heard`, the innermost last
+_heard: list[list[str]] = []  # one list for each caller of `heard`, the innermost last
 
 
 def note(sentence: str) -> None:
-    """Warn of something; quoted names cannot command a terminal."""
+    """Warn about something; quoted names cannot control a terminal."""
     warnings.warn(DataWarning(printable(sentence, MOST)), stacklevel=3)
 
 
 @contextmanager
 def heard(say: Callable[[str], None]) -> Iterator[list[str]]:
-    """Within, each different sentence is handed to `say` once, and kept in the list."""
+    """Hand each different sentence in the block to `say` once, and collect them in the yielded list."""
     with warnings.catch_warnings():
         warnings.filterwarnings("always", category=DataWarning)
         before = warnings.showwarning
@@ -55,12 +56,12 @@ def heard(say: Callable[[str], None]) -> Iterator[list[str]]:
 
 @contextmanager
 def unheard() -> Iterator[None]:
-    """Within, nothing is said: what is looked at only by the way."""
+    """Report nothing inside the block, for files that are only looked at in passing."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=DataWarning)
         yield
 
 
 def so_far() -> list[str]:
-    """What the innermost `heard` has heard."""
+    """Return what the innermost `heard` has collected."""
     return list(_heard[-1]) if _heard else []

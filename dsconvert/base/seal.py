@@ -1,5 +1,7 @@
-"""A digest in a safetensors file's own JSON, of that JSON and of all its tensors: a flipped bit that leaves plausible
-numbers is found when the file is read."""
+"""A digest inside a safetensors file's own JSON, of that JSON and all tensors.
+
+It finds a flipped bit that leaves plausible numbers when the file is read.
+"""
 
 from __future__ import annotations
 
@@ -15,24 +17,26 @@ DIGEST = "digest"
 
 
 class NotAsWritten(ValueError):
-    """What was read is not what was sealed."""
+    """The content is not what was sealed."""
 
     def __init__(self) -> None:
-        super().__init__("its content is not what its checksum was made of")
+        super().__init__("its content does not match its checksum")
 
 
 def seal(about: Mapping[str, Any], tensors: Mapping[str, NDArray[Any]]) -> str:
-    """Plain JSON values as text that ends in the digest."""
+    """Return plain JSON values as text that ends in the digest."""
     text = json.dumps(about, separators=(",", ":"))
     return _ended(text, digest(text, tensors))
 
 
 def unseal(text: str, tensors: Mapping[str, NDArray[Any]]) -> dict[str, Any]:
-    """The values that were sealed with these tensors. Raises NotAsWritten for other tensors, or any other text, and
-    ValueError or KeyError for one that was never sealed."""
+    """Return the values that were sealed with these tensors.
+
+    Raises NotAsWritten for other tensors or changed text, and ValueError or KeyError for text that was never sealed.
+    """
     about: dict[str, Any] = json.loads(text)
     given = about.pop(DIGEST)
-    # the text as it is: 1e-05 is 1E-05 in JSON, and one bit away
+    # compare the text itself: 1e-05 and 1E-05 are the same in JSON, but one bit apart
     plain = text.removesuffix(_ended("}", str(given))) + "}"
     if len(plain) > len(text) or given != digest(plain, tensors):
         raise NotAsWritten
@@ -40,7 +44,7 @@ def unseal(text: str, tensors: Mapping[str, NDArray[Any]]) -> dict[str, Any]:
 
 
 def digest(text: str, tensors: Mapping[str, NDArray[Any]]) -> str:
-    """SHA-256 of a text, and of the tensors' names, kinds, shapes and numbers."""
+    """Return the SHA-256 of a text, and of the tensors' names, types, shapes and numbers."""
     found = hashlib.sha256(text.encode("utf-8", "surrogatepass"))
     for name in sorted(tensors):
         t = np.ascontiguousarray(tensors[name])

@@ -1,4 +1,4 @@
-"""Standard input, output and error output, whoever started the process without them (`>&-`, services, Windows)."""
+"""Provide standard input, output and error if the process was started without them (`>&-`, services, Windows)."""
 
 from __future__ import annotations
 
@@ -7,13 +7,15 @@ import sys
 
 
 def open_streams() -> None:
-    """Give the process those that it lacks, to nowhere: else the next file to be opened would take a stream's number,
-    and get what libraries print."""
+    """Open missing standard streams to nowhere.
+
+    Otherwise the next file to be opened would get a stream's number, and receive what libraries print.
+    """
     for number in range(3):
         try:
             os.fstat(number)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 (until the process ends)
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 (open until the process ends)

@@ -1,4 +1,4 @@
-"""Text of unknown origin made safe to show: names in a checkpoint and files in a folder may hold anything."""
+"""Make text of unknown origin safe to show: names in checkpoints and folders may hold anything."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from string import Formatter
 
 
 class Sentence(str):
-    """Words that name parameters: in `Sentence("{imgsz} {} is too large.", 9000)`, {imgsz} is one and {} a value.
+    """A sentence that names parameters: in `Sentence("{imgsz} {} is too large.", 9000)`, {imgsz} is one and {} a value.
 
-    As a text it has the names that they have in Python; `in_words` puts another face's words in their place."""
+    As text it has the parameters' names in Python. `in_words` replaces them by other words, such as options.
+    """
 
     template: str
     values: tuple[object, ...]
@@ -24,7 +25,7 @@ class Sentence(str):
 
 
 def in_words(text: str, words: Callable[[str], str]) -> str:
-    """The text; of a Sentence with the words that are given for the names of its parameters."""
+    """Return the text, with `words(name)` for each parameter that a Sentence names."""
     return _filled(text.template, text.values, words) if isinstance(text, Sentence) else text
 
 
@@ -34,11 +35,12 @@ def _filled(template: str, values: tuple[object, ...], words: Callable[[str], st
 
 
 def printable(text: object, most: int | None = None, ascii_only: bool = False) -> str:
-    r"""The text on one line, with no character that commands a terminal.
+    r"""Return the text on one line, without characters that control a terminal.
 
-    What Unicode calls unprintable (escapes, line breaks, marks that turn the writing direction), and with
-    `ascii_only` all that is not ASCII, appears as a backslash escape, \x1b for one. Longer texts than `most`
-    characters end in three dots."""
+    Characters that Unicode calls unprintable (escapes, line breaks, marks of writing direction), and with `ascii_only`
+    all that are not ASCII, become backslash escapes such as \x1b. Text longer than `most` characters ends in three
+    dots.
+    """
     parts: list[str] = []
     room = most
     for character in str(text):

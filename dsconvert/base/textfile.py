@@ -1,7 +1,7 @@
-"""Text files from strangers: bounded, of any usual encoding, and never a pipe or a device, which may not end.
+"""Read text files from strangers, within bounds, in any usual encoding.
 
-UTF-8, with or without a byte order mark; UTF-16 and UTF-32 with one; bytes that are no UTF-8 are read as Windows-1252,
-of which Latin-1 is a part.
+UTF-8 may have a byte order mark; UTF-16 and UTF-32 need one. Bytes that are not UTF-8 are read as Windows-1252, which
+contains Latin-1. Pipes and devices, which may never end, are refused.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-MARKS = (  # UTF-32's begins as UTF-16's does
+MARKS = (  # UTF-32's mark begins with UTF-16's, so it comes first
     (codecs.BOM_UTF32_LE, "utf-32"), (codecs.BOM_UTF32_BE, "utf-32"), (codecs.BOM_UTF16_LE, "utf-16"),
     (codecs.BOM_UTF16_BE, "utf-16"), (codecs.BOM_UTF8, "utf-8-sig"),
 )  # fmt: skip
@@ -20,8 +20,9 @@ AS_WINDOWS = "dsconvert-windows"
 
 
 class NotText(ValueError):
-    """A file that is too large, holds something else than text, or is no ordinary file; the message is the rest of a
-    sentence that begins with its name."""
+    """A file is too large, not text, or not an ordinary file; the message continues a sentence that begins with its
+    name.
+    """
 
 
 def _as_windows(error: UnicodeError) -> tuple[str, int]:
@@ -31,15 +32,15 @@ def _as_windows(error: UnicodeError) -> tuple[str, int]:
     return "".join(_WINDOWS[byte] for byte in bad), error.end
 
 
-# five bytes mean nothing in Windows-1252; Latin-1 has a control character for each
+# five bytes are undefined in Windows-1252; they get Latin-1's control characters
 _WINDOWS = [bytes([b]).decode("cp1252", "ignore") or chr(b) for b in range(256)]
 codecs.register_error(AS_WINDOWS, _as_windows)
 
 
 def read_text(path: Path, most: int) -> str:
-    """A whole file of at most `most` bytes. Raises OSError, or NotText."""
+    """Return a whole file of at most `most` bytes. Raises OSError, or NotText."""
     _check_ordinary(path)
-    if not path.stat().st_size:  # the system's own files have no size, and some wait when they are read
+    if not path.stat().st_size:  # files of the system have no size, and reading some of them blocks
         return ""
     with path.open("rb") as stream:
         data = stream.read(most + 1)
@@ -49,7 +50,7 @@ def read_text(path: Path, most: int) -> str:
 
 
 def decoded(data: bytes) -> str:
-    """The text of these bytes. Raises NotText."""
+    """Return the text of these bytes. Raises NotText."""
     encoding, errors = _encoding(data[:4])
     try:
         text = data.decode(encoding, errors)
@@ -61,8 +62,7 @@ def decoded(data: bytes) -> str:
 
 
 def read_lines(path: Path, most: int, most_lines: int, longest: int) -> Iterator[str]:
-    """Lines without their ends, one at a time, of a file of at most `most` bytes. Raises OSError; NotText also for more
-    lines, or a longer one."""
+    """Yield the lines of a file of at most `most` bytes, without their ends. Raises OSError, or NotText."""
     _check_ordinary(path)
     with path.open("rb") as raw:
         size = os.fstat(raw.fileno()).st_size
@@ -90,8 +90,10 @@ def read_lines(path: Path, most: int, most_lines: int, longest: int) -> Iterator
 
 
 def _is_strange(text: str, encoding: str) -> bool:
-    """Whether it holds what no text does; any bytes make some characters of UTF-16, but no path or label is without
-    ASCII."""
+    """Return whether text holds what no text does.
+
+    Any bytes make some characters of UTF-16, but no path or label is without ASCII.
+    """
     return "\0" in text or (not encoding.startswith("utf-8") and not any(c.isascii() for c in text))
 
 
@@ -102,7 +104,7 @@ def _encoding(start: bytes) -> tuple[str, str]:
 
 def _check_ordinary(path: Path) -> None:
     if os.path.exists(path) and not os.path.isfile(path):
-        raise NotText("is a folder" if os.path.isdir(path) else "is a pipe or a device, and no ordinary file")
+        raise NotText("is a folder" if os.path.isdir(path) else "is a pipe or a device, not an ordinary file")
 
 
 def _size(count: int) -> str:

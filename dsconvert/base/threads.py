@@ -1,4 +1,4 @@
-"""How many threads torch's operators and the compiled loops get."""
+"""Divide work among threads, for torch's operators and the compiled loops."""
 
 from __future__ import annotations
 
@@ -14,17 +14,19 @@ from typing import TypeVar
 
 import torch
 
-FEW = 1 << 19  # numbers of a weight: all of yolov5n's have fewer
+FEW = 1 << 19  # numbers of a weight; all of yolov5n's weights have fewer
 Item = TypeVar("Item")
 Made = TypeVar("Made")
-RUNS = 8  # into so many runs of items each thread's share is cut
-_allowed: ContextVar[int] = ContextVar("_allowed")  # threads that compiled loops may take where torch is kept to one
+RUNS = 8  # runs of items for each thread
+_allowed: ContextVar[int] = ContextVar("_allowed")  # threads for compiled loops while torch is limited to one
 
 
 @contextmanager
 def threads_for(count: int) -> Iterator[None]:
-    """One thread for torch's operations on so many numbers at most, where they are few: several only slow those down.
-    Compiled loops (see `shared`) keep all."""
+    """Limit torch to one thread in the block if its operations have few numbers, as more threads would slow them down.
+
+    Compiled loops (see `shared`) keep all threads.
+    """
     before = torch.get_num_threads()
     allowed = _allowed.set(_allowed.get(before))
     torch.set_num_threads(1 if count < FEW else before)
@@ -36,17 +38,18 @@ def threads_for(count: int) -> Iterator[None]:
 
 
 def batched(items: Iterable[Item], count: int) -> Iterator[list[Item]]:
-    """The items in runs of `count`, the last one perhaps shorter."""
+    """Yield the items in runs of `count`; the last one may be shorter."""
     rest = iter(items)
     while run := list(islice(rest, count)):
         yield run
 
 
 def in_order(make: Callable[[Item], Made], items: Iterable[Item]) -> Iterator[Made]:
-    """make(item) of each item in turn; as many are made at a time as torch has threads, each on one of them.
+    """Yield make(item) for each item in turn, with as many made at a time as torch has threads, each on one thread.
 
-    An image through a network is many small operators: two images at a time keep two threads busy, where operators
-    divided between them wait for each other. And whatever one thread makes is the same on any number of them."""
+    An image through a network is many small operators. Two images at a time keep two threads busy, while operators
+    divided between two threads wait for each other. A result of one thread is also the same for any number of threads.
+    """
     threads = torch.get_num_threads()
     if threads == 1:
         yield from map(make, items)
@@ -54,8 +57,8 @@ def in_order(make: Callable[[Item], Made], items: Iterable[Item]) -> Iterator[Ma
     gradients = torch.is_grad_enabled()
 
     def alone(item: Item) -> Made:
-        torch.set_num_threads(1)  # this thread's
-        with torch.set_grad_enabled(gradients):  # a thread's own setting
+        torch.set_num_threads(1)  # applies to this thread
+        with torch.set_grad_enabled(gradients):  # each thread has its own setting
             return make(item)
 
     waiting: deque[Future[Made]] = deque()
@@ -69,15 +72,16 @@ def in_order(make: Callable[[Item], Made], items: Iterable[Item]) -> Iterator[Ma
             yield waiting.popleft().result()
     finally:
         pool.shutdown(cancel_futures=True)
-        torch.set_num_threads(threads)  # what new threads start with
+        torch.set_num_threads(threads)  # new threads start with this
 
 
 def shared(count: int, run: Callable[[int, int], None]) -> None:
-    """run(first, last) for runs of 0..count, each once, by this thread and others; `run` must let go of the GIL.
+    """Call run(first, last) for runs of 0..count, each once, in this and other threads; `run` must release the GIL.
 
-    A thread takes a run when it has done its last, so one that a busy machine keeps waiting holds up the others by one
-    run at most, and nobody spins. numba's own threads have a fixed share each and spin between loops, or (its
-    workqueue) end the process when two Python threads use them."""
+    A thread takes a new run when its last is done. So a thread that a busy machine delays holds up the others by at
+    most one run, and no thread spins. numba's own threads have fixed shares, and they spin between loops or (its
+    workqueue) end the process when two Python threads use them.
+    """
     threads = _allowed.get(torch.get_num_threads())
     size = max(1, -(-count // (threads * RUNS)) if threads > 1 else count)
     firsts = iter(range(0, count, size))  # taking from it holds the GIL
@@ -91,11 +95,11 @@ def shared(count: int, run: Callable[[int, int], None]) -> None:
         work()
     finally:
         for helper in helpers:
-            if not helper.cancel():  # it has begun
+            if not helper.cancel():  # it has started
                 helper.result()
 
 
 @lru_cache(1)
 def _pool(process: int, threads: int) -> ThreadPoolExecutor:
-    """Threads for `shared`; a forked process has none of its parent's."""
+    """Return the threads for `shared`; a forked process has none of its parent's, so it gets its own."""
     return ThreadPoolExecutor(threads, "fit")

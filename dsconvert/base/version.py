@@ -1,3 +1,3 @@
-"""The version, which files and messages name."""
+"""The version of dsconvert, as files and messages name it."""
 
 VERSION = "0.1.0"

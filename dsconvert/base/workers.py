@@ -1,7 +1,7 @@
-"""Several processes with a part of the images each, started by torchrun: what one of them has to know of the others.
+"""Share the images among several processes started by torchrun.
 
-Alone, every function is the identity. All sums are kept in main memory (gloo), wherever the network runs; every
-process ends with the same sums and so fits the same layers.
+In a single process, every function returns its argument. Sums are exchanged in main memory (gloo), wherever the network
+runs. Every process gets the same sums, and so fits the same layers.
 """
 
 from __future__ import annotations
@@ -21,12 +21,14 @@ from torch import distributed as dist
 from dsconvert.base.errors import InputError, is_out_of_memory, printable, shown
 
 T = TypeVar("T")
-PATIENCE = 300.0  # seconds that a process waits for another; those that work are together within seconds
+PATIENCE = 300.0  # seconds to wait for another process; working ones meet within seconds
 
 
 def start() -> None:
-    """Meet the other processes, where torchrun has started this one with others. Raises InputError when what torchrun
-    sets is not there, or they do not come."""
+    """Connect to the other processes, if torchrun started this one with others.
+
+    Raises InputError when torchrun's settings are missing, or the other processes do not come.
+    """
     world = _setting("WORLD_SIZE", 1)
     if world <= 1 or dist.is_initialized():
         return
@@ -40,13 +42,13 @@ def start() -> None:
             raise InputError(f"{name} is {_setting(name, 1)}, which does not go with WORLD_SIZE {world}; use torchrun.")
     with _together():
         dist.init_process_group("gloo", timeout=timedelta(seconds=PATIENCE))
-    # gloo's threads hold tensors a moment longer than the sum they made; they must let go while Python still runs,
-    # or the process that ends first is aborted now and then, all its work done
+    # gloo's threads hold tensors a moment longer than needed, and must release them while Python still runs. Otherwise
+    # the process that ends first is sometimes aborted, with all its work done.
     atexit.register(dist.destroy_process_group)
 
 
 def _setting(name: str, otherwise: int) -> int:
-    """A number that torchrun sets."""
+    """Return a number that torchrun sets."""
     text = os.environ.get(name, str(otherwise))
     if not text.strip().isdecimal() or len(text) > 9:
         raise InputError(f"{name} is {shown(text)}, not a number; torchrun sets it.")
@@ -55,35 +57,35 @@ def _setting(name: str, otherwise: int) -> int:
 
 @contextmanager
 def _together() -> Iterator[None]:
-    """What needs the other processes. Raises InputError when one of them has ended, or is silent for too long."""
+    """Run a block that needs the other processes. Raises InputError when one has ended, or is silent for too long."""
     try:
         yield
-    except (RuntimeError, ValueError) as error:  # torch raises both, and kinds of them
+    except (RuntimeError, ValueError) as error:  # torch raises both, and subclasses of them
         if isinstance(error, InputError) or is_out_of_memory(error):
             raise
         raise InputError(
-            f"Another of the processes has ended, or was silent for {PATIENCE:.0f} s, so nothing more can be done; "
-            "look for its message, and start all of them again."
+            f"Another process has ended, or was silent for {PATIENCE:.0f} s, so the work cannot go on; look for its "
+            "message, and start all processes again."
         ) from None
 
 
 def count() -> int:
-    """How many processes share the work."""
+    """Return how many processes share the work."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def here() -> int:
-    """How many of them run on this machine."""
+    """Return how many of them run on this machine."""
     return _setting("LOCAL_WORLD_SIZE", 1) if count() > 1 else 1
 
 
 def number() -> int:
-    """Which of them this is, from 0; 0 writes the files and speaks."""
+    """Return the number of this process, from 0; process 0 writes files and prints."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def check_device(wanted: object) -> None:
-    """Raises InputError for what names no device, and for one that this machine has not."""
+    """Raise InputError for text that names no device, and for a device that this machine does not have."""
     name = named_device(wanted)
     if name == "cpu":
         return
@@ -92,12 +94,14 @@ def check_device(wanted: object) -> None:
     place, there = int(name.partition(":")[2] or 0), torch.cuda.device_count()
     if place >= there:
         known = "one GPU, {device} 0" if there == 1 else f"{there} GPUs, {{device}} 0 to {there - 1}"
-        raise InputError.naming(f"{{device}} {{}} is not there; this machine has {known}.", wanted)
+        raise InputError.naming(f"{{device}} {{}} does not exist; this machine has {known}.", wanted)
 
 
 def named_device(wanted: object) -> str:
-    """cpu, cuda, or cuda:N, from YOLOv5's spellings: cpu, 0, cuda:0, cuda; with nothing said (YOLOv5's default) it is
-    cpu. Raises InputError for others."""
+    """Return cpu, cuda or cuda:N for YOLOv5's spellings: cpu, 0, cuda:0, cuda; nothing (YOLOv5's default) is cpu.
+
+    Raises InputError for other text.
+    """
     text = str("" if wanted is None else wanted).strip().lower().rstrip(", ")
     if text in ("", "none", "cpu", "cuda"):
         return "cuda" if text == "cuda" else "cpu"
@@ -116,7 +120,10 @@ def named_device(wanted: object) -> str:
 
 
 def device(wanted: object) -> str:
-    """The device in torch's spelling: this process's own GPU for `cuda`. Raises InputError where it is not usable."""
+    """Return the device as torch names it; `cuda` is this process's own GPU.
+
+    Raises InputError if it cannot be used.
+    """
     name = named_device(wanted)
     if name == "cpu":
         return name
@@ -131,15 +138,17 @@ def device(wanted: object) -> str:
 
 
 def share(items: int, unit: int = 1) -> slice:
-    """This process's run of so many items; together, in the processes' order, the runs are all of them. All but the
-    last are made of whole units, where there are enough."""
+    """Return this process's run of so many items; all processes' runs together, in order, are all items.
+
+    Runs are made of whole units, except the last one, if there are enough items.
+    """
     unit = unit if items >= unit * count() else 1
     units = -(-items // unit)
     return slice(number() * units // count() * unit, (number() + 1) * units // count() * unit)
 
 
 def summed(values: Tensor) -> Tensor:
-    """The sum of everyone's tensors (one shape, on CPU)."""
+    """Return the sum of all processes' tensors (one shape, on CPU)."""
     if count() > 1:
         values = values.clone()
         with _together():
@@ -148,7 +157,10 @@ def summed(values: Tensor) -> Tensor:
 
 
 def gathered(item: T) -> list[T]:
-    """Everyone's item, in the processes' order. Anything that pickles: the processes trust each other."""
+    """Return all processes' items in order.
+
+    An item may be anything that pickles, as the processes trust each other.
+    """
     if count() == 1:
         return [item]
     items: list[Any] = [None] * count()
@@ -158,5 +170,5 @@ def gathered(item: T) -> list[T]:
 
 
 def joined(values: Tensor) -> Tensor:
-    """Everyone's tensors, one after the other along the first dimension."""
+    """Return all processes' tensors, joined along the first dimension."""
     return torch.cat(gathered(values)) if count() > 1 else values

@@ -1,1 +1,1 @@
-"""The commands of `dsconvert.commands.cli` that are long enough for a file of their own."""
+"""The commands of `dsconvert`, one file each, and what they share."""

@@ -1,4 +1,4 @@
-"""dsconvert bench."""
+"""The command `dsconvert bench`."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ from dsconvert.scoring.bench import bench as measure
     multiple=True,
     default=("onnxruntime",),
     show_default=True,
-    help="Engine to run in; give it again for another.",
+    help="Engine to run in; may be given several times.",
 )
-@click.option("--runs", type=click.IntRange(2), default=50, show_default=True, help="Timed rounds (60 s at most).")
+@click.option("--runs", type=click.IntRange(2), default=50, show_default=True, help="Timed rounds, 60 s at most.")
 @imgsz("Size of inputs that leave it open: 640, or 384 640 (height, width) (default: 640)")
 @threads
 @quiet
@@ -38,9 +38,8 @@ def bench(
 ) -> None:  # fmt: skip
     """Measure the speed and memory of each ONNX MODEL.
 
-    All run in turn in one process, so that a drift of the machine meets all of
-    them; ratios are against the first. Load time and peak memory are those of
-    a fresh process for each.
+    All models run in turn in one process, so that changes of the machine's speed affect all of them. Ratios are
+    relative to the first row. Load time and peak memory are measured in fresh processes.
 
     Example: dsconvert bench float32.onnx packed.onnx --engine onnxruntime
     """
@@ -77,6 +76,6 @@ def _print(rows: list[Benchmarked], threads: int, quiet: bool) -> None:
     base = ", ".join(f"{b / 1e6:.0f} MB for {e}" for e, b in bases.items() if b is not None)
     tell(
         f"{threads} threads on as many CPUs. ms: median of {rows[0].latency.runs} interleaved runs; ±: interquartile "
-        f"range; ratio: of medians, against the first row. load, peak: medians over fresh processes"
-        + (f"; before loading they hold {base}." if base else "; this system does not say what memory they take.")
+        f"range; ratio: median divided by the first row's; load, peak: medians over fresh processes"
+        + (f", which use {base} before loading." if base else "; this system does not tell their memory.")
     )

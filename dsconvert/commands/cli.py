@@ -1,4 +1,4 @@
-"""The command line: parse, call the pipeline, print. Exit codes: see the help of the group."""
+"""The command line: parse, call, print. Exit codes are in the help of the group."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ def cli() -> None:
     """Make a trained YOLOv5 detector several times smaller and faster.
 
     \b
-    dsconvert quantize best.pt --calib images/   fit 4-bit DSConv weights
-    dsconvert finetune model.safetensors         learn its shifts with labels
-    dsconvert export --onnx                      integer weights in ONNX
+    dsconvert quantize best.pt --calib images/   convert it to 4-bit DSConv
+    dsconvert finetune model.safetensors         train its shifts with labels
+    dsconvert export --onnx                      write integer weights as ONNX
     dsconvert eval --data data.yaml              accuracy, size, latency
-    dsconvert detect best.onnx photos/           draw what it finds
+    dsconvert detect best.onnx photos/           draw the objects it finds
     dsconvert compare best.pt best.onnx photos/  agreement without labels
     dsconvert bench a.onnx b.onnx                speed and memory, side by side
-    dsconvert report                             all of it on one page
+    dsconvert report                             all figures on one page
 
     \b
     Exit codes: 0 done, 1 a fault of dsconvert, 2 bad input, 3 a limit missed
@@ -62,16 +62,19 @@ cli.add_command(report)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Entry point: bad input is one sentence and exit code 2; only a fault of ours shows a traceback."""
+    """Run the command line.
+
+    Bad input gives one sentence and exit code 2; only a fault of dsconvert shows a traceback.
+    """
     open_streams()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # better an escape than no output
+            stream.reconfigure(errors="backslashreplace")  # an escape is better than no output
     said, exhausted, stdout = None, False, sys.stdout
     try:
         with enforced(warn), heard(_warn):
             cli.main(arguments, prog_name="dsconvert", standalone_mode=False)
-        sys.stdout.flush()  # whoever reads it may have gone: said here, not when Python ends
+        sys.stdout.flush()  # the reader may have gone: find out here, not when Python ends
     except InputError as error:
         _fail(error.said(option), 2)
     except LimitMissed as missed:
@@ -88,7 +91,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except BrokenPipeError:
         _end_unread()
     except SystemExit:
-        if sys.stdout is not stdout:  # click's own way out where the reader has gone
+        if sys.stdout is not stdout:  # click's own way out if the reader has gone
             _end_unread()
         raise
     except CheckError as error:
@@ -100,7 +103,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if said is None:
             traceback.print_exc()
             _fail("This is a fault of dsconvert; please report it with the lines above.", 1)
-    if said and exhausted:  # what libraries do when a process ends wants memory: they are not asked
+    if said and exhausted:  # ending normally, libraries would need memory, so they are not asked
         say(f"Error: {in_options(said)}")
         sys.stdout.flush()
         os._exit(2)
@@ -109,19 +112,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _warn(sentence: str) -> None:
-    """Of several processes under torchrun, one speaks for all."""
+    """Print a warning; of several processes under torchrun, only one does."""
     if not workers.number():
         warn(sentence)
 
 
 def _end_unread() -> NoReturn:
-    """Whoever read has enough (`| head -1`): that is no fault."""
+    """End without an error, as the reader has enough (`| head -1`)."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(0)
 
 
 def _was_interrupted(error: BaseException) -> bool:
-    """Ctrl-C where Python makes another exception of it: in `__set_name__`, as classes are made on import."""
+    """Return whether Ctrl-C became another exception, as in `__set_name__` when classes are made on import."""
     behind = error.__cause__ or error.__context__
     return isinstance(behind, KeyboardInterrupt) or (behind is not None and _was_interrupted(behind))
 

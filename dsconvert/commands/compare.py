@@ -1,4 +1,4 @@
-"""dsconvert compare."""
+"""The command `dsconvert compare`."""
 
 from __future__ import annotations
 
@@ -40,14 +40,14 @@ from dsconvert.scoring.photos import Compared, compare_files, left_out
 @click.argument("second", type=PATH, metavar="B")
 @click.argument("source", type=PATH, required=False)
 @click.option("--data", type=PATH, help="data.yaml instead of SOURCE; its labels are not read.")
-@click.option("--conf-thres", default=0.25, show_default=True, help="Least score of an object.")
-@click.option("--iou-thres", default=0.45, show_default=True, help="Most overlap of two boxes of a class.")
+@click.option("--conf-thres", default=0.25, show_default=True, help="Lowest score of an object.")
+@click.option("--iou-thres", default=0.45, show_default=True, help="Largest overlap of two boxes of a class.")
 @imgsz("Size of the images: 640, or 384 640 (height, width) (default: as exported)")
 @click.option("--samples", type=click.IntRange(1), help="Most images used.")
 @split_of("val")
 @strict
 @click.option("--min-agreement", type=click.FloatRange(0, 1), metavar="SHARE",
-              help="Exit with 3 if a smaller share of the objects matches.")  # fmt: skip
+              help="Exit with 3 if a smaller share of the objects match.")  # fmt: skip
 @input_options
 @threads
 @quiet
@@ -58,19 +58,20 @@ def compare(
     imgsz: Size | None, samples: int | None, split: str | None, strict: bool, min_agreement: float | None,
     threads: int, quiet: bool, verbose: bool, as_json: bool, **wanted: Any,
 ) -> None:  # fmt: skip
-    """Measure how far model B finds the objects that model A finds.
+    """Measure how far models A and B find the same objects.
 
-    A and B are .pt, .safetensors or .onnx files; SOURCE is an image, a folder
-    of images, or a text file of paths. No labels are needed. Two boxes match
-    when their class is the same and their IoU at least 0.5. ONNX files whose
-    outputs are no boxes are compared output by output.
+    A and B are .pt, .safetensors or .onnx files; SOURCE is an image, a folder of images, or a text file of paths. No
+    labels are needed. Two boxes match if they have the same class and an IoU of at least 0.5. ONNX files whose outputs
+    are not boxes are compared output by output.
 
     \b
     Examples: dsconvert compare best.pt best.onnx photos/
               dsconvert compare best.pt best.onnx photos/ --min-agreement 0.9
     """
     if (source is None) == (data is None):
-        raise InputError("Which images? Give either a SOURCE (a folder of images) or --data data.yaml.")
+        raise InputError(
+            "compare needs one set of images: give either a SOURCE (a folder of images) or --data data.yaml."
+        )
     options, preset = DetectOptions(conf_thres, iou_thres), chosen_input(wanted)
     with bars(quiet) as progress:
         found = compare_files(
@@ -95,7 +96,7 @@ def compare(
         _print(result)
         if not quiet:
             _explain(result, found.read, conf_thres)
-    if min_agreement is not None and not result.share >= min_agreement:  # so that nan fails
+    if min_agreement is not None and not result.share >= min_agreement:  # written so that NaN fails
         raise LimitMissed(
             f"{first} and {second} agree on {100 * result.share:.1f} % of the objects, "
             f"less than --min-agreement {min_agreement:g}."
@@ -103,11 +104,11 @@ def compare(
 
 
 def _show_outputs(found: Compared, as_json: bool, quiet: bool, min_agreement: float | None) -> None:
-    """What is said of files whose outputs are no boxes."""
+    """Print the comparison of files whose outputs are not boxes."""
     if min_agreement is not None:
         raise InputError(
-            f"{found.first.path} gives no boxes that can be read, so --min-agreement cannot be held; --input names a "
-            "family whose outputs are read."
+            f"{found.first.path} gives no boxes that can be read, so --min-agreement cannot be checked; "
+            "give --input if it belongs to a known family."
         )
     if found.skipped:
         warn(left_out(found.skipped))
@@ -126,8 +127,8 @@ def _show_outputs(found: Compared, as_json: bool, quiet: bool, min_agreement: fl
     console().print(shown)
     if not quiet:
         tell(
-            f"{len(found.read)} images. The outputs are no boxes that can be read, so they are compared as they are. "
-            "Relative error: root of the squared difference over A's squares; cosine: of the angle between both."
+            f"{len(found.read)} images. The outputs are not boxes that can be read, so they are compared as they are. "
+            "Relative error: root of the squared difference over A's squares. Cosine: of the angle between both."
         )
 
 
@@ -166,7 +167,7 @@ def _print(result: Agreement) -> None:
 def _explain(result: Agreement, read: Sequence[Path], confidence: float) -> None:
     tell(
         f"{len(read)} images; objects above confidence {confidence:g}. Found by both: same class, IoU at least "
-        f"{MATCHING:g}. Shift: B's confidence less A's."
+        f"{MATCHING:g}. Shift: B's confidence minus A's."
     )
     apart = sorted(
         zip(result.images, read, strict=True), key=lambda pair: pair[0].only_first + pair[0].only_second, reverse=True

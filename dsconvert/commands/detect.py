@@ -1,4 +1,4 @@
-"""dsconvert detect."""
+"""The command `dsconvert detect`."""
 
 from __future__ import annotations
 
@@ -49,13 +49,15 @@ class _Detect(Sized):
     """A command whose --classes takes several words."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """As click does, after `spread_classes`."""
+        """Parse as click does, after `spread_classes`."""
         return super().parse_args(ctx, spread_classes(self.joined(args), self.with_value()))
 
 
 def spread_classes(args: Sequence[str], with_value: set[str]) -> list[str]:
-    """`--classes 0 2` as `--classes 0 --classes 2`: all words up to the next option. Words that are no numbers belong
-    to it only where model and source come before, as they may be these."""
+    """Rewrite `--classes 0 2` as `--classes 0 --classes 2`, with all words up to the next option.
+
+    Words that are not numbers are taken only if model and source come before, as they may be these.
+    """
     spread: list[str] = []
     rest = list(args)
     words, has_source = 0, any(a.partition("=")[0] == "--source" for a in args)
@@ -81,35 +83,37 @@ def _is_number(word: str) -> bool:
 
 def _no_windows(context: click.Context, parameter: click.Parameter, value: bool) -> None:
     if value:
-        raise InputError("--view-img is not possible: the OpenCV that dsconvert uses opens no windows. Look at the "
-                         "files that are written.")  # fmt: skip
+        raise InputError("--view-img is not possible, as dsconvert's OpenCV opens no windows; look at the files that "
+                         "are written.")  # fmt: skip
 
 
 @click.command(cls=_Detect)
 @click.argument("model", type=PATH)
 @click.argument("sources", nargs=-1, metavar="SOURCE...")
 @click.option("--source", "more", multiple=True, metavar="SOURCE", help="The same as SOURCE.")
-@click.option("--conf-thres", default=0.25, show_default=True, help="Least score of an object.")
-@click.option("--iou-thres", default=0.45, show_default=True, help="Most overlap of two boxes of a class.")
-@click.option("--max-det", default=1000, show_default=True, help="Most objects an image.")
-@click.option("--classes", multiple=True, metavar="CLASS...", help="Only these, by number or name: 0 2, 0,2 or person.")
-@click.option("--agnostic-nms", is_flag=True, help="Boxes of different classes suppress each other too.")
+@click.option("--conf-thres", default=0.25, show_default=True, help="Lowest score of an object.")
+@click.option("--iou-thres", default=0.45, show_default=True, help="Largest overlap of two boxes of a class.")
+@click.option("--max-det", default=1000, show_default=True, help="Most objects in an image.")
+@click.option("--classes", multiple=True, metavar="CLASS...",
+              help="Only these classes, by number or name: 0 2, 0,2 or person.")  # fmt: skip
+@click.option("--agnostic-nms", is_flag=True, help="Let boxes of different classes suppress each other too.")
 @imgsz("Size of the input: 640, or 384 640 (height, width) (default: as exported)", "--img", "--img-size")
-@click.option("--half", is_flag=True, help="Insist on a MODEL with float16 input (export --half-input).")
+@click.option("--half", is_flag=True, help="Require a MODEL with float16 input (export --half-input).")
 @click.option("--vid-stride", type=click.IntRange(1, 100_000), default=1, show_default=True,
-              help="Of so many frames of a video, look at the last.")  # fmt: skip
-@click.option("--save-txt", is_flag=True, help="Write labels/NAME.txt in YOLO format (of masks: polygons).")
-@click.option("--save-conf", is_flag=True, help="With --save-txt: the score at the end of each line.")
-@click.option("--save-crop", is_flag=True, help="Write each object's part of the image: crops/CLASS/NAME.jpg.")
+              help="Look only at every so many frames of a video.")  # fmt: skip
+@click.option("--save-txt", is_flag=True, help="Write labels/NAME.txt in YOLO format (polygons for masks).")
+@click.option("--save-conf", is_flag=True, help="Add the score to each line of --save-txt.")
+@click.option("--save-crop", is_flag=True, help="Write each object's part of the image to crops/CLASS/NAME.jpg.")
 @click.option("--save-json", is_flag=True, help=f"Write {DOCUMENT}, one COCO document.")
 @click.option("--nosave", is_flag=True, help="Write no drawn images and videos.")
-@click.option("--line-thickness", type=click.IntRange(1, 100), default=3, show_default=True, help="Pixels.")
-@click.option("--hide-labels", is_flag=True, help="Draw boxes only.")
-@click.option("--hide-conf", is_flag=True, help="Draw no scores.")
-@click.option("--project", type=PATH, metavar="FOLDER", help=f"Folder of the folder to write (default: {PROJECT}).")
-@click.option("--name", metavar="NAME", help=f"Its name; a number follows where it is there (default: {NAME}).")
-@click.option("--exist-ok", is_flag=True, help="Without a number: write into it though it is there.")
-@click.option("--out", type=PATH, help="Folder to write, instead of --project and --name.")
+@click.option("--line-thickness", type=click.IntRange(1, 100), default=3, show_default=True,
+              help="Thickness of boxes in pixels.")  # fmt: skip
+@click.option("--hide-labels", is_flag=True, help="Draw boxes without labels.")
+@click.option("--hide-conf", is_flag=True, help="Draw labels without scores.")
+@click.option("--project", type=PATH, metavar="FOLDER", help=f"Parent of the result's folder (default: {PROJECT}).")
+@click.option("--name", metavar="NAME", help=f"Name of the result's folder; if taken, with a number (default: {NAME}).")
+@click.option("--exist-ok", is_flag=True, help="Write into an existing folder, without a number.")
+@click.option("--out", type=PATH, help="Folder to write to, instead of --project and --name.")
 @input_options
 @force
 @threads
@@ -127,10 +131,10 @@ def detect(
     """Find objects in images and videos, and draw them.
 
     MODEL is a .pt, .safetensors or .onnx file. SOURCE is an image, a video, a
-    folder of them, a pattern such as 'photos/*.jpg', a text file of paths, a
-    data.yaml, the number of a webcam, or the address of a stream (rtsp, rtmp,
-    http). Options that YOLOv5's detect.py has too have its
-    defaults, but for --imgsz and --device.
+    folder of them, a pattern such as 'photos/*.jpg', a text file of paths, or a
+    data.yaml. It may also be the number of a webcam, or the address of a stream
+    (rtsp, rtmp, http). Options that YOLOv5's detect.py has too have its
+    defaults, except --imgsz and --device.
 
     \b
     Examples: dsconvert detect best.onnx photos/
@@ -139,7 +143,7 @@ def detect(
     """
     preset = chosen_input({name: saving.pop(name) for name in INPUT_OPTIONS})
     wishes = _save_options(**saving)
-    DetectOptions(conf_thres, iou_thres, max_det)  # before anything is loaded
+    DetectOptions(conf_thres, iou_thres, max_det)  # checked before anything is loaded
     if not sources and not more:
         raise click.UsageError("Missing argument 'SOURCE...': an image, a video, a folder, 0 for a webcam.")
     if out is not None and (project is not None or name is not None or exist_ok):
@@ -154,7 +158,7 @@ def detect(
         raise InputError(f"{model} takes no float16 input: export it with --half-input, or leave out --half.")
     options = DetectOptions(conf_thres, iou_thres, max_det, class_numbers(classes, candidate.names), agnostic_nms)
     if candidate.limits and (kept := options.beyond(candidate.limits)):
-        warn(f"{model} suppresses boxes itself, and keeps only those within {in_options(kept)}; "
+        warn(f"{model} suppresses boxes itself, and keeps only boxes within {in_options(kept)}; "
             "to find more, export it again without --nms.")  # fmt: skip
     wanted = out or (base if exist_ok else None)
     writes = wishes.anything or save_json
@@ -200,7 +204,7 @@ def _save_options(
 
 
 def _base(project: Path | None, name: str | None) -> Path:
-    """The folder to write, before a number makes it a new one."""
+    """Return the folder to write to, before a number makes it a new one."""
     if name is not None and name in ("", ".", ".."):
         raise InputError("--name is the name of a folder; give it in letters.")
     return (PROJECT if project is None else project) / (NAME if name is None else name)
@@ -216,7 +220,7 @@ def _shown(looked: Looked) -> str:
 
 
 def _sums(looked: Sequence[Looked]) -> dict[int, int]:
-    """Objects by class, the most frequent first."""
+    """Return objects by class, the most frequent first."""
     sums: dict[int, int] = {}
     for one in looked:
         for kind, objects in one.by_class.items():
@@ -225,7 +229,7 @@ def _sums(looked: Sequence[Looked]) -> dict[int, int]:
 
 
 def _how_many(run: Run) -> tuple[int, int, int]:
-    """Images, videos, and their frames."""
+    """Return the numbers of images, videos, and their frames."""
     frames = [one.frames for one in run.looked if one.frames is not None]
     return len(run.looked) - len(frames), len(frames), sum(frames)
 
@@ -240,7 +244,7 @@ def _result(run: Run, names: Sequence[str]) -> str:
 
 
 def _written(run: Run, folder: Path, wishes: SaveOptions, document: Path | None) -> dict[str, Path]:
-    """What was written, in words, and where."""
+    """Return what was written, in words, and where."""
     images, videos, _ = _how_many(run)
     pictures = [f"{n} {what}" for n, what in ((images, "images"), (videos, "videos")) if n]
     rows = (
@@ -267,7 +271,7 @@ def _summary(run: Run, folder: Path | None, wishes: SaveOptions, document: Path 
 
 
 def _file(one: Looked) -> dict[str, Any]:
-    """Of a video `labels` is the folder of its frames' files."""
+    """Return a source for the JSON; for a video, `labels` is the folder of its frames' files."""
     job = one.job
     common = {"path": _shown(one), "detections": one.objects}
     if one.frames is None:
@@ -277,6 +281,6 @@ def _file(one: Looked) -> dict[str, Any]:
 
 
 def _kinds(by_class: Mapping[int, int], names: Sequence[str]) -> str:
-    """Such as `7 person, 2 dog`; the ten most frequent."""
+    """Return text such as `7 person, 2 dog`, with the ten most frequent classes."""
     kinds = [f"{n} {class_name(c, names)}" for c, n in by_class.items()]
     return ", ".join(kinds[:10]) + (f" and {len(kinds) - 10} other classes" if len(kinds) > 10 else "")

@@ -1,4 +1,4 @@
-"""dsconvert eval."""
+"""The command `dsconvert eval`."""
 
 from __future__ import annotations
 
@@ -47,16 +47,16 @@ ACCURACY = ("map50_95", "map50", "precision", "recall")
 
 @click.command("eval", cls=Sized, short_help="Measure accuracy, size and latency of each MODEL.")
 @click.argument("models", type=PATH, nargs=-1, metavar="[MODEL]...")
-@click.option("--data", type=PATH, help="data.yaml with labels, or a folder of images without.")
+@click.option("--data", type=PATH, help="data.yaml with labels, or a folder of images without labels.")
 @imgsz("Size of the images: 640, or 384 640 (height, width) (default: as exported)")
 @click.option("--samples", type=click.IntRange(1), help="Most images used.")
 @split_of("val")
 @strict
-@click.option("--conf-thres", default=LEAST, show_default=True, help="Boxes up to this score do not count.")
-@click.option("--iou-thres", type=float, help=f"Most overlap of two boxes of a class (default: {VAL_OVERLAP:g} with "
+@click.option("--conf-thres", default=LEAST, show_default=True, help="Boxes with a score up to this are ignored.")
+@click.option("--iou-thres", type=float, help=f"Largest overlap of two boxes of a class (default: {VAL_OVERLAP:g} with "
               f"labels, {OVERLAP:g} without).")  # fmt: skip
 @click.option("--max-map-drop", type=click.FloatRange(0, 100), metavar="POINTS",
-              help="Exit with 3 if a model loses more mAP50-95 against the first.")  # fmt: skip
+              help="Exit with 3 if a model loses more mAP50-95 than this against the first.")  # fmt: skip
 @input_options
 @threads
 @quiet
@@ -69,17 +69,16 @@ def evaluate(
 ) -> None:  # fmt: skip
     """Measure accuracy, size and latency of each MODEL on labelled images.
 
-    MODEL is a .pt, .safetensors or .onnx file; by default the newest quantize
-    result and the checkpoint it came from. Latency is ONNX Runtime's for all.
-    --data defaults to what was calibrated on. Without labels (a folder), the
-    truth is what the first model finds: the others' rows are agreement.
+    MODEL is a .pt, .safetensors or .onnx file; by default the newest quantize result and its checkpoint. All latencies
+    are measured in ONNX Runtime. --data defaults to the calibration data. Without labels (a folder), the truth is what
+    the first model finds, and the others' rows are agreement.
 
     \b
     Examples: dsconvert eval best.pt best.onnx --data data.yaml
               dsconvert eval best.pt best.onnx --data data.yaml --max-map-drop 0.5
     """
     if not (0 <= conf_thres < 1 and (iou_thres is None or 0 <= iou_thres <= 1)):
-        raise InputError("--conf-thres must lie in 0..1 and below 1, --iou-thres must lie in 0..1.")
+        raise InputError("--conf-thres must lie in 0..1 (below 1), and --iou-thres in 0..1.")
     paths, preset = list(models), chosen_input(wanted)
     if not paths or data is None:
         newest = exporting.newest_result(RUNS)
@@ -88,18 +87,18 @@ def evaluate(
         if data is None:
             data = known_images(provenance, newest)
             if not is_data_yaml(data):
-                notes.note(f"Measured on {data}, which the model was calibrated on; give --data other images.")
+                notes.note(f"Measured on {data}, the calibration images; give --data other images.")
     if max_map_drop is not None and len(paths) < 2:
         raise InputError("--max-map-drop measures the drop against the first model; name another one too.")
     workers.start()
-    if workers.number():  # one speaks for all
+    if workers.number():  # one process prints for all
         contest.look(contest.entrants(paths, data, imgsz, samples, split, strict, conf_thres, iou_thres, preset))
         return
     with bars(quiet) as progress:
         rows = contest.evaluate(paths, data, imgsz, samples, progress, split, strict, conf_thres, iou_thres, preset)
     for r in rows:
         if r.candidate.batch > 1:
-            say(f"{short(r.candidate.path)} takes {r.candidate.batch} images at once; its ms is of all of them.")
+            say(f"{short(r.candidate.path)} takes {r.candidate.batch} images at once; its ms is for all of them.")
     if as_json:
         print_json({
             "models": [_row(r) for r in rows], "data": str(data), "split": rows[0].split, "conf_thres": conf_thres,
@@ -116,13 +115,13 @@ def evaluate(
 
 
 def _hold(rows: list[contest.Evaluated], most: float) -> None:
-    """Raise LimitMissed naming every model that loses more than `most` points against the first."""
+    """Raise LimitMissed, naming every model that loses more than `most` points against the first."""
     measured = [(r.candidate.path, r.metrics.map50_95) for r in rows if r.metrics]
     if not measured:
-        raise InputError("--max-map-drop cannot be held against images in which nothing is found.")
+        raise InputError("--max-map-drop cannot be checked on images in which nothing is found.")
     first = measured[0][1]
     drops = [(path, 100 * (first - value)) for path, value in measured[1:]]
-    # a tenth of a millionth of a point is what binary fractions are off by
+    # 1e-7 points allow for the rounding of binary fractions
     missed = [f"{path} loses {drop:.2f} points" for path, drop in drops if not drop <= most + 1e-7]
     if missed:
         against = f"of mAP50-95 against {rows[0].candidate.path}"
@@ -145,7 +144,7 @@ def _row(r: contest.Evaluated) -> dict[str, Any]:
 
 
 def _print_classes(rows: list[contest.Evaluated]) -> None:
-    """AP50-95 of each class that the images hold, by model."""
+    """Print AP50-95 of each class in the images, by model."""
     shown = table("AP50-95", *(short(r.candidate.path) for r in rows))
     names = next((r.candidate.names for r in rows if r.candidate.names), ())
     measured = [r.metrics.per_class for r in rows if r.metrics]
@@ -177,7 +176,7 @@ def _print_evaluation(rows: list[contest.Evaluated], quiet: bool) -> None:
 
 
 def _accuracy(m: Metrics | None, masks: bool) -> list[str]:
-    """A model's cells, empty where nothing was measured."""
+    """Return a model's cells, empty where nothing was measured."""
     if m is None:
         return [""] * (8 if masks else 4)
     boxes = (m.map50_95, m.map50, m.precision, m.recall)

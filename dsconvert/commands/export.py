@@ -1,4 +1,4 @@
-"""dsconvert export."""
+"""The command `dsconvert export`."""
 
 from __future__ import annotations
 
@@ -26,25 +26,25 @@ from dsconvert.photos.dataset import SPLITS, is_data_yaml, read_data_yaml
 
 @click.command(cls=Sized)
 @click.argument("model", type=PATH, required=False)
-@click.option("--onnx", is_flag=True, expose_value=False, help="Write ONNX: the one format, so it may be left out.")
+@click.option("--onnx", is_flag=True, expose_value=False, help="Write ONNX, the only format; may be left out.")
 @click.option("--layout", type=click.Choice(list(LAYOUTS)), default=PACKED.name, show_default=True,
               help=" ".join(f"{x.name}: {x.about}." for x in LAYOUTS.values())
               + f" OpenVINO runs {', '.join(run_by('OpenVINO'))}.")  # fmt: skip
 @imgsz("Size of the input: 640, or 384 640 (height, width) (default: as calibrated)")
 @click.option("--dynamic-batch", is_flag=True, help="Leave the batch size open.")
 @click.option("--dynamic", is_flag=True, help="Leave batch size, height and width open, for ONNX Runtime; slower.")
-@click.option("--uint8-input", is_flag=True, help="Input is the image's bytes, 0..255; dividing by 255 is not needed.")
-@click.option("--half-input", is_flag=True, help="Input is float16, 0..1 (YOLOv5: detect.py --half).")
+@click.option("--uint8-input", is_flag=True, help="Input is the image's bytes, 0..255, without division by 255.")
+@click.option("--half-input", is_flag=True, help="Input is float16, 0..1, as for YOLOv5's detect.py --half.")
 @click.option(
     "--nms",
     "with_nms",
     is_flag=True,
-    help="End with non-maximum suppression: detections (k, 7) = image, x1, y1, x2, y2, score, class.",
+    help="Add non-maximum suppression: detections (k, 7) = image, x1, y1, x2, y2, score, class.",
 )
-@click.option("--conf-thres", type=float, help=f"With --nms: least score (default: {Nms.confidence}).")
-@click.option("--iou-thres", type=float, help=f"With --nms: most overlap of two boxes (default: {Nms.iou}).")
-@click.option("--max-det", type=int, help=f"With --nms: most boxes an image (default: {Nms.most}).")
-@click.option("--no-check", is_flag=True, help="Do not run the file against torch before writing it.")
+@click.option("--conf-thres", type=float, help=f"With --nms: lowest score (default: {Nms.confidence}).")
+@click.option("--iou-thres", type=float, help=f"With --nms: largest overlap of two boxes (default: {Nms.iou}).")
+@click.option("--max-det", type=int, help=f"With --nms: most boxes in an image (default: {Nms.most}).")
+@click.option("--no-check", is_flag=True, help="Do not compare the file's outputs with torch's before writing it.")
 @click.option("--out", type=PATH, help="File to write (default: beside the model).")
 @force
 @as_json
@@ -63,7 +63,7 @@ def export(
               dsconvert export --onnx --uint8-input --nms --conf-thres 0.3
     """
     if uint8_input and half_input:
-        raise InputError("The input is either --uint8-input or --half-input; give one of them.")
+        raise InputError("--uint8-input and --half-input exclude each other; give one of them.")
     ends = Ends(
         dynamic_batch,
         "uint8" if uint8_input else "float16" if half_input else "float32",
@@ -91,7 +91,7 @@ def export(
 
 
 def _next_lines(model: Path, target: Path) -> list[str]:
-    """How to measure what was written, against the checkpoint, on images it was not calibrated on."""
+    """Return the command that compares the file with the checkpoint, on images that did not calibrate it."""
     provenance = load_model(model).provenance if file_kind(model) == MODEL else {}
     source, options = provenance.get("source"), provenance.get("options")
     calib, split = (options.get("calib"), options.get("split")) if isinstance(options, dict) else (None, None)
@@ -103,13 +103,13 @@ def _next_lines(model: Path, target: Path) -> list[str]:
     if fresh is None:
         return [
             shlex.join([*start, "OTHER"]),
-            f"OTHER stands for other images than those of {calib}, which calibrated.",
+            f"OTHER stands for images other than {calib}, which calibrated the model.",
         ]
     return [shlex.join([*start, calib, *(["--split", fresh] if fresh != "val" else [])])]
 
 
 def _unseen_split(calib: Path, split: Any) -> str | None:
-    """The split of a data.yaml to measure on, when another one of it calibrated."""
+    """Return the split of a data.yaml to measure on, if another split was used for calibration."""
     if not is_data_yaml(calib):
         return None
     try:
@@ -122,14 +122,14 @@ def _unseen_split(calib: Path, split: Any) -> str | None:
 
 
 def _nms(wanted: bool, given: dict[str, float | None]) -> Nms | None:
-    """The suppression asked for; what is None stays at its default."""
+    """Return the suppression that the options ask for; None keeps a default."""
     chosen: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     if chosen and not wanted:
-        raise InputError("--conf-thres, --iou-thres and --max-det belong to --nms; give it too.")
+        raise InputError("--conf-thres, --iou-thres and --max-det work only with --nms; give it too.")
     return Nms(**chosen) if wanted else None
 
 
 def _mark(ends: Ends) -> str:
-    """What tells a file's name that its ends are unusual."""
+    """Return what a file's name says about an unusual input type or suppression."""
     kind = "" if ends.input_type == "float32" else f"-{ends.input_type}"
     return kind + ("-nms" if ends.nms else "")

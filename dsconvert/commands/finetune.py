@@ -1,4 +1,4 @@
-"""dsconvert finetune."""
+"""The command `dsconvert finetune`."""
 
 from __future__ import annotations
 
@@ -49,21 +49,21 @@ DEFAULT = FinetuneOptions(Path())
 @click.argument("model", type=PATH)
 @click.option("--data", type=PATH, required=True, help="data.yaml with labelled train and val images.")
 @click.option("--train", type=click.Choice(TRAINED), default=DEFAULT.train, show_default=True,
-              help="What is learned: m and CDSw; CDSb too; VQK too.")  # fmt: skip
-@click.option("--epochs", default=DEFAULT.epochs, show_default=True, help="Times that every image is seen, at most.")
-@click.option("--batch", default=DEFAULT.batch, show_default=True, help="Images a step.")
-@click.option("--rate", default=DEFAULT.rate, show_default=True, help="Learning rate at its highest.")
+              help="What learns. shifts: m and CDSw; shifts+bias: CDSb too; all: VQK too.")  # fmt: skip
+@click.option("--epochs", default=DEFAULT.epochs, show_default=True, help="Passes over the training images, at most.")
+@click.option("--batch", default=DEFAULT.batch, show_default=True, help="Images in a step.")
+@click.option("--rate", default=DEFAULT.rate, show_default=True, help="Highest learning rate.")
 @click.option("--warmup", default=DEFAULT.warmup, show_default=True, help="Epochs in which the rate rises.")
 @click.option("--patience", default=DEFAULT.patience, show_default=True,
               help="Stop after so many epochs without a better mAP50-95 on val.")  # fmt: skip
-@click.option("--mosaic", default=DEFAULT.mosaic, show_default=True, help="Share of images made of four.")
+@click.option("--mosaic", default=DEFAULT.mosaic, show_default=True, help="Share of images that combine four photos.")
 @click.option("--no-augment", is_flag=True, help="Train on the images as they are.")
 @click.option("--seed", default=0, show_default=True, help="Seed of every random choice.")
 @strict
 @threads
 @device
-@click.option("--out", type=PATH, help="Folder to write (default: runs/dsconvert/NAME-finetuned).")
-@click.option("--resume", is_flag=True, help="Go on where a stopped run with the same options left off.")
+@click.option("--out", type=PATH, help="Folder to write to (default: runs/dsconvert/NAME-finetuned).")
+@click.option("--resume", is_flag=True, help="Continue a stopped run that had the same options.")
 @force
 @quiet
 @as_json
@@ -71,10 +71,10 @@ def finetune_command(
     model: Path, threads: int, out: Path | None, resume: bool, force: bool, quiet: bool, as_json: bool,
     no_augment: bool, **options: Any,
 ) -> None:  # fmt: skip
-    """Learn the shifts of a converted MODEL on labelled images.
+    """Train the shifts of a converted MODEL on labelled images.
 
-    MODEL is a .safetensors file. Its integers stay (unless --train all); the
-    result is another one, of the epoch that was best on val, for export.
+    MODEL is a .safetensors file. Its shifts (group and channel scales) learn; its integers stay, unless --train all.
+    The result is a new file for export, from the epoch with the best mAP50-95 on val.
 
     \b
     Examples: dsconvert finetune model.safetensors --data night.yaml
@@ -83,11 +83,11 @@ def finetune_command(
     began = time.perf_counter()
     if (kind := file_kind(model)) != MODEL:
         raise InputError(
-            f"{model} is {NAMES[kind]}, not a .safetensors file; finetune takes what dsconvert quantize wrote."
+            f"{model} is {NAMES[kind]}, not a .safetensors file; give finetune a file that dsconvert quantize wrote."
         )
     workers.start()
     chosen = FinetuneOptions(**options, augment=not no_augment)
-    if workers.number():  # one speaks for all, and writes
+    if workers.number():  # one process writes and prints for all
         finetune(model, chosen, resume=resume)
         return
     base = RUNS / f"{model.parent.name if model.name == MODEL_FILE else model.stem}-finetuned"
@@ -95,7 +95,7 @@ def finetune_command(
     if out is not None:
         refuse_to_lose([out, *(out / name for name in (MODEL_FILE, RECORD_FILE, UNFINISHED))], [model, chosen.data])
         check_target(out / MODEL_FILE, force)
-        check_target(out / RECORD_FILE, force=True)  # as quantize's
+        check_target(out / RECORD_FILE, force=True)  # a record alone was left by a run that was killed
     command = typed_command()
     note: Callable[[str], None] = (lambda line: None) if quiet else say
     with run_folder(out, base, UNFINISHED, resume) as folder, bars(quiet, lines=True) as progress:
@@ -107,7 +107,7 @@ def finetune_command(
     if result.skipped:
         warn(f"{len(result.skipped)} images could not be read and were left out; the first: {result.skipped[0]}")
     if not result.best_epoch:
-        warn("No epoch was better on val than the model was before; the result is the model as it was.")
+        warn("No epoch was better on val than the model before; the result is the unchanged model.")
     seconds = time.perf_counter() - began
     if as_json:
         print_json({**record, "seconds": round(seconds, 2), "warnings": so_far()})
@@ -118,7 +118,7 @@ def finetune_command(
 
 
 def _record(result: Finetuned, model: Path, options: FinetuneOptions, folder: Path) -> dict[str, Any]:
-    """What finetune.json and --json hold."""
+    """Return what finetune.json and --json hold."""
     return {
         "path": str(folder / MODEL_FILE), "model": str(model), "data": str(options.data), "train": options.train,
         "trained_share": round(result.share, 5), "images": result.images, "unreadable_images": len(result.skipped),

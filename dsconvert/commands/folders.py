@@ -1,4 +1,4 @@
-"""The folder a run writes to: a new one, the one given, or the one where a run was stopped."""
+"""The folder that a run writes to: a new one, the given one, or the one of a stopped run."""
 
 from __future__ import annotations
 
@@ -14,10 +14,13 @@ from dsconvert.model.file import load_model
 
 @contextlib.contextmanager
 def run_folder(out: Path | None, base: Path, unfinished: str, resume: bool) -> Iterator[Path]:
-    """`out`, else a new folder named after `base` (`base`, `base2`, ...), or with `resume` that of them where a file
-    `unfinished` was written last. One that the run leaves empty is removed again, and so are empty ones above it.
+    """Yield `out`, or a new folder named after `base` (`base`, `base2`, ...).
 
-    Raises InputError when there is nothing to resume."""
+    With `resume`, the folder after `base` whose file `unfinished` is newest is taken. A folder that the run leaves
+    empty is removed, and so are empty ones above it.
+
+    Raises InputError when there is nothing to resume.
+    """
     folder = out or (stopped(base, unfinished) if resume else claim_folder(base))
     try:
         yield folder
@@ -25,13 +28,12 @@ def run_folder(out: Path | None, base: Path, unfinished: str, resume: bool) -> I
         if out is None:
             with contextlib.suppress(OSError):
                 for made in (folder, *folder.parents[:2]):
-                    made.rmdir()  # only what is empty: nothing was kept yet
+                    made.rmdir()  # removes only empty folders: nothing was kept yet
         raise
 
 
 def refuse_to_lose(outputs: Iterable[Path | None], inputs: Iterable[Path | None]) -> None:
-    """`files.refuse_inputs`, where what was not given is None; of a converted model among the inputs, what it was made
-    from is one too."""
+    """Call `files.refuse_inputs`, ignoring None. The origin of a converted model among the inputs is an input too."""
     given = [path for path in inputs if path is not None]
     for model in [path for path in given if path.is_file() and known_kind(path) == MODEL]:
         provenance = load_model(model).provenance
@@ -42,7 +44,7 @@ def refuse_to_lose(outputs: Iterable[Path | None], inputs: Iterable[Path | None]
 
 
 def stopped(base: Path, unfinished: str) -> Path:
-    """The last of the folders named after `base` where a run was stopped. Raises InputError when there is none."""
+    """Return the newest folder named after `base` where a run was stopped. Raises InputError when there is none."""
     found = [p for p in base.parent.glob(f"*/{unfinished}") if _is_named_after(p.parent.name, base.name)]
     if not found:
         where = printable(str(base.parent))

@@ -1,4 +1,4 @@
-"""--imgsz: one number for a square, else height and width, with an x, a comma or a space between them."""
+"""The option --imgsz: one number for a square, else height and width, separated by an x, a comma or a space."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import click
 
 from dsconvert.base.size import Size
 
-LEAST = 32  # pixels of a width that stands as a word of its own: the number of a webcam is smaller
+LEAST = 32  # least pixels of a width that is a word of its own; a webcam's number is smaller
 
 
 class ImageSize(click.ParamType):
@@ -29,24 +29,24 @@ class ImageSize(click.ParamType):
 
 
 def imgsz(what: str, *more: str, **settings: Any) -> Callable[[Any], Any]:
-    """An option --imgsz, under `more` names too. `what` says of which images, and what is usual."""
+    """Return an option --imgsz, with `more` names. `what` says which images, and the default."""
     return click.option("--imgsz", *more, "imgsz", type=ImageSize(), metavar="PIXELS", help=f"{what}.", **settings)
 
 
 class Sized(click.Command):
-    """A command whose --imgsz may take two words, as YOLOv5's commands do: `--imgsz 384 640`."""
+    """A command whose --imgsz may take two words, as in YOLOv5's commands: `--imgsz 384 640`."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """As click does, after `joined`."""
+        """Parse as click does, after `joined`."""
         return super().parse_args(ctx, self.joined(args))
 
     def joined(self, args: Sequence[str]) -> list[str]:
-        """The words with each size as one."""
+        """Return the words with each size as one word."""
         named = {n for p in self.params if p.name == "imgsz" for n in p.opts}
         return join_sizes(args, named, self.with_value())
 
     def with_value(self) -> set[str]:
-        """All options that a value follows."""
+        """Return all options that take a value."""
         return {
             name
             for p in self.params
@@ -56,10 +56,11 @@ class Sized(click.Command):
 
 
 def join_sizes(args: Sequence[str], named: Collection[str], with_value: Collection[str]) -> list[str]:
-    """`--imgsz 384 640` as `--imgsz 384x640`, where `named` are the names of that option.
+    """Rewrite `--imgsz 384 640` as `--imgsz 384x640`, for all names of that option.
 
-    A second number belongs to it when it can be a width: at least LEAST, and no file of that name is there. So neither
-    a webcam nor a file is taken for one."""
+    A second number is taken if it can be a width: it is at least LEAST, and no file has that name. So a webcam or a
+    file is never taken for a width.
+    """
     found: list[str] = []
     rest = list(args)
     while rest:

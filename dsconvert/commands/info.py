@@ -1,4 +1,4 @@
-"""dsconvert info."""
+"""The command `dsconvert info`."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def info(model: Path | None, as_json: bool) -> None:
         shown.add_row(*cells, *harm.get(row["name"], ()))
     console().print(shown)
     if harm:
-        tell("harm: expected share of the damage that 4 bits in every layer would do to the detections.")
+        tell("harm: expected share of the damage to the detections, relative to 4 bits in every layer.")
     stored = sum(row["bytes"] for row in facts["layers"])
     full = sum(row["float32_bytes"] for row in facts["layers"])
     tell(
@@ -54,14 +54,14 @@ def info(model: Path | None, as_json: bool) -> None:
 
 
 def _harm(layers: list[dict[str, Any]]) -> dict[str, tuple[str, str]]:
-    """By layer, the damage expected at 4 bits and at the bits it got, in per cent of that of 4 bits everywhere."""
+    """Return by layer the damage expected at 4 bits and at the layer's bits, in per cent of 4 bits in every layer."""
     known = {row["name"]: (row["damage"], str(row["bits"])) for row in layers if row.get("damage")}
     total = sum(damage["4"] for damage, _ in known.values()) or 1.0
     return {name: (f"{100 * d['4'] / total:.2f} %", f"{100 * d[b] / total:.2f} %") for name, (d, b) in known.items()}
 
 
 def _facts(path: Path) -> dict[str, Any]:
-    """Layer rows of any model file."""
+    """Return the layers of any model file."""
     kind = file_kind(path)
     if kind == CHECKPOINT:
         network = load_checkpoint(path).network.fused()

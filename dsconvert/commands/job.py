@@ -1,4 +1,4 @@
-"""What a run of `quantize` is asked for, and what it has to tell."""
+"""What a run of `quantize` is asked for, and what it reports."""
 
 from __future__ import annotations
 
@@ -16,20 +16,24 @@ from dsconvert.commands.folders import refuse_to_lose
 
 @dataclass(frozen=True)
 class Job:
-    """What a run reads and writes, and how loudly."""
+    """What a run reads and writes, and what it prints."""
 
     source: Path  # the checkpoint or ONNX file
     calib: Path | None  # its calibration images
     cfg: Path | None  # the model yaml that chooses layers
-    cache: Path | None  # folder where calibrations are kept, or values wait
-    out: Path | None  # folder to write; of an ONNX file, perhaps the file itself
-    resume: bool  # go on where a run was stopped
-    force: bool  # replace what is there
-    quiet: bool  # no progress
+    cache: Path | None  # folder that keeps calibrations, or temporary values
+    out: Path | None  # folder to write to; for an ONNX file, perhaps the file itself
+    resume: bool  # continue a stopped run
+    force: bool  # replace existing files
+    quiet: bool  # print no progress
 
     def check(self, place: Path, outputs: list[Path], targets: dict[Path, bool]) -> None:
-        """Raises InputError, before any work, for folders that cannot be written, for `outputs` that are inputs, and
-        for `targets` that are there, unless they may be replaced."""
+        """Raise InputError, before any work, for a run that could not write its results.
+
+        place: a folder that must be writable.
+        outputs: files that must not be inputs.
+        targets: file -> whether it may be replaced, if it exists.
+        """
         check_writable(place)
         if self.cache is not None:
             check_writable(self.cache)
@@ -40,18 +44,18 @@ class Job:
 
 @dataclass(frozen=True)
 class Done:
-    """A conversion, as it is told of."""
+    """A conversion, as it is reported."""
 
     path: Path  # the file written
     unreadable: int  # images that were left out
-    reason: str  # why the first of them was
-    said: list[str]  # what was warned of while it ran
-    advice: list[str]  # what is still to be warned of
-    document: dict[str, Any]  # of --json, but for seconds and warnings
-    layers: Callable[[], None]  # prints a table of them
-    result: Callable[[float], None]  # prints what came of it in so many seconds
+    reason: str  # why the first of them was left out
+    said: list[str]  # warnings during the run
+    advice: list[str]  # warnings still to print
+    document: dict[str, Any]  # the document of --json, without seconds and warnings
+    layers: Callable[[], None]  # prints a table of the layers
+    result: Callable[[float], None]  # prints the result, given the seconds it took
 
 
 def given(name: str) -> bool:
-    """Whether an option was typed or configured."""
+    """Return whether an option was typed or configured."""
     return click.get_current_context().get_parameter_source(name) not in (None, ParameterSource.DEFAULT)

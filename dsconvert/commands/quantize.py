@@ -1,4 +1,4 @@
-"""dsconvert quantize."""
+"""The command `dsconvert quantize`."""
 
 from __future__ import annotations
 
@@ -65,32 +65,32 @@ from dsconvert.yolo.plan import SCOPES
 
 @dataclass(frozen=True)
 class Only:
-    """An option that files of one kind alone can be asked for."""
+    """An option for files of one kind."""
 
     kind: str  # CHECKPOINT or ONNX
-    harmless: object = None  # the value that asks nothing of other files
+    harmless: object = None  # value that has no effect on other files
 
 
-# All other options mean the same for both kinds.
+# all other options mean the same for both kinds
 ONLY = {
     **{name: Only(CHECKPOINT) for name in ("target_drop", "blocks", "scope", "cfg", "device", "resume")},
     "kds": Only(CHECKPOINT, harmless="int"),
     **{name: Only(ONNX) for name in ("layout", *INPUT_OPTIONS)},
 }  # fmt: skip
 REFUSED = {
-    CHECKPOINT: "{} is for a checkpoint; an ONNX file is converted whole, in this process, on its CPU.",
-    ONNX: "{} is for an ONNX file; a checkpoint has no use for it.",
+    CHECKPOINT: "{} is for a checkpoint; an ONNX file is always converted as a whole, by one process, on the CPU.",
+    ONNX: "{} is for an ONNX file; leave it out for a checkpoint.",
 }
 
 
-# What a configuration file may set, and the parameter that each option fills.
+# the options of a configuration file, and their parameters
 CONFIGURABLE = {f.name.replace("_", "-"): f.name for f in fields(QuantizeOptions)}
 CONFIGURABLE["target-size"] = CONFIGURABLE.pop("target-bytes")
 CONFIGURABLE["target-map-drop"] = CONFIGURABLE.pop("target-drop")
 
 
 def _configure(context: click.Context, parameter: click.Parameter, value: str | None) -> None:
-    """Values of a configuration file become defaults: the command line wins."""
+    """Make the values of a configuration file the defaults; the command line wins."""
     if value is not None:
         read = read_config(value, CONFIGURABLE)
         context.default_map = {CONFIGURABLE[option]: text for option, text in read.items()}
@@ -98,33 +98,35 @@ def _configure(context: click.Context, parameter: click.Parameter, value: str | 
 
 @click.command(cls=Sized)
 @click.argument("checkpoint", type=PATH)
-@click.option("--calib", type=PATH, help="Folder of images, data.yaml, or text file of paths.")
+@click.option("--calib", type=PATH, help="Calibration images: a folder, data.yaml, or text file of paths.")
 @click.option("--config", is_eager=True, expose_value=False, callback=_configure, metavar="RECIPE",
               help=f"{', '.join(recipe_names())}, or a YAML file of these options.")  # fmt: skip
 @click.option("--block-size", type=click.IntRange(1),
-              help="Input channels a shift covers (default: by layer).")  # fmt: skip
+              help="Input channels that share a KDS, the group size (default: by layer).")  # fmt: skip
 @click.option("--bits", type=click.IntRange(2, 8),
-              help="Bits of every weight (default: by layer, the bytes of 4).")  # fmt: skip
+              help="Bits of every weight (default: by layer, the size of 4 bits).")  # fmt: skip
 @click.option("--target-size", "target_bytes", type=ByteSize(), metavar="SIZE",
-              help="Largest packed ONNX file, such as 0.9MB; layers share it.")  # fmt: skip
+              help="Largest packed ONNX file, such as 0.9MB; sets bits by layer.")  # fmt: skip
 @click.option("--target-map-drop", "target_drop", type=float, metavar="POINTS",
-              help="Smallest file that loses at most this much mAP50-95 on images held back.")  # fmt: skip
-@click.option("--blocks", default="all", show_default=True, help="all, head, backbone or C3 layers: 13,17,20,23.")
-@click.option("--scope", type=click.Choice(SCOPES), default="all", show_default=True, help="Which convolutions.")
+              help="Smallest file that loses at most this much mAP50-95 on held-back images.")  # fmt: skip
+@click.option("--blocks", default="all", show_default=True,
+              help="Part to convert: all, head, backbone, or C3 layers: 13,17,20,23.")  # fmt: skip
+@click.option("--scope", type=click.Choice(SCOPES), default="all", show_default=True, help="Convolutions to convert.")
 @click.option("--cfg", type=PATH, metavar="FILE",
               help="Model yaml whose DSConv2D_C3 rows choose the layers; replaces --blocks, --scope.")  # fmt: skip
-@imgsz("Size of the images: 640, or 384 640 (height, width)", default="640", show_default="640; of an .onnx its own")
+@imgsz("Size of the images: 640, or 384 640 (height, width) (default: 640, or the ONNX file's)",
+       default="640")  # fmt: skip
 @click.option("--samples", default=256, show_default=True, help="Most calibration images used.")
 @click.option("--activations", type=click.Choice(["int8", "float"]), default="int8", show_default=True,
-              help="float: only the weights are quantized.")  # fmt: skip
+              help="float: quantize only the weights.")  # fmt: skip
 @click.option("--kds", type=click.Choice(["int", "float"]), default="int", show_default=True,
-              help="float: the paper's real-valued shifts; needs --activations float.")  # fmt: skip
+              help="float: the paper's real-valued KDS; needs --activations float.")  # fmt: skip
 @click.option("--finetune-steps", type=click.IntRange(0), metavar="N",
-              help="Steps of the brief fine-tune; 0: none (default: as many as seem of use).")  # fmt: skip
+              help="Steps of the brief fine-tune; 0: none (default: as many as are useful).")  # fmt: skip
 @click.option("--finetune-time", type=click.FloatRange(0), metavar="SECONDS",
-              help="Stop the brief fine-tune after so long; 0: none (default: never).")  # fmt: skip
+              help="Stop the brief fine-tune after this time; 0: none (default: no limit).")  # fmt: skip
 @click.option("--layout", type=click.Choice(KINDS["int8"]), default="packed", show_default=True,
-              help="Of an .onnx: how its weights are written (see dsconvert export).")  # fmt: skip
+              help="For an .onnx: how weights are written (see dsconvert export).")  # fmt: skip
 @input_options
 @split_of("train")
 @strict
@@ -134,10 +136,10 @@ def _configure(context: click.Context, parameter: click.Parameter, value: str | 
 @click.option(
     "--cache",
     type=PATH,
-    help="Folder where calibrations are kept for further runs on the same images; of an .onnx, where values wait.",
+    help="Folder that keeps calibrations for later runs on the same images; for an .onnx, temporary values.",
 )
-@click.option("--out", type=PATH, help="Folder to write (default: runs/dsconvert/NAME).")
-@click.option("--resume", is_flag=True, help="Go on where a stopped run with the same options left off.")
+@click.option("--out", type=PATH, help="Folder to write to (default: runs/dsconvert/NAME).")
+@click.option("--resume", is_flag=True, help="Continue a stopped run that had the same options.")
 @force
 @quiet
 @verbose("show every layer's bits and error")
@@ -158,11 +160,11 @@ def quantize(
 ) -> None:
     """Convert the convolutions of a YOLOv5 CHECKPOINT to DSConv.
 
-    They are fitted on the images of --calib; a hundred are enough, and no
-    labels are needed. Writes model.safetensors and quantize.json.
+    They are fitted on the images of --calib; a hundred are enough, and no labels are needed. Writes model.safetensors
+    and quantize.json.
 
-    A float ONNX file with one image input, from wherever, becomes an ONNX
-    file with integer weights and activations; its decoding stays float.
+    CHECKPOINT may also be a float ONNX file of any network with one image input. The result is then an ONNX file with
+    integer weights and activations; its decoding stays float.
 
     \b
     Examples: dsconvert quantize best.pt --calib data.yaml --block-size 32
@@ -195,7 +197,7 @@ def quantize(
 
 
 def _of_checkpoint(job: Job, options: dict[str, Any]) -> Done | None:
-    """Convert a checkpoint; None in all processes but the one that speaks for all, and writes."""
+    """Convert a checkpoint. Returns None in all processes except the one that writes and prints."""
     if job.cfg is not None:
         _refuse_two_choices()
     workers.start()
@@ -208,7 +210,7 @@ def _of_checkpoint(job: Job, options: dict[str, Any]) -> Done | None:
         pipeline.quantize(loaded, plan, cache=job.cache)
         return None
     out, targets = job.out, dict[Path, bool]()
-    if out is not None:  # a report alone was left by a run that was killed
+    if out is not None:  # a report without a model was left by a run that was killed
         targets = {out / MODEL_FILE: job.force, out / REPORT_FILE: True}
     job.check(out or RUNS, [out, *targets, out / UNFINISHED] if out else [], targets)
     if job.calib is None:
@@ -234,7 +236,7 @@ def _of_checkpoint(job: Job, options: dict[str, Any]) -> Done | None:
 
 
 def _refuse_what_is_for_others(kind: str) -> None:
-    """Raises InputError when an option was given that files of this kind know nothing of."""
+    """Raise InputError for an option that files of this kind do not have."""
     context = click.get_current_context()
     for parameter in context.command.params:
         name = str(parameter.name)
@@ -244,15 +246,16 @@ def _refuse_what_is_for_others(kind: str) -> None:
 
 
 def _refuse_two_choices() -> None:
-    """--cfg says which layers; so do --blocks and --scope, typed or from a configuration file."""
+    """Raise InputError for --blocks or --scope, typed or configured, beside --cfg, which also chooses layers."""
     for name in ("blocks", "scope"):
         if given(name):
             raise InputError(f"--cfg and --{name} each choose the layers; give one of them.")
 
 
 def _typed_wins(options: dict[str, Any]) -> dict[str, Any]:
-    """--bits, --target-size and --target-map-drop exclude each other, so one that was typed also takes the place of a
-    configured one."""
+    """Let one of --bits, --target-size and --target-map-drop that was typed replace a configured one, as they exclude
+    each other.
+    """
     context = click.get_current_context()
     several = ("bits", "target_bytes", "target_drop")
     typed = [name for name in several if context.get_parameter_source(name) == ParameterSource.COMMANDLINE]
@@ -267,21 +270,21 @@ def _print_layers(result: Quantized) -> None:
 
 
 def _finetune_line(tuned: Distilled[Any]) -> str:
-    """What the brief fine-tune did, in a sentence."""
+    """Return a sentence about the brief fine-tune."""
     before, steps = tuned.curve[0].held_back, tuned.curve[-1].step
     if not tuned.tried:
         share = 100 * tuned.activations / before
         return (
-            f"No fine-tuning: rounded activations, which it does not change, do {share:.0f} % of the error on "
-            f"{tuned.judges} images held back."
+            f"No fine-tuning: rounded activations, which it does not change, cause {share:.0f} % of the error on "
+            f"{tuned.judges} held-back images."
         )
     if not tuned.kept:
         return (
-            f"Fine-tuning, {steps} steps, did not lower the error on {tuned.judges} images held back ({before:.3g}) by "
-            "more than chance; the fit is kept as it was."
+            f"Fine-tuning, {steps} steps, did not lower the error on {tuned.judges} held-back images ({before:.3g}) by "
+            "more than chance, so the fit was kept."
         )
     return (
-        f"Fine-tuning, {tuned.kept} steps, lowered the error on {tuned.judges} images held back by "
+        f"Fine-tuning, {tuned.kept} steps, lowered the error on {tuned.judges} held-back images by "
         f"{100 * tuned.gain / before:.0f} % ({before:.3g} to {before - tuned.gain:.3g})."
     )
 
@@ -299,7 +302,7 @@ def _print_quantized(result: Quantized, source: Checkpoint, available: int, writ
     if result.tuned is not None:
         tell(_finetune_line(result.tuned))
     if result.map_drop is not None:
-        tell(f"Lost on the images held back: {result.map_drop:.2f} points of mAP50-95.")
+        tell(f"Lost on the held-back images: {result.map_drop:.2f} points of mAP50-95.")
     shown = table("", "weights", "bits each", "MB")
     count = f"{model.weight_count:,}"
     shown.add_row("float", count, str(source.stored_bits), f"{source.size_bytes / 1e6:.2f}")

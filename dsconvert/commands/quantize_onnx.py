@@ -1,4 +1,4 @@
-"""dsconvert quantize of a float ONNX file."""
+"""The command `dsconvert quantize` for a float ONNX file."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from dsconvert.onnxfile.presets import Preset
 def convert_onnx(job: Job, options: dict[str, Any]) -> Done:
     """Convert an ONNX file."""
     if job.calib is None:
-        raise InputError("An ONNX file is converted on images: give --calib FOLDER.")
+        raise InputError("An ONNX file needs calibration images: give --calib FOLDER.")
     preset = chosen_input(options) or Preset()
     plan = OnnxPlan(
         options["bits"], options["block_size"], options["layout"], options["imgsz"] if given("imgsz") else None,
@@ -48,7 +48,7 @@ def convert_onnx(job: Job, options: dict[str, Any]) -> Done:
 
 
 def _activations_of(made: OnnxConverted | OnnxInt8) -> dict[str, Any]:
-    """Whether activations are integers, and what stayed float: operators, and the share of multiplications."""
+    """Return whether activations are integers, and what stayed float: operators, and the share of multiplications."""
     if isinstance(made, OnnxConverted):
         return {"activations": "float"}
     return {
@@ -73,6 +73,6 @@ def _print_onnx(document: dict[str, Any], source: Path, seconds: float) -> None:
     if document["activations"] == "int8":
         stayed = ", ".join(f"{count} {kind}" for kind, count in document["float_operators"].items()) or "nothing"
         share = 100 * document["float_multiplications"]
-        tell(f"Float stayed {share:.1f} % of the multiplications; operators: {stayed}.")
+        tell(f"Still float: {share:.1f} % of the multiplications, and these operators: {stayed}.")
     before, after = document["source_bytes"] / 1e6, document["size_bytes"] / 1e6
     tell(f"Wrote {document['path']} ({after:.2f} MB, {document['layout']}; {source.name} has {before:.2f} MB).")

@@ -1,4 +1,4 @@
-"""dsconvert report."""
+"""The command `dsconvert report`."""
 
 from __future__ import annotations
 
@@ -21,17 +21,18 @@ from dsconvert.model.file import load_model
 
 @click.command(cls=Sized, short_help="Write one HTML page about MODEL.")
 @click.argument("model", type=PATH, required=False)
-@click.option("--data", type=PATH, help="data.yaml with labels, or a folder of images without.")
-@click.option("--against", type=PATH, multiple=True, metavar="FILE", help="ONNX file to compare with; repeatable.")
+@click.option("--data", type=PATH, help="data.yaml with labels, or a folder of images without labels.")
+@click.option("--against", type=PATH, multiple=True, metavar="FILE",
+              help="ONNX file to compare with; may be given several times.")  # fmt: skip
 @click.option(
     "--float", "float_model", type=PATH, metavar="FILE", help="Float checkpoint (default: the one converted)."
 )
-@click.option("--images", type=click.IntRange(0, 100), default=6, show_default=True, help="Most photos shown.")
+@click.option("--images", type=click.IntRange(0, 100), default=6, show_default=True, help="Most photos on the page.")
 @imgsz("Size of the images: 640, or 384 640 (height, width) (default: as calibrated)")
 @click.option("--samples", type=click.IntRange(1), help="Most images evaluated.")
 @split_of("val")
 @strict
-@click.option("--no-latency", is_flag=True, help="Leave time out: same inputs, same bytes.")
+@click.option("--no-latency", is_flag=True, help="Leave out times, so that equal inputs give equal bytes.")
 @threads
 @click.option("--out", type=PATH, help="File to write (default: report.html beside MODEL).")
 @force
@@ -57,7 +58,7 @@ def report(
     path = model or exporting.newest_result(RUNS)
     target = out or path.with_name("report.html")
     refuse_to_lose([target], [path, data, float_model, *against])
-    check_target(target, force)  # before minutes are spent on what could not be written
+    check_target(target, force)  # checked before minutes of work
     check_writable(target.parent)
     if file_kind(path) != MODEL:
         raise InputError(f"{path} is not a converted model (.safetensors); name ONNX files with --against, beside one.")

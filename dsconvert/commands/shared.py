@@ -1,4 +1,4 @@
-"""What the commands share: options, and the ways of printing."""
+"""Options and ways of printing that the commands share."""
 
 from __future__ import annotations
 
@@ -54,13 +54,13 @@ STAGES = {
     "compare": "comparing",
 }
 PATH = click.Path(path_type=Path)
-# Where an option is not the name that Python has for it, with dashes.
+# parameters whose option is not their name with dashes
 OPTIONS = {"images": "--calib", "force=True": "--force", "name": "--out"}
 
 as_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON document to stdout.")
-force = click.option("--force", is_flag=True, help="Replace files that are there.")
-strict = click.option("--strict", is_flag=True, help="Refuse labels and lists of which a part cannot be used.")
-quiet = click.option("--quiet", "-q", is_flag=True, help="Only the result, warnings and errors.")
+force = click.option("--force", is_flag=True, help="Replace existing files.")
+strict = click.option("--strict", is_flag=True, help="Refuse labels and lists with unusable parts.")
+quiet = click.option("--quiet", "-q", is_flag=True, help="Print only the result, warnings and errors.")
 
 
 class ByteSize(click.ParamType):
@@ -76,7 +76,7 @@ class ByteSize(click.ParamType):
 
 
 class Numbers(click.ParamType):
-    """One or several numbers with commas between them."""
+    """One or more numbers, separated by commas."""
 
     name = "numbers"
 
@@ -88,18 +88,18 @@ class Numbers(click.ParamType):
 
 
 def split_of(default: str) -> Callable[[Any], Any]:
-    """An option --split, or as in YOLOv5's val.py --task."""
+    """Return an option --split, also called --task as in YOLOv5's val.py."""
     return click.option("--split", "--task", "split", type=click.Choice(SPLITS),
-                        help=f"Which images of a data.yaml (default: {default}).")  # fmt: skip
+                        help=f"Images of a data.yaml to use (default: {default}).")  # fmt: skip
 
 
 def verbose(what: str) -> Callable[[Any], Any]:
-    """An option --verbose that adds `what`."""
+    """Return an option --verbose that adds `what`."""
     return click.option("--verbose", "-v", is_flag=True, help=f"Also {what}.")
 
 
 def cpus() -> int:
-    """How many this process may use."""
+    """Return how many CPUs this process may use."""
     if hasattr(os, "sched_getaffinity"):  # Linux
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
@@ -113,7 +113,7 @@ def _threads(context: click.Context, parameter: click.Parameter, value: int | No
 
 def _device(context: click.Context, parameter: click.Parameter, value: str) -> str:
     if value.strip().lower() in ("", "none"):
-        say("--device names no device, so the CPU is used; --device 0 takes the first GPU.")
+        say("--device names no device, so the CPU is used; give --device 0 for the first GPU.")
     return workers.named_device(value)
 
 
@@ -123,51 +123,54 @@ threads = click.option("--threads", type=click.IntRange(1, 1024), callback=_thre
 
 
 def print_json(document: dict[str, Any]) -> None:
-    """One JSON document on stdout."""
+    """Print one JSON document to stdout."""
     click.echo(json.dumps(document, indent=1))
 
 
 def option(name: str) -> str:
-    """The option for what Python calls so."""
+    """Return the option for a parameter's name in Python."""
     return OPTIONS.get(name) or f"--{name.replace('_', '-')}"
 
 
 def in_options(text: str) -> str:
-    """A text; a sentence that names parameters, with the options for them."""
+    """Return a text with options for the parameters that it names."""
     return in_words(text, option)
 
 
 def tell(text: str) -> None:
-    """A line of the result, on stdout. What it quotes (names, paths) cannot command the terminal."""
+    """Print a line of the result to stdout. Quoted names and paths cannot control the terminal."""
     click.echo(_shown(text, plain()))
 
 
 def say(text: str) -> None:
-    """A remark on stderr, one line, likewise."""
+    """Print a remark to stderr, on one line."""
     click.echo(_shown(text, plain(sys.stderr)), err=True)
 
 
 def warn(text: str) -> None:
-    """A remark that --quiet does not hide: it says what to do."""
+    """Print a warning to stderr, even with --quiet."""
     say(f"Warning: {in_options(text)}")
 
 
 def plain(stream: TextIO | None = None) -> bool:
-    """True where only ASCII is wanted: NO_COLOR is set (no-color.org), or the stream's encoding is not Unicode."""
+    """Return True if only ASCII is wanted: NO_COLOR is set (no-color.org), or the stream's encoding is not Unicode."""
     encoding = (stream or sys.stdout).encoding or "ascii"
     return bool(os.environ.get("NO_COLOR")) or not encoding.lower().startswith("utf")
 
 
 class _Console(Console):
-    """A console that leaves it to the command line what a reader who has gone means: rich ends with exit code 1."""
+    """A console that leaves a closed pipe to the command line; rich would end with exit code 1."""
 
     def on_broken_pipe(self) -> None:
-        """As all other writing does."""
+        """Raise BrokenPipeError, as all other writing does."""
         raise BrokenPipeError
 
 
 def console(stderr: bool = False) -> Console:
-    """Where tables go: wide when it is no terminal. Text is shown as it is: rich would read [tags] in class names."""
+    """Return where tables are printed, wide if it is no terminal.
+
+    Text is shown as it is: rich would read [tags] in names.
+    """
     as_is: dict[str, Any] = {"markup": False, "emoji": False, "highlight": False, "stderr": stderr}
     if plain(sys.stderr if stderr else None):
         as_is["color_system"] = None
@@ -176,12 +179,12 @@ def console(stderr: bool = False) -> Console:
 
 
 def table(*columns: str) -> Table:
-    """An empty table, of ASCII where nothing else is wanted."""
+    """Return an empty table, drawn in ASCII if only that is wanted."""
     return Table(*(cell(c) for c in columns), box=ASCII2 if plain() else HEAVY_HEAD)
 
 
 def cell(text: object) -> str:
-    """Text for a table: a class's, a layer's or a file's name, safe to show."""
+    """Return text for a table, such as a class's, a layer's or a file's name, safe to show."""
     return _shown(text, plain())
 
 
@@ -190,13 +193,16 @@ def _shown(text: object, ascii_only: bool) -> str:
 
 
 def typed_command() -> str:
-    """What was typed, for a model to remember; going on with a run is no part of it."""
+    """Return what was typed, for the model file, without --resume."""
     return shlex.join(["dsconvert", *(word for word in sys.argv[1:] if word != "--resume")])
 
 
 @contextmanager
 def _interrupts() -> Iterator[list[int]]:
-    """Signals of Ctrl-C so far. Raising KeyboardInterrupt is not enough: a library being imported may swallow it."""
+    """Collect Ctrl-C signals.
+
+    Raising KeyboardInterrupt is not enough, as a library that is being imported may swallow it.
+    """
     struck: list[int] = []
 
     def note(number: int, frame: object) -> None:
@@ -215,10 +221,12 @@ def _interrupts() -> Iterator[list[int]]:
 
 @contextmanager
 def bars(quiet: bool = False, lines: bool = False) -> Iterator[calibration.Progress]:
-    """A bar per stage on stderr, with rate and time left, where stderr is a terminal.
+    """Yield a function that shows progress: a bar for each stage on stderr, with rate and time left, if it is a
+    terminal.
 
-    With `lines`, a line for each stage that is over takes its bar's place, and is written to files and pipes too.
-    `quiet`: nothing at all."""
+    lines: print a line for each finished stage, also to files and pipes.
+    quiet: print nothing.
+    """
     stderr = console(stderr=True)
     columns = (
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _Rate(), TimeRemainingColumn(),
@@ -228,7 +236,7 @@ def bars(quiet: bool = False, lines: bool = False) -> Iterator[calibration.Progr
         Progress(*columns, console=stderr, disable=quiet or not stderr.is_terminal) as shown,
     ):
         tasks: dict[str, Any] = {}
-        open_stage: list[tuple[str, int]] = []  # at most one: its name and how far it is
+        open_stage: list[tuple[str, int]] = []  # at most one stage: its name and progress
         began = time.perf_counter()
 
         def close(stage: str, done: int) -> None:
@@ -244,7 +252,7 @@ def bars(quiet: bool = False, lines: bool = False) -> Iterator[calibration.Progr
             if struck:
                 raise KeyboardInterrupt
             if open_stage and open_stage[0][0] != stage:
-                close(*open_stage[0])  # it ended short of its total
+                close(*open_stage[0])  # the stage ended before its total
             if stage not in tasks:
                 tasks[stage] = shown.add_task(STAGES.get(stage, stage), total=total)
             shown.update(tasks[stage], completed=done, total=total, visible=True)
@@ -256,14 +264,14 @@ def bars(quiet: bool = False, lines: bool = False) -> Iterator[calibration.Progr
 
 
 class _Rate(ProgressColumn):
-    """Steps a second."""
+    """Steps per second."""
 
     def render(self, task: Task) -> Text:
-        """Empty until it is known."""
+        """Return the rate, empty until it is known."""
         speed = task.finished_speed or task.speed
         return Text("" if speed is None else f"{speed:.3g}/s")
 
 
 def short(path: Path) -> str:
-    """The last parts of a path, enough to tell models apart."""
+    """Return the last parts of a path, enough to tell models apart."""
     return "/".join(path.parts[-2:])

@@ -1,1 +1,1 @@
-"""The steps of quantize and export strung together."""
+"""The steps of `quantize` and `export`, put together for checkpoints and for ONNX files."""

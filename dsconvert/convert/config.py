@@ -1,4 +1,4 @@
-"""Options of quantize from a YAML file: a recipe of ours by its name, or a file of the user's."""
+"""Read options of quantize from a YAML file: a recipe that comes with dsconvert, or a file of the user's."""
 
 from __future__ import annotations
 
@@ -12,20 +12,23 @@ from dsconvert.base.errors import InputError
 from dsconvert.base.smallyaml import read_small, refuse_bombs
 
 NULL = "tag:yaml.org,2002:null"
-MOST_DEPTH = 2  # the file, and what is refused by its key
+MOST_DEPTH = 2  # levels of nesting that are read: the file, and a value that its key's error message can name
 RECIPES = resources.files("dsconvert") / "recipes"  # in the repository: calib/recipes
 
 
 def recipe_names() -> list[str]:
-    """Names of the recipes that come with dsconvert."""
+    """Return the names of the recipes that come with dsconvert."""
     return sorted(p.name.removesuffix(".yaml") for p in RECIPES.iterdir() if p.name.endswith(".yaml"))
 
 
 def read_config(given: str, allowed: Collection[str]) -> dict[str, str]:
-    """Values by option name (`block-size`), as they would stand on the command line; empty ones are left out.
+    """Return values by option name (`block-size`), as they would stand on the command line, without empty ones.
 
-    `given` is the name of a recipe or the path of a YAML file, and `allowed` holds the options it may set; `calib`
-    is relative to the file. Raises InputError for anything else, naming the key that is wrong."""
+    given: the name of a recipe, or the path of a YAML file.
+    allowed: the options that may be set. `calib` is relative to the file.
+
+    Raises InputError, naming the key that is wrong, for anything else.
+    """
     if given in recipe_names():
         return _options((RECIPES / f"{given}.yaml").read_text(encoding="utf-8"), given, allowed)
     path = Path(given)
@@ -45,7 +48,7 @@ def _options(text: str, source: str, allowed: Collection[str]) -> dict[str, str]
     for key, value in _entries(text, source):
         name = key.replace("_", "-")
         if name not in allowed:
-            raise InputError(f"{source} sets {key}, which is no option; it may set {', '.join(sorted(allowed))}.")
+            raise InputError(f"{source} sets {key}, which is not an option; options are {', '.join(sorted(allowed))}.")
         if name in found:
             raise InputError(f"{source} sets {name} twice.")
         if not isinstance(value, yaml.ScalarNode):
@@ -55,7 +58,7 @@ def _options(text: str, source: str, allowed: Collection[str]) -> dict[str, str]
 
 
 def _entries(text: str, source: str) -> list[tuple[str, yaml.Node]]:
-    """Keys and values of the one mapping in the text, as written: nothing is made of them, and repeats are kept."""
+    """Return the keys and values of the one mapping in the text, unparsed and with repeated keys."""
     try:
         refuse_bombs(text, MOST_DEPTH, f"{source} uses YAML aliases or nested lists, which no option needs.")
         root = yaml.compose(text, yaml.SafeLoader)

@@ -1,4 +1,4 @@
-"""Which photographs a conversion is fitted on, and which are held back to judge it by."""
+"""Divide the photographs: some to fit a conversion on, the others held back to judge it."""
 
 from __future__ import annotations
 
@@ -8,26 +8,31 @@ from pathlib import Path
 
 from dsconvert.photos.images import spread
 
-HELD_BACK = 4  # with a target for the loss, every fourth photograph measures it and calibrates nothing
-JUDGES = 32  # photographs at most that judge the brief fine-tune
-EACH = 8  # every eighth photograph judges it, where there are none beyond those of the fit
-FEWEST = 128  # photographs of which some are held back for that
+HELD_BACK = 4  # with a target for the loss, every fourth photograph measures the loss and calibrates nothing
+JUDGES = 32  # most photographs that judge the brief fine-tune
+EACH = 8  # every eighth photograph judges the fine-tune, if the fit would use all photographs
+FEWEST = 128  # with fewer photographs than this, none are held back for the fine-tune
 
 
 @dataclass(frozen=True)
 class Division:
-    """Photographs by what they are for. None is for two things, but for what both kinds of judges share."""
+    """The photographs by purpose. Only photographs of `target` may also judge the fine-tune."""
 
-    fit: tuple[Path, ...]  # the fit and the fine-tune learn from them
-    target: tuple[Path, ...]  # a target for the loss is measured on them
-    judges: tuple[Path, ...]  # they decide about the fine-tune; none: there is no fine-tune
+    fit: tuple[Path, ...]  # the fit and the fine-tune learn from these
+    target: tuple[Path, ...]  # the target for the loss is measured on these
+    judges: tuple[Path, ...]  # these decide about the fine-tune; without any there is none
 
 
 def divided(available: Sequence[Path], samples: int, target: bool, finetune: bool) -> Division:
-    """At most `samples` of the photographs, evenly spread, less those held back for a target or for the fine-tune.
+    """Divide at most `samples` photographs, evenly spread over all that are given.
 
-    Photographs beyond the samples judge the fine-tune at no cost, and the target's do so too. Else every eighth is held
-    back for it, and none of fewer than FEWEST, where a fit misses each."""
+    Photographs beyond the samples cost nothing, so they judge the fine-tune, and so do photographs of a target.
+    Otherwise every eighth photograph of the fit is held back for it. With fewer than FEWEST photographs none is,
+    because the fit needs all.
+
+    target: whether the loss is to be measured.
+    finetune: whether there is a fine-tune.
+    """
     taken = spread(available, samples)
     held = taken[HELD_BACK - 1 :: HELD_BACK] if target else []
     fit = _without(taken, held)

@@ -1,4 +1,4 @@
-"""From a model file or a checkpoint to the bytes of an ONNX file: what the command line and the Python API call."""
+"""Turn a model file or a checkpoint into the bytes of an ONNX file, for the command line and the Python API."""
 
 from __future__ import annotations
 
@@ -23,9 +23,16 @@ from dsconvert.yolo.lower import lower
 
 
 def onnx_bytes(path: Path, layout: Layout, imgsz: SizeLike | None, ends: Ends = PLAIN, check: bool = True) -> bytes:
-    """ONNX of a converted model in a layout, or the float32 network of a `.pt`.
+    """Return the ONNX file of a converted model in a layout, or of a `.pt` checkpoint's float32 network.
 
-    Raises CheckError when `check` finds that it does not compute what it should, see `export.check`."""
+    path: the model file or checkpoint.
+    layout: for a converted model.
+    imgsz: None: the model's own size, or 640 for a checkpoint.
+    ends: how the file begins and ends.
+    check: whether to check the file before it is returned (see `export.check`).
+
+    Raises CheckError when the check fails.
+    """
     photographs: list[Image] = []
     asked = Size.perhaps(imgsz)
     if exportable(path) == CHECKPOINT:
@@ -48,19 +55,21 @@ def onnx_bytes(path: Path, layout: Layout, imgsz: SizeLike | None, ends: Ends = 
 
 
 def exportable(path: Path) -> str:
-    """Whether the file is a CHECKPOINT or a MODEL. Raises InputError for anything else."""
+    """Return whether the file is a CHECKPOINT or a MODEL. Raises InputError for any other file."""
     kind = file_kind(path)
     if kind == ONNX:
         raise InputError(
-            f"{path} is an ONNX file already; export takes what dsconvert quantize wrote (.safetensors), or a "
-            "checkpoint (.pt)."
+            f"{path} is an ONNX file already; give export a model file that dsconvert quantize wrote (.safetensors), "
+            "or a checkpoint (.pt)."
         )
     return kind
 
 
 def first_calibration_image(model: DSModel, size: Size, path: Path = Path(MODEL_FILE)) -> list[Image]:
-    """One of the images that the model at `path` was calibrated on, (3, h, w); none when they are gone, or are
-    not to be opened (see `origin`)."""
+    """Return an image (3, h, w) that the model at `path` was calibrated on, in a list.
+
+    The list is empty when the image is gone or must not be opened (see `origin`).
+    """
     split = model.provenance.get("options", {}).get("split")
     try:
         with unheard():
@@ -71,7 +80,7 @@ def first_calibration_image(model: DSModel, size: Size, path: Path = Path(MODEL_
 
 
 def newest_result(root: Path) -> Path:
-    """The model file written last under `root` (runs/dsconvert). Raises InputError when there is none."""
+    """Return the newest model file under `root` (runs/dsconvert). Raises InputError when there is none."""
     found = sorted(root.glob(f"*/{MODEL_FILE}"), key=lambda p: p.stat().st_mtime_ns)
     if not found:
         raise InputError(f"There is no converted model under {root}; run dsconvert quantize first, or name a MODEL.")

@@ -1,7 +1,7 @@
-"""The float file and the partly converted one, side by side over the calibration images, from layer to layer.
+"""Run the float file and the partly converted file side by side over the calibration images, layer by layer.
 
-ONNX Runtime runs the part of the graph between one layer and the next for every image; of the values, those that later
-nodes read wait on disk, and are deleted after their last use. So memory holds one image's values at a time.
+ONNX Runtime runs the part of the graph between two layers for every image. Values that later nodes read are kept on
+disk until their last use, so memory holds only one image's values at a time.
 """
 
 from __future__ import annotations
@@ -31,7 +31,14 @@ from dsconvert.onnxfile.source import Array, Source, used
 
 @dataclass
 class _Side:
-    """One of the two models: its nodes by place, tensors that replace the file's, and values that wait on disk."""
+    """One of the two models, float or quantized.
+
+    folder: keeps values on disk.
+    nodes: nodes by their index in the file; those of fitted layers are replaced.
+    tensors: tensors that replace the file's own.
+    stored: value name -> number in file names.
+    sizes: value name -> most bytes for one image.
+    """
 
     folder: Path
     nodes: dict[int, list[onnx.NodeProto]]
@@ -44,11 +51,11 @@ class _Side:
         return self.folder / f"{self.stored[value]}-{image}.npy"
 
     def read(self, value: str, image: int) -> Array:
-        """Only what is looked at is loaded."""
+        """Return a kept value, mapped from disk so that only the parts in use are loaded."""
         path = self.file(value, image)
         try:
             return np.asarray(np.load(path, mmap_mode="r"))
-        except (ValueError, OSError):  # an empty array, or a disk whose files cannot be mapped
+        except (ValueError, OSError):  # an empty array, or a disk whose files cannot be memory-mapped
             return np.asarray(np.load(path))
 
     def save(self, value: str, image: int, array: Array) -> None:
@@ -75,15 +82,25 @@ def fit_lockstep(
     progress: Callable[[int, int], None],
     count: int,
 ) -> dict[int, QConv]:
-    """The layers by the index of their node, as `fit` has them, in `formats` by that index. CDSb comes on top of the
-    layer's own bias. A weight that several nodes read is fitted where it is read first.
-    `count` batches are read once, and wait in the folder with what is made of them.
+    """Fit the layers, and return the quantized convolutions by the index of their node.
 
-    Raises InputError when ONNX Runtime fails on the images, values are not finite, or the folder has no room."""
+    source: the float file.
+    layers: in the order in which they run. CDSb of the result includes the layer's own bias. A weight that several
+        nodes read is fitted where it is read first.
+    batches: `count` batches of images, read once.
+    fit: chooses the integers of each layer.
+    formats: by the layer's index.
+    folder: keeps the batches and values until their last use.
+    threads: of ONNX Runtime.
+    seed: decides the positions.
+    progress: called with the number of layers done and of all.
+
+    Raises InputError when ONNX Runtime fails on the images, a value is not finite, or the folder's disk is full.
+    """
     sides = [_Side(folder / name, {i: [n] for i, n in enumerate(source.nodes)}) for name in ("float", "quantized")]
     try:
         return _fit(source, layers, batches, fit, formats, sides, threads, seed, progress, count)
-    except OSError as error:  # numpy does not say that a disk is full
+    except OSError as error:  # numpy's error does not say that the disk is full
         raise needs_room(folder, count * sum(sum(side.sizes.values()) for side in sides), error) from None
 
 
@@ -132,8 +149,10 @@ def _alike(a: Layer, b: Layer) -> bool:
 def _advance(
     source: Source, side: _Side, layers: Sequence[Layer], left: set[int], count: int, threads: int
 ) -> None:  # fmt: skip
-    """Run what is between the values on disk and the first of the layers, for every image; `left`: nodes that have not
-    run yet."""
+    """Run the nodes between the kept values and the first of the layers, for every image.
+
+    left: indices of nodes that have not run yet.
+    """
     layer = layers[0]
     if layer.value in side.stored:
         return
@@ -156,7 +175,7 @@ def _advance(
 
 
 def _forget(source: Source, sides: Sequence[_Side], layers: Sequence[Layer], left: set[int], count: int) -> None:
-    """Delete what nobody reads any more."""
+    """Delete the values that no later node reads."""
     wanted = {name for i in left for name in used(source.nodes[i])} | {layer.value for layer in layers}
     for side in sides:
         for value in [v for v in side.stored if v not in wanted]:
@@ -164,7 +183,7 @@ def _forget(source: Source, sides: Sequence[_Side], layers: Sequence[Layer], lef
 
 
 def _watcher(layer: Layer, floats: _Side, quants: _Side, count: int, seed: int) -> Batches:
-    """What the layer sees; float outputs before the bias."""
+    """Return a function that yields what the layer sees, with float outputs before the bias."""
 
     def seen() -> Iterator[Seen]:
         first = 0
@@ -178,7 +197,7 @@ def _watcher(layer: Layer, floats: _Side, quants: _Side, count: int, seed: int) 
 
 
 def _bias_only(layer: Layer, weight: DSTensor, batches: Iterable[Seen]) -> QConv:
-    """A weight fitted elsewhere, with the bias that makes up for its mean error here."""
+    """Return a weight fitted elsewhere, with the bias that corrects its mean error in this layer."""
     total, count = torch.zeros(len(weight.vqk), dtype=torch.float64), 0
     for seen in batches:
         met = conv(layer.node, seen.input[None], weight.weight(), None)[0].flatten(1)[:, seen.picks]

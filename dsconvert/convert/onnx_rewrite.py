@@ -1,4 +1,4 @@
-"""A file with other weights in its layers: as float tensors, or as the integers of DSConv."""
+"""Write an ONNX file with new weights in its layers: as float tensors, or as the integers of DSConv."""
 
 from __future__ import annotations
 
@@ -17,14 +17,17 @@ from dsconvert.onnxfile.compact import short_names
 from dsconvert.onnxfile.layers import Layer
 from dsconvert.onnxfile.source import Source, used
 
-LAYOUTS = {
-    name: layout for name, layout in layouts.LAYOUTS.items() if layout.rewrites
-}  # those there are for such a file
+# the layouts in which such a file can be written
+LAYOUTS = {name: layout for name, layout in layouts.LAYOUTS.items() if layout.rewrites}
 LAYOUT_KEY = "dsconvert.layout"
 
 
 def replaced(source: Source, layer: Layer, weight: str, bias: str) -> dict[int, list[onnx.NodeProto]]:
-    """The layer's nodes reading a weight, (cho, chi, kh, kw) or (cho, chi) for a matrix, and a bias (cho,)."""
+    """Return the layer's nodes, reading a new weight and bias, by their index in the file.
+
+    weight: name of (cho, chi, kh, kw), or of (cho, chi) for a matrix.
+    bias: name of (cho,).
+    """
     node = onnx.NodeProto()
     node.CopyFrom(source.nodes[layer.index])
     if not layer.linear or node.op_type == "Gemm":
@@ -33,7 +36,7 @@ def replaced(source: Source, layer: Layer, weight: str, bias: str) -> dict[int, 
             del node.attribute[:]
             node.attribute.append(helper.make_attribute("transB", 1))
         return {layer.index: [node]}
-    own = bias.removesuffix(".bias")  # several layers may read one weight
+    own = bias.removesuffix(".bias")  # named after this layer, as several layers may read one weight
     turned, plain = f"{own}.turned", node.output[0] if layer.adder is not None else f"{own}.plain"
     made = node.output[0]
     node.input[:], node.output[:] = [layer.value, turned], [plain]
@@ -47,7 +50,7 @@ def replaced(source: Source, layer: Layer, weight: str, bias: str) -> dict[int, 
 
 
 def float_tensors(layer: Layer, conv: QConv, name: str) -> list[onnx.TensorProto]:
-    """W' and its bias as the layer's nodes read them: `name` and `name`.bias."""
+    """Return W' and its bias as tensors `name` and `name`.bias, in the layer's own type and shape."""
     weight = conv.weight.weight().flatten(1) if layer.linear else conv.weight.weight()
     kind = np.float16 if layer.half else np.float32
     values = {name: weight, f"{name}.bias": conv.bias}
@@ -55,7 +58,7 @@ def float_tensors(layer: Layer, conv: QConv, name: str) -> list[onnx.TensorProto
 
 
 def with_floats(source: Source, layers: Sequence[Layer], fitted: Mapping[int, QConv]) -> onnx.ModelProto:
-    """The file with W' in the place of its weights."""
+    """Return the file with W' as float tensors."""
     nodes, tensors = {}, []
     for layer in layers:
         name = f"{source.free_prefix}{layer.index}"
@@ -67,8 +70,10 @@ def with_floats(source: Source, layers: Sequence[Layer], fitted: Mapping[int, QC
 def with_integers(
     source: Source, layers: Sequence[Layer], fitted: Mapping[int, QConv], layout: layouts.Layout
 ) -> onnx.ModelProto:
-    """The file with VQK and shifts in the place of its weights, multiplied into W' when it is loaded: cast to float
-    and scaled, as engines compute that once, but a DequantizeLinear in every inference."""
+    """Return the file with VQK and shifts, from which nodes compute W' at load.
+
+    W' is a Cast and a Mul, which engines compute once. They would compute a DequantizeLinear again in every inference.
+    """
     b = OnnxBuilder(source.opset)
     nodes: dict[int, list[onnx.NodeProto]] = {}
     values: dict[tuple[str, int], str] = {}
@@ -95,7 +100,7 @@ def with_integers(
         tensor.name = renamed.get(tensor.name, tensor.name)
     made = _assembled(source, nodes, b.nodes, tensors)
     if not layout.merged:
-        made.ir_version = max(made.ir_version, IR_VERSION[layout.opset])  # the first that has INT4
+        made.ir_version = max(made.ir_version, IR_VERSION[layout.opset])  # the IR version that introduced INT4
     made.producer_name, made.producer_version = "dsconvert", VERSION
     meta = {p.key: p.value for p in made.metadata_props}
     helper.set_model_props(made, {**meta, LAYOUT_KEY: layout.name})
@@ -103,7 +108,7 @@ def with_integers(
 
 
 def _real_weight(b: OnnxBuilder, name: str, layer: Layer, weight: DSTensor, layout: layouts.Layout) -> str:
-    """Nodes for W' as the layer reads it."""
+    """Write the nodes of W' as the layer reads it."""
     integers = layouts.add_int8_weight(b, name, weight, layout)
     cds = b.tensor(f"{name}.cds", weight.cds_w.numpy()[:, None, None, None])
     value = b.node("Cast", [integers], f"{name}.real", to=TensorProto.FLOAT)
@@ -117,7 +122,7 @@ def _assembled(
     source: Source, nodes: Mapping[int, list[onnx.NodeProto]], first: Sequence[onnx.NodeProto],
     tensors: Sequence[onnx.TensorProto],
 ) -> onnx.ModelProto:  # fmt: skip
-    """The source with some of its nodes replaced, without the constants that nobody reads any more."""
+    """Return the source with some nodes replaced, without constants that no node reads any more."""
     made = onnx.ModelProto()
     made.CopyFrom(source.model)
     graph = made.graph
@@ -125,7 +130,7 @@ def _assembled(
     read = {v.name for v in graph.output}
     for i, node in reversed(list(enumerate(source.nodes))):
         if i in source.constant and i not in nodes and read.isdisjoint(node.output):
-            continue  # it was made for the old weights alone
+            continue  # it was computed only for the old weights
         for new in reversed(nodes.get(i, [node])):
             kept.insert(0, new)
             read.update(used(new))
@@ -143,13 +148,13 @@ def _assembled(
 
 
 def _names(source: Source, layers: Sequence[Layer]) -> list[str]:
-    """A name for each layer's weights, after that of the stored one where that is free."""
+    """Return a name for each layer's weights: the stored weight's own where it is free."""
     ours = {i for layer in layers for i in (layer.index, layer.adder)}
     taken = {name for i, node in enumerate(source.nodes) if i not in ours for name in used(node)} | {*source.makers}
     found: list[str] = []
     for layer in layers:
         name = layer.stored.removesuffix(".weight")
-        if "::" in name:  # made up by torch's exporter, which calls the node /layer1/0/Conv
+        if "::" in name:  # a name by torch's exporter, which calls the node /layer1/0/Conv
             name = layer.name.strip("/").rpartition("/")[0].replace("/", ".") or name
         if any(n.startswith(f"{name}.") for n in taken) or any(f"{n}.".startswith(f"{name}.") for n in found):
             name = f"{source.free_prefix}{layer.index}"

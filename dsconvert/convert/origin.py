@@ -1,8 +1,8 @@
-"""What a model says it was made from: files that are opened only where its owner would look for them.
+"""Find the files that a model names as its origin, and open them only where its owner would look for them.
 
-A model file may come from a stranger, and name any path of this machine. Without being asked, dsconvert opens such a
-path only below the model's own folder or the working directory, links followed, and the same holds for each image that
-a list or a data.yaml there names. A checkpoint elsewhere is opened where it has the digest that the model names.
+A model file may come from a stranger and name any path of this machine. Unless asked to, dsconvert opens such a path
+only below the model's own folder or the working directory, links followed. The same holds for every image that a list
+or a data.yaml there names. A checkpoint elsewhere is opened only if it has the digest that the model names.
 """
 
 from __future__ import annotations
@@ -18,25 +18,27 @@ from dsconvert.base.errors import InputError, printable
 from dsconvert.base.text import Sentence
 from dsconvert.photos.dataset import SPLITS, image_paths, is_data_yaml, read_data_yaml
 
-MOST_HASHED = 4 << 30  # bytes: no checkpoint is as large
+MOST_HASHED = 4 << 30  # bytes: every checkpoint is smaller
 
 
 def is_near(path: Path, model: Path) -> bool:
-    """Whether it lies below the folder of the model file, or below the working directory."""
+    """Return whether a path lies below the model file's folder or below the working directory."""
     try:
         found = path.resolve()
         return any(found.is_relative_to(place) for place in (model.parent.resolve(), Path.cwd().resolve()))
-    except (OSError, ValueError, RuntimeError):  # too long, a NUL, links in a circle
+    except (OSError, ValueError, RuntimeError):  # too long a path, a NUL in it, or links in a circle
         return False
 
 
 def known_images(provenance: Mapping[str, Any], model: Path) -> Path:
-    """The images that the model was calibrated on, as they were given. Raises InputError, asking for others, when none
-    are known, or they are not to be opened."""
+    """Return the path of the images that the model was calibrated on, as it was given.
+
+    Raises InputError, asking for images, when the path is unknown or must not be opened.
+    """
     options = provenance.get("options")
     calib = options.get("calib") if isinstance(options, Mapping) else None
     if not isinstance(calib, str) or not calib:
-        raise InputError.naming("Which images? Give {data} data.yaml, or a folder of images to measure agreement.")
+        raise InputError.naming("The model names no images; give {data} data.yaml, or a folder of images.")
     path = Path(calib)
     if not is_near(path, model):
         raise _refused(model, "its images", calib, Sentence("give {data}"))
@@ -48,14 +50,18 @@ def known_images(provenance: Mapping[str, Any], model: Path) -> Path:
 
 
 def known_source(provenance: Mapping[str, Any], model: Path, ask: str) -> Path:
-    """The checkpoint that the model was made from. Raises InputError, which ends in what it asks for, when it is not
-    known, gone, or not to be opened."""
+    """Return the checkpoint that the model was made from.
+
+    ask: what the user shall do; ends the error message.
+
+    Raises InputError when the checkpoint is unknown, gone, or must not be opened.
+    """
     source = provenance.get("source")
     if not isinstance(source, str):
         raise InputError.naming("The checkpoint that {} was converted from is not known; {}.", model, ask)
     if not is_near(Path(source), model) and not _is_the_one(Path(source), provenance.get("source_sha256")):
         raise _refused(model, "the checkpoint that it was converted from", source, ask)
-    if not os.path.isfile(source):  # which takes what is no name for a file that is not there
+    if not os.path.isfile(source):  # unlike Path.is_file, this accepts text that cannot be a file's name
         raise InputError.naming(
             "The checkpoint that {} was converted from is not at {} any more; {}.", model, printable(source), ask
         )
@@ -63,8 +69,11 @@ def known_source(provenance: Mapping[str, Any], model: Path, ask: str) -> Path:
 
 
 def _is_the_one(path: Path, digest: object) -> bool:
-    """Whether it is an ordinary file with the very content that the model names: who knows that learns nothing from
-    its being opened. So a checkpoint of one's own may lie anywhere."""
+    """Return whether a path is an ordinary file with exactly the content that the model names.
+
+    A person who knows this digest has the content already, so opening the file reveals nothing. So a user's own
+    checkpoint may lie anywhere.
+    """
     try:
         if not path.is_file() or path.stat().st_size > MOST_HASHED:
             return False

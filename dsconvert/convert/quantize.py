@@ -1,4 +1,4 @@
-"""The steps of `quantize` strung together: what the command line calls, and the Python API.
+"""The steps of `quantize` for a checkpoint, put together for the command line and the Python API:
 
 gather (images), prepare (network) -> measure (statistics) -> choose_formats -> fit (model) -> tune -> describe
 """
@@ -60,33 +60,33 @@ from dsconvert.yolo.plan import choose_convs
 
 @dataclass(frozen=True)
 class Gathered:
-    """The images, and what is known of them."""
+    """The images, and what is known about them."""
 
-    images: Images  # those to calibrate on, as this process has them
-    photographs: int  # how many of all processes' are no views of others
-    division: Division  # all photographs, by what they are for
-    labels: Labelled | None  # of those that a target is measured on; None: what the float network finds counts
+    images: Images  # the images to calibrate on, as this process has them
+    photographs: int  # how many images of all processes are photographs, not views of them
+    division: Division  # all photographs by purpose
+    labels: Labelled | None  # labels of the target's photographs; None: the float network's detections count as labels
 
 
 @dataclass(frozen=True)
 class Prepared:
     """A float network, ready to be measured and fitted."""
 
-    graph: Graph  # its operations, BatchNorm folded, the outputs of Detect in parts
+    graph: Graph  # the operations, with BatchNorm folded in and Detect's outputs in parts
     params: Mapping[str, ConvParams]  # weights and biases by convolution name, on the device
-    head: Head  # what is decoded from its outputs
-    outputs: Outputs  # and how they count
+    head: Head  # how the outputs are decoded
+    outputs: Outputs  # how errors in the outputs count
     chosen: Sequence[str]  # convolutions that become DSConv; the others become int8
-    imgsz: Size  # of the images that it is converted for
-    device: str  # where it runs, in torch's spelling
+    imgsz: Size  # of the images that the network is converted for
+    device: str  # where the network runs, as torch names it
 
 
 @dataclass(frozen=True)
 class Resumable:
-    """Fitted layers that outlive a run that is stopped."""
+    """Fitted layers that survive a run that is stopped."""
 
-    left: Mapping[str, QConv]  # those that such a run left
-    keep: Callable[[Mapping[str, QConv]], None] | None  # keeps those of this run; None: nothing is kept
+    left: Mapping[str, QConv]  # the layers that a stopped run left
+    keep: Callable[[Mapping[str, QConv]], None] | None  # keeps the layers of this run; None: nothing is kept
 
 
 def quantize(
@@ -99,15 +99,22 @@ def quantize(
     cache: Path | None = None,
     by: Maker = GPTQ,
 ) -> Quantized:
-    """Convert a checkpoint. Raises InputError for options that do not fit it.
+    """Convert a checkpoint.
 
-    Fitted layers are kept in the file `unfinished`, if one is named, until the whole is done; `resume` goes on from
-    what an equal run left there. Calibrations are kept in the folder `cache`, if one is named (see `measure.cache`).
-    `by` makes the fit of the second moments of output gradients, by convolution name, and the number of photographs.
-    Under torchrun every process looks at a part of the images; each returns the whole model."""
+    command: noted in the model file.
+    progress: called with a stage, the number done and the total.
+    unfinished: file that keeps fitted layers until the model is done; None keeps nothing.
+    resume: go on from the layers that an equal run left in `unfinished`.
+    cache: folder that keeps calibrations (see `measure.cache`); None keeps nothing.
+    by: makes the fit from second moments of output gradients, by convolution name, and the number of photographs.
+
+    Under torchrun every process looks at a part of the images, and all return the whole model.
+
+    Raises InputError for options that do not fit the checkpoint.
+    """
     check_options(options, checkpoint.head.stride)
     if resume and workers.count() > 1:
-        raise InputError.naming("{resume} goes on with one process; run it without torchrun.")
+        raise InputError.naming("{resume} works with one process only; run it without torchrun.")
     if options.kds == "float" and options.bits is None:
         options = replace(options, bits=UNIFORM.bits)
     torch.manual_seed(options.seed)
@@ -138,7 +145,7 @@ def quantize(
 
 
 def gather(checkpoint: Checkpoint, options: QuantizeOptions, report: Progress, room: Room) -> Gathered:
-    """Read the images, or make them up from the checkpoint's BatchNorm statistics, while it has them."""
+    """Read the images, or synthesise them from the checkpoint, which still has its BatchNorm statistics here."""
     division, labels = Division((), (), ()), None
     if options.calib is None:
         images = synthetic(checkpoint, options.size, options.samples, options.seed, report, room)
@@ -153,7 +160,7 @@ def gather(checkpoint: Checkpoint, options: QuantizeOptions, report: Progress, r
 
 
 def prepare(checkpoint: Checkpoint, options: QuantizeOptions, device: str) -> Prepared:
-    """Take the network, which is on the device, apart, and choose the convolutions to convert."""
+    """Turn the network, which is on the device, into a graph, and choose the convolutions to convert."""
     graph, params = split_detect(*lower(checkpoint.network.fused()), checkpoint.head)
     chosen = sorted(choose_convs(checkpoint.network, graph, options.blocks, options.scope))
     return Prepared(graph, params, checkpoint.head, Detections(checkpoint.head), chosen, options.size, device)
@@ -163,8 +170,12 @@ def measure(
     network: Prepared, images: Images, options: QuantizeOptions, origin: tuple[str, str], report: Progress, room: Room,
     cache: Path | None,
 ) -> Calibration:  # fmt: skip
-    """What the images say of the network. Where each layer's width is to be found, also what each would do to it.
-    `origin`: digests of the checkpoint and of the images."""
+    """Measure the network on the images, or return a cached measurement.
+
+    The damage of each format is measured only where widths are to be allocated.
+
+    origin: digests of the checkpoint and of the images.
+    """
     graph, params = network.graph, network.params
     wanted = network.chosen if options.bits is None else []
     judged = judged_formats(params, wanted, options.block_size)
@@ -185,7 +196,7 @@ def measure(
 
 
 def _deciding(options: QuantizeOptions, images: Images) -> dict[str, Any]:
-    """What decides the fitted layers, but their widths, besides the checkpoint and the images."""
+    """Return what decides the fitted layers, besides the checkpoint, the images and the layers' widths."""
     return {**options.plain(), "calib": None, "images": [images.part.first, images.part.all]}
 
 
@@ -193,8 +204,10 @@ def resumable(
     unfinished: Path | None, network: Prepared, images: Images, options: QuantizeOptions, origin: tuple[str, str],
     resume: bool,
 ) -> Resumable:  # fmt: skip
-    """What a stopped run left in the file `unfinished`, if it is to be resumed, and how this one keeps its own there.
-    Several processes keep nothing."""
+    """Return the layers that a stopped run left in `unfinished`, and a function that keeps this run's layers there.
+
+    With several processes nothing is kept.
+    """
     if unfinished is None or workers.count() > 1:
         return Resumable({}, None)
     key = run_key(_deciding(options, images), *origin)
@@ -204,13 +217,13 @@ def resumable(
 
 
 def choose_formats(network: Prepared, found: Calibration, options: QuantizeOptions) -> dict[str, WeightFormat]:
-    """A format for every chosen layer: the one that is asked for, else by what each would do, within the budget."""
+    """Return a format for every chosen layer: the one asked for, or one allocated by damage within the budget."""
     params = network.params
     formats = formats_as_asked(
         params, found.damage, network.chosen, options.bits, options.block_size, options.target_bytes,
         partial(packed_size, network.graph, params, found.own, network.head, network.imgsz),
     )  # fmt: skip
-    if options.kds == "float":  # the paper's form: every VQK is any integer of its bits
+    if options.kds == "float":  # the paper's form has free integers
         formats = {name: replace(format, code=REAL) for name, format in formats.items()}
     return formats
 
@@ -219,7 +232,7 @@ def fit_within(
     network: Prepared, found: Calibration, most: float, fitted: Callable[[Formats], DSModel],
     lost: Callable[[DSModel], float],
 ) -> tuple[DSModel, float]:  # fmt: skip
-    """The smallest of some fitted models that loses at most so many points of mAP50-95, and what it loses."""
+    """Return the smallest of some fitted models that lose at most `most` points of mAP50-95, and its loss."""
 
     def attempt(formats: Formats) -> tuple[DSModel, float]:
         model = fitted(formats)
@@ -230,16 +243,16 @@ def fit_within(
 
 
 def loss_of(network: Prepared, given: Gathered, report: Progress, model: DSModel) -> float:
-    """Points of mAP50-95 that a model loses on the photographs held back for a target."""
+    """Return the points of mAP50-95 that a model loses on the photographs held back for the target."""
     return map_drop(model, network.params, given.division.target, partial(report, "evaluate"), given.labels)
 
 
 def tune(
     model: DSModel, network: Prepared, given: Gathered, options: QuantizeOptions, report: Progress
 ) -> Distilled[DSModel] | None:
-    """What the brief fine-tune makes of a fitted model; None where there are no photographs to judge it by."""
+    """Fine-tune a fitted model briefly. Returns None if there are no photographs to judge the result."""
     judges = photographs_of(given.division.judges, network.imgsz)
-    if len(judges) < 2:  # one has no standard error
+    if len(judges) < 2:  # one photograph gives no standard error
         return None
     part = given.images.part
     mine = range(part.first, part.first + part.mine)
@@ -252,7 +265,7 @@ def tune(
 def describe(
     fitted: DSModel, tuned: Distilled[DSModel] | None, drop: float | None, network: Prepared, given: Gathered
 ) -> Quantized:
-    """The model, and what its owner should know of it."""
+    """Return the model with all that its user should know about it."""
     model, images, params = tuned.model if tuned else fitted, given.images, network.params
     views = images.part.all - given.photographs - images.synthesised
     sqnr = {name: _sqnr_db(params[name].weight.cpu(), conv.weight.weight()) for name, conv in model.convs.items()}
@@ -266,7 +279,7 @@ def describe(
 
 
 def _sqnr_db(weight: Tensor, fitted: Tensor) -> float:
-    """Signal to quantization noise of a weight, in decibels."""
+    """Return a weight's signal-to-quantization-noise ratio in decibels."""
     noise = (weight - fitted).double().square().sum().clamp_min(1e-30)
     return round(float(10 * torch.log10(weight.double().square().sum().clamp_min(1e-30) / noise)), 2)
 
@@ -275,7 +288,10 @@ def fit(
     network: Prepared, given: Gathered, found: Calibration, by: Fit, about: Mapping[str, Any], layers: Resumable,
     report: Progress, room: Room, formats: Formats,
 ) -> DSModel:  # fmt: skip
-    """Fit every convolution: the chosen ones in these formats, the others at 8 bits. `about` is the provenance."""
+    """Fit every convolution: the chosen ones in the given formats, all others at 8 bits.
+
+    about: the provenance that the model notes.
+    """
     graph, params, images = network.graph, network.params, given.images
     report("widths", 1, 1)
     every = of_every_layer(params, formats)

@@ -1,4 +1,4 @@
-"""What is known of a conversion: what the model file notes of its origin, and what quantize.json holds."""
+"""The record of a conversion: what the model file notes about its origin, and what quantize.json holds."""
 
 from __future__ import annotations
 
@@ -24,23 +24,23 @@ MODEL_FILE, REPORT_FILE = "model.safetensors", "quantize.json"
 
 @dataclass(frozen=True)
 class Quantized:
-    """A fitted model, and what its owner should know of it."""
+    """A fitted model, and what its user should know about it."""
 
     model: DSModel
-    images: int  # that it was calibrated on
-    views: int  # of these images, which it was calibrated on too where they are few
-    synthesised: int  # images that were made up beside them where they are fewer still
+    images: int  # photographs that it was calibrated on
+    views: int  # views of the photographs that were added because there are few
+    synthesised: int  # synthesised images that were added because there are even fewer
     skipped: int  # files that could not be read
-    sqnr_db: Mapping[str, float]  # each layer's error
-    scores: ScoreShift  # of the float network and of the model, on some of the images
-    map_drop: float | None = None  # points of mAP50-95 on held-back images, where a target was set
+    sqnr_db: Mapping[str, float]  # signal-to-noise ratio of each layer's weight
+    scores: ScoreShift  # scores of the float network and of the model, on some of the images
+    map_drop: float | None = None  # points of mAP50-95 lost on held-back images, if a target was set
     skipped_reason: str = ""  # why the first file could not be read
-    sameness: str = ""  # a warning where all images are the same
-    tuned: Distilled[DSModel] | None = None  # what the brief fine-tune did, where there was one
+    sameness: str = ""  # a warning if all images are the same
+    tuned: Distilled[DSModel] | None = None  # the result of the brief fine-tune, if there was one
 
 
 def provenance(checkpoint: Checkpoint, options: QuantizeOptions, command: str, damage: Damage) -> dict[str, Any]:
-    """What a model file notes of how it was made."""
+    """Return what a model file notes about how it was made."""
     return {
         "source": str(checkpoint.path.resolve()),
         "source_sha256": checkpoint.sha256,
@@ -51,7 +51,7 @@ def provenance(checkpoint: Checkpoint, options: QuantizeOptions, command: str, d
             **options.plain(),
             "calib": None if options.calib is None else str(options.calib.resolve()),
         },
-        # what each width of each layer was expected to cost: why the layers have the bits they have
+        # the expected damage of each width of each layer, which explains the chosen widths
         "damage": {
             name: {f"{w.bits}/{w.block_size}": float(f"{d:.4g}") for w, d in by_width.items()}
             for name, by_width in damage.items()
@@ -60,7 +60,7 @@ def provenance(checkpoint: Checkpoint, options: QuantizeOptions, command: str, d
 
 
 def quantize_report(result: Quantized) -> dict[str, Any]:
-    """What quantize.json holds."""
+    """Return the content of quantize.json."""
     model = result.model
     return {
         "model": MODEL_FILE,
@@ -82,8 +82,10 @@ def quantize_report(result: Quantized) -> dict[str, Any]:
 
 
 def tuning_report(tuned: Distilled[Any]) -> dict[str, Any]:
-    """What quantize.json holds of the brief fine-tune: the step that was kept (0: the fit), by how much the error fell
-    on the images held back, and the curve."""
+    """Return what quantize.json holds about the brief fine-tune.
+
+    `kept_step` is 0 if the fit was kept. `error_fell_by` is measured on the held-back images.
+    """
     return {
         "kept_step": tuned.kept,
         "error_fell_by": tuned.gain,
@@ -95,8 +97,11 @@ def tuning_report(tuned: Distilled[Any]) -> dict[str, Any]:
 
 
 def layer_table(model: DSModel) -> list[dict[str, Any]]:
-    """One row a convolution: name, shape, kind, bits, block size, stored weight bytes, float32 bytes,
-    and the damage expected of each number of bits at that block size (None where widths were not allocated)."""
+    """Return one row for each convolution.
+
+    A row has name, shape, kind, bits, block size, bytes of the stored weight and of float32. It also has the expected
+    damage of each number of bits at that block size, or None where widths were not allocated.
+    """
     rows = []
     damage = model.provenance.get("damage") or {}
     for node in model.graph.convs():
@@ -117,15 +122,18 @@ def layer_table(model: DSModel) -> list[dict[str, Any]]:
 
 
 def save_quantized(result: Quantized, folder: Path, force: bool) -> Path:
-    """Write quantize.json and the model file into the folder; returns the model's path.
+    """Write quantize.json and the model file into a folder; return the model's path.
 
-    Raises InputError when there is a model and force is off. A report alone was left by a run that was killed."""
+    Raises InputError when there is a model already and `force` is off. A report without a model was left by a run that
+    was killed, and is replaced.
+    """
     model, report = folder / MODEL_FILE, folder / REPORT_FILE
     if model.exists() and not force:
         raise already_there(model)
     text = (json.dumps(quantize_report(result), indent=1) + "\n").encode()
     write_atomic(report, text, force=True)
     write_atomic(model, model_bytes(result.model), force)
-    if report.read_bytes() != text:  # of a run at the same time, which now finds a model
+    # another run wrote it at the same time; that run will fail, as there is a model now
+    if report.read_bytes() != text:
         write_atomic(report, text, force=True)
     return model

@@ -1,8 +1,8 @@
-"""What a quantize that was stopped leaves behind: the layers it had fitted, and what they were fitted for.
+"""Keep the layers that a quantize has fitted, so that a stopped run can go on.
 
-The key stands for everything that decides the layers' bytes but their widths. A run goes on from the file only when its
-own key is the same, and takes layers from it only up to the first of another width: so it ends in the same bytes as a
-run that was never stopped.
+A key stands for all that decides the layers' bytes, except their widths. A run uses the file only if it has the same
+key, and takes layers only up to the first with another width. So it ends in the same bytes as a run that was never
+stopped.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ META = "dsconvert.convert.resume"
 
 
 def write_unfinished(path: Path, key: str, convs: Mapping[str, QConv]) -> None:
-    """Keep what is fitted so far, replacing what was kept before."""
+    """Write the layers fitted so far, replacing earlier ones."""
     tensors: dict[str, Tensor] = {}
     for name, conv in convs.items():
         w = conv.weight
@@ -35,8 +35,13 @@ def write_unfinished(path: Path, key: str, convs: Mapping[str, QConv]) -> None:
 
 
 def read_unfinished(path: Path, key: str, shapes: Mapping[str, Sequence[int]]) -> dict[str, QConv]:
-    """The layers kept, by convolution name; `shapes` are those of the network's weights. Raises InputError when there
-    are none, or of another run than `key`, or they cannot be this network's."""
+    """Return the kept layers by convolution name.
+
+    key: of the present run.
+    shapes: convolution name -> shape of its weight.
+
+    Raises InputError when there are no layers, or they belong to another run or cannot be this network's.
+    """
     deciding = "options, images, checkpoint, threads or version"
     with resumed(path, META, key, deciding) as (about, tensors):
         layers = {
@@ -55,7 +60,7 @@ def read_unfinished(path: Path, key: str, shapes: Mapping[str, Sequence[int]]) -
 
 
 def _check(conv: QConv, shape: Sequence[int]) -> None:
-    """Raises ValueError for numbers of another kind, or of no use, or of another shape."""
+    """Raise ValueError for a layer of another shape or type, or with numbers that are not finite."""
     w = conv.weight
     reals = [w.cds_w, conv.bias, *([w.m] if w.format.code.real else [])]
     if tuple(w.vqk.shape) != tuple(shape) or tuple(conv.bias.shape) != (shape[0],):
@@ -68,8 +73,10 @@ def _check(conv: QConv, shape: Sequence[int]) -> None:
 
 
 def usable(kept: Mapping[str, QConv], wanted: Sequence[tuple[str, WeightFormat]]) -> dict[str, QConv]:
-    """Of the layers kept, those before the first that is missing or has another format than wanted: each layer is
-    fitted on what the ones before it do."""
+    """Return the kept layers before the first that is missing or has another format than wanted.
+
+    Later ones are useless, as each layer is fitted on the outputs of the layers before it.
+    """
     taken: dict[str, QConv] = {}
     for name, format in wanted:
         conv = kept.get(name)

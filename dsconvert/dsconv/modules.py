@@ -1,7 +1,7 @@
-"""DSConv as a torch module, with the published constructor and buffer names.
+"""DSConv as a torch module, with the names of the published constructor and buffers.
 
-The published PyTorch class convolves its plain float weight and never applies alpha; this one applies the whole
-equation, so the module computes what its integers say.
+The published PyTorch class convolves its float weight and never applies alpha. This module applies the whole equation,
+so it computes what its integers stand for.
 """
 
 from __future__ import annotations
@@ -16,12 +16,16 @@ from dsconvert.dsconv.tensor import DSTensor, block_count, expand_blocks
 
 
 class DSConv(nn.Module):
-    """out = conv(x, CDSw * (alpha * intweight + KDSb)) + CDSb   (arXiv 1901.01928, section 3).
+    """Computes out = conv(x, CDSw * (alpha * intweight + KDSb)) + CDSb (arXiv 1901.01928, section 3).
 
-    Buffers: `intweight` int8 (cho, chi / groups, kh, kw); `alpha` and `KDSb` float (cho, nblk, kh, kw);
-    `CDSw`, `CDSb` float (cho,). `KDSb` exists with KDSBias=True, `CDSw`/`CDSb` with CDS=True; `bias` is the
-    ordinary convolution bias. alpha may hold any real number (the paper) or the integers of the two-level KDS.
-    `bits` are those of an integer of intweight.
+    intweight: VQK, int8 (cho, chi / groups, kh, kw).
+    alpha, KDSb: float (cho, nblk, kh, kw); KDSb exists with KDSBias=True. alpha holds real numbers (the paper) or
+        integers m.
+    CDSw, CDSb: float (cho,); both exist with CDS=True.
+    bias: the ordinary bias of a convolution.
+    bits: of each integer in intweight.
+
+    Raises ValueError for groups that do not divide the channels, and for an unknown padding_mode.
     """
 
     intweight: Tensor
@@ -67,18 +71,18 @@ class DSConv(nn.Module):
         self._begin()
 
     def _begin(self) -> None:
-        """What a subclass has besides, at the end of the constructor."""
+        """Hook for subclasses: add parameters at the end of the constructor."""
 
     @classmethod
     def in_place_of(cls, conv: nn.Conv2d, bias: bool, block_size: int, KDSBias: bool, CDS: bool, bits: int) -> Self:
-        """A module of the convolution's geometry."""
+        """Create a module with the geometry of a convolution."""
         return cls(
             conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, conv.dilation,  # type: ignore[arg-type]
             conv.groups, conv.padding_mode, bias, block_size, KDSBias, CDS, bits,
         )  # fmt: skip
 
     def real_weight(self) -> Tensor:
-        """W' of the equation above, in alpha's dtype."""
+        """Return W' of the class's equation, in alpha's dtype."""
         chi = self.intweight.shape[1]
         w = expand_blocks(self.alpha, chi, self.block_size) * self.intweight.to(self.alpha.dtype)
         if self.KDSb is not None:
@@ -86,7 +90,7 @@ class DSConv(nn.Module):
         return w if self.CDSw is None else self.CDSw[:, None, None, None] * w
 
     def forward(self, x: Tensor) -> Tensor:
-        """(n, chi, h, w) -> (n, cho, h', w')."""
+        """Convolve (n, chi, h, w) to (n, cho, h', w')."""
         padding = self.padding
         if self.padding_mode != "zeros":
             x = F.pad(x, (padding[1], padding[1], padding[0], padding[0]), mode=self.padding_mode)
@@ -96,7 +100,7 @@ class DSConv(nn.Module):
 
 
 def fitted_conv(conv: nn.Conv2d, weight: DSTensor, cds_b: Tensor) -> DSConv:
-    """A DSConv in the place of `conv` holding a fitted weight and output bias CDSb (cho,)."""
+    """Return a DSConv that replaces `conv`, with a fitted weight and output bias CDSb (cho,)."""
     module = DSConv.in_place_of(conv, False, weight.block_size, False, True, weight.bits)
     parts = {"intweight": weight.vqk, "alpha": weight.m.float(), "CDSw": weight.cds_w, "CDSb": cds_b}
     module.load_state_dict(parts)

@@ -1,15 +1,18 @@
-"""The DSConv weight as a value (arXiv 1901.01928, section 3), with the two-level integer KDS.
+"""The quantized weight of a DSConv layer as a value (arXiv 1901.01928, section 3), with integer group scales.
 
-A convolution weight W of shape (cho, chi, kh, kw) is represented as
+A convolution weight W (cho, chi, kh, kw) is represented as
 
     W'[o, i, y, x] = CDSw[o] * m[o, i // B, y, x] * VQK[o, i, y, x]
 
-VQK are signed integers that b bits stand for, B is the block size along input channels (chi is per group), m (1..15) is
-the kernel distribution shift (KDS) kept as an integer, CDSw (float, one per output channel) is the channel distribution
-shift. Because |m * VQK| <= 127 always, W' / CDSw is an int8 tensor: every int8 engine runs it. A plain per-channel int8
-weight is the same thing with b = 8 and m = 1. Which VQK the bits stand for is the code's (see `format`).
+    VQK   quantized weights: signed integers that b bits stand for
+    m     group scales, the paper's kernel distribution shift (KDS): integers 1..15, one for B channels at one tap
+    CDSw  per-channel scales, the paper's channel distribution shift: float, one for each output channel
+    B     block size along the input channels (chi is per group)
 
-When chi is no multiple of B the last block is the short one: 48 channels with B = 32 are blocks of 32 and 16.
+|m * VQK| <= 127 always holds, so W' / CDSw is an int8 tensor, which every int8 engine can run. An ordinary per-channel
+int8 weight is the case b = 8 and m = 1. The code decides which VQK the bits stand for (see `format`).
+
+If B does not divide chi, the last block is shorter: 48 channels with B = 32 are blocks of 32 and 16.
 """
 
 from __future__ import annotations
@@ -26,21 +29,21 @@ from dsconvert.dsconv.format import INT8_MAX, M_MAX, WeightFormat
 
 
 def block_count(chi: int, block_size: int) -> int:
-    """ceil(chi / block_size)."""
+    """Return ceil(chi / block_size)."""
     return math.ceil(chi / block_size)
 
 
 def expand_blocks(kds: Tensor, chi: int, block_size: int) -> Tensor:
-    """(cho, nblk, kh, kw) -> (cho, chi, kh, kw): every channel gets its block's value."""
+    """Repeat each block's value for all its channels: (cho, nblk, kh, kw) -> (cho, chi, kh, kw)."""
     return kds.repeat_interleave(min(block_size, chi), 1)[:, :chi]
 
 
 @dataclass(frozen=True)
 class DSTensor:
-    """One DSConv weight. Raises ValueError when the parts do not fit each other or leave int8."""
+    """One quantized weight. Raises ValueError when its parts do not fit together or m * VQK leaves int8."""
 
-    stored: Tensor  # (cho, chi, kh, kw): what the format's code keeps of every weight; of free integers VQK itself
-    m: Tensor  # (cho, nblk, kh, kw): KDS, int8 1..15; where the code has real ones, the paper's alpha, float32
+    stored: Tensor  # (cho, chi, kh, kw): what the format's code stores of each weight; VQK itself for free integers
+    m: Tensor  # (cho, nblk, kh, kw): int8 1..15; for a code with real KDS the paper's alpha, float32
     cds_w: Tensor  # (cho,) float32
     format: WeightFormat
 
@@ -63,19 +66,19 @@ class DSTensor:
 
     @staticmethod
     def nearest(weight: Tensor, format: WeightFormat) -> DSTensor:
-        """The weight of least squared error in a format, as far as it is found, on CPU."""
+        """Return the weight with the least squared error that the format's search finds, on CPU."""
         return DSTensor(*format.code.nearest(weight, format), format)
 
     @staticmethod
     def joined(parts: Sequence[DSTensor]) -> DSTensor:
-        """The output channels of all parts, one after another. Raises ValueError where they are stored differently."""
+        """Join the output channels of all parts. Raises ValueError unless all have one format."""
         if len({p.format for p in parts}) != 1:
             raise ValueError("weights that are stored differently cannot be joined")
         stored, m, cds_w = (torch.cat(some) for some in zip(*((p.stored, p.m, p.cds_w) for p in parts), strict=True))
         return replace(parts[0], stored=stored, m=m, cds_w=cds_w)
 
     def rows(self, rows: Tensor) -> DSTensor:
-        """Some output channels, by index."""
+        """Return some output channels, by index."""
         return replace(self, stored=self.stored[rows], m=self.m[rows], cds_w=self.cds_w[rows])
 
     @cached_property
@@ -85,38 +88,38 @@ class DSTensor:
 
     @property
     def bits(self) -> int:
-        """Of a VQK in storage."""
+        """Bits stored for each VQK."""
         return self.format.bits
 
     @property
     def block_size(self) -> int:
-        """Input channels that share a KDS."""
+        """Input channels that share an m (KDS)."""
         return self.format.block_size
 
     @property
     def weight_bits(self) -> float:
-        """Bits per weight in storage: VQK, plus KDS where it says anything (plain int8 stores none)."""
+        """Stored bits per weight: the bits of VQK and a share of the bits of KDS. Plain int8 stores no KDS."""
         return self.bits + self.m.numel() * self.format.kds_bits / self.stored.numel()
 
     @property
     def is_plain_int8(self) -> bool:
-        """True when this is an ordinary per-channel int8 weight (not DSConv)."""
+        """Whether this is an ordinary per-channel int8 weight instead of DSConv."""
         return self.format.is_plain
 
     def merged(self) -> Tensor:
-        """W' / CDSw = m * VQK, int8 (cho, chi, kh, kw). Raises ValueError where KDS are real."""
+        """Return W' / CDSw = m * VQK, int8 (cho, chi, kh, kw). Raises ValueError if KDS are real."""
         if self.format.code.real:
             raise ValueError("a weight with real alpha has no int8 form")
         return self._products().to(torch.int8)
 
     def unscaled(self) -> Tensor:
-        """W' / CDSw, float32 (cho, chi, kh, kw)."""
+        """Return W' / CDSw, float32 (cho, chi, kh, kw)."""
         if self.format.code.real:
             return expand_blocks(self.m, self.vqk.shape[1], self.block_size) * self.vqk.float()
         return self._products().float()
 
     def weight(self) -> Tensor:
-        """W', float32 (cho, chi, kh, kw)."""
+        """Return W', float32 (cho, chi, kh, kw)."""
         return self.cds_w[:, None, None, None] * self.unscaled()
 
     def _products(self) -> Tensor:

@@ -1,1 +1,1 @@
-"""ONNX graphs of the float and the converted network."""
+"""Write the float and the converted network as ONNX files, and check them before they are saved."""

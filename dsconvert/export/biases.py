@@ -1,8 +1,10 @@
-"""All biases of a file in one vector, and their scales too: fewer bytes, and fewer nodes to fold at load, than one
-of each a convolution.
+"""Store all biases of a file as one vector of integers.
 
-A bias is an integer in units of input scale * CDSw. Few of them need more than 20 bits, so they are stored as UINT16
-and as many INT4 above it as the largest needs.
+One vector for the whole file takes fewer bytes than one a convolution, and fewer nodes to fold at load. The units of
+the integers (input scale * CDSw) are computed together too, where the layers' channel counts allow it.
+
+A bias is an int32 in these units. Few need more than 20 bits. So the low 16 bits are stored as UINT16, and the bits
+above them in as many 4-bit vectors as the largest bias needs.
 """
 
 from __future__ import annotations
@@ -17,12 +19,14 @@ from onnx import TensorProto, helper
 
 from dsconvert.base.builder import OnnxBuilder
 
-RUN = 8  # channels: units of layers with a multiple of it are computed together
-VECTOR = "bias."  # what names of the stored parts of all biases begin with
+RUN = 8  # units of layers whose channels are a multiple of it are computed together
+VECTOR = "bias."  # the stored parts of the bias vector have names that begin so
 
 
 @dataclass(frozen=True)
 class _Bias:
+    """The bias of one layer; see `Biases.add` for the fields."""
+
     name: str
     integers: NDArray[np.int32]
     cds: str
@@ -31,19 +35,25 @@ class _Bias:
 
 
 class Biases:
-    """Collects biases; `finish` puts what they are made of in front of the nodes that read them."""
+    """Collects biases; `finish` adds the nodes that make them, in front of the nodes that read them."""
 
     def __init__(self, b: OnnxBuilder) -> None:
         self.b = b
         self.found: list[_Bias] = []
 
     def add(self, name: str, integers: NDArray[np.int32], cds: str, scale: float, more: int = 0) -> tuple[str, str]:
-        """The names of integers (cho,) and their units, scale * CDSw (cho + more,), CDSw the initializer `cds`."""
+        """Register a layer's bias and return the names that its integers and their units will have.
+
+        integers: the bias (cho,), int32.
+        cds: name of the initializer CDSw, the channel scales (cho + more,).
+        scale: the layer's input scale. A unit is scale * CDSw.
+        more: padding channels, which have a unit and no integer here.
+        """
         self.found.append(_Bias(name, integers, cds, scale, more))
         return f"{name}.bias", f"{name}.unit"
 
     def finish(self) -> None:
-        """Make the integers and units of all biases."""
+        """Add the nodes that make the integers and units of all registered biases."""
         if not self.found:
             return
         before, self.b.nodes = self.b.nodes, []
@@ -56,12 +66,13 @@ class Biases:
         self.b.nodes += before
 
     def _integers(self) -> None:
+        """Add the nodes of bias = low + sum of (high nibble << place), as int32, and split it by layer."""
         b, rest = self.b, np.concatenate([x.integers for x in self.found]).astype(np.int64)
         low = b.tensor(f"{VECTOR}low", (rest & 0xFFFF).astype(np.uint16))
         total = b.node("Cast", [low], "bias.0", to=TensorProto.INT32)
         place, rest = 16, rest >> 16
         while rest.any():
-            last = bool((np.abs(2 * rest + 1) < 16).all())  # -8..7
+            last = bool((np.abs(2 * rest + 1) < 16).all())  # a signed 4-bit integer holds -8..7, and ends the sum
             stored = rest.astype(ml_dtypes.int4) if last else (rest & 15).astype(ml_dtypes.uint4)
             nibble = b.node("Cast", [b.tensor(f"{VECTOR}high{place}", stored)], f"bias.{place}", to=TensorProto.INT32)
             scaled = b.node("Mul", [nibble, b.constant(np.array(1 << place, np.int32))], f"bias.{place}.up")
@@ -70,7 +81,10 @@ class Biases:
         self._split(total, self.found, "bias")
 
     def _units(self, joint: list[_Bias]) -> None:
-        """Of layers whose channels are multiples of RUN: all CDSw in rows, each row times its layer's scale."""
+        """Add the units of layers whose channels are multiples of RUN.
+
+        All CDSw are laid out in rows of one length, and each row is multiplied by its layer's input scale.
+        """
         if not joint:
             return
         b, run = self.b, math.gcd(*(len(x.integers) for x in joint))
@@ -82,5 +96,6 @@ class Biases:
         self._split(b.node("Reshape", [units, b.shape(-1)], "unit.all"), joint, "unit")
 
     def _split(self, value: str, parts: list[_Bias], kind: str) -> None:
+        """Add the node that cuts one value into each layer's part."""
         sizes = self.b.shape(*(len(x.integers) for x in parts))
         self.b.nodes.append(helper.make_node("Split", [value, sizes], [f"{x.name}.{kind}" for x in parts], axis=0))

@@ -1,9 +1,9 @@
-"""Does an exported file compute what it should? Asked before it is written, of the very bytes.
+"""Check an exported file's bytes before they are written to disk.
 
-Three answers. By proof: no accumulator can leave int32, whatever the image, from the integers in the file. By reading:
-what is stored is what the model holds, bit by bit (see `stored`). By trial: on a few images, the boxes of the file in
-ONNX Runtime are its own raw maps as `yolo.decode` decodes them, and its layers give torch's numbers; where they do not,
-the first layer to blame is named.
+1. `check_accumulators` proves from the integers that no accumulator can leave int32, whatever the image.
+2. `wrong_layer` (in `stored`) compares every stored number with the model, bit by bit.
+3. `check_export` runs the file in ONNX Runtime on a few images. Its boxes must be what `yolo.decode` makes of its own
+   raw maps, and the result must agree with torch's. If not, it names the first layer that differs.
 """
 
 from __future__ import annotations
@@ -33,17 +33,17 @@ from dsconvert.yolo.decode import decode
 __all__ = ["check_accumulators", "check_export", "check_images", "float_reference", "reference_of"]
 
 Array = NDArray[Any]
-# Decoding equal integers, two libraries differ by a few roundings of float32: 2^-24 of a number, some ten times.
+# Two libraries decode equal integers with a few roundings of float32 between them: some ten times 2^-24 of a number.
 EXACT = (1e-5, 1e-6)
-# Float convolutions are summed in another order by each library; 60 layers of it.
+# Each library sums float convolutions in its own order, and the differences add up over 60 layers.
 FLOAT = (1e-3, 1e-4)
-# An engine may round a tie the other way: then single integers are off by one, and what follows differs. The share of a
-# layer's integers that may be so: in the networks here up to one in a thousand are.
+# An engine may round a tie the other way: then one integer is off by one, and values behind it differ too. This is the
+# share of a layer's integers that may be off; in the networks here up to 0.1 % are.
 ROUNDED_SHARE = 0.01
 
 
 def check_accumulators(model: Converted) -> None:
-    """Raises CheckError naming the layer whose accumulator could leave int32."""
+    """Raise CheckError, naming the layer, if an accumulator of the model could leave int32."""
     if found := largest_sum(model):
         raise CheckError(
             f"The sums of layer {found[0]} can reach {found[1]}, beyond 32-bit integers, so the file was not written."
@@ -51,7 +51,7 @@ def check_accumulators(model: Converted) -> None:
 
 
 def check_images(imgsz: SizeLike, photographs: Sequence[Array] = ()) -> list[Array]:
-    """Images (3, h, w) uint8 to try a file on: the given ones, and one of smooth colours with grain."""
+    """Return images (3, h, w) uint8 to try a file on: the photographs, and a drawn one of smooth colours with noise."""
     rng, size = np.random.default_rng(0), Size.of(imgsz)
     coarse = rng.integers(0, 256, (3, 8, 8)).astype(np.float64)
     down, along = (np.linspace(0, 7, n) for n in size.pair)
@@ -64,10 +64,17 @@ def check_images(imgsz: SizeLike, photographs: Sequence[Array] = ()) -> list[Arr
 def check_export(
     data: bytes, reference: Reference, ends: Ends, images: Sequence[Array], named: bytes | None = None
 ) -> None:
-    """Raises CheckError when the file cannot be run, holds other numbers than the model, or gives other ones than the
-    reference.
+    """Run the file on the images and compare it with the reference.
 
-    Layers are told by the names of their values: `named` is the same file with all of them, where `data` lacks some."""
+    data: the file's bytes.
+    reference: see `reference_of` and `float_reference`.
+    ends: the options with which the file was written.
+    images: (3, h, w) uint8 each, all of one size.
+    named: the same file with the names of all its values, where `data` has lost some. A layer is found by these names.
+
+    Raises CheckError when the file cannot be run, holds other numbers than the model, or gives another result than the
+    reference.
+    """
     file = _File.of(data, {}, ends)
     found = [file.run(_inputs(image, ends)[0]).boxes for image in images]
     again = reference.again(Size(*images[0].shape[-2:]), ends)
@@ -87,8 +94,11 @@ def check_export(
 def _wrong_on(
     image: Array, found: Sequence[Array], every: _File, places: Mapping[str, Place], reference: Reference, ends: Ends
 ) -> str | None:  # fmt: skip
-    """The layer that an image shows to be wrong. What the file makes of its own maps must be what they are decoded to
-    here; its layers may differ by what an engine rounds otherwise."""
+    """Return the layer that an image shows to be wrong, or None.
+
+    First the file's boxes are compared with a decoding of its own raw maps. Then its result is compared with torch's,
+    and only if they differ, its layers one by one: an engine may round single integers otherwise.
+    """
     graph, head = reference.graph, reference.head
 
     def alike(boxes: Sequence[Array], raw: list[Tensor], rtol: float, atol: float) -> bool:
@@ -104,15 +114,18 @@ def _wrong_on(
     if alike(found, reference.run(real), *(EXACT if reference.exact else FLOAT)):
         return None
     values = _File.of(every.data, places, ends).run(feed).values
-    if INPUT not in values:  # bytes are the integers of the image
+    if INPUT not in values:  # a uint8 file has no quantized image of its own: its input bytes are the integers
         values[INPUT] = torch.from_numpy(feed).float() if reference.exact else real
     return first_wrong(values, reference.graph, reference.step, reference.exact, reference.inside)
 
 
 @dataclass(frozen=True)
 class _Run:
-    """What a file gives: boxes as `_compared` takes them, and the values asked for by their names in the graph, float,
-    channels first."""
+    """What a file gives for one image.
+
+    boxes: the outputs, as `_compared` takes them.
+    values: the requested values by their names in the graph, float, channels first.
+    """
 
     boxes: list[Array]
     values: dict[str, Tensor]
@@ -120,9 +133,15 @@ class _Run:
 
 @dataclass(frozen=True)
 class _File:
-    """A file that is run, with `values` behind its `ends` own outputs, by their names in the graph. `suppressed`: it
-    ends with non-maximum suppression; what goes into that stands for its boxes then: box, 1 and the scores of each
-    class."""
+    """A file that can be run, with some inner values as additional outputs.
+
+    data: the bytes of the file as it will be written.
+    model, running: the file with the additional outputs, as a model and as a session.
+    values: graph name -> place of each additional output.
+    ends: how many outputs the file has by itself.
+    suppressed: whether the file ends with non-maximum suppression. Then the suppression's inputs stand for the boxes:
+        each row is the box, a 1 for objectness, and the class scores.
+    """
 
     data: bytes
     model: onnx.ModelProto
@@ -133,20 +152,20 @@ class _File:
 
     @staticmethod
     def of(data: bytes, wanted: Mapping[str, Place], ends: Ends) -> _File:
-        """The file, giving those of the values that it has."""
+        """Open the file with the wanted values as additional outputs, as far as it has them."""
         _session(data)
         model = onnx.load_from_string(data)
         there = {name for node in model.graph.node for name in node.output}
         outputs = len(model.graph.output)
         values = {name: place for name, place in wanted.items() if place.name in there}
         model.graph.output.extend(onnx.ValueInfoProto(name=place.name) for place in values.values())
-        if ends.nms:  # what goes into the suppression: boxes and scores
+        if ends.nms:  # the inputs of the suppression: boxes and scores
             node = next(n for n in model.graph.node if n.op_type == "NonMaxSuppression")
             model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in node.input[:2])
         return _File(data, model, _session(model.SerializeToString()), values, outputs, ends.nms is not None)
 
     def run(self, feed: Array) -> _Run:
-        """Of one image."""
+        """Run the file on one image."""
         outputs = [np.asarray(value) for value in _run(self.running, feed)]
         boxes, rest = outputs[: self.ends], outputs[self.ends :]
         got = {name: of_graph(value, place) for (name, place), value in zip(self.values.items(), rest, strict=False)}
@@ -159,7 +178,7 @@ class _File:
 
 
 def _inputs(image: Array, ends: Ends) -> tuple[Array, Tensor]:
-    """The image as the file takes it, and as the network sees it: float 0..1, both (1, 3, h, w)."""
+    """Return the image as the file takes it, and as the network sees it (float 0..1), both (1, 3, h, w)."""
     real = image[None].astype(np.float32) / np.float32(255)
     feed = {"uint8": image[None], "float16": real.astype(np.float16)}.get(ends.input_type, real)
     return feed, torch.from_numpy(real if ends.input_type == "uint8" else feed.astype(np.float32))
@@ -184,9 +203,11 @@ def _run(running: ort.InferenceSession, feed: Array) -> list[Any]:
 def _compared(
     found: Sequence[Array], wanted: Sequence[Array], nc: int, side: int, suppressed: bool = False
 ) -> list[tuple[Array, Array]] | None:
-    """Numbers of the outputs beside those wanted: pixels as shares of the side, objectness and class scores as they
-    are (where `suppressed` follows, their products), mask coefficients and prototypes as shares of the largest wanted.
-    None when shapes differ."""
+    """Pair each output with its wanted value, in comparable units. Return None when shapes differ.
+
+    Pixels become shares of the longer side (`side`). Objectness and class scores stay as they are; their products are
+    compared too, and alone if `suppressed`. Mask coefficients and prototypes become shares of the largest wanted one.
+    """
     if [f.shape for f in found] != [w.shape for w in wanted]:
         return None
     (f, *protos), (w, *protos_wanted) = found, wanted
@@ -202,12 +223,13 @@ def _compared(
 
 
 def _close(pairs: Sequence[tuple[Array, Array]] | None, rtol: float, atol: float) -> bool:
-    """Whether all of them are equal."""
-    return pairs is not None and all(np.max(np.abs(f - w) - rtol * np.abs(w)) <= atol for f, w in pairs)  # a NaN is not
+    """Return whether every pair is equal within the tolerances."""
+    # a NaN is not <= atol
+    return pairs is not None and all(np.max(np.abs(f - w) - rtol * np.abs(w)) <= atol for f, w in pairs)
 
 
 def of_graph(value: Array, place: Place) -> Tensor:
-    """A value as the file has it at a place -> as the graph has it, float32."""
+    """Convert a value from the file's form at a place to the graph's form: float32, channels first, without padding."""
     first = value.transpose(0, 3, 1, 2) if place.last else value
     return torch.from_numpy(np.ascontiguousarray(first[:, : first.shape[1] - place.more])).float()
 
@@ -216,15 +238,22 @@ def first_wrong(
     got: Mapping[str, Tensor], graph: Graph, step: Callable[[Node, list[Tensor]], Tensor], exact: bool,
     inside: Collection[str],
 ) -> str | None:  # fmt: skip
-    """The first node that, given what the file gives it (`got`, by name in the graph), does not make what torch makes
-    of that by `step`. What is `inside` engines compute together with what reads it."""
+    """Return the name of the first node whose output in the file differs from torch's, or None.
+
+    Torch gets the file's own values as inputs, so an error does not spread to later nodes.
+
+    got: graph name -> value in the file.
+    step: a node and its inputs -> torch's output.
+    exact: whether the values are integers.
+    inside: values that engines compute in one step with their reader. The file does not have them, so torch's stand in.
+    """
     got = dict(got)
     for node in graph.nodes:
         if (node.name not in got and node.name not in inside) or any(name not in got for name in node.inputs):
             continue
         with torch.no_grad():
             wanted = step(node, [got[name] for name in node.inputs])
-        if node.name in inside:  # what reads it is held against torch's
+        if node.name in inside:  # only its reader can be compared
             got[node.name] = wanted
         elif not _same(got[node.name], wanted, exact):
             return display_name(node)

@@ -1,10 +1,16 @@
-"""The ONNX file: input `images` (n, 3, h, w) float 0..1, output `output0` (n, boxes, 5 + nc), as YOLOv5 exports it.
+"""Write the ONNX file of a float or a converted network.
 
-A segmentation network's `output0` has its mask coefficients behind, and `output1` (n, nm, h / 4, w / 4) the prototypes.
+The file has YOLOv5's own interface by default:
 
-On request the input is float16 or the raw bytes (see `inputs`), and the output `detections` (k, 7), see `nms`.
+    input  `images`      (n, 3, h, w)              float32, 0..1
+    output `output0`     (n, boxes, 5 + nc)        x, y, w, h in pixels, objectness, class scores
+    output `output1`     (n, nm, h / 4, w / 4)     mask prototypes, of a segmentation network only
 
-The quantized file is in QDQ form (see `quantized`). Decoding is float.
+A segmentation network also appends nm mask coefficients to each row of `output0`. On request the input is float16 or
+uint8 (see `ends.inputs`). With non-maximum suppression the only output is `detections` (k, 7) (see `ends.nms`).
+
+A converted network is written with QuantizeLinear and DequantizeLinear nodes (see `quantized`). Boxes are decoded in
+float.
 """
 
 from __future__ import annotations
@@ -38,15 +44,20 @@ from dsconvert.model.model import Converted, DSModel
 from dsconvert.yolo.network import Head
 
 OUTPUT, PROTOTYPES, DETECTIONS = "output0", "output1", "detections"
-LAYOUT_KEY = "dsconvert.layout"  # of the metadata
+LAYOUT_KEY = "dsconvert.layout"  # key of the layout's name in the file's metadata
 FLOAT_OPSET = 13
 Model = TypeVar("Model", bound=Converted)
 
 
 @dataclass(frozen=True)
 class Ends:
-    """How a file begins and ends: batch size open or 1, one of INPUT_TYPES, with or without NMS; height and width open,
-    and the batch size with them, or fixed."""
+    """The options that decide how a file begins and ends.
+
+    dynamic_batch: leave the batch size open; otherwise it is 1.
+    input_type: one of INPUT_TYPES.
+    nms: limits of the non-maximum suppression; None leaves it out.
+    open_size: leave height, width and batch size open.
+    """
 
     dynamic_batch: bool = False
     input_type: str = "float32"
@@ -58,17 +69,20 @@ PLAIN = Ends()
 
 
 def export_quantized(model: DSModel, layout: Layout, imgsz: SizeLike, ends: Ends = PLAIN) -> onnx.ModelProto:
-    """The converted network with integer weights in the given layout (see `layouts`)."""
+    """Return the ONNX model of a converted network, with integer weights in the given layout (see `layouts`)."""
     return write_quantized(model, layout, imgsz, ends).model
 
 
 def write_quantized(model: DSModel, layout: Layout, imgsz: SizeLike, ends: Ends = PLAIN) -> Written:
-    """The same, and what its names are."""
+    """Write the converted network as `export_quantized` does, and return its names with it.
+
+    Raises InputError when the layout cannot hold the model, the image size or the open size.
+    """
     check_layout(model, layout)
-    # ONNX Runtime optimises for one size, and OpenVINO's integer convolutions of open sizes are wrong
+    # ONNX Runtime optimises for one size, and OpenVINO's integer convolutions give wrong results at open sizes.
     if ends.open_size and (layout.fused or not layout.rounds_between):
         raise InputError.naming(
-            "{layout} {} needs one image size; leave out {dynamic}, or choose another.", layout.name
+            "{layout} {} needs one image size; leave out {dynamic}, or choose another layout.", layout.name
         )
     model = in_layout(model, layout)
     made = _written(model, layout, Size.of(imgsz), ends)
@@ -76,14 +90,18 @@ def write_quantized(model: DSModel, layout: Layout, imgsz: SizeLike, ends: Ends 
 
 
 def in_layout(model: Model, layout: Layout) -> Model:
-    """The model whose arithmetic a file of that layout has: the model's own, where all is rounded."""
+    """Return the model whose arithmetic a file in that layout has.
+
+    This is the model itself, unless the layout does not round between a convolution and its activation: then the grids
+    between the two are left out.
+    """
     if layout.rounds_between:
         return model
     return replace(model, activations=real_between(model.graph, model.activations))
 
 
 def _written(model: DSModel, layout: Layout, imgsz: Size, ends: Ends) -> Written:
-    """The file operator by operator."""
+    """Write the file operator by operator, before ONNX Runtime's optimiser has seen it."""
     _check_size(imgsz, model.head)
     b = OnnxBuilder(layout.opset)
     if model.activations:
@@ -109,14 +127,14 @@ def _written(model: DSModel, layout: Layout, imgsz: Size, ends: Ends) -> Written
 def export_float(
     graph: Graph, params: Mapping[str, ConvParams], head: Head, imgsz: SizeLike, ends: Ends = PLAIN
 ) -> onnx.ModelProto:
-    """The float32 network, for comparison."""
+    """Return the ONNX model of the float32 network, for comparison with the converted one."""
     return write_float(graph, params, head, imgsz, ends).model
 
 
 def write_float(
     graph: Graph, params: Mapping[str, ConvParams], head: Head, imgsz: SizeLike, ends: Ends = PLAIN
 ) -> Written:
-    """The same, and what its names are."""
+    """Write the float network as `export_float` does, and return its names with it."""
     imgsz = Size.of(imgsz)
     _check_size(imgsz, head)
     b, weights, places = OnnxBuilder(FLOAT_OPSET), {}, float_places(graph)
@@ -138,14 +156,14 @@ def _check_size(imgsz: Size, head: Head) -> None:
 
 
 def _reading(node: Node, image: str) -> Node:
-    """The node with the image under another name."""
+    """Return the node with its image input renamed."""
     return replace(node, inputs=tuple(image if name == INPUT else name for name in node.inputs))
 
 
 def _finish(
     b: OnnxBuilder, raw: list[Place], head: Head, imgsz: Size, ends: Ends, extra: Mapping[str, str]
 ) -> onnx.ModelProto:
-    """Raw maps -> the model: decoding, NMS if wanted, metadata."""
+    """Add decoding, the suppression if wanted, and metadata to the raw maps, and return the model."""
     n: int | str = "batch" if ends.dynamic_batch or ends.open_size else 1
     # YOLOv5 reads exactly these two keys: int(stride) and the names as a Python dictionary
     metadata = {"stride": str(head.stride), "names": str(dict(enumerate(head.names))), **extra}
@@ -169,14 +187,14 @@ def _finish(
 
 
 def _prototype_size(head: Head, imgsz: Size, ends: Ends) -> tuple[int | str, ...]:
-    """Their height and width."""
+    """Return the height and width of the mask prototypes, as numbers or as names of open dimensions."""
     if ends.open_size:
         return "mask_height", "mask_width"
     return tuple(2 * side // head.strides[0] for side in imgsz.pair)
 
 
 def _prototypes(b: OnnxBuilder, raw: Place) -> None:
-    """The last output, real."""
+    """Make the network's last map the prototypes output, in float."""
     if raw.grid is None:
         b.node("Identity", [raw.name], PROTOTYPES)
     else:
@@ -185,7 +203,7 @@ def _prototypes(b: OnnxBuilder, raw: Place) -> None:
 
 
 def _weight_only(b: OnnxBuilder, node: Node, model: Converted, weights: Weights) -> None:
-    """Integer weights in a float graph."""
+    """Add one node of a network with quantized weights and float activations."""
     given = list(node.inputs)
     if node.op == "conv":
         conv, name = model.convs[node.name], display_name(node)

@@ -1,4 +1,4 @@
-"""Integer weights as the real ones that operators read."""
+"""Write an integer weight as the float weight that an ONNX operator reads."""
 
 from __future__ import annotations
 
@@ -12,8 +12,11 @@ from dsconvert.export.weights.weights import Weights
 def real_weight(
     b: OnnxBuilder, name: str, weight: DSTensor, weights: Weights, more: int = 0, fill: int = 0
 ) -> tuple[str, str]:
-    """The dequantized weight's name, and that of CDSw, with `more` output and `fill` input channels of zeros: their
-    scales are stored, their weights made at load."""
+    """Write a weight and its DequantizeLinear; return the names of the float weight and of CDSw.
+
+    more, fill: how many output and input channels of zeros to add. The zeros are made at load; only the scales of the
+        additional output channels are stored.
+    """
     cds = b.tensor(f"{name}.cds", np.append(weight.cds_w.numpy(), np.ones(more)).astype(np.float32))
     integers = weights.add(name, weight)
     if more or fill:

@@ -1,5 +1,7 @@
-"""The quantized network in QDQ form: every convolution reads DequantizeLinear values and is followed by QuantizeLinear,
-from which engines build their int8 kernels. Max-pool, upsampling and same-grid concatenation work on the uint8 values.
+"""Write the quantized network in QDQ form, from which engines build their int8 kernels.
+
+Every convolution reads DequantizeLinear values, and a QuantizeLinear follows it. Max-pooling, upsampling and
+concatenation of maps on one grid work on the uint8 values directly.
 """
 
 from __future__ import annotations
@@ -25,15 +27,18 @@ from dsconvert.model.model import Converted
 
 
 class PlainForm:
-    """Walks the graph keeping the uint8 name of every value. Each reader dequantizes it anew: ONNX Runtime would copy
-    what readers share, and then look at the whole graph once more."""
+    """Walks the graph and keeps the name of the uint8 value of every map.
+
+    Each reader gets a DequantizeLinear of its own. ONNX Runtime would copy a shared one for each reader at load, and
+    then optimise the whole graph once more.
+    """
 
     def __init__(self, b: OnnxBuilder, model: Converted, layout: Layout, input_type: str) -> None:
         self.b, self.model, self.layout = b, model, layout
         self.weights, self.biases = Weights(b, layout), Biases(b)
         self.grids = grid_of(model.graph, model.activations)
         self.uint8: dict[str, str] = {}
-        self.floats: dict[str, str] = {}  # values without a grid
+        self.floats: dict[str, str] = {}  # names of values that have no grid and stay float
         self.readers: Counter[str] = Counter()
         if input_type == "uint8" and self.grids[INPUT] == BYTES:
             self.uint8[INPUT] = INPUT  # the bytes are the quantized image
@@ -41,7 +46,7 @@ class PlainForm:
             self._quantize(INPUT, add_real_image(b, input_type))
 
     def add(self, node: Node) -> None:
-        """Emit one node."""
+        """Write the ONNX nodes of one graph node."""
         op = OPS[node.op]
         if node.op == "conv" and node.name not in self.grids:
             self.floats[node.name] = self._conv(node)
@@ -64,45 +69,47 @@ class PlainForm:
         return node.op == "times" and is_relabelled(node, self.grids[node.inputs[0]], self.grids[node.name])
 
     def _gate(self, node: Node) -> str:
-        """What an activation multiplies its input with, in steps of 1/255."""
+        """Write the factor that an activation multiplies its input by (its gate), quantized in steps of 1/255."""
         x, name = self.real(node.inputs[0]), node.name
         if node.attrs["kind"] == "SiLU":
             return self._q(self.b.node("Sigmoid", [x], f"{name}.s"), f"{name}.sq", SIGMOID)
-        # relu6(x + 3): the grid ends where relu6 does; a sixth of it is the same integers in steps of a sixth
+        # Hardswish's gate is relu6(x + 3) / 6. The uint8 grid ends at 0 and 6, so quantizing clamps as relu6 does.
+        # Dividing by
+        # 6 changes no integer: only the step becomes a sixth.
         three = self._dq(self.b.constant(np.array(1, np.uint8)), f"{name}.three", THREE)
         return self._q(self.b.node("Add", [x, three], f"{name}.s"), f"{name}.sq", QParams(6 * SIGMOID.scale, 0))
 
     def finish(self) -> None:
-        """After the last node: put what biases and weights are made of in front."""
+        """Add the nodes that make biases and weights, in front of all others. Call it after the last node."""
         self.biases.finish()
         self.weights.finish()
 
     def places(self) -> dict[str, Place]:
-        """Where the file has the graph's values, but for those without a grid."""
+        """Return where the file has each of the graph's values, except values without a grid."""
         return {value: Place(name, self.grids[value]) for value, name in self.uint8.items()}
 
     def raw(self, value: str) -> Place:
-        """An output of the graph, as `decode` shall have it."""
+        """Return where decoding finds an output of the graph."""
         return self.place(value)
 
     def place(self, value: str) -> Place:
-        """Where the file has a value of the graph."""
+        """Return where the file has a value of the graph."""
         return Place(self.uint8[value], self.grids[value])
 
     def real(self, value: str) -> str:
-        """A dequantized name of a value, another one every time; of one without a grid its own."""
+        """Return the name of a value in float: of a new DequantizeLinear, or of the value itself if it has no grid."""
         return self.floats[value] if value in self.floats else self._read(value, self.uint8[value], self.grids[value])
 
     def _moved(self, node: Node) -> str:
-        """What only moves values, on uint8."""
+        """Write an operation that only moves values, on uint8."""
         return OPS[node.op].onnx(self.b, node, [self.uint8[x] for x in node.inputs], f"{node.name}.q")
 
     def _add_conv(self, node: Node) -> None:
-        """A convolution, and its result on its grid."""
+        """Write a convolution and the quantization of its result."""
         self._quantize(node.name, self._conv(node))
 
     def _conv(self, node: Node) -> str:
-        """Its real result."""
+        """Write a convolution and return the name of its float result."""
         b, name = self.b, display_name(node)
         weight, cds = real_weight(b, name, self.model.convs[node.name].weight, self.weights)
         bias, x = self._bias(node, cds), self.real(node.inputs[0])
@@ -110,7 +117,10 @@ class PlainForm:
         return OPS[node.op].onnx(b, node, [x, weight, real], node.name)
 
     def _bias(self, node: Node, cds: str, more: int = 0) -> tuple[str, str]:
-        """Names of the bias's integers and of their units; the latter with as many more as CDSw."""
+        """Return the names of the bias's integers (cho,) and of their units (cho + more,).
+
+        A unit is the layer's input scale * CDSw.
+        """
         b, name, conv = self.b, display_name(node), self.model.convs[node.name]
         source = self.grids[node.inputs[0]]
         integers = conv.bias_int(source.scale).numpy()

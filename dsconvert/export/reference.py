@@ -1,4 +1,4 @@
-"""What an exported file is held against: torch's way of running the network, and the numbers that it has to hold."""
+"""What an exported file is compared with: torch's result for the network, and the numbers that the file must hold."""
 
 from __future__ import annotations
 
@@ -27,8 +27,12 @@ Array = NDArray[Any]
 
 @dataclass(frozen=True)
 class Numbers:
-    """What a file has to hold of one convolution: the weight (cho, chi, kh, kw), int8 or float32; CDSw (cho,) where it
-    is int8; the bias (cho,), int32 or float32."""
+    """The numbers of one convolution that a file must hold.
+
+    weight: (cho, chi, kh, kw), int8 or float32.
+    cds: the channel scales CDSw (cho,) of an int8 weight, else None.
+    bias: (cho,), int32 or float32.
+    """
 
     weight: Array
     cds: Array | None
@@ -37,8 +41,17 @@ class Numbers:
 
 @dataclass(frozen=True)
 class Reference:
-    """What the file is held against: a graph, torch's way of running it (whole, and node by node on given inputs), a
-    value's real numbers from what the file has of it, each convolution's numbers, and the file made anew by size."""
+    """A network that can be run in torch, and all that its file is compared with.
+
+    graph, head: the network and its detection head.
+    run: image batch -> raw maps, in float.
+    step: a node and its inputs -> its output.
+    exact: whether `step` takes and makes integers, so that a file must agree to the integer.
+    real: a value's name and what the file has of it -> the float value.
+    numbers: a convolution -> the numbers that the file must hold.
+    again: image size and ends -> the file, written once more.
+    inside: values without a grid, which engines compute in one step with their reader.
+    """
 
     graph: Graph
     head: Head
@@ -48,11 +61,14 @@ class Reference:
     real: Callable[[str, Tensor], Tensor] = field(repr=False)
     numbers: Callable[[Node], Numbers] = field(repr=False)
     again: Callable[[Size, Ends], Written] = field(repr=False)
-    inside: frozenset[str] = frozenset()  # values without a grid, which engines compute together with what reads them
+    inside: frozenset[str] = frozenset()
 
 
 def reference_of(model: DSModel, layout: Layout) -> Reference:
-    """A converted model's arithmetic in a layout: integers, or weights in float when its activations are."""
+    """Return the reference of a converted model in a layout.
+
+    Its arithmetic is integer, or float if the model's activations are float.
+    """
     model = in_layout(model, layout)
     graph, convs, own = model.graph, model.convs, model.activations
     again = partial(write_quantized, model, layout)
@@ -74,7 +90,7 @@ def reference_of(model: DSModel, layout: Layout) -> Reference:
 
 
 def float_reference(graph: Graph, params: Mapping[str, ConvParams], head: Head) -> Reference:
-    """A float network."""
+    """Return the reference of a float network."""
     return Reference(
         graph, head, lambda x: run_float(graph, params, x),
         lambda node, inputs: float_step(node, inputs, params), False, lambda name, value: value,
@@ -88,13 +104,17 @@ def _integers(conv: QConv, bias: Tensor) -> Numbers:
 
 
 def _weights_only(conv: QConv, layout: Layout) -> Numbers:
+    """Return the numbers of a convolution with float activations."""
     if layout.real:
         return Numbers(_blocks_of_reals(conv.weight), None, conv.bias.numpy())
     return _integers(conv, conv.bias)
 
 
 def _blocks_of_reals(weight: DSTensor) -> Array:
-    """W', its factors multiplied in the order that the file has them in: one real scale a block, times VQK."""
+    """Return W' from one real scale a block, times VQK.
+
+    The factors are multiplied in the file's order, so that both round alike.
+    """
     scale = weight.cds_w[:, None, None, None] * weight.m.float()
     made = expand_blocks(scale, weight.vqk.shape[1], weight.block_size) * weight.vqk.float()
     return np.asarray(made.numpy())

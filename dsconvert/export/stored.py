@@ -1,8 +1,8 @@
-"""Does a file hold the model's numbers? Asked without an image, of every bit.
+"""Check that an exported file holds the model's numbers, bit by bit and without running an image.
 
-Two answers. By its own nodes: what they make of the stored bytes is the int8 weight, scale and bias of each layer, as
-the model has them. By its bytes: all that is stored is what the model gives when it is written once more; so a flipped
-bit is noticed too where it does no harm, as in the shift of a block of zeros.
+1. The file's own nodes unpack the stored bytes. The result must be the int8 weight, scale and bias of each layer.
+2. The stored bytes must be the same as when the model is written once more. This also finds a flipped bit that changes
+   no weight, such as one in the shift m of a block of zeros.
 """
 
 from __future__ import annotations
@@ -27,12 +27,16 @@ from dsconvert.onnxfile.compact import compact
 
 Array = NDArray[Any]
 DETECT = "Detect"
-SCALE = 4  # place of the weight's scale among a QLinearConv's inputs
+SCALE = 4  # index of the weight's scale among a QLinearConv's inputs
 
 
 def wrong_layer(data: bytes, named: bytes | None, reference: Reference, again: Written) -> str | None:
-    """The first layer of which the file holds other numbers than the model, None when all are the model's. `named` is
-    the same file with the names of all its values, where `data` lacks some; `again` the file made once more."""
+    """Return the first layer of which the file holds other numbers than the model, or None.
+
+    data: the file's bytes.
+    named: the same file with the names of all its values, where `data` has lost some.
+    again: the file, written once more.
+    """
     model = onnx.load_from_string(named or data)
     found = _other_bytes(model, again.model, reference) or _other_numbers(model, reference, again.weights)
     if found is None and named is not None and data != named and not _is_compacted(data, model):
@@ -41,19 +45,22 @@ def wrong_layer(data: bytes, named: bytes | None, reference: Reference, again: W
 
 
 def _is_compacted(data: bytes, named: onnx.ModelProto) -> bool:
+    """Return whether the bytes are the named file with only its names shortened."""
     return bool(data == compact(named).SerializeToString(deterministic=True))
 
 
 def _other_numbers(model: onnx.ModelProto, reference: Reference, weights: Mapping[str, str]) -> str | None:
-    """The first layer whose weight, scale or bias, as the file's own nodes unpack them, is not the model's. `weights`
-    are the values that layers' weights are unpacked to."""
+    """Return the first layer whose weight, scale or bias is not the model's, as the file's own nodes unpack it.
+
+    weights: layer name -> name of the value that its weight is unpacked to.
+    """
     convs = reference.graph.convs()
     known = {t.name for t in model.graph.initializer} | {out for node in model.graph.node for out in node.output}
     wanted = {node.name: reference.numbers(node) for node in convs}
     # ONNX Runtime's optimiser keeps equal scales once, under the name of one of them
     scales = {node.name: node.input[SCALE] for node in model.graph.node if node.op_type == "QLinearConv"}
     names: dict[str, list[str]] = {}
-    for node in convs:  # tensors are called as docs/compatibility.md says
+    for node in convs:  # names of tensors are promised in docs/compatibility.md
         name = display_name(node)
         cds = f"{name}.cds" if f"{name}.cds" in known else scales.get(name, "")
         names[node.name] = [weights[name], f"{name}.bias", *([] if wanted[node.name].cds is None else [cds])]
@@ -65,14 +72,14 @@ def _other_numbers(model: onnx.ModelProto, reference: Reference, weights: Mappin
         parts = [part for part in (w.weight, w.bias, w.cds) if part is not None]
         for name, part in zip(names[node.name], parts, strict=True):
             value = values[name]
-            value = value[: len(part)] if part.ndim == 1 else value  # zeros may be behind: see `quickconv`
+            value = value[: len(part)] if part.ndim == 1 else value  # padding may follow: see `quickconv`
             if value.dtype != part.dtype or value.shape != part.shape or value.tobytes() != part.tobytes():
                 return display_name(node)
     return None
 
 
 def _constants(model: onnx.ModelProto, names: Sequence[str]) -> dict[str, Array]:
-    """Values that follow from what is stored alone."""
+    """Compute values that depend on stored tensors alone, by running only their nodes in ONNX Runtime."""
     stored = {t.name: t for t in model.graph.initializer}
     makers = {out: i for i, node in enumerate(model.graph.node) for out in node.output}
     values = {name: numpy_helper.to_array(stored[name]) for name in names if name in stored}
@@ -100,7 +107,7 @@ def _constants(model: onnx.ModelProto, names: Sequence[str]) -> dict[str, Array]
 
 
 def _other_bytes(model: onnx.ModelProto, again: onnx.ModelProto, reference: Reference) -> str | None:
-    """The layer of the first stored tensor that is not among those of the file made once more, or that is missing."""
+    """Return the layer of the first stored tensor that only one of the two files has; None if they agree."""
     found, wanted = Counter(map(_key, model.graph.initializer)), Counter(map(_key, again.graph.initializer))
     for file, missing in ((model, found - wanted), (again, wanted - found)):
         for tensor in file.graph.initializer:
@@ -110,7 +117,10 @@ def _other_bytes(model: onnx.ModelProto, again: onnx.ModelProto, reference: Refe
 
 
 def _key(tensor: onnx.TensorProto) -> bytes:
-    """Constants are numbered, and a number says nothing."""
+    """Return a tensor's bytes, without its name if it is a shared constant.
+
+    These are numbered in the order of writing.
+    """
     copied = onnx.TensorProto()
     copied.CopyFrom(tensor)
     copied.name = "" if is_constant(tensor) else tensor.name
@@ -118,8 +128,11 @@ def _key(tensor: onnx.TensorProto) -> bytes:
 
 
 def _layer_of(tensor: onnx.TensorProto, file: onnx.ModelProto, again: onnx.ModelProto, reference: Reference) -> str:
-    """Whose tensor it is: by its own name, which begins with its layer's (docs/compatibility.md promises it), by its
-    place among the biases, or by the node that reads it."""
+    """Return the name of the layer that a tensor belongs to.
+
+    Its own name begins with the layer's, as docs/compatibility.md promises. A part of the bias vector is known by its
+    position, and any other tensor by the node that reads it.
+    """
     nodes = sorted(reference.graph.nodes, key=lambda node: -len(display_name(node)))
     if tensor.name.startswith(VECTOR):
         return _owner_of_bias(tensor, again, reference)
@@ -132,7 +145,10 @@ def _layer_of(tensor: onnx.TensorProto, file: onnx.ModelProto, again: onnx.Model
 
 
 def _owner_of_bias(tensor: onnx.TensorProto, again: onnx.ModelProto, reference: Reference) -> str:
-    """The layer of the first integer that differs: all biases are one vector, in the graph's order."""
+    """Return the layer of the first integer that differs in the bias vector.
+
+    The vector holds the biases of all layers in the graph's order.
+    """
     convs = reference.graph.convs()
     right = next((t for t in again.graph.initializer if t.name == tensor.name), None)
     if right is None or right.dims != tensor.dims:

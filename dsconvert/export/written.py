@@ -1,4 +1,4 @@
-"""A file as it was written, and where it has the graph's values: what looks at the file need not guess their names."""
+"""A written ONNX model, together with the names under which it holds the graph's values and weights."""
 
 from __future__ import annotations
 
@@ -13,24 +13,26 @@ from dsconvert.graph.ir import Graph
 
 @dataclass(frozen=True)
 class Place:
-    """Where a file has a map of the graph: float, or uint8 on a grid; (n, channels, ny, nx), or with its channels last,
-    and some more of them, which nobody asks for."""
+    """Where a file holds a map of the graph, and in which form.
 
-    name: str  # of the file's value
-    grid: QParams | None = None  # None: float
-    last: bool = False  # the channels are
-    more: int = 0  # channels behind those of the graph's
+    The map is (n, channels, ny, nx), or (n, ny, nx, channels) if `last`. It is float, or uint8 on a grid.
+    """
+
+    name: str  # of the value in the file
+    grid: QParams | None = None  # None for a float map
+    last: bool = False  # whether the channels are the last dimension
+    more: int = 0  # padding channels behind the graph's own
 
 
 @dataclass(frozen=True)
 class Written:
-    """A model with all its names, and what they are."""
+    """An ONNX model and the names of what it holds."""
 
     model: onnx.ModelProto
-    places: Mapping[str, Place]  # of the graph's values, by their names there; those without a grid have none
-    weights: Mapping[str, str]  # the value that is a layer's weight, int8 or float, by the layer's name
+    places: Mapping[str, Place]  # of the graph's values by their names; values without a grid are missing
+    weights: Mapping[str, str]  # layer name -> name of the value that is its weight, int8 or float
 
 
 def float_places(graph: Graph) -> dict[str, Place]:
-    """Those of a file in float, whose values have the graph's names."""
+    """Return the places of a float file, where values have the graph's names."""
     return {node.name: Place(node.name) for node in graph.nodes}

@@ -1,1 +1,1 @@
-"""Fitting: from float weights and calibration values to DSConv integers, shifts and activation grids."""
+"""Fit a layer: from its float weight and calibration images to VQK, m, CDSw and the bias CDSb."""

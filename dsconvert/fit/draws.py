@@ -1,27 +1,33 @@
-"""Random draws that belong to an image: the same whichever other images are looked at, and by whom."""
+"""Random draws for one image, which do not depend on the other images or on how processes share them."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-POSITIONS = 256  # taken from each image, the important ones more often
-TOGETHER = 1 << 16  # of one layer over all images: with more, each image gives fewer
-FEWEST = 16  # of an image
+POSITIONS = 256  # drawn from each image, the important ones more often
+TOGETHER = 1 << 16  # positions of one layer over all images: with many images, each gives fewer
+FEWEST = 16  # positions of an image at least
 
 
 def of_image(seed: int, index: int) -> torch.Generator:
-    """The generator of the image at `index` of the calibration set."""
+    """Return the random generator of the image at `index` of the calibration set."""
     return torch.Generator().manual_seed(seed * 1_000_003 + index)
 
 
 def positions_each(images: int) -> int:
-    """How many positions are drawn from each of so many images. Neighbours say much the same, other images do not."""
+    """Return how many positions to draw from each image. More images help more than more positions of one image do."""
     return min(POSITIONS, max(FEWEST, TOGETHER // images))
 
 
 def positions(weights: Tensor, generator: torch.Generator, most: int = POSITIONS) -> tuple[Tensor, Tensor]:
-    """Positions and the weights to give them: all when they are few, else a draw of `most` with chances by weight."""
+    """Return positions and their weights: all of them if there are at most `most`, else `most` drawn ones.
+
+    A position is drawn with a chance in proportion to its weight. Each drawn position gets the same share of the total
+    weight, so that weighted sums stay unbiased.
+
+    weights: (n,) float64, at least 0.
+    """
     count = len(weights)
     if count <= most:
         return torch.arange(count), weights

@@ -1,7 +1,7 @@
-"""From a layer, a format and images to a quantized convolution: what checkpoints, ONNX files and torch modules call.
+"""Fit one layer: from its float weight, a format and images to a quantized convolution.
 
-A fit is an object with one method; `GPTQ` is the product's. Whoever has another one hands what makes it to
-`convert.quantize` (see benchmarks/named_fits.py).
+Checkpoints, ONNX files and torch modules all call this. A fit is an object with one method, `layer`; `GPTQ` is the
+product's. `convert.quantize` takes a maker of another fit (see benchmarks/named_fits.py).
 """
 
 from __future__ import annotations
@@ -23,30 +23,39 @@ from dsconvert.graph.integer import QConv
 from dsconvert.graph.ir import Node
 from dsconvert.graph.ops import conv
 
-Batches = Callable[[], Iterable[Seen]]  # images as one layer sees them, as often as they are asked for
+Batches = Callable[[], Iterable[Seen]]  # gives the images as one layer sees them; may be called several times
 
 
 class Fit(Protocol):
-    """What chooses a layer's integers and shifts."""
+    """Chooses a layer's integers and shifts."""
 
     def layer(self, node: Node, weight: Tensor, format: WeightFormat, batches: Batches) -> QConv:
-        """The layer's float weight (cho, chi / groups, kh, kw) in that format, with its CDSb."""
+        """Return the layer quantized in a format, with its bias CDSb.
+
+        node: the convolution, for its stride, padding, dilation and groups.
+        weight: (cho, chi / groups, kh, kw), float.
+        batches: gives the calibration images as the layer sees them.
+        """
         ...
 
 
-# from second moments of output gradients by convolution name, and the number of photographs
+# makes a fit from the second moments of output gradients, by convolution name, and the number of photographs
 Maker = Callable[[Mapping[str, Tensor], int], Fit]
 
 
 @dataclass(frozen=True)
 class GPTQ:
-    """Asymmetric GPTQ (see `gptq`), each group of channels for itself. Where H would be too large, strides or dilations
-    differ, or a group has one channel, it is the nearest weight with the shifts of `fit_cds`."""
+    """Asymmetric GPTQ (see `gptq`), applied to each group of channels by itself.
 
-    # second moments (cho, cho) of output gradients by convolution name: these layers' channels are fitted together
+    Some layers get the nearest weight instead, with the CDSw and CDSb of `fit_cds`. Their H would be too large, or
+    their stride or dilation differs between height and width, or they are depthwise (one input channel a group).
+    """
+
+    # second moments (cho, cho) of output gradients by convolution name; the channels of these layers are fitted
+    # together
     channels: Mapping[str, Tensor] = field(default_factory=dict)
-    photographs: int | None = None  # images that are no views of others, which decides the damping; None: all
-    most_columns: int | None = None  # of H, K; None: any number
+    photographs: int | None = None  # images that are not views of others; they set the damping. None: all images
+    most_columns: int | None = None  # largest K, the number of H's columns; None: no limit
 
     def layer(self, node: Node, weight: Tensor, format: WeightFormat, batches: Batches) -> QConv:
         groups = node.attrs["groups"]
@@ -63,17 +72,20 @@ class GPTQ:
         return QConv(DSTensor.joined([f.weight for f in fitted]), torch.cat([f.bias for f in fitted]))
 
     def moments(self, node: Node, weight: Tensor, images: Iterable[Seen]) -> Moments:
-        """What J is made of, for a layer without groups."""
+        """Measure the moments of J for a layer without groups."""
         return measure_moments(node, weight.shape, images, self.photographs)
 
     def together(self, node: Node, format: WeightFormat) -> Tensor | None:
-        """The second moment by which a layer's channels are fitted together: below 8 bits, without groups, with integer
-        shifts."""
+        """Return the second moment by which a layer's channels are fitted together, or None.
+
+        Channels are fitted together below 8 bits, without groups and with integer shifts.
+        """
         if node.attrs["groups"] > 1 or format.bits == 8 or format.code.real:
             return None
         return self.channels.get(node.name)
 
     def _is_for_weights_alone(self, node: Node, weight: Tensor) -> bool:
+        """Return whether the layer gets the nearest weight: see the class."""
         if self.most_columns is not None and weight[0].numel() > self.most_columns:
             return True
         if any(isinstance(node.attrs[key], tuple) for key in ("stride", "dilation")):
@@ -82,7 +94,7 @@ class GPTQ:
 
 
 def of_group(images: Iterable[Seen], group: int, groups: int) -> Iterator[Seen]:
-    """Images as one group of a layer's channels sees them."""
+    """Yield the images as one group of a layer's channels sees them."""
     for seen in images:
         if groups == 1:
             yield seen
@@ -92,10 +104,11 @@ def of_group(images: Iterable[Seen], group: int, groups: int) -> Iterator[Seen]:
 
 
 def fit_cds(node: Node, weight: DSTensor, images: Iterable[Seen]) -> QConv:
-    """CDSw and CDSb as the weighted regression of float outputs y on accumulators a = conv(x, m VQK), per channel.
+    """Fit CDSw and CDSb by weighted regression of float outputs y on accumulators a = conv(x, m VQK), for each channel.
 
-    argmin sum w (CDSw a + CDSb - y)^2 gives CDSw = cov(a, y) / var(a), CDSb = mean(y) - CDSw mean(a). The old CDSw
-    stays where the accumulator is constant or the regression would move it by more than a factor of two.
+        argmin sum w (CDSw a + CDSb - y)^2  ->  CDSw = cov(a, y) / var(a),    CDSb = mean(y) - CDSw mean(a)
+
+    The old CDSw stays where the accumulator is constant, or where CDSw would change by more than a factor of two.
     """
     merged = weight.unscaled()
     sums = torch.zeros(5, weight.vqk.shape[0], dtype=torch.float64)

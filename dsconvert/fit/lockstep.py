@@ -1,8 +1,7 @@
-"""The quantized network over the calibration images, one node at a time, each convolution fitted when it is reached.
+"""Run the quantized network over the calibration images node by node, and fit each convolution when it is reached.
 
-There the quantized network has real, already quantized inputs, and the float network's outputs are known at the
-positions drawn from every image (`importance`, which runs it): what is fitted therefore also makes up for errors of the
-layers before.
+At that point its inputs come from layers that are quantized already. Its target is the float network's output at
+positions drawn from every image (see `importance`). So the fit also compensates errors of the layers before.
 """
 
 from __future__ import annotations
@@ -32,23 +31,26 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class _Side:
-    """How the quantized side keeps values: as uint8 on their grids, or (no grids) as float."""
+    """How the quantized network keeps its values: as uint8 on their grids, or as float if there are no grids."""
 
     grids: Mapping[str, QParams]
     device: str
     entry: Entry = UNIT
 
     def enter(self, x: Tensor) -> Tensor:
-        """An image (3, h, w), uint8, as the network gets it."""
+        """Return an image (3, h, w) uint8 as the network reads it."""
         real = self.entry.real(x)
         return self.grids[INPUT].quantize(real).to(torch.uint8) if self.grids else real
 
     def roomy(self, node: Node, conv: QConv) -> QConv:
-        """The convolution with every bias expressible in its accumulator, where there is one."""
+        """Return the convolution with every bias representable in int32; unchanged if activations are float."""
         return conv.with_room(self.grids[node.inputs[0]].scale) if self.grids else conv
 
     def step(self, node: Node, act: Node | None, convs: Mapping[str, QConv]) -> Callable[[Sequence[Tensor]], Tensor]:
-        """What makes one image's value, (c, h, w), of a node's inputs: the node, and then the activation `act`."""
+        """Return a function from a node's inputs to its value (c, h, w) for one image.
+
+        act: an activation to apply to the value.
+        """
         if node.op == "conv":
             return self._conv(node, act, convs[node.name])
         if not self.grids:
@@ -56,12 +58,13 @@ class _Side:
 
         def integers(inputs: Sequence[Tensor]) -> Tensor:
             given = [x.to(self.device).float()[None] for x in inputs]
-            # by way of int16: torch's own conversion takes twice as long
+            # torch converts float to int16 and on to uint8 in half the time of a direct conversion
             return integer_step(node, given, convs, self.grids)[0].to(torch.int16).to(torch.uint8)
 
         return integers
 
     def _conv(self, node: Node, act: Node | None, made: QConv) -> Callable[[Sequence[Tensor]], Tensor]:
+        """Return the function of `step` for a convolution."""
         if not self.grids:
             weight, bias = made.weight.weight().to(self.device), made.bias.to(self.device)
 
@@ -70,10 +73,11 @@ class _Side:
                 return (float_step(act, [value], {}) if act else value)[0]
 
             return real
-        from dsconvert.base import loops  # numba takes a while to load
+        from dsconvert.base import loops  # numba takes a while to import
 
         target = self.grids[node.name]
         ready = IntegerConv.of(node, made, self.grids[node.inputs[0]], target, self.device)
+        # a table of 256 bytes applies the activation while requantizing; without an activation it changes nothing
         table = np.arange(256, dtype=np.uint8)
         if act:
             table = activation_table(act.attrs["kind"], target, self.grids[act.name])
@@ -104,16 +108,18 @@ def fit_lockstep(
     finished: Callable[[Mapping[str, QConv]], None] | None = None,
     entry: Entry = UNIT,
 ) -> dict[str, QConv]:
-    """Fit every convolution by `fit`.
+    """Fit every convolution by `fit`, and return the quantized convolutions by name.
 
-    formats: by convolution name, the format of each.
+    graph, params: the float network and its weights.
+    formats: convolution name -> the format of its weight.
+    own: the activation grids by value name; without any, activations stay float.
     images: `count` images (3, h, w) uint8.
-    drawn: by convolution name, the positions drawn from these images and the float network's outputs there.
-    own: the activation grids; without any, activations stay float.
-    room: where the quantized network's values wait, until their last use.
-    known: convolutions that are taken as they are.
-    finished: sees all that is fitted so far, after every convolution that is fitted.
-    entry: what the network reads of an image's bytes.
+    drawn: convolution name -> the positions drawn from these images, and the float network's outputs there.
+    room: keeps the quantized network's values until their last use, in memory or on disk.
+    progress: called with the number of nodes done and of all nodes.
+    known: convolutions that are fitted already and taken as they are.
+    finished: called after each fitted convolution with all that are fitted so far.
+    entry: how the network reads an image's bytes.
     """
     side, room = _Side(grid_of(graph, own) if own else {}, device, entry), room or Room()
     values: dict[str, Kept] = {}
@@ -122,7 +128,7 @@ def fit_lockstep(
     fitted: dict[str, QConv] = {}
 
     def advance(name: str, step: Callable[[Sequence[Tensor]], Tensor], sources: Sequence[Kept]) -> None:
-        """Make a value of every image, several images at a time, and keep it; none that nobody reads."""
+        """Compute a value for every image, several images at a time, and keep it; skip it if no node reads it."""
         if name not in readers:
             return
 
@@ -147,7 +153,8 @@ def fit_lockstep(
                 fitted[node.name] = side.roomy(node, made)
                 if finished:
                     finished(fitted)
-            if node.name in behind:  # what only its activation reads is never kept
+            # a value that only its activation reads is not kept: the activation is computed in the same step
+            if node.name in behind:
                 act = acts[behind[node.name]]
                 advance(act.name, side.step(node, act, fitted), [values[node.inputs[0]]])
             elif node.name not in acts:
@@ -157,13 +164,13 @@ def fit_lockstep(
                     values.pop(name).free()
             if progress:
                 progress(place + 1, len(graph.nodes))
-    for kept in values.values():  # outputs that are read, too: `last_use` keeps them to the end
+    for kept in values.values():  # some outputs are read by nodes too, and `last_use` never releases outputs
         kept.free()
     return fitted
 
 
 def _seen(drawn: Drawn, inputs: Kept, grid: QParams | None, count: int) -> Batches:
-    """Images as one layer sees them, as often as they are asked for."""
+    """Return a function that yields the images as one layer sees them."""
 
     def images() -> Iterator[Seen]:
         for index in range(count):

@@ -1,4 +1,4 @@
-"""What a layer's fit knows of its images: second moments of its inputs and float outputs (see `gptq`)."""
+"""Second moments of a layer's inputs and float outputs: all that its fit knows about the images (see `gptq`)."""
 
 from __future__ import annotations
 
@@ -18,15 +18,17 @@ from dsconvert.fit.seen import Seen
 from dsconvert.graph.integer import QConv
 from dsconvert.graph.ir import Node
 
-TOGETHER = 4  # images whose positions are multiplied at once; processes share images in runs of as many, so sums agree
-DAMPING = 0.1  # of the mean diagonal of H, with many images: ten times GPTQ's, as few positions matter
-SURE, MOST_DAMPING = 64, 2.0  # images of which the damping is 1; of others it is SURE / images, between these two
+TOGETHER = 4  # images multiplied at once; processes share images in runs of this length too, so that their sums agree
+DAMPING = 0.1  # share of H's mean diagonal, with many images: ten times GPTQ's, as few positions matter
+SURE, MOST_DAMPING = 64, 2.0  # the damping is SURE / images, between DAMPING and MOST_DAMPING
 
 
 @dataclass(frozen=True)
 class Moments:
-    """Second moments of a layer's unfolded inputs q and float outputs y, means taken out, float64. K is in the weight's
-    own order (channel, row, column)."""
+    """Second moments of a layer's unfolded inputs q and float outputs y, means taken out, float64.
+
+    K counts the columns in the weight's own order: channel, row, column.
+    """
 
     hessian: Tensor  # H = cov(q, q) (K, K)
     cross: Tensor  # C = cov(y, q) (cho, K)
@@ -35,36 +37,44 @@ class Moments:
     damping: float = DAMPING  # r of `gptq`, as a share of the mean diagonal of H
 
     def damped(self, weight: Tensor) -> Moments:
-        """The moments of J for the float weight (cho, K)."""
+        """Return the moments with the damping r added: r on H's diagonal, and r W added to C.
+
+        weight: W, (cho, K) float.
+        """
         pulled = self.cross + ridge(self.hessian, self.damping) * weight
         return replace(self, hessian=damped_hessian(self.hessian, self.damping), cross=pulled)
 
     def with_bias(self, weight: DSTensor) -> QConv:
-        """The weight with the CDSb that makes the mean of its outputs the float network's."""
+        """Return the weight with the CDSb that gives its outputs the mean of the float network's."""
         made = (weight.weight().double().flatten(1) * self.mean_q).sum(1)
         return QConv(weight, (self.mean_y - made).float())
 
 
 def damping_for(images: int) -> float:
-    """The damping of moments over so many images: what few images show is partly chance, so W stays nearer."""
+    """Return the damping for so many images. Few images are partly chance, so they keep W' nearer to W."""
     return min(max(DAMPING, SURE / images), MOST_DAMPING)
 
 
 def ridge(hessian: Tensor, damping: float) -> Tensor:
-    """r for H (K, K)."""
+    """Return r for H (K, K)."""
     return damping * hessian.diagonal().mean().clamp_min(1e-12)
 
 
 def damped_hessian(hessian: Tensor, damping: float) -> Tensor:
-    """H (K, K) with r on its diagonal."""
+    """Return H (K, K) with r added to its diagonal."""
     return hessian + ridge(hessian, damping) * torch.eye(len(hessian), dtype=hessian.dtype)
 
 
 def measure_moments(
     node: Node, weight_shape: torch.Size, images: Iterable[Seen], photographs: int | None = None
 ) -> Moments:
-    """H and C from what the layer sees of every image (in all processes), groups 1. photographs: how many of all
-    images are no views of others, which decides the damping (by default all)."""
+    """Measure H, C and the means over all images, of all processes, for a layer without groups.
+
+    node: the convolution.
+    weight_shape: (cho, chi, kh, kw); cho may be 0 where C is not needed.
+    images: what the layer sees of this process's images.
+    photographs: how many of all images are not views of others, which sets the damping; None: all.
+    """
     kernel, size = tuple(weight_shape[2:]), weight_shape[1:].numel()
     hessian, cross = (torch.zeros(n, size, dtype=torch.float64) for n in (size, weight_shape[0]))
     sums = torch.zeros(size + weight_shape[0], dtype=torch.float64)
@@ -72,7 +82,9 @@ def measure_moments(
     runs = batched(images, TOGETHER)
     first = next(runs, None)
     offset = torch.zeros(size + weight_shape[0])
-    if first is not None:  # float32 would lose what varies little around much; the same offset in all processes
+    # Subtract a rough mean first: float32 would lose a small variation around a large value. All processes use the
+    #     first process's, so that their sums can be added.
+    if first is not None:
         w = torch.cat([seen.weights for seen in first])
         mean = (_columns(node, kernel, first, offset, torch.ones_like(w)) @ w) / w.sum().clamp_min(1e-30)
         offset = workers.gathered(mean)[0]
@@ -88,6 +100,7 @@ def measure_moments(
         for whole, part in zip((hessian, cross, sums, total, count), found, strict=True):
             whole += part
     hessian, cross, sums, total, count = (workers.summed(t) for t in (hessian, cross, sums, total, count))
+    # put the offset back into the means; covariances need only the means relative to the offset
     left = sums / total
     left_q, left_y = left.split((size, weight_shape[0]))
     mean_q, mean_y = (left + offset.double()).split((size, weight_shape[0]))
@@ -96,8 +109,11 @@ def measure_moments(
 
 
 def _columns(node: Node, kernel: tuple[int, ...], run: Sequence[Seen], offset: Tensor, root: Tensor) -> Tensor:
-    """Unfolded inputs above float outputs of some images, float32: (K + cho, positions), less offset (K + cho,), times
-    root (positions,)."""
+    """Return the unfolded inputs above the float outputs of some images, (K + cho, positions) float32.
+
+    offset: (K + cho,), subtracted.
+    root: (positions,), the square root of each position's weight, multiplied.
+    """
     columns = torch.empty(len(offset), len(root))
     size, end = len(offset) - len(run[0].float_output), 0
     for seen in run:
@@ -109,13 +125,17 @@ def _columns(node: Node, kernel: tuple[int, ...], run: Sequence[Seen], offset: T
 
 
 def unfold(node: Node, kernel: tuple[int, ...], seen: Seen, offset: Tensor, root: Tensor, found: Tensor) -> None:
-    """found (K, p) gets the unfolded input at an image's positions, real, less offset (K,), times root (p,)."""
+    """Write an image's unfolded input at its drawn positions into `found` (K, p), as real numbers.
+
+    offset: (K,), subtracted.
+    root: (p,), multiplied.
+    """
     x = seen.input
     if x.dtype != torch.uint8 or x.device.type != "cpu":
         found.copy_(seen.real(unfolded(x, seen.zero, kernel, node, seen.picks.to(x.device))))
         found.sub_(offset[:, None]).mul_(root)
         return
-    from dsconvert.base import loops  # numba takes a while to load
+    from dsconvert.base import loops  # numba takes a while to import
 
     a = node.attrs
     width = (x.shape[2] + 2 * a["padding"] - a["dilation"] * (kernel[1] - 1) - 1) // a["stride"] + 1
@@ -126,8 +146,10 @@ def unfold(node: Node, kernel: tuple[int, ...], seen: Seen, offset: Tensor, root
 
 
 def unfolded(x: Tensor, zero: int, kernel: tuple[int, ...], node: Node, picks: Tensor) -> Tensor:
-    """Columns `picks` (p,) of the unfolded x (c, h, w): (c * kh * kw, p), without unfolding the others. `zero` is
-    around x."""
+    """Return the columns `picks` (p,) of the unfolded x (c, h, w), as (c * kh * kw, p), without computing the others.
+
+    zero: the value that pads x.
+    """
     a = node.attrs
     (kh, kw), stride, dilation, pad = kernel, a["stride"], a["dilation"], a["padding"]
     padded = F.pad(x, (pad, pad, pad, pad), value=zero)

@@ -1,4 +1,4 @@
-"""What a layer sees during calibration, image by image, at positions drawn from each."""
+"""What one layer sees of the calibration images, at positions drawn from each image."""
 
 from __future__ import annotations
 
@@ -18,28 +18,32 @@ HALF_MAX = torch.finfo(torch.half).max
 
 @dataclass(frozen=True)
 class Seen:
-    """One image at one convolution."""
+    """One image as one convolution sees it."""
 
-    input: Tensor  # (chi, h, w): what the layer gets in the quantized network, integers on a grid or, without one, real
-    float_output: Tensor  # (cho, p): what it makes in the float network at p output positions, any precision
-    picks: Tensor  # (p,): their places among the h' w' of a channel
-    weights: Tensor  # (p,) float32: how much each of them matters
+    input: Tensor  # (chi, h, w): the layer's input in the quantized network, integers on `grid`, or real without a grid
+    float_output: Tensor  # (cho, p): the float network's output at p positions, any precision
+    picks: Tensor  # (p,): indices of these positions among the h' w' of a channel
+    weights: Tensor  # (p,) float32: the importance of each position
     grid: QParams | None = None
 
     @property
     def zero(self) -> int:
-        """What stands for 0 in the input."""
+        """The input's value that stands for 0."""
         return self.grid.zero_point if self.grid else 0
 
     def real(self, values: Tensor) -> Tensor:
-        """Real values, float32, of any of the input's."""
+        """Convert values of the input's kind to real numbers, float32."""
         values = values.to(torch.float32, copy=True)
         return values.sub_(self.grid.zero_point).mul_(self.grid.scale) if self.grid else values
 
 
 def seen_evenly(inputs: Tensor, outputs: Tensor, seed: int, first: int = 0) -> Iterator[Seen]:
-    """Images of a batch, (n, chi, h, w) and (n, cho, h', w'), every position counting the same. `first`: the place of
-    the first of them in the calibration set."""
+    """Yield the images of a batch with every position equally important.
+
+    inputs: (n, chi, h, w).
+    outputs: (n, cho, h', w'), the float network's.
+    first: index of the batch's first image in the calibration set.
+    """
     even = torch.ones(outputs[0, 0].numel())
     for index, (q, y) in enumerate(zip(inputs, outputs, strict=True), first):
         picks, weights = draws.positions(even.double(), draws.of_image(seed, index))
@@ -47,17 +51,20 @@ def seen_evenly(inputs: Tensor, outputs: Tensor, seed: int, first: int = 0) -> I
 
 
 class Places(NamedTuple):
-    """Positions drawn from an image: see `Seen`."""
+    """Positions drawn from an image and their weights: see `Seen`."""
 
     picks: Tensor
     weights: Tensor
 
 
 class Drawn:
-    """The positions drawn from every image of this process for one convolution, and the float network's outputs there.
+    """The positions drawn from each image for one convolution, and the float network's outputs there.
 
-    Kept for `count` images; `even` once it is known that nothing depends on the layer: all positions then count the
-    same. Positions are kept in memory, 2 kB an image, outputs where there is room."""
+    room: keeps the outputs, in memory or on disk. The positions take 2 kB an image and stay in memory.
+    count: number of this process's images.
+
+    `even` is set once it is known that nothing depends on the layer. All positions then count the same.
+    """
 
     def __init__(self, room: Room, count: int) -> None:
         self.room, self.count, self.even = room, count, False
@@ -65,33 +72,41 @@ class Drawn:
         self.kept: Kept | None = None
 
     def put(self, places: Places) -> None:
-        """What was drawn from the next image."""
+        """Add the positions drawn from the next image."""
         self.places.append(Places(places.picks.to(torch.int32), places.weights.float()))
 
     def put_outputs(self, index: int, outputs: Tensor) -> None:
-        """The float network's outputs (cho, p) there, in the image at `index` among this process's."""
+        """Keep the float network's outputs (cho, p) at an image's positions, as half floats.
+
+        index: of the image among this process's.
+        """
         outputs = outputs.clamp(-HALF_MAX, HALF_MAX).half()
         if self.kept is None:
             self.kept = self.room.like(self.count, outputs)
         self.kept.put(index, outputs)
 
     def get(self, index: int) -> Places:
-        """Picks, int64, and weights of an image."""
+        """Return an image's positions (int64) and weights."""
         picks, weights = self.places[index]
         return Places(picks.long(), torch.ones_like(weights) if self.even else weights)
 
     def outputs(self, index: int) -> Tensor:
-        """Outputs (cho, p) of an image, half."""
+        """Return an image's outputs (cho, p), half floats."""
         assert self.kept is not None
         return self.kept.get(index)
 
     def total(self) -> float:
-        """The sum of all weights."""
+        """Return the sum of all weights."""
         return sum(float(weights.sum()) for _, weights in self.places)
 
 
 def check_drawn(drawn: Drawn, images: int, count: int, most: int) -> None:
-    """Raises ValueError unless positions from a file can be drawn of so many in each image, at most `most`."""
+    """Raise ValueError unless positions read from a file are valid.
+
+    images: how many images there must be.
+    count: positions of the layer's output, from which they were drawn.
+    most: most positions drawn from an image.
+    """
     if len(drawn.places) != images:
         raise ValueError("images of positions")
     for picks, weights in drawn.places:

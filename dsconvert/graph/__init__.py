@@ -1,1 +1,1 @@
-"""A network as a flat list of operations on named values, with a float and an integer executor."""
+"""The network as a list of operations on named values, with a float and an integer executor."""

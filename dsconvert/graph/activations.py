@@ -1,4 +1,4 @@
-"""The activations by name: real, between grids, and as training has them."""
+"""The activation functions by name: on real numbers, on integers, and with gradients for training."""
 
 from __future__ import annotations
 
@@ -26,18 +26,22 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-# What is multiplied with x, where integer engines round it to a grid of 1/255 in between.
+# gates: the factors that multiply x, which integer engines round to a grid of 1/255 first
 GATES: dict[str, Callable[[Tensor], Tensor]] = {"SiLU": torch.sigmoid, "Hardswish": F.hardsigmoid}
-THREE = QParams(3.0, 0)  # the number 3 as an integer: 1
+THREE = QParams(3.0, 0)  # on this grid, the integer 1 stands for 3
 
 
 class _SiluOnGrid(torch.autograd.Function):
-    """x times its sigmoid on the engines' grid of 1/255; the gradient is SiLU's but for that rounding."""
+    """x times its sigmoid, rounded to the engines' grid of 1/255.
+
+    The gradient is SiLU's, except for that rounding.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
         s = x.sigmoid()
         rounded = (s / SIGMOID.scale).round_().mul_(SIGMOID.scale)
+        # d/dx (x s) = s + x (s - s^2), with the rounded s in the first term
         ctx.save_for_backward((s - s * s).mul_(x).add_(rounded))
         return rounded * x
 
@@ -47,8 +51,10 @@ class _SiluOnGrid(torch.autograd.Function):
 
 
 def as_engines(kind: str, values: Tensor) -> Tensor:
-    """An activation of real values, with its gate on its grid, as integer engines have it. `activation_table` is its
-    rounding to a grid, in the engines' own order."""
+    """Apply an activation to real values with its gate rounded, as integer engines do.
+
+    `activation_table` also rounds the result, in the engines' order of operations.
+    """
     if kind == "Hardswish":
         gate = F.hardsigmoid(values)
         rounded = gate + ((gate.detach() / SIGMOID.scale).round() * SIGMOID.scale - gate.detach())
@@ -58,8 +64,10 @@ def as_engines(kind: str, values: Tensor) -> Tensor:
 
 
 def activation_table(kind: str, source: QParams, target: QParams) -> NDArray[np.uint8]:
-    """The activation of each of the 256 possible inputs. One with a gate is x times the gate on its grid: SiLU's is
-    sigmoid(x), Hardswish's relu6(x + 3) / 6."""
+    """Return the activation of each of the 256 possible inputs, uint8.
+
+    An activation with a gate is x times the rounded gate: sigmoid(x) for SiLU, relu6(x + 3) / 6 for Hardswish.
+    """
     q = np.arange(256, dtype=np.float32)
     x = (q - np.float32(source.zero_point)) * np.float32(source.scale)
     if kind not in GATES:
@@ -75,7 +83,7 @@ def activation_table(kind: str, source: QParams, target: QParams) -> NDArray[np.
 
 
 def _sum_with_three(q: NDArray[np.float32], source: QParams) -> NDArray[np.uint8]:
-    """x + 3 on a grid from 0 to 6, whose ends are the limits: in the order of ONNX Runtime's QLinearAdd."""
+    """Return x + 3 on a grid from 0 to 6, whose ends clip as relu6 does, in the order of ONNX Runtime's QLinearAdd."""
     ra, rb = (np.float32(s) / np.float32(6 * SIGMOID.scale) for s in (source.scale, THREE.scale))
     inner = np.float32(float(ra) * source.zero_point)
     total = np.float32(float(rb) - float(inner))

@@ -1,4 +1,4 @@
-"""Grids of uint8 values: what the integers of a tensor stand for."""
+"""Activation grids: which real numbers the uint8 integers of a tensor stand for."""
 
 from __future__ import annotations
 
@@ -8,30 +8,30 @@ import numpy as np
 from torch import Tensor
 
 QMAX = 255
-SURE = 5.0  # a logit whose sigmoid is 0.993: grids of scores reach it at least, however few objects were seen
+SURE = 5.0  # a logit with sigmoid 0.993; grids of scores reach at least this far, however few objects the images show
 
 
 @dataclass(frozen=True)
 class QParams:
-    """uint8 quantization of one tensor: real = scale * (q - zero_point)."""
+    """Activation grid of one tensor (uint8 quantization parameters): real = scale * (q - zero_point)."""
 
     scale: float
     zero_point: int
 
     @staticmethod
     def of_range(low: float, high: float) -> QParams:
-        """The grid spanning [low, high], widened to hold zero exactly."""
+        """Return the grid that spans [low, high], widened to hold zero exactly."""
         low, high = min(low, 0.0), max(high, 0.0)
         scale = float(np.float32(max(high - low, 1e-6) / QMAX))
         return QParams(scale, int(np.clip(round(-low / scale), 0, QMAX)))
 
     def quantize(self, x: Tensor) -> Tensor:
-        """Real -> integers 0..255, carried as float32."""
+        """Round real numbers to integers 0..255, carried as float32."""
         return (x / self.scale).round_().add_(self.zero_point).clamp_(0, QMAX)
 
     def dequantize(self, q: Tensor) -> Tensor:
-        """Integers -> real."""
+        """Turn integers into real numbers."""
         return (q - self.zero_point) * self.scale
 
 
-SIGMOID = QParams(float(np.float32(1 / 255)), 0)  # the sigmoid inside SiLU spans 0..1
+SIGMOID = QParams(float(np.float32(1 / 255)), 0)  # the sigmoid inside SiLU lies in 0..1

@@ -1,4 +1,4 @@
-"""The float executor: what the network computes, one node at a time."""
+"""The float executor, which runs the network one node at a time."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from dsconvert.graph.ops import OPS
 
 
 def float_step(node: Node, inputs: list[Tensor], params: Mapping[str, ConvParams]) -> Tensor:
-    """One node in float arithmetic."""
+    """Run one node in float."""
     if node.op == "conv":
         p = params[node.name]
         inputs = [*inputs, p.weight, p.bias]
@@ -25,7 +25,10 @@ def execute(
     step: Callable[[Node, list[Tensor]], Tensor],
     visit: Callable[[str, Tensor], None] | None = None,
 ) -> list[Tensor]:
-    """Run every node with `step`, releasing values after their last use; `visit` sees each value once."""
+    """Run every node with `step` and return the graph's outputs.
+
+    Values are released after their last use. `visit` is called once for each value.
+    """
     values = {INPUT: x}
     last = graph.last_use()
     if visit:
@@ -47,6 +50,6 @@ def run_float(
     x: Tensor,
     visit: Callable[[str, Tensor], None] | None = None,
 ) -> list[Tensor]:
-    """Image batch (n, 3, h, w) -> the graph's raw output maps, in float."""
+    """Run an image batch (n, 3, h, w) in float, and return the graph's raw output maps."""
     with torch.no_grad():
         return execute(graph, x, lambda node, inputs: float_step(node, inputs, params), visit)

@@ -1,4 +1,4 @@
-"""Whether the nodes of a graph can be run one after the other, by arithmetic alone: no tensor is made."""
+"""Check that the nodes of a graph can be run one after another, by their shapes alone."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dsconvert.graph.ops import OPS
 
 
 def check_node(node: Node) -> None:
-    """Raises ValueError when the node's name, operation, inputs or attributes are unusable."""
+    """Raise ValueError when the node's name, operation, inputs or attributes are not valid."""
     if not isinstance(node.name, str) or not 0 < len(node.name) <= 200 or not node.name.isprintable():
         raise ValueError("a node's name")
     if not isinstance(node.op, str) or node.op not in OPS:
@@ -26,9 +26,13 @@ def check_node(node: Node) -> None:
 
 
 def value_shapes(graph: Graph, weights: Mapping[str, Sequence[int]], image: Shape) -> dict[str, Shape]:
-    """The shape of every value, given those of the convolutions' weights (cho, chi / groups, kh, kw).
+    """Return the shape of every value. Nodes must have passed `check_node`.
 
-    Raises ValueError where a node cannot take what it is given; nodes must have passed `check_node`."""
+    weights: convolution name -> shape (cho, chi / groups, kh, kw).
+    image: shape of the input.
+
+    Raises ValueError where a node cannot take its inputs.
+    """
     shapes = {INPUT: image}
     for node in graph.nodes:
         given = [shapes[name] for name in node.inputs]

@@ -1,1 +1,1 @@
-"""What calibration images say: importance, activation grids, what each format would cost."""
+"""What calibration images tell about the float network: importance, activation ranges and the cost of each format."""

@@ -1,6 +1,6 @@
-"""Calibrations kept for the next run with the same checkpoint and images, whatever its bits or size.
+"""Keep calibrations on disk for the next run with the same checkpoint and images, whatever its bits or target size.
 
-A file's name is the key of everything that decides its content, so a cache is never stale, only unused.
+A file's name is a key of all that decides its content. So a cached file can be unused, but never out of date.
 """
 
 from __future__ import annotations
@@ -26,11 +26,18 @@ META = "dsconvert.measure.calibration"
 def remembered(
     folder: Path | None, key: str, make: Callable[[], Calibration], check: Callable[[Calibration], None], room: Room
 ) -> Calibration:
-    """What is kept under the key (hexadecimal), else what is made, which is kept then. No folder: nothing is kept.
+    """Return the calibration kept under a key, or make it and keep it.
 
-    What is kept lacks the float network's outputs (see `calibration.float_outputs`): they are large and soon made
-    again, in the `room`. A file that cannot be read, or whose content `check` raises ValueError or KeyError for, is
-    made again as a whole. Raises InputError when the folder cannot be written."""
+    folder: the cache; None keeps nothing.
+    key: hexadecimal, becomes the file's name.
+    make: computes the calibration.
+    check: raises ValueError or KeyError for a calibration that cannot be right. It is then made again, as is one that
+        cannot be read.
+    room: where the float network's outputs go later. They are large and quick to compute again, so they are not cached
+        (see `calibration.float_outputs`).
+
+    Raises InputError when the folder cannot be written to.
+    """
     if folder is None:
         return make()
     path = folder / f"{key}.safetensors"
@@ -42,7 +49,7 @@ def remembered(
 
 
 def calibration_bytes(calibration: Calibration) -> bytes:
-    """A calibration as a safetensors file."""
+    """Return a calibration as the bytes of a safetensors file."""
     about = {
         "own": {name: [grid.scale, grid.zero_point] for name, grid in calibration.own.items()},
         "damage": {
@@ -61,6 +68,7 @@ def calibration_bytes(calibration: Calibration) -> bytes:
 
 
 def _read(path: Path, check: Callable[[Calibration], None], room: Room) -> Calibration | None:
+    """Return the calibration in a file, or None where the file is missing, damaged or fails the check."""
     try:
         with safe_open(path, framework="pt") as stored:
             about, stored_tensors = unsealed(stored, META)
@@ -89,7 +97,7 @@ def _read(path: Path, check: Callable[[Calibration], None], room: Room) -> Calib
 
 
 def _drawn(places: Iterable[tuple[Tensor, Tensor]], even: bool, room: Room) -> Drawn:
-    """Positions of images as `Drawn` has them, still without outputs."""
+    """Return the positions read from a file as `Drawn`, still without the float network's outputs."""
     made = [Places(*p) for p in places]
     drawn = Drawn(room, len(made))
     drawn.places, drawn.even = made, even

@@ -1,4 +1,7 @@
-"""The calibration images, and what they say of the float network: activation grids, what matters, what formats cost."""
+"""Read the calibration images and measure the float network on them.
+
+The result holds activation grids, the importance of positions, and the expected damage of each format.
+"""
 
 from __future__ import annotations
 
@@ -40,35 +43,38 @@ from dsconvert.photos.images import letterbox, none_readable, read_image
 from dsconvert.yolo.checkpoint import Checkpoint
 from dsconvert.yolo.wishes import wished
 
-MOST_VALUE = 60000  # of activations, which are kept as halves
+MOST_VALUE = 60000  # largest activation that can be converted, as activations are kept in half precision
+# images made from a checkpoint alone: their number, longest side in pixels, and optimisation steps
 SYNTHETIC_IMAGES, SYNTHETIC_SIDE, SYNTHETIC_STEPS = 48, 320, 80
-FEW = 32  # photographs; fewer have synthesised images beside them
+FEW = 32  # synthesised images are added to fewer photographs than this
 
 Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
 class Images:
-    """The calibration images, letterboxed, as this process has them."""
+    """The calibration images of this process, letterboxed."""
 
-    pixels: Kept  # its own images (3, h, w), uint8
-    part: Part  # which of all they are
-    size: Size  # of each
-    photographs: int  # how many of its own are no views of others: the first (see `measure.views`)
-    skipped: tuple[str, ...] = ()  # why files could not be read
-    synthesised: int = 0  # how many of all processes' images were made up beside the photographs: the last
-    entry: Entry = UNIT  # what the network reads of bytes
+    pixels: Kept  # this process's images (3, h, w), uint8
+    part: Part  # which images of the whole set they are
+    size: Size  # of each image
+    # how many of them are photographs and not views of photographs; these come first (see `measure.views`)
+    photographs: int
+    skipped: tuple[str, ...] = ()  # one reason for each file that could not be read
+    # how many images of all processes were synthesised and added to the photographs; these come last
+    synthesised: int = 0
+    entry: Entry = UNIT  # how the network reads an image's bytes
 
     def one(self, index: int, device: str) -> Tensor:
-        """An image (1, 3, h, w) as the network reads it."""
+        """Return an image (1, 3, h, w) as the network reads it."""
         return self.entry.real(self.pixels.get(index).to(device))[None]
 
     def all_photographs(self) -> int:
-        """How many images of all processes are no views of others."""
+        """Return how many images of all processes are photographs, not views of them."""
         return sum(workers.gathered(self.photographs))
 
     def digest(self) -> str:
-        """A key of all pixels."""
+        """Return a SHA-256 digest of all pixels of this process."""
         digest = hashlib.sha256()
         for index in range(self.part.mine):
             digest.update(self.pixels.get(index).numpy().tobytes())
@@ -77,12 +83,12 @@ class Images:
 
 @dataclass(frozen=True)
 class Calibration:
-    """What the images say of the float network."""
+    """What the images tell about the float network."""
 
-    own: Mapping[str, QParams]  # activation grids by value name; none: activations stay float
-    drawn: Mapping[str, Drawn]  # by convolution name, what was drawn from this process's images (see `Importance`)
-    channels: Mapping[str, Tensor]  # second moments of output channels' gradients (see `Importance`)
-    damage: Mapping[str, Mapping[WeightFormat, float]]  # what each format of each layer would do
+    own: Mapping[str, QParams]  # value name -> activation grid; empty where activations stay float
+    drawn: Mapping[str, Drawn]  # convolution name -> positions drawn from this process's images (see `Importance`)
+    channels: Mapping[str, Tensor]  # convolution name -> second moment of its output gradients (see `Importance`)
+    damage: Mapping[str, Mapping[WeightFormat, float]]  # layer name -> format -> expected damage
 
 
 def check_calibration(
@@ -93,7 +99,14 @@ def check_calibration(
     formats: Mapping[str, Sequence[WeightFormat]],
     quantized: bool,
 ) -> None:
-    """Raises ValueError or KeyError unless `found` can be what `calibrate` makes of the rest: it comes from a file."""
+    """Raise ValueError or KeyError unless a calibration read from a file can be the result of `calibrate`.
+
+    found: the calibration to check.
+    graph, params: the float network.
+    images: the calibration images.
+    formats: layer name -> the formats whose damage was measured.
+    quantized: whether activations are quantized.
+    """
     if set(found.own) != (gridded(graph) if quantized else set()):
         raise ValueError("grids")
     for name, grid in found.own.items():
@@ -121,11 +134,22 @@ def check_calibration(
 def decoded(
     paths: Sequence[Path], size: Size, seed: int, report: Progress, room: Room, beside: Tensor | None = None
 ) -> Images:
-    """This process's part of the photographs, letterboxed; each is decoded once. Few of them are made up for by views,
-    and by the images `beside` (n, 3, h, w), uint8, which come last. Raises InputError when a process has none
-    that can be read."""
+    """Read this process's share of the photographs, letterboxed.
+
+    If there are few photographs, views of them are added (see `measure.views`), and then the images `beside`.
+
+    paths: the files.
+    size: height and width of the images.
+    seed: decides the views.
+    report: called with a stage, the number done and the total.
+    room: keeps the pixels, in memory or on disk.
+    beside: synthesised images (n, 3, h, w), uint8, or None.
+
+    Raises InputError when a process has no image that can be read.
+    """
     made_up = torch.empty(0, *size.image, dtype=torch.uint8) if beside is None else beside
-    whole = workers.count() == 1 or len(paths) < WANTED  # then every process reads all: views are of all
+    # with few images every process reads all, because a view may combine any of them
+    whole = workers.count() == 1 or len(paths) < WANTED
     if not whole:
         paths = paths[workers.share(len(paths), TOGETHER)]
     pixels, count, skipped = room.kept(len(paths), size.image, torch.uint8), 0, []
@@ -154,7 +178,7 @@ def decoded(
 
 
 def _read(path: Path, size: Size) -> Tensor | str:
-    """A photograph, letterboxed (3, h, w), uint8; or why it cannot be read."""
+    """Return a photograph, letterboxed (3, h, w), uint8; or the reason why it cannot be read."""
     try:
         return torch.from_numpy(letterbox(read_image(path), size)[0]).permute(2, 0, 1)
     except InputError as error:
@@ -162,15 +186,18 @@ def _read(path: Path, size: Size) -> Tensor | str:
 
 
 def photographs_of(paths: Sequence[Path], size: Size) -> list[Tensor]:
-    """The photographs that can be read, letterboxed (3, h, w), uint8."""
+    """Return the photographs that can be read, letterboxed (3, h, w), uint8."""
     return [image for image in in_order(partial(_read, size=size), paths) if not isinstance(image, str)]
 
 
 def with_views(
     photographs: Kept, count: int, share: range, seed: int, room: Room, beside: Sequence[Tensor] | Tensor = ()
 ) -> Kept:
-    """Of `count` photographs (3, h, w), views of them behind these, and the images beside them behind all, those
-    in the share."""
+    """Return a process's share of all images: photographs, then views of them, then the images `beside`.
+
+    photographs: holds `count` images (3, h, w).
+    share: indices of this process's images among all.
+    """
     if share == range(count):
         return photographs
     kept, viewed = room.like(len(share), photographs.get(0)), wanted(count)
@@ -189,8 +216,12 @@ def with_views(
 def synthetic(
     checkpoint: Checkpoint, imgsz: Size, samples: int, seed: int, report: Progress, room: Room
 ) -> Images:  # fmt: skip
-    """Images made up from the checkpoint's BatchNorm statistics, with objects that it detects; as far as `samples`
-    allows, each once more as its mirror image. Raises InputError where it has no such statistics left."""
+    """Make calibration images from the checkpoint's BatchNorm statistics, with objects that it detects.
+
+    samples: most images. If there is room, each image is followed by its mirror image.
+
+    Raises InputError where the checkpoint has no BatchNorm statistics.
+    """
     size, drawn = imgsz.within(SYNTHETIC_SIDE), min(samples, SYNTHETIC_IMAGES)
     try:
         made = _synthesised(checkpoint, drawn, size, seed, report)[:samples]
@@ -208,8 +239,10 @@ def synthetic(
 
 
 def beside_few(checkpoint: Checkpoint, photographs: int, size: Size, seed: int, report: Progress) -> Tensor | None:
-    """Synthesised images (n, 3, h, w), uint8, that are to stand beside so many photographs; None beside FEW of
-    them or more, and of a checkpoint without BatchNorm statistics."""
+    """Make synthesised images (n, 3, h, w), uint8, to be added to fewer than FEW photographs.
+
+    Returns None for FEW or more photographs, and for a checkpoint without BatchNorm statistics.
+    """
     if photographs >= FEW:
         return None
     try:
@@ -220,7 +253,7 @@ def beside_few(checkpoint: Checkpoint, photographs: int, size: Size, seed: int, 
 
 
 def tiled(pictures: Tensor, size: Size) -> Tensor:
-    """Pictures (n, 3, a, b) side by side in rectangles of at least that size, cut to it: (m, 3, h, w)."""
+    """Put pictures (n, 3, a, b) side by side until they cover `size`, and cut them to it: (m, 3, h, w)."""
     high, wide = pictures.shape[-2:]
     down, across = -(-size.height // high), -(-size.width // wide)
     each = down * across
@@ -231,8 +264,10 @@ def tiled(pictures: Tensor, size: Size) -> Tensor:
 
 
 def _synthesised(checkpoint: Checkpoint, count: int, size: Size, seed: int, report: Progress) -> Tensor:
-    """So many pictures with objects that the checkpoint detects, and then their mirror images: (2 count, 3, h, w),
-    uint8. Raises ValueError where it has no BatchNorm statistics left."""
+    """Make `count` pictures with objects that the checkpoint detects, followed by their mirror images.
+
+    Returns (2 count, 3, h, w), uint8. Raises ValueError where the checkpoint has no BatchNorm statistics.
+    """
     batches = synthesize(
         checkpoint.network, count, size, SYNTHETIC_STEPS, seed,
         lambda done, total: report("synthesize", done, total), partial(wished, checkpoint.head),
@@ -242,15 +277,16 @@ def _synthesised(checkpoint: Checkpoint, count: int, size: Size, seed: int, repo
 
 
 def _placed(pixels: Kept, mine: int, size: Size, photographs: int, skipped: Sequence[str] = ()) -> Images:
+    """Return this process's images with their place among all processes' images."""
     counts = workers.gathered(mine)
     return Images(pixels, Part(sum(counts[: workers.number()]), mine, sum(counts)), size, photographs, tuple(skipped))
 
 
 def check_values(graph: Graph, params: Mapping[str, ConvParams], image: Tensor) -> None:
-    """Raises InputError when the network's values overflow on an image (1, 3, h, w)."""
+    """Raise InputError if a value of the network is infinite or too large on an image (1, 3, h, w)."""
 
     def check(name: str, value: Tensor) -> None:
-        if not float(value.abs().max()) < MOST_VALUE:  # NaN is not
+        if not float(value.abs().max()) < MOST_VALUE:  # written so that NaN fails
             raise InputError(f"The values of layer {name} are infinite or beyond {MOST_VALUE}: it cannot be converted.")
 
     run_float(graph, params, image, check)
@@ -268,8 +304,18 @@ def calibrate(
     report: Progress,
     room: Room,
 ) -> Calibration:
-    """Look at the images once. `formats` are those of each layer whose damage is wanted; `quantized`: whether
-    activations will be; what is drawn from the images goes to the `room`."""
+    """Measure the float network on the images, in one pass.
+
+    graph, params: the float network.
+    outputs: turns its raw maps into the numbers that count.
+    images: the calibration images.
+    formats: layer name -> the formats whose expected damage is measured.
+    seed: decides all draws.
+    device: where the network runs.
+    quantized: whether activation grids are chosen.
+    report: called with a stage, the number done and the total.
+    room: keeps what is drawn from the images, in memory or on disk.
+    """
 
     def singles() -> Iterator[Tensor]:
         for index in range(images.part.mine):
@@ -287,6 +333,7 @@ def calibrate(
         again = partial(images.one, device=device)
         left = left_over(graph, params, again, found.drawn, found.channels, images.part, images.all_photographs())
 
+        # the damage of rounding alone, times the share of it that the fit is expected to leave
         def foretold(name: str) -> dict[WeightFormat, float]:
             made = damage_of(params[name].weight.cpu(), formats[name], found.squares[name])
             return {f: d * left[name].of(f) if name in left else d for f, d in made.items()}
@@ -298,7 +345,7 @@ def calibrate(
 def float_outputs(
     graph: Graph, params: Mapping[str, ConvParams], images: Images, drawn: Mapping[str, Drawn], device: str
 ) -> None:
-    """Let the float network make its outputs at positions that are drawn already."""
+    """Compute the float network's outputs at positions that were drawn before."""
 
     def one(index: int) -> dict[str, Tensor]:
         found: dict[str, Tensor] = {}

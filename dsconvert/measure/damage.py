@@ -1,9 +1,12 @@
-"""How much each layer's weight error costs at each width, from the gradients that `importance` has anyway.
+"""Estimate what each layer's weight error costs in each format, from the gradients that `importance` computes anyway.
 
-A weight error D moves the measured numbers v by J D, to first order. With g = J^T s the gradient of the weight for
-random signs s, E[<g, D>^2] = ||J D||^2. Rounding errors are of either sign, independent from weight to weight: in the
-mean over their signs too that is E[sum g^2 D^2], which varies much less from one s to another than <g, D>^2 does. One
-backward pass an image judges every layer at every width at once.
+A weight error D changes the measured numbers v by J D, to first order. With the weight's gradient g = J^T s for random
+signs s,
+
+    E[<g, D>^2] = ||J D||^2
+
+Rounding errors have random signs, independent between weights. The mean over these signs is E[sum g^2 D^2], which
+varies much less with s than <g, D>^2. So one backward pass for each image judges every layer in every format.
 """
 
 from __future__ import annotations
@@ -20,21 +23,30 @@ from dsconvert.graph.ir import Node
 
 
 def formats_of(channels: int, bits: Sequence[int], block_sizes: Sequence[int]) -> list[WeightFormat]:
-    """What a layer of so many input channels can be stored in: of 8 bits one, as all block sizes are the same there."""
+    """Return the formats that a layer of so many input channels can be stored in.
+
+    At 8 bits there is one, as every block size gives the same weight.
+    """
     formats = dict.fromkeys(usual_format(b, channels, size) for b in bits for size in block_sizes)
     return [f for f in formats if f.code.fits(f.bits, channels, f.block_size)]
 
 
 def damage_of(weight: Tensor, formats: Sequence[WeightFormat], squares: Tensor) -> dict[WeightFormat, float]:
-    """sum g^2 D^2 by format, for the sum of g^2 over images, of the weight's shape (cho, chi, kh, kw)."""
+    """Return sum g^2 D^2 for each format, where D is the weight's rounding error.
+
+    weight, squares: (cho, chi, kh, kw); squares is g^2, summed over images.
+    """
     return {f: f.code.damage(weight, f, squares) for f in formats}
 
 
 def squared_gradient(node: Node, x: Tensor, gradient: Tensor, shape: torch.Size) -> Tensor:
-    """g^2 of the weight (cho, chi, kh, kw) for one image: x (1, chi, h, w) the layer's input, gradient (1, cho, h', w')
-    of its output.
+    """Return g^2 of a weight (cho, chi, kh, kw) for one image.
 
-    A weight error's mean over an output channel is left out (the gradient is centred), as CDSb will correct it."""
+    The output's gradient is centred first: the mean error of an output channel does no damage, as CDSb corrects it.
+
+    x: the layer's input (1, chi, h, w).
+    gradient: of its output (1, cho, h', w').
+    """
     centred = gradient - gradient.mean((2, 3), keepdim=True)
     a = node.attrs
     return conv2d_weight(x, shape, centred, a["stride"], a["padding"], a["dilation"], a["groups"]).square_()

@@ -1,8 +1,12 @@
-"""What matters: how much the network's result changes when a value inside it changes.
+"""Measure importance: how much the network's result changes when a value inside it changes.
 
-`measure` turns the raw output maps into numbers whose squared change is the damage done. With v of them and random
-signs s, the gradient g of sum(s v) has E[g^2] = sum over v of (dv / dvalue)^2: the diagonal of the Gauss-Newton
-(Fisher) matrix, from one backward pass (Hutchinson's estimator, as in BRECQ's Fisher weights, arXiv 2102.05426).
+`measure` turns the raw output maps into numbers v whose squared change is the damage. With random signs s, one backward
+pass of sum(s v) gives gradients g with
+
+    E[g^2] = sum over v of (dv / dvalue)^2
+
+This is the diagonal of the Gauss-Newton (Fisher) matrix, by Hutchinson's estimator. BRECQ weights errors by the same
+matrix (arXiv 2102.05426).
 """
 
 from __future__ import annotations
@@ -29,48 +33,49 @@ from dsconvert.graph.shapes import value_shapes
 from dsconvert.measure.clipping import LEVELS, clip_effects
 from dsconvert.measure.damage import squared_gradient
 
-SAMPLES_PER_IMAGE = 1024
-FEWEST_SAMPLES = 64  # of an image, and two extremes besides
-SAMPLES = 1 << 16  # of a value over all images, as far as FEWEST_SAMPLES allow
-SEARCHED = 4096  # values of a map that samples are drawn from
-THOROUGH = 64  # images at least are looked at thoroughly, as far as there are as many
-MANY = 8.0  # of n images the root of MANY n at least
-EARLY = 8  # maps finer than a cell of so many pixels are early: see `Importance`
-BRIEFLY = 256  # of more images the way back through those that are not thorough ends at the last convolutions
-GIVE_BACK = 16  # after so many images free memory is given back to the system
-# (raw maps, the float network's raw maps, which give the constants) -> numbers whose squared change is the damage
+SAMPLES_PER_IMAGE = 1024  # values drawn from a map of one image
+FEWEST_SAMPLES = 64  # least of them where there are many images; two extremes come on top
+SAMPLES = 1 << 16  # values drawn from a map over all images, unless FEWEST_SAMPLES gives more
+SEARCHED = 4096  # a larger map is first thinned out to so many values
+THOROUGH = 64  # least number of thorough images, if there are as many: see `Importance`
+MANY = 8.0  # of n images, at least sqrt(MANY n) are thorough: see `Importance`
+EARLY = 8  # a layer is early if its map has cells smaller than EARLY x EARLY pixels
+BRIEFLY = 256  # with more images, the backward pass of brief ones ends before the last convolutions
+GIVE_BACK = 16  # free memory is returned to the system after so many images
+# (raw maps, the float network's raw maps as constants) -> numbers whose squared change is the damage
 Measure = Callable[[list[Tensor], list[Tensor]], list[Tensor]]
-Found = dict[str, tuple[Tensor, Tensor]]  # value name -> the value, and its gradient (empty where it is not known)
+Found = dict[str, tuple[Tensor, Tensor]]  # value name -> the value and its gradient (empty where it is unknown)
 
 
 @dataclass(frozen=True)
 class Part:
     """Which images of the calibration set a process has."""
 
-    first: int  # the place of its first
-    mine: int  # how many it has
-    all: int  # how many all processes have together
+    first: int  # index of its first image
+    mine: int  # number of its images
+    all: int  # number of all processes' images
 
 
 @dataclass(frozen=True)
 class Importance:
-    """What all images say together. Of several processes all have the same, but for what is drawn from their images.
+    """What all images tell together; all processes have the same, except for the positions drawn from their own images.
 
-    One image of `every` is looked at thoroughly. The others give positions alone, and those of early layers by the
-    gradient behind these layers: their maps are large, and going back through them takes longer than all the rest. Of
-    more than BRIEFLY images, all layers but the last take the gradients that arrive at the last ones' inputs.
+    One image in `every` is thorough: its backward pass goes through the whole network. The others are brief. Their
+    backward pass skips the early layers, whose maps are large: it would take longer than all the rest. Early layers
+    draw their positions by the gradient that arrives behind them. With more than BRIEFLY images, the pass ends at the
+    inputs of the last convolutions, and all layers before draw by the gradient there.
 
-    samples: value name -> (values of the thorough images, their weights), both (k,); and of all images whose `clipping`
-        is known the two extremes, weighing nothing.
-    drawn: convolution name -> positions drawn from each image by their weights, the root of the squared gradients
-        summed over channels; evenly where nothing depends on the layer.
-    channels: for all others the second moment (cho, cho) of the gradients of their output channels over the thorough
-        images (see `fit.channels`).
-    squares: for the convolutions that were asked for, the squared gradients of the weight (see `measure.damage`),
-        summed over the thorough images, and as many times as those stand for others.
-    clipping: the squared effects of cutting a value at each of `clipping.LEVELS`, by value name, for values that
-        `samples` judges where they are. They are over all images whose way back reaches all readers of the value, and
-        scaled to as many images as are looked at thoroughly.
+    samples: value name -> (values, their weights), both (k,), from thorough images. The minimum and maximum of brief
+        images are added with weight 0 where `clipping` is known.
+    drawn: convolution name -> positions drawn from each image. A position's chance is the square root of its squared
+        gradients summed over channels; all chances are equal where nothing depends on the layer.
+    channels: convolution name -> the second moment (cho, cho) of its output gradients over thorough images (see
+        `fit.channels`); missing where nothing depends on the layer.
+    squares: for the requested convolutions, the squared gradient of the weight (see `measure.damage`), summed over
+        thorough images and scaled up to all images.
+    clipping: value name -> the squared effect of clipping the value at each of `clipping.LEVELS`. It sums over all
+        images whose backward pass reaches every reader of the value, scaled to the number of thorough images. Values
+        that feed an activation are missing, as they are judged behind it.
     """
 
     samples: Mapping[str, tuple[Tensor, Tensor]]
@@ -81,20 +86,24 @@ class Importance:
 
 
 def every(images: int) -> int:
-    """One of so many is looked at thoroughly."""
+    """Return n so that one image in n is thorough."""
     return max(1, int(images // max(THOROUGH, (MANY * images) ** 0.5)))
 
 
 def way_back(graph: Graph, shapes: Mapping[str, Sequence[int]], high: int, wide: int, images: int) -> int:
-    """The place of the first node that gets a gradient where an image of that size, one of so many, is not looked at
-    thoroughly."""
+    """Return the index of the first node that a brief image's backward pass reaches.
+
+    shapes: value name -> (channels, height, width).
+    high, wide: the image's height and width.
+    images: number of calibration images.
+    """
     if images > BRIEFLY:
         return min(i for i, node in enumerate(graph.nodes) if node.name in graph.outputs)
     return behind_early(graph, shapes, high, wide)
 
 
 def behind_early(graph: Graph, shapes: Mapping[str, Sequence[int]], high: int, wide: int) -> int:
-    """The place of the first node behind the early ones, for images of that size and the shapes of their values."""
+    """Return the index of the first node whose map has cells of at least EARLY x EARLY pixels, 0 if there is none."""
     most = (high // EARLY) * (wide // EARLY)
     return next((i for i, n in enumerate(graph.nodes) if shapes[n.name][1] * shapes[n.name][2] <= most), 0)
 
@@ -107,8 +116,11 @@ def gradients(
     generator: torch.Generator,
     start: int = 0,
 ) -> Found:
-    """Every value of the float network on batch x (n, 3, h, w), and the gradient g of the module's docstring. Of the
-    nodes before `start` only those have one that later nodes read, and it is what comes through these alone."""
+    """Run the float network on a batch (n, 3, h, w) and return every value with its gradient g (see the module).
+
+    start: index of the first node that the backward pass covers. Earlier values get a gradient only if a node from
+        `start` on reads them, and only from these nodes.
+    """
     values: dict[str, Tensor] = {}
     found: dict[str, Tensor] = {}
     late = {node.name for node in graph.nodes[start:]}
@@ -118,8 +130,8 @@ def gradients(
         with torch.set_grad_enabled(node.name in late):
             value = float_step(node, inputs, params)
         if node.name in wanted:
-            value.requires_grad_(True)  # the image's own gradient, which nobody asks for, is not computed
-            value.register_hook(partial(found.__setitem__, node.name))  # no copy, unlike retain_grad
+            value.requires_grad_(True)  # this stops torch from computing the gradient of the image, which nothing uses
+            value.register_hook(partial(found.__setitem__, node.name))  # unlike retain_grad, a hook makes no copy
         values[node.name] = value
         return value
 
@@ -138,7 +150,7 @@ def gradients(
 
 
 def _signs(like: Tensor, generator: torch.Generator) -> Tensor:
-    """1 or -1, evenly; eight from every byte that is drawn."""
+    """Draw 1 or -1 for every number; each random byte gives eight signs."""
     drawn = torch.randint(256, (-(-like.numel() // 8),), generator=generator, dtype=torch.uint8)
     bits = torch.from_numpy(np.unpackbits(drawn.numpy(), count=like.numel())).reshape(like.shape)
     return bits.to(like).mul_(2).sub_(1)
@@ -154,18 +166,25 @@ def measure_importance(
     part: Part | None = None,
     room: Room | None = None,
 ) -> Importance:
-    """Importance over images (1, 3, h, w) each, which are the given part of the calibration set (by default, of one
-    process, the whole, then images has a length); `squares` are those of the `chosen` convolutions; what is drawn goes
-    to the room given.
+    """Measure importance over images.
 
-    Values are weighted where they count: before an activation by the gradient behind it (see `Graph.activated`)."""
+    graph, params: the float network.
+    images: (1, 3, h, w) each, this process's part of the calibration set.
+    measure: see Measure.
+    seed: decides all draws.
+    chosen: convolutions whose `squares` are wanted.
+    part: which images these are; None: all of them, and `images` has a length.
+    room: keeps what is drawn, in memory or on disk.
+
+    A value that feeds an activation alone is weighted by the gradient behind the activation (see `Graph.activated`).
+    """
     if part is None:
         images = list(images)
         part = Part(0, len(images), len(images))
     samples: dict[str, list[tuple[Tensor, Tensor]]] = {n.name: [] for n in graph.nodes if not keeps_grid(n.op)}
     drawn = {n.name: Drawn(room or Room(), part.mine) for n in graph.convs()}
     apart = every(part.all)
-    # each image gives fewer samples where there are many
+    # the more images there are, the fewer values each gives
     each = max(FEWEST_SAMPLES, min(SAMPLES_PER_IMAGE, SAMPLES * apart // part.all))
     most = draws.positions_each(part.all)
     shapes = {name: tuple(p.weight.shape) for name, p in params.items()}
@@ -173,8 +192,8 @@ def measure_importance(
     squares = {name: torch.zeros(shapes[name]) for name in chosen}
     behind, readers = graph.activated(), graph.consumers()
     clipping = {name: torch.zeros_like(LEVELS) for name in samples if name not in behind}
-    clipped = dict.fromkeys(clipping, 0)  # images that say what clipping a value does
-    looked = torch.zeros(2, dtype=torch.float64)  # images, and those that were looked at thoroughly
+    clipped = dict.fromkeys(clipping, 0)  # number of images that contribute to each value's clipping effects
+    looked = torch.zeros(2, dtype=torch.float64)  # number of images, and of thorough ones
 
     @cache
     def start_for(depth: int, high: int, wide: int) -> int:
@@ -183,7 +202,7 @@ def measure_importance(
 
     @cache
     def whole_from(start: int) -> Mapping[str, None]:
-        """The values that `clipping` is about whose readers all are nodes from `start` on: their gradient is whole."""
+        """Return the values in `clipping` whose gradient is complete: all their readers are nodes from `start` on."""
         late = {node.name for node in graph.nodes[start:]}
         return {n: None for n in clipping if n in late or all(r.name in late for r in readers.get(n, []))}
 
@@ -215,7 +234,7 @@ def measure_importance(
             clipped[name] += 1
         for name, square in look_at.squares.items():
             squares[name] += square
-    # where nothing depends on a layer, no process has anything to say about its positions
+    # a layer without any gradient in all processes has no importance to draw by
     counts = workers.summed(torch.tensor([taken.total() for taken in drawn.values()], dtype=torch.float64))
     for taken, count in zip(drawn.values(), counts, strict=True):
         taken.even = not count
@@ -223,7 +242,7 @@ def measure_importance(
     saying = workers.summed(torch.tensor(list(clipped.values()), dtype=torch.float64)).tolist()
 
     def joined(parts: list[Tensor]) -> Tensor:
-        # a process may have none of the images that are looked at
+        # a process may have no thorough image
         return workers.joined(torch.cat([torch.empty(0), *parts]))
 
     return Importance(
@@ -240,9 +259,9 @@ def measure_importance(
 
 @dataclass(frozen=True)
 class _Look:
-    """What one image adds to each part of `Importance`; to channels and squares only if it is looked at thoroughly."""
+    """What one image adds to `Importance`; only a thorough image has `channels` and `squares`."""
 
-    drawn: Mapping[str, tuple[Places, Tensor]]  # and the outputs there
+    drawn: Mapping[str, tuple[Places, Tensor]]  # positions, and the float outputs there
     channels: Mapping[str, Tensor] = field(default_factory=dict)
     samples: Mapping[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     clipping: Mapping[str, Tensor] = field(default_factory=dict)
@@ -252,8 +271,12 @@ class _Look:
     def at_gradients(
         graph: Graph, found: Found, places: Callable[[], torch.Generator], most: int, start: int = 0
     ) -> _Look:
-        """What every image tells, from its values and gradients: at `most` positions of each layer, drawn by a
-        generator from `places`. Of layers before `start` those without a gradient take that of what later ones read."""
+        """Draw `most` positions for each layer by the gradients, and take the layer's outputs there.
+
+        A layer before `start` without a gradient of its own draws by the gradients of the values that later nodes read.
+
+        places: returns the image's random generator, anew for each layer.
+        """
         drawn: dict[str, tuple[Places, Tensor]] = {}
         passed = [length_of(g) for _, g in (found[node.name] for node in graph.nodes[:start]) if len(g)]
         for node in graph.convs():
@@ -261,6 +284,7 @@ class _Look:
             if len(gradient):
                 length = length_of(gradient)
             else:
+                # sum the gradients that arrive at later nodes' inputs, each resized to this layer's map
                 squares = [F.interpolate(p[None, None].square(), value.shape[2:], mode="area")[0, 0] for p in passed]
                 length = torch.stack(squares).sum(0).sqrt()
             weights = length.flatten().double()
@@ -271,11 +295,11 @@ class _Look:
         return _Look(drawn)
 
     def clipped(self, found: Found, names: Iterable[str]) -> _Look:
-        """And what clipping does to the values of these names, whose gradients are whole."""
+        """Add the effects of clipping the named values, whose gradients must be complete."""
         return replace(self, clipping={name: clip_effects(*found[name]) for name in names})
 
     def extremes(self, found: Found, names: Iterable[str]) -> _Look:
-        """And the least and the largest of the values of these names, as samples that weigh nothing."""
+        """Add the minimum and maximum of the named values as samples of weight 0."""
         ends = {name: torch.stack(torch.aminmax(found[name][0])).cpu() for name in names}
         return replace(self, samples={name: (both, torch.zeros_like(both)) for name, both in ends.items()})
 
@@ -289,8 +313,11 @@ class _Look:
         generator: torch.Generator,
         each: int,
     ) -> _Look:
-        """And the rest: how output channels go together, `each` samples of a value, squares of the `chosen`
-        convolutions."""
+        """Add what only thorough images give: second moments of output channels, samples, and squares.
+
+        chosen: convolutions whose squares are wanted.
+        each: samples drawn from a value.
+        """
         behind = graph.activated()
         names = [n.name for n in graph.nodes if not keeps_grid(n.op)]
         samples = {name: _sample(found[name][0], found[behind.get(name, name)][1], generator, each) for name in names}
@@ -306,8 +333,8 @@ class _Look:
 
 
 def length_of(gradient: Tensor) -> Tensor:
-    """|g| at every position: (1, c, h, w) -> (h, w), on CPU."""
-    from dsconvert.base import loops  # numba takes a while to load
+    """Return |g| over the channels at every position: (1, c, h, w) -> (h, w), on CPU."""
+    from dsconvert.base import loops  # numba takes a while to import
 
     found = torch.empty(gradient.shape[2:])
     loops.lengths(gradient[0].flatten(1).cpu().contiguous().numpy(), found.flatten().numpy())
@@ -315,11 +342,14 @@ def length_of(gradient: Tensor) -> Tensor:
 
 
 def _sample(values: Tensor, gradient: Tensor, generator: torch.Generator, each: int) -> tuple[Tensor, Tensor]:
-    """`each` values drawn half evenly and half by weight, the squared gradient, with weights that keep
-    sum(weight * f(value)) unbiased; the two extremes besides, weighing nothing."""
+    """Draw `each` values, half of them evenly and half in proportion to the squared gradient.
+
+    Weights keep the expectation of sum(weight * f(value)) equal to sum(g^2 f(value)). The minimum and maximum are added
+    with weight 0.
+    """
     v, g = values.reshape(-1), gradient.reshape(-1)
     extremes = torch.stack(torch.aminmax(v))
-    if v.numel() > SEARCHED:  # a large map is thinned out first, or the sums below would be all the work
+    if v.numel() > SEARCHED:  # a large map is thinned out first; otherwise the sums below would take most of the time
         thin = torch.randint(v.numel(), (SEARCHED,), generator=generator).to(v.device)
         scale = v.numel() / SEARCHED
         v, w = v[thin], g[thin].square() * scale

@@ -1,10 +1,14 @@
-"""How much of a layer's rounding errors the fit will leave, foretold before there are widths to fit.
+"""Predict which share of a layer's rounding error the fit will leave, before the layer is fitted.
 
-Rounding the columns of W one after the other, each error made up for by the columns still to come, leaves a diagonal
-form of J: with H = L^T D L, L unit lower triangular in their order, J is the sum of D_ii e_ii^2 over the errors e of
-each column alone (LDLQ, arXiv 2307.13304, section 3), where rounding to the nearest has that of H_ii. Errors are alike
-from column to column, so tr D / tr H of J is left; of output channels fitted together, the same share of G besides.
-From layer to layer it goes from a sixth to two thirds: a large input map's columns are nearly linear in each other.
+GPTQ rounds the columns of W one after another, and later columns compensate the errors of earlier ones. With H = L^T D
+L, L unit lower triangular in the order of rounding, the objective J becomes
+
+    J = sum over columns of D_ii e_ii^2,    e: each column's own rounding error
+
+while rounding to the nearest leaves sum H_ii e_ii^2 (LDLQ, arXiv 2307.13304, section 3). Errors are of similar size in
+all columns, so the share tr D / tr H of J is left. Where output channels are fitted together, the same share of G is
+left besides. The share varies between layers from a sixth to two thirds: the columns of a large input map are nearly
+linearly dependent.
 """
 
 from __future__ import annotations
@@ -25,17 +29,17 @@ from dsconvert.graph.ir import INPUT, ConvParams, Graph, Node
 from dsconvert.graph.run import float_step
 from dsconvert.measure.importance import Part
 
-IMAGES = 16  # looked at, evenly spread
+IMAGES = 16  # most images looked at, evenly spread
 
 
 class Left(NamedTuple):
-    """Shares (0..1) of a layer's J that are left by columns, and by output channels fitted together."""
+    """The shares (0..1) of a layer's J that the compensation over columns and over output channels leave."""
 
     columns: float
     channels: float
 
     def of(self, format: WeightFormat) -> float:
-        """The share in a format: at 8 bits channels are fitted on their own."""
+        """Return the share that is left in a format; at 8 bits output channels are not fitted together."""
         return self.columns * (self.channels if format.bits < 8 else 1.0)
 
 
@@ -48,12 +52,14 @@ def left_over(
     part: Part,
     photographs: int,
 ) -> dict[str, Left]:
-    """Shares by convolution name, from the float network's inputs. Grouped convolutions, and those that nothing depends
-    on, are left out: nothing makes up for their errors.
+    """Return the shares for each convolution, from the float network's inputs.
 
-    images: (1, 3, h, w) by number, this process's `part` of all.
-    drawn, channels: as `Importance` has them.
-    photographs: how many of all images are no views of others.
+    Grouped convolutions, and convolutions that nothing depends on, are left out: their errors are not compensated.
+
+    images: returns this process's image of an index, (1, 3, h, w).
+    drawn, channels: as in `Importance`.
+    part: which images of all this process has.
+    photographs: how many of all images are not views of others.
     """
     step = max(1, part.all // IMAGES)
     taken = [index for index in range(part.mine) if (part.first + index) % step == 0]
@@ -81,15 +87,15 @@ def left_over(
 
 
 def _float_value(node: Node, params: Mapping[str, ConvParams], inputs: Sequence[Tensor]) -> Tensor:
-    """What a node of the float network makes of one image's values, kept in half precision: so is the result."""
+    """Return a node's value for one image, kept in half precision."""
     return float_step(node, [x.float() for x in inputs], params).clamp_(-HALF_MAX, HALF_MAX).half()
 
 
 def left_by(moment: Tensor) -> float:
-    """tr D / tr H of a positive definite H (n, n) with its largest diagonal entries first."""
+    """Return tr D / tr H of a positive definite H (n, n), with its largest diagonal entries rounded first."""
     order = torch.argsort(moment.diagonal(), descending=True, stable=True)
-    last_first = order.flip(0)  # what comes last has nothing left to make up for it
+    last_first = order.flip(0)  # the Cholesky factor's first row belongs to the column that is rounded last
     factor, failed = torch.linalg.cholesky_ex(moment[last_first][:, last_first])
-    if int(failed):  # constant inputs, as behind a dead layer: rounding noise
+    if int(failed):  # constant inputs, as behind a dead layer: H holds only rounding noise
         return 1.0
     return float(factor.diagonal().square().sum() / moment.diagonal().sum())

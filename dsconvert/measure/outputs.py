@@ -1,4 +1,4 @@
-"""What a network's output maps mean to whoever measures it: numbers whose squared change is damage, and their grids."""
+"""What a network's raw output maps mean: the numbers whose squared change is damage, and rules for their grids."""
 
 from __future__ import annotations
 
@@ -15,41 +15,47 @@ from dsconvert.yolo.network import Head
 
 
 class Outputs(Protocol):
-    """How the raw maps of a graph count."""
+    """How errors in the raw maps of a network count."""
 
     def measure(self, raw: list[Tensor], reference: list[Tensor]) -> list[Tensor]:
-        """Numbers whose squared change is the damage, from raw maps and the float network's."""
+        """Return numbers whose squared change is the damage.
+
+        raw: the raw maps.
+        reference: the float network's raw maps, taken as constants.
+        """
         ...
 
     def reach(self, graph: Graph) -> Mapping[str, float]:
-        """How far up the grids of some values go at least, by value name."""
+        """Return, for some values by name, how far up their grids must reach at least."""
         ...
 
     def pinned(self, graph: Graph) -> Mapping[str, QParams]:
-        """Grids that are known and not chosen, by value name."""
+        """Return, for some values by name, grids that are fixed."""
         ...
 
 
 @dataclass(frozen=True)
 class Detections:
-    """Raw maps of YOLOv5's Detect: see `yolo.decode.detection_measure`."""
+    """Raw maps of YOLOv5's Detect (see `yolo.decode.detection_measure`)."""
 
     head: Head
 
     def measure(self, raw: list[Tensor], reference: list[Tensor]) -> list[Tensor]:
-        """Scores, and centres and sizes of boxes."""
+        """Return scores, and centres and sizes of boxes."""
         return detection_measure(raw, reference, self.head)
 
     def reach(self, graph: Graph) -> dict[str, float]:
-        """Where Detect is split: sure scores.
+        """Let the grids of objectness and class scores reach the logits of confident detections, where Detect is split.
 
-        Images that show few objects say little of high scores, and a grid that they alone chose would cut the scores of
-        every object in other images: with 128 images of which few showed one, none could score above a half."""
+        Images with few objects hold few high scores. A grid chosen from them alone would clip the scores of objects in
+        other
+        images: with 128 images and objects in few of them, no score could exceed one half.
+        """
         maps, step = len(graph.outputs) - bool(self.head.nm), len(self.head.parts)
         if maps != step * len(self.head.strides):
             return {}
         return {name: SURE for part in (1, 2) for name in graph.outputs[part:maps:step]}
 
     def pinned(self, graph: Graph) -> dict[str, QParams]:
-        """None."""
+        """Return no grids."""
         return {}

@@ -1,9 +1,9 @@
-"""Calibration images from nothing but the network: pictures whose features have the BatchNorm statistics.
+"""Make calibration images from the network alone, by matching its BatchNorm statistics.
 
-Every BatchNorm layer remembers the mean and variance its inputs had in training. Starting from smooth noise, the
-pixels are optimised until the batch shows those statistics at every layer (the idea of ZeroQ, arXiv 2001.00281). A
-detector's statistics are mostly of background, so the images are asked for objects besides: without any, what few
-positions decide about detections would never be seen.
+Every BatchNorm layer stores the mean and variance of its inputs in training. Starting from smooth noise, the pixels are
+optimised until the batch has these statistics at every layer (the idea of ZeroQ, arXiv 2001.00281). The statistics of a
+detector are mostly about background. So the images are also asked to contain objects, or they would not exercise the
+few positions that decide about detections.
 """
 
 from __future__ import annotations
@@ -22,9 +22,10 @@ from dsconvert.fit import draws
 
 BATCH = 8
 LEARNING_RATE = 0.05
-WISH = 0.1  # what doubting an object weighs against the distance of the statistics
+WISH = 0.1  # weight of the wish for objects beside the distance of the statistics
 
-# images, their size, generator -> how much the network's output for them doubts what is drawn for them
+# (number of images, size, generator) -> a function from the network's output to a loss: how far it is from the objects
+# wished for
 Wish = Callable[[int, Size, torch.Generator], Callable[[Any], Tensor]]
 
 
@@ -37,17 +38,22 @@ def synthesize(
     progress: Callable[[int, int], None] | None = None,
     wish: Wish | None = None,
 ) -> list[Tensor]:
-    """Batches of images (8, 3, h, w), 0..1, `count` images in all (rounded up to whole batches), that show what
-    is wished. As many batches are made at a time as torch has threads.
+    """Make at least `count` images in batches of (8, 3, h, w), 0..1; as many batches at a time as torch has threads.
 
-    Raises ValueError when the network has no BatchNorm left (a fused checkpoint).
+    network: with BatchNorm.
+    count: is rounded up to whole batches.
+    size: height and width of the images.
+    steps: of the optimiser, for each batch.
+    wish: which objects the images shall contain; None: none.
+
+    Raises ValueError when the network has no BatchNorm (a fused checkpoint).
     """
     if not any(isinstance(module, nn.BatchNorm2d) for module in network.modules()):
         raise ValueError("no BatchNorm statistics")
     rounds = -(-count // BATCH)
 
     def one(index: int) -> Tensor:
-        own = copy.deepcopy(network)  # hooks of batches that are made at the same time must not meet
+        own = copy.deepcopy(network)  # batches made at the same time must not share hooks
         return _batch(own, size, steps, draws.of_image(seed, index), wish)
 
     batches = []
@@ -59,7 +65,7 @@ def synthesize(
 
 
 def _batch(network: nn.Module, size: Size, steps: int, generator: torch.Generator, wish: Wish | None) -> Tensor:
-    """One batch (BATCH, 3, h, w), on the grid of 8-bit images, which is what the network will be fed."""
+    """Make one batch (BATCH, 3, h, w), rounded to the steps of 8-bit images."""
     norms = [module for module in network.modules() if isinstance(module, nn.BatchNorm2d)]
     device = next(network.parameters()).device
     pixels = _smooth_noise(BATCH, size, generator).to(device).requires_grad_(True)
@@ -76,7 +82,7 @@ def _batch(network: nn.Module, size: Size, steps: int, generator: torch.Generato
 
 
 def _smooth_noise(count: int, size: Size, generator: torch.Generator) -> Tensor:
-    """Logits of noise at several scales: coarse blobs for large objects, fine grain for texture."""
+    """Return logits of noise at several scales: coarse blobs for large objects, fine noise for texture."""
     total = torch.zeros(count, *size.image)
     for cells in (4, 16, 64):
         coarse = torch.randn(count, 3, cells, cells, generator=generator)
@@ -85,8 +91,10 @@ def _smooth_noise(count: int, size: Size, generator: torch.Generator) -> Tensor:
 
 
 def _distance(network: nn.Module, norms: list[nn.BatchNorm2d], images: Tensor) -> tuple[Tensor, Any]:
-    """Sum over BatchNorm layers of the squared differences of mean and deviation, in units of the deviation; and the
-    network's output."""
+    """Return the distance of the images' statistics from the BatchNorm layers', and the network's output.
+
+    The distance sums the squared differences of mean and standard deviation, in units of the stored deviation.
+    """
     terms: list[Tensor] = []
 
     def compare(norm: nn.Module, args: tuple[Tensor, ...]) -> None:

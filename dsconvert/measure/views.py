@@ -1,7 +1,8 @@
-"""Views of few photographs: what the same objects look like mirrored, from afar and close by.
+"""Make views of few photographs: mirrored, seen from farther away, and cut out from nearby.
 
-A fit on few images trusts what they happen to show. Its ranges and moments get as many images as it wants from views
-of them, as in training: mirrored, four photographs at half their size side by side, and a part at up to twice its size.
+A fit on few images adapts to what they happen to show. Views give its ranges and moments more images, as augmentation
+does in training. A view is a mirrored photograph, or four photographs at half size side by side, or a part of a
+photograph at up to twice its size.
 """
 
 from __future__ import annotations
@@ -15,18 +16,21 @@ from torch.nn import functional as F
 
 from dsconvert.fit import draws
 
-WANTED = 64  # images; fewer photographs are made up for by views of them
-EACH = 7  # views of a photograph at most
-CLOSEST = 0.5  # of a photograph's sides, the smallest part that fills an image
+WANTED = 64  # images that a fit gets at least, with views of the photographs among them
+EACH = 7  # most views of one photograph
+CLOSEST = 0.5  # smallest share of a photograph's sides that fills a view
 
 
 def wanted(photographs: int) -> int:
-    """How many images, views among them, there are to be of so many photographs."""
+    """Return how many images there are in all, with the views added to so many photographs."""
     return max(photographs, min(WANTED, photographs * (1 + EACH)))
 
 
 def view(photograph: Callable[[int], Tensor], count: int, index: int, seed: int) -> Tensor:
-    """The view at `index` (0, 1, ...) of `count` photographs (3, h, w) uint8, by number: of the same form."""
+    """Return the view `index` (0, 1, ...) of `count` photographs.
+
+    photograph: returns a photograph (3, h, w), uint8, by its index; the view has the same shape.
+    """
     generator = draws.of_image(seed, index)
     own, kind = index % count, index // count % 3
     if kind == 0:
@@ -37,9 +41,9 @@ def view(photograph: Callable[[int], Tensor], count: int, index: int, seed: int)
 
 
 def _afar(photograph: Callable[[int], Tensor], count: int, own: int, generator: torch.Generator) -> Tensor:
-    """One photograph and three others that are drawn, each at half its size, some of them mirrored."""
+    """Put a photograph and three drawn ones side by side, each at half its size, some of them mirrored."""
     others = torch.randint(count, (3,), generator=generator).tolist()
-    rows, columns = ((n // 2, n - n // 2) for n in photograph(own).shape[1:])  # of an odd side two lengths
+    rows, columns = ((n // 2, n - n // 2) for n in photograph(own).shape[1:])  # an odd side splits into two lengths
     sizes = list(product(rows, columns))
     parts = [
         _mirrored(_resized(photograph(number), size), generator)
@@ -49,7 +53,7 @@ def _afar(photograph: Callable[[int], Tensor], count: int, own: int, generator: 
 
 
 def _close(image: Tensor, generator: torch.Generator) -> Tensor:
-    """A part of a photograph, of a drawn size at a drawn place, as large as the photograph; perhaps mirrored."""
+    """Enlarge a part of a photograph, of random size and place, to the photograph's size; perhaps mirror it."""
     whole = image.shape[1], image.shape[2]
     share = CLOSEST + (1 - CLOSEST) * float(torch.rand(1, generator=generator))
     high, wide = (max(1, int(n * share)) for n in whole)
@@ -59,10 +63,11 @@ def _close(image: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def _resized(image: Tensor, size: tuple[int, int]) -> Tensor:
+    """Resize an image (3, h, w) with antialiasing, and round it to uint8."""
     scaled = F.interpolate(image[None].float(), size, mode="bilinear", align_corners=False, antialias=True)
     return scaled[0].round().clamp(0, 255).to(torch.uint8)
 
 
 def _mirrored(image: Tensor, generator: torch.Generator) -> Tensor:
-    """Half of the time mirrored."""
+    """Mirror an image with a chance of one half."""
     return image.flip(2) if torch.rand(1, generator=generator) < 0.5 else image

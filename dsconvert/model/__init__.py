@@ -1,1 +1,1 @@
-"""The converted model: as a value, as a file, and whether a file is one."""
+"""The converted model as a value and as a file, with a check of what a file may hold."""

@@ -1,7 +1,8 @@
-"""Whether a model read from a file can be run at all: its numbers usable, its layers fitting each other.
+"""Check that a model read from a file can be run: its numbers are usable and its layers fit together.
 
-A model file may come from a stranger. What passes here fails in none of the later stages, and asks for no more memory
-than a network of its size needs."""
+A model file may come from a stranger. A model that passes fails in no later stage, and needs no more memory than a
+network of its size should.
+"""
 
 from __future__ import annotations
 
@@ -25,15 +26,15 @@ from dsconvert.yolo.network import MAX_ANCHOR, MAX_STRIDE, Head
 
 Shape = tuple[int, int, int, int]  # of a weight: cho, chi, kh, kw
 MAX_NODES, MAX_SIDE = 5000, 4096
-MAX_VALUES = 1 << 29  # of one tensor: the largest of a yolov5x6 at 4096 pixels has 335 million
-# Beyond these, products of a few of them leave float32. Fits end between 1e-30 (CDSw of a channel without weights, see
-# `QConv.with_room`) and some thousands, grids between 4e-9 (`QParams.of_range`) and 60000 / 255.
+MAX_VALUES = 1 << 29  # numbers in one tensor: the largest of a yolov5x6 at 4096 pixels has 335 million
+# Beyond these bounds, products of a few numbers leave float32. Fitted CDSw lie between 1e-30 (a channel without
+# weights, see `QConv.with_room`) and some thousands, scales of grids between 4e-9 (`QParams.of_range`) and 60000 / 255.
 LEAST_CDS, LEAST_GRID, MOST = 1e-30, 1e-12, 1e12
 
 
 @dataclass(frozen=True)
 class Tensor:
-    """One kind of tensor in a model file: its numbers' type, shape and range (both ends belong to it)."""
+    """What a tensor of a model file must be: type, shape, and range with both ends included."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -41,7 +42,7 @@ class Tensor:
     high: float
 
     def check(self, name: str, value: NDArray[Any]) -> None:
-        """Raises ValueError saying what of it is wrong."""
+        """Raise ValueError, saying what is wrong, for any other array."""
         if value.dtype != np.dtype(self.dtype):
             raise ValueError(f"{name} holds {value.dtype} numbers, not {self.dtype}")
         if value.shape != self.shape:
@@ -53,7 +54,7 @@ class Tensor:
 
 
 def tensors_of(shape: Shape, format: WeightFormat) -> dict[str, Tensor]:
-    """All that a model file holds of one convolution, by the last part of the tensor's name."""
+    """Return the tensors that a model file holds for one convolution, by the last part of their names."""
     cho, chi, kh, kw = shape
     blocks = (cho, block_count(chi, format.block_size), kh, kw)
     shifts: dict[str, Tensor] = {}
@@ -64,7 +65,7 @@ def tensors_of(shape: Shape, format: WeightFormat) -> dict[str, Tensor]:
     return {
         format.code.part: Tensor("uint8", (_bytes(math.prod(shape) * format.bits),), 0, 255),
         **shifts,
-        # in float32 LEAST_CDS is a little above what it says
+        # in float32, LEAST_CDS is slightly larger than the constant
         "cdsw": Tensor("float32", (cho,), LEAST_CDS, MOST),
         "cdsb": Tensor("float32", (cho,), -MOST, MOST),
     }
@@ -75,7 +76,7 @@ def _bytes(bits: int) -> int:
 
 
 def check_model(model: DSModel) -> None:
-    """Raises ValueError saying what of the model cannot be used."""
+    """Raise ValueError, saying what is wrong, for a model that cannot be used."""
     _check_head(model.head, model.imgsz)
     if len(model.graph.nodes) > MAX_NODES:
         raise ValueError("too many nodes")
@@ -84,7 +85,7 @@ def check_model(model: DSModel) -> None:
     if model.activations and model.has_real_alpha:
         raise ValueError("real shifts have no int8 activations")
     if model.activations:
-        if missing := gridded(model.graph) - set(model.activations):  # a layout alone may leave some out
+        if missing := gridded(model.graph) - set(model.activations):  # only an export layout may leave grids out
             raise ValueError(f"no grid of {min(missing)}")
         for name, grid in grid_of(model.graph, model.activations).items():
             check_grid(name, grid)
@@ -116,13 +117,15 @@ def _check_head(head: Head, imgsz: Size) -> None:
 
 
 def check_grid(name: str, grid: QParams) -> None:
-    """Raises ValueError for a grid that cannot be computed with."""
+    """Raise ValueError for a grid that cannot be computed with."""
     if not LEAST_GRID <= grid.scale <= MOST or not 0 <= grid.zero_point <= 255:
         raise ValueError(f"grid of {name}")
 
 
 def largest_sum(model: Converted) -> tuple[str, int] | None:
-    """The first layer whose accumulator could leave int32, and how far its sums reach; None where there is none."""
+    """Return the first layer whose accumulator could leave int32, and its largest sum; None if there is no such
+    layer.
+    """
     if not model.activations:
         return None
     grids = grid_of(model.graph, model.activations)
@@ -134,7 +137,7 @@ def largest_sum(model: Converted) -> tuple[str, int] | None:
 
 
 def _check_shapes(model: DSModel) -> None:
-    """Every layer takes what the one before it gives, and the outputs are the head's maps."""
+    """Raise ValueError unless every layer fits its inputs, and the outputs are the head's maps."""
     graph, head, size = model.graph, model.head, model.imgsz
     shapes = value_shapes(graph, {n: tuple(c.weight.vqk.shape) for n, c in model.convs.items()}, size.image)
     for name, shape in shapes.items():
@@ -150,7 +153,7 @@ def _check_shapes(model: DSModel) -> None:
 
 
 def _check_provenance(model: DSModel) -> None:
-    """Of what is read back from it: texts, options, and the damage by layer and bits."""
+    """Raise ValueError for provenance that later code cannot read: texts, options, and damage by layer and bits."""
     provenance = model.provenance
     for key, kind in {"source": str, "command": str, "options": dict, "damage": dict}.items():
         if not isinstance(provenance.get(key, kind()), kind):

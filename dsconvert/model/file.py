@@ -1,10 +1,14 @@
-"""The converted model on disk: one safetensors file, integers packed to their bits, everything else in its header.
+"""The converted model on disk: one safetensors file with packed integers.
 
-Tensors per convolution: `<name>.vqk` and `<name>.kds` as packed bits (see `dsconv.packing`); `<name>.code` in the
-place of `.vqk` holds the bits of VQK along a trellis, in its strings' order (see `dsconv.codes`); `<name>.alpha`
-float32 in the place of `.kds`, `<name>.cdsw` and `<name>.cdsb` float32. The
-header's single key `dsconvert` holds JSON: format version, graph, layers (shape, bits, block size), activation grids,
-head, image size, provenance, and last a digest of all of it and of the tensors (see `seal`).
+Each convolution has these tensors:
+
+    <name>.vqk or <name>.code    VQK as packed bits (see `dsconv.packing`), or the strings of a trellis
+    <name>.kds or <name>.alpha   m as packed bits, or the paper's real alpha, float32; plain int8 layers have neither
+    <name>.cdsw, <name>.cdsb     per-channel scales and biases, float32
+
+The header has a single key, `dsconvert`, with JSON. This holds the format version, graph, layers (shape, bits, block
+size), activation grids, head, image size and provenance. Last comes a digest of these and of the tensors (see
+`base.seal`).
 """
 
 from __future__ import annotations
@@ -39,14 +43,14 @@ from dsconvert.yolo.network import Head
 
 KEY, VERSION = "dsconvert", 3
 PARTS = {"version", "imgsz", "head", "provenance", "graph", "layers", "activations", DIGEST}
-MAX_HEADER, MAX_BLOCK = 16 << 20, 1 << 16  # characters of JSON (a yolov5n has 40 kB); channels
-MAX_TABLE = MAX_HEADER + (4 << 20)  # bytes of that JSON, and of the names and places of tensors
-MAX_LAYER, MAX_WEIGHTS = 1 << 26, 1 << 28  # a yolov5x6 has 15 million weights in its largest layer, 140 in all
-_TYPES = {"U8": "uint8", "I8": "int8", "F32": "float32"}  # of safetensors
+MAX_HEADER, MAX_BLOCK = 16 << 20, 1 << 16  # characters of JSON (a yolov5n has 40 kB); channels of a block
+MAX_TABLE = MAX_HEADER + (4 << 20)  # bytes of the header with its JSON and the names and offsets of tensors
+MAX_LAYER, MAX_WEIGHTS = 1 << 26, 1 << 28  # weights of a layer and of all layers; a yolov5x6 has 15 and 140 million
+_TYPES = {"U8": "uint8", "I8": "int8", "F32": "float32"}  # names of types in safetensors
 
 
 def model_bytes(model: DSModel) -> bytes:
-    """The file's bytes; equal models give equal bytes."""
+    """Return the file's bytes; equal models give equal bytes."""
     tensors: dict[str, NDArray[Any]] = {}
     layers: dict[str, Any] = {}
     for name, conv in model.convs.items():
@@ -75,14 +79,14 @@ def model_bytes(model: DSModel) -> bytes:
 
 
 def _head(head: Head) -> dict[str, Any]:
-    """A detector's has no `masks`; `class_untrained` is there where it is so."""
+    """Return the head as JSON values. `masks` and `class_untrained` are written only if they apply."""
     known: dict[str, Any] = {"names": head.names, "strides": head.strides, "anchors": head.anchors}
     known |= {"masks": head.nm} if head.nm else {}
     return known | ({"class_untrained": True} if head.class_untrained else {})
 
 
 def load_model(path: Path) -> DSModel:
-    """Read a model file. Raises InputError, one sentence, for anything else, and for what is not as it was written."""
+    """Read a model file. Raises InputError for any other file, and for one that was changed after it was written."""
     check_ordinary(path)
     try:
         _check_table(path)
@@ -97,8 +101,10 @@ def load_model(path: Path) -> DSModel:
 
 
 def _check_table(path: Path) -> None:
-    """Raises InputError for a larger table of contents than a model file's: some hundred bytes are made of each of its
-    bytes. One that says it is larger than the file is left to the library."""
+    """Raise InputError if the header is larger than any model file's: parsing needs some hundred times its bytes.
+
+    A header that claims to be larger than the file is left to the library to refuse.
+    """
     with path.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
     if MAX_TABLE < length < path.stat().st_size:
@@ -106,7 +112,7 @@ def _check_table(path: Path) -> None:
 
 
 def _read(stored: Any, path: Path) -> DSModel:
-    """The model in an open file."""
+    """Return the model in an open file."""
     text = (stored.metadata() or {}).get(KEY)
     if text is None:
         raise InputError(
@@ -137,8 +143,10 @@ def _read(stored: Any, path: Path) -> DSModel:
 
 
 def _check_sizes(layers: Mapping[str, Any], stored: Any) -> None:
-    """Raises ValueError for tensors that belong to no layer, or have another type or shape than its own, and for more
-    weights than any network has: before any of them is read, as a file may be larger than what it takes on a disk."""
+    """Raise ValueError for tensors that do not belong to a layer, and for more weights than any network has.
+
+    This is checked before any tensor is read: a sparse file may be far larger than the space it takes on disk.
+    """
     wanted: dict[str, Tensor] = {}
     total = 0
     for name, layer in layers.items():
@@ -172,7 +180,7 @@ def _model(header: Mapping[str, Any], tensors: Mapping[str, NDArray[Any]]) -> DS
 
 
 def _size(stored: object) -> Size:
-    """An image size as `Size.json` has it. Raises ValueError for anything else."""
+    """Return an image size stored as `Size.json`. Raises ValueError for anything else."""
     both = stored if isinstance(stored, list) else [stored, stored]
     if len(both) != 2 or not all(type(n) is int for n in both) or Size(*both).json != stored:
         raise ValueError("image size")
@@ -180,8 +188,11 @@ def _size(stored: object) -> Size:
 
 
 def _layer(name: str, layer: Mapping[str, Any], tensors: Collection[str]) -> tuple[Shape, WeightFormat]:
-    """Shape and format of a layer, by its entry and the names of all tensors. Raises ValueError for others than a layer
-    has."""
+    """Return shape and format of a layer. Raises ValueError for an invalid entry.
+
+    layer: its entry in the header.
+    tensors: names of all tensors in the file.
+    """
     cho, chi, kh, kw = (int(n) for n in layer["shape"])
     marks = sorted(set(layer) - {"shape", "bits", "block_size"})
     if any(mark not in CODES or not CODES[mark].marked or layer[mark] is not True for mark in marks) or len(marks) > 1:

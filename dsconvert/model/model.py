@@ -1,4 +1,4 @@
-"""The converted model as a value: what fitting makes, what the model file holds, what export reads."""
+"""The converted model as a value: the result of the fit, which the model file stores and export reads."""
 
 from __future__ import annotations
 
@@ -20,42 +20,48 @@ class Converted:
 
     graph: Graph
     convs: Mapping[str, QConv]  # by convolution name
-    activations: Mapping[str, QParams]  # by value name (`grid_of` completes them); empty when activations stay float
+    activations: Mapping[str, QParams]  # by value name (`grid_of` completes them); empty where activations stay float
 
     @property
     def weight_count(self) -> int:
-        """Number of convolution weights, biases not counted."""
+        """Number of convolution weights, without biases."""
         return sum(c.weight.vqk.numel() for c in self.convs.values())
 
     @property
     def weight_bits(self) -> float:
-        """Mean stored bits per weight, KDS included."""
+        """Mean stored bits per weight, with KDS."""
         total = sum(c.weight.weight_bits * c.weight.vqk.numel() for c in self.convs.values())
         return total / self.weight_count
 
     @property
     def has_real_alpha(self) -> bool:
-        """True when any weight's shifts are the paper's real numbers; such a model has no int8 form."""
+        """Whether any weight has the paper's real KDS; such a model has no int8 form."""
         return any(c.weight.format.code.real for c in self.convs.values())
 
 
 @dataclass(frozen=True)
 class DSModel(Converted):
-    """A quantized detector of a family whose decoding is known."""
+    """A quantized detector whose outputs dsconvert can decode."""
 
     head: Head
-    imgsz: Size  # calibrated at
-    provenance: Mapping[str, Any]  # where it came from (plain JSON values)
+    imgsz: Size  # size of its calibration images
+    provenance: Mapping[str, Any]  # how it was made (plain JSON values)
 
 
 def is_dsconv(weight: DSTensor) -> bool:
-    """True when the layer is DSConv, False when it is plain int8 per channel."""
+    """Return True for a DSConv layer, False for plain per-channel int8."""
     return not weight.is_plain_int8
 
 
 def damage_by_bits(damage: Mapping[str, float], weight: DSTensor) -> dict[str, float]:
-    """A layer's provenance, "bits/block size" -> damage, as bits -> damage at the weight's block size (for plain int8
-    the largest there is). Raises ValueError when a key is neither that nor bits alone, which stand for any block."""
+    """Return a layer's expected damage by bits, at the weight's block size.
+
+    damage: the layer's provenance, "bits/block size" -> damage. A key may also be bits alone, which stand for any
+        block.
+    weight: the layer's weight. For plain int8 the largest block size is taken.
+
+    Raises ValueError for other keys.
+    """
     found = [(*key.partition("/")[::2], value) for key, value in damage.items()]
     sizes = {int(size) for bits, size, _ in found if size and int(bits) < 8}
     block = weight.block_size if is_dsconv(weight) else max(sizes, default=0)

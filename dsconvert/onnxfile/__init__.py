@@ -1,1 +1,1 @@
-"""A stranger's ONNX file: bounded, loaded, tried, looked into."""
+"""ONNX files from anywhere: loaded within bounds, inspected, tried out, and lowered to our graph."""

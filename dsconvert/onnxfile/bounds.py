@@ -1,7 +1,7 @@
-"""How much memory and time a stranger's ONNX file may take: in proportion to its own size, and to its image's.
+"""Bound the memory and time that an ONNX file may take, in proportion to the file's and its image's size.
 
-A file of some kilobytes may ask for any amount of either. Bounds hold in processes that ask for them, as the command
-line does (`enforced`): a limit of memory is the whole process's, and a program that uses dsconvert may need more.
+A file of some kilobytes from a stranger may ask for any amount of either. The bounds hold only inside `enforced`, which
+the command line uses. A limit of memory is one of the whole process, and a program that uses dsconvert may need more.
 """
 
 from __future__ import annotations
@@ -22,29 +22,29 @@ from typing import TypeVar
 from dsconvert.base.errors import InputError, is_out_of_memory
 
 resource: ModuleType | None = None
-with suppress(ImportError):  # Windows has none
+with suppress(ImportError):  # Windows does not have it
     import resource
 
 T = TypeVar("T")
-# Measured: yolov5n and yolov5x in float32 take up to 2.4 times their size to load (small ones 40 MB more than nothing),
-# and 5 to 15 times their image to run, at 640 to 2560 pixels.
+# Measured: loading yolov5n and yolov5x in float32 takes up to 2.4 times their size (and 40 MB for small files). Running
+# them takes 5 to 15 times the size of their image, at 640 to 2560 pixels.
 BASE_BYTES, SIZES, IMAGES = 768 << 20, 4, 16
-# Stacks of threads, 8 MB each, count as soon as they are there, and engines start one for each CPU.
+# Engines start one thread for each CPU, and the stack of each thread counts at once as 8 MB.
 THREAD_BYTES, MOST_CPUS = 10 << 20, 64
 BASE_SECONDS, SECONDS_A_MB, SECONDS_AN_IMAGE_MB = 20.0, 1.0, 0.2
-LOOK = 0.2  # seconds between two looks at what is timed
+LOOK = 0.2  # seconds between two checks of a timed call
 THREAD = "dsconvert-bounded"
 _ENFORCED: ContextVar[bool] = ContextVar("enforced", default=False)
 _WARN: ContextVar[list[Callable[[str], None]] | None] = ContextVar("warn", default=None)
 
 
 class Beyond(InputError):
-    """A file takes more than its bounds."""
+    """A file takes more memory or time than its bounds."""
 
 
 @contextmanager
 def enforced(warn: Callable[[str], None] = lambda sentence: None) -> Iterator[None]:
-    """Bounds hold within. `warn` is told, once, where this system can bound no memory."""
+    """Enforce bounds inside the block. `warn` is called once if this system cannot bound memory."""
     token, waiting = _ENFORCED.set(True), _WARN.set([warn])
     try:
         yield
@@ -54,7 +54,7 @@ def enforced(warn: Callable[[str], None] = lambda sentence: None) -> Iterator[No
 
 
 def are_enforced() -> bool:
-    """Whether this is within `enforced`."""
+    """Return whether this code runs inside `enforced`."""
     return _ENFORCED.get()
 
 
@@ -68,29 +68,34 @@ def _warn_if_unbounded() -> None:
 
 
 def left_running() -> bool:
-    """Whether something that took too long runs still: the process cannot end in the usual way then."""
+    """Return whether a call that took too long is still running; the process must then end by os._exit."""
     return any(t.name == THREAD and t.is_alive() for t in threading.enumerate())
 
 
 @dataclass
 class Bounds:
-    """Of a file of so many bytes, called `what` in messages; `spent` are the seconds that it took in `first`."""
+    """The bounds of one file.
+
+    what: the file's name in messages.
+    size: its bytes.
+    spent: seconds that calls of `first` have taken.
+    """
 
     what: str
     size: int
     spent: float = field(default=0.0, init=False)
 
     def most_bytes(self, image: int) -> int:
-        """What the process may gain in one call, given images of so many bytes."""
+        """Return the bytes by which the process may grow in one call, for images of so many bytes."""
         threads = THREAD_BYTES * min(os.cpu_count() or 1, MOST_CPUS)
         return BASE_BYTES + threads + SIZES * self.size + IMAGES * image
 
     def most_seconds(self, image: int) -> float:
-        """For loading and the first call together."""
+        """Return the seconds that loading and the first call may take together."""
         return BASE_SECONDS + (SECONDS_A_MB * self.size + SECONDS_AN_IMAGE_MB * image) / 1e6
 
     def first(self, call: Callable[[], T], image: int = 0) -> T:
-        """Loading, or the first call, within both bounds. Raises InputError beyond them."""
+        """Load the file or run it for the first time, within both bounds. Raises InputError beyond them."""
         if not _ENFORCED.get():
             return call()
         _warn_if_unbounded()
@@ -103,7 +108,7 @@ class Bounds:
             self.spent += time.perf_counter() - began
 
     def again(self, call: Callable[[], T], image: int = 0) -> T:
-        """A later call within both bounds, that of time alone. Raises InputError beyond them."""
+        """Run a later call within both bounds, with the whole time for itself. Raises InputError beyond them."""
         if not _ENFORCED.get():
             return call()
         most = self.most_seconds(image)
@@ -113,11 +118,13 @@ class Bounds:
             raise self._too_slow(most, "to run once") from None
 
     def later(self, call: Callable[[], T], image: int = 0) -> T:
-        """A call within the bound of memory. Raises InputError beyond it."""
+        """Run a call within the bound of memory only. Raises InputError beyond it."""
         return self._within(call, image, collect=False) if _ENFORCED.get() else call()
 
     def timed(self, call: Callable[[], T], image: int = 0) -> T:
-        """The same for a call whose time is measured: `patiently` ends what takes too long."""
+        """Run a call as `later` does, without delaying it, for measuring its time. `patiently` stops it if it takes too
+        long.
+        """
         if not _ENFORCED.get():
             return call()
         _RUNNING[:] = [(self, image, time.perf_counter())]
@@ -141,23 +148,27 @@ class Bounds:
                 raise
             raise Beyond(
                 f"{self.what} needs over {most / 1e6:.0f} MB of memory, more than a network of its size should or than "
-                "there are."
+                "this machine has."
             ) from None
 
 
 def made_of(predict: object, call: Callable[[], T], photo: int) -> T:
-    """What is made of what a predictor said of a photograph of so many bytes, within the bounds of the stranger's file
-    that it is from, if it is from one."""
+    """Return `call()` on what a predictor gave for a photograph of so many bytes.
+
+    If the predictor comes from a stranger's file, the call runs within the file's bounds.
+    """
     bounds = getattr(predict, "bounds", None)
     return bounds.later(call, photo) if isinstance(bounds, Bounds) else call()
 
 
-_RUNNING: list[tuple[Bounds, int, float]] = []  # at most one: what is timed, its image's bytes, when it began
+_RUNNING: list[tuple[Bounds, int, float]] = []  # the timed call, if any: its bounds, its image's bytes, and its start
 
 
 def patiently(call: Callable[[], T]) -> T:
-    """What the call returns or raises, many of `Bounds.timed` within it: in a thread of its own, so that nothing is
-    done between them. Raises InputError when one of them takes too long."""
+    """Run a call that contains many `Bounds.timed` in a thread, and watch these from outside.
+
+    Nothing is done between the timed calls, so their times stay undisturbed. Raises InputError when one takes too long.
+    """
     if not _ENFORCED.get():
         return call()
     context = contextvars.copy_context()
@@ -174,11 +185,13 @@ def patiently(call: Callable[[], T]) -> T:
 
 @contextmanager
 def growth(most: int, collect: bool = True) -> Iterator[None]:
-    """This process's data may grow by so many bytes within: what asks for more is told that there are none. Nothing
-    where the system does not say how much data there is, or knows no such limit.
+    """Let this process's data grow by at most so many bytes inside the block; a larger request fails as out of memory.
 
-    What Python has not collected yet counts as data, and is room once it is collected: so it is collected first, which
-    takes a tenth of a second, too long before every image."""
+    It does nothing where the system does not tell the present amount, or knows no such limit.
+
+    collect: whether to collect garbage first. Garbage counts as data, but its memory can be used again. Collecting
+        takes a tenth of a second, too long for every image.
+    """
     if collect:
         gc.collect()
     pages = _data_pages()
@@ -196,7 +209,7 @@ def growth(most: int, collect: bool = True) -> Iterator[None]:
 
 
 def _data_pages() -> int:
-    """How many pages of memory the process has, -1 where the system does not say."""
+    """Return the process's pages of memory, or -1 where the system does not tell."""
     try:
         return int(Path("/proc/self/statm").read_text().split()[5])
     except (OSError, ValueError, IndexError):
@@ -204,13 +217,18 @@ def _data_pages() -> int:
 
 
 def in_time(call: Callable[[], T], seconds: float) -> T:
-    """What the call returns or raises, in a thread of its own. Raises TimeoutError when it takes longer; native code
-    cannot be stopped, so the thread then goes on."""
+    """Run a call in a thread and return or raise what it does. Raises TimeoutError when it takes longer.
+
+    Native code cannot be stopped, so the thread goes on then.
+    """
     return _in_thread(call, max(seconds, 0.0), TimeoutError)
 
 
 def _in_thread(call: Callable[[], T], every: float, overdue: Callable[[], Exception | None]) -> T:
-    """The call in a thread of its own; `every` so many seconds `overdue` says whether to wait for it no longer."""
+    """Run a call in a thread, and ask `overdue` every so many seconds whether to stop waiting.
+
+    overdue: returns the error to raise, or None to go on.
+    """
     returned: list[T] = []
     raised: list[BaseException] = []
     done = threading.Event()
@@ -224,7 +242,7 @@ def _in_thread(call: Callable[[], T], every: float, overdue: Callable[[], Except
             done.set()
 
     threading.Thread(target=run, name=THREAD, daemon=True).start()
-    while not done.wait(every):  # an interrupted `join` would take the thread for one that has ended
+    while not done.wait(every):  # `join` would be wrong here: once interrupted, it takes the thread for ended
         if error := overdue():
             raise error
     if raised:

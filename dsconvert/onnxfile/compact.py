@@ -1,6 +1,6 @@
-"""The same graph in fewer bytes: short names for what nobody looks at, and no name twice.
+"""Make an ONNX file smaller by shortening the names of its values.
 
-Netron, `dsconvert info` and engines' profiles show the names of inputs, outputs, weights and convolutions; these stay.
+Names of inputs, outputs, weights and convolutions are kept: Netron, `dsconvert info` and engines' profiles show them.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from dsconvert.base.builder import is_constant
 
 
 def compact(model: onnx.ModelProto) -> onnx.ModelProto:
-    """A copy with one- and two-letter names for all values but inputs, outputs and weights, the most used first."""
+    """Return a copy with one- and two-letter names for all other values, the shortest for those used most."""
     made = onnx.ModelProto()
     made.CopyFrom(model)
     graph = made.graph
@@ -33,7 +33,7 @@ def compact(model: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def short_names() -> Iterator[str]:
-    """a, b, ... Z, aa, ab, ... a0, ...: identifiers, the short ones first."""
+    """Yield identifiers, the short ones first: a, b, ... Z, aa, ab, ... a0, ..."""
     yield from ascii_letters
     for rest in range(1, 4):
         yield from ("".join(p) for p in product(ascii_letters, *[ascii_letters + digits] * rest))

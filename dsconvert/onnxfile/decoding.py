@@ -1,4 +1,4 @@
-"""From a file's outputs to rows of boxes: by a rule of its family, or by the outputs' shapes."""
+"""Turn a file's outputs into rows of boxes, by the rule of its family or by the outputs' shapes."""
 
 from __future__ import annotations
 
@@ -14,21 +14,25 @@ from dsconvert.base.smallyaml import load_plain
 from dsconvert.onnxfile.rules import RULES, Array, Unfit, has_cells, without_objectness
 
 ROWS, COLUMNS, ENDS = "rows", "columns", "ends"
-SHAPES = "(1, boxes, 5 + classes), (1, 4 + classes, boxes) or (1, boxes, 6)"  # that tell by themselves
-USUAL_CLASSES = 80  # COCO's: what most published detectors find
-SLACK = 0.1  # that a quantized file's scores may lie outside 0..1
-NEGATIVE = 0.01  # share of boxes whose sides may be below 0 by a rounding
+# shapes from which the form of the output is clear
+SHAPES = "(1, boxes, 5 + classes), (1, 4 + classes, boxes) or (1, boxes, 6)"
+USUAL_CLASSES = 80  # COCO's, which most published detectors find
+SLACK = 0.1  # scores of a quantized file may lie so far outside 0..1
+NEGATIVE = 0.01  # share of boxes whose sides may be negative by a rounding error
 
 
 @cache
 def usual_names() -> tuple[str, ...]:
-    """COCO's classes."""
+    """Return COCO's class names."""
     text = (resources.files("dsconvert.onnxfile") / "coco.yaml").read_text(encoding="utf-8")
     return tuple(load_plain(text))
 
 
 class OtherFamily(Unfit):
-    """Outputs whose shapes do not tell what they are, of networks of the presets `names`."""
+    """Outputs of networks of another family than YOLOv5's, which shapes do not tell.
+
+    names: presets that fit them.
+    """
 
     def __init__(self, names: tuple[str, ...]) -> None:
         super().__init__("outputs whose shapes tell what they are")
@@ -36,8 +40,14 @@ class OtherFamily(Unfit):
 
 
 def boxes_of(rule: str | None, outputs: Sequence[Array], size: Size, named: int) -> Array:
-    """The outputs for one image of that size -> (boxes, 5 + classes), see `rules`; `named`: the number of classes that
-    the file names, 0 where it names none. Raises Unfit."""
+    """Return the boxes (boxes, 5 + classes) in the outputs for one image (see `rules`).
+
+    rule: name of the rule; None: by the outputs' shapes.
+    size: of the image.
+    named: number of classes that the file names, 0 if none.
+
+    Raises Unfit when the outputs do not fit.
+    """
     if rule is not None:
         return RULES[rule](outputs, size)
     if names := families_like(outputs, size):
@@ -46,13 +56,13 @@ def boxes_of(rule: str | None, outputs: Sequence[Array], size: Size, named: int)
 
 
 def check_scores(rows: Array) -> None:
-    """Raises Unfit for rows whose scores are none: key points and angles may stand where classes do."""
+    """Raise Unfit for rows whose scores are not in 0..1: key points or angles may stand in the place of classes."""
     if rows.size and (rows[:, 4:].max() > 1 + SLACK or rows[:, 4:].min() < -SLACK):
         raise Unfit("scores in 0..1 behind the numbers of a box (key points and angles are not read)")
 
 
 def families_like(outputs: Sequence[Array], size: Size) -> tuple[str, ...]:
-    """Names of the presets whose networks give such outputs for one image; empty where shapes tell, as YOLOv5's do."""
+    """Return the presets whose networks give such outputs for one image; none if shapes are clear, as YOLOv5's are."""
     for rule, (names, looks) in _LIKE.items():
         try:
             if len(RULES[rule](outputs, size)) and looks(outputs):
@@ -71,11 +81,11 @@ def _is_within_one(outputs: Sequence[Array]) -> bool:
 
 
 def _has_shares(outputs: Sequence[Array]) -> bool:
-    """Whether the classes of a map's cells are shares of one."""
+    """Return whether the class scores in each cell of a map add up to 1."""
     return len(outputs) == 1 and bool(np.allclose(outputs[0][0, 5:].sum(0), 1, atol=0.05))
 
 
-# What outputs that fit a rule must look like besides, where YOLOv5's or others' might fit it too.
+# rule -> its presets, and a test that tells its outputs from those of YOLOv5 and other families
 _LIKE: Mapping[str, tuple[tuple[str, ...], Callable[[Sequence[Array]], bool]]] = {
     "yolox": (("yolox",), _has_negative_sides),
     "v5lite": (("v5lite",), _is_within_one),
@@ -99,9 +109,13 @@ def _by_shape(output: Array, size: Size, named: int) -> Array:
 
 
 def layout_of(shape: Sequence[Any], size: Size, named: int) -> str | None:
-    """What the shape of the first output says; dimensions may be names. ROWS: YOLOv5's (1, boxes, 5 + classes);
-    COLUMNS: YOLOv8's (1, 4 + classes, boxes); ENDS: the file suppresses boxes itself, (1, boxes, 6) of corners, score
-    and class. None: something else."""
+    """Return the form that the shape of the first output has; dimensions may be names.
+
+    ROWS: YOLOv5's (1, boxes, 5 + classes).
+    COLUMNS: YOLOv8's (1, 4 + classes, boxes).
+    ENDS: (1, boxes, 6), corners, score and class, from a file that suppresses boxes itself.
+    None: anything else.
+    """
     if len(shape) == 2 and shape[1] == 6:
         return ENDS
     if len(shape) != 3:
@@ -122,7 +136,7 @@ def layout_of(shape: Sequence[Any], size: Size, named: int) -> str | None:
 
 
 def classes_of(shape: Sequence[Any], size: Size) -> int:
-    """How many classes the shape of the first output of a file without names tells of; 0 where it leaves that open."""
+    """Return the number of classes in the first output of a file without names, 0 if its shape does not tell."""
     layout = layout_of(shape, size, 0)
     if layout == ENDS:
         return USUAL_CLASSES
@@ -137,7 +151,7 @@ def _ends_in_classes(found: Array) -> bool:
 
 
 def _of_ends(found: Array, nc: int) -> Array:
-    """(boxes, 6) of corners, score and class; rows that fill up have a score of 0."""
+    """Turn rows of corners, score and class (boxes, 6) into boxes; rows with a score of 0 only fill up the output."""
     kinds = found[:, 5].astype(np.int64)
     real = found[:, 4] > 0
     if not ((kinds[real] >= 0) & (kinds[real] < nc)).all():

@@ -1,5 +1,8 @@
-"""An ONNX file in an engine: loaded with a number of threads, fed, run. No torch here: peak memory is measured
-in processes that import this module and nothing heavier (see `footprint`)."""
+"""Load an ONNX file in an engine with a number of threads, feed it and run it.
+
+This module does not import torch: peak memory is measured in processes that import this module and nothing heavier (see
+`footprint`).
+"""
 
 from __future__ import annotations
 
@@ -34,14 +37,19 @@ class Session:
         self.inner, self.bounds, self.ran = inner, bounds, False
 
     def run(self, outputs: Sequence[str] | None, feed: Mapping[str, NDArray[Any]]) -> list[Any]:
-        """What ONNX Runtime makes of the arrays. Raises InputError beyond the bounds, anything for faulty files."""
+        """Run the file on the arrays and return its outputs.
+
+        Raises InputError if the file needs more than its bounds. A faulty file raises ONNX Runtime's own exceptions.
+        """
         call = self.bounds.again if self.ran else self.bounds.first
         made = call(lambda: self.inner.run(outputs, feed), sum(a.nbytes for a in feed.values()))
         self.ran = True
         return list(made)
 
     def repeated(self, feed: Mapping[str, NDArray[Any]]) -> Callable[[], object]:
-        """For timing: after the first inference, what is done beside it takes some 20 microseconds."""
+        """Return a call of one inference to time; from the second call on, our own code takes about 20 microseconds of
+        it.
+        """
         size = sum(a.nbytes for a in feed.values())
 
         def once() -> object:
@@ -62,8 +70,9 @@ def _inference_session(model: bytes | Path, threads: int) -> ort.InferenceSessio
     if isinstance(model, bytes):  # of a fit or a check, never timed: threads that wait let others work meanwhile
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.intra_op_num_threads = threads
-    options.log_severity_level = 4  # errors are raised anyway; its log shows names of a stranger as they are
-    # idle threads of one session would otherwise spin on into the next one's turn
+    # Errors are raised anyway, and the log would print an untrusted file's names unescaped.
+    options.log_severity_level = 4
+    # Else idle threads of one session would still spin during the next session's turn.
     options.add_session_config_entry("session.force_spinning_stop", "1")
     return ort.InferenceSession(
         str(model) if isinstance(model, Path) else model, options, providers=["CPUExecutionProvider"]
@@ -71,24 +80,29 @@ def _inference_session(model: bytes | Path, threads: int) -> ort.InferenceSessio
 
 
 def as_input(batch: NDArray[np.float32], kind: type[Any]) -> NDArray[Any]:
-    """Images in 0..1 as the numbers a file takes: bytes 0..255 for np.uint8, else the same in another float type."""
+    """Return images in 0..1 as the numbers a file takes: bytes 0..255 for np.uint8, else the same numbers as another
+    float.
+    """
     return np.rint(batch * 255).astype(np.uint8) if kind is np.uint8 else batch.astype(kind)
 
 
 def open_model(
     path: Path, engine: str, threads: int, imgsz: SizeLike | None, size: int | None = None
 ) -> Callable[[], object]:
-    """Load the file and return one inference on a fixed random image; `imgsz` is for inputs that leave theirs open,
-    `size` are the file's bytes with its external data (None: it has none).
+    """Load the file and return a call of one inference on a fixed random image.
 
-    Raises InputError when the engine cannot load it or it takes anything but one image."""
+    imgsz: size for inputs that leave theirs open.
+    size: bytes of the file with its external data (None: it has none).
+
+    Raises InputError if the engine cannot load the file, or if it does not take exactly one image.
+    """
     check_onnx(path)
     opened = _openvino if engine == "openvino" else _onnxruntime
     return opened(path, threads, Size.perhaps(imgsz), size or path.stat().st_size)
 
 
 def check_onnx(path: Path) -> None:
-    """Raises InputError for a file of another kind, or none."""
+    """Raise InputError if there is no file, or one of another kind."""
     check_ordinary(path)
     kind = file_kind(path) if path.exists() else ONNX
     if not path.is_file():
@@ -98,7 +112,10 @@ def check_onnx(path: Path) -> None:
 
 
 def engine_version(engine: str) -> str:
-    """The installed version. Raises InputError when the engine is not installed."""
+    """Return the installed version.
+
+    Raises InputError if the engine is not installed.
+    """
     if engine == "onnxruntime":
         return str(ort.__version__)
     try:
@@ -118,8 +135,11 @@ def _onnxruntime(path: Path, threads: int, imgsz: Size | None, size: int) -> Cal
 
 
 def load_file(path: Path, threads: int, size: int) -> Session:
-    """A session of a stranger's file, `size` bytes with its external data. Raises InputError when there can be none."""
-    with refusing(f"{path} is not an ONNX file ONNX Runtime can run."):
+    """Return a session of an untrusted file of `size` bytes with its external data.
+
+    Raises InputError if ONNX Runtime cannot load it.
+    """
+    with refusing(f"{path} is not an ONNX file that ONNX Runtime can run."):
         return session(path, threads, str(path), size)
 
 
@@ -130,7 +150,7 @@ def _openvino(path: Path, threads: int, imgsz: Size | None, size: int) -> Callab
     core = openvino.Core()
     settings = {"INFERENCE_NUM_THREADS": threads, "NUM_STREAMS": 1, "PERFORMANCE_HINT": "LATENCY"}
     bounds = Bounds(str(path), size)
-    with refusing(f"{path} is not an ONNX file OpenVINO can run."):
+    with refusing(f"{path} is not an ONNX file that OpenVINO can run."):
         compiled = bounds.first(lambda: core.compile_model(core.read_model(path), "CPU", settings))
     names = {"u8": "tensor(uint8)", "f16": "tensor(float16)", "f32": "tensor(float)"}
     shapes = [[d.get_length() if d.is_static else None for d in entry.get_partial_shape()] for entry in compiled.inputs]
@@ -150,8 +170,10 @@ def _openvino(path: Path, threads: int, imgsz: Size | None, size: int) -> Callab
 def check_image_input(
     path: Path, shapes: Sequence[Sequence[object]], types: Sequence[str], asked: Size | None = None
 ) -> None:
-    """Raises InputError unless the inputs are one image (n, 3, height, width) of up to MAX_SIDE pixels, and not more
-    than LARGE pixels together, unless that size was `asked` for."""
+    """Raise InputError unless the only input is images (n, 3, height, width) of at most MAX_SIDE pixels a side.
+
+    All images together have at most LARGE pixels, unless their size was `asked` for.
+    """
     if len(shapes) != 1 or len(shapes[0]) != 4 or types[0] not in TYPES:
         what = f"{len(shapes)} inputs" if len(shapes) != 1 else f"{printable(list(shapes[0]), 80)} of {types[0]}"
         raise InputError(f"{path} does not take one image (n, 3, height, width) of float or bytes, but {what}.")
@@ -162,31 +184,34 @@ def check_image_input(
         )
     most = (64, 3, MAX_SIDE, MAX_SIDE)
     if any(isinstance(n, int) and not 1 <= n <= m for n, m in zip(shapes[0], most, strict=True)):
-        raise InputError(f"{path} takes images of another size than any detector's: {list(shapes[0])}.")
+        raise InputError(f"{path} takes images of shape {list(shapes[0])}; at most {list(most)} is possible.")
     check_pixels(path, filled(shapes[0], asked), asked)
 
 
 def filled(shape: Sequence[object], imgsz: Size | None) -> list[int]:
-    """The shape of one input with its open dimensions filled in: one image, three channels, `imgsz` pixels."""
+    """Return an input's shape with its open dimensions filled in: one image, three channels, `imgsz` pixels."""
     usual = (1, *(imgsz or USUAL).image)
     return [given if isinstance(given, int) else other for given, other in zip(shape, usual, strict=True)]
 
 
 def check_pixels(path: Path, numbers: Sequence[int], asked: Size | None) -> None:
-    """Raises InputError for an input (n, channels, height, width) that takes gigabytes, with all that is made of it,
-    unless its height or width was asked for: a file of a few bytes may say that it has one. Several images of a size
-    that was asked for may be as large together as the largest one."""
+    """Raise InputError for an input (n, channels, height, width) that needs gigabytes, with all that is computed from
+    it.
+
+    A file of a few bytes may declare such an input. If its height or width was asked for, several images together may
+    have as many pixels as one of the largest size.
+    """
     known = asked is not None and any(n == given for n, given in zip(numbers[-2:], asked.pair, strict=True))
     most = 3 * MAX_SIDE**2 if known else 3 * LARGE
     if math.prod(numbers) > most:
         raise InputError.naming(
-            "{} takes {} numbers at once, gigabytes with all that is made of them; give its {imgsz} to have it "
+            "{} takes {} numbers at once, which may need gigabytes of memory; give its {imgsz} to run it "
             "nevertheless.", path, list(numbers)
         )  # fmt: skip
 
 
 def _image(path: Path, shapes: Sequence[Sequence[object]], types: Sequence[str], imgsz: Size | None) -> NDArray[Any]:
-    """A random image for the one input; its open dimensions are one image, three channels, `imgsz` pixels."""
+    """Return a random image for the only input; open dimensions become one image, three channels, `imgsz` pixels."""
     check_image_input(path, shapes, types, imgsz)
     shape = filled(shapes[0], imgsz)
     return as_input(np.random.default_rng(0).random(shape, np.float32), TYPES[types[0]])

@@ -1,5 +1,7 @@
-"""A stranger's ONNX file, parsed once it is known to be bearable, and where it says its weights are: engines follow
-that blindly, and it may point anywhere."""
+"""Parse a stranger's ONNX file after checking its size, and check where it keeps its weights.
+
+Engines follow the paths of external data blindly, and these may point anywhere.
+"""
 
 from __future__ import annotations
 
@@ -14,13 +16,17 @@ from dsconvert.base.filekinds import check_ordinary
 from dsconvert.onnxfile.wire import TooMany, check_parts
 
 MAX_BYTES = (1 << 31) - 1  # of a protobuf message
-ORT_FORMAT = b"ORTM"  # of ONNX Runtime's own files, from the fifth byte on; it would load one whatever its name is
+ORT_FORMAT = b"ORTM"  # fifth to eighth byte of ONNX Runtime's own format, which it would load from a file of any name
 
 
 @dataclass(frozen=True)
 class Parsed:
-    """A file's content without its external data; bytes of the file and of those where it keeps data; and bytes of the
-    data that its tensors say they take there, all together."""
+    """A parsed file without its external data.
+
+    model: its content.
+    size: bytes of the file and of all files where it keeps data.
+    outside: bytes of external data that its tensors claim, all together.
+    """
 
     model: onnx.ModelProto
     size: int
@@ -28,14 +34,17 @@ class Parsed:
 
 
 def check_external_data(path: Path) -> int:
-    """Bytes of the file and of those where it keeps data. Raises InputError, see `parsed`."""
+    """Return the bytes of the file and of all files where it keeps data. Raises InputError as `parsed` does."""
     return parsed(path).size
 
 
 def parsed(path: Path) -> Parsed:
-    """Raises InputError when the file cannot be parsed, has too many parts, or keeps data outside of its own folder."""
+    """Parse a file.
+
+    Raises InputError when it cannot be parsed, has too many parts, or keeps data outside of its own folder.
+    """
     check_ordinary(path)
-    unusable = InputError(f"{path} is not an ONNX file ONNX Runtime can run.")
+    unusable = InputError(f"{path} is not an ONNX file that ONNX Runtime can run.")
     try:
         size = path.stat().st_size
         if size > MAX_BYTES:
@@ -70,14 +79,14 @@ def parsed(path: Path) -> Parsed:
 
 
 def _length(text: str, file: Path) -> int:
-    """Bytes that a tensor takes of a file: the number in the text, or all of them."""
+    """Return the bytes of a file that a tensor claims: the number in the text, or all of the file."""
     if text.isascii() and text.isdecimal() and len(text) < 19:
         return int(text)
     return file.stat().st_size if file.is_file() else 0
 
 
 def _inside(folder: Path, location: str) -> bool:
-    """True for a file below the folder, links followed."""
+    """Return True for a location below the folder, links followed."""
     try:
         found = (folder / location).resolve()
     except (OSError, ValueError, RuntimeError):
@@ -86,7 +95,7 @@ def _inside(folder: Path, location: str) -> bool:
 
 
 def _tensors(model: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
-    """Every tensor of the file: of its graphs, the graphs within their nodes, its functions and training steps."""
+    """Yield every tensor of the file: of its graphs, of graphs inside nodes, of its functions and training steps."""
     graphs = [model.graph, *(g for info in model.training_info for g in (info.initialization, info.algorithm))]
     nodes = [node for function in model.functions for node in function.node]
     while graphs or nodes:

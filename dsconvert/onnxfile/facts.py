@@ -1,4 +1,4 @@
-"""What one run of a float ONNX file on an image says of it: shapes of values, and which are the same for all images."""
+"""What one run of a float ONNX file tells: the shapes of its values, and which of them are the same for all images."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from onnx import numpy_helper
 from dsconvert.onnxfile.engines import session
 from dsconvert.onnxfile.source import Array, Source, giving, used
 
-LONGEST = 64  # nodes that only move numbers, one behind the other or side by side
-SHAPES = ("Shape", "Size")  # they say nothing of an image but its size
+LONGEST = 64  # most nodes that are followed from a value back to its sources
+SHAPES = ("Shape", "Size")  # operators that depend only on an image's size
 
 
 @dataclass(frozen=True)
 class Facts:
-    """A file, and its values on one image of the size that it is converted for."""
+    """A file, and its values for one image of the size that it is converted for."""
 
     source: Source
-    values: Mapping[str, Array]  # by name, of all nodes whose values are tensors
+    values: Mapping[str, Array]  # by name, of all nodes; values that are not tensors are missing
 
     @cached_property
     def moving(self) -> frozenset[str]:
-        """Names of values that change with what is in an image."""
+        """Names of values that change with the image's content."""
         found = {self.source.image.name}
         for node in self.source.nodes:
             if node.op_type not in SHAPES and not found.isdisjoint(used(node)):
@@ -34,11 +34,11 @@ class Facts:
         return frozenset(found)
 
     def varying(self, node: onnx.NodeProto) -> list[str]:
-        """What a node reads that changes from image to image."""
+        """Return the inputs of a node that change with the image."""
         return [name for name in node.input if name in self.moving]
 
     def constant(self, name: str) -> Array | None:
-        """A value that is the same for every image of this size; None for others."""
+        """Return a value that is the same for every image of this size; None for others."""
         if name in self.moving or not name:
             return None
         if name in self.source.initializers:
@@ -46,16 +46,19 @@ class Facts:
         return self.values.get(name)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Shape of a value; empty where it is unknown."""
+        """Return the shape of a value, empty if it is unknown."""
         return tuple(self.values[name].shape) if name in self.values else ()
 
     def maker(self, value: str) -> onnx.NodeProto | None:
-        """The node that makes a value; None for stored ones and the image."""
+        """Return the node that makes a value; None for stored values and the image."""
         index = self.source.makers.get(value)
         return None if index is None else self.source.nodes[index]
 
     def sources(self, value: str, ends: Container[str], passes: Callable[[onnx.NodeProto], bool]) -> set[str] | None:
-        """Those of the `ends` that nodes which pass make a value of; None where others take part, or too many."""
+        """Return which of the `ends` a value is made from; None if other values take part, or too many nodes.
+
+        passes: whether a node may lie between them.
+        """
         found, left, seen = set[str](), [value], {value}
         while left:
             node = self.maker(left.pop())
@@ -70,8 +73,10 @@ class Facts:
         return found
 
     def compute(self, target: str, given: Mapping[str, Array]) -> Array | None:
-        """A value from other values that are given in the place of the image's; None where they do not lead to it, or
-        ONNX Runtime fails on them."""
+        """Compute a value from other values instead of the image.
+
+        Returns None if they do not determine it, or if ONNX Runtime fails on them.
+        """
         source = self.source
         left, seen = [target], set(given)
         indices = set[int]()

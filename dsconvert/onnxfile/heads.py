@@ -1,5 +1,8 @@
-"""Attention in an ONNX graph: softmax(q . k / sqrt(size)) v over pixels, found by its two products and its Softmax, and
-believed once it gives the same numbers as `ops.attention`."""
+"""Find attention over pixels in an ONNX graph: softmax(q . k / sqrt(size)) v.
+
+Candidates are two matrix products with a Softmax between them. A candidate is accepted if it gives the same numbers as
+`ops.attention`.
+"""
 
 from __future__ import annotations
 
@@ -17,28 +20,30 @@ from dsconvert.onnxfile.recognise import MOVING, places
 from dsconvert.onnxfile.source import Array
 
 SCALING = frozenset(("Mul", "Div"))
-CLOSE = 1e-4  # of the largest number: two orders of float32 sums
+CLOSE = 1e-4  # of the largest number: float32 sums in two orders
 
 
 @dataclass(frozen=True)
 class Heads:
-    """An attention of a file, by the maps that its parts choose channels of."""
+    """An attention in a file, described by channels of the maps that it reads."""
 
-    roots: tuple[str, str, str]  # the file's values that q, k and v come from
-    channels: tuple[list[int], list[int], list[int]]  # which of their channels, head by head
+    roots: tuple[str, str, str]  # values that q, k and v are taken from
+    channels: tuple[list[int], list[int], list[int]]  # which channels of these, head by head
     heads: int
     size: int  # channels of a query and of a key
     value: int  # channels of a value
 
     @property
     def attrs(self) -> dict[str, int]:
-        """Of the graph's node."""
+        """Attributes of the graph's node."""
         return {"heads": self.heads, "size": self.size, "value": self.value}
 
 
 def find_attention(facts: Facts, output: str, origin: Callable[[str], str | None]) -> Heads | None:
-    """The attention that gives a map (1, c, h, w); None where none does. `origin` has the one value in the graph whose
-    numbers are moved to a value, None where there is none."""
+    """Return the attention that makes a map (1, c, h, w), or None.
+
+    origin: returns the one value of our graph whose numbers were moved to a value, or None.
+    """
     last = _behind(facts, output, MOVING)
     if last is None or last.op_type != "MatMul":
         return None
@@ -56,7 +61,7 @@ def find_attention(facts: Facts, output: str, origin: Callable[[str], str | None
     if len(known) < 3 or len({len(part[1]) for part in known}) > 1:
         return None
     heads = len(known[0][1])
-    for order in ((0, 1), (1, 0)):  # which of the two is the query
+    for order in ((0, 1), (1, 0)):  # either product input may be the query
         q, k, v = known[order[0]], known[order[1]], known[2]
         roots = (q[0], k[0], v[0])
         found = Heads(roots, (_flat(q[1]), _flat(k[1]), _flat(v[1])), heads, len(q[1][0]), len(v[1][0]))
@@ -66,7 +71,7 @@ def find_attention(facts: Facts, output: str, origin: Callable[[str], str | None
 
 
 def _behind(facts: Facts, value: str, kinds: frozenset[str]) -> onnx.NodeProto | None:
-    """The first node behind a value that is of none of these kinds, where each of them has one source."""
+    """Return the first node behind a value that is of none of these kinds, if each of them has one varying input."""
     node = facts.maker(value)
     while node is not None and node.op_type in kinds:
         varying = facts.varying(node)
@@ -75,8 +80,10 @@ def _behind(facts: Facts, value: str, kinds: frozenset[str]) -> onnx.NodeProto |
 
 
 def _part(facts: Facts, value: str, origin: Callable[[str], str | None]) -> tuple[str, list[list[int]]] | None:
-    """Where a query, key or value comes from, and each head's channels there. A factor is looked through: what it
-    amounts to is checked at last."""
+    """Return the map that a query, key or value comes from, and the channels of each head there.
+
+    A constant factor is ignored here; the comparison of numbers at the end covers it.
+    """
     root = origin(value)
     shape = facts.shape(root) if root is not None else ()
     numbers = places(shape) if len(shape) == 4 else None
@@ -98,7 +105,7 @@ def _flat(channels: list[list[int]]) -> list[int]:
 
 
 def _gives(facts: Facts, output: str, found: Heads) -> bool:
-    """Whether the graph's attention makes the same of random maps."""
+    """Return whether the graph's attention gives the same result on random maps."""
     rng = np.random.default_rng(0)
     given: dict[str, Array] = {
         root: rng.standard_normal(facts.shape(root), np.float32) for root in dict.fromkeys(found.roots)

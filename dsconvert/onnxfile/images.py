@@ -1,4 +1,4 @@
-"""Photographs in an ONNX file's own layout and type."""
+"""Bring photographs into the layout and type of an ONNX file's input."""
 
 from __future__ import annotations
 
@@ -16,8 +16,10 @@ from dsconvert.photos.images import Image, none_readable, read_image
 
 
 def pictures(paths: Sequence[Path], wanted: ImageInput, form: InputForm) -> tuple[list[Image], list[str]]:
-    """RGB (height, width, 3), placed as the form says, and why files were left out. Raises InputError when none can be
-    read."""
+    """Read RGB images (height, width, 3), placed as the form says, and the reasons why others were left out.
+
+    Raises InputError when none can be read.
+    """
     images, skipped = [], []
     for path in paths:
         try:
@@ -30,7 +32,7 @@ def pictures(paths: Sequence[Path], wanted: ImageInput, form: InputForm) -> tupl
 
 
 def batches(images: Sequence[Image], wanted: ImageInput, form: InputForm) -> Iterator[NDArray[Any]]:
-    """As the file takes them, made one at a time; the last one is filled up with its last image."""
+    """Yield batches as the file takes them, made one at a time. Copies of the last image fill up the last batch."""
     n = wanted.batch
     for i in range(0, len(images), n):
         some = images[i : i + n]
@@ -38,8 +40,10 @@ def batches(images: Sequence[Image], wanted: ImageInput, form: InputForm) -> Ite
 
 
 def as_input(images: Sequence[Image], wanted: ImageInput, form: InputForm) -> NDArray[Any]:
-    """Placed RGB pictures (height, width, 3) -> one batch in the input's own layout and type. A file that takes bytes
-    has its scale within."""
+    """Turn placed RGB images (height, width, 3) into one batch of the input's layout and type.
+
+    A file that takes bytes scales them itself.
+    """
     if wanted.type is np.uint8:
         refuse_scaled_bytes(form)
         batch: NDArray[Any] = np.stack([form.ordered(image, wanted.channels) for image in images])
@@ -49,6 +53,6 @@ def as_input(images: Sequence[Image], wanted: ImageInput, form: InputForm) -> ND
 
 
 def refuse_scaled_bytes(form: InputForm) -> None:
-    """Raises InputError for a mean and deviation that a file of bytes cannot be given."""
+    """Raise InputError for a mean or deviation, which an input of bytes cannot have."""
     if form.is_normalised:
-        raise InputError.naming("The file takes bytes, so {mean} and {std} do not belong to it.")
+        raise InputError.naming("The file takes bytes, so {mean} and {std} cannot be applied; leave them out.")

@@ -1,4 +1,4 @@
-"""What weights an ONNX file holds, whoever made it: each convolution's initializers, found by graph structure."""
+"""Find the weights that any ONNX file holds: the initializers of each convolution, by following the graph."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from onnx import TensorProto, numpy_helper
 
 from dsconvert.base.errors import InputError
 
-NO_WEIGHT = (TensorProto.INT32, TensorProto.INT64)  # shapes, places and tables
+NO_WEIGHT = (TensorProto.INT32, TensorProto.INT64)  # types of shapes, indices and tables
 BITS: dict[int, int] = {
     TensorProto.FLOAT: 32, TensorProto.FLOAT16: 16, TensorProto.BFLOAT16: 16, TensorProto.INT8: 8,
     TensorProto.UINT8: 8, TensorProto.INT4: 4, TensorProto.UINT4: 4,
@@ -21,14 +21,21 @@ BITS: dict[int, int] = {
 
 
 NOTHING = onnx.NodeProto()
-LONGEST = 4  # Reshape, Transpose, Reshape and Concat of `export.ort.quickconv`
-MOST_STEPS = 5_000_000  # looks at one value's source; a yolov5x6 whose weights are made together takes some thousand
-MOST_DIMS, MOST_DEPTH = 16, 100  # of a shape; of nodes between a stored one and the convolution
+LONGEST = 4  # most nodes in a row: Reshape, Transpose, Reshape and Concat of `export.ort.quickconv`
+# most steps of the search in one file; a yolov5x6 with jointly decoded weights takes some thousand
+MOST_STEPS = 5_000_000
+MOST_DIMS, MOST_DEPTH = 16, 100  # of a shape; of nodes between a stored tensor and the convolution
 
 
 @dataclass(frozen=True)
 class OnnxWeight:
-    """A convolution's weight as stored: its largest initializer's shape and type, and all its bits together."""
+    """A convolution's weight as it is stored.
+
+    name: of the convolution.
+    shape, type: of its largest initializer.
+    bits: of all its initializers.
+    count: weights in `shape`.
+    """
 
     name: str
     shape: tuple[int, ...]
@@ -38,11 +45,14 @@ class OnnxWeight:
 
 
 def conv_weights(model: onnx.ModelProto) -> list[OnnxWeight]:
-    """One entry for every Conv, ConvInteger or QLinearConv, in graph order. Scalars, shapes and tables are not
-    counted.
+    """Return the weight of every Conv, ConvInteger and QLinearConv, in graph order.
 
-    Each weight is taken once where several nodes of its chain read it. Raises InputError for weights that hang on each
-    other in more ways than any network's, IndexError or ValueError for graphs that are none."""
+    Scalars, shapes and tables are not counted. A tensor that several nodes read on the way to one weight is counted
+    once.
+
+    Raises InputError for weights that depend on each other in more ways than any network's, and IndexError or
+    ValueError for invalid graphs.
+    """
     web = _Web(model)
     found = []
     for index, node in enumerate(model.graph.node):
@@ -74,14 +84,17 @@ class _Sources:
 
     @cached_property
     def known(self) -> frozenset[str]:
-        """The same, to look in."""
+        """The same names as a set."""
         return frozenset(self.names)
 
 
 @dataclass
 class _Web:
-    """Which initializers a graph's values are computed from. What is found of a value is kept: convolutions may share
-    all that they are made from, in files that go in circles or double their paths at every step too."""
+    """Finds the initializers that a graph's values are computed from.
+
+    Results are kept for each value. Convolutions may share all their sources, and a malicious file may go in circles or
+    double its paths at every step.
+    """
 
     model: onnx.ModelProto
     _left: int = MOST_STEPS
@@ -95,9 +108,11 @@ class _Web:
         self._shapes: dict[str, _Shape | None] = {}
 
     def measured(self, value: str, prefix: str) -> _Measured | None:
-        """Of the initializers that the value is computed from, the largest, and the bits of all; of those alone whose
-        names begin with the prefix, where there is one and they are some: where all weights are made together, these
-        are the convolution's own. (That tensors begin with their convolution's name docs/compatibility.md promises.)"""
+        """Return the largest of the initializers that a value is computed from, and the bits of all of them.
+
+        Where many weights are decoded together, a convolution's own tensors are those whose names begin with the
+        prefix, as docs/compatibility.md promises. So only these are counted, if there are any.
+        """
         sources = self._sources_of(value)
         for key in ((sources, prefix), (sources, "")) if prefix else ((sources, ""),):
             if key not in self._measures:
@@ -118,7 +133,7 @@ class _Web:
         return [t for t in map(self._tensors.__getitem__, names) if t.dims and t.data_type not in NO_WEIGHT]
 
     def _sources_of(self, value: str) -> _Sources:
-        """Found from the initializers on, without recursion; what is in circles has none."""
+        """Return a value's sources, found without recursion; values on a circle have none."""
         waiting = [value]
         begun: set[str] = set()
         while waiting:
@@ -144,11 +159,11 @@ class _Web:
         return _Sources(tuple(dict.fromkeys(chain.from_iterable(part.names for part in different))))
 
     def shape(self, value: str, depth: int = 0) -> _Shape | None:
-        """The shape a value is brought into on its way to the convolution; None where that cannot be told."""
+        """Return the shape that a value has on its way to the convolution, or None if that is unclear."""
         if value in self._tensors:
             return tuple(self._tensors[value].dims)
         if value not in self._shapes:
-            self._shapes[value] = None  # of a circle
+            self._shapes[value] = None  # ends a circle
             node = self._makers.get(value)
             self._shapes[value] = None if node is None or depth > MOST_DEPTH else self._made(node, depth + 1)
         return self._shapes[value]
@@ -158,7 +173,7 @@ class _Web:
         through = ("DequantizeLinear", "QuantizeLinear", "Cast", "Add", "Mul", "Pad", "Transpose")
         if node.op_type in through or _rearranges(node, self._makers) or _twice(node, self._makers):
             return self.shape(node.input[0], depth)
-        if node.op_type == "Concat":  # along the input channels
+        if node.op_type == "Concat":  # joined along the input channels
             parts = [self.shape(name, depth) for name in node.input]
             known = [p for p in parts if p is not None and len(p) > 1]
             return (known[0][0], sum(p[1] for p in known), *known[0][2:]) if len(known) == len(parts) else None
@@ -171,7 +186,7 @@ class _Web:
     def _spend(self, steps: int) -> None:
         self._left -= steps
         if self._left < 0:
-            raise InputError("The weights of the ONNX file hang on each other in more ways than those of any network.")
+            raise InputError("The weights of the ONNX file depend on each other in more ways than any network's.")
 
 
 _NO_SOURCES = _Sources()
@@ -180,16 +195,16 @@ _NO_SOURCES = _Sources()
 def _measure(parts: list[TensorProto]) -> _Measured | None:
     if not parts:
         return None
-    # where each weight has a shift of its own, the integers are the weight
+    # if each weight has a shift of its own, the integers count as the weight
     largest = max(parts, key=lambda t: (_count(t), t.data_type != TensorProto.FLOAT))
     bits = sum(_count(t) * BITS.get(t.data_type, 32) for t in parts)
-    # one scale a channel is not counted; scales of blocks are shifts, and are
+    # one scale a channel is not counted; the scales of blocks are, as they are shifts (KDS)
     scales = [t for t in parts if t is not largest and t.data_type == TensorProto.FLOAT and len(t.dims) == 1]
     return largest, bits - sum(_count(t) * 32 for t in scales)
 
 
 def _rearranges(node: onnx.NodeProto, makers: dict[str, onnx.NodeProto]) -> bool:
-    """Whether it is part of what `export.ort.quickconv` makes of the first convolution's weight, padded first."""
+    """Return whether a node belongs to what `export.ort.quickconv` makes of the first convolution's padded weight."""
     source, steps = node, 0
     while source.op_type in ("Reshape", "Transpose", "Concat") and source.input and steps < LONGEST:
         source, steps = makers.get(source.input[0], NOTHING), steps + 1
@@ -197,7 +212,7 @@ def _rearranges(node: onnx.NodeProto, makers: dict[str, onnx.NodeProto]) -> bool
 
 
 def _twice(node: onnx.NodeProto, makers: dict[str, onnx.NodeProto]) -> bool:
-    """Whether it joins one weight with itself, each time between other zeros."""
+    """Return whether a node joins a weight with itself, padded differently each time."""
     padded = [makers.get(name, NOTHING) for name in node.input]
     return (
         node.op_type == "Concat" and all(p.op_type == "Pad" for p in padded) and len({p.input[0] for p in padded}) == 1

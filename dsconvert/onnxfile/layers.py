@@ -1,4 +1,7 @@
-"""The layers of an ONNX graph that DSConv can hold: Conv, and Gemm and MatMul (as 1x1), with constant float weights."""
+"""Find the layers of an ONNX graph that DSConv can hold: Conv, Gemm and MatMul with constant float weights.
+
+A Gemm or MatMul counts as a 1x1 convolution.
+"""
 
 from __future__ import annotations
 
@@ -25,10 +28,19 @@ FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16)
 
 @dataclass(frozen=True)
 class Layer:
-    """One node with a constant weight. `weight` float32 (cho, chi / groups, kh, kw), a matrix as 1x1; `bias` (cho,) is
-    the constant added behind it. `value` is what it reads, `stored` the weight's name in the file. pads are those of
-    ONNX (top, left, bottom, right); None: SAME, and with `upper` the odd pixel is at the end. `adder` is the Add that
-    brings a MatMul's bias, if there is one."""
+    """One node with a constant weight.
+
+    index: of the node in the file.
+    value: the name of its input.
+    stored: the weight's name in the file.
+    weight: (cho, chi / groups, kh, kw), float32; 1x1 for a matrix.
+    bias: (cho,), the constant that is added to the result.
+    half: whether the file stores float16.
+    pads: ONNX's (top, left, bottom, right); None: SAME padding.
+    upper: with SAME padding, whether an odd pixel goes to the end.
+    adder: index of the Add with a MatMul's bias, or None.
+    linear: whether this is a Gemm or MatMul.
+    """
 
     index: int
     name: str
@@ -47,14 +59,16 @@ class Layer:
 
     @property
     def node(self) -> Node:
-        """The convolution of what `images` gives, as the fit knows it; strides and dilations may be pairs."""
+        """The convolution of what `images` returns, as the fit knows it. Strides and dilations may be pairs."""
         stride, dilation = (v[0] if v[0] == v[1] else v for v in (self.stride, self.dilation))
         attrs = {"stride": stride, "dilation": dilation, "padding": 0, "groups": self.groups}
         return Node("conv", "layer", ("images",), attrs)
 
     def images(self, x: Array) -> Tensor:
-        """The value read, as float32 images (n, chi, h, w) with the padding in them; of a matrix product, a row is a
-        position: (1, chi, rows, 1)."""
+        """Return the input as float32 images (n, chi, h, w), padded.
+
+        The rows of a matrix become positions: (1, chi, rows, 1).
+        """
         t = torch.from_numpy(x.astype(np.float32))
         if self.linear:
             return t.reshape(-1, t.shape[-1]).T[None, :, :, None]
@@ -62,11 +76,11 @@ class Layer:
         return F.pad(t, (left, right, top, bottom))
 
     def pads_of(self, sides: Sequence[int]) -> tuple[int, ...]:
-        """Padding of a map with these sides: top, left, bottom, right."""
+        """Return the padding of a map with these sides: top, left, bottom, right."""
         return self._same(sides) if self.pads is None else self.pads
 
     def _same(self, sides: Sequence[int]) -> tuple[int, ...]:
-        """Padding with which the output is input / stride, rounded up."""
+        """Return the padding at which the output's sides are ceil(input / stride)."""
         begins, ends = [], []
         for side, s, d, k in zip(sides, self.stride, self.dilation, self.weight.shape[2:], strict=True):
             total = max(0, (math.ceil(side / s) - 1) * s + d * (k - 1) + 1 - side)
@@ -76,7 +90,7 @@ class Layer:
 
 
 def find_layers(source: Source) -> list[Layer]:
-    """All of them, in the order in which they run. Raises InputError when there are none."""
+    """Return all layers in the order in which they run. Raises InputError when there are none."""
     uses: dict[str, int] = {}
     for node in source.nodes:
         for name in used(node):
@@ -103,7 +117,7 @@ def find_layers(source: Source) -> list[Layer]:
 
 
 def _constants(source: Source, names: list[str]) -> dict[str, Array]:
-    """Float arrays of constant values: stored tensors, or what the file computes from them."""
+    """Return the float arrays of constant values, stored in the file or computed from stored tensors."""
     found = {n: onnx.numpy_helper.to_array(source.initializers[n])
              for n in names if n in source.initializers and source.initializers[n].data_type in FLOATS}  # fmt: skip
     made = [n for n in names if n not in source.initializers]
@@ -116,13 +130,14 @@ def _constants(source: Source, names: list[str]) -> dict[str, Array]:
 
 
 def _integer_made(source: Source, value: str, count: int) -> bool:
-    """Whether a constant weight comes from integers of its size: it is quantized already."""
+    """Return whether a constant weight is computed from integers of its size, so is quantized already."""
     parts = {name for i in source.needed([value]) for name in used(source.nodes[i])} & source.initializers.keys()
     tensors = [source.initializers[name] for name in parts]
     return any(t.data_type not in FLOATS and math.prod(t.dims) >= count / 8 and math.prod(t.dims) > 8 for t in tensors)
 
 
 def _layer(source: Source, index: int, constants: Mapping[str, Array], alone: bool) -> Layer | None:
+    """Return the layer of a node, or None if DSConv cannot hold it."""
     node = source.nodes[index]
     attrs = {a.name: helper.get_attribute_value(a) for a in node.attribute}
     array = constants[node.input[1]]
@@ -162,7 +177,7 @@ def _tensor(array: NDArray[Any]) -> Tensor:
 
 
 def _row(constants: Mapping[str, Array], name: str, count: int) -> Tensor | None:
-    """A bias as (count,); zeros where there is none, None where it is no constant or of another shape."""
+    """Return a bias as (count,): zeros if there is none, None if it is not constant or has another shape."""
     if not name:
         return torch.zeros(count)
     array = constants.get(name)

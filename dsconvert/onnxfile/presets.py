@@ -1,4 +1,4 @@
-"""Families of networks by name: the input that they want, and how their outputs become boxes."""
+"""Presets of families of networks by name: their input, and how their outputs become boxes."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from dsconvert.photos.form import PLAIN, InputForm
 
 FILE = "inputs.yaml"
 WHAT = "file of inputs"
-INPUT_KEY = "dsconvert.input"  # of an ONNX file's metadata
-MOST_TEXT = 1000  # characters there
+INPUT_KEY = "dsconvert.input"  # key in an ONNX file's metadata
+MOST_TEXT = 1000  # characters of its value
 CHANNELS = ("rgb", "bgr")
 
 
 @dataclass(frozen=True)
 class Preset:
-    """What a family's networks have in common."""
+    """What the networks of a family have in common."""
 
-    form: InputForm = PLAIN  # of the input
-    decode: str | None = None  # the rule that makes boxes of outputs, one of RULES; None: their shapes tell
+    form: InputForm = PLAIN  # form of the input
+    decode: str | None = None  # name in RULES of the rule that turns outputs into boxes; None: by the outputs' shapes
 
     def __post_init__(self) -> None:
         if self.decode is not None and self.decode not in RULES:
@@ -36,20 +36,24 @@ class Preset:
 
 @cache
 def presets() -> Mapping[str, Preset]:
-    """Those that come with dsconvert, by name."""
+    """Return the presets that come with dsconvert, by name."""
     text = read_small(resources.files("dsconvert.onnxfile") / FILE, FILE, WHAT)
     return {name: _preset(entry, f"{FILE}, {name}") for name, entry in _entries(text, FILE).items()}
 
 
 def named_preset(given: str) -> Preset:
-    """The preset of a name; of `FILE:NAME` that of a YAML file of the user's, which has the form of `inputs.yaml`; of
-    a file with one entry that one. Raises InputError where there is none, or it says what is no input."""
+    """Return the preset of a name, or of a user's YAML file in the form of `inputs.yaml`.
+
+    given: a name, `FILE:NAME`, or a file with a single entry.
+
+    Raises InputError where there is none, or where the entry is not valid.
+    """
     if given in presets():
         return presets()[given]
     path, name = _file_and_name(given)
     if path is None:
         raise InputError.naming(
-            "{input} {!r} is none of {}, and no YAML file such as my.yaml:name.", given[:80], ", ".join(presets())
+            "{input} {!r} is neither one of {} nor a YAML file such as my.yaml:name.", given[:80], ", ".join(presets())
         )
     try:
         entries = _entries(read_small(path, str(path), WHAT), str(path))
@@ -65,12 +69,12 @@ def named_preset(given: str) -> Preset:
 
 
 def perhaps_named(given: str | None) -> Preset | None:
-    """The same, or None where none is given."""
+    """Return the preset as `named_preset` does, or None if none is given."""
     return None if given is None else named_preset(given)
 
 
 def as_text(preset: Preset) -> str:
-    """What an ONNX file notes of its input under INPUT_KEY, for `of_text`."""
+    """Return a preset as text for an ONNX file's metadata; `of_text` reads it."""
     form = preset.form
     said = {"channels": CHANNELS[form.bgr], "scale": form.scale, "mean": list(form.mean), "std": list(form.std),
             "fit": form.fit, "pad": form.pad, "decode": preset.decode}  # fmt: skip
@@ -78,17 +82,21 @@ def as_text(preset: Preset) -> str:
 
 
 def of_text(text: str, path: Path) -> Preset:
-    """The preset that an ONNX file notes. Raises InputError where it notes something else."""
+    """Return the preset in an ONNX file's metadata. Raises InputError for any other text."""
     try:
         if len(text) > MOST_TEXT:
             raise ValueError
         return _preset(load_plain(text), str(path))
     except Exception:  # PyYAML raises many kinds
-        raise InputError.naming("The metadata of {} says nothing readable of its input; give {input}.", path) from None
+        raise InputError.naming(
+            "The metadata of {} does not describe its input readably; give {input}.", path
+        ) from None
 
 
 def _file_and_name(given: str) -> tuple[Path | None, str | None]:
-    """A YAML file and perhaps the entry in it; None where the text names no such file."""
+    """Split a text into a YAML file and the entry in it, if one is named; return None for text that names no YAML
+    file.
+    """
     before, colon, after = given.rpartition(":")
     if colon and _is_yaml(before):
         return Path(before), after
@@ -105,14 +113,14 @@ def _entries(text: str, source: str) -> dict[str, Any]:
     except Exception:  # PyYAML raises many kinds
         raise InputError(f"{source} is not a readable YAML file.") from None
     if not isinstance(found, dict) or not all(isinstance(key, str) for key in found):
-        raise InputError(f"{source} is no list of inputs such as `mine: {{channels: bgr, scale: 1}}`.")
+        raise InputError(f"{source} is not a list of inputs such as `mine: {{channels: bgr, scale: 1}}`.")
     return found
 
 
 def _preset(entry: Any, where: str) -> Preset:
-    """What an entry of a file says; `where` it stands is for the messages."""
+    """Return the preset that an entry of a file describes. `where` it stands is for messages."""
     if entry is not None and not isinstance(entry, dict):
-        raise InputError(f"{where} is no list of keys such as `channels: bgr`.")
+        raise InputError(f"{where} is not a list of keys such as `channels: bgr`.")
     said: dict[str, Any] = {}
     for key, value in (entry or {}).items():
         reader = _READERS.get(key) if isinstance(key, str) else None
@@ -121,7 +129,7 @@ def _preset(entry: Any, where: str) -> Preset:
         try:
             said |= reader(value)
         except (ValueError, TypeError, OverflowError):
-            raise InputError(f"{where} sets {key} to {shown(value)}, which it cannot be.") from None
+            raise InputError(f"{where} sets {key} to {shown(value)}, which is not valid for it.") from None
     try:
         return Preset(decode=said.pop("decode", None), form=InputForm(**said))
     except InputError as error:
@@ -144,7 +152,7 @@ def _word(value: Any) -> str:
     return value
 
 
-# What a key's text becomes. A text is all that `load_plain` makes of a number.
+# key -> how its value is read; `load_plain` leaves numbers as text
 _READERS: dict[str, Callable[[Any], dict[str, Any]]] = {
     "channels": lambda value: {"bgr": _is_bgr(value)},
     "scale": lambda value: {"scale": int(value)},

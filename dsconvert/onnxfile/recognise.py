@@ -1,7 +1,7 @@
-"""Operations of an ONNX graph recognised by what they do to numbers, not by how an exporter spells them.
+"""Recognise the operations of an ONNX graph by what they do to numbers, whatever way an exporter writes them.
 
-An activation is a chain of elementwise operators with one source: the chain is computed at many points, and held
-against the activations known. What only moves numbers is computed on numbers that say where they are from.
+An activation is a chain of elementwise operators with one source. The chain is computed at many points, and the result
+is compared with all known activations. Nodes that only move numbers are run on numbers that tell where they come from.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ import torch
 from dsconvert.graph.activations import ACTIVATIONS
 from dsconvert.onnxfile.source import Array
 
-# Operators that make every number from the one in its place.
+# operators that compute each number from the number in the same place
 ELEMENTWISE = frozenset(
     ("Add", "Sub", "Mul", "Div", "Neg", "Abs", "Min", "Max", "Clip", "Relu", "LeakyRelu", "PRelu", "Elu", "Sigmoid",
      "HardSigmoid", "HardSwish", "Tanh", "Erf", "Exp", "Log", "Pow", "Sqrt", "Softplus", "Swish", "Mish", "Gelu",
      "QuickGelu", "Identity", "Where", "Reciprocal", "Selu", "Celu", "ThresholdedRelu")
 )  # fmt: skip
-# Operators that move numbers or repeat them, and change none.
+# operators that move or repeat numbers, and change none
 MOVING = frozenset(
     ("Reshape", "Transpose", "Slice", "Split", "Gather", "Squeeze", "Unsqueeze", "Flatten", "DepthToSpace",
      "SpaceToDepth", "Concat", "Identity", "Resize", "Upsample", "Dropout",
@@ -29,13 +29,17 @@ MOVING = frozenset(
 POINTS = np.concatenate([np.linspace(-8, 8, 1601), [-60.0, -30.0, -12.0, 12.0, 30.0, 60.0]]).astype(np.float32)
 CLOSE = 2e-5  # of the largest number: two float32 implementations of one function
 MOST_TOP = 100
-EXACT = 1 << 24  # every integer below is a float32
+EXACT = 1 << 24  # float32 holds every integer below this exactly
 
 
 @dataclass(frozen=True)
 class Moved:
-    """What moving did to a map (c, h, w): its channels of these numbers, each pixel so many times along both sides, or
-    every second pixel of each of four phases."""
+    """What moving did to a map (c, h, w).
+
+    kind: "select" keeps the pixels; "upsample" repeats each pixel `scale` times along both sides; "space_to_depth"
+        moves the four pixels of each 2 x 2 square into channels.
+    channels: the chosen channels, in order.
+    """
 
     kind: str  # "select", "upsample" or "space_to_depth"
     channels: tuple[int, ...]
@@ -43,13 +47,15 @@ class Moved:
 
 
 def points() -> Array:
-    """Where activations are looked at: (1, 1, 1, k)."""
+    """Return the points (1, 1, 1, k) at which activations are compared."""
     return POINTS.reshape(1, 1, 1, -1)
 
 
 def activation_named(values: Array) -> tuple[str, int] | None:
-    """The activation with these values at `points`: its kind and 0; or "ReLU" and its top, 0 for none; or "same" for
-    values that were not changed. None for any other."""
+    """Return the activation that has these values at `points`, or None.
+
+    The result is its kind and 0; or "ReLU" and its upper limit (0: none); or "same" and 0 for unchanged values.
+    """
     x, y = POINTS, values.reshape(-1).astype(np.float32)
     if y.shape != x.shape or not np.isfinite(y).all():
         return None
@@ -70,15 +76,17 @@ def _close(found: Array, wanted: Array) -> bool:
 
 
 def places(shape: tuple[int, ...]) -> Array | None:
-    """An array of that shape whose numbers say where they are; None where float32 cannot count so far."""
+    """Return an array of that shape in which each number is its own index; None if float32 cannot hold all indices."""
     count = int(np.prod(shape))
     return np.arange(count, dtype=np.float32).reshape(shape) if count < EXACT else None
 
 
 def moved(found: Array, shape: tuple[int, ...]) -> Moved | None:
-    """What was done to a map (n, c, h, w) of that shape, by what became of its `places`; None for anything else.
+    """Return what was done to a map (n, c, h, w) of that shape, found from what became of its `places`; None if
+    unknown.
 
-    Of an output with two dimensions (n, c) the map has one pixel."""
+    An output of two dimensions (n, c) counts as a map of one pixel.
+    """
     if found.ndim == 2:
         found = found[:, :, None, None]
     if found.ndim != 4 or found.size == 0:

@@ -1,7 +1,8 @@
-"""How the networks of a family say their boxes: one function a rule, from the outputs for one image to rows of boxes.
+"""Decode the boxes of families of networks: one function for each rule, from the outputs for one image to rows.
 
-A row is x, y (its centre), w, h in pixels of the input, objectness, and the score of each class. Families without
-objectness have 1 there. Grids run over rows of an image, then columns; x is that of its cell, from 0."""
+A row is x, y (the centre), w, h in pixels of the input, objectness, and the score of each class. Families without
+objectness have 1 there. Cells are ordered by row, then by column, and a cell's x and y count from 0.
+"""
 
 from __future__ import annotations
 
@@ -13,37 +14,39 @@ from numpy.typing import NDArray
 from dsconvert.base.size import Size
 
 Array = NDArray[np.float32]
-# Outputs with a batch of one, or without, and the size of the input -> (boxes, 5 + classes)
+# (outputs with a batch of one or without a batch, size of the input) -> (boxes, 5 + classes)
 Rule = Callable[[Sequence[Array], Size], Array]
 
 STRIDES = (8, 16, 32, 64, 128)
-BINS = 16  # of each side's distance in YOLOv8's heads
-MOST_EXPONENT = 20.0  # of a side: e^20 cells are larger than any image
-# YOLOv5's own, width and height by stride
+BINS = 16  # bins of the distance to each side in YOLOv8's heads
+MOST_EXPONENT = 20.0  # largest exponent of a side: e^20 cells are larger than any image
+# YOLOv5's anchors, (width, height), for strides 8, 16 and 32
 ANCHORS = (
     ((10, 13), (16, 30), (33, 23)), ((30, 61), (62, 45), (59, 119)), ((116, 90), (156, 198), (373, 326)),
 )  # fmt: skip
 
 
 class Unfit(ValueError):
-    """Outputs that a rule has no use for; the message says what it expects."""
+    """Outputs that a rule cannot decode; the message says what it expects."""
 
 
 def grid(size: Size, stride: int) -> tuple[int, int]:
-    """Rows and columns of cells."""
+    """Return the rows and columns of cells."""
     return -(-size.height // stride), -(-size.width // stride)
 
 
 def cells(size: Size, stride: int) -> Array:
-    """Column and row of every cell (n, 2)."""
+    """Return the column and row of every cell, (n, 2)."""
     down, across = grid(size, stride)
     y, x = np.mgrid[:down, :across]
     return np.stack((x, y), -1).reshape(-1, 2).astype(np.float32)
 
 
 def yolox(outputs: Sequence[Array], size: Size) -> Array:
-    """YOLOX: one output of rows, whose centres are in cells from their own, and sides are logarithms of cells. A file
-    that was exported with its decoding has pixels there already."""
+    """Decode YOLOX: one output of rows, with centres in cells relative to their own, and logarithms of sides in cells.
+
+    A file that was exported with its decoding has pixels there already.
+    """
     rows = _rows(outputs[0])
     strides = pyramid(len(rows), size, 1)
     if rows.shape[1] < 6 or strides is None:
@@ -58,8 +61,11 @@ def yolox(outputs: Sequence[Array], size: Size) -> Array:
 
 
 def distances(outputs: Sequence[Array], size: Size) -> Array:
-    """NanoDet and PicoDet: for every stride a map of class scores (cells, classes) and a map of distances to the four
-    sides (cells, 4 bins), in whatever order; the expected bin is the distance in strides."""
+    """Decode NanoDet and PicoDet.
+
+    For every stride there is a map of class scores (cells, classes) and a map (cells, 4 bins) of distances to the four
+    sides, in any order. A distance is its expected bin, in strides.
+    """
     expects = "a map of scores and a map of distances to the four sides for every stride"
     if len(outputs) % 2:
         raise Unfit(expects)
@@ -81,7 +87,10 @@ def distances(outputs: Sequence[Array], size: Size) -> Array:
 
 
 def fastestdet(outputs: Sequence[Array], size: Size) -> Array:
-    """FastestDet: one map of objectness, centre, sides and classes. Its score is objectness^0.6 class^0.4."""
+    """Decode FastestDet: one map of objectness, centre, sides and classes.
+
+    Its score is objectness^0.6 * class^0.4.
+    """
     found = outputs[0][0] if outputs[0].ndim == 4 else outputs[0]
     if found.ndim != 3 or len(found) < 6:
         raise Unfit("one map (1, 5 + classes, rows, columns)")
@@ -96,8 +105,10 @@ def fastestdet(outputs: Sequence[Array], size: Size) -> Array:
 
 
 def v5lite(outputs: Sequence[Array], size: Size) -> Array:
-    """YOLOv5-Lite, whose file ends with the sigmoid: by stride, then anchor, then cell; YOLOv5's boxes and anchors. A
-    file that was exported with its decoding has pixels there already."""
+    """Decode YOLOv5-Lite, whose file ends with the sigmoid, with YOLOv5's boxes and anchors.
+
+    Rows are ordered by stride, anchor and cell. A file that was exported with its decoding has pixels there already.
+    """
     rows, strides = _rows(outputs[0]), (8, 16, 32)
     counts = [len(cells(size, s)) for s in strides]
     if rows.shape[1] < 6 or len(rows) != 3 * sum(counts):
@@ -115,12 +126,12 @@ def v5lite(outputs: Sequence[Array], size: Size) -> Array:
 
 
 def dfl(outputs: Sequence[Array], size: Size) -> Array:
-    """YOLOv8's heads as they are: for every stride a map of 4 sides by 16 bins, and a logit of each class."""
+    """Decode YOLOv8's heads: for every stride a map of 4 sides by 16 bins, and a logit for each class."""
     return _heads(outputs, size, None)
 
 
 def faces(outputs: Sequence[Array], size: Size) -> Array:
-    """The same for faces: one class, and numbers of key points behind it, which are left out."""
+    """Decode YOLOv8's heads for faces: one class, followed by key points, which are left out."""
     return _heads(outputs, size, 1)
 
 
@@ -143,26 +154,26 @@ def _heads(outputs: Sequence[Array], size: Size, nc: int | None) -> Array:
 
 
 def expected(logits: Array) -> Array:
-    """The mean bin by the softmax of the last dimension, whose bins are 0, 1, ..."""
+    """Return the expected bin 0, 1, ... under the softmax over the last dimension."""
     powers = np.exp(logits - logits.max(-1, keepdims=True))
     mean: Array = (powers @ np.arange(logits.shape[-1], dtype=np.float32)) / powers.sum(-1)
     return mean
 
 
 def sigmoid(values: Array) -> Array:
-    """1 / (1 + e^-x)."""
+    """Return 1 / (1 + e^-x)."""
     made: Array = 1 / (1 + np.exp(-values.clip(-80, 80)))
     return made
 
 
 def _from_sides(sides: Array, places: Array, stride: int) -> Array:
-    """Distances (n, 4) to left, top, right and bottom in strides, from the middle of cells -> x, y, w, h."""
+    """Turn distances (n, 4) from the middle of cells to left, top, right and bottom, in strides, into x, y, w, h."""
     low, high = places + 0.5 - sides[:, :2], places + 0.5 + sides[:, 2:]
     return np.concatenate(((low + high) / 2, high - low), 1) * np.float32(stride)
 
 
 def without_objectness(boxes: Array, classes: Array) -> Array:
-    """Rows of boxes (n, 4) and scores (n, classes)."""
+    """Return rows with an objectness of 1, from boxes (n, 4) and scores (n, classes)."""
     return np.concatenate((boxes, np.ones((len(boxes), 1), np.float32), classes), 1).astype(np.float32, copy=False)
 
 
@@ -171,7 +182,7 @@ def _are_scores(values: Array) -> bool:
 
 
 def _rows(output: Array) -> Array:
-    """An output (1, n, m) or (n, m) -> (n, m)."""
+    """Reshape an output (1, n, m) or (n, m) to (n, m)."""
     rows = output[0] if output.ndim == 3 and len(output) == 1 else output
     if rows.ndim != 2 or not rows.size:
         raise Unfit("outputs of rows")
@@ -179,7 +190,7 @@ def _rows(output: Array) -> Array:
 
 
 def pyramid(count: int, size: Size, boxes: int) -> tuple[int, ...] | None:
-    """The strides whose cells, with so many boxes each, are so many; None where there are none."""
+    """Return the strides whose cells, with so many boxes each, give `count` rows; None if there are none."""
     for strides in PYRAMIDS:
         if boxes * sum(int(np.prod(grid(size, s))) for s in strides) == count:
             return strides
@@ -187,8 +198,7 @@ def pyramid(count: int, size: Size, boxes: int) -> tuple[int, ...] | None:
 
 
 def has_cells(count: int, size: Size) -> bool:
-    """Whether so many rows are the boxes of cells, as detectors have them, one to three in each; else they were chosen
-    out of these."""
+    """Return whether `count` rows can be one to three boxes of every cell; otherwise the file has chosen among them."""
     if any(pyramid(count, size, boxes) for boxes in (1, 2, 3)):
         return True
     return size.height == size.width and any(int(np.prod(grid(size, s))) == count for s in STRIDES[:3])

@@ -1,5 +1,8 @@
-"""Whether a float file sees anything in the calibration images: an input on the wrong scale gives no error, only worse
-weights. What tells is that nothing is found, that everything is, or that all images give the same."""
+"""Warn if a float file sees nothing in the calibration images.
+
+An input on the wrong scale gives no error, only worse weights. It shows in that nothing is found, everything is found,
+or all images give the same outputs.
+"""
 
 from __future__ import annotations
 
@@ -20,20 +23,24 @@ from dsconvert.photos.form import PLAIN, InputForm
 from dsconvert.photos.images import Image
 
 MOST_IMAGES = 8
-CONFIDENT = 0.25  # the least score that YOLOv5's detect.py shows
-SATURATED = 0.999  # a best score that every image reaches
-CONSTANT = 0.005  # of the spread of an output: six real detectors have 0.08 and more on their scale
+CONFIDENT = 0.25  # least score that YOLOv5's detect.py shows
+SATURATED = 0.999  # the best score of every image reaches this when scores are saturated
+CONSTANT = 0.005  # of an output's spread; six real detectors have 0.08 and more with the right scale
 RAW = InputForm(scale=1)
 IMAGENET = presets()["imagenet"].form
-# what can be given in the place of a scale, and how it reads
+# other inputs to try, and their names in the warning
 _OTHERS = ((PLAIN, "as 0..1"), (RAW, "as 0..255"), (IMAGENET, "with ImageNet's mean and deviation"))
 
 
 @dataclass(frozen=True)
 class Response:
-    """What a file makes of some images. best and least: the largest and smallest of the images' best scores (None: no
-    output looks like scores); variation: where there are no scores, how much outputs differ between images, as a share
-    of their spread (None: too few images, or no output to compare); finite: no NaN and no infinite numbers."""
+    """What a file gives for some images.
+
+    best, least: the largest and the smallest of the images' best scores; None if no output looks like scores.
+    variation: without scores, how much outputs differ between images, as a share of their spread; None if there are too
+        few images or no output to compare.
+    finite: whether there is no NaN and no infinite number.
+    """
 
     best: float | None
     least: float | None
@@ -42,9 +49,9 @@ class Response:
 
     @property
     def fault(self) -> str | None:
-        """What is wrong with it, None where nothing is."""
+        """What is wrong with the response, or None."""
         if not self.finite:
-            return "gives numbers that are infinite or none"
+            return "gives NaN or infinite numbers"
         if self.best is not None and self.best < CONFIDENT:
             return f"finds nothing above {CONFIDENT} (the best score is {self.best:.2f})"
         if self.least is not None and self.least >= SATURATED:
@@ -58,10 +65,14 @@ def warning(
     run: Callable[[Array], list[Any]], images: Sequence[Image], wanted: ImageInput, form: InputForm,
     decode: str | None = None,
 ) -> str | None:  # fmt: skip
-    """A sentence where the file's outputs look empty, saturated or constant, with another scale on which they do not.
+    """Return a warning if the file's outputs look empty, saturated or constant, with a scale on which they do not.
 
-    `run` gives the outputs for a batch; it may raise anything. The images are placed as the form says. `decode` is the
-    rule that makes boxes of the outputs (None: what they are is seen by their numbers)."""
+    run: returns the outputs for a batch; it may raise anything.
+    images: placed as the form says.
+    wanted: the file's input.
+    form: how images become numbers.
+    decode: rule that turns the outputs into boxes; None: scores are recognised by their values.
+    """
     some = images[:: max(1, len(images) // MOST_IMAGES)][:MOST_IMAGES]
     given = _response(run, some, wanted, form, decode)
     if given is None or given.fault is None:
@@ -75,12 +86,14 @@ def warning(
             shows = f"its best score is {found.best:.2f}" if found.best is not None else "they differ"
             return Sentence(f"{begun}; fed {how}, {shows}: {_way(form, other)}, if the network was trained so.")
     scale = "" if wanted.type is np.uint8 else f", and that {_shown(form)} is its input ({{input}} names others)"
-    return Sentence(f"{begun}; check that the images are like those it was trained on{scale}.")
+    return Sentence(f"{begun}; check that the images look like its training images{scale}.")
 
 
 def _family(run: Callable[[Array], list[Any]], image: Image, wanted: ImageInput, form: InputForm) -> str | None:
-    """A sentence where the outputs are those of a family that wants another input than YOLOv5's, which is given: scores
-    alone do not tell, as they only fall."""
+    """Return a warning if the outputs belong to a family with another input than YOLOv5's, which is being used.
+
+    Scores alone do not show it, as the wrong input only lowers them.
+    """
     if form != PLAIN:
         return None
     try:
@@ -88,18 +101,18 @@ def _family(run: Callable[[Array], list[Any]], image: Image, wanted: ImageInput,
             np.asarray(o)[:1] if wanted.batch > 1 else o for o in run(as_input([image] * wanted.batch, wanted, form))
         ]
         names = families_like(outputs, Size(wanted.height, wanted.width))
-    except Exception:  # as `_response`
+    except Exception:  # see `_response`
         return None
     if not names or any(presets()[name].form == PLAIN for name in names):
         return None
     ways = " or ".join(f"{{input}} {name}" for name in names)
     return Sentence(
-        f"Its outputs are like those of a family whose input is another than YOLOv5's: give {ways}, if it is one."
+        f"Its outputs look like another family's, which needs another input than YOLOv5's; give {ways} if it is one."
     )
 
 
 def _way(given: InputForm, other: InputForm) -> str:
-    """Options that lead from one form to another, and a name that leads there too."""
+    """Return the options that lead from one form to another, and a preset that leads there too."""
     parts = [f"{{scale}} {other.scale}"] if other.scale != given.scale else []
     if other.is_normalised or given.is_normalised:
         mean, std = (",".join(f"{v:g}" for v in values) for values in (other.mean, other.std))
@@ -115,7 +128,7 @@ def _shown(form: InputForm) -> str:
 
 
 def _alike(a: InputForm, b: InputForm) -> bool:
-    """The same numbers but for a rounding in what was typed."""
+    """Return whether two forms give the same numbers, up to rounding of typed values."""
     return (
         (a.scale, a.bgr, len(a.mean), len(a.std)) == (b.scale, b.bgr, len(b.mean), len(b.std))
         and np.allclose(a.mean, b.mean, atol=1e-6) and np.allclose(a.std, b.std, rtol=1e-3)
@@ -123,7 +136,7 @@ def _alike(a: InputForm, b: InputForm) -> bool:
 
 
 def _better(found: Response, given: Response) -> bool:
-    """Whether another scale, on which nothing is at fault, shows clearly more."""
+    """Return whether another scale, on which nothing is wrong, gives clearly more."""
     if found.best is not None and given.best is not None:
         return found.best > 2 * given.best or given.best >= CONFIDENT
     if found.variation is not None and given.variation is not None:
@@ -139,13 +152,13 @@ def _response(
         made = [run(as_input([image] * wanted.batch, wanted, form)) for image in images]
         if decode is not None and (found := _of_boxes(made, wanted, decode)) is not None:
             return found
-    except Exception:  # a file that cannot run is refused elsewhere, and a scale that does not fit it is no advice
+    except Exception:  # a file that cannot run is refused elsewhere, and a scale that it cannot take is no advice
         return None
     return response(made, len({image.tobytes() for image in images}) == len(images) > 1)
 
 
 def _of_boxes(made: Sequence[Sequence[Array]], wanted: ImageInput, decode: str) -> Response | None:
-    """From the boxes that a rule makes of every image's outputs; None where it does not fit them."""
+    """Return the response from the boxes that a rule finds; None if the rule does not fit."""
     if not all(np.isfinite(o).all() for outputs in made for o in outputs):
         return None
     single = [[o[:1] if wanted.batch > 1 else o for o in outputs] for outputs in made]
@@ -158,7 +171,10 @@ def _of_boxes(made: Sequence[Sequence[Array]], wanted: ImageInput, decode: str) 
 
 
 def response(made: Sequence[Sequence[Any]], distinct: bool) -> Response:
-    """From every image's outputs; `distinct`: the images are several, and none is another's copy."""
+    """Return the response from every image's outputs.
+
+    distinct: whether there are several images, all different.
+    """
     scores: list[Array] = []
     variations: list[float] = []
     finite = True
@@ -181,9 +197,12 @@ def response(made: Sequence[Sequence[Any]], distinct: bool) -> Response:
 
 
 def _scores(values: Array) -> Array | None:
-    """The best score of every image (first dimension), where an output looks like boxes with scores, or class scores of
-    many places: YOLOv5's rows (x, y, w, h, objectness, classes), YOLOv8's columns, rows of an end-to-end file (corners,
-    score, class), FastestDet's map (objectness, box, classes), or maps between 0 and 1."""
+    """Return the best score of every image (first dimension), if an output looks like boxes with scores or like class
+    scores.
+
+    Recognised are YOLOv5's rows, YOLOv8's columns, rows of corners, score and class, FastestDet's map, and maps of
+    values in 0..1.
+    """
     if values.size == 0 or values.ndim < 3:
         return None
     rows = values.reshape(len(values), -1, values.shape[-1])
@@ -206,7 +225,7 @@ def _scores(values: Array) -> Array | None:
 
 
 def _are_classes(values: Array) -> bool:
-    """Whether all are whole numbers, and some of them more than 1."""
+    """Return whether all values are whole numbers, some of them above 1."""
     return bool((values == np.rint(values)).all() and values.min() >= 0 and values.max() > 1)
 
 

@@ -1,7 +1,7 @@
 """A float ONNX file of any origin as a value: its one image input, and which values depend on it.
 
-A stranger's file may say anything: it is loaded in ONNX Runtime first, and everything here is iterative, so that
-neither circles nor depth do harm.
+A stranger's file may hold anything. It is loaded in ONNX Runtime first, and everything here is iterative, so neither
+circles nor depth do harm.
 """
 
 from __future__ import annotations
@@ -28,7 +28,12 @@ MAX_BATCH = 64
 
 @dataclass(frozen=True)
 class ImageInput:
-    """What the file takes: `batch` images of `channels` (1 or 3) by height by width of a type, some channels last."""
+    """The image input of a file.
+
+    batch: images at once.
+    channels: 1 or 3.
+    channels_last: whether the input is (batch, height, width, channels).
+    """
 
     name: str
     type: type[Any]
@@ -53,7 +58,7 @@ class Source:
 
     @cached_property
     def nodes(self) -> list[onnx.NodeProto]:
-        """In the order in which they run."""
+        """The nodes in the order in which they run."""
         return list(self.model.graph.node)
 
     @property
@@ -68,12 +73,12 @@ class Source:
 
     @cached_property
     def makers(self) -> dict[str, int]:
-        """Index of the node that makes a value."""
+        """Value name -> index of the node that makes it."""
         return {out: i for i, node in enumerate(self.model.graph.node) for out in node.output if out}
 
     @cached_property
     def free_prefix(self) -> str:
-        """A beginning that no name in the file has."""
+        """A prefix that no name in the file begins with."""
         names = {*self.initializers, *self.makers, self.image.name}
         names |= {out for node in self.nodes for out in made_within(node)}
         prefix = "ds."
@@ -83,7 +88,7 @@ class Source:
 
     @cached_property
     def constant(self) -> frozenset[int]:
-        """Nodes that do not depend on the image."""
+        """Indices of nodes that do not depend on the image."""
         moving, found = {self.image.name}, set()
         for i, node in enumerate(self.model.graph.node):
             if moving.isdisjoint(used(node)):
@@ -93,11 +98,11 @@ class Source:
         return frozenset(found)
 
     def is_constant(self, value: str) -> bool:
-        """Whether the value is the same for every image."""
+        """Return whether a value is the same for every image."""
         return value in self.initializers or self.makers.get(value, -1) in self.constant
 
     def needed(self, targets: Iterable[str], known: Iterable[str] = ()) -> list[int]:
-        """Nodes that make the targets from the known values, in order."""
+        """Return the indices of the nodes that make the targets from the known values, in order."""
         seen, found, left = set(known), set(), list(targets)
         while left:
             value = left.pop()
@@ -114,8 +119,11 @@ class Source:
         self, nodes: Iterable[onnx.NodeProto], outputs: Iterable[str], given: Mapping[str, Array],
         extra: Mapping[str, onnx.TensorProto] | None = None,
     ) -> onnx.ModelProto:  # fmt: skip
-        """A model of some of the nodes, fed with `given` (arrays like those that it will get); stored tensors come from
-        the file, or from `extra`."""
+        """Return a model of some of the nodes.
+
+        given: its inputs, as arrays of the type that they will have.
+        extra: stored tensors that replace or add to the file's.
+        """
         chosen, stored = list(nodes), {**self.initializers, **(extra or {})}
         names = dict.fromkeys(name for node in chosen for name in used(node))
         graph = onnx.helper.make_graph(
@@ -133,7 +141,7 @@ class Source:
 
 
 def used(node: onnx.NodeProto) -> Iterator[str]:
-    """Names of the values a node reads, within its own graphs (of If and Loop) too."""
+    """Yield the names of values that a node reads, with those inside its own graphs (of If and Loop)."""
     for inner in _within(node):
         yield from (name for name in inner.input if name)
         for a in inner.attribute:
@@ -142,12 +150,12 @@ def used(node: onnx.NodeProto) -> Iterator[str]:
 
 
 def made_within(node: onnx.NodeProto) -> Iterator[str]:
-    """Names of the values that it makes, and that its own graphs make."""
+    """Yield the names of values that a node makes, with those inside its own graphs."""
     return (out for inner in _within(node) for out in inner.output if out)
 
 
 def _within(node: onnx.NodeProto) -> Iterator[onnx.NodeProto]:
-    """The node and those of its own graphs, however deep."""
+    """Yield the node and the nodes of its own graphs, at any depth."""
     left = [node]
     while left:
         inner = left.pop()
@@ -158,12 +166,12 @@ def _within(node: onnx.NodeProto) -> Iterator[onnx.NodeProto]:
 
 
 def attribute(node: onnx.NodeProto, name: str, usual: Any = None) -> Any:
-    """An attribute's value; `usual` where the node has none of that name."""
+    """Return an attribute's value, or `usual` if the node has no such attribute."""
     return next((onnx.helper.get_attribute_value(a) for a in node.attribute if a.name == name), usual)
 
 
 def giving(model: onnx.ModelProto, values: Iterable[str]) -> onnx.ModelProto:
-    """A copy that has these values as outputs too, behind its own, each once."""
+    """Return a copy of a model with these values as additional outputs."""
     made = onnx.ModelProto()
     made.CopyFrom(model)
     there = {v.name for v in model.graph.output}
@@ -172,24 +180,28 @@ def giving(model: onnx.ModelProto, values: Iterable[str]) -> onnx.ModelProto:
 
 
 def opset_of(model: onnx.ModelProto) -> int:
-    """Version of ONNX's own operators."""
+    """Return the version of ONNX's own operators."""
     return max((o.version for o in model.opset_import if o.domain in ("", "ai.onnx")), default=1)
 
 
 def read_source(path: Path, imgsz: SizeLike | None, threads: int) -> Source:
-    """The file at `path`, for images of `imgsz` pixels where it leaves that open (None: 640).
+    """Read the file at `path`.
 
-    Raises InputError when ONNX Runtime cannot load it, or it takes anything but one image."""
+    imgsz: side of the images, where the file leaves it open; None: 640.
+    threads: of ONNX Runtime.
+
+    Raises InputError when ONNX Runtime cannot load it, or it takes anything but one image.
+    """
     asked = Size.perhaps(imgsz)
     check_ordinary(path)
     if not path.is_file():
         raise InputError(f"There is no ONNX file at {path}.")
     given = parsed(path)
     large = InputError(f"{path} is larger than the 2 GB an ONNX model can have in memory.")
-    if given.model.ByteSize() + given.outside > MAX_BYTES:  # tensors may all say that they are the same gigabyte
+    if given.model.ByteSize() + given.outside > MAX_BYTES:  # all tensors may claim the same gigabyte of a file
         raise large
     try_out(path, "onnxruntime", threads, asked, given.size)
-    with refusing(f"{path} is not an ONNX file ONNX Runtime can run."):
+    with refusing(f"{path} is not an ONNX file that ONNX Runtime can run."):
         model = onnx.load(path, format="protobuf")
         whole = None if model.ByteSize() > MAX_BYTES else model.SerializeToString()
         running = None if whole is None else session(whole, threads, str(path), max(given.size, len(whole)))
@@ -208,7 +220,7 @@ def read_source(path: Path, imgsz: SizeLike | None, threads: int) -> Source:
         if not seen.isdisjoint(made) or len({*made}) < len(made):
             raise InputError(f"{path} makes two values of one name, which ONNX does not allow.")
         seen.update(made)
-    model.ir_version = max(model.ir_version, 4)  # from then on, stored tensors need not be inputs
+    model.ir_version = max(model.ir_version, 4)  # from version 4 on, stored tensors need not be inputs
     stored = {t.name for t in model.graph.initializer}
     inputs = [v for v in model.graph.input if v.name not in stored]
     del model.graph.input[:]

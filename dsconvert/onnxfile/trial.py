@@ -1,8 +1,9 @@
-"""A stranger's ONNX file, loaded and run once in a process of its own: an engine that crashes on it takes that process
-away, and not this one.
+"""Load and run a stranger's ONNX file once in a process of its own, so that a crash of the engine ends only that
+process.
 
-The process is `python -m dsconvert.onnxfile.trial`; it imports no torch, and takes about half a second. What it finds
-wrong without dying is not said here: the file is loaded again by whoever asked, and refused in their words."""
+The process is `python -m dsconvert.onnxfile.trial`. It imports no torch and takes about half a second. It reports only
+crashes and exceeded bounds. Any other fault appears when the caller loads the file again and refuses it.
+"""
 
 from __future__ import annotations
 
@@ -22,15 +23,19 @@ from dsconvert.onnxfile import bounds
 from dsconvert.onnxfile.bounds import Beyond, Bounds, are_enforced, enforced
 from dsconvert.onnxfile.engines import TYPES, as_input, check_pixels, load_file, open_model
 
-REFUSED = 3  # exit code of the process where the file goes beyond its bounds
-GRACE = 60.0  # seconds beyond the bound for the process to begin and to end
+REFUSED = 3  # the process's exit code for a file beyond its bounds
+GRACE = 60.0  # seconds beyond the bound for the process's start and end
 _TRIED: set[tuple[object, ...]] = set()
 
 
 def try_out(path: Path, engine: str, threads: int, imgsz: Size | None, size: int) -> None:
-    """Load and run the file, of `size` bytes with its external data; once for each content and use. Raises InputError
-    where the engine crashes, or the file goes beyond its bounds. Only where bounds are enforced: a program that uses
-    dsconvert may start no processes."""
+    """Load and run the file once in a process of its own; files that were tried before are skipped.
+
+    size: bytes of the file with its external data.
+
+    Raises InputError where the engine crashes, or the file goes beyond its bounds. Nothing is done unless bounds are
+    enforced: a program that uses dsconvert may not be allowed to start processes.
+    """
     if not are_enforced():
         return
     status = path.stat()
@@ -51,7 +56,7 @@ def try_out(path: Path, engine: str, threads: int, imgsz: Size | None, size: int
     try:
         done = subprocess.run(line, env=children.environment(), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
                               stderr=subprocess.PIPE, timeout=most)  # fmt: skip
-    except subprocess.TimeoutExpired:  # an engine that lets no other thread run
+    except subprocess.TimeoutExpired:  # the engine blocks all threads, so the bound inside the process had no effect
         raise InputError(
             f"{path} takes over {most:.0f} s to load and run once, more than a network of its size should, so it was "
             "stopped."
@@ -60,8 +65,8 @@ def try_out(path: Path, engine: str, threads: int, imgsz: Size | None, size: int
         raise InputError(done.stderr.decode(errors="replace").strip())
     if done.returncode == -signal.SIGINT:
         raise KeyboardInterrupt
-    if done.returncode < 0 or done.returncode > 255:  # by a signal, or as Windows says it
-        raise InputError(f"{path} makes {_NAMES[engine]} crash, so it was not loaded; make the file anew.")
+    if done.returncode < 0 or done.returncode > 255:  # ended by a signal, or by Windows' equivalent
+        raise InputError(f"{path} makes {_NAMES[engine]} crash, so it was not loaded; export it again.")
     _TRIED.add(key)
 
 
@@ -88,7 +93,7 @@ def _here(path: Path, engine: str, threads: int, imgsz: Size | None, size: int) 
 
 
 def _main(path: str, engine: str, threads: str, imgsz: str, size: str, seconds: str) -> int:
-    if bounds.resource is not None:  # what dies here was expected, and need not be kept
+    if bounds.resource is not None:  # a crash here is expected and needs no core file
         bounds.resource.setrlimit(bounds.resource.RLIMIT_CORE, (0, 0))
     bounds.BASE_SECONDS = float(seconds)
     with enforced(), suppress(Exception):
@@ -102,4 +107,4 @@ def _main(path: str, engine: str, threads: str, imgsz: str, size: str, seconds: 
 
 
 if __name__ == "__main__":
-    os._exit(_main(*sys.argv[1:]))  # what took too long may run still
+    os._exit(_main(*sys.argv[1:]))  # a call that took too long may still be running

@@ -1,8 +1,9 @@
-"""How many parts an ONNX file has, counted in its bytes before any of them is made: a part of two bytes becomes an
-object of some hundred, and a node that ONNX Runtime loads one of a kilobyte.
+"""Count the parts of an ONNX file in its bytes, before any of them becomes an object.
 
-The bytes are a protobuf: fields, each with its number and kind, of which some are messages, made of fields again.
-Numbers of fields are those of `onnx.proto`. What is no message there counts as one part, however long it is.
+A part of two bytes becomes an object of some hundred bytes, and a node that ONNX Runtime loads one of a kilobyte.
+
+The bytes are a protobuf: fields, each with a number and a kind. Some fields are messages, which consist of fields
+again. The numbers are those of `onnx.proto`. Any other field counts as one part, however long it is.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from pathlib import Path
 MOST_PARTS, MOST_NODES, MOST_DEPTH = 1_000_000, 100_000, 100
 VARINT, EIGHT, LONG, FOUR = 0, 1, 2, 5  # kinds of fields
 
-# of each message, the fields that are messages, and their kind
+# message -> its fields that are messages, by number, with their kind
 _MESSAGES: dict[str, dict[int, str]] = {
     "model": {7: "graph", 20: "training", 25: "function"},
     "training": {1: "graph", 2: "graph"},
@@ -33,15 +34,15 @@ _MESSAGES: dict[str, dict[int, str]] = {
 
 
 class Malformed(ValueError):
-    """No protobuf, or one cut short."""
+    """The bytes are not a protobuf, or are cut short."""
 
 
 class TooMany(ValueError):
-    """A protobuf with more parts than any network; the message is the rest of a sentence that begins with its name."""
+    """A protobuf has more parts than any network; the message continues a sentence that begins with the file's name."""
 
 
 def check_parts(path: Path) -> None:
-    """Raises Malformed or TooMany, and OSError."""
+    """Raise TooMany for a file with too many parts, Malformed for other bytes, and OSError if it cannot be read."""
     with path.open("rb") as stream:
         try:
             data = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
@@ -57,7 +58,7 @@ def _count(data: mmap.mmap) -> None:
     while waiting:
         kind, at, end, depth = waiting.pop()
         if depth > MOST_DEPTH:
-            raise TooMany("has graphs within graphs, deeper than those of any network")
+            raise TooMany("has graphs within graphs, deeper than in any network")
         messages, is_graph = _MESSAGES[kind], kind in ("graph", "function")
         while at < end:
             tag, at = _varint(data, at, end)
@@ -86,7 +87,7 @@ def _count(data: mmap.mmap) -> None:
 
 
 def _varint(data: mmap.mmap, at: int, end: int) -> tuple[int, int]:
-    """A number of any length, and where what follows it begins."""
+    """Return a number of variable length, and the index behind it."""
     value = shift = 0
     while at < end and shift < 70:
         byte = data[at]

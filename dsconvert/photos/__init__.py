@@ -1,1 +1,1 @@
-"""Images and labels of a user: found, bounded, read, put into shape."""
+"""The user's images and labels: found, checked within bounds, read, and brought into shape."""

@@ -1,7 +1,7 @@
-"""Image files whose end is missing: used when the picture itself is whole, whatever its format.
+"""Use image files whose end is missing, if the picture itself is complete, in whatever format.
 
-What is missing is filled up in two ways, and both are decoded: where the pixels are the same, they hang on nothing that
-is missing.
+The missing end is filled up in two different ways, and both files are decoded. If their pixels agree, no pixel depends
+on the missing bytes.
 """
 
 from __future__ import annotations
@@ -28,20 +28,20 @@ STARTS = {
 SOS, EOI, BYTES_AN_END = 0xDA, 0xD9, b"\xff\xd9"
 BYTES_A_SCAN = b"\xff\xda"
 FRAMES = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}  # markers of frame headers
-MOST_PARTS, MOST_BLOCKS = 100_000, 5_000_000  # of a file; one of more is left to the decoder
-MOST_RAW = 256 << 20  # bytes of a PNG's rows that are packed anew
+MOST_PARTS, MOST_BLOCKS = 100_000, 5_000_000  # of a file; a file with more is left to the decoder
+MOST_RAW = 256 << 20  # bytes of a PNG's unpacked rows that are packed again
 MARKER, FILL = re.compile(rb"\xff(?![\x00\xd0-\xd7])", re.DOTALL), re.compile(rb"\xff+")
 
 
 def kind_of(data: bytes) -> str:
-    """The format's name; empty for what is not known here."""
+    """Return the name of the format; empty if it is not handled here."""
     if data.startswith(b"RIFF"):
         return "WebP" if data[8:12] == b"WEBP" else ""
     return next((name for start, name in STARTS.items() if data.startswith(start)), "")
 
 
 def ends_early(data: bytes) -> bool:
-    """Whether the file is shorter than its structure says; False for what has none that is known here."""
+    """Return whether a file is shorter than its own structure says; False for other formats."""
     kind = kind_of(data)
     if kind == "JPEG":
         return not walk_jpeg(data).ended
@@ -57,7 +57,7 @@ def ends_early(data: bytes) -> bool:
 
 
 def whole_picture(data: bytes, decode: Callable[[bytes], Image | None]) -> Image | None:
-    """The picture of a file that ends early; None when a part of it is missing."""
+    """Return the picture of a file that ends early, or None if a part of it is missing."""
     kind = kind_of(data)
     if kind == "PNG":
         mended = _mended_png(data)
@@ -79,7 +79,13 @@ def whole_picture(data: bytes, decode: Callable[[bytes], Image | None]) -> Image
 
 
 class Walked(NamedTuple):
-    """Of a JPEG's first picture: whether its end is there, whether all scans have begun; scans, and pixels of it."""
+    """The structure of a JPEG's first picture.
+
+    ended: whether its end marker is there.
+    complete: whether all scans have begun.
+    scans: number of scans.
+    pixels: of the picture.
+    """
 
     ended: bool
     complete: bool
@@ -88,8 +94,11 @@ class Walked(NamedTuple):
 
 
 def walk_jpeg(data: bytes) -> Walked:
-    """Thumbnails lie in segments that say their length, and what follows the end (a film, another picture) is not
-    looked at."""
+    """Walk through the segments of a JPEG.
+
+    Thumbnails are skipped, as they lie in segments with a length. What follows the end (a film, another picture) is
+    ignored.
+    """
     at, parts, scans, pixels = 2, 0, 0, 0
     known: dict[int, dict[int, int]] = {}  # by component and coefficient: bits that are still missing
     components: list[int] = []
@@ -123,19 +132,19 @@ def walk_jpeg(data: bytes) -> Walked:
             at = _next_marker(data, at + 2 + length)
             continue
         at += 2 + length
-    # without an end: each coefficient of each component down to its last bit
+    # without an end marker, every coefficient of every component must have all its bits
     complete = bool(components) and all(len(known[c]) == 64 and not any(known[c].values()) for c in components)
     return Walked(data[at : at + 2] == BYTES_AN_END, complete, scans, pixels)
 
 
 def _next_marker(data: bytes, at: int) -> int:
-    """Where the scan that goes on at a place ends: in it, FF is followed by 00 or a restart's D0 to D7."""
+    """Return where the scan at a place ends. Inside a scan, FF is followed by 00 or a restart marker D0 to D7."""
     found = MARKER.search(data, at)
     return found.start() if found else len(data)
 
 
 def _png_chunks(data: bytes) -> Iterator[tuple[bytes, bytes, bool]]:
-    """Kind, content and wholeness of each chunk; of the last one what there is of it."""
+    """Yield kind, content and completeness of each chunk; of the last chunk as much as there is."""
     at = 8
     for _ in range(MOST_PARTS):
         if at + 8 > len(data):
@@ -147,7 +156,7 @@ def _png_chunks(data: bytes) -> Iterator[tuple[bytes, bytes, bool]]:
 
 
 def _mended_png(data: bytes) -> bytes | None:
-    """The file with its picture packed anew and an end, when all pixels are there."""
+    """Return the file with its picture packed again and an end, or None if pixels are missing."""
     before: list[bytes] = []
     packed: list[bytes] = []
     for kind, content, whole in _png_chunks(data):
@@ -174,7 +183,7 @@ def _png_chunk(kind: bytes, content: bytes) -> bytes:
 
 
 def _png_bytes(data: bytes) -> int | None:
-    """Bytes of all rows, each with its filter's number, before they are packed; None for no PNG, or too large a one."""
+    """Return the bytes of all unpacked rows, with the filter byte of each; None if this is no PNG, or too large."""
     if data[12:16] != b"IHDR" or len(data) < 29:
         return None
     width, height, depth, colour, _, _, passes = struct.unpack_from(">IIBBBBB", data, 16)
@@ -190,7 +199,7 @@ def _png_bytes(data: bytes) -> int | None:
 
 
 def _gif_picture_end(data: bytes) -> int | None:
-    """Where the first picture ends, with the zero behind its blocks; None when it does not."""
+    """Return where the first picture ends, including the zero behind its blocks; None if its end is missing."""
     if len(data) < 13:
         return None
     at = 13 + (3 << (data[10] & 7) + 1 if data[10] & 0x80 else 0)
@@ -218,6 +227,6 @@ def _gif_blocks_end(data: bytes, at: int) -> int | None:
 
 
 def _tiff_end(data: bytes) -> int:
-    """Where the strips or tiles of the first picture end, or the list that names them."""
+    """Return where the strips or tiles of the first picture end, or the list that names them if that is later."""
     said = first_list(data)
     return max([said.end, *(start + size for start, size in pieces(said.found))])

@@ -1,6 +1,6 @@
-"""Which images: of a folder, a text file of paths, or a split of a data.yaml. docs/datasets.md says the rules.
+"""Find the images of a folder, a text file of paths, or a split of a data.yaml. docs/datasets.md has the rules.
 
-Whatever is left out, or taken in another's place, is said (`dsconvert.base.notes`).
+Whatever is left out or replaced is reported with `dsconvert.base.notes`.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from dsconvert.base.textfile import NotText, read_lines, read_text
 
 SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
 SPLITS = ("train", "val", "test")
-ALSO_VAL = ("validation", "valid")  # what some data.yaml files call val
-# The largest files read: a list of two million images, a data.yaml of ten thousand classes.
+ALSO_VAL = ("validation", "valid")  # names that some data.yaml files use for val
+# the largest files that are read: a list of two million images, a data.yaml of ten thousand classes
 MAX_LIST_BYTES, MAX_LIST_LINES, MAX_LIST_LINE = 256 << 20, 2_000_000, 32_768
-MOST_GONE = 100_000  # of a list's files; each is looked for in several places
+MOST_GONE = 100_000  # missing files in a list; each is looked for in several places
 MAX_YAML_BYTES = 1 << 20
 MOST_FILES = 3_000_000  # in a folder, images or not
 MOST_CLASSES = 10_000
@@ -31,8 +31,13 @@ MAX_NAME = 200
 
 @dataclass(frozen=True)
 class DataYaml:
-    """A data.yaml: class names (`named` where it names them itself), what it says of each split, as written, `path`,
-    and `kpt_shape`: how many key points an object has, and how many numbers a point."""
+    """A data.yaml.
+
+    names: of the classes; `named` is False if they are only counted.
+    splits: what the file says about each split, as written.
+    root: its `path`.
+    key_points: its `kpt_shape`: key points of an object, and numbers of each.
+    """
 
     path: Path
     names: tuple[str, ...]
@@ -42,8 +47,12 @@ class DataYaml:
     key_points: tuple[int, int] | None = None
 
     def images(self, split: str, strict: bool = False) -> list[Path]:
-        """The split's images, in its order; none where it is not named. strict: a list may name no file that is gone.
-        Raises InputError when something is not there, naming every place that was looked at."""
+        """Return the split's images in its order; none if it is not named.
+
+        strict: whether a list that names missing files is refused.
+
+        Raises InputError when something is missing, with every place that was looked at.
+        """
         found: list[Path] = []
         for entry in self.splits.get(split, ()):
             where = self._found(entry, split)
@@ -61,9 +70,11 @@ class DataYaml:
         return tuple(self.images("val"))
 
     def _roots(self) -> list[Path]:
-        """Where relative paths may start, see docs/datasets.md: the file's folder, the working folder, the folder above
-        the file's (YOLOv5's own, whose files lie in its `data`); with a relative `path` also the `datasets` folders
-        that ultralytics keeps."""
+        """Return the folders where relative paths may start (see docs/datasets.md).
+
+        These are the file's folder, the working folder, and the folder above the file's, as YOLOv5's own files lie in
+        its `data`. With a relative `path` these also include the `datasets` folders of ultralytics.
+        """
         folder = self.path.parent
         starts = [folder, Path(), folder / ".."]
         if self.root and not os.path.isabs(self.root):
@@ -83,7 +94,7 @@ class DataYaml:
 
 @dataclass(frozen=True)
 class Images:
-    """Images that were asked for, and the data.yaml (if it was one) and split they are of."""
+    """The requested images, with the data.yaml and split that they come from, if any."""
 
     paths: list[Path]
     described: DataYaml | None = None
@@ -91,29 +102,36 @@ class Images:
 
 
 def image_paths(source: Path, strict: bool = False) -> list[Path]:
-    """Images of a folder (recursive, sorted, links followed), of a text file of paths, or the one image given.
+    """Return the images of a folder (recursive, sorted, links followed), of a text file of paths, or the image itself.
 
-    A list's files that are gone are left out with a warning, or (strict) refused. Raises InputError when nothing is
-    there."""
+    Missing files of a list are left out with a warning, or refused if `strict`. Raises InputError when there are none.
+    """
     return _image_paths(source, strict, [Path()])
 
 
 def calibration_images(source: Path, split: str | None = None, strict: bool = False) -> list[Path]:
-    """Images to calibrate on: of a folder, a text file, or a data.yaml (`split`, by default train, else val)."""
+    """Return the images to calibrate on, of a folder, a text file or a data.yaml (`split`; None: train, else val)."""
     return images_of(source, ("train", "val", "test"), split, strict).paths
 
 
 def evaluation_images(source: Path, split: str | None = None, strict: bool = False) -> list[Path]:
-    """Images to measure on: of a folder, a text file, or a data.yaml (`split`, by default val, else test or train)."""
+    """Return the images to measure on, of a folder, a text file or a data.yaml (`split`; None: val, else test or
+    train).
+    """
     return images_of(source, ("val", "test", "train"), split, strict).paths
 
 
 def images_of(source: Path, order: tuple[str, ...], split: str | None = None, strict: bool = False) -> Images:
-    """Images of `source`, each once; of a data.yaml the split asked for, else the first of `order` that it names. To
-    take another than the first, and images that are named for both purposes, are worth a warning."""
+    """Return the images of `source`, each once.
+
+    order: the splits of a data.yaml to take, the first that it names, if `split` is None.
+
+    A warning is given when the first of these is missing, or the same images are named for two purposes. Raises
+    InputError when there are no images.
+    """
     if not is_data_yaml(source):
         if split is not None:
-            raise InputError(f"{source} is no data.yaml, so it has no splits such as {split}.")
+            raise InputError(f"{source} is not a data.yaml, so it has no splits such as {split}.")
         return Images(_once(source, image_paths(source, strict)))
     data = read_data_yaml(source)
     if split is not None and not data.splits.get(split):
@@ -130,13 +148,13 @@ def images_of(source: Path, order: tuple[str, ...], split: str | None = None, st
 
 
 def is_data_yaml(source: Path) -> bool:
-    """Whether a source is one by its name."""
+    """Return whether a source has a data.yaml's suffix."""
     return source.suffix.lower() in (".yaml", ".yml")
 
 
 def _say_fall_back(data: DataYaml, wanted: str, used: str) -> None:
     if used != wanted and wanted == "val":
-        learned = ", which the model has learned, so figures come out too good" if used == "train" else ""
+        learned = ", which the model was trained on, so figures come out too good" if used == "train" else ""
         note(f"{data.path} names no val images; measured on its {used} images{learned}.")
     elif used != wanted:
         note(
@@ -148,7 +166,7 @@ def _say_fall_back(data: DataYaml, wanted: str, used: str) -> None:
 
 
 def _once(source: Path, found: list[Path]) -> list[Path]:
-    """Each image once."""
+    """Return each image once, with a warning about repeated ones."""
     kept = list({os.path.normpath(path): path for path in found}.values())
     if len(kept) < len(found):
         note(f"{source} names {len(found) - len(kept)} images more than once; each counts once.")
@@ -159,14 +177,14 @@ def _once(source: Path, found: list[Path]) -> list[Path]:
 
 
 def read_data_yaml(path: Path) -> DataYaml:
-    """Read a YOLOv5 data.yaml; no image is looked at. Raises InputError when it is unusable."""
+    """Read a YOLOv5 data.yaml, without looking at its images. Raises InputError when it is not usable."""
     if not os.path.exists(path):
         raise InputError(f"There is no data file at {path}.")
     try:
         data = load_plain(read_text(path, MAX_YAML_BYTES))
     except NotText as error:
         raise InputError(f"{path} is not a readable YAML file: it {error}.") from None
-    except Exception:  # endless nesting, tags of all kinds: the loader raises many kinds
+    except Exception:  # the loader raises many kinds, for endless nesting and all kinds of tags
         raise InputError(f"{path} is not a readable YAML file.") from None
     if not isinstance(data, dict) or not ("names" in data or "nc" in data):
         raise InputError(f"{path} is not a YOLOv5 data.yaml: it has no names.")
@@ -198,7 +216,7 @@ def _names(data: dict[str, Any], path: Path) -> tuple[str, ...]:
 
 
 def _text(value: Any, path: Path) -> str:
-    """A name or a path. A list is none: by aliases a few lines can stand for a text without end."""
+    """Return a name or a path. A list is refused: with aliases, a few lines can stand for endless text."""
     if value is None or isinstance(value, str):
         return str(value)
     raise InputError(f"{path} has {shown(value)} where a name or a path belongs.")
@@ -224,7 +242,7 @@ def _key_points(data: dict[str, Any], path: Path) -> tuple[int, int] | None:
 
 
 def _image_paths(source: Path, strict: bool, starts: Sequence[Path]) -> list[Path]:
-    """As `image_paths`; a list's relative paths start at its folder, else at one of `starts`."""
+    """Find images as `image_paths` does; relative paths of a list start at its folder, or else at one of `starts`."""
     if os.path.isdir(source):
         found = sorted(p for p in files_below(source, SUFFIXES) if os.path.isfile(p))
         if not found:
@@ -275,14 +293,16 @@ def _from_list(source: Path, strict: bool, starts: Sequence[Path]) -> list[Path]
 
 
 def files_below(top: Path, suffixes: Collection[str]) -> Iterator[Path]:
-    """What is named with one of `suffixes` in a folder and its subfolders, also behind links to folders; each real
-    folder once, so that links in circles end. As in YOLOv5, what begins with a dot is not looked at. Raises InputError
-    for a folder of so many files that it is a disk: a data.yaml may name any."""
+    """Yield the files with one of `suffixes` in a folder and its subfolders, also behind links to folders.
+
+    Each real folder is entered once, so links in circles end. As in YOLOv5, names that begin with a dot are skipped.
+    Raises InputError for a folder with so many files that it is a whole disk, as a data.yaml may name any folder.
+    """
     seen = 0
     entered: set[tuple[int, int] | None] = set()
     closed: list[str] = []
     waiting = [str(top)]
-    while waiting:  # real folders before links: an image that has two names keeps the one without a link
+    while waiting:  # real folders come first: of an image's two names, the one without a link is kept
         links: list[str] = []
         for start in waiting:
             if _identity(start) in entered:
@@ -308,7 +328,7 @@ def files_below(top: Path, suffixes: Collection[str]) -> Iterator[Path]:
 
 
 def _identity(folder: str) -> tuple[int, int] | None:
-    """What a folder is known by, whatever its name; None when it is gone."""
+    """Return what identifies a folder under any name; None if it is gone."""
     try:
         found = os.stat(folder)
     except OSError:
@@ -317,11 +337,11 @@ def _identity(folder: str) -> tuple[int, int] | None:
 
 
 def _spellings(written: str) -> list[str]:
-    r"""A path as written and, where it has back slashes, as Windows means it."""
+    """Return a path as written and, if it has backslashes, as Windows reads it."""
     return [written, written.replace("\\", "/")] if "\\" in written else [written]
 
 
 def _listed(places: Iterable[Path]) -> str:
-    """Different places, in order, as a sentence names them."""
+    """Return different places, in order, as a sentence names them."""
     made = list(dict.fromkeys(os.path.abspath(str(place).replace("\0", "?")) for place in places))
     return made[0] if len(made) == 1 else f"{', '.join(made[:-1])} and {made[-1]}"

@@ -1,4 +1,4 @@
-"""From the bytes of an image to the numbers that a network reads, and the grid that these are on."""
+"""How the bytes of an image become the numbers that a network reads, and the grid that holds these numbers."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from dsconvert.graph.grids import QParams
 
 @dataclass(frozen=True)
 class Entry:
-    """(byte / divisor - mean) / std, channel by channel."""
+    """Computes (byte / divisor - mean) / std for each channel."""
 
-    divisor: float = 255.0  # what bytes are divided by: 255, or 1
-    mean: tuple[float, ...] = (0.0,)  # one number, or one a channel of the network's input
-    std: tuple[float, ...] = (1.0,)  # likewise, above 0
+    divisor: float = 255.0  # 255 or 1
+    mean: tuple[float, ...] = (0.0,)  # one number, or one for each channel of the network's input
+    std: tuple[float, ...] = (1.0,)  # as mean; above 0
 
     @property
     def is_normalised(self) -> bool:
-        """Whether a mean is taken away, or a deviation divided by."""
+        """Whether there is a mean or a deviation."""
         return any(self.mean) or any(value != 1 for value in self.std)
 
     def real(self, image: Tensor) -> Tensor:
-        """Bytes (channels, h, w) -> float32 (channels, h, w)."""
+        """Turn bytes (channels, h, w) into float32 (channels, h, w)."""
         made = image.float() / self.divisor
         if self.is_normalised:
             mean, std = (torch.tensor(numbers, device=made.device)[:, None, None] for numbers in (self.mean, self.std))
@@ -33,7 +33,10 @@ class Entry:
 
     @property
     def grid(self) -> QParams:
-        """The grid of all numbers that bytes can become. Without mean and std it is exact: a step is a byte's."""
+        """The grid of all numbers that bytes can become.
+
+        Without mean and std it is exact, as each step is one byte.
+        """
         count = max(len(self.mean), len(self.std))
         mean, std = (list(numbers) * (count // len(numbers)) for numbers in (self.mean, self.std))
         ends = [(byte / self.divisor - m) / s for m, s in zip(mean, std, strict=True) for byte in (0, 255)]

@@ -1,4 +1,4 @@
-"""A photograph as a network wants it: placed in a rectangle, and made into numbers on the scale it was trained on."""
+"""Bring a photograph into a network's form: placed in a rectangle, and as numbers on the scale of its training."""
 
 from __future__ import annotations
 
@@ -20,59 +20,67 @@ SCALES = (255, 1)
 
 @dataclass(frozen=True)
 class InputForm:
-    """Numbers are (pixel / scale - mean) / std. The default is YOLOv5's form."""
+    """The form of a network's input: numbers are (pixel / scale - mean) / std. The default is YOLOv5's.
 
-    mean: tuple[float, ...] = (0.0,)  # one number, or three in the order in which the network takes channels
-    std: tuple[float, ...] = (1.0,)  # likewise
-    bgr: bool = False  # blue comes first
-    scale: int = 255  # what pixels are divided by; 1: they stay 0..255
+    Raises InputError for values that are not valid.
+    """
+
+    mean: tuple[float, ...] = (0.0,)  # one number, or three in the order of the network's channels
+    std: tuple[float, ...] = (1.0,)  # as mean; above 0
+    bgr: bool = False  # whether blue comes first
+    scale: int = 255  # 255, or 1 to keep pixels in 0..255
     fit: str = "letterbox"  # how an image fills the rectangle: one of FITS, see `place`
-    pad: int = PAD_VALUE  # what is left of the rectangle is filled with, before the scale
+    pad: int = PAD_VALUE  # pixel value of the rectangle's unused part
 
     def __post_init__(self) -> None:
         sizes = {len(self.mean), len(self.std)}
         if not sizes <= {1, 3} or not np.isfinite([*self.mean, *self.std]).all() or min(self.std) <= 0:
             raise InputError.naming(
-                "{mean} and {std} are one or three numbers such as 0.485,0.456,0.406, {std} above 0."
+                "{mean} and {std} must be one or three numbers such as 0.485,0.456,0.406, {std} above 0."
             )
         if self.scale not in SCALES:
             raise InputError.naming(
-                "{scale} is 255 (pixels are divided by it) or 1 (they are not), not {}.", self.scale
+                "{scale} must be 255 (pixels are divided by it) or 1 (they are not), not {}.", self.scale
             )
         if self.fit not in FITS:
-            raise InputError.naming("{fit} is one of {}, not {!r}.", ", ".join(FITS), self.fit)
+            raise InputError.naming("{fit} must be one of {}, not {!r}.", ", ".join(FITS), self.fit)
         if not 0 <= self.pad <= 255:
-            raise InputError.naming("{pad} is a pixel's value, 0 to 255, not {}.", self.pad)
+            raise InputError.naming("{pad} must be a pixel's value, 0 to 255, not {}.", self.pad)
 
     @property
     def entry(self) -> Entry:
-        """What becomes of bytes in the network's own order of channels."""
+        """How bytes become numbers, in the network's own order of channels."""
         return Entry(float(self.scale), self.mean, self.std)
 
     @property
     def is_normalised(self) -> bool:
-        """Whether a mean is taken away, or a deviation divided by."""
+        """Whether there is a mean or a deviation."""
         return self.entry.is_normalised
 
     def apply(self, image: Image, height: int, width: int, channels: int = 3) -> NDArray[np.float32]:
-        """An RGB image (h, w, 3) of any size -> the network's own input (channels, height, width); of one channel it
-        is grey. Raises InputError for three means where there is one channel."""
+        """Turn an RGB image (h, w, 3) of any size into the network's input (channels, height, width); one channel is
+        grey.
+
+        Raises InputError for three means and one channel.
+        """
         return self.numbers(self.place(image, height, width)[0], channels)
 
     def place(self, image: Image, height: int, width: int) -> tuple[Image, Letterbox]:
-        """The image in an RGB rectangle, and where it is there. `letterbox`: as large as fits, in the middle; `corner`:
-        the same at the top left; `stretch`: its sides fill those of the rectangle; `crop`: its middle fills all of the
-        rectangle."""
+        """Place an image in an RGB rectangle, and return where it lies there.
+
+        `letterbox` makes it as large as fits, in the middle; `corner` does so at the top left. `stretch` gives it the
+        rectangle's sides. `crop` fills the rectangle with the middle of the image.
+        """
         return _PLACES[self.fit](image, height, width, self.pad)
 
     def numbers(self, picture: Image, channels: int = 3) -> NDArray[np.float32]:
-        """A placed RGB picture -> (channels, height, width), as the network takes it."""
+        """Turn a placed RGB picture into numbers (channels, height, width), as the network takes it."""
         if channels < max(len(self.mean), len(self.std)):
-            raise InputError.naming("The image has one channel, so {mean} and {std} are one number each.")
+            raise InputError.naming("The image has one channel, so {mean} and {std} must be one number each.")
         return self.entry.real(torch.from_numpy(self.ordered(picture, channels))).numpy()
 
     def ordered(self, picture: Image, channels: int = 3) -> Image:
-        """A placed RGB picture -> bytes (channels, height, width), in the order in which the network takes them."""
+        """Turn a placed RGB picture into bytes (channels, height, width), in the network's order of channels."""
         if channels == 1:
             return cv2.cvtColor(picture, cv2.COLOR_RGB2GRAY)[None].astype(np.uint8, copy=False)
         return np.ascontiguousarray((picture[..., ::-1] if self.bgr else picture).transpose(2, 0, 1))
@@ -91,7 +99,7 @@ def _corner(image: Image, height: int, width: int, pad: int) -> tuple[Image, Let
 
 
 def _from_corner(image: Image, height: int, width: int, pad: int) -> Image:
-    """The image from the top left on: cut off where it is larger, padded where it is smaller."""
+    """Put an image into the top left of a rectangle; cut it off or pad it at the other sides."""
     part = image[:height, :width]
     made = np.full((height, width, 3), pad, np.uint8)
     made[: part.shape[0], : part.shape[1]] = part
@@ -109,7 +117,7 @@ def _crop(image: Image, height: int, width: int, pad: int) -> tuple[Image, Lette
     image = scaled(image, gain)
     h, w = image.shape[:2]
     top, left = max(0, (h - height) // 2), max(0, (w - width) // 2)
-    # rounding may leave a row short
+    # rounding may leave one row or column short
     return _from_corner(image[top:, left:], height, width, pad), Letterbox(gain, -left, -top)
 
 

@@ -1,4 +1,4 @@
-"""Pixels of image files, and the letterbox that brings an image to a size."""
+"""Read the pixels of image files, and letterbox an image to a size."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ Image = NDArray[np.uint8]
 
 @dataclass(frozen=True)
 class Letterbox:
-    """How an image was placed in its rectangle: pixels * gain + pad."""
+    """How an image was placed in a rectangle: pixel * gain + pad."""
 
-    gain: float  # of columns, and of rows where they are not stretched
-    pad_x: float  # where its left edge is; below 0 where columns are cut off
-    pad_y: float  # likewise its upper edge
-    stretch: float = 1.0  # the gain of rows, as a multiple of that of columns
+    gain: float  # of columns, and of rows unless these are stretched
+    pad_x: float  # of the left edge; negative where columns are cut off
+    pad_y: float  # of the upper edge, likewise
+    stretch: float = 1.0  # gain of rows divided by the gain of columns
 
     @property
     def gain_y(self) -> float:
@@ -41,21 +41,23 @@ class Letterbox:
 
 
 def none_readable(reasons: Sequence[str], what: str = "images") -> InputError:
-    """What to raise when no image could be read: why each could not."""
+    """Return the error for the case that no image could be read, with the first reason."""
     return InputError(f"None of the {len(reasons)} {what} could be read; the first: {reasons[0]}")
 
 
 def read_image(path: Path) -> Image:
-    """RGB uint8 (h, w, 3), turned as its EXIF data say; the first picture of an animation. Raises InputError when it
-    cannot be decoded, a part of it is missing, or it says it is larger than OpenCV is allowed to read (see
-    `dsconvert.__init__`)."""
+    """Return RGB uint8 (h, w, 3), turned as its EXIF data say; for an animation, its first picture.
+
+    Raises InputError when it cannot be decoded, a part of it is missing, or it is larger than OpenCV may read (see
+    `dsconvert.__init__`).
+    """
     try:
         status = path.stat()
-        if not stat.S_ISREG(status.st_mode):  # a pipe or a device may never end
-            raise InputError(f"{path} cannot be read: it is no ordinary file.")
+        if not stat.S_ISREG(status.st_mode):  # reading a pipe or a device may never end
+            raise InputError(f"{path} cannot be read: it is not an ordinary file.")
         if status.st_size > MAX_IMAGE_BYTES:
             raise InputError(f"{path} is larger than any image dsconvert reads.")
-        # the system's own files have no size, and some wait when they are read
+        # files of the system have no size, and reading some of them blocks
         data = np.fromfile(path, np.uint8).tobytes() if status.st_size else b""
     except OSError:
         raise InputError(f"{path} cannot be read.") from None
@@ -74,13 +76,13 @@ def read_image(path: Path) -> Image:
 
 
 def _decode(data: bytes) -> Image | None:
-    """BGR; None for what is no image. Raises cv2.error."""
+    """Return BGR, or None if this is not an image. Raises cv2.error."""
     image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR) if data else None
     return None if image is None else image.astype(np.uint8, copy=False)
 
 
 def letterbox(image: Image, size: SizeLike, pad: int = PAD_VALUE) -> tuple[Image, Letterbox]:
-    """Scale to fit that size keeping the aspect ratio (bilinear), pad the rest with grey of that value, centred."""
+    """Scale an image to fit a size, keeping its aspect ratio (bilinear), and centre it on grey of that value."""
     size = Size.of(size)
     gain = gain_to_fit(image, size)
     placed, left, top = on_grey(scaled(image, gain), size.height, size.width, pad)
@@ -88,12 +90,12 @@ def letterbox(image: Image, size: SizeLike, pad: int = PAD_VALUE) -> tuple[Image
 
 
 def gain_to_fit(image: Image, size: Size) -> float:
-    """What makes the image as large as fits."""
+    """Return the factor that makes the image as large as fits."""
     return min(size.height / image.shape[0], size.width / image.shape[1])
 
 
 def scaled(image: Image, gain: float) -> Image:
-    """The image made larger by `gain` (bilinear), at least one pixel each way."""
+    """Return the image scaled by `gain` (bilinear), with at least one pixel each way."""
     h, w = image.shape[:2]
     size = max(1, round(w * gain)), max(1, round(h * gain))
     if size == (w, h):
@@ -102,7 +104,9 @@ def scaled(image: Image, gain: float) -> Image:
 
 
 def on_grey(image: Image, height: int, width: int, value: int = PAD_VALUE) -> tuple[Image, int, int]:
-    """The image in the middle of a grey one of that size, which it must not exceed; its left and top there."""
+    """Place an image in the middle of a grey one of that size, which it must not exceed; also return its left and
+    top.
+    """
     h, w = image.shape[:2]
     left, top = round((width - w) / 2 - 0.1), round((height - h) / 2 - 0.1)
     made = np.full((height, width, 3), value, np.uint8)
@@ -111,7 +115,7 @@ def on_grey(image: Image, height: int, width: int, value: int = PAD_VALUE) -> tu
 
 
 def to_tensor(images: Sequence[Image]) -> Tensor:
-    """Images of one size (h, w, 3) uint8 -> batch (n, 3, h, w) float32, 0..1."""
+    """Turn images of one size (h, w, 3), uint8, into a batch (n, 3, h, w), float32, 0..1."""
     return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous().float() / 255
 
 
@@ -119,7 +123,7 @@ Item = TypeVar("Item")
 
 
 def spread(items: Sequence[Item], count: int) -> list[Item]:
-    """At most `count` of the items, evenly spaced over all of them."""
+    """Return at most `count` of the items, evenly spaced over all of them."""
     if count >= len(items):
         return list(items)
     return [items[i * len(items) // count] for i in range(count)]

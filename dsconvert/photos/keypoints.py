@@ -1,8 +1,9 @@
-"""Rows of label files, and what rows of many columns are: polygons, or boxes with key points.
+"""Rows of label files, and whether long rows are polygons or boxes with key points.
 
-A row of 15 columns may be a polygon of 7 corners or a box with 5 key points. What decides: rows with key points all
-have one length; read as boxes with key points, the points lie in their boxes; and read as polygons, most are odd ones:
-edges cross, the first corner lies between the others, or the second (width and height) far from them.
+A row of 15 columns may be a polygon of 7 corners, or a box with 5 key points. Long rows count as boxes with key points
+if nearly all of them have one length and hold their points inside their boxes. Points of two numbers need one more
+sign: read as polygons, most rows must be odd. A polygon is odd if edges cross, if the first corner lies between the
+others, or if the second one (width and height) lies far from them.
 """
 
 from __future__ import annotations
@@ -15,21 +16,28 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-MOST_POINTS = 1000  # of an object
-MOST_ROWS = 400  # that are looked at as polygons
-ALIKE = 0.9  # share of the rows that have one length, and of these that hold as boxes with key points
-ODD = 0.5  # share of them that are odd as polygons
-NEAR, BEYOND = 0.1, 0.01  # how far a point may lie outside its box, in widths and heights of it; outside the image
+MOST_POINTS = 1000  # key points of an object
+MOST_ROWS = 400  # rows that are examined as polygons
+ALIKE = 0.9  # share of the rows that must have one length, and of these that must be valid as boxes with key points
+ODD = 0.5  # share of these that must be odd as polygons
+NEAR, BEYOND = 0.1, 0.01  # how far a point may lie outside its box, in widths and heights of it; and outside the image
 Points = NDArray[np.float64]
-# by whether it holds with key points of three numbers, and of two
+# sets of key-point lengths, by whether a row is valid with three numbers a point, and with two
 HELD = {(three, two): frozenset([3] * three + [2] * two) for three in (False, True) for two in (False, True)}
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A row of a label file: class, number of columns and line; the four numbers behind the class; the box (centre x,
-    centre y, width, height) around all its points; `held_as`: how many numbers a key point would have, were it a box
-    with key points; all numbers behind the class, where they may be needed."""
+    """A row of a label file.
+
+    kind: class.
+    columns: how many.
+    line: its number in the file.
+    first: the four numbers behind the class.
+    around: the box (centre x, centre y, width, height) around all its points.
+    held_as: numbers of a key point (2 or 3) with which the row is valid as a box with key points.
+    numbers: all numbers behind the class, if they may be needed.
+    """
 
     kind: float
     columns: int
@@ -41,7 +49,10 @@ class Row:
 
 
 def rows_of(values: Sequence[list[float]], lines: Sequence[int], keep: bool) -> list[Row]:
-    """From all numbers of each row of a file, and its line; keep: the numbers of long rows will be needed."""
+    """Return the rows of a file from all numbers of each row, and its line numbers.
+
+    keep: whether the numbers of long rows will be needed.
+    """
     rows: list[Row | None] = [None] * len(values)
     for columns, places in _by_length(values).items():
         if columns == 5:
@@ -68,7 +79,7 @@ def _by_length(values: Sequence[list[float]]) -> dict[int, list[int]]:
 
 
 def key_points_of(rows: Iterable[Row]) -> tuple[int, int] | None:
-    """How many key points the objects have, and how many numbers each, when the long rows of a data set say so."""
+    """Return how many key points the objects have and how many numbers each, or None if rows are polygons."""
     long = [row for row in rows if row.columns > 5]
     if not long:
         return None
@@ -87,8 +98,11 @@ def key_points_of(rows: Iterable[Row]) -> tuple[int, int] | None:
 
 
 def _hold(numbers: Points, each: int) -> NDArray[np.bool_]:
-    """Whether the numbers behind a class, row by row, are a box in the image, and points of `each` numbers in it: x and
-    y, then perhaps 0 (not labelled), 1 (hidden) or 2 (seen). Points without a place are zero or negative."""
+    """Return for each row whether its numbers are a box in the image with points of `each` numbers in it.
+
+    A point is x and y, and perhaps 0 (not labelled), 1 (hidden) or 2 (seen). Points without a place are zero or
+    negative.
+    """
     count, rest = divmod(numbers.shape[1] - 4, each)
     if rest or not 0 < count <= MOST_POINTS:
         return np.zeros(len(numbers), np.bool_)
@@ -106,12 +120,12 @@ def _hold(numbers: Points, each: int) -> NDArray[np.bool_]:
 
 
 def _is_odd(numbers: Points) -> bool:
-    """Whether nobody would draw this polygon: x, y, x, y, ..."""
+    """Return whether nobody would draw this polygon: x, y, x, y, ..."""
     corners = numbers.reshape(-1, 2)
     if corners.min() < -BEYOND or corners.max() > 1 + BEYOND:
         return True
     if len(corners) > 3 and (corners[0] == corners[-1]).all():
-        corners = corners[:-1]  # closed
+        corners = corners[:-1]  # the polygon is closed
     others = np.delete(corners, 1, axis=0)
     low, high = others.min(0), others.max(0)
     if ((corners[1] < low - (high - low)) | (corners[1] > high + (high - low))).any():
@@ -125,7 +139,7 @@ def _is_odd(numbers: Points) -> bool:
 
 
 def _crosses(corners: Points) -> bool:
-    """Whether two edges of the closed line cross between their ends."""
+    """Return whether two edges of the closed line cross between their ends."""
     a, b = corners, np.roll(corners, -1, 0)
 
     def side(start: Points, end: Points, point: Points) -> Points:

@@ -1,8 +1,7 @@
-"""Label files as YOLOv5 users have them: where they lie, what a row says, which are left out. docs/datasets.md says the
-rules.
+"""Read label files as YOLOv5 users have them. docs/datasets.md has the rules.
 
-A row is a class and a box (four numbers), a polygon's corners, or a box and its key points. Key points and polygons can
-have the same number of columns, so all rows of a data set are looked at before any is read as one or the other.
+A row is a class and a box (four numbers), a polygon's corners, or a box with key points. The last two may have the same
+number of columns. So all rows of a data set are examined before any is read as one or the other.
 """
 
 from __future__ import annotations
@@ -23,14 +22,19 @@ from dsconvert.photos.keypoints import Row, key_points_of, rows_of
 
 Labels = NDArray[np.float64]
 MAX_LABEL_BYTES, MAX_LABEL_ROWS = 8 << 20, 100_000
-OUTSIDE = 0.01  # how far, as a share of the image, a label may reach beyond it by rounding
+OUTSIDE = 0.01  # share of the image by which a label may exceed it, for rounding
 FORM = "a label is a class and four numbers, or a class and a polygon's corners"
 
 
 @dataclass(frozen=True)
 class LabelRules:
-    """How labels are read: nc classes; renumber[i] (where given) is the model's number of the data's class i;
-    key_points as `DataYaml` has them; strict: labels that cannot be used are refused instead of left out."""
+    """How labels are read.
+
+    nc: number of classes.
+    renumber: the model's number of each class of the data; None: the same.
+    key_points: as in `DataYaml`.
+    strict: whether unusable labels are refused instead of left out.
+    """
 
     nc: int
     renumber: tuple[int, ...] | None = None
@@ -40,15 +44,19 @@ class LabelRules:
 
 @dataclass(frozen=True)
 class ImageLabels:
-    """One image's objects: boxes (n, 5) are class, centre x, centre y, width, height in 0..1; `polygons`, where they
-    were asked for and there are any, has each object's corners x, y, x, y, ..., or None of one that is only a box."""
+    """One image's objects.
+
+    boxes: (n, 5) class, centre x, centre y, width, height in 0..1.
+    polygons: each object's corners x, y, x, y, ..., or None for one that is only a box; None if none were asked for or
+        found.
+    """
 
     boxes: Labels
     polygons: tuple[NDArray[np.float64] | None, ...] | None = None
 
     @property
     def rows(self) -> list[list[float]]:
-        """The labels as they stand: class, then a box or a polygon's corners."""
+        """The labels as written: class, then a box or a polygon's corners."""
         rows: list[list[float]] = self.boxes.tolist()
         if self.polygons is None:
             return rows
@@ -57,7 +65,7 @@ class ImageLabels:
 
 @dataclass(frozen=True)
 class Labelled:
-    """Images and their labels, as far as these can be used, and how many label files there were."""
+    """Images with their usable labels, and the number of label files."""
 
     paths: tuple[Path, ...]
     labels: tuple[ImageLabels, ...]
@@ -65,12 +73,12 @@ class Labelled:
 
     @property
     def has_polygons(self) -> bool:
-        """Whether any object has one, and polygons were asked for."""
+        """Whether polygons were asked for and any object has one."""
         return any(label.polygons is not None for label in self.labels)
 
 
 def label_path(image: Path) -> Path:
-    """YOLOv5's rule: the last `images` folder of the path becomes `labels`, the suffix .txt."""
+    """Return the label file by YOLOv5's rule: the path's last `images` folder becomes `labels`, the suffix .txt."""
     parts = list(image.parts)
     for i in range(len(parts) - 2, -1, -1):
         if parts[i] == "images":
@@ -80,8 +88,11 @@ def label_path(image: Path) -> Path:
 
 
 def label_files(images: Sequence[Path]) -> list[Path | None]:
-    """Each image's label file (None: it has none), by YOLOv5's rule for the path as it is, else for the one that links
-    lead to. Where no image at all has one: beside the images."""
+    """Return each image's label file, or None.
+
+    It is found by YOLOv5's rule for the path as it is, or else for the path that links lead to. If no image has one,
+    files beside the images are taken.
+    """
     found = [next((p for p in _places(image) if os.path.exists(p)), None) for image in images]
     if not any(found):
         found = [p if os.path.isfile(p := image.with_suffix(".txt")) else None for image in images]
@@ -94,10 +105,14 @@ def _places(image: Path) -> Iterable[Path]:
 
 
 def read_labelled(images: Sequence[Path], rules: LabelRules, polygons: bool = False) -> Labelled:
-    """Read the labels of all images. An image whose labels cannot be used is left out, as YOLOv5 does, with one warning
-    for all, or (strict) refused. `polygons`: keep them.
+    """Read the labels of all images.
 
-    Raises InputError, too, when no image is left."""
+    An image with unusable labels is left out as in YOLOv5, with one warning for all, or refused if labels are strict.
+
+    polygons: whether to keep them.
+
+    Raises InputError when no image is left.
+    """
     found: list[_File] = []
     bad: dict[int, InputError] = {}
     for i, file in enumerate(files := label_files(images)):
@@ -131,15 +146,19 @@ def read_labelled(images: Sequence[Path], rules: LabelRules, polygons: bool = Fa
 
 
 def read_labels(path: Path, nc: int) -> Labels:
-    """(n, 5): class, centre x, centre y, width, height in 0..1; polygons become their boxes; no file, no objects.
+    """Return (n, 5) class, centre x, centre y, width, height in 0..1; polygons become their boxes; no file gives no
+    objects.
 
-    Raises InputError naming file and line where a row is malformed or its class is not 0..nc-1."""
+    Raises InputError, with file and line, if a row is malformed or its class is not 0..nc-1.
+    """
     return _one(path, nc, False).boxes
 
 
 def label_rows(path: Path, nc: int) -> list[list[float]]:
-    """The labels as they stand: class, then centre x, centre y, width, height or a polygon's corners x, y, x, y, ...,
-    in 0..1. Errors as `read_labels`."""
+    """Return the labels as written, in 0..1: class, then centre x, centre y, width, height, or a polygon's corners.
+
+    Raises InputError as `read_labels` does.
+    """
     return _one(path, nc, True).rows
 
 
@@ -149,7 +168,7 @@ def _one(path: Path, nc: int, polygons: bool) -> ImageLabels:
 
 
 def in_pixels(labels: Labels, h: int, w: int) -> NDArray[np.float64]:
-    """class, cx, cy, w, h in 0..1 -> class, x1, y1, x2, y2 in pixels of an image of that height and width."""
+    """Turn class, cx, cy, w, h in 0..1 into class, x1, y1, x2, y2 in pixels of an image of height h and width w."""
     centre, half = labels[:, 1:3], labels[:, 3:5] / 2
     return np.concatenate((labels[:, :1], (centre - half) * (w, h), (centre + half) * (w, h)), 1)
 
@@ -159,14 +178,14 @@ def in_pixels(labels: Labels, h: int, w: int) -> NDArray[np.float64]:
 
 @dataclass(frozen=True)
 class _File:
-    """A label file's rows, in order."""
+    """The rows of a label file, in order."""
 
     path: Path
     rows: list[Row]
 
 
 def _parsed(path: Path, polygons: bool) -> _File:
-    """Raises InputError for a file that cannot be read, and for rows that are no numbers."""
+    """Return a file's rows. Raises InputError for a file that cannot be read, and for rows that are not numbers."""
     try:
         lines = read_text(path, MAX_LABEL_BYTES).splitlines()
     except NotText as error:
@@ -194,9 +213,9 @@ def _parsed(path: Path, polygons: bool) -> _File:
 
 
 def _labels(file: _File, rules: LabelRules, points: tuple[int, int] | None, polygons: bool) -> ImageLabels:
-    """Raises InputError for rows that mean nothing."""
+    """Return a file's labels. Raises InputError for rows that are not valid."""
     boxes = [_box(file.path, row, rules, points) for row in file.rows]
-    first: dict[tuple[float, ...], int] = {}  # where each label stands first
+    first: dict[tuple[float, ...], int] = {}  # where each label occurs first
     for i, (box, row) in enumerate(zip(boxes, file.rows, strict=True)):
         first.setdefault((*box, row.columns), i)
     kept = list(first.values())
@@ -208,7 +227,7 @@ def _labels(file: _File, rules: LabelRules, points: tuple[int, int] | None, poly
 
 
 def _box(path: Path, row: Row, rules: LabelRules, points: tuple[int, int] | None) -> list[float]:
-    """Class, centre x, centre y, width, height of a row."""
+    """Return class, centre x, centre y, width and height of a row."""
     place = f"{path}, line {row.line}"
     if points is not None and row.columns not in (5, 5 + points[0] * points[1]):
         raise InputError(
@@ -232,7 +251,7 @@ def _polygon(row: Row) -> NDArray[np.float64] | None:
 
 
 def _key_points(rows: Sequence[Row], rules: LabelRules) -> tuple[int, int] | None:
-    """As data.yaml says it, else as the rows show it; with a remark where there are any."""
+    """Return the key points that data.yaml declares, or that the rows show; report it if there are any."""
     points = rules.key_points or key_points_of(rows)
     if points is not None and any(row.columns > 5 for row in rows):
         note(f"The labels are boxes with {points[0]} key points of {points[1]} numbers each; only the boxes count.")

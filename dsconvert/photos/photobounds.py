@@ -1,7 +1,7 @@
-"""What of an image file would hold the machine, found before it is decoded.
+"""Refuse image files that would block the machine, before they are decoded.
 
-Decoders bound what a picture is made of, not how often: a small file may say that they are to go over the same bytes
-again and again, or ask for more memory than the picture itself takes.
+Decoders bound the size of a picture, but not the work. A small file may send them over the same bytes again and again,
+or need more memory than the picture itself.
 """
 
 from __future__ import annotations
@@ -14,24 +14,24 @@ from collections.abc import Iterator
 from dsconvert.photos.cutshort import BYTES_A_SCAN, kind_of, walk_jpeg
 from dsconvert.photos.tifflist import MOST_PIECES, PACKING, first_list, pieces
 
-# Scans of a JPEG, each of which is decoded over the whole picture: a progressive one has ten. And pixels of them all.
+# Each scan of a JPEG is decoded over the whole picture; a progressive one has ten. The second is scans times pixels.
 MOST_SCANS, MOST_SCANNED = 500, 20 << 27
 MANY_SCANS = "is a JPEG of more scans than any camera or program writes"
-ON_EACH_OTHER = "is a TIFF whose parts lie on each other"
-# Bytes that several may share, beyond four times the file: of strips and tiles (empty ones are often the same), and of
-# what is said of the picture, which no program writes so.
+ON_EACH_OTHER = "is a TIFF whose parts overlap"
+# Bytes that entries may share beyond four times the file's size. Strips and tiles may share many, as empty ones are
+# often the same. Values may share few, as no program writes them so.
 SHARED_PIECES, SHARED_VALUES = 256 << 20, 1 << 20
-# By kind what stands before EXIF data, and how far; of others they may begin anywhere.
+# what stands before EXIF data in each format, and at which distance; in unknown formats it may begin anywhere
 EXIF = {"JPEG": ((b"\xff\xe1", (10,)),), "PNG": ((b"eXIf", (4,)),), "WebP": ((b"EXIF", (8, 14)),),
         "": ((b"II*\0", (0,)), (b"MM\0*", (0,))), "GIF": (), "BMP": (), "TIFF": ()}  # fmt: skip
-MOST_ENTRIES = 200_000  # of all EXIF data in a file; a camera writes some hundred
-# Pixels of what takes up to five times the memory of a plain picture: what moves, JPEG 2000, AVIF, Radiance
+MOST_ENTRIES = 200_000  # of all EXIF data in a file; cameras write some hundred
+# pixels of formats that take up to five times the memory of a plain picture: animations, JPEG 2000, AVIF, Radiance
 MOST_WIDE = 1 << 26
 AREAS = (b"\xff\x4f\xff\x51", b"ispe")  # before width and height, with four bytes between: JPEG 2000, AVIF
 
 
 def too_much(data: bytes) -> str | None:
-    """Why the file is not decoded, as the end of a sentence about it; None for others."""
+    """Return why the file must not be decoded, as the end of a sentence about it; None for other files."""
     kind = kind_of(data)
     if kind == "JPEG":
         walked = walk_jpeg(data)
@@ -40,12 +40,12 @@ def too_much(data: bytes) -> str | None:
     elif kind == "TIFF":
         return _overlaid(data)
     if _piled_up(data, kind):
-        return "has EXIF data that lie on each other, or more of them than any camera writes"
+        return "has overlapping EXIF data, or more than any camera writes"
     return "is larger than any image of its kind that dsconvert reads" if _wide(data, kind) > MOST_WIDE else None
 
 
 def _overlaid(data: bytes) -> str | None:
-    """Of a TIFF: each strip may be the same megabyte, each value the same text."""
+    """Return why a TIFF must not be decoded: each strip may be the same megabyte, each value the same text."""
     said = first_list(data)
     parts, packing = pieces(said.found), {*said.found.get(PACKING, ())}
     held = [(at, max(0, min(size, len(data) - at))) for at, size in parts]
@@ -60,7 +60,7 @@ def _overlaid(data: bytes) -> str | None:
 
 
 def _piled_up(data: bytes, kind: str) -> bool:
-    """Whether EXIF data name more bytes than there are, or have more entries than any camera writes."""
+    """Return whether EXIF data name more bytes than there are, or have more entries than cameras write."""
     outside = entries = 0
     for at in _exif(data, kind):
         said = first_list(memoryview(data)[at:])
@@ -71,7 +71,7 @@ def _piled_up(data: bytes, kind: str) -> bool:
 
 
 def _exif(data: bytes, kind: str) -> Iterator[int]:
-    """Where EXIF data begin."""
+    """Yield where EXIF data begin."""
     for mark, ways in EXIF[kind]:
         for at in _places(data, mark):
             for begin in (at + way for way in ways):
@@ -80,7 +80,7 @@ def _exif(data: bytes, kind: str) -> Iterator[int]:
 
 
 def _places(data: bytes, mark: bytes) -> Iterator[int]:
-    """Where some bytes stand."""
+    """Yield where some bytes occur."""
     at = data.find(mark)
     while at >= 0:
         yield at
@@ -88,7 +88,7 @@ def _places(data: bytes, mark: bytes) -> Iterator[int]:
 
 
 def _wide(data: bytes, kind: str) -> int:
-    """Pixels of a picture that takes more memory than others; 0 of others."""
+    """Return the pixels of a picture in a format that takes much memory; 0 for other formats."""
     if kind == "PNG":
         return math.prod(struct.unpack_from(">II", data, 16)) if len(data) > 24 and b"acTL" in data else 0
     if kind == "WebP":

@@ -1,4 +1,4 @@
-"""Calibration images that say nothing: black ones of a camera that was covered, or one picture many times over."""
+"""Detect calibration images without information: black ones of a covered camera, or one picture many times."""
 
 from __future__ import annotations
 
@@ -15,8 +15,11 @@ Pixels = NDArray[Any]
 
 
 def warning_of(images: Iterable[Pixels]) -> str:
-    """A sentence when all images (3, height, width), bytes, are the same, or of one colour each (but for the grey that
-    fills them up); empty when they are not."""
+    """Return a warning if all images (3, height, width), bytes, are the same, or each has only one colour; else
+    nothing.
+
+    Grey padding is ignored.
+    """
     count, first, same, blank = 0, None, True, True
     for image in images:
         first = image if first is None else first
@@ -26,14 +29,14 @@ def warning_of(images: Iterable[Pixels]) -> str:
         if not same and not blank:
             return ""
     if blank and count:
-        what = "of one colour (black, or a covered camera?): they say nothing of the network"
+        what = "of one colour (black, or a covered camera?), so they tell nothing about the network"
         return Sentence(f"{_all(count)} {what}; {_REMEDY}.")
     if same and count > 1:
-        return Sentence(f"{_all(count)} the same picture, so the weights fit nothing else; {_REMEDY}.")
+        return Sentence(f"{_all(count)} the same picture, so the weights fit only this picture; {_REMEDY}.")
     return ""
 
 
-_REMEDY = "give {images} about 100 different photos like those that the model will see"
+_REMEDY = "give {images} about 100 different photos of what the model will see"
 
 
 def _all(count: int) -> str:

@@ -1,5 +1,7 @@
-"""The first list of a TIFF file, or of EXIF data, which have the same form: numbered entries, whose values stand in
-them or somewhere else."""
+"""Read the first list of a TIFF file, or of EXIF data, which have the same form.
+
+A list has numbered entries, with their values inside or somewhere else in the file.
+"""
 
 from __future__ import annotations
 
@@ -9,17 +11,22 @@ from typing import NamedTuple
 
 BIG_TIFF = (b"II+\0", b"MM\0+")
 TIFFS = (b"II*\0", b"MM\0*", *BIG_TIFF)
-PACKING, WHERE = 259, ((273, 279), (324, 325))  # how pieces are packed; where strips or tiles begin, and their bytes
+PACKING, WHERE = 259, ((273, 279), (324, 325))  # how pieces are packed; offsets of strips or tiles, and their bytes
 READ = {PACKING, *(tag for pair in WHERE for tag in pair)}
-# of a value, by its type
+# type -> bytes of a value
 BYTES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4, 16: 8, 17: 8, 18: 8}
-MOST_ENTRIES = 1 << 16  # libtiff reads 4096 at most
+MOST_ENTRIES = 1 << 16  # libtiff reads at most 4096
 MOST_PIECES = 1 << 20  # 134 million pixels have half as many tiles of 16x16
 
 
 class Listed(NamedTuple):
-    """What a list says: by number the values of READ; where it ends, or the last of the values outside of it; how many
-    entries it has, and how many bytes of such values, counted as often as they are named."""
+    """What a list says.
+
+    found: the values of the entries in READ, by number.
+    end: where the list ends, or the last value outside of it.
+    entries: how many.
+    outside: bytes of values outside of the list, counted as often as they are named.
+    """
 
     found: dict[int, tuple[int, ...]]
     end: int
@@ -28,7 +35,7 @@ class Listed(NamedTuple):
 
 
 def first_list(data: bytes | memoryview) -> Listed:
-    """Of what begins with one of TIFFS."""
+    """Read the list of data that begin with one of TIFFS."""
     order, big = "<" if data[:2] == b"II" else ">", bytes(data[:4]) in BIG_TIFF
     place, number, entry = (struct.Struct(order + c) for c in (("Q", "Q", "HHQQ") if big else ("I", "H", "HHII")))
     if len(data) < 2 * place.size:
@@ -50,12 +57,12 @@ def first_list(data: bytes | memoryview) -> Listed:
             outside += max(0, min(size, len(data) - start))
         letter = {3: "H", 4: "I", 16: "Q"}.get(kind)
         if tag in READ and tag not in found and letter is not None and start + size <= len(data):
-            read = min(values, MOST_PIECES + 1)  # of what is said twice the first counts, as it does for libtiff
+            read = min(values, MOST_PIECES + 1)  # of repeated entries the first counts, as in libtiff
             found[tag] = struct.unpack_from(f"{order}{read}{letter}", data, start)
     return Listed(found, end, there, outside)
 
 
 def pieces(found: Mapping[int, tuple[int, ...]]) -> list[tuple[int, int]]:
-    """Where each strip or tile begins, and its bytes."""
+    """Return where each strip or tile begins, and its bytes."""
     pairs = [(found.get(offsets, ()), found.get(sizes, ())) for offsets, sizes in WHERE]
     return [piece for offsets, sizes in pairs for piece in zip(offsets, sizes, strict=False)]

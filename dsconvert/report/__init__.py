@@ -1,1 +1,1 @@
-"""What a person looks at: one HTML page about a converted model."""
+"""Write one HTML page about a converted model."""

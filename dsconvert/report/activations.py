@@ -1,4 +1,4 @@
-"""What the layers hand on: float values of a few images against the uint8 grids they are put on."""
+"""Compare the layers' float values on a few images with the uint8 grids that hold them."""
 
 from __future__ import annotations
 
@@ -15,13 +15,17 @@ from dsconvert.graph.ir import ConvParams, Graph
 from dsconvert.graph.run import run_float
 from dsconvert.report.layers import ActivationView, histogram, sqnr_db
 
-KEPT = 1 << 16  # values of one layer and image that the histogram is made of
+KEPT = 1 << 16  # most values of one layer and image in the histogram
 
 
 @dataclass(frozen=True)
 class Watched:
-    """A convolution's value as the next layers read it (behind its activation): drawn `values`, its `grid`, and how
-    far quantizing it is heard: signal to noise in dB, over every value."""
+    """The value of a convolution as the next layers read it, behind its activation function.
+
+    values: some of them, drawn at random.
+    grid: the grid that holds them.
+    db: signal-to-quantization-noise ratio in dB, over all values.
+    """
 
     values: Tensor
     grid: QParams
@@ -36,9 +40,15 @@ def watch(
     seed: int = 0,
     progress: Callable[[int], None] | None = None,
 ) -> dict[str, Watched]:
-    """By convolution name. Images (1, 3, h, w) run through the float network; each value is quantized on its own, the
-    convolution's output first and then the activation's, so that the error is of these two grids alone. Detect's
-    outputs are judged behind the sigmoid that decoding puts them through."""
+    """Run images (1, 3, h, w) through the float network, and return the watched value of each convolution by its name.
+
+    Every value is quantized by itself, first the convolution's output and then the activation's, so the error comes
+    from these two grids alone. Detect's outputs are judged behind the sigmoid of the decoding.
+
+    own: activation grids by value name.
+    seed: decides which values are drawn.
+    progress: called with the number of images done.
+    """
     grids, behind = grid_of(graph, own), graph.activated()
     before = {act: conv for conv, act in behind.items()}
     kinds = {n.name: n.attrs["kind"] for n in graph.nodes if n.op == "act"}
@@ -75,7 +85,7 @@ def watch(
 
 
 def activation_view(name: str, watched: Watched) -> ActivationView:
-    """The histogram of one layer's values over its grid."""
+    """Return the histogram of one layer's values over its grid."""
     grid, v = watched.grid, watched.values
     low, high = -grid.scale * grid.zero_point, grid.scale * (QMAX - grid.zero_point)
     counts, edges = histogram(v.numpy(), low, high)

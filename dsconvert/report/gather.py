@@ -1,4 +1,4 @@
-"""Everything the page says, measured: the converted model beside its float checkpoint and any int8 peers."""
+"""Measure everything that the page shows: the converted model beside its float checkpoint and other int8 files."""
 
 from __future__ import annotations
 
@@ -45,17 +45,23 @@ from dsconvert.yolo.boxes import suppressed
 from dsconvert.yolo.checkpoint import load_checkpoint
 from dsconvert.yolo.lower import lower, split_detect
 
-WATCHED_IMAGES = 8  # that activations are looked at on
-MOST_BYTES = 16 << 20  # of quantize.json: 0.1 MB for a yolov5x
-MOST_DB, MOST_LOSS = 1e4, 1e12  # what is noted there beyond these is not shown: no fit and no training ends there
+WATCHED_IMAGES = 8  # images on which activations are watched
+MOST_BYTES = 16 << 20  # of quantize.json, which has 0.1 MB for a yolov5x
+MOST_DB, MOST_LOSS = 1e4, 1e12  # larger numbers in quantize.json are not shown, as no fit and no training has any
 SHOWN_LAYERS = 6  # histograms of weights, and of activations
 
 
 @dataclass(frozen=True)
 class ReportOptions:
-    """What to report on: the converted model; data as `contest.entrants`; the float checkpoint; int8 peers as ONNX
-    files; how many photos are shown; image size and most images evaluated as `contest.entrants`; whether latency is
-    measured (the one thing that is never twice the same); split and strict as `contest.entrants`."""
+    """What to report on.
+
+    model: the converted model.
+    data, imgsz, samples, split, strict: as for `contest.entrants`.
+    float_model: the float checkpoint.
+    against: int8 ONNX files to compare with.
+    images: photos shown at most.
+    latency: whether latency is measured; it is the only figure that differs between runs.
+    """
 
     model: Path
     data: Path
@@ -71,7 +77,11 @@ class ReportOptions:
 
 @dataclass(frozen=True)
 class Row:
-    """One model. `role` is float, converted or peer; `metrics` as `contest.Evaluated`."""
+    """One model in the comparison.
+
+    role: float, converted or peer.
+    metrics: as in `contest.Evaluated`.
+    """
 
     label: str
     role: str
@@ -84,8 +94,11 @@ class Row:
 
 @dataclass(frozen=True)
 class Record:
-    """What quantize.json noted beside the model: weight errors in dB by layer name, and the brief fine-tune's curve:
-    steps, and the error of images held back then."""
+    """What quantize.json holds about the model.
+
+    sqnr_db: weight errors in dB by layer name.
+    finetune: the brief fine-tune's curve: (step, error of the held-back images).
+    """
 
     sqnr_db: Mapping[str, float]
     finetune: tuple[tuple[float, float], ...]
@@ -93,9 +106,14 @@ class Record:
 
 @dataclass(frozen=True)
 class Report:
-    """All figures. rows[0] is the float model, rows[1] the converted one, peers follow. `differing[i]` counts the
-    boxes of image i without a partner; `scores` says how sure the first two rows are; `skipped` why other images could
-    not be read. Views are empty where there is nothing to see (float activations)."""
+    """All figures of the page.
+
+    rows: the float model, the converted one, then the peers.
+    differing: for each image, the number of boxes without a partner.
+    scores: how confident the first two rows are.
+    weights, activations: histograms; no activations if these are float.
+    skipped: why other images could not be read.
+    """
 
     rows: Sequence[Row]
     labelled: bool
@@ -118,7 +136,7 @@ class Report:
 
 
 def gather(options: ReportOptions, progress: Progress | None = None) -> Report:
-    """Measure everything. Raises InputError for files that are missing, unreadable or do not fit each other."""
+    """Measure everything. Raises InputError for files that are missing, unreadable or do not fit together."""
     say = progress or (lambda stage, done, total: None)
     model, source = load_model(options.model), options.float_model
     checkpoint = load_checkpoint(source)
@@ -145,8 +163,10 @@ def gather(options: ReportOptions, progress: Progress | None = None) -> Report:
 
 
 def read_record(path: Path, provenance: Mapping[str, Any]) -> Record:
-    """quantize.json, as far as it is there and about the model with this provenance. Raises InputError when it is
-    there but cannot be read."""
+    """Return what quantize.json holds, or an empty record if it is missing or about another model.
+
+    Raises InputError when it cannot be read.
+    """
     if not path.is_file():
         return Record({}, ())
     try:
@@ -159,7 +179,7 @@ def read_record(path: Path, provenance: Mapping[str, Any]) -> Record:
         curve = (noted.get("finetune") or {"curve": ()})["curve"]
         steps = tuple((float(look["step"]), float(look["held_back"])) for look in curve)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ArithmeticError, RecursionError):
-        raise InputError(f"{path} is not a readable record of dsconvert quantize; remove it or make it anew.") from None
+        raise InputError(f"{path} is not a readable record of dsconvert quantize; remove it.") from None
     return Record(
         {name: db for name, db in errors.items() if abs(db) <= MOST_DB},
         tuple(s for s in steps if all(abs(n) <= MOST_LOSS for n in s)),
@@ -167,8 +187,10 @@ def read_record(path: Path, provenance: Mapping[str, Any]) -> Record:
 
 
 def _detect(given: Entrants, say: Progress) -> tuple[Detections, list[list[NDArray[Any]]]]:
-    """What every model finds; and of the first two, the boxes a user of detect.py would see at a threshold next to
-    nothing, per image, in pixels of the letterboxed image."""
+    """Run all models. For the first two, also return the boxes that detect.py would show at a very low threshold.
+
+    These boxes are given for each image, in pixels of the letterboxed image.
+    """
     every: list[list[NDArray[Any]]] = [[], []]
     predictors = [_noting(c, s) for c, s in zip(given.candidates, every, strict=False)]
     predictors += [c.predict for c in given.candidates[2:]]
@@ -222,7 +244,9 @@ def _inside(
     size: Size,
     say: Progress,
 ) -> tuple[list[Layer], list[WeightView], list[ActivationView], int]:
-    """Layers, and the histograms of the worst of them; activations on some of the images at `paths`."""
+    """Return the layers, histograms of the worst layers' weights and activations, and the number of images for the
+    latter.
+    """
     chosen = spread(paths, WATCHED_IMAGES) if model.activations else []
     batches = (to_tensor([letterbox(read_image(p), size)[0]]) for p in chosen)
     watched = {}

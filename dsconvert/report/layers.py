@@ -1,4 +1,4 @@
-"""Every layer in figures: bits, error of weights and activations, share of the damage; and the values behind them."""
+"""Figures of every layer (bits, error of weights and activations, share of the damage) and histograms of its values."""
 
 from __future__ import annotations
 
@@ -18,15 +18,19 @@ from dsconvert.graph.ir import ConvParams
 from dsconvert.model.model import DSModel
 
 BINS = 120
-MARGIN = 0.15  # of the grid's extent that is drawn beyond its ends; what lies farther out is counted in the last bins
-BASE_BITS = "4"  # shares of damage are of what this width would do in every layer
+MARGIN = 0.15  # share of the grid's extent that is drawn beyond each end; values farther out count in the last bins
+BASE_BITS = "4"  # damage is shown relative to this width in every layer
 Counts = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
 class Layer:
-    """One convolution. Errors are signal to noise in dB, the activation's None where activations stay float; damage
-    in per cent of what 4 bits everywhere would do, None where no widths were allocated."""
+    """One convolution.
+
+    weight_db, activation_db: signal-to-noise ratios in dB; the latter is None where activations stay float.
+    sensitivity, damage: expected damage at 4 bits and at the layer's bits, in per cent of 4 bits in every layer; None
+        where widths were not allocated.
+    """
 
     name: str
     shape: tuple[int, ...]
@@ -43,9 +47,13 @@ class Layer:
 
 @dataclass(frozen=True)
 class WeightView:
-    """A layer's weights in steps of their own block, (W / CDSw - z) / m: `counts` of the float weights between
-    `edges`, and of the integers `levels` (VQK, which may be `low` to `high`) they became; `outside` is the share of
-    weights beyond the grid."""
+    """A layer's weights in steps of their own block, W / (CDSw m).
+
+    low, high: the range of VQK.
+    edges, counts: histogram of the float weights.
+    levels, level_counts: the integers (VQK) that they became, and how many of each.
+    outside: share of the float weights beyond the grid.
+    """
 
     name: str
     bits: int
@@ -60,8 +68,13 @@ class WeightView:
 
 @dataclass(frozen=True)
 class ActivationView:
-    """The float values a layer hands on: `counts` between `edges`, and the grid they are put on: `low` to `high` in
-    256 steps of `step`; `outside` is the share of values beyond it."""
+    """The float values that a layer passes on.
+
+    edges, counts: their histogram.
+    low, high, step: their grid of 256 levels.
+    outside: share of the values beyond the grid.
+    db: signal-to-quantization-noise ratio.
+    """
 
     name: str
     edges: NDArray[np.float64]
@@ -74,7 +87,7 @@ class ActivationView:
 
 
 def sqnr_db(signal: float, noise: float) -> float:
-    """Signal to noise in decibels; 200 where there is no noise (or no signal)."""
+    """Return the signal-to-noise ratio in decibels; 200 if there is no noise or no signal."""
     if noise <= 0 or signal <= 0:
         return 200.0
     return min(200.0, 10 * math.log10(signal / noise))
@@ -95,8 +108,13 @@ def layer_rows(
     recorded_db: Mapping[str, float],
     activation_db: Mapping[str, float],
 ) -> list[Layer]:
-    """One row a convolution, in the order of the network. `recorded_db` (by displayed name) is what the fit noted of
-    its weight errors; what it lacks is computed. Raises InputError when the damage table is malformed."""
+    """Return one row for each convolution, in the order of the network.
+
+    recorded_db: weight errors noted by the fit, by displayed name; missing ones are computed.
+    activation_db: by convolution name.
+
+    Raises InputError when the damage table is malformed.
+    """
     table = layer_table(model)
     shares = _shares(table)
     rows = []
@@ -115,7 +133,7 @@ def layer_rows(
 
 
 def _shares(table: Sequence[Mapping[str, Any]]) -> dict[str, tuple[float, float]]:
-    """Name -> damage at 4 bits and at the layer's bits, in per cent of that of 4 bits in every layer."""
+    """Return by layer name the damage at 4 bits and at the layer's bits, in per cent of 4 bits in every layer."""
     try:
         known = {
             row["name"]: (float(row["damage"][BASE_BITS]), float(row["damage"][str(row["bits"])]))
@@ -131,12 +149,15 @@ def _shares(table: Sequence[Mapping[str, Any]]) -> dict[str, tuple[float, float]
 
 
 def worst_first(rows: Sequence[Layer]) -> list[Layer]:
-    """The layers that do the most damage first; without figures of damage, those with the noisiest weights."""
+    """Sort the layers by falling damage, or by weight noise if there are no figures of damage."""
     return sorted(rows, key=lambda r: (-(r.damage or 0.0), r.weight_db))
 
 
 def weight_view(name: str, weight: torch.Tensor, fitted: DSTensor) -> WeightView:
-    """The weights of one layer, float (cho, chi, kh, kw) and as fitted. Channels whose CDSw is 0 are left out."""
+    """Return the histogram of one layer's weights, float (cho, chi, kh, kw) and fitted.
+
+    Channels with CDSw 0 are left out.
+    """
     chi, low, high = weight.shape[1], *fitted.format.limits
     alive = fitted.cds_w != 0
     m = expand_blocks(fitted.m.double(), chi, fitted.block_size)[alive]
@@ -149,8 +170,11 @@ def weight_view(name: str, weight: torch.Tensor, fitted: DSTensor) -> WeightView
 
 
 def _level_edges(low: int, high: int) -> NDArray[np.float64]:
-    """Edges around the levels low..high and a margin: bins of whole levels, or of an even share of one, with a level
-    in the middle of a bin, so that no bin is luckier than another."""
+    """Return edges of bins around the levels low..high and a margin.
+
+    A bin holds whole levels, or is an odd fraction of one. So each level lies in the middle of a bin, and no bin gets
+    more levels than another.
+    """
     share = max(1, BINS // (2 * (high - low + 1)))  # bins a level
     share += 1 - share % 2
     width = 1 / share if high - low < BINS else math.ceil((high - low + 1) / BINS)
@@ -160,7 +184,7 @@ def _level_edges(low: int, high: int) -> NDArray[np.float64]:
 
 
 def histogram(values: NDArray[np.floating[Any]], low: float, high: float) -> tuple[Counts, NDArray[np.float64]]:
-    """Counts between BINS + 1 edges over a grid and its margins."""
+    """Return counts between BINS + 1 edges over a grid and its margins."""
     margin = MARGIN * (high - low)
     edges = np.linspace(low - margin, high + margin, BINS + 1)
     counts, _ = np.histogram(values.clip(edges[0], edges[-1]), edges)

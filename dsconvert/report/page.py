@@ -1,4 +1,4 @@
-"""From gathered figures to the page: charts drawn, sentences written, all filled into one template."""
+"""Turn gathered figures into the page: draw charts, write sentences, and fill one template."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ from dsconvert.scoring.accuracy import CONFIDENT, OVERLAP
 from dsconvert.scoring.contest import nothing_found
 from dsconvert.scoring.curves import ClassCurve, mean_curve
 
-PR_CLASSES = 12  # most classes with a chart of their own: those that lose most
+PR_CLASSES = 12  # most classes with a chart of their own; the classes that lose most are taken
 FACTS = {
     "command": "Command", "dsconvert": "Version", "source": "Checkpoint", "source_sha256": "Its SHA-256",
     "calib": "Calibrated on", "samples": "Most images", "imgsz": "Image size, pixels", "bits": "Bits",
     "target_bytes": "Largest file, bytes", "block_size": "Block size", "blocks": "Blocks", "scope": "Scope",
     "activations": "Activations", "seed": "Seed", "device": "Device",
 }  # fmt: skip
-FEW_IMAGES = 500  # below so many, differences of a point are noise
+FEW_IMAGES = 500  # with fewer images, differences of a point are noise
 
 
 def page_bytes(report: Report) -> bytes:
-    """The HTML page: one file that loads nothing. Equal figures give equal bytes."""
+    """Return the HTML page, one file that loads nothing. Equal figures give equal bytes."""
     style, script = (_resource(f) for f in ("style.css", "script.js"))
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     template = _environment().from_string(_resource("page.html"))
@@ -62,7 +62,7 @@ def _environment() -> jinja2.Environment:
 
 
 def _context(r: Report) -> dict[str, Any]:
-    """What the template shows besides the report itself."""
+    """Return what the template shows besides the report itself."""
     colours = _colours(r.rows)
     models = [{"row": row, "colour": COLOURS[c]} for row, c in zip(r.rows, colours, strict=True)]
     return {
@@ -96,7 +96,9 @@ def _context(r: Report) -> dict[str, Any]:
 
 
 def _facts(provenance: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """What the model file says of its making, as names and texts; of paths only the last part, but for the command."""
+    """Return what the model file says about its origin, as names and texts; paths lose their folders, except in the
+    command.
+    """
     options = provenance.get("options")
     known = {**(options if isinstance(options, Mapping) else {}), **provenance}
     facts = [(FACTS.get(k, k), k, v) for k, v in known.items() if k in FACTS and v is not None]
@@ -105,7 +107,7 @@ def _facts(provenance: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def _fact(key: str, value: object) -> object:
-    """As it is shown: a file's name, an image size that is no square as 384x640."""
+    """Return a value as it is shown: only the name of a file, and a size that is not square as 384x640."""
     if key == "imgsz" and isinstance(value, (list, tuple)):
         return "x".join(map(str, value))
     return Path(str(value)).name if key in ("source", "calib") else value
@@ -116,7 +118,10 @@ def _colours(rows: Sequence[Row]) -> list[str]:
 
 
 def _bars(r: Report, colours: Sequence[str]) -> list[dict[str, Any]]:
-    """Charts of size, accuracy and latency; in agreement mode the float model, the reference, has no accuracy."""
+    """Return charts of size, accuracy and latency.
+
+    Without labels the float model is the reference and has no accuracy.
+    """
     rows = list(zip(r.rows, colours, strict=True))
     judged = rows if r.labelled else rows[1:]
     found = [
@@ -137,7 +142,7 @@ def _bars(r: Report, colours: Sequence[str]) -> list[dict[str, Any]]:
 
 
 def _measured(r: Report) -> bool:
-    """Whether there is an accuracy to show."""
+    """Return whether there is an accuracy to show."""
     return r.rows[0].metrics is not None
 
 
@@ -146,7 +151,7 @@ def _accuracy(row: Row) -> float:
 
 
 def _photo(r: Report, photo: Photo) -> dict[str, Any]:
-    """A photo's two sides, float and converted, boxes that differ drawn last."""
+    """Return both sides of a photo, float and converted; boxes that differ are drawn last."""
     size = round(0.034 * photo.width, 1)
     sides = []
     for who, word, boxes in (("Float", "missing in DSConv", photo.first), ("DSConv", "new in DSConv", photo.second)):
@@ -171,7 +176,7 @@ def _class(r: Report, box: Box) -> str:
 
 
 def _classes(r: Report) -> list[dict[str, Any]]:
-    """A row a class that has objects: AP of every model and what the converted one loses."""
+    """Return a row for each class that has objects: AP of every model, and what the converted one loses."""
     first, second = r.rows[0].curves, r.rows[1].curves
     rows = [
         {
@@ -188,7 +193,7 @@ def _classes(r: Report) -> list[dict[str, Any]]:
 
 
 def _pr(r: Report, colours: Sequence[str]) -> list[dict[str, Any]]:
-    """Charts of precision against recall: the mean, then the classes that lose most."""
+    """Return charts of precision against recall: the mean, then the classes that lose most."""
     if not _measured(r):
         return []
     judged = list(zip(r.rows, colours, strict=True))[0 if r.labelled else 1 :]
@@ -236,7 +241,7 @@ def _weights(view: WeightView, index: int) -> dict[str, Any]:
 
 def _activations(view: ActivationView, index: int) -> dict[str, Any]:
     alt = (
-        f"Histogram of the values that {plain(view.name)} hands on, over its grid from {view.low:.3g} to "
+        f"Histogram of the values that {plain(view.name)} passes on, over its grid from {view.low:.3g} to "
         f"{view.high:.3g}; {100 * view.outside:.2g} % lie beyond the grid."
     )
     svg = Markup(plots.activation_chart(view, f"activations{index}", alt))
@@ -245,4 +250,4 @@ def _activations(view: ActivationView, index: int) -> dict[str, Any]:
 
 def _finetune_alt(looks: Sequence[tuple[float, float]]) -> str:
     (_, first), (step, last) = looks[0], looks[-1]
-    return f"Error of images held back: {first:.4g} before the brief fine-tune, {last:.4g} after {step:g} steps."
+    return f"Error on held-back images: {first:.4g} before the brief fine-tune, {last:.4g} after {step:g} steps."

@@ -1,4 +1,4 @@
-"""The same photo with two models' boxes: which boxes differ, and the picture to draw them on."""
+"""Show a photo with two models' boxes: find the boxes that differ, and embed the photo."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from dsconvert.photos.images import Image, letterbox, read_image
 from dsconvert.yolo.boxes import to_image
 
 Array = NDArray[np.float32]
-SAME_IOU = 0.5  # boxes of one class that overlap at least this much are the same box
+SAME_IOU = 0.5  # least IoU at which two boxes of one class are the same box
 SIDES, QUALITIES = (640, 448, 320), (82, 65, 45, 25)  # of embedded photos: longest side in pixels, JPEG quality
 MOST_BYTES = 96_000  # of an embedded photo
 
 
 @dataclass(frozen=True)
 class Box:
-    """A box on the shown photo, in its pixels; `alone` when the other model has no such box."""
+    """A box in pixels of the shown photo; `alone` means that the other model has no such box."""
 
     x: float
     y: float
@@ -38,7 +38,7 @@ class Box:
 
 @dataclass(frozen=True)
 class Photo:
-    """A photo as shown: name, JPEG as a data: URI, pixels, and both models' boxes, best first."""
+    """A photo as it is shown: name, JPEG as a data: URI, size in pixels, and both models' boxes, the best first."""
 
     name: str
     uri: str
@@ -49,10 +49,10 @@ class Photo:
 
 
 def alone(first: Array, second: Array) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
-    """Which of two models' boxes (n, 6) x1, y1, x2, y2, score, class have no partner among the other's.
+    """Return which of two models' boxes (n, 6) x1, y1, x2, y2, score, class have no partner among the other's.
 
-    Partners have the same class and an IoU of at least SAME_IOU; each box has one at most, pairs with the largest
-    overlap being made first."""
+    Partners have the same class and an IoU of at least SAME_IOU. Each box has at most one; larger overlaps pair first.
+    """
     overlap = iou(first[:, :4], second[:, :4]) * (first[:, 5:6] == second[None, :, 5])
     lonely = np.ones(len(first), bool), np.ones(len(second), bool)
     rows, columns = np.nonzero(overlap >= SAME_IOU)
@@ -64,7 +64,7 @@ def alone(first: Array, second: Array) -> tuple[NDArray[np.bool_], NDArray[np.bo
 
 
 def iou(a: Array, b: Array) -> NDArray[np.float64]:
-    """Intersection over union of boxes (n, 4) and (m, 4): (n, m)."""
+    """Return the intersection over union of boxes (n, 4) and (m, 4), (n, m)."""
     one, two = a[:, None].astype(np.float64), b[None].astype(np.float64)
     sides = (np.minimum(one[..., 2:], two[..., 2:]) - np.maximum(one[..., :2], two[..., :2])).clip(0)
     inter = sides.prod(-1)
@@ -73,12 +73,12 @@ def iou(a: Array, b: Array) -> NDArray[np.float64]:
 
 
 def differing(first: Sequence[Array], second: Sequence[Array]) -> list[int]:
-    """Number of boxes without a partner, image by image."""
+    """Return for each image the number of boxes without a partner."""
     return [sum(int(lonely.sum()) for lonely in alone(a, b)) for a, b in zip(first, second, strict=True)]
 
 
 def load_photo(path: Path, size: Size, first: Array, second: Array) -> Photo:
-    """A photo with the boxes two models found in it, letterboxed to that size."""
+    """Return a photo with the boxes that two models found in it, letterboxed to that size."""
     image = read_image(path)
     h, w = image.shape[:2]
     placed = letterbox(image, size)[1]
@@ -98,9 +98,11 @@ def _box(corners: NDArray[np.float64], found: Array, lonely: bool) -> Box:
 
 
 def small_jpeg(image: Image, most: int = MOST_BYTES) -> tuple[bytes, tuple[int, int]]:
-    """RGB (h, w, 3) -> a JPEG of at most `most` bytes, and its height and width: first quality gives way, then size.
+    """Return an RGB image (h, w, 3) as a JPEG of at most `most` bytes, and its height and width.
 
-    Nothing but the pixels is kept: no place, no camera. Raises InputError when even the smallest is too large."""
+    Quality is reduced first, then size. Only pixels are kept, without place or camera. Raises InputError when even the
+    smallest is too large.
+    """
     h, w = image.shape[:2]
     for side, quality in product(SIDES, QUALITIES):
         gain = min(1.0, side / max(h, w))

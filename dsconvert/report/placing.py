@@ -1,4 +1,4 @@
-"""Where the labels of boxes go, so that they can be read."""
+"""Place the labels of boxes so that they can be read."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ NARROW, WIDE = 0.62, 1.05  # width of a bold character as a share of the font si
 
 @dataclass(frozen=True)
 class Spot:
-    """A label's rectangle in pixels of the photo."""
+    """A label's rectangle, in pixels of the photo."""
 
     x: float
     y: float
@@ -22,7 +22,7 @@ class Spot:
     height: float
 
     def covered(self, by: NDArray[np.float64]) -> float:
-        """Area of the overlaps with other spots (n, 4), square pixels."""
+        """Return the area of the overlaps with other spots (n, 4), in square pixels."""
         x, y, width, height = by.T
         w = np.minimum(self.x + self.width, x + width) - np.maximum(self.x, x)
         h = np.minimum(self.y + self.height, y + height) - np.maximum(self.y, y)
@@ -30,14 +30,19 @@ class Spot:
 
 
 def text_width(text: str, size: float) -> float:
-    """About how wide a bold text of that font size is, pixels."""
+    """Return the approximate width of bold text in pixels."""
     return size * sum(WIDE if unicodedata.east_asian_width(c) in "WF" else NARROW for c in text)
 
 
 def place(boxes: Sequence[Spot], texts: Sequence[str], size: float, width: float, height: float) -> list[Spot]:
-    """A spot within the photo for every box's label, font `size`; those that come first get the better ones.
+    """Return a spot inside the photo for the label of every box; earlier boxes get better spots.
 
-    Tried in turn: above, below and inside the box, at its left and right edges; the least covered spot wins."""
+    Spots above, below and inside the box are tried, at its left and right edges. The one that is covered least is
+    taken.
+
+    size: of the font.
+    width, height: of the photo.
+    """
     line = 1.25 * size
     taken: list[Spot] = []
     corners = np.zeros((len(boxes), 4))

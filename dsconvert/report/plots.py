@@ -1,4 +1,4 @@
-"""The charts, each a small function from figures to inline SVG. Text from files is passed through `text.plain`."""
+"""The charts: each function turns figures into inline SVG. Text from files passes through `text.plain`."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from dsconvert.report.text import plain
 from dsconvert.scoring.curves import RECALLS, ClassCurve
 
 ROW = 38  # pixels of one labelled bar
-COLUMN, LEAST_WIDTH = 16, 640  # pixels of one layer, and of the whole chart of layers
+COLUMN, LEAST_WIDTH = 16, 640  # pixels of one layer, and the least width of the chart of layers
 SMALL = (320, 210)  # pixels of a histogram
-DASHES: dict[str, Any] = {CONVERTED: "-", FLOAT: (0, (5, 2))}  # the others: dashed
-FEW_LEVELS = 33  # up to so many, every level of a grid is drawn
+DASHES: dict[str, Any] = {CONVERTED: "-", FLOAT: (0, (5, 2))}  # line styles; other models get dashes
+FEW_LEVELS = 33  # up to so many levels, each level of a grid is drawn
 
 
 def colour_of(role: str, index: int) -> str:
-    """The colour of a model: float, converted, or the index-th peer."""
+    """Return the colour of a model: float, converted, or the peer of this index."""
     return {"float": FLOAT, "converted": CONVERTED}.get(role) or PEERS[index % len(PEERS)]
 
 
 def bars(labels: Sequence[str], values: Sequence[float], colours: Sequence[str], shown: Sequence[str], name: str,
          alt: str) -> str:  # fmt: skip
-    """One labelled bar a model; `shown` are the values as text."""
+    """Draw one labelled bar for each model; `shown` are the values as text."""
     with styled():
         figure = new_figure(320, ROW * len(labels) + 8)
         ax = figure.subplots()
@@ -46,7 +46,7 @@ def bars(labels: Sequence[str], values: Sequence[float], colours: Sequence[str],
 
 
 def layer_chart(layers: Sequence[Layer], name: str, alt: str) -> str:
-    """Bits, errors and damage of every layer, in the order of the network."""
+    """Draw bits, errors and damage of every layer, in the order of the network."""
     harmful = any(r.damage is not None for r in layers)
     with styled():
         width = max(LEAST_WIDTH, 72 + COLUMN * len(layers))
@@ -72,7 +72,7 @@ def layer_chart(layers: Sequence[Layer], name: str, alt: str) -> str:
 
 
 def _harm_bars(ax: Axes, layers: Sequence[Layer]) -> None:
-    """Damage on a logarithmic scale: at 4 bits as a tick, at the bits the layer got as a bar."""
+    """Draw damage on a logarithmic scale: a mark for 4 bits, a bar for the bits that the layer has."""
     least = 1e-2
     for x, r in enumerate(layers):
         if r.damage is None or r.sensitivity is None:
@@ -85,7 +85,7 @@ def _harm_bars(ax: Axes, layers: Sequence[Layer]) -> None:
 
 
 def weight_chart(view: WeightView, name: str, alt: str) -> str:
-    """Float weights as a filled histogram; grid lines; the integers they became as stems."""
+    """Draw float weights as a filled histogram, the grid as lines, and the integers they became as stems."""
     with styled():
         figure = new_figure(*SMALL)
         ax = figure.subplots()
@@ -100,19 +100,19 @@ def weight_chart(view: WeightView, name: str, alt: str) -> str:
         else:
             fitted, _ = np.histogram(view.levels, view.edges, weights=view.level_counts)
             ax.stairs(_density(fitted, view.edges), view.edges, color=CONVERTED, linewidth=1.4)
-        ax.set(xlabel="steps of the block", xlim=(view.edges[0], view.edges[-1]), ylim=(0, None), yticks=[])
+        ax.set(xlabel="weight / (CDSw m)", xlim=(view.edges[0], view.edges[-1]), ylim=(0, None), yticks=[])
         ax.spines["left"].set_visible(False)
         ax.set_xticks([low, 0, high])
         return to_svg(figure, name, alt)
 
 
 def _density(counts: NDArray[Any], edges: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Shares a unit of width."""
+    """Return the share of counts per unit of width."""
     return np.asarray(counts / max(1, counts.sum()) / (edges[1] - edges[0]))
 
 
 def activation_chart(view: ActivationView, name: str, alt: str) -> str:
-    """Float values on a logarithmic count; the grid's ends, and a tick at every sixteenth level."""
+    """Draw float values with logarithmic counts, the grid's ends, and a mark at every sixteenth level."""
     with styled():
         figure = new_figure(*SMALL)
         ax = figure.subplots()
@@ -136,12 +136,12 @@ def _grid_lines(ax: Axes, at: NDArray[Any]) -> None:
 
 
 def pr_chart(curves: Sequence[tuple[str, ClassCurve | None]], name: str, alt: str) -> str:
-    """Precision against recall at IoU 0.50, one line a model: (colour, curve)."""
+    """Draw precision against recall at IoU 0.50, one line for each (colour, curve)."""
     with styled():
         figure = new_figure(180, 175)
         ax = figure.subplots()
         recall = np.linspace(0, 1, RECALLS)
-        for colour, curve in reversed(curves):  # the models that matter most on top
+        for colour, curve in reversed(curves):  # the models that matter most are drawn last, on top
             if curve is not None:
                 style = DASHES.get(colour, "--")
                 ax.plot(recall, curve.precision, color=colour, linewidth=1.8, linestyle=style)
@@ -154,7 +154,7 @@ def pr_chart(curves: Sequence[tuple[str, ClassCurve | None]], name: str, alt: st
 
 
 def finetune_chart(looks: Sequence[tuple[float, float]], name: str, alt: str) -> str:
-    """The error of images held back after steps of the brief fine-tune."""
+    """Draw the error of the held-back images over the steps of the brief fine-tune."""
     with styled():
         figure = new_figure(360, 220)
         ax = figure.subplots()
@@ -166,5 +166,5 @@ def finetune_chart(looks: Sequence[tuple[float, float]], name: str, alt: str) ->
 
 
 def _short(value: float, _: object = None) -> str:
-    """0.01, 1, 100, 10k: a number on a logarithmic axis."""
+    """Return a number for a logarithmic axis: 0.01, 1, 100, 10k."""
     return f"{value / 1000:g}k" if value >= 10000 else f"{value:g}"

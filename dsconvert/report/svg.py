@@ -1,4 +1,4 @@
-"""From a matplotlib figure to SVG that lives inside a page: in the page's colours, light or dark, and its font."""
+"""Turn a matplotlib figure into SVG inside a page, with the page's font and its colours, light or dark."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-# Colours matplotlib is told, and the page's colours they stand for (see style.css).
+# colours that matplotlib uses, and the page's colours that replace them (see style.css)
 INK, MUTED, LINE = "#000001", "#000002", "#000003"
 FLOAT, CONVERTED, ALARM = "#000004", "#000005", "#000006"
 PEERS = ("#000007", "#000008", "#000009")
@@ -27,9 +27,9 @@ SVG, XLINK = "{http://www.w3.org/2000/svg}", "{http://www.w3.org/1999/xlink}"
 GEOMETRY = frozenset({"d", "x", "y", "width", "height", "points", "transform"})
 REFERENCE = re.compile(r"#[\w-]+")
 STYLE: dict[Any, Any] = {
-    "svg.fonttype": "none",  # text stays text
+    "svg.fonttype": "none",  # keeps text as text
     "svg.hashsalt": "dsconvert",
-    "text.parse_math": False,  # a dollar sign in a name is a dollar sign
+    "text.parse_math": False,  # keeps a dollar sign in a name as it is
     "font.family": "sans-serif",
     "font.sans-serif": ["DejaVu Sans"],
     "font.size": 11,
@@ -54,7 +54,7 @@ STYLE: dict[Any, Any] = {
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """A figure of so many CSS pixels; one unit of its SVG is one pixel, and font sizes are pixels."""
+    """Return a figure of so many CSS pixels; one unit of its SVG, and of font sizes, is one pixel."""
     pad = 2 / 72
     figure = Figure(figsize=(width / 72, height / 72), layout=ConstrainedLayoutEngine(w_pad=pad, h_pad=pad))
     FigureCanvasSVG(figure)
@@ -62,9 +62,11 @@ def new_figure(width: float, height: float) -> Figure:
 
 
 def to_svg(figure: Figure, name: str, alt: str) -> str:
-    """Inline SVG with `alt` as its accessible name. `name`, unique on the page, keeps its ids apart from others'.
+    """Return inline SVG. Equal figures give equal text. Call it inside `styled`, as for drawing.
 
-    The same figure gives the same text. Draw it within `matplotlib.rc_context(STYLE)`."""
+    name: unique on the page; it begins all ids.
+    alt: the accessible name.
+    """
     stream = io.StringIO()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing")  # the page's fonts draw the text, not matplotlib's
@@ -90,7 +92,7 @@ def to_svg(figure: Figure, name: str, alt: str) -> str:
 
 
 def _tidy(parent: ElementTree.Element) -> None:
-    """Without metadata, styles meant for a whole document, blank text, and groups that only group."""
+    """Remove metadata, styles for a whole document, blank text, and groups without attributes."""
     children: list[ElementTree.Element] = []
     for child in list(parent):
         _tidy(child)
@@ -103,7 +105,7 @@ def _tidy(parent: ElementTree.Element) -> None:
 
 
 def _in_page(key: str, value: str, name: str) -> str:
-    """One attribute's value: ids get the figure's name in front, colours and fonts become the page's."""
+    """Return an attribute's value for the page: ids begin with the figure's name, colours and fonts are the page's."""
     if key == "id":
         return f"{name}-{value}"
     if key in ("href", f"{XLINK}href", "clip-path"):
@@ -117,5 +119,5 @@ def _in_page(key: str, value: str, name: str) -> str:
 
 
 def styled() -> AbstractContextManager[None]:
-    """The context to make and save figures in."""
+    """Return the context for drawing and saving figures."""
     return matplotlib.rc_context(STYLE)

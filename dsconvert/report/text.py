@@ -1,4 +1,4 @@
-"""Names from files (classes, layers, paths) as text that is safe to show."""
+"""Make names from files (classes, layers, paths) safe to show on the page."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ INVISIBLE = frozenset({"Cc", "Cf", "Cs", "Co", "Zl", "Zp"})
 
 
 def plain(text: object, most: int = 80) -> str:
-    """At most `most` characters, the middle cut out; everything invisible becomes U+FFFD.
+    """Return at most `most` characters, cut in the middle if needed, with every invisible character as U+FFFD.
 
-    Not escaped for HTML: the template does that, and charts are XML made by a serialiser."""
+    HTML is not escaped here: the template escapes text, and charts are XML from a serialiser.
+    """
     shown = "".join("\N{REPLACEMENT CHARACTER}" if _is_invisible(c) else c for c in str(text))
     if len(shown) <= most:
         return shown
@@ -22,12 +23,12 @@ def plain(text: object, most: int = 80) -> str:
 
 
 def _is_invisible(c: str) -> bool:
-    """U+FFFE and U+FFFF, and those like them in the other planes, are no characters, and XML knows them not."""
+    """Return whether a character is invisible, or one such as U+FFFE and U+FFFF that XML does not allow."""
     return unicodedata.category(c) in INVISIBLE or ord(c) & 0xFFFE == 0xFFFE
 
 
 def labels_of(paths: Sequence[Path]) -> list[str]:
-    """A short name for every path: as many of its last parts as tell all apart."""
+    """Return a short name for every path: as many of its last parts as are needed to tell all paths apart."""
     depth = 1
     while depth < max((len(p.parts) for p in paths), default=0):
         if len({p.parts[-depth:] for p in paths}) == len(set(paths)):

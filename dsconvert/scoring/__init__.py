@@ -1,1 +1,4 @@
-"""Accuracy, size and latency of models; what is inside knows nothing of how they were made."""
+"""Measure models: accuracy, agreement, latency, memory, and what `detect` finds.
+
+It does not matter how they were made.
+"""

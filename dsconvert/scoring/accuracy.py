@@ -1,4 +1,4 @@
-"""Run a predictor over labelled images and measure it."""
+"""Run predictors over labelled images and measure their accuracy."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from dsconvert.scoring.coco import COCO_MOST, Metrics, coco_metrics
 from dsconvert.scoring.masks import Encoded, MaskPredictor, form_of, look, mask_f1, mask_precision, outlines, prepared
 from dsconvert.yolo.boxes import LEAST, MOST, inside, suppressed, to_image
 
-# A predictor takes a float batch (1, 3, h, w) as `masks.prepared` makes it, 0..1 where it has no form of its own, and
-# returns (1, boxes, 5 + nc) as `decode` does.
+# A predictor takes a float batch (1, 3, h, w) from `masks.prepared`, in 0..1 unless it has a form of its own. It
+# returns (1, boxes, 5 + nc), as `decode` does.
 CONFIDENT, OVERLAP = 0.25, 0.45  # YOLOv5's detect.py
 VAL_OVERLAP = 0.6  # YOLOv5's val.py
 Predictor = Callable[[NDArray[np.float32]], NDArray[np.float32]]
@@ -29,12 +29,18 @@ Predictor = Callable[[NDArray[np.float32]], NDArray[np.float32]]
 
 @dataclass(frozen=True)
 class Detections:
-    """What several predictors found in the same images, and the truth: all in pixels of the original images.
+    """What several predictors found in the same images, and the truth, in pixels of the original images.
 
-    found[predictor][image] is (n, 6) x1, y1, x2, y2, score, class; truths[image] (m, 5) class, x1, y1, x2, y2;
-    shapes[image] height and width; nc the number of classes; read the images' files, skipped why others could not be
-    read. Where labels are polygons, outlines[image] are their masks, and masks[predictor] those of its boxes (None of a
-    detector). `most` detections of a class in an image count for the mAP."""
+    found: [predictor][image], (n, 6) x1, y1, x2, y2, score, class.
+    truths: [image], (m, 5) class, x1, y1, x2, y2.
+    shapes: [image], height and width.
+    nc: number of classes.
+    skipped: why other images could not be read.
+    masks: [predictor][image], masks of the boxes, if labels are polygons; None for a detector.
+    outlines: [image], masks of the labels, if these are polygons.
+    most: detections of a class in an image that count for the mAP.
+    read: the images' files.
+    """
 
     found: list[list[NDArray[np.float32]]]
     truths: list[NDArray[np.float64]]
@@ -52,7 +58,10 @@ class Detections:
         return any(len(truth) for truth in self.truths)
 
     def metrics(self, images: Sequence[int] | None = None) -> list[Metrics]:
-        """Metrics of every predictor on the images given by index (default all; repeated ones count again)."""
+        """Return the metrics of every predictor on the images with these indices; None: all.
+
+        Repeated indices count again.
+        """
         chosen = range(len(self.truths)) if images is None else images
         truths, shapes = [self.truths[i] for i in chosen], [self.shapes[i] for i in chosen]
         found = [
@@ -76,8 +85,10 @@ def evaluate_predictors(
     labelled: bool | Labelled = True,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Metrics]:
-    """Metrics of every predictor on the same images, see `detect_all`. Raises InputError where there is no object to
-    find."""
+    """Return the metrics of every predictor on the same images (see `detect_all`).
+
+    Raises InputError when there is no object to find.
+    """
     found = detect_all(predictors, paths, imgsz, nc, labelled, progress)
     if not labelled and not found.measurable:
         raise InputError("The first model finds nothing with confidence in these images, so there is no agreement.")
@@ -85,8 +96,11 @@ def evaluate_predictors(
 
 
 def most_overlap(overlap: float | None, labelled: bool) -> float:
-    """How far two boxes of a class may overlap: the one given, else with labels val.py's. Without labels it is
-    detect.py's: so the truth is among what the first model finds, and a model agrees with itself wholly."""
+    """Return how far two boxes of a class may overlap: `overlap`, or else a default of YOLOv5.
+
+    With labels it is val.py's. Without labels it is detect.py's: then the truth is a part of what the first model
+    finds, and a model agrees with itself completely.
+    """
     return (VAL_OVERLAP if labelled else OVERLAP) if overlap is None else overlap
 
 
@@ -100,15 +114,21 @@ def detect_all(
     confidence: float = LEAST,
     overlap: float | None = None,
 ) -> Detections:
-    """Run every predictor on the same images, each decoded once and made `imgsz` pixels large as each wants it.
+    """Run every predictor on the same images; each image is read once and brought into each predictor's form.
 
-    The truth is the labels given as `labelled`, whose images take the place of `paths`, or (True) those beside the
-    images, or (False) what the first predictor finds with confidence: then metrics say how far the others agree with
-    it. Where labels are polygons, the masks of segmentation models are measured too. Under torchrun every process looks
-    at a part of the images and has what all found. Boxes up to a score of `confidence`, and those that overlap a better
-    one of their class by more than `overlap` (see `most_overlap`), are dropped before anything is counted, as val.py
-    does. Files that cannot be read are left out and counted. Raises InputError when none can. Without labels there may
-    be no truth at all, see `measurable`.
+    predictors: see Predictor.
+    paths: the images.
+    imgsz: their size for the predictors.
+    nc: number of classes.
+    labelled: where the truth comes from. Labels given here replace `paths` by their own images. True reads the labels
+        beside the images. False takes what the first predictor finds with confidence; metrics then measure agreement.
+    confidence, overlap: boxes with scores up to `confidence`, and boxes that overlap a better one of their class by
+        more than `overlap` (see `most_overlap`), are dropped first, as val.py does.
+
+    Masks of segmentation models are measured if labels are polygons. Files that cannot be read are left out and
+    counted. Under torchrun every process runs a part of the images and gets the results of all.
+
+    Raises InputError when no image can be read. Without labels there may be nothing to find (see `measurable`).
     """
     size = Size.of(imgsz)
     found: list[list[NDArray[np.float32]]] = [[] for _ in predictors]
@@ -138,7 +158,7 @@ def detect_all(
         given = [ready[form_of(predict)] for predict in predictors]
         looked = [look(predict, batch) for predict, (batch, _) in zip(predictors, given, strict=True)]
         if any(p.shape[1] != nc + 5 for p, _ in looked):
-            raise InputError(f"A model finds other classes than the {nc} it is measured on.")
+            raise InputError(f"A model finds another number of classes than the {nc} it is measured on.")
         for predict, results, (_, box), (raw, said), encoded in zip(
             predictors, found, given, looked, masks, strict=True
         ):

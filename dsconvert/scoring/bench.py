@@ -1,4 +1,4 @@
-"""Any ONNX files side by side in any of the engines: latency, load time, peak memory."""
+"""Measure ONNX files side by side in several engines: latency, load time and peak memory."""
 
 from __future__ import annotations
 
@@ -17,14 +17,17 @@ from dsconvert.onnxfile.trial import try_out
 from dsconvert.scoring.footprint import Footprint, measure_footprint
 from dsconvert.scoring.latency import Latency, Ratio, interleaved_times, ratio, summary
 
-LOADS = 3  # fresh processes a model is loaded in
+LOADS = 3  # fresh processes in which each model is loaded
 Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
 class Benchmarked:
-    """One file in one engine. `ratio` is latency against the first one's; `footprint` has the median load time and
-    the medians of the memory readings."""
+    """One file in one engine.
+
+    ratio: its latency divided by the first entry's.
+    footprint: medians of load time and memory.
+    """
 
     path: Path
     engine: str
@@ -43,8 +46,11 @@ def bench(
     imgsz: SizeLike | None = None,
     progress: Progress | None = None,
 ) -> list[Benchmarked]:
-    """Every file in every engine, on the first `threads` CPUs this process may use. Raises InputError for fewer
-    CPUs than threads, an engine that is not installed, or a file an engine cannot run."""
+    """Measure every file in every engine, on the first `threads` CPUs that this process may use.
+
+    Raises InputError when there are fewer CPUs than threads, an engine is not installed, or an engine cannot run a
+    file.
+    """
     report, asked = progress or (lambda stage, done, total: None), Size.perhaps(imgsz)
     versions = {engine: engine_version(engine) for engine in engines}
     entries = [(path, engine) for engine in engines for path in paths]
@@ -65,8 +71,8 @@ def bench(
 
 @contextmanager
 def only_cpus(count: int) -> Iterator[None]:
-    """Keep this thread, and every thread and process it starts, on the first `count` of the CPUs it may use."""
-    if not hasattr(os, "sched_setaffinity"):  # Windows, macOS: the system chooses
+    """Keep this thread, and all threads and processes that it starts, on the first `count` CPUs that it may use."""
+    if not hasattr(os, "sched_setaffinity"):  # Windows and macOS choose CPUs themselves
         yield
         return
     before = os.sched_getaffinity(0)
@@ -87,7 +93,7 @@ def _median_of(sizes: Sequence[int | None]) -> int | None:
 def _footprints(
     entries: Sequence[tuple[Path, str]], threads: int, imgsz: Size | None, sizes: Mapping[Path, int], report: Progress
 ) -> list[Footprint]:
-    """The median of LOADS measurements of each, taken in turn."""
+    """Return the median of LOADS measurements for each entry, taken in turn."""
     found: list[list[Footprint]] = [[] for _ in entries]
     for turn in range(LOADS):
         for index, (path, engine) in enumerate(entries):

@@ -1,4 +1,4 @@
-"""Anything that can be evaluated (`.pt`, `.safetensors`, `.onnx`) as one kind of value."""
+"""Load anything that can be evaluated (`.pt`, `.safetensors`, `.onnx`) as one kind of value."""
 
 from __future__ import annotations
 
@@ -40,15 +40,18 @@ from dsconvert.yolo.checkpoint import load_checkpoint
 from dsconvert.yolo.layers import MAX_MASKS
 from dsconvert.yolo.lower import lower
 
-MAX_NUMBERS = 5 + MAX_CLASSES + MAX_MASKS  # of a box
-MAX_PROTOTYPES = 16  # numbers of them a pixel; the published heads have two
+MAX_NUMBERS = 5 + MAX_CLASSES + MAX_MASKS  # numbers of a box at most
+MAX_PROTOTYPES = 16  # prototype numbers for each pixel of the image at most; the published heads have two
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A model ready to be measured. `predict` computes its accuracy: torch for `.pt` (float) and `.safetensors`
-    (integer arithmetic), ONNX Runtime for `.onnx`. `run_once` is one ONNX Runtime inference, for its latency:
-    the other two are exported in memory for it, so that all latencies come from one engine."""
+    """A model ready to be measured.
+
+    `predict` is for accuracy. It runs a `.pt` in float and a `.safetensors` in integers, both in torch, and an `.onnx`
+    in ONNX Runtime. `run_once` is one inference in ONNX Runtime, for latency. The first two are exported in memory for
+    it, so that all latencies come from one engine.
+    """
 
     path: Path
     format: str
@@ -57,11 +60,12 @@ class Candidate:
     weight_bits: float
     predict: Predictor
     run_once: Callable[[], object]
-    nc: int  # classes; 0 where nothing tells
+    nc: int  # number of classes; 0 if unknown
     limits: Nms | None = None  # of a file that ends with non-maximum suppression
-    batch: int = 1  # images that a file takes at once: `run_once` is of so many
-    input_type: type[Any] = np.float32  # of the numbers it takes
-    outputs: Callable[[NDArray[np.float32]], list[Any]] | None = None  # of an ONNX file as they are, for one image
+    batch: int = 1  # images that the file takes at once; `run_once` runs so many
+    input_type: type[Any] = np.float32  # numpy type of the input
+    # returns an ONNX file's unread outputs for one image
+    outputs: Callable[[NDArray[np.float32]], list[Any]] | None = None
 
     @property
     def size_bytes(self) -> int:
@@ -70,24 +74,28 @@ class Candidate:
 
     @property
     def named(self) -> Candidate:
-        """The same; one of as many classes as COCO has that names none has COCO's names."""
+        """The same model; if it has no class names and 80 classes, with COCO's names."""
         return replace(self, names=usual_names()) if not self.names and self.nc == len(usual_names()) else self
 
 
 class OtherOutput(InputError):
-    """A file's outputs are no boxes in a form that is read."""
+    """A file's outputs are not boxes in a known form."""
 
 
 def load_candidate(
     path: Path, imgsz: SizeLike | None, device: str = "cpu", preset: Preset | None = None
 ) -> Candidate:  # fmt: skip
-    """Load a model for evaluation at `imgsz` pixels (None: what it was made for, else 640). `device` as
-    `workers.named_device`; another than the CPU is for a checkpoint: integers and ONNX Runtime run on the CPU. `preset`
-    is an ONNX file's (None: what it notes, else YOLOv5's input, and outputs whose shapes tell). Raises InputError for
-    the others."""
+    """Load a model for evaluation.
+
+    imgsz: side of the images; None: the size that the model was made for, or 640.
+    device: as for `workers.named_device`. Only a checkpoint can run on another device than the CPU.
+    preset: of an ONNX file; None: what its metadata says, or YOLOv5's input and outputs recognised by shape.
+
+    Raises InputError when the model cannot be loaded so.
+    """
     kind, asked = file_kind(path), Size.perhaps(imgsz)
     if preset is not None and kind in (CHECKPOINT, MODEL):
-        raise InputError.naming("{} knows its own input; {input} and what belongs to it are for ONNX files.", path)
+        raise InputError.naming("{} knows its own input; {input} and its options are for ONNX files only.", path)
     if kind == CHECKPOINT:
         return _float(path, asked or USUAL, device)
     if workers.named_device(device) != "cpu":
@@ -98,11 +106,15 @@ def load_candidate(
 
 
 def load_candidates(paths: Sequence[Path], imgsz: SizeLike | None, preset: Preset | None = None) -> list[Candidate]:
-    """All models at one image size: the one asked for, else the one the others were made for (a `.pt` fits any).
-    `preset` is that of all ONNX files. Raises InputError where there is none of these."""
+    """Load several models for one image size: `imgsz`, or the size that they were made for (a `.pt` fits any).
+
+    preset: of all ONNX files.
+
+    Raises InputError when a model cannot be loaded, or sizes differ.
+    """
     kinds = {p: file_kind(p) for p in paths}
     if preset is not None and set(kinds.values()) <= {CHECKPOINT, MODEL}:
-        raise InputError.naming("{input} and what belongs to it are for ONNX files, and none is given.")
+        raise InputError.naming("{input} and its options are for ONNX files, and none of the models is one.")
     sized = {
         p: load_candidate(p, imgsz, preset=None if kind == MODEL else preset)
         for p, kind in kinds.items() if kind != CHECKPOINT
@@ -116,8 +128,9 @@ def load_candidates(paths: Sequence[Path], imgsz: SizeLike | None, preset: Prese
 
 
 def _once(make: Callable[[], Session], imgsz: Size, count: int = 1) -> Callable[[], object]:
-    """One inference on `count` fixed random images; the session is made on the first call, as not everyone measures
-    speed."""
+    """Return one inference on `count` fixed random images; the session is made at the first call, as it may not be
+    needed.
+    """
 
     @functools.cache
     def prepared() -> Callable[[], object]:
@@ -147,7 +160,7 @@ def _float(path: Path, imgsz: Size, device: str = "cpu") -> Candidate:
     bits = float(checkpoint.stored_bits)
     device = workers.device(device)
     own = {name: ConvParams(p.weight.to(device), p.bias.to(device)) for name, p in params.items()}
-    # the bound is of main memory, of which CUDA maps more than it uses
+    # the bound is one of main memory, of which CUDA reserves more than it uses
     bounds = Bounds(str(path), path.stat().st_size) if device == "cpu" else None
     predict = float_predictor(graph, own, head, device, bounds)
     return Candidate(path, "pt", head.names, imgsz, bits, predict, _once(running, imgsz), head.nc)
@@ -172,7 +185,7 @@ def _onnx(path: Path, asked: Size | None, preset: Preset | None) -> Candidate:
     if not path.is_file():
         raise InputError(f"There is no ONNX file at {path}.")
     given = parsed(path)
-    with refusing(f"{path} is not an ONNX file ONNX Runtime can run."):
+    with refusing(f"{path} is not an ONNX file that ONNX Runtime can run."):
         weights = conv_weights(given.model)
     try_out(path, "onnxruntime", torch.get_num_threads(), asked, given.size)
     running = load_file(path, torch.get_num_threads(), given.size)
@@ -180,7 +193,7 @@ def _onnx(path: Path, asked: Size | None, preset: Preset | None) -> Candidate:
     check_image_input(path, [e.shape for e in entries], [e.type for e in entries], asked)
     entry = entries[0]
     if isinstance(entry.shape[1], int) and entry.shape[1] != 3:
-        raise InputError(f"{path} takes images of {entry.shape[1]} channels, and these commands give it three.")
+        raise InputError(f"{path} takes images of {entry.shape[1]} channels, but these commands give it three.")
     imgsz = _size(path, entry.shape, asked)
     most = entry.shape[0] if isinstance(entry.shape[0], int) else 1
     check_pixels(path, (most, *imgsz.image), asked)
@@ -194,7 +207,7 @@ def _onnx(path: Path, asked: Size | None, preset: Preset | None) -> Candidate:
     form = _form_of(preset, kind)
 
     def outputs(batch: NDArray[np.float32]) -> list[Any]:
-        filled = np.repeat(batch, most, 0) if most > 1 else batch  # one image, as often as the file wants it
+        filled = np.repeat(batch, most, 0) if most > 1 else batch  # a file with a fixed batch gets copies of the image
         return _outputs(path, running, {entry.name: as_input(filled, kind)})
 
     def predict(batch: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -212,8 +225,8 @@ def _onnx(path: Path, asked: Size | None, preset: Preset | None) -> Candidate:
         return out, protos
 
     nc = len(names) or _classes(running, makes_masks, imgsz)
-    if preset.decode is not None and not names:  # what no shape tells, a first look does
-        with suppress(OtherOutput):  # which is said when it is run again
+    if preset.decode is not None and not names:  # a first run tells the number of classes if no shape does
+        with suppress(OtherOutput):  # raised again, and shown, when the file is run
             grey = np.full((*imgsz.pair, 3), form.pad, np.uint8)
             nc = predict(form.apply(grey, *imgsz.pair)[None]).shape[2] - 5
     bits = sum(w.bits for w in weights) / count if count else 32.0
@@ -227,7 +240,10 @@ def _onnx(path: Path, asked: Size | None, preset: Preset | None) -> Candidate:
 
 
 def _form_of(preset: Preset, kind: type[Any]) -> InputForm:
-    """The form of its input; a file that takes bytes has the scale within, and is given 0..1 like all others."""
+    """Return the form of the input.
+
+    A file that takes bytes scales them itself, and is fed from 0..1 like all others.
+    """
     if kind is not np.uint8:
         return preset.form
     refuse_scaled_bytes(preset.form)
@@ -237,9 +253,9 @@ def _form_of(preset: Preset, kind: type[Any]) -> InputForm:
 def _read(
     path: Path, rule: str | None, found: Sequence[Any], batch: NDArray[np.float32], names: Sequence[str], images: int
 ) -> NDArray[np.float32]:
-    """The boxes of the one image of a batch, (boxes, 5 + classes); outputs may be of as many copies of it."""
+    """Return the boxes (boxes, 5 + classes) in the outputs for one image; a fixed batch holds copies of it."""
     floats = [_floats(path, o) for o in (found if rule else found[:1])]
-    if rule is None:  # what stands behind may tell what the first is
+    if rule is None:  # further outputs may tell what the first one is
         floats += [o for o in found[1:] if isinstance(o, np.ndarray) and o.dtype.kind == "f" and len(o.shape) > 1]
     if images > 1 and any(len(o) != images for o in floats if o.ndim):
         raise _other_output(path, floats, names)
@@ -254,25 +270,28 @@ def _read(
         check_scores(rows)
     except OtherFamily as error:
         ways = " or ".join(f"{{input}} {name}" for name in error.names)
-        raise OtherOutput.naming(
-            f"{{}} has outputs as networks of other families than YOLOv5's have them: give {ways}.", path
-        ) from None
+        raise OtherOutput.naming(f"{{}} has outputs like another family's, not YOLOv5's; give {ways}.", path) from None
     except Unfit as error:
         raise _other_output(path, floats, names, str(error)) from None
     return rows
 
 
 def _has_boxes(out: NDArray[Any], images: int, imgsz: Size) -> bool:
-    """Whether an output has the form (images, boxes, 5 + classes), with no more boxes than the image has pixels and no
-    more classes than any file names."""
+    """Return whether an output is (images, boxes, 5 + classes), with no more boxes than pixels and a possible number of
+    classes.
+    """
     return (
         out.ndim == 3 and out.shape[0] == images and out.shape[1] <= imgsz.pixels and 6 <= out.shape[2] <= MAX_NUMBERS
     )
 
 
 def _size(path: Path, shape: Sequence[Any], asked: Size | None) -> Size:
-    """Height and width that a file takes. A side that is open is the one asked for, else the other one. Raises
-    InputError where it takes another one."""
+    """Return the height and width that a file takes.
+
+    An open side is the one asked for, or else equal to the other side.
+
+    Raises InputError when the file takes another size than the one asked for.
+    """
     known = [n for n in shape[2:] if isinstance(n, int)]
     found = (asked or Size.of(known[0] if known else USUAL)).filling(shape[2:])
     if asked is not None and asked != found:
@@ -282,7 +301,7 @@ def _size(path: Path, shape: Sequence[Any], asked: Size | None) -> Size:
 
 
 def _classes(running: Session, masks: bool, imgsz: Size) -> int:
-    """How many classes the shapes of the outputs tell of; 0 where they leave that open."""
+    """Return the number of classes that the shapes of the outputs tell; 0 if they do not."""
     shapes = [o.shape for o in running.inner.get_outputs()]
     if not masks:
         return classes_of(shapes[0], imgsz)
@@ -293,15 +312,18 @@ def _classes(running: Session, masks: bool, imgsz: Size) -> int:
 def _other_output(
     path: Path, found: Sequence[NDArray[Any]], names: Sequence[str], wanted: str | None = None
 ) -> OtherOutput:  # fmt: skip
-    """Why the outputs cannot be read as boxes; `wanted` are those that can, where a rule or a look at them says it."""
+    """Return the error for outputs that cannot be read as boxes.
+
+    wanted: the outputs that a rule expects; None: any known form.
+    """
     given = printable(" and ".join(str(list(o.shape)) for o in found), 60)
     usual = "YOLOv5's output (1, boxes, 5 + classes){}, nor YOLOv8's (1, 4 + classes, boxes), nor (1, boxes, 6)"
     said = f" of the {len(names)} it names" if names else ""
     if wanted in (None, SHAPES):
         wanted = usual.format(said)
     return OtherOutput.naming(
-        f"{{}} does not have {wanted}, but {{}}; {{input}} names a family whose outputs are read by eval, detect, "
-        "compare and report, and compare takes two such files output by output.", path, given,
+        f"{{}} does not have {wanted}, but {{}}; give {{input}} if it belongs to a known family, or compare two such "
+        "files output by output.", path, given,
     )  # fmt: skip
 
 
@@ -318,9 +340,10 @@ def _floats(path: Path, out: Any) -> NDArray[np.float32]:
 
 
 def _as_predictions(found: NDArray[np.float32], nc: int, path: Path) -> NDArray[np.float32]:
-    """Detections (k, 7) of one image, from a file that ends with NMS -> (1, k, 5 + nc), each with its one class.
+    """Turn the detections (k, 7) of one image into (1, k, 5 + nc), each with its one class.
 
-    The suppression that follows in evaluation drops more of them only if it allows less overlap than the file's."""
+    Evaluation suppresses boxes again. It drops more of these only if it allows less overlap than the file did.
+    """
     if not bool(((found[:, 6] >= 0) & (found[:, 6] < nc)).all()):
         raise InputError(f"{path} finds classes it does not name.")
     out = np.zeros((1, len(found), 5 + nc), np.float32)

@@ -1,4 +1,4 @@
-"""COCO metrics through faster-coco-eval, which reimplements pycocotools' evaluation."""
+"""COCO metrics by faster-coco-eval, a reimplementation of pycocotools' evaluation."""
 
 from __future__ import annotations
 
@@ -17,16 +17,21 @@ from dsconvert.base.errors import InputError
 
 Array = NDArray[np.floating[Any]]
 CONFIDENCES = np.linspace(0, 1, 1001)[1:-1]
-FOUND = 0.5  # least IoU of a box that finds an object, for precision and recall
-COCO_MOST = 100  # detections of a class in an image that COCO's mAP looks at
+FOUND = 0.5  # least IoU at which a box finds an object, for precision and recall
+COCO_MOST = 100  # detections of a class in an image that count for COCO's mAP
 
 
 @dataclass(frozen=True)
 class Metrics:
-    """mAP over IoU 0.50..0.95 and at 0.50 (COCO's definitions, 100 detections an image); precision and recall at
-    IoU 0.50 and the confidence where mean F1 over classes is best, counted in detections (`matched`, `best_f1`);
-    AP50-95 by class number; why files could not be read, which are not among the images; and the same of masks, where
-    a model has them and the labels are polygons."""
+    """The accuracy of one model.
+
+    map50_95, map50: mAP over IoU 0.50..0.95, and at 0.50 (COCO's definition, 100 detections an image).
+    precision, recall: at IoU 0.50 and the confidence with the best mean F1 over classes (see `matched` and `best_f1`).
+    images: measured on.
+    per_class: class number -> AP50-95.
+    skipped: why other files could not be read.
+    mask_...: the same for masks, if the model has them and the labels are polygons.
+    """
 
     map50_95: float
     map50: float
@@ -45,9 +50,16 @@ def coco_metrics(
     detections: Sequence[Array], truths: Sequence[Array], shapes: Sequence[tuple[int, int]], nc: int,
     most: int = COCO_MOST,
 ) -> Metrics:  # fmt: skip
-    """Per image: detections (n, 6) x1, y1, x2, y2, score, class; truths (m, 5) class, x1, y1, x2, y2, all in
-    pixels of an image of shape (height, width). `most` detections of a class in an image count for the mAP, the surest.
-    Raises InputError when there is no object to find."""
+    """Measure detections against the truth, image by image.
+
+    detections: (n, 6) x1, y1, x2, y2, score, class.
+    truths: (m, 5) class, x1, y1, x2, y2.
+    shapes: (height, width); boxes are in pixels of these images.
+    nc: number of classes.
+    most: detections of a class in an image that count for the mAP; the highest scores are kept.
+
+    Raises InputError when there is no object to find.
+    """
     return metrics_of(coco_tables(detections, truths, shapes, nc, most), len(shapes))
 
 
@@ -55,9 +67,11 @@ def coco_tables(
     detections: Sequence[Array], truths: Sequence[Array], shapes: Sequence[tuple[int, int]], nc: int,
     most: int = COCO_MOST,
 ) -> dict[str, Any]:  # fmt: skip
-    """The library's result: among others `precision` and `scores`, (IoU, recall level, class, area, limit) of the
-    `classes` that have objects; besides, as `best_f1`, the mean precision and recall at one confidence. Arguments and
-    error as `coco_metrics`."""
+    """Return the library's result for the arguments of `coco_metrics`, which raises the same error.
+
+    It has `precision` and `scores` (IoU, recall level, class, area, limit) for the `classes` that have objects.
+    `best_f1` is added: mean precision and recall at one confidence.
+    """
     if not sum(len(t) for t in truths):
         raise InputError("The images have no labels: there is nothing to measure accuracy against.")
     tables = tables_of(ground_truth(truths, shapes, nc), results(detections), "bbox", most)
@@ -66,16 +80,22 @@ def coco_tables(
 
 
 def with_objects(truths: Sequence[Array], nc: int) -> list[int]:
-    """Of nc classes, those that have objects: tables of all would take gigabytes where a file has ten thousand."""
+    """Return the classes below nc that have objects.
+
+    Tables of all classes of a file with ten thousand would take gigabytes.
+    """
     return sorted({int(kind) for truth in truths for kind in truth[:, 0].tolist() if kind < nc})
 
 
 def tables_of(
     document: dict[str, Any], found: list[dict[str, Any]], kind: str, most: int = COCO_MOST
 ) -> dict[str, Any]:
-    """The library's result for a document as `ground_truth` makes it and `results`; kind bbox, or segm where both have
-    masks."""
-    with contextlib.redirect_stdout(io.StringIO()):  # the library reports its progress on stdout
+    """Return the library's result for a document of `ground_truth` and a list of `results`.
+
+    kind: bbox, or segm if both have masks.
+    most: see `coco_metrics`.
+    """
+    with contextlib.redirect_stdout(io.StringIO()):  # the library prints its progress to stdout
         coco = COCO(document)
         run = COCOeval_faster(coco, coco.loadRes(found), kind, print_function=lambda *_: None)
         run.params.maxDets = [most]
@@ -85,12 +105,12 @@ def tables_of(
 
 
 def all_areas(tables: dict[str, Any]) -> NDArray[np.float64]:
-    """Precision (IoU, recall level, class) over objects of every size."""
+    """Return the precision (IoU, recall level, class) over objects of every size."""
     return np.asarray(tables["precision"])[:, :, :, 0, -1]
 
 
 def metrics_of(tables: dict[str, Any], images: int) -> Metrics:
-    """Metrics from `coco_tables`."""
+    """Return the metrics in the tables of `coco_tables`."""
     precision = all_areas(tables)
     present = precision[0, 0] > -1
     classes = tables["classes"]
@@ -101,14 +121,14 @@ def metrics_of(tables: dict[str, Any], images: int) -> Metrics:
 
 
 def mean_precision(tables: dict[str, Any]) -> tuple[float, float]:
-    """mAP50-95 and mAP50: the mean of `all_areas` over the classes that have objects."""
+    """Return mAP50-95 and mAP50: the mean of `all_areas` over the classes that have objects."""
     precision = all_areas(tables)
     present = precision[0, 0] > -1
     return float(precision[:, :, present].mean()), float(precision[0][:, present].mean())
 
 
 def ground_truth(truths: Sequence[Array], shapes: Sequence[tuple[int, int]], nc: int) -> dict[str, Any]:
-    """Truths as `coco_metrics` takes them -> a COCO annotation document."""
+    """Turn truths, as `coco_metrics` takes them, into a COCO annotation document."""
     annotations: list[dict[str, Any]] = []
     for image, boxes in enumerate(truths):
         for kind, x1, y1, x2, y2 in boxes.tolist():
@@ -125,7 +145,7 @@ def ground_truth(truths: Sequence[Array], shapes: Sequence[tuple[int, int]], nc:
 
 
 def results(detections: Sequence[Array]) -> list[dict[str, Any]]:
-    """Detections as `coco_metrics` takes them -> COCO's list of results."""
+    """Turn detections, as `coco_metrics` takes them, into COCO's list of results."""
     return [
         {"image_id": image, "category_id": int(kind), "bbox": [x1, y1, x2 - x1, y2 - y1], "score": score}
         for image, boxes in enumerate(detections)
@@ -134,7 +154,7 @@ def results(detections: Sequence[Array]) -> list[dict[str, Any]]:
 
 
 def overlaps(first: Array, second: Array) -> NDArray[np.float64]:
-    """IoU of boxes (n, 4) and (m, 4), x1, y1, x2, y2 each: (n, m)."""
+    """Return the IoU (n, m) of boxes (n, 4) and (m, 4), each x1, y1, x2, y2."""
     if not len(first) or not len(second):
         return np.zeros((len(first), len(second)))
     sized = [np.concatenate((b[:, :2], b[:, 2:] - b[:, :2]), 1).astype(np.float64) for b in (first, second)]
@@ -142,11 +162,14 @@ def overlaps(first: Array, second: Array) -> NDArray[np.float64]:
 
 
 def matched(found: Array, truth: Array, overlap: NDArray[np.float64]) -> NDArray[np.bool_]:
-    """Which detections (n, 6) of one image find an object (m, 5) of it, whose IoU are `overlap` (n, m).
+    """Return which detections (n, 6) of an image find one of its objects (m, 5).
 
-    The surest detection comes first. Each takes, of the objects of its class that overlap it by FOUND or more and that
-    no surer one took, the one it overlaps most: so an object is found once, and every further box on it is wrong.
-    These are COCO's matches at FOUND; of equal overlaps it takes the last."""
+    Detections are taken by falling score. Each one takes the free object of its class that it overlaps most, if the
+    overlap is at least FOUND. So an object is found once, and further boxes on it count as wrong. These are COCO's
+    matches at FOUND; of equal overlaps the last is taken.
+
+    overlap: IoU, (n, m).
+    """
     free = np.where((found[:, None, 5] == truth[None, :, 0]) & (overlap >= FOUND), overlap, 0)
     hits = np.zeros(len(found), bool)
     near = np.nonzero(free.any(1))[0]
@@ -161,11 +184,13 @@ def matched(found: Array, truth: Array, overlap: NDArray[np.float64]) -> NDArray
 def best_f1(
     detections: Sequence[Array], truths: Sequence[Array], hits: Sequence[NDArray[np.bool_]]
 ) -> tuple[float, float]:
-    """Mean precision and recall over the classes that have objects, at the one confidence with the best mean F1 (the
-    least of those with equal ones). What scores at least the confidence counts; `hits` say by image which detections
-    find an object.
+    """Return the mean precision and recall over the classes with objects, at the one confidence with the best mean F1.
 
-    Counted in detections, not read off COCO's curve, whose precision at a recall is the best at any higher one."""
+    Of equal F1 the lowest confidence is taken. Detections that score at least the confidence count. They are counted
+    one by one, because precision on COCO's curve is the best at any higher recall.
+
+    hits: which detections of each image find an object.
+    """
     found, right = np.concatenate([*detections]), np.concatenate([*hits])
     kinds, objects = np.unique(np.concatenate([t[:, 0] for t in truths]), return_counts=True)
     rows = []
@@ -175,10 +200,10 @@ def best_f1(
         rows.append((good / np.maximum(shown, 1), good / count))
     precision, recall = np.array(rows).transpose(1, 0, 2)  # class, confidence
     f1 = (2 * precision * recall / np.maximum(precision + recall, 1e-16)).mean(0)
-    best = f1.round(12).argmax()  # what is equal may differ in its last bits
+    best = f1.round(12).argmax()  # equal values may differ in their last bits
     return float(precision[:, best].mean()), float(recall[:, best].mean())
 
 
 def _at_least(scores: Array, limits: NDArray[np.float64]) -> NDArray[np.int64]:
-    """How many scores are no less than each limit."""
+    """Return how many scores are at least each limit."""
     return len(scores) - np.searchsorted(np.sort(scores), limits, side="left")

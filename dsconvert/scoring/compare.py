@@ -1,4 +1,4 @@
-"""How far two models agree on images nobody labelled."""
+"""Measure how far two models agree on images without labels."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from dsconvert.scoring.detect import DetectOptions, Found, sort_out
 from dsconvert.scoring.masks import prepared
 from dsconvert.yolo.boxes import LEAST
 
-MATCHING = 0.5  # least IoU of two boxes that are the same object
-MOST_SHIFT = 0.03  # of the mean best score, beyond which a threshold chosen for one model is another for the other
-ROUNDING = 1e-6  # of scores, which are float32
+MATCHING = 0.5  # least IoU of two boxes that count as one object
+MOST_SHIFT = 0.03  # of the mean best score; beyond it, a threshold chosen for one model does not suit the other
+ROUNDING = 1e-6  # of scores, in float32
 
 
 @dataclass(frozen=True)
 class Matches:
-    """Pairs of boxes that are the same object: rows of the first's boxes, rows of the second's, their IoU."""
+    """Pairs of boxes that are one object: rows of the first model's boxes, rows of the second's, and their IoU."""
 
     first: list[int]
     second: list[int]
@@ -34,7 +34,7 @@ class Matches:
 
 @dataclass(frozen=True)
 class Pictured:
-    """What two models find in one image: objects both find, only the first, only the second."""
+    """What two models find in one image: objects that both find, only the first, or only the second."""
 
     matched: int
     only_first: int
@@ -43,8 +43,11 @@ class Pictured:
 
 @dataclass(frozen=True)
 class ScoreShift:
-    """How sure two models are on the same images: the mean over images of the best score (0 where nothing is found),
-    and the number of boxes that score more than CONFIDENT."""
+    """How confident two models are on the same images.
+
+    first_best, second_best: mean over images of the best score, 0 where nothing is found.
+    first_boxes, second_boxes: boxes that score more than CONFIDENT.
+    """
 
     first_best: float
     second_best: float
@@ -53,16 +56,16 @@ class ScoreShift:
 
     @property
     def shift(self) -> float:
-        """The second's mean best score less the first's."""
+        """The second model's mean best score minus the first's."""
         return self.second_best - self.first_best
 
     @property
     def large(self) -> bool:
-        """True where it is worth a warning."""
+        """Whether the shift deserves a warning."""
         return abs(self.shift) > MOST_SHIFT + ROUNDING
 
     def warning(self, first: str, second: str) -> str | None:
-        """One sentence where the shift is large; `first` and `second` are what the models are called in it."""
+        """Return a warning if the shift is large, with the names that the models have in it."""
         if not self.large:
             return None
         return (
@@ -72,8 +75,10 @@ class ScoreShift:
 
 
 def score_shift(first: Sequence[Found], second: Sequence[Found], least: float = 0.0) -> ScoreShift:
-    """From what two models find in each image, (n, 6) with the score in column 4. What scores `least` or less counts
-    for neither: give the higher threshold of the two where they were not filtered alike."""
+    """Compare the scores of what two models found in each image, (n, 6) with the score in column 4.
+
+    least: scores up to this are ignored. If one model was filtered by a higher threshold, give that one.
+    """
     sides = [[boxes[boxes[:, 4] > least, 4] for boxes in found] for found in (first, second)]
     best = [float(np.mean([float(scores.max(initial=0)) for scores in side])) if side else 0.0 for side in sides]
     sure = [sum(int((scores > CONFIDENT).sum()) for scores in side) for side in sides]
@@ -82,10 +87,15 @@ def score_shift(first: Sequence[Found], second: Sequence[Found], least: float = 
 
 @dataclass(frozen=True)
 class Agreement:
-    """Two models on the same images, object by object. Shifts are the second's confidence less the first's, over
-    matched objects (`largest_shift` the one farthest from 0); these and `mean_iou` are None where nothing matches.
-    `map50_95` measures all that the second finds, however unsure, against the first's objects; None where there are
-    none. `scores` says how sure both are."""
+    """Two models on the same images, object by object.
+
+    images: what both find in each image.
+    mean_iou: over matched objects; None if there are none.
+    mean_shift, largest_shift: the second model's confidence minus the first's, over matched objects; None if there are
+        none.
+    map50_95: all that the second finds, measured against the first's objects; None if there are none.
+    scores: how confident both are.
+    """
 
     images: list[Pictured]
     mean_iou: float | None
@@ -96,22 +106,22 @@ class Agreement:
 
     @property
     def matched(self) -> int:
-        """Objects that both find."""
+        """Number of objects that both find."""
         return sum(i.matched for i in self.images)
 
     @property
     def only_first(self) -> int:
-        """Objects that only the first finds."""
+        """Number of objects that only the first finds."""
         return sum(i.only_first for i in self.images)
 
     @property
     def only_second(self) -> int:
-        """Objects that only the second finds."""
+        """Number of objects that only the second finds."""
         return sum(i.only_second for i in self.images)
 
     @property
     def share(self) -> float:
-        """Of the objects that either finds, the share that both find."""
+        """Share of the objects found by either that both find."""
         return self.matched / (self.matched + self.only_first + self.only_second)
 
 
@@ -123,11 +133,15 @@ def compare(
     options: DetectOptions,
     least: float = 0.0,
 ) -> Agreement:
-    """Run both on RGB images (h, w, 3), made `imgsz` pixels large as each wants them; `least` as `score_shift`.
-    Raises InputError when neither finds anything.
+    """Run two predictors on RGB images (h, w, 3), and measure how far they agree.
 
-    Both models' boxes are filtered alike, and the objects of each are the sure ones of all that it finds: so a model
-    agrees with itself wholly."""
+    imgsz: size of the images for the predictors.
+    options: filter for both models' boxes. The objects of each are its confident boxes, so that a model agrees with
+        itself completely.
+    least: as for `score_shift`.
+
+    Raises InputError when neither finds anything.
+    """
     every: list[tuple[Found, Found]] = []
     shapes: list[tuple[int, int]] = []
     unsure = replace(options, confidence=min(LEAST, options.confidence))
@@ -152,7 +166,11 @@ def compare(
 def agreement(
     pairs: Sequence[tuple[Found, Found]], map50_95: float | None, scores: ScoreShift | None = None
 ) -> Agreement:
-    """From both models' objects in each image; `scores` are of these where no others are given."""
+    """Return the agreement from both models' objects in each image.
+
+    map50_95: see Agreement.
+    scores: None takes the objects' scores.
+    """
     matches = [match(a, b) for a, b in pairs]
     shifts = shifts_of(pairs, matches)
     ious = [iou for m in matches for iou in m.iou]
@@ -170,7 +188,7 @@ def agreement(
 
 
 def shifts_of(pairs: Sequence[tuple[Found, Found]], matches: Sequence[Matches]) -> list[float]:
-    """The second's confidence less the first's, of every object that both find."""
+    """Return the second model's confidence minus the first's, for every object that both find."""
     return [
         float(b[j, 4] - a[i, 4])
         for (a, b), m in zip(pairs, matches, strict=True)
@@ -179,7 +197,7 @@ def shifts_of(pairs: Sequence[tuple[Found, Found]], matches: Sequence[Matches]) 
 
 
 def match(a: Found, b: Found, least: float = MATCHING) -> Matches:
-    """Pair boxes of the same class, the best overlap first, none twice, down to an IoU of `least`."""
+    """Pair boxes of the same class by falling IoU, down to `least`; no box is used twice."""
     found = Matches([], [], [])
     overlap = overlaps(a[:, :4], b[:, :4])
     overlap[a[:, None, 5] != b[None, :, 5]] = -1

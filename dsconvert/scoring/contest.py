@@ -1,4 +1,4 @@
-"""Models measured against each other: which may enter, the images that judge them, accuracy and latency."""
+"""Measure several models against each other: load them, find the images, compute accuracy and latency."""
 
 from __future__ import annotations
 
@@ -24,9 +24,13 @@ from dsconvert.yolo.classes import label_rules, other_order
 
 @dataclass(frozen=True)
 class Evaluated:
-    """One model's accuracy and latency on the same images as the others, how many, why other files could not be read,
-    and the data.yaml's split they are. `metrics` is None where there is nothing to measure: without labels, when the
-    first model finds nothing."""
+    """One model's accuracy and latency, on the same images as the others.
+
+    metrics: None where there is nothing to measure: without labels, if the first model finds nothing.
+    images: measured on.
+    skipped: why other images could not be read.
+    split: of the data.yaml.
+    """
 
     candidate: Candidate
     metrics: Metrics | None
@@ -38,9 +42,13 @@ class Evaluated:
 
 @dataclass(frozen=True)
 class Entrants:
-    """Models at one image size and the images they are judged on. The truth has nc classes: it is the labels beside
-    the images, or (labelled False) what the first model finds with confidence. split: that of the data.yaml;
-    `confidence` and `overlap` as `detect_all`."""
+    """Models at one image size, and the images on which they are measured.
+
+    nc: number of classes.
+    labelled: whether the truth is the labels; otherwise it is what the first model finds with confidence.
+    split: of the data.yaml.
+    confidence, overlap: as for `detect_all`.
+    """
 
     candidates: Sequence[Candidate]
     paths: Sequence[Path]
@@ -63,10 +71,17 @@ def entrants(
     overlap: float | None = None,
     preset: Preset | None = None,
 ) -> Entrants:
-    """Load models, and find the images of a split of a data.yaml (by default val, else test, else train) or of a
-    folder. strict: labels and lists of which a part cannot be used are refused; `confidence` and `overlap` as
-    `detect_all`, `preset` as `load_candidates`. Raises InputError when a model's classes are not the data's, or the
-    first model's."""
+    """Load models, and find the images of a folder or of a split of a data.yaml.
+
+    data: the folder or data.yaml.
+    samples: most images; None: all.
+    split: None: val, or else test, or else train.
+    strict: whether labels and lists with unusable parts are refused.
+    confidence, overlap: as for `detect_all`.
+    preset: as for `load_candidates`.
+
+    Raises InputError when a model's classes differ from the data's, or from the first model's.
+    """
     given = images_of(data, ("val", "test", "train"), split, strict)
     described, paths = given.described, given.paths if samples is None else spread(given.paths, samples)
     candidates = load_candidates(models, imgsz, preset)
@@ -94,8 +109,8 @@ def entrants(
     labels = read_labelled(paths, label_rules(described, names, of, strict), masks)
     if not labels.files:
         raise InputError.naming(
-            "None of the {} images of {} has labels; those of the first were looked for at {}; give {data} a folder of "
-            "images to measure agreement without labels.", len(paths), data, label_path(paths[0])
+            "None of the {} images of {} has labels; the first one's should be at {}; give {data} a folder of images "
+            "to measure agreement without labels.", len(paths), data, label_path(paths[0])
         )  # fmt: skip
     return Entrants(candidates, labels.paths, nc, True, labels, given.split, confidence, overlap)
 
@@ -112,10 +127,12 @@ def evaluate(
     overlap: float | None = None,
     preset: Preset | None = None,
 ) -> list[Evaluated]:
-    """Measure models on images of `data`, see `entrants`: latency, and accuracy where there is any object to find."""
+    """Measure the latency of models on images of `data` (see `entrants`), and their accuracy if there is an object to
+    find.
+    """
     given = entrants(models, data, imgsz, samples, split, strict, confidence, overlap, preset)
     found = look(given, progress)
-    there = given.labelled or found.measurable  # images without labels are an error of those who say there are some
+    there = given.labelled or found.measurable  # if labels were promised but are missing, `metrics` raises an error
     metrics: Sequence[Metrics | None] = found.metrics() if there else [None] * len(given.candidates)
     latencies = interleaved_latency([c.run_once for c in given.candidates])
     return [
@@ -125,18 +142,17 @@ def evaluate(
 
 
 def nothing_found(first: Path | str, confidence: float = LEAST) -> str:
-    """Why there is no accuracy, in one sentence."""
+    """Return a sentence that says why there is no accuracy."""
     return (
         f"{first} finds nothing above a score of {max(CONFIDENT, confidence):g} in these images, so there is no "
-        "agreement to measure; images that show what it was trained on, or labels, would tell."
+        "agreement to measure; give images of what it was trained on, or labels."
     )
 
 
 def look(
     given: Entrants, progress: Progress | None = None, predictors: Sequence[Predictor] | None = None
 ) -> Detections:
-    """What the models (or `predictors` in their place) find in the images; under torchrun every process looks at a part
-    of them."""
+    """Run the models, or `predictors` instead, on the images; under torchrun every process runs a part of them."""
     report = progress or (lambda stage, done, total: None)
     return detect_all(
         predictors or [c.predict for c in given.candidates], given.paths, given.candidates[0].imgsz, given.nc,

@@ -1,4 +1,4 @@
-"""Precision against recall, class by class."""
+"""Curves of precision against recall for each class."""
 
 from __future__ import annotations
 
@@ -15,7 +15,9 @@ RECALLS = 101  # COCO's recall levels: 0, 0.01, .., 1
 
 @dataclass(frozen=True)
 class ClassCurve:
-    """One class: average precision over IoU 0.50..0.95 and at 0.50, and the precision at 0.50 of each recall level."""
+    """One class: average precision over IoU 0.50..0.95 and at 0.50, and the precision at IoU 0.50 for each recall
+    level.
+    """
 
     ap50_95: float
     ap50: float
@@ -23,7 +25,7 @@ class ClassCurve:
 
 
 def class_curves(tables: dict[str, Any]) -> dict[int, ClassCurve]:
-    """Curves by number of every class that has objects, from `coco.coco_tables`."""
+    """Return the curve of every class that has objects, by class number, from the tables of `coco.coco_tables`."""
     precision = all_areas(tables)
     present = np.nonzero(precision[0, 0] > -1)[0]
     return {
@@ -35,7 +37,7 @@ def class_curves(tables: dict[str, Any]) -> dict[int, ClassCurve]:
 
 
 def mean_curve(curves: dict[int, ClassCurve]) -> ClassCurve:
-    """The mean over classes. Raises ValueError when there is none."""
+    """Return the mean over classes. Raises ValueError when there is none."""
     if not curves:
         raise ValueError("there is no class")
     every = list(curves.values())
@@ -46,6 +48,6 @@ def mean_curve(curves: dict[int, ClassCurve]) -> ClassCurve:
 
 
 def object_counts(truths: Sequence[Array]) -> dict[int, int]:
-    """Number of objects by class number, of truths (m, 5) whose first column is the class."""
+    """Return the number of objects by class number; the first column of truths (m, 5) is the class."""
     kinds = np.concatenate([t[:, 0] for t in truths]).astype(int) if truths else np.zeros(0, int)
     return {int(k): int(n) for k, n in zip(*np.unique(kinds, return_counts=True), strict=True)}

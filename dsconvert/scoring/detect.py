@@ -1,4 +1,4 @@
-"""Objects in images, and the three ways of handing them over: drawn, as YOLO label lines, as a COCO document."""
+"""Find objects in images, and draw them, or write them as YOLO label lines or a COCO document."""
 
 from __future__ import annotations
 
@@ -24,19 +24,24 @@ from dsconvert.scoring.accuracy import CONFIDENT, OVERLAP, Predictor
 from dsconvert.scoring.masks import PlacedMask, look, prepared
 from dsconvert.yolo.boxes import inside, suppressed, to_image
 
-Found = NDArray[np.float32]  # (n, 6): x1, y1, x2, y2 in pixels of the image, score, class; best first
+Found = NDArray[np.float32]  # (n, 6): x1, y1, x2, y2 in pixels of the image, score, class; sorted by falling score
 NAME_LENGTH = 40  # characters of a class name that are drawn or printed
-TINT = 0.4  # of a mask's colour, the rest is the image
-GOLDEN = 0.618034  # a turn of the colour circle that keeps any number of hues apart
+TINT = 0.4  # share of a mask's colour; the rest is the image
+GOLDEN = 0.618034  # step on the colour circle that keeps any number of hues apart
 
 
 @dataclass(frozen=True)
 class DetectOptions:
-    """What counts as found; the defaults are those of YOLOv5's detect.py.
+    """What counts as a detection; the defaults are the same as in YOLOv5's detect.py.
 
-    Scores above `confidence`; a box overlapping a better one of its class (`agnostic`: of any class) by more than
-    `iou` is dropped; at most `most` boxes an image; only `classes`, by number (None: all). Raises InputError for
-    values that mean nothing."""
+    confidence: least score.
+    iou: largest overlap with a better box of the same class.
+    most: most boxes an image.
+    classes: only these class numbers; None: all.
+    agnostic: whether boxes of different classes suppress each other too.
+
+    Raises InputError for values out of range.
+    """
 
     confidence: float = CONFIDENT
     iou: float = OVERLAP
@@ -45,10 +50,10 @@ class DetectOptions:
     agnostic: bool = False
 
     def __post_init__(self) -> None:
-        Nms(self.confidence, self.iou, self.most)  # the same limits, the same sentence when they mean nothing
+        Nms(self.confidence, self.iou, self.most)  # checks the same limits with the same message
 
     def beyond(self, limits: Nms) -> Sentence | None:
-        """Why a file that already suppresses boxes within `limits` cannot give all that is asked for here."""
+        """Return the options that a file which suppresses boxes within `limits` cannot satisfy, or None."""
         asked = {
             "{conf_thres} {:g}": limits.confidence if self.confidence < limits.confidence else None,
             "{iou_thres} {:g}": limits.iou if self.iou > limits.iou else None,
@@ -59,14 +64,14 @@ class DetectOptions:
 
 
 def find(predict: Predictor, image: Image, imgsz: SizeLike, options: DetectOptions) -> Found:
-    """The objects in an RGB image (h, w, 3), made `imgsz` pixels large as the model wants it."""
+    """Return the objects in an RGB image (h, w, 3), which is brought to the model's input of `imgsz` pixels."""
     return find_masks(predict, image, imgsz, options)[0]
 
 
 def find_masks(
     predict: Predictor, image: Image, imgsz: SizeLike, options: DetectOptions
 ) -> tuple[Found, tuple[PlacedMask, ...] | None]:
-    """The same, and the masks that a segmentation model gives them."""
+    """Return the objects as `find` does, and the masks that a segmentation model gives them."""
     size = Size.of(imgsz)
     batch, box = prepared(predict, image, size)
     predictions, masks = look(predict, batch)
@@ -79,15 +84,17 @@ def find_masks(
 
 
 def sort_out(predictions: Found, box: Letterbox, shape: tuple[int, int], options: DetectOptions) -> Found:
-    """(boxes, 5 + nc) as decoded -> the objects in the image of (height, width). A box has one class, its best, as
-    in YOLOv5's detect.py; what lies wholly in the letterbox's margin is none."""
+    """Turn decoded boxes (boxes, 5 + nc) into the objects in an image of (height, width).
+
+    Each box gets its best class only, as in YOLOv5's detect.py. Boxes wholly in the letterbox's margin are dropped.
+    """
     return _sorted_out(predictions, box, shape, options)[0]
 
 
 def _sorted_out(
     predictions: Found, box: Letterbox, shape: tuple[int, int], options: DetectOptions
 ) -> tuple[Found, list[int]]:
-    """The same, and the rows of `predictions` they are."""
+    """Return the objects, and the rows of `predictions` that they are."""
     sure, rows = suppressed(
         predictions, options.confidence, options.iou, options.most,
         best_class_only=True, classes_kept=options.classes, agnostic=options.agnostic,
@@ -98,9 +105,12 @@ def _sorted_out(
 
 
 def class_numbers(given: Sequence[str], names: Sequence[str]) -> frozenset[int] | None:
-    """Class numbers from what the user wrote: numbers or names, also several between commas; None for nothing.
+    """Return the class numbers that the user wrote as numbers or names, also separated by commas; None for none.
 
-    Raises InputError for a number or a name that the model does not have (`names` empty: it does not say)."""
+    names: of the model's classes; empty if unknown.
+
+    Raises InputError for a number or a name that the model does not have.
+    """
     parts = [part.strip() for text in given for part in ([text] if text in names else text.split(","))]
     chosen = set()
     for part in parts:
@@ -117,13 +127,13 @@ def class_numbers(given: Sequence[str], names: Sequence[str]) -> frozenset[int] 
 
 
 def class_name(number: int, names: Sequence[str], ascii_only: bool = False) -> str:
-    """A class's name, safe to show; `class 3` where the model has none for it."""
+    """Return a class's name, safe to print; `class 3` if the model has no name for it."""
     shown = printable(names[number], NAME_LENGTH, ascii_only) if number < len(names) else ""
     return shown or f"class {number}"
 
 
 def counts(found: Sequence[Found]) -> dict[int, int]:
-    """Objects by class number, over all images; the most frequent class first."""
+    """Return the number of objects by class number over all images, the most frequent class first."""
     numbers, how_many = np.unique(np.concatenate([f[:, 5] for f in found]), return_counts=True)
     order = np.argsort(-how_many, kind="stable")
     return {int(numbers[i]): int(how_many[i]) for i in order}
@@ -132,8 +142,13 @@ def counts(found: Sequence[Found]) -> dict[int, int]:
 def yolo_lines(
     found: Found, shape: tuple[int, int], with_score: bool, masks: Sequence[PlacedMask] | None = None
 ) -> str:
-    """One line an object: class, then centre x, centre y, width, height, or the corners of its mask's outline, as
-    shares of the image (h, w), then perhaps the score; as YOLOv5 writes them, six digits each."""
+    """Return one label line for each object, as YOLOv5 writes them: class, centre x, centre y, width, height.
+
+    Values are shares of the image (h, w), with six digits.
+
+    with_score: whether the score follows.
+    masks: if given, the corners of each mask's outline replace the box.
+    """
     h, w = shape
     lines = []
     for i, (x1, y1, x2, y2, score, kind) in enumerate(found.tolist()):
@@ -149,9 +164,12 @@ def coco_document(
     files: Sequence[str], shapes: Sequence[tuple[int, int]], found: Sequence[Found], names: Sequence[str],
     outlines: Sequence[Sequence[Sequence[float]]] = (),
 ) -> dict[str, Any]:  # fmt: skip
-    """One COCO document: images with their file names, categories, and annotations with a score each. Class numbers
-    are the model's (from 0), boxes x, y, width, height in pixels; `outlines` by image and object, where there are any,
-    are masks' outlines x, y, x, y, ... in pixels."""
+    """Return a COCO document: images with their file names, categories, and annotations with a score.
+
+    Class numbers are the model's (from 0). Boxes are x, y, width, height in pixels.
+
+    outlines: by image and object, the outline of each mask x, y, x, y, ... in pixels; empty for boxes alone.
+    """
     annotations: list[dict[str, Any]] = []
     for image, boxes in enumerate(found):
         for i, (x1, y1, x2, y2, score, kind) in enumerate(boxes.tolist()):
@@ -178,13 +196,15 @@ def draw(
     image: Image, found: Found, names: Sequence[str], thickness: int = 3, labels: bool = True, scores: bool = True,
     masks: Sequence[PlacedMask] | None = None,
 ) -> Image:  # fmt: skip
-    """A copy of the RGB image with a box around every object and, in its class's colour, name and score above it;
-    masks, one an object, tint it in the same colour."""
+    """Return a copy of an RGB image with a box around every object, and name and score above it in the class's colour.
+
+    masks: if given, one for each object, tint the image in the same colour.
+    """
     drawn = image.copy()
     for mask, kind in zip(masks or (), found[:, 5].tolist(), strict=False):
         part = drawn[mask.window]
         part[mask.inside] = np.rint((1 - TINT) * part[mask.inside] + TINT * np.array(_colour(int(kind))))
-    for x1, y1, x2, y2, score, kind in found[::-1].tolist():  # the best last, on top
+    for x1, y1, x2, y2, score, kind in found[::-1].tolist():  # the best is drawn last, on top
         number = int(kind)
         colour = _colour(number)
         low, high = (round(x1), round(y1)), (round(x2), round(y2))
@@ -200,7 +220,7 @@ def _colour(number: int) -> tuple[int, ...]:
 
 
 def _label(drawn: Image, text: str, corner: tuple[int, int], colour: tuple[int, ...], thickness: int) -> None:
-    """Text on a filled ground, above the corner, or below it at the image's upper edge."""
+    """Draw text on a filled background above the corner, or below it at the image's upper edge."""
     scale, pen = max(thickness, 1) / 6 + 0.2, max(thickness - 2, 1)
     (w, h), base = cv2.getTextSize(text, cv2.FONT_HERSHEY_SIMPLEX, scale, pen)
     left = max(0, min(corner[0], drawn.shape[1] - w))
@@ -212,7 +232,7 @@ def _label(drawn: Image, text: str, corner: tuple[int, int], colour: tuple[int, 
 
 
 def encoded(image: Image, suffix: str) -> bytes:
-    """The RGB image as a file of that kind (`.jpg`). Raises Unusable when OpenCV cannot write it."""
+    """Return the RGB image as a file of that kind (`.jpg`). Raises Unusable when OpenCV cannot write it."""
     try:
         done, data = cv2.imencode(suffix.lower(), np.ascontiguousarray(image[..., ::-1]))
     except cv2.error:
@@ -223,19 +243,22 @@ def encoded(image: Image, suffix: str) -> bytes:
 
 
 def names_below(paths: Sequence[Path]) -> list[PurePath]:
-    """Each path from the folder that all of them share: different for different files, and never leading out."""
+    """Return each path relative to the folder that contains all of them.
+
+    Different files get different names, and no name leads out of the folder.
+    """
     absolute = [os.path.abspath(p) for p in paths]
     root = os.path.commonpath([os.path.dirname(p) for p in absolute])
     return [PurePath(os.path.relpath(p, root)) for p in absolute]
 
 
 def picture_name(name: PurePath) -> PurePath:
-    """The name of the drawn image: the same, or with `.jpg` behind a suffix that is not that of an image."""
+    """Return the name of the drawn image: the same, with `.jpg` added to a suffix that is not an image's."""
     return name if name.suffix.lower() in SUFFIXES else name.with_name(f"{name.name}.jpg")
 
 
 def label_names(images: Sequence[PurePath]) -> list[PurePath]:
-    """`a/b.jpg` -> `a/b.txt`; a later image whose label would have the same name keeps its suffix: `a/b.png.txt`."""
+    """Return `a/b.txt` for `a/b.jpg`; a later image with the same stem keeps its suffix: `a/b.png.txt`."""
     taken: dict[PurePath, None] = {}
     for image in images:
         name, number = image.with_suffix(".txt"), 0

@@ -1,4 +1,4 @@
-"""How much a model that is not a file yet loses against its float network, and how its scores shift."""
+"""Measure what a converted model loses against its float network before it is written, and how its scores shift."""
 
 from __future__ import annotations
 
@@ -22,17 +22,19 @@ from dsconvert.yolo.boxes import non_max_suppression
 from dsconvert.yolo.classes import label_rules
 
 SCORED = 8  # calibration images on which scores are compared
-UNSURE = 0.05  # what scores less counts as nothing
+UNSURE = 0.05  # lower scores are ignored
 
 
 def map_drop(
     model: DSModel, params: Mapping[str, ConvParams], paths: Sequence[Path], progress: Callable[[int, int], None],
     labels: Labelled | None = None,
 ) -> float:  # fmt: skip
-    """Points of mAP50-95 that a model loses against its float network `params`, both run in torch, on the readable
-    images: against `labels`, else (None) against what the float network finds with confidence.
+    """Return the points of mAP50-95 that a model loses against its float network `params`, both run in torch.
 
-    Raises InputError when there is nothing to find in them."""
+    labels: the truth; None: what the float network finds with confidence.
+
+    Raises InputError when there is nothing to find in the images.
+    """
     true = {name: ConvParams(p.weight.cpu(), p.bias.cpu()) for name, p in params.items()}
     both = [float_predictor(model.graph, true, model.head), model_predictor(model)]
     before, after = evaluate_predictors(both, paths, model.imgsz, model.head.nc, labels or False, progress)
@@ -42,8 +44,10 @@ def map_drop(
 def scores_on(
     model: DSModel, params: Mapping[str, ConvParams], image: Callable[[int], Tensor], count: int
 ) -> ScoreShift:  # fmt: skip
-    """How sure a model and its float network `params` are on SCORED of `count` images, evenly spread; image(i) is
-    (1, 3, h, w), 0..1."""
+    """Compare the scores of a model and its float network `params` on SCORED of `count` images, evenly spread.
+
+    image: returns an image (1, 3, h, w), 0..1, by its index.
+    """
     true = {name: ConvParams(p.weight.cpu(), p.bias.cpu()) for name, p in params.items()}
     both = float_predictor(model.graph, true, model.head), model_predictor(model)
 
@@ -56,8 +60,13 @@ def scores_on(
 
 
 def labels_of(source: Path, paths: Sequence[Path], names: Sequence[str], strict: bool) -> Labelled | None:
-    """The labels of images out of `source` (a folder, a list, a data.yaml) for a network with these class names; None
-    where no image has any. Raises InputError for a data.yaml of another number of classes."""
+    """Return the labels of images, or None if no image has any.
+
+    source: where the images come from: a folder, a list or a data.yaml.
+    names: the network's classes.
+
+    Raises InputError for a data.yaml with another number of classes.
+    """
     if not any(label_files(paths)):
         return None
     rules = LabelRules(len(names), strict=strict)

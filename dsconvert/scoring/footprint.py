@@ -1,7 +1,8 @@
-"""What loading and running a model costs a fresh process: time to load, and memory at its peak.
+"""Measure what loading and running a model costs a fresh process: time to load, and peak memory.
 
-Every measurement is a process of its own, `python -m dsconvert.scoring.footprint`, because peak memory never falls
-and a second model would hide behind the first. VmHWM is read, not getrusage's maximum, which a child inherits."""
+Every measurement is a process of its own, `python -m dsconvert.scoring.footprint`: peak memory never falls, so a second
+model would be hidden by the first. VmHWM is read, because a child inherits the maximum of getrusage.
+"""
 
 from __future__ import annotations
 
@@ -19,13 +20,17 @@ from dsconvert.base.errors import InputError
 from dsconvert.base.size import Size, SizeLike
 from dsconvert.onnxfile.bounds import enforced
 
-RUNS = 3  # inferences before the peak is read: buffers are allocated by the first
+RUNS = 3  # inferences before the peak is read; the first allocates buffers
 
 
 @dataclass(frozen=True)
 class Footprint:
-    """Milliseconds to load; bytes resident at the peak, and before loading (Python and the engine), None where the
-    system does not say."""
+    """What a model costs a process.
+
+    load_ms: milliseconds to load it.
+    peak_bytes: resident memory at the peak; None where the system does not tell.
+    base_bytes: resident memory before loading (Python and the engine).
+    """
 
     load_ms: float
     peak_bytes: int | None
@@ -35,8 +40,10 @@ class Footprint:
 def measure_footprint(
     path: Path, engine: str, threads: int, imgsz: SizeLike | None, size: int | None = None
 ) -> Footprint:
-    """Load and run the model, of `size` bytes with its external data, in a fresh process. Raises InputError when that
-    process cannot use it."""
+    """Load and run the model in a fresh process. Raises InputError when that process cannot use it.
+
+    size: bytes of the file with its external data.
+    """
     numbers = [str(n or 0) for n in (threads, Size.perhaps(imgsz), size)]
     command = children.command("dsconvert.scoring.footprint", path, engine, *numbers)
     done = subprocess.run(command, env=children.environment(), capture_output=True, text=True, check=False)
@@ -47,10 +54,10 @@ def measure_footprint(
 
 
 def _here(path: Path, engine: str, threads: int, imgsz: Size | None, size: int | None) -> Footprint:
-    """The measurement, in this process."""
+    """Measure in this process."""
     from dsconvert.onnxfile.engines import engine_version, open_model
 
-    engine_version(engine)  # imports it
+    engine_version(engine)  # imports the engine
     base = _peak_bytes()
     began = time.perf_counter()
     run = open_model(path, engine, threads, imgsz, size)
@@ -63,7 +70,7 @@ def _here(path: Path, engine: str, threads: int, imgsz: Size | None, size: int |
 def _peak_bytes() -> int | None:
     try:
         found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    except OSError:  # neither Windows nor macOS has it
+    except OSError:  # Windows and macOS do not have it
         return None
     return None if found is None else int(found[1]) * 1024
 
@@ -77,5 +84,5 @@ if __name__ == "__main__":
     except InputError as error:
         sys.stderr.write(f"{error}\n")
         sys.stderr.flush()
-        os._exit(1)  # what took too long may run still
+        os._exit(1)  # a call that took too long may still be running
     sys.stdout.write(json.dumps(vars(result)) + "\n")

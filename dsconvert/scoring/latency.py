@@ -1,4 +1,4 @@
-"""Latency of several models side by side: called in turn, so that a drift of the machine meets all of them."""
+"""Measure the latency of several models in turn, so that a change of the machine's speed affects all of them."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Ratio:
 def interleaved_latency(
     calls: Sequence[Callable[[], object]], runs: int = 30, warmup: int = 3, most_seconds: float = 60.0
 ) -> list[Latency]:
-    """Summaries of `interleaved_times`."""
+    """Return summaries of `interleaved_times`."""
     return [summary(t) for t in interleaved_times(calls, runs, warmup, most_seconds)]
 
 
@@ -47,9 +47,10 @@ def interleaved_times(
     most_seconds: float = 60.0,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Times]:
-    """Time each call `runs` times, all in turn, the order rotating; fewer rounds when `most_seconds` run out.
+    """Time each call `runs` times, all in turn, in a rotating order.
 
-    Element i of every result is from round i."""
+    There are fewer rounds if `most_seconds` run out. Element i of every result is from round i.
+    """
     return patiently(lambda: _interleaved(calls, runs, warmup, most_seconds, progress))
 
 
@@ -76,8 +77,10 @@ def _interleaved(
 
 
 def ratio(times: Times, base: Times, resamples: int = 2000, seed: int = 0) -> Ratio:
-    """median(times) / median(base), with a bootstrap interval that draws whole rounds: what slowed a round down
-    slowed both. Lengths must be equal."""
+    """Return median(times) / median(base) with a 95 % bootstrap interval; lengths must be equal.
+
+    The bootstrap draws whole rounds, as a slow moment of the machine affects both times of a round.
+    """
     rounds = np.random.default_rng(seed).integers(0, len(times), (resamples, len(times)))
     drawn = np.median(times[rounds], 1) / np.median(base[rounds], 1)
     low, high = np.percentile(drawn, (2.5, 97.5))
@@ -85,6 +88,6 @@ def ratio(times: Times, base: Times, resamples: int = 2000, seed: int = 0) -> Ra
 
 
 def summary(t: Times) -> Latency:
-    """Median, minimum and interquartile range."""
+    """Return median, minimum and interquartile range."""
     low, middle, high = np.percentile(t, (25, 50, 75))
     return Latency(float(middle), float(t.min()), float(high - low), len(t))

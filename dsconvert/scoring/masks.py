@@ -1,7 +1,7 @@
-"""Masks of a segmentation model: from coefficients and prototypes to pixels of the image, and their COCO metrics.
+"""The masks of a segmentation model: from coefficients and prototypes to pixels of the image, and their COCO metrics.
 
-A box's mask is where sigmoid(coefficients @ prototypes), scaled to the image (bilinear), exceeds one half, inside the
-box.
+A box's mask is the part of the box where sigmoid(coefficients @ prototypes), scaled to the image by linear
+interpolation, exceeds one half.
 """
 
 from __future__ import annotations
@@ -28,8 +28,11 @@ Encoded = dict[str, Any]  # COCO's run lengths of a mask: size (h, w) and counts
 
 @dataclass(frozen=True)
 class Masks:
-    """What a segmentation network says of one image besides its boxes: `coefficients` (boxes, nm), and `prototypes`
-    (nm, h, w), which cover the letterboxed image."""
+    """What a segmentation network gives for one image besides boxes.
+
+    coefficients: (boxes, nm).
+    prototypes: (nm, h, w), which cover the letterboxed image.
+    """
 
     coefficients: Array
     prototypes: Array
@@ -37,8 +40,14 @@ class Masks:
     def placed(
         self, rows: Sequence[int], found: Array, box: Letterbox, size: Size, shape: tuple[int, int]
     ) -> Iterator[PlacedMask]:
-        """Masks, one at a time, of the boxes `rows`, whose places `found` (n, 4 or more) x1, y1, x2, y2 are pixels of
-        the image of (height, width); `box` says how that was put into the rectangle of that size."""
+        """Yield the masks of some boxes, one at a time.
+
+        rows: the boxes' rows among the coefficients.
+        found: (n, 4 or more) x1, y1, x2, y2 of the boxes, in pixels of the image.
+        box: how the image was letterboxed.
+        size: of the letterboxed image.
+        shape: height and width of the image.
+        """
         nm, h, w = self.prototypes.shape
         maps = self.prototypes.reshape(nm, -1)
         for row, corners in zip(rows, found[:, :4].tolist(), strict=True):
@@ -47,7 +56,7 @@ class Masks:
 
 @dataclass(frozen=True)
 class PlacedMask:
-    """A mask in pixels of the image: `inside` (h, w) is bool, its first pixel at `left`, `top`; outside nothing."""
+    """A mask in pixels of the image: `inside` (h, w) is bool, with its first pixel at `left`, `top`."""
 
     left: int
     top: int
@@ -55,18 +64,21 @@ class PlacedMask:
 
     @property
     def window(self) -> tuple[slice, slice]:
-        """Its rows and columns of the image."""
+        """The mask's rows and columns in the image."""
         h, w = self.inside.shape
         return slice(self.top, self.top + h), slice(self.left, self.left + w)
 
     def encoded(self, shape: tuple[int, int]) -> Encoded:
-        """Run lengths, down one column after the other, over the whole image of (height, width); that is never made."""
+        """Return COCO's run lengths, column by column, over the whole image of (height, width), without making that
+        image.
+        """
         (h, w), (height, width) = self.inside.shape, shape
-        columns = np.zeros((w, h + 1), np.int8)  # a 0 behind each, so that every run ends in its column
+        columns = np.zeros((w, h + 1), np.int8)  # a 0 below each column ends every run within it
         columns[:, :h] = self.inside.T
         column, row = np.divmod(np.flatnonzero(np.diff(columns.ravel(), prepend=0)), h + 1)
-        places = (self.left + column) * height + self.top + row  # where runs of 1 start and end, in turn
-        apart = np.append(places[1:-1:2] != places[2::2], True)  # from a column's foot a run may go on to the next
+        places = (self.left + column) * height + self.top + row  # indices where runs of 1 start and end, in turn
+        # a run at a column's end may continue in the next column
+        apart = np.append(places[1:-1:2] != places[2::2], True)
         ends = places[1::2][apart[: len(places) // 2]]
         starts = places[::2][np.append(True, apart[:-1])[: len(places) // 2]]
         turns = np.stack((starts, ends), 1).ravel()
@@ -74,8 +86,10 @@ class PlacedMask:
         return dict(rle.frPyObjects({"size": [height, width], "counts": counts}, height, width))
 
     def polygon(self) -> NDArray[np.float64]:
-        """Corners (n, 2) of its largest part's outline, x and y in pixels; the window's own where there is no part
-        with three corners."""
+        """Return the corners (n, 2) of the outline of the mask's largest part, x and y in pixels.
+
+        If no part has three corners, the corners of the window are returned.
+        """
         h, w = self.inside.shape
         parts, _ = cv2.findContours(self.inside.astype(np.uint8), cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_SIMPLE)
         usable = [part.reshape(-1, 2) + 0.5 for part in parts if len(part) > 2]
@@ -85,7 +99,10 @@ class PlacedMask:
 
 
 def _placed(logits: Array, corners: Sequence[float], box: Letterbox, input: Size, shape: tuple[int, int]) -> PlacedMask:
-    """Pixel X of the image lies at (gain (X + 1/2) + pad) / (width / w) - 1/2 of the prototypes."""
+    """Return the mask of one box.
+
+    Pixel X of the image lies at (gain (X + 1/2) + pad) / (input width / w) - 1/2 in the prototypes.
+    """
     x1, y1, x2, y2 = corners
     left, top = max(int(np.floor(x1)), 0), max(int(np.floor(y1)), 0)
     size = max(min(int(np.ceil(x2)), shape[1]) - left, 0), max(min(int(np.ceil(y2)), shape[0]) - top, 0)
@@ -106,9 +123,14 @@ def _placed(logits: Array, corners: Sequence[float], box: Letterbox, input: Size
 
 @dataclass(frozen=True)
 class MaskPredictor:
-    """A segmentation model. Called with a batch of one image it is a `Predictor`, its boxes those of a detector; `run`
-    gives them with their coefficients (1, boxes, 5 + nc + nm), and the prototypes (1, nm, h, w). `bounds` are those of
-    the stranger's file that it is from, `form` that of the images that it is given."""
+    """A segmentation model.
+
+    Called with a batch of one image it is a `Predictor` and returns boxes as a detector does.
+
+    run: returns boxes with coefficients (1, boxes, 5 + nc + nm), and prototypes (1, nm, h, w).
+    bounds: of the stranger's file that it comes from, if any.
+    form: of the images that it takes.
+    """
 
     run: Callable[[Array], tuple[Array, Array]]
     nc: int
@@ -120,21 +142,20 @@ class MaskPredictor:
 
 
 def form_of(predict: object) -> InputForm:
-    """The form of the images that a predictor is given."""
+    """Return the form of the images that a predictor takes."""
     form = getattr(predict, "form", PLAIN)
     return form if isinstance(form, InputForm) else PLAIN
 
 
 def prepared(predict: object, image: Image, imgsz: SizeLike) -> tuple[Array, Letterbox]:
-    """An RGB image (h, w, 3) as the predictor wants it, `imgsz` pixels large: a batch of one, and where the image is
-    in it."""
+    """Return an RGB image (h, w, 3) as a batch of one in the predictor's form, and where the image lies in it."""
     form = form_of(predict)
     placed, box = form.place(image, *Size.of(imgsz).pair)
     return form.numbers(placed)[None], box
 
 
 def look(predict: Callable[[Array], Array], batch: Array) -> tuple[Array, Masks | None]:
-    """What a predictor says of a batch of one image: (boxes, 5 + nc), and the masks of a segmentation model."""
+    """Run a predictor on a batch of one image: return (boxes, 5 + nc), and the masks of a segmentation model."""
     if not isinstance(predict, MaskPredictor):
         return predict(batch)[0], None
     found, prototypes = predict.run(batch)
@@ -142,7 +163,7 @@ def look(predict: Callable[[Array], Array], batch: Array) -> tuple[Array, Masks 
 
 
 def outlines(rows: Iterable[Sequence[float]], shape: tuple[int, int]) -> list[Encoded]:
-    """Labels as `labels.label_rows` gives them -> their masks in an image of (height, width); of a box, all of it."""
+    """Return the masks of labels from `labels.label_rows` in an image of (height, width); a box is filled."""
     h, w = shape
     found = []
     for _, *values in rows:
@@ -158,13 +179,16 @@ def mask_precision(
     found: Sequence[Sequence[Encoded]], detections: Sequence[Array], outlined: Sequence[Sequence[Encoded]],
     truths: Sequence[NDArray[Any]], shapes: Sequence[tuple[int, int]], nc: int,
 ) -> tuple[float, float]:  # fmt: skip
-    """mAP50-95 and mAP50 of masks, COCO's `segm`: by image the masks `found` of the `detections`, and the `outlined` of
-    the `truths` (both as `coco_metrics` takes them)."""
+    """Return mAP50-95 and mAP50 of masks, COCO's `segm`.
+
+    found: the masks of the `detections`, by image.
+    outlined: the masks of the `truths`, by image; detections and truths are as for `coco_metrics`.
+    """
     document, listed = ground_truth(truths, shapes, nc), results(detections)
     for entry, mask in zip(document["annotations"], chain.from_iterable(outlined), strict=True):
         entry.update(segmentation=mask, area=float(rle.area(mask)))
     for entry, mask in zip(listed, chain.from_iterable(found), strict=True):
-        del entry["bbox"]  # or it would be taken for the mask
+        del entry["bbox"]  # otherwise the library would use the box as the mask
         entry["segmentation"] = mask
     return mean_precision(tables_of(document, listed, "segm"))
 
@@ -173,14 +197,14 @@ def mask_f1(
     found: Sequence[Sequence[Encoded]], detections: Sequence[Array], outlined: Sequence[Sequence[Encoded]],
     truths: Sequence[NDArray[Any]],
 ) -> tuple[float, float]:  # fmt: skip
-    """Precision and recall of masks, as `coco.best_f1` has them of boxes; arguments as `mask_precision`."""
+    """Return precision and recall of masks, as `coco.best_f1` does for boxes; arguments as for `mask_precision`."""
     given = zip(detections, truths, found, outlined, strict=True)
     hits = [matched(boxes, truth, _overlaps(masks, objects)) for boxes, truth, masks, objects in given]
     return best_f1(detections, truths, hits)
 
 
 def _overlaps(first: Sequence[Encoded], second: Sequence[Encoded]) -> NDArray[np.float64]:
-    """IoU of masks, (n, m)."""
+    """Return the IoU of masks, (n, m)."""
     if not len(first) or not len(second):
         return np.zeros((len(first), len(second)))
     return np.asarray(rle.iou(list(first), list(second), [0] * len(second)))

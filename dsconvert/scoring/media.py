@@ -1,4 +1,4 @@
-"""A model on images, videos and live sources, one after the other, and what became of each: what `detect` runs."""
+"""Run a model on images, videos and live sources, one after another, and record the results, for `detect`."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from dsconvert.scoring.video import MISSING, opened
 
 @dataclass(frozen=True)
 class Looked:
-    """A source that is done with: objects by class, and of a video how many frames were looked at."""
+    """A source that is finished: objects by class and, for a video, the number of frames looked at."""
 
     job: Job
     by_class: dict[int, int]
@@ -29,16 +29,17 @@ class Looked:
 
     @property
     def objects(self) -> int:
-        """How many were found."""
+        """Number of objects found."""
         return sum(self.by_class.values())
 
 
 @dataclass
 class Gathered:
-    """What goes into a COCO document: pictures' names, shapes, objects, and masks' outlines where there are any.
+    """What goes into a COCO document: names of pictures, their shapes, objects, and outlines of masks.
 
-    Objects as bytes, because Python keeps them apart from arrays: a small array kept for every image lies in the middle
-    of what the image's large arrays leave free, and 40 kB an image could not be used again."""
+    Objects are kept as bytes. A small array kept for every image would lie between the freed large arrays, and 40 kB
+    for each image could not be used again; Python allocates bytes elsewhere.
+    """
 
     names: list[str] = field(default_factory=list)
     shapes: list[tuple[int, int]] = field(default_factory=list)
@@ -46,7 +47,7 @@ class Gathered:
     outlines: list[list[list[float]]] = field(default_factory=list)
 
     def add(self, name: str, image: Image, found: Found, masks: Masks) -> None:
-        """One more picture."""
+        """Add a picture."""
         self.names.append(name)
         self.shapes.append(image.shape[:2])
         self.packed.append(found.tobytes())
@@ -54,14 +55,21 @@ class Gathered:
             self.outlines.append([mask.polygon().flatten().tolist() for mask in masks])
 
     def document(self, names: Sequence[str]) -> dict[str, Any]:
-        """See `coco_document`; `names` are the classes'."""
+        """Return the COCO document; `names` are the class names."""
         found = [np.frombuffer(p, np.float32).reshape(-1, 6) for p in self.packed]
         return coco_document(self.names, self.shapes, found, names, self.outlines)
 
 
 @dataclass
 class Run:
-    """A model at work: where its findings go, what it is done with, what was left out, what was only partly there."""
+    """A model at work.
+
+    saver: writes the findings.
+    gathered: collects them for a COCO document; None: no document.
+    looked: sources that are finished.
+    skipped: sources that were left out.
+    remarks: what was only partly readable.
+    """
 
     model: Candidate
     options: DetectOptions
@@ -73,7 +81,7 @@ class Run:
     remarks: list[str] = field(default_factory=list)
 
     def through(self, jobs: Sequence[Job], stride: int) -> None:
-        """Look at everything. Raises InputError when nothing of it could be used."""
+        """Look at all sources. Raises InputError when none could be used."""
         self.images([job for job in jobs if not job.is_video])
         self.videos([job for job in jobs if job.is_video], stride)
         if not self.looked:
@@ -81,7 +89,7 @@ class Run:
             raise InputError(f"None of the {len(jobs)} {what} could be used; the first: {self.skipped[0].reason}")
 
     def images(self, jobs: Sequence[Job]) -> None:
-        """Look at images. One that cannot be read, or whose own results cannot be written, is left out."""
+        """Look at images. An image that cannot be read, or whose results cannot be written, is left out."""
         by_path = {job.source: job for job in jobs if isinstance(job.source, Path)}
         for path, image in readable(list(by_path), "detect", self.skipped, self.progress, some=False):
             found, masks = find_masks(self.model.predict, image, self.model.imgsz, self.options)
@@ -92,7 +100,7 @@ class Run:
                 self.looked.append(Looked(job, counts([found])))
 
     def videos(self, jobs: Sequence[Job], stride: int) -> None:
-        """Look at videos, of every `stride` frames the last. A live one goes on until Ctrl-C."""
+        """Look at videos, at the last of every `stride` frames. A live one goes on until Ctrl-C."""
         for job in jobs:
             with self._leaving_out(job):
                 self._video(job, stride)

@@ -1,7 +1,7 @@
-"""What an ONNX file says of itself in text: the names of its classes, and its non-maximum suppression.
+"""Read what an ONNX file says about itself in text: its class names and its non-maximum suppression.
 
-Both are Python's own notation. A stranger's text may be any, and take for ever where Python reads it: so it is read
-part by part, each a name or a number.
+Both are in Python's notation. A stranger's text could keep Python's parser busy for ever, so it is read item by item,
+each a name or a number.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dsconvert.base.errors import InputError, printable
 from dsconvert.export.ends.nms import Nms
 
 NMS_KEY = "dsconvert.nms"
-MAX_NAMES = 1 << 20  # characters; ten thousand class names
+MAX_NAMES = 1 << 20  # characters; enough for ten thousand class names
 MAX_CLASSES, MAX_NMS = 10000, 200
 _TEXT = r"[uU]?(?:'(?:[^'\\\n]|\\.)*'|\"(?:[^\"\\\n]|\\.)*\")"
 _VALUE = rf"(?P<value>{_TEXT}|-?[0-9][0-9_.eE+-]{{0,30}}|None|True|False)"
@@ -23,7 +23,9 @@ _ENDS = {"{": "}", "[": "]", "(": ")"}
 
 
 def class_names(text: str, path: Path) -> tuple[str, ...]:
-    """Names from YOLOv5's metadata, a dictionary or a list; empty where there are none, or something else."""
+    """Return the names in YOLOv5's metadata, a dictionary or a list; empty if there are none or the text is something
+    else.
+    """
     refused = InputError(f"The metadata of {path} names no readable classes.")
     if len(text) > MAX_NAMES:
         raise refused
@@ -49,7 +51,7 @@ def class_names(text: str, path: Path) -> tuple[str, ...]:
 
 
 def suppression(text: str, path: Path) -> Nms | None:
-    """What a file that ends with non-maximum suppression keeps, from its metadata."""
+    """Return the limits of a file that ends with non-maximum suppression, from its metadata; None for other files."""
     try:
         if len(text) > MAX_NMS:
             raise ValueError
@@ -57,5 +59,5 @@ def suppression(text: str, path: Path) -> Nms | None:
         if limits and not isinstance(limits.most, int):
             raise ValueError
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
-        raise InputError(f"The metadata of {path} says nothing readable of its non-maximum suppression.") from None
+        raise InputError(f"The metadata of {path} does not describe its non-maximum suppression readably.") from None
     return limits

@@ -1,4 +1,4 @@
-"""Models on image files, one image after the other: what `detect` and `compare` run, as commands and in Python."""
+"""Run models on image files, one image after another, for `detect` and `compare` as commands and in Python."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class Skipped:
-    """An image or a video that could not be used, and why, in one sentence."""
+    """An image or video that could not be used, and the reason in one sentence."""
 
     path: Path | str
     reason: str
@@ -31,37 +31,43 @@ class Skipped:
 
 @dataclass(frozen=True)
 class Compared:
-    """Two models' agreement on the images that could be read; `agreement.images` is in the order of `read`. Of files
-    whose outputs are no boxes, `outputs` says how far these are apart."""
+    """Two models' agreement on the images that could be read.
+
+    agreement: None if the outputs are not boxes; its images are in the order of `read`.
+    outputs: for outputs that are not boxes, how far they differ.
+    """
 
     first: Candidate
     second: Candidate
-    agreement: Agreement | None  # None where the outputs are no boxes: then they are compared themselves
+    agreement: Agreement | None
     read: list[Path]
     skipped: list[Skipped]
     outputs: Sequence[OutputDifference] = ()
 
     @property
     def names_differ(self) -> bool:
-        """True where both models name their classes, and not alike: numbers are compared then."""
+        """Whether both models name their classes, but differently; classes are then compared by number."""
         return bool(self.first.names and self.second.names and self.first.names != self.second.names)
 
 
 def left_out(skipped: Sequence[Skipped], what: str = "images") -> str:
-    """What to warn of, in one sentence; there must be some."""
+    """Return a warning about the images that were left out; there must be some."""
     return f"{len(skipped)} {what} were left out; the first: {skipped[0].reason}"
 
 
 def photo_paths(sources: Iterable[Path]) -> list[Path]:
-    """Images of all sources (image, folder or text file of paths) in order; the same file twice is one."""
+    """Return the images of all sources (image, folder or text file of paths) in order, without repeating a file."""
     return list({os.path.abspath(path): path for source in sources for path in image_paths(source)}.values())
 
 
 def readable(
     paths: Sequence[Path], stage: str, skipped: list[Skipped], progress: Progress, some: bool = True
 ) -> Iterator[tuple[Path, Image]]:
-    """The images that can be decoded, RGB (h, w, 3); the others are added to `skipped`. `progress` hears of every image
-    when it is done with. With `some`, raises InputError at the end when there was none; `paths` holds at least one."""
+    """Yield the images that can be decoded, RGB (h, w, 3), and add the others to `skipped`.
+
+    progress: called for every image after it was used.
+    some: whether to raise InputError at the end if there was no image.
+    """
     for number, path in enumerate(paths, 1):
         try:
             image = read_image(path)
@@ -77,7 +83,7 @@ def readable(
 def detect_files(
     model: Candidate, paths: Sequence[Path], options: DetectOptions, skipped: list[Skipped], progress: Progress
 ) -> Iterator[tuple[Path, Image, Found, tuple[PlacedMask, ...] | None]]:
-    """What the model finds in every image that `readable` gives, as `find_masks` says it."""
+    """Yield what the model finds in every readable image, as `find_masks` returns it."""
     for path, image in readable(paths, "detect", skipped, progress):
         yield path, image, *find_masks(model.predict, image, model.imgsz, options)
 
@@ -86,11 +92,13 @@ def compare_files(
     first: Path, second: Path, source: Path, options: DetectOptions, imgsz: SizeLike | None, samples: int | None,
     progress: Progress, split: str | None = None, strict: bool = False, preset: Preset | None = None,
 ) -> Compared:  # fmt: skip
-    """Two models on at most `samples` images of a folder, a text file of paths or a data.yaml (`split`, as
-    `dataset.evaluation_images` has it).
+    """Compare two models on at most `samples` images of a folder, a text file of paths or a data.yaml.
 
-    Files whose outputs are no boxes are compared output by output. Raises InputError for models of different classes or
-    sizes, or where neither finds anything."""
+    split: as for `dataset.evaluation_images`.
+
+    Files whose outputs are not boxes are compared output by output. Raises InputError for models of different classes
+    or sizes, or if neither finds anything.
+    """
     paths = evaluation_images(source, split, strict)
     paths = paths if samples is None else spread(paths, samples)
     a, b = load_candidates([first, second], imgsz, preset)
@@ -104,7 +112,8 @@ def compare_files(
             read.append(path)
             yield image
 
-    least = max((c.limits.confidence for c in (a, b) if c.limits), default=0.0)  # below it such a file says nothing
+    # a file that suppresses boxes gives no lower scores than this
+    least = max((c.limits.confidence for c in (a, b) if c.limits), default=0.0)
     try:
         return Compared(a, b, compare(a.predict, b.predict, images(), a.imgsz, options, least), read, skipped)
     except OtherOutput:

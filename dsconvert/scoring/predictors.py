@@ -1,4 +1,4 @@
-"""Networks in torch as predictors: a batch of images in, what the detector says of every box out."""
+"""Networks in torch as predictors: from a batch of images to decoded boxes."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class BoundedPredictor:
 
     run: Predictor
     bounds: Bounds  # of the file
-    form: InputForm = PLAIN  # of the images that it is given
+    form: InputForm = PLAIN  # of the images that it takes
 
     def __call__(self, batch: NDArray[np.float32]) -> NDArray[np.float32]:
         return self.run(batch)
@@ -38,12 +38,18 @@ class BoundedPredictor:
 def float_predictor(
     graph: Graph, params: Mapping[str, ConvParams], head: Head, device: str = "cpu", bounds: Bounds | None = None
 ) -> Predictor:
-    """The network in float, its `params` on the device, within the bounds of the file that it is from."""
+    """Return the network in float as a predictor.
+
+    params: weights, on the device.
+    bounds: of the file that the network comes from, if any.
+    """
     return _predictor(lambda x: run_float(graph, params, x), head, device, bounds)
 
 
 def model_predictor(model: DSModel, device: str = "cpu", bounds: Bounds | None = None) -> Predictor:
-    """A converted model's own arithmetic: integers, or real weights where activations are float."""
+    """Return a converted model as a predictor, in its own arithmetic: integers, or float if its activations are
+    float.
+    """
     if model.activations:
         run = partial(run_integer, model.graph, model.convs, model.activations)
         return _predictor(run, model.head, device, bounds)

@@ -1,4 +1,4 @@
-"""Two files whose outputs are no boxes: how far the second's are from the first's, output by output."""
+"""Compare two files whose outputs are not boxes, output by output."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from dsconvert.photos.images import Image
 from dsconvert.scoring.candidates import Candidate
 from dsconvert.scoring.masks import prepared
 
-MOST_NUMBERS = 1 << 25  # of all outputs for an image
-CHUNK = 1 << 20  # numbers that are looked at together
+MOST_NUMBERS = 1 << 25  # in all outputs for an image
+CHUNK = 1 << 20  # numbers that are compared at once
 
 
 @dataclass(frozen=True)
 class OutputDifference:
-    """One output over all images."""
+    """One output, over all images."""
 
-    shape: tuple[int, ...]  # of the first image's
-    relative_error: float | None  # root of the squared difference over the squared first; None where that is all 0
-    cosine: float | None  # of the angle between both; None where one of them is all 0
+    shape: tuple[int, ...]  # in the first image
+    relative_error: float | None  # root of sum (second - first)^2 / sum first^2; None if the first is all 0
+    cosine: float | None  # cosine of the angle between both; None if one of them is all 0
 
 
 @dataclass
 class _Sums:
-    """Of squares and products over images, of one output."""
+    """Sums of squares and products of one output over images."""
 
     shape: tuple[int, ...]
     first: float = 0.0
@@ -52,8 +52,10 @@ class _Sums:
 
 
 def compare_outputs(first: Candidate, second: Candidate, images: Iterable[Image]) -> list[OutputDifference]:
-    """Run both files on RGB images (h, w, 3). Raises InputError where their outputs differ in number or shape, or hold
-    numbers that are infinite or none."""
+    """Run both files on RGB images (h, w, 3).
+
+    Raises InputError when their outputs differ in number or shape, or hold NaN or infinite numbers.
+    """
     sums: list[_Sums] = []
     for image in images:
         a, b = (_run(c, image) for c in (first, second))
@@ -68,22 +70,22 @@ def compare_outputs(first: Candidate, second: Candidate, images: Iterable[Image]
         for total, one, other in zip(sums, a, b, strict=True):
             total.add(one, other)
     if not all(np.isfinite([s.first, s.second, s.apart]).all() for s in sums):
-        raise InputError(f"{first.path} or {second.path} gives numbers that are infinite or none.")
+        raise InputError(f"{first.path} or {second.path} gives NaN or infinite numbers.")
     return [s.difference() for s in sums]
 
 
 def are_raw(*candidates: Candidate) -> bool:
-    """Whether the outputs of all of them can be had as they are."""
+    """Return whether the unread outputs of all candidates are available."""
     return all(c.outputs is not None for c in candidates)
 
 
 def _run(candidate: Candidate, image: Image) -> list[NDArray[Any]]:
     outputs: Callable[[NDArray[np.float32]], list[Any]] | None = candidate.outputs
     if outputs is None:
-        raise InputError(f"{candidate.path} gives boxes and no other outputs.")
+        raise InputError(f"{candidate.path} gives boxes and no other outputs, so its outputs cannot be compared.")
     found = outputs(prepared(candidate.predict, image, candidate.imgsz)[0])
     if not found or any(not isinstance(o, np.ndarray) or o.dtype.kind not in "fiub" for o in found):
-        raise InputError(f"{candidate.path} has outputs that are no arrays of numbers; they cannot be compared.")
+        raise InputError(f"{candidate.path} has outputs that are not arrays of numbers, so they cannot be compared.")
     if (count := sum(o.size for o in found)) > MOST_NUMBERS:
-        raise InputError(f"{candidate.path} has outputs of {count} numbers; {MOST_NUMBERS} are compared at most.")
+        raise InputError(f"{candidate.path} has outputs of {count} numbers; at most {MOST_NUMBERS} can be compared.")
     return found

@@ -1,4 +1,4 @@
-"""Where `detect` writes what it finds, and the writing: drawn images and videos, label files, crops."""
+"""Write what `detect` finds: drawn images and videos, label files, crops."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ from dsconvert.scoring.sources import Sources
 from dsconvert.scoring.video import film, live_stem
 
 LABELS, CROPS = "labels", "crops"
-CROP_GAIN, CROP_PAD = 1.02, 10  # YOLOv5's: how much larger than its box a crop is, as a factor and in pixels
-FOLDER_LENGTH = 60  # characters of a class's folder
+CROP_GAIN, CROP_PAD = 1.02, 10  # YOLOv5's margin around a box, as a factor and in pixels
+FOLDER_LENGTH = 60  # characters of a class's folder name
 Masks = Sequence[PlacedMask] | None
 
 
 @dataclass(frozen=True)
 class SaveOptions:
-    """What is written: drawn pictures, label files (with scores), crops; and how boxes are drawn."""
+    """Which files are written, and how boxes are drawn."""
 
     pictures: bool = True
     labels: bool = False
@@ -51,8 +51,13 @@ class SaveOptions:
 
 @dataclass(frozen=True)
 class Job:
-    """A source and the files to write for it: its name among the others, the picture or video, the label file, the
-    first crop's name in its class's folder. Of a video, label and crop are what its frames' names begin with."""
+    """A source and the files that are written for it.
+
+    name: of the source among the others.
+    picture: the drawn image or video.
+    label: the label file; for a video, the beginning of its frames' label files.
+    crop: the first crop's name in its class's folder; for a video, the beginning of its frames' names.
+    """
 
     source: Path | str
     name: str
@@ -62,12 +67,12 @@ class Job:
     is_video: bool = False
 
     def frame_label(self, number: int) -> Path | None:
-        """As YOLOv5 names it: `clip_1.txt` is the first frame's."""
+        """Return a frame's label file, named as by YOLOv5: `clip_1.txt` is the first frame's."""
         return self.label and self.label.with_name(f"{self.label.name}_{number}.txt")
 
 
 def jobs_of(sources: Sources, folder: Path, options: SaveOptions) -> list[Job]:
-    """A job for each source, images first; no two write one file."""
+    """Return a job for each source, images first; no two jobs write the same file."""
     files = [*sources.images, *sources.videos]
     names = names_below(files) if files else []
     images, videos = names[: len(sources.images)], names[len(sources.images) :]
@@ -91,7 +96,7 @@ def jobs_of(sources: Sources, folder: Path, options: SaveOptions) -> list[Job]:
 
 
 def _apart(names: Sequence[PurePath], suffix: str, taken: set[PurePath]) -> list[PurePath]:
-    """`a/b.avi` -> `a/b` and the suffix; one that is taken keeps its own before: `a/b.mov.mp4`."""
+    """Return `a/b` and the suffix for `a/b.avi`; if that is taken, the old suffix stays: `a/b.mov.mp4`."""
     made = []
     for name in names:
         wanted, number = name.with_name(name.stem + suffix), 0
@@ -104,13 +109,15 @@ def _apart(names: Sequence[PurePath], suffix: str, taken: set[PurePath]) -> list
 
 
 def _without_number(label: PurePath) -> PurePath:
-    """The video of which a label file called so would be a frame's."""
+    """Return the video whose frame a label file with this name would belong to."""
     return label.with_name(re.sub(r"_\d+$", "", label.stem))
 
 
 def check_jobs(jobs: Sequence[Job], document: Path | None, folder: Path, options: SaveOptions, force: bool) -> None:
-    """Raises InputError for files that are there or may not be written, before any work is done: some files would be
-    written before the first that is there. A name that is too long is its own source's affair."""
+    """Raise InputError, before any work is done, for files that exist or may not be written.
+
+    A name that is too long is left to its own source.
+    """
     films = {j.label for j in jobs if j.is_video and j.label}
     for label_folder in {label.parent for label in films} if not force else ():
         for there in sorted(label_folder.glob("*_*.txt")):
@@ -129,7 +136,7 @@ def check_jobs(jobs: Sequence[Job], document: Path | None, folder: Path, options
 
 
 class Saver:
-    """Writes what is found, in the way of `options`."""
+    """Writes what is found, as `options` say."""
 
     def __init__(self, folder: Path, options: SaveOptions, names: Sequence[str], force: bool) -> None:
         self.folder, self.options, self.names, self.force = folder, options, names, force
@@ -137,10 +144,10 @@ class Saver:
         self.crops: dict[PurePath, int] = {}
 
     def image(self, job: Job, image: Image, found: Found, masks: Masks) -> None:
-        """All files of an image. Raises InputError, of one file or of all of them as `write_atomic` says."""
+        """Write all files of an image. Raises InputError as `write_atomic` does, about one file or about all."""
         for target in (job.picture, job.label):
             if target is not None:
-                check_target(target, self.force)  # all of them, before the first is written
+                check_target(target, self.force)  # checks all targets before the first is written
         if job.picture:
             data = encoded(self._drawn(image, found, masks), job.picture.suffix)
             write_atomic(job.picture, data, self.force)
@@ -148,7 +155,7 @@ class Saver:
 
     @contextmanager
     def video(self, job: Job, fps: float) -> Iterator[Callable[[int, Image, Found, Masks], None]]:
-        """A way to add frames, each with its number from 1; the video is there at the end of the block."""
+        """Yield a function that adds a frame with its number from 1; the video is in place at the end of the block."""
         with film(job.picture, self.force, fps) if job.picture else nullcontext() as add:
 
             def frame(number: int, image: Image, found: Found, masks: Masks) -> None:
@@ -172,7 +179,7 @@ class Saver:
                 write_atomic(self._crop_file(folder, job.crop), encoded(crop(image, corners), ".jpg"), self.force)
 
     def _crop_file(self, folder: str, stem: PurePath) -> Path:
-        """`crops/dog/a.jpg`, then `a2.jpg`, `a3.jpg`, ...: as YOLOv5 counts, over what this run wrote."""
+        """Return `crops/dog/a.jpg`, then `a2.jpg`, `a3.jpg`, ..., counted as YOLOv5 does over the files of this run."""
         first = PurePath(folder, stem)
         number = self.crops.get(first, 0) + 1
         while (name := first if number == 1 else first.with_name(f"{first.name}{number}")) in self.crops:
@@ -183,7 +190,7 @@ class Saver:
 
 
 def crop(image: Image, corners: Sequence[float]) -> Image:
-    """The part of an image that shows the box x1, y1, x2, y2 and a margin around it, as YOLOv5 cuts it."""
+    """Return the part of an image with the box x1, y1, x2, y2 and a margin, as YOLOv5 cuts it."""
     h, w = image.shape[:2]
     spans = []
     for low, high, most in ((corners[0], corners[2], w), (corners[1], corners[3], h)):
@@ -194,12 +201,14 @@ def crop(image: Image, corners: Sequence[float]) -> Image:
 
 
 def _class_folders(names: Sequence[str]) -> dict[int, str]:
-    """A folder for each class: its name without what leads elsewhere or what some disks refuse."""
+    """Return a folder name for each class: its name without characters that lead elsewhere or that some disks
+    refuse.
+    """
     made: dict[int, str] = {}
     taken: set[str] = set()
     for number in range(len(names)):
         text = re.sub(r"[^\w .()+-]", "_", names[number])[:FOLDER_LENGTH].strip(" .") or class_name(number, ())
-        while text.casefold() in taken:  # two folders that some disks hold for one
+        while text.casefold() in taken:  # some disks ignore case
             text = f"{text}_{number}"
         taken.add(text.casefold())
         made[number] = text

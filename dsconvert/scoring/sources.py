@@ -1,4 +1,4 @@
-"""What `detect` may look at, from what the user named: images, video files, and sources that are live."""
+"""Find what `detect` looks at, from what the user named: images, videos and live sources."""
 
 from __future__ import annotations
 
@@ -20,8 +20,9 @@ MAX_CAMERA = 999
 
 @dataclass(frozen=True)
 class Sources:
-    """Files to look at, in order, none of them twice: images, then videos; or one live source, a webcam's number or a
-    stream's address."""
+    """Images, then videos, in order and without repetition; or one live source, a webcam's number or a stream's
+    address.
+    """
 
     images: tuple[Path, ...] = ()
     videos: tuple[Path, ...] = ()
@@ -29,9 +30,14 @@ class Sources:
 
 
 def find_sources(given: Iterable[str]) -> Sources:
-    """Each of `given` is an image, a video, a folder of both, a pattern such as `photos/*.jpg`, a text file of paths, a
-    data.yaml (its images to measure on), a webcam's number, or a stream's address; what exists as a file or folder is
-    that. Raises InputError for what is nothing of it, and for a live source beside others: it may never end."""
+    """Find the sources that the user named.
+
+    Each of `given` is an image, a video, a folder of both, a pattern such as `photos/*.jpg` or a text file of paths. It
+    can also be a data.yaml (its images for evaluation), a webcam's number, or a stream's address. An existing file or
+    folder takes precedence.
+
+    Raises InputError for anything else, and for a live source beside others, as it may never end.
+    """
     files: dict[str, Path] = {}
     live: list[str] = []
     for text in given:
@@ -46,15 +52,15 @@ def find_sources(given: Iterable[str]) -> Sources:
 
 
 def is_video(path: Path) -> bool:
-    """By its suffix, as everything here."""
+    """Return whether a path has a video's suffix."""
     return path.suffix.lower() in VIDEO_SUFFIXES
 
 
 def is_live(text: str) -> bool:
-    """A webcam's number or a stream's address. Raises InputError for an address that is none of a stream."""
+    """Return whether a text is a webcam's number or a stream's address. Raises InputError for any other address."""
     if "://" in text and not os.path.lexists(text):
         if text.partition("://")[0].lower() not in PROTOCOLS:
-            raise InputError(f"{text} is no stream that is read; an address starts with {', '.join(PROTOCOLS)}.")
+            raise InputError(f"{text} is not a stream that can be read; addresses start with {', '.join(PROTOCOLS)}.")
         return True
     if not text.isdecimal() or os.path.lexists(text):
         return False
@@ -79,7 +85,7 @@ def _files(text: str) -> list[Path]:
 
 def _of_folder(folder: Path) -> list[Path]:
     found = sorted(path for path in files_below(folder, SUFFIXES | VIDEO_SUFFIXES) if path.is_file())
-    return found or image_paths(folder)  # whose error it is
+    return found or image_paths(folder)  # raises the error for an empty folder
 
 
 def _matching(pattern: str) -> list[Path]:

@@ -1,4 +1,4 @@
-"""Frames of videos, webcams and streams, and videos of drawn frames, through OpenCV's FFmpeg."""
+"""Read frames of videos, webcams and streams, and write videos of drawn frames, with OpenCV's FFmpeg."""
 
 from __future__ import annotations
 
@@ -21,23 +21,23 @@ from dsconvert.base.files import written_whole
 from dsconvert.onnxfile.bounds import Bounds
 from dsconvert.photos.images import Image
 
-FPS = 30.0  # of what does not say
+FPS = 30.0  # frames a second if a source does not tell
 MAX_FPS = 600.0
-MAX_PIXELS = 1 << 27  # of a frame, as of an image (see `dsconvert.__init__`)
-MISSING = 0.05  # of the frames that a file says it has; some count them by their duration, which is that inexact
-# A playlist or a list of files may pose as a video and name other files and addresses: containers of pictures alone.
+MAX_PIXELS = 1 << 27  # of a frame, as for an image (see `dsconvert.__init__`)
+MISSING = 0.05  # share of the announced frames that may be missing; some files derive their number from the duration
+# A playlist may pose as a video and name other files and addresses. So only containers of pictures are allowed.
 FILE_ONLY = (
     "protocol_whitelist;file|format_whitelist;mov,mp4,m4a,3gp,3g2,mj2,avi,matroska,webm,asf,gif,mpeg,mpegts,mpegvideo"
 )
 STREAM_ONLY = "protocol_whitelist;rtsp,rtsps,rtmp,rtp,rtcp,srtp,udp,tcp,tls,http,https,httpproxy,crypto"
-OPTIONS = "OPENCV_FFMPEG_CAPTURE_OPTIONS"  # OpenCV has no other way to say it
+OPTIONS = "OPENCV_FFMPEG_CAPTURE_OPTIONS"  # the only way to give OpenCV these options
 SECONDS_TO_ANSWER = 10
 _OPENING = threading.Lock()
 
 
 @dataclass(frozen=True)
 class Clip:
-    """An open video: frames a second, how many frames it says it has (0: it does not), and each of them, RGB."""
+    """An open video: frames a second, the number of frames that it announces (0: none), and the frames, RGB."""
 
     fps: float
     count: int
@@ -46,8 +46,10 @@ class Clip:
 
 @contextlib.contextmanager
 def opened(source: Path | str, stride: int = 1) -> Iterator[Clip]:
-    """A video file (Path), a webcam's number or a stream's address; of every `stride` frames the last. Raises
-    Unusable when it cannot be read or its frames are larger than an image may be."""
+    """Open a video file (Path), a webcam's number or a stream's address, and yield the last of every `stride` frames.
+
+    Raises Unusable when it cannot be read, or its frames are larger than an image may be.
+    """
     what = f"{source} " if isinstance(source, Path) else f"The {live_name(source)} "
     bounds = Bounds(what.strip(), 0)
     with _of_the_source():
@@ -86,14 +88,14 @@ def _frames(capture: cv2.VideoCapture, stride: int, bounds: Bounds, size: int) -
 
 
 def as_rgb(image: NDArray[Any]) -> Image:
-    """A frame as OpenCV hands it over: BGR, or grey from some cameras."""
+    """Turn a frame from OpenCV, BGR or grey, into RGB."""
     code = cv2.COLOR_GRAY2RGB if image.ndim == 2 else cv2.COLOR_BGR2RGB
     return cv2.cvtColor(image, code).astype(np.uint8, copy=False)
 
 
 @contextlib.contextmanager
 def _of_the_source() -> Iterator[None]:
-    """What goes beyond the bounds is this source's fault."""
+    """Turn an exceeded bound into an error of this source alone."""
     try:
         yield
     except InputError as error:
@@ -101,10 +103,11 @@ def _of_the_source() -> Iterator[None]:
 
 
 def capture_of(source: Path | str) -> cv2.VideoCapture:
-    """OpenCV's reader, which may have failed to open. Of a file nothing but that file is read."""
+    """Return OpenCV's reader, which may have failed to open. For a file, nothing but that file is read."""
     if isinstance(source, str) and source.isdecimal():
         return cv2.VideoCapture(int(source))
-    name = os.path.abspath(source) if isinstance(source, Path) else source  # of a path FFmpeg makes no address then
+    # FFmpeg takes an absolute path for a file, never for an address
+    name = os.path.abspath(source) if isinstance(source, Path) else source
     if isinstance(source, Path) and not source.is_file():
         return cv2.VideoCapture()
     seconds = [cv2.CAP_PROP_OPEN_TIMEOUT_MSEC, 1000 * SECONDS_TO_ANSWER, cv2.CAP_PROP_READ_TIMEOUT_MSEC,
@@ -115,7 +118,7 @@ def capture_of(source: Path | str) -> cv2.VideoCapture:
 
 @contextlib.contextmanager
 def _environment(name: str, value: str) -> Iterator[None]:
-    """The variable has the value within, unless the user gave it one."""
+    """Set an environment variable inside the block, unless the user has set it."""
     before = os.environ.get(name)
     os.environ.setdefault(name, value)
     try:
@@ -126,7 +129,7 @@ def _environment(name: str, value: str) -> Iterator[None]:
 
 
 def live_name(source: str) -> str:
-    """`webcam 0`, or `stream` and its address without what is secret in it: name, password, and what is asked for."""
+    """Return `webcam 0`, or `stream` and its address without user name, password and query, which may be secret."""
     if source.isdecimal():
         return f"webcam {source}"
     parts = urlsplit(source)
@@ -134,15 +137,17 @@ def live_name(source: str) -> str:
 
 
 def live_stem(source: str) -> str:
-    """What its files are called: the webcam's number, or the stream's host and path."""
+    """Return a name for its files: the webcam's number, or the stream's host and path."""
     named = source if source.isdecimal() else live_name(source).partition("://")[2]
     return re.sub(r"[^A-Za-z0-9.-]+", "_", named).strip("._-")[:60] or "stream"
 
 
 @contextlib.contextmanager
 def film(path: Path, force: bool, fps: float) -> Iterator[Callable[[Image], None]]:
-    """A way to add RGB frames to an MP4 file that is whole in its place at the end of the block. All frames get the
-    size of the first. Raises InputError when OpenCV cannot write it."""
+    """Yield a function that adds RGB frames to an MP4 file; the file is complete and in place at the end of the block.
+
+    All frames get the size of the first. Raises InputError when OpenCV cannot write the file.
+    """
     with written_whole(path, force, ".part.mp4") as temporary:
         made = _Film(temporary, path, fps)
         try:
@@ -153,7 +158,7 @@ def film(path: Path, force: bool, fps: float) -> Iterator[Callable[[Image], None
 
 
 class _Film:
-    """A file in the making. The codec is MPEG-4 (mp4v), which OpenCV's FFmpeg has everywhere."""
+    """A video that is being written, with MPEG-4 (mp4v), which OpenCV's FFmpeg has everywhere."""
 
     def __init__(self, path: Path, shown: Path, fps: float) -> None:
         # MPEG-4 counts time in fractions of at most 1/65535 s
@@ -162,7 +167,7 @@ class _Film:
         self.writer: cv2.VideoWriter | None = None
 
     def add(self, image: Image) -> None:
-        """The next frame."""
+        """Add a frame."""
         if self.writer is None:
             # The codec takes even numbers of pixels, and no fewer than these.
             self.size = max(16, image.shape[1] // 2 * 2), max(16, image.shape[0] // 2 * 2)
@@ -181,7 +186,7 @@ class _Film:
             self.writer.release()
 
     def check(self) -> None:
-        """OpenCV says nothing of a disk that is full."""
+        """Raise InputError if frames are missing: OpenCV does not report a full disk."""
         written = capture_of(self.path)
         there = int(written.get(cv2.CAP_PROP_FRAME_COUNT)) if written.isOpened() else 0
         written.release()

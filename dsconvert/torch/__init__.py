@@ -1,10 +1,10 @@
-"""DSConv for training: the published modules with a forward pass that uses their integers and shifts.
+"""DSConv modules for training: the published classes, with a forward pass that uses their integers and shifts.
 
     import dsconvert.torch as dt
     layer = dt.DSConv(64, 128, 3)        # trains like nn.Conv2d; the integers follow
-    dt.register(models.yolo)             # and YOLOv5's train.py knows yolov5s_DSConv2D_C3.yaml
+    dt.register(models.yolo)             # YOLOv5's train.py now knows yolov5s_DSConv2D_C3.yaml
 
-Inside this package `import torch` is PyTorch: imports are absolute.
+Inside this package `import torch` is PyTorch, as imports are absolute.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The published blocks (DSConv2D, Bottleneck_DSConv2D, DSConv2D_C3) around the DSConv that trains.
 
-`from_...` make them of blocks that are there, whoever wrote their classes: only the attributes of YOLOv5's own count.
-They are no subclasses of those, so a tree's `fuse()`, which would fold BatchNorm into the float weight and forget the
-integers, leaves them as they are.
+`from_...` build them from existing blocks of any class with the attributes of YOLOv5's own. They do not inherit from
+YOLOv5's classes. So a tree's `fuse()`, which would fold BatchNorm into the float weight and forget the integers, leaves
+them alone.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from dsconvert.yolo.modules import BN_EPS, BN_MOMENTUM, Conv
 
 
 class DSConv2D(nn.Module):
-    """DSConv, BatchNorm, activation (act: True SiLU, a module, or anything else for none)."""
+    """DSConv, BatchNorm and activation (act: True for SiLU, or a module; anything else for none)."""
 
     def __init__(
         self, inc: int, ouc: int, k: int = 1, s: int = 1, p: int | None = None, g: int = 1, d: int = 1,
@@ -30,7 +30,7 @@ class DSConv2D(nn.Module):
 
     @classmethod
     def from_conv(cls, conv: Any, **shifts: Any) -> DSConv2D:
-        """From a module with conv, bn and act."""
+        """Build from a module with conv, bn and act."""
         made = _empty(cls)
         made.conv, made.bn, made.act = DSConv.from_float(conv.conv, **shifts), conv.bn, conv.act
         return made
@@ -40,7 +40,7 @@ class DSConv2D(nn.Module):
 
 
 class Bottleneck_DSConv2D(nn.Module):
-    """1x1 then 3x3 DSConv2D with an optional residual."""
+    """A 1x1 and a 3x3 DSConv2D, with an optional residual."""
 
     def __init__(self, c1: int, c2: int, shortcut: bool = True, g: int = 1, e: float = 0.5, **shifts: Any) -> None:
         super().__init__()
@@ -51,7 +51,7 @@ class Bottleneck_DSConv2D(nn.Module):
 
     @classmethod
     def from_bottleneck(cls, block: Any, **shifts: Any) -> Bottleneck_DSConv2D:
-        """From a module with cv1, cv2 and add."""
+        """Build from a module with cv1, cv2 and add."""
         made = _empty(cls)
         made.cv1, made.cv2 = (DSConv2D.from_conv(conv, **shifts) for conv in (block.cv1, block.cv2))
         made.add = block.add
@@ -63,7 +63,7 @@ class Bottleneck_DSConv2D(nn.Module):
 
 
 class DSConv2D_C3(nn.Module):
-    """C3 whose n bottlenecks are Bottleneck_DSConv2D; cv1, cv2 and cv3 stay ordinary convolutions."""
+    """C3 with n Bottleneck_DSConv2D; cv1, cv2 and cv3 stay ordinary convolutions."""
 
     def __init__(
         self, c1: int, c2: int, n: int = 1, shortcut: bool = True, g: int = 1, e: float = 0.5, **shifts: Any
@@ -75,7 +75,7 @@ class DSConv2D_C3(nn.Module):
 
     @classmethod
     def from_c3(cls, block: Any, **shifts: Any) -> DSConv2D_C3:
-        """From a module with cv1, cv2, cv3 and m, whose first three are taken over as they are."""
+        """Build from a module with cv1, cv2, cv3 and m; the first three are taken over as they are."""
         made = _empty(cls)
         made.cv1, made.cv2, made.cv3 = block.cv1, block.cv2, block.cv3
         made.m = nn.Sequential(*(Bottleneck_DSConv2D.from_bottleneck(b, **shifts) for b in block.m))
@@ -86,7 +86,7 @@ class DSConv2D_C3(nn.Module):
 
 
 def _empty(cls: Any) -> Any:
-    """A module without its parts."""
+    """Return a module without its parts."""
     made = cls.__new__(cls)
     nn.Module.__init__(made)
     return made

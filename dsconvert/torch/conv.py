@@ -1,4 +1,6 @@
-"""DSConv that trains: float weights behind the integers (straight-through), or fixed integers and learnable shifts."""
+"""A DSConv that trains: by float weights behind the integers (straight-through), or by learnable shifts of fixed
+integers.
+"""
 
 from __future__ import annotations
 
@@ -18,15 +20,16 @@ SHIFTS = ("alpha", "KDSb", "CDSw", "CDSb")
 
 
 class DSConv(modules.DSConv):
-    """out = conv(x, CDSw * (alpha * VQK + KDSb)) + CDSb, with VQK of `bits` (2..8) in `intweight`.
+    """Computes out = conv(x, CDSw * (alpha * VQK + KDSb)) + CDSb, with VQK of `bits` (2..8) in `intweight`.
 
-    As built, `weight` (cho, chi / groups, kh, kw) is what an optimizer changes: every forward pass convolves its
-    DSConv form, and the gradient goes straight through the rounding. In training mode alpha and KDSb follow the weight
-    by one least-squares step a pass; CDSw and CDSb stay as they are. After `freeze_vqk`, the integers stand still
-    and alpha, KDSb, CDSw and CDSb are parameters.
+    At first `weight` (cho, chi / groups, kh, kw) is a parameter. Every forward pass convolves its DSConv form, and the
+    gradient passes straight through the rounding. In training mode alpha and KDSb follow the weight by one
+    least-squares step a pass; CDSw and CDSb stay as they are. After `freeze_vqk` the integers are fixed, and alpha,
+    KDSb, CDSw and CDSb are parameters.
 
-    A state dict with `weight` alone, as a float convolution has it, loads: its DSConv form is fitted. One without
-    `weight` freezes the module, one with it thaws it; make the optimizer afterwards."""
+    A state dict with only `weight`, as a float convolution has it, can be loaded: its DSConv form is fitted. A state
+    dict without `weight` freezes the module, one with it thaws it. Create the optimizer after loading.
+    """
 
     weight: Tensor | None
 
@@ -40,31 +43,34 @@ class DSConv(modules.DSConv):
     def from_float(
         cls, conv: nn.Conv2d, block_size: int = 32, KDSBias: bool = False, CDS: bool = False, bits: int = 4
     ) -> DSConv:
-        """The DSConv nearest to a float convolution, in its place."""
+        """Return the DSConv nearest to a float convolution, to replace it."""
         made = cls.in_place_of(conv, conv.bias is not None, block_size, KDSBias, CDS, bits)
         made.load_state_dict(conv.state_dict())
         return made.to(conv.weight.device)
 
     @torch.no_grad()
     def refit(self) -> None:
-        """alpha and KDSb anew from the float weight: the least-squares fit from several starts."""
+        """Fit alpha and KDSb again to the float weight, by least squares from several starts."""
         assert self.weight is not None
         wanted = self._unscaled(self.weight).float()
         if self.KDSb is not None:
             self.KDSb.copy_(self._block_means(wanted))
             wanted = wanted - self._expand(self.KDSb)
         _, alpha = nearest_alpha(wanted, WeightFormat(self.bits, self.block_size, REAL))
-        # a block of zeros has alpha 0, with which its weights could never be anything else again
+        # with alpha 0, a block of zeros could never change again
         self.alpha.copy_(torch.where(alpha == 0, torch.finfo(torch.float16).tiny, alpha))
         self.refresh()
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """The integers nearest to the float weight at the present shifts. Whoever changes weight or alpha by hand,
-        as averaging over epochs does, need not call it: forward, state_dict and pickle do."""
+        """Set the integers to the nearest to the float weight at the present shifts.
+
+        Code that changes weight or alpha by hand, such as averaging over epochs, need not call it: forward, state_dict
+        and pickle do.
+        """
         if self.weight is None:
             return
-        # in float32: a module that is stored as float16 and made float32 again must find the same integers
+        # in float32: a module stored as float16 and converted back must find the same integers
         wanted = self.weight.float()
         if self.CDSw is not None:
             wanted = wanted / self.CDSw.float()[:, None, None, None]
@@ -74,7 +80,7 @@ class DSConv(modules.DSConv):
 
     @torch.no_grad()
     def _track(self) -> None:
-        """One step of alternating least squares: integers for the shifts, then shifts for the integers."""
+        """Make one step of alternating least squares: integers for the shifts, then shifts for the integers."""
         assert self.weight is not None
         self.refresh()
         wanted, vqk = self._unscaled(self.weight), self.intweight.to(self.weight.dtype)
@@ -86,17 +92,17 @@ class DSConv(modules.DSConv):
             self.KDSb.copy_(self._block_means(wanted - self._expand(self.alpha) * vqk))
 
     def freeze_vqk(self) -> None:
-        """Let the integers be what they are; alpha, KDSb, CDSw and CDSb become parameters, `weight` is dropped."""
+        """Fix the integers; alpha, KDSb, CDSw and CDSb become parameters, and `weight` is dropped."""
         self.refresh()
         self.weight = None
         for name in SHIFTS:
             value = self._buffers.get(name)
-            if value is not None:  # a shift that the layer has not stays None
+            if value is not None:  # a shift that the layer does not have stays None
                 del self._buffers[name]
                 self.register_parameter(name, nn.Parameter(value))
 
     def thaw_vqk(self) -> None:
-        """Undo `freeze_vqk`: the float weight starts at what the integers and shifts say."""
+        """Undo `freeze_vqk`; the float weight starts at the value of integers and shifts."""
         if self.weight is not None:
             return
         weight = nn.Parameter(self.real_weight().detach().clone())
@@ -107,7 +113,7 @@ class DSConv(modules.DSConv):
         self.weight = weight
 
     def real_weight(self) -> Tensor:
-        """W', with the gradient of `weight` where there is one."""
+        """Return W', with the gradient of `weight` if there is one."""
         if self.weight is None:
             return super().real_weight()
         if self.training:
@@ -124,7 +130,9 @@ class DSConv(modules.DSConv):
         return expand_blocks(kds, self.intweight.shape[1], self.block_size)
 
     def _block_means(self, weight: Tensor) -> Tensor:
-        """(cho, chi, kh, kw) -> (cho, nblk, kh, kw); a short last block has its own count."""
+        """Return the mean of every block: (cho, chi, kh, kw) -> (cho, nblk, kh, kw); a short last block has its own
+        count.
+        """
         sums, counts = (to_blocks(v, self.block_size).sum(2) for v in (weight, torch.ones_like(weight)))
         return (sums / counts).reshape(self.alpha.shape)
 

@@ -1,9 +1,9 @@
-"""DSConv2D_C3 rows for a YOLOv5 tree, at run time: no file of the tree is changed.
+"""Let a YOLOv5 tree build DSConv2D_C3 rows at run time, without changing its files.
 
-YOLOv5's `parse_model(d, ch)` evaluates the module names of a model yaml in the globals of `models.yolo`, but which
-modules get scaled channels and a repeat count is written into it. A class it doesn't know would be built with raw
-arguments. So each row is parsed under the name of the block that it is a variant of, C3 for DSConv2D_C3, and the
-layer that comes out is then replaced, with all that the tree noted on it.
+YOLOv5's `parse_model(d, ch)` looks up the module names of a model yaml in the globals of `models.yolo`. But the list of
+modules with scaled channels and a repeat count is fixed in its code, and an unknown class would get raw arguments. So
+each row is parsed under the name of the block that it is a variant of, C3 for DSConv2D_C3. The resulting layer is then
+replaced, with all attributes that the tree wrote on it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from dsconvert.torch.blocks import Bottleneck_DSConv2D, DSConv2D, DSConv2D_C3
 from dsconvert.torch.conv import DSConv
 from dsconvert.yolo.network import VARIANTS
 
-# published name -> how the tree's block that it is a variant of becomes ours
+# published name -> how a block of the tree becomes ours
 MAKERS: Mapping[str, Callable[..., nn.Module]] = {
     "DSConv2D": DSConv2D.from_conv,
     "Bottleneck_DSConv2D": Bottleneck_DSConv2D.from_bottleneck,
@@ -32,10 +32,12 @@ NOTED = ("i", "f")  # what parse_model writes on every layer, besides its type a
 def register(
     models_yolo: Any, block_size: int = 32, KDSBias: bool = False, CDS: bool = False, bits: int = 4
 ) -> None:  # fmt: skip
-    """Make a YOLOv5 tree's `models.yolo` build DSConv rows, with these shifts; again: with others.
+    """Make a YOLOv5 tree's `models.yolo` build DSConv rows with these shifts; another call changes the shifts.
 
-    Rows of DSConv2D, Bottleneck_DSConv2D and DSConv2D_C3 take the arguments of Conv, Bottleneck and C3. Raises
-    InputError when the module has no parse_model."""
+    Rows of DSConv2D, Bottleneck_DSConv2D and DSConv2D_C3 take the arguments of Conv, Bottleneck and C3.
+
+    Raises InputError when the module has no parse_model.
+    """
     given = getattr(models_yolo, "parse_model", None)
     if not callable(given):
         raise InputError(
@@ -59,7 +61,7 @@ def register(
 
 
 def _plain(d: Mapping[str, Any]) -> tuple[dict[str, Any], dict[int, str]]:
-    """The model yaml with the tree's own blocks in the rows of ours, and those rows' names by layer index."""
+    """Return the model yaml with the tree's own blocks instead of ours, and the names of our rows by layer index."""
     plain = copy.deepcopy(dict(d))
     wanted: dict[int, str] = {}
     for index, row in enumerate([*plain["backbone"], *plain["head"]]):
@@ -69,7 +71,7 @@ def _plain(d: Mapping[str, Any]) -> tuple[dict[str, Any], dict[int, str]]:
 
 
 def _replaced(layer: nn.Module, make: Callable[..., nn.Module], shifts: Mapping[str, Any]) -> nn.Module:
-    """The layer made anew; a row that repeats is a Sequential of blocks."""
+    """Return the layer built from ours; a row that repeats is a Sequential of blocks."""
     if type(layer) is nn.Sequential:
         made: Any = nn.Sequential(*(make(block, **shifts) for block in layer))
         kind = type(made[0])

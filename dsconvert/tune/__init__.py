@@ -1,1 +1,1 @@
-"""What is learned: briefly without labels, or with them."""
+"""Learn the shifts and biases of a converted model: briefly from the float network, or from labelled images."""

@@ -1,6 +1,6 @@
-"""The usual changes of training images and their boxes: mosaic, scale and translation, mirror, colours.
+"""Augment training images and their boxes: mosaic, scale and translation, mirror, colours.
 
-Boxes here are (n, 5): class, x1, y1, x2, y2 in pixels. Every random choice is the given generator's.
+Boxes are (n, 5): class, x1, y1, x2, y2 in pixels. All random choices come from the given generator.
 """
 
 from __future__ import annotations
@@ -18,14 +18,20 @@ from dsconvert.photos.images import PAD_VALUE, Image, on_grey
 Boxes = NDArray[np.float64]
 Photo = tuple[Image, Boxes]
 GREY = (PAD_VALUE,) * 3
-# a box is left out when too little of it is left: pixels of a side, share of its area, length of a side in the other's
+# A box is dropped when too little of it stays visible: its shorter side in pixels, its share of the area, its aspect.
 LEAST_SIDE, LEAST_SHARE, MOST_ASPECT = 2.0, 0.1, 20.0
 
 
 @dataclass(frozen=True)
 class Augment:
-    """How far images are changed: shares of images that become a mosaic and that are mirrored; most change of size
-    and of place (a share of the sides); most change of hue, saturation and brightness (factors' distance from 1)."""
+    """How strongly images are augmented.
+
+    mosaic: share of images that become a mosaic of four.
+    mirror: share of images that are mirrored.
+    scale: largest change of size, as a share.
+    place: largest translation, as a share of the sides.
+    hue, saturation, brightness: largest distance of each factor from 1.
+    """
 
     mosaic: float = 1.0
     mirror: float = 0.5
@@ -40,7 +46,10 @@ NOTHING = Augment(0, 0, 0, 0, 0, 0, 0)
 
 
 def augmented(photos: Sequence[Photo], size: Size, how: Augment, rng: np.random.Generator) -> Photo:
-    """One photo or, for a mosaic, four, none larger than `size` either way -> a photo of that size."""
+    """Augment one photo, or four for a mosaic, to a photo of that size.
+
+    photos: none larger than `size` in height or width.
+    """
     image, boxes = mosaic(photos, size, rng) if len(photos) == 4 else centred(photos[0], size)
     image, boxes = moved((image, boxes), size, how, rng)
     if rng.random() < how.mirror:
@@ -49,14 +58,14 @@ def augmented(photos: Sequence[Photo], size: Size, how: Augment, rng: np.random.
 
 
 def centred(photo: Photo, size: Size) -> Photo:
-    """In the middle of a grey rectangle, as `letterbox` places it."""
+    """Put a photo into the middle of a grey rectangle, as `letterbox` does."""
     image, boxes = photo
     placed, left, top = on_grey(image, size.height, size.width)
     return placed, _shifted(boxes, left, top)
 
 
 def mosaic(photos: Sequence[Photo], size: Size, rng: np.random.Generator) -> Photo:
-    """Four photos around a point near the middle of a rectangle twice as high and wide, cut off at its edges."""
+    """Put four photos around a random point of a rectangle of twice the height and width, cut off at its edges."""
     height, width = size.pair
     canvas = np.full((2 * height, 2 * width, 3), PAD_VALUE, np.uint8)
     x, y = (int(rng.uniform(n / 2, 3 * n / 2)) for n in (width, height))
@@ -71,14 +80,14 @@ def mosaic(photos: Sequence[Photo], size: Size, rng: np.random.Generator) -> Pho
 
 
 def moved(photo: Photo, size: Size, how: Augment, rng: np.random.Generator) -> Photo:
-    """Scaled and translated at random, about the middle, into a photo of that size; boxes mostly cut away go."""
+    """Scale and translate a photo at random about its middle, into a photo of that size; drop boxes mostly cut away."""
     image, boxes = photo
     h, w = image.shape[:2]
     gain = rng.uniform(1 - how.scale, 1 + how.scale)
     x, y = (size.width, size.height) * (0.5 + rng.uniform(-how.place, how.place, 2))
     left, top = x - gain * w / 2, y - gain * h / 2
     if gain != 1 or left or top or (h, w) != size.pair:
-        # pixel centres are at halves: the matrix maps indices
+        # pixel centres lie at halves, while the matrix maps indices
         half = (gain - 1) / 2
         matrix = np.array([[gain, 0, left + half], [0, gain, top + half]])
         image = cv2.warpAffine(image, matrix, (size.width, size.height), borderValue=GREY).astype(np.uint8, copy=False)
@@ -88,7 +97,7 @@ def moved(photo: Photo, size: Size, how: Augment, rng: np.random.Generator) -> P
 
 
 def mirrored(photo: Photo) -> Photo:
-    """Left and right exchanged."""
+    """Mirror a photo left to right."""
     image, boxes = photo
     turned = boxes.copy()
     turned[:, [1, 3]] = image.shape[1] - boxes[:, [3, 1]]
@@ -96,12 +105,12 @@ def mirrored(photo: Photo) -> Photo:
 
 
 def recoloured(image: Image, how: Augment, rng: np.random.Generator) -> Image:
-    """Hue, saturation and brightness multiplied at random, alike over the whole image."""
+    """Multiply hue, saturation and brightness of the whole image by random factors."""
     gains = 1 + rng.uniform(-1, 1, 3) * (how.hue, how.saturation, how.brightness)
     if (gains == 1).all():
         return image
     steps = np.arange(256)
-    hue = ((steps * gains[0]) % 180).astype(np.uint8)  # OpenCV's circle has 180 steps
+    hue = ((steps * gains[0]) % 180).astype(np.uint8)  # OpenCV's hue has 180 steps
     others = [np.clip(steps * g, 0, 255).astype(np.uint8) for g in gains[1:]]
     planes = cv2.split(cv2.cvtColor(image, cv2.COLOR_RGB2HSV))
     changed = cv2.merge([cv2.LUT(p, table) for p, table in zip(planes, (hue, *others), strict=True)])
@@ -109,13 +118,14 @@ def recoloured(image: Image, how: Augment, rng: np.random.Generator) -> Image:
 
 
 def _shifted(boxes: Boxes, left: int, top: int) -> Boxes:
+    """Translate boxes."""
     moved = boxes.copy()
     moved[:, 1:] += (left, top, left, top)
     return moved
 
 
 def _visible(boxes: Boxes, size: Size) -> Boxes:
-    """What of the boxes lies in the image, without those of which too little does."""
+    """Clip boxes to the image, and drop boxes with too little left."""
     cut = boxes.copy()
     cut[:, 1:] = cut[:, 1:].clip(0, (size.width, size.height) * 2)
     before, after = boxes[:, 3:] - boxes[:, 1:3], cut[:, 3:] - cut[:, 1:3]

@@ -1,10 +1,11 @@
-"""The brief fine-tune behind the fit: the converted network learns from the float one, without labels.
+"""Fine-tune the fitted model briefly: it learns from the float network, without labels.
 
-The fit is made layer by layer. What is learned here are the real numbers it ends with, all layers at once: CDSw (or
-alpha) as a factor, and CDSb. VQK and m stay as they are. The loss of an image is the squared error of v, the numbers of
-`measure.outputs`, with every activation rounded to its grid. Some images are held back. They decide which
-step is kept, and whether learning was of use at all: the fit stays where their error did not fall by more than its
-standard error.
+The fit works layer by layer. Here the real numbers that it ends with learn for all layers at once: CDSw (or alpha), by
+a factor, and CDSb. VQK and m stay as they are. The loss of an image is the squared error of v, the numbers of
+`measure.outputs`, with every activation rounded to its grid.
+
+Some images are held back. They decide which step is kept. They also decide whether learning helped at all: if their
+error falls by no more than its standard error, the fitted model is kept.
 """
 
 from __future__ import annotations
@@ -30,54 +31,54 @@ from dsconvert.tune.loop import sum_gradients
 from dsconvert.tune.schedule import rate_share
 from dsconvert.tune.simulate import simulate
 
-IMAGES = 4  # a step
-TURNS = 2  # how often each image is learned from, where nobody says how many steps
-RATE = 2e-4  # of the factors of CDSw and alpha; falls by half a cosine
-BIAS_RATE = 0.004  # of CDSb, in 255ths of the range of the layer's outputs
+IMAGES = 4  # in a step
+TURNS = 2  # how often each image is used if no number of steps is given
+RATE = 2e-4  # learning rate of the factors of CDSw and alpha; falls by half a cosine
+BIAS_RATE = 0.004  # learning rate of CDSb, in 255ths of the range of the layer's outputs
 WARMUP = 10  # steps
-FORGETTING = (0.9, 0.99)  # Adam's betas: there are too few steps for the usual second one
-LOOK = 32  # steps between two looks at the images held back
-WORTHWHILE = 0.5  # of the error is the weights', or nothing is learned
-SEED = 7919  # apart from the draws of the fit
+FORGETTING = (0.9, 0.99)  # Adam's betas; the usual second one, 0.999, is too slow for so few steps
+LOOK = 32  # steps between two evaluations of the held-back images
+WORTHWHILE = 0.5  # least share of the error that must come from the weights; otherwise nothing is learned
+SEED = 7919  # a seed of its own, so that these draws differ from the fit's
 
 Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
 class Pictures:
-    """Where the images are: those that are learned from, and those held back."""
+    """The images to learn from, and the images held back."""
 
-    count: int  # images to learn from, in all processes
+    count: int  # images to learn from, of all processes
     mine: range  # which of them this process has
-    one: Callable[[int], Tensor]  # such an image (1, 3, h, w), 0..1, by its number here
-    held: Sequence[Tensor]  # two or more images held back (3, h, w), uint8, the same in all processes
-    entry: Entry = UNIT  # what the network reads of their bytes
+    one: Callable[[int], Tensor]  # returns this process's image of an index, (1, 3, h, w), 0..1
+    held: Sequence[Tensor]  # at least two images (3, h, w), uint8, the same in all processes
+    entry: Entry = UNIT  # how the network reads the held-back images' bytes
 
 
 @dataclass(frozen=True)
 class Look:
-    """How far learning has come at one look."""
+    """One evaluation of the held-back images."""
 
-    step: int  # 0: before
-    held_back: float  # mean error of the images held back
-    learning: float | None  # mean loss of the steps since the look before
+    step: int  # 0: before learning
+    held_back: float  # mean error of the held-back images
+    learning: float | None  # mean loss of the steps since the last evaluation
 
 
 @dataclass(frozen=True)
 class Distilled(Generic[Model]):
-    """What came of it."""
+    """The result of the brief fine-tune."""
 
     model: Model
     curve: tuple[Look, ...]
-    kept: int  # the step whose numbers the model has; 0: the fit's own
-    gain: float  # mean fall of the error from the fit's to that of the best look
-    uncertainty: float  # standard error of the gain over the images held back
-    judges: int  # how many images these are
-    activations: float  # mean error that rounded activations alone do there, which nothing here changes
+    kept: int  # the step whose numbers the model has; 0: the fit's
+    gain: float  # by how much the mean error fell from the fit to the best evaluation
+    uncertainty: float  # standard error of the gain over the held-back images
+    judges: int  # number of held-back images
+    activations: float  # mean error on them of float weights with rounded activations, which learning does not change
 
     @property
     def tried(self) -> bool:
-        """Whether anything was learned at all."""
+        """Whether any step was made."""
         return len(self.curve) > 1
 
 
@@ -92,10 +93,20 @@ def distil(
     device: str,
     report: Progress,
 ) -> Distilled[Model]:
-    """Learn from the float network `params` in so many steps, and stop after so many seconds (None: never).
+    """Learn from the float network in a number of steps, and return the better of the fitted and the learned model.
 
-    Without a number of steps every image is learned from in TURNS of them, and nothing is learned where activations do
-    most of the error. All processes take their own images' part of every step, and end in the same model."""
+    model: the fitted model.
+    params: the float network's weights.
+    outputs: which numbers of the raw maps count.
+    pictures: the images.
+    steps: None: each image is used TURNS times, but nothing is learned if rounded activations cause most of the error.
+    seconds: after which learning stops; None: never.
+    seed: decides the order of images.
+    device: where the network runs.
+    report: called with the steps done and of all.
+
+    Every process computes its own images' part of each step, and all end with the same model.
+    """
     layers, latents = start(model, "shifts+bias", device)
     latents = {name: u for name, u in latents.items() if not name.endswith(".m")}
     teacher = {name: ConvParams(p.weight.to(device), p.bias.to(device)) for name, p in params.items()}
@@ -112,7 +123,8 @@ def distil(
     def look(made: Mapping[str, Parts]) -> Tensor:
         with torch.no_grad():
             found = torch.stack(list(in_order(lambda x: errors(made, x).cpu(), held))).double()
-        return workers.gathered(found)[0]  # all decide by the same numbers, whatever machines they are on
+        # all processes decide by the same numbers, though their machines may round differently
+        return workers.gathered(found)[0]
 
     first, floor = look(parts()), float(look(unconverted).mean())
     curve = [Look(0, float(first.mean()), None)]
@@ -151,7 +163,7 @@ def distil(
 
 
 def _as_parts(float_layer: ConvParams) -> Parts:
-    """A float convolution in the form of a converted one."""
+    """Return a float convolution in the form of a converted one."""
     w, b = float_layer.weight, float_layer.bias
     return Parts(w, torch.ones_like(w[:, :1]), torch.ones_like(b), b, w.shape[1])
 
@@ -159,7 +171,7 @@ def _as_parts(float_layer: ConvParams) -> Parts:
 def _errors(
     model: Converted, teacher: Mapping[str, ConvParams], outputs: Outputs, parts: Mapping[str, Parts], x: Tensor
 ) -> Tensor:
-    """The squared error of v on an image (1, 3, h, w), with gradients to what the parts were made of."""
+    """Return the squared error of v on an image (1, 3, h, w), differentiable in what `parts` was made of."""
     with torch.no_grad():
         wanted = run_float(model.graph, teacher, x)
     made = simulate(model.graph, parts, model.activations, x)
@@ -168,7 +180,7 @@ def _errors(
 
 
 def _step(errors: Callable[[Tensor], Tensor], latents: Latents, pictures: Pictures, picks: Sequence[int]) -> float:
-    """Leave the gradient of the mean loss of the images picked in every latent; returns that loss."""
+    """Set every latent's gradient of the mean loss over the picked images, and return this loss."""
 
     every = list(latents.values())
 
@@ -189,7 +201,10 @@ def _step(errors: Callable[[Tensor], Tensor], latents: Latents, pictures: Pictur
 def _optimiser(
     model: Converted, teacher: Mapping[str, ConvParams], latents: Latents, image: Tensor
 ) -> torch.optim.Optimizer:
-    """Adam, with the rate of each latent: of a bias by the range of its layer's outputs on an image (1, 3, h, w)."""
+    """Return Adam with a learning rate for each latent.
+
+    The rate of a bias is proportional to the range of its layer's outputs on an image (1, 3, h, w).
+    """
     spans: dict[str, float] = {}
 
     def note(name: str, value: Tensor) -> None:
@@ -197,14 +212,14 @@ def _optimiser(
             spans[name] = float(value.max() - value.min()) / 255
 
     run_float(model.graph, teacher, image, note)
-    ranges = workers.gathered(spans)[0]  # one process's image, for all
+    ranges = workers.gathered(spans)[0]  # all processes use the range on the first one's image
     rates = {k: BIAS_RATE * ranges[k.removesuffix(".cdsb")] if k.endswith(".cdsb") else RATE for k in latents}
     groups = [{"params": [u], "rate": rates[k], "lr": 0.0} for k, u in latents.items()]
     return torch.optim.Adam(groups, betas=FORGETTING)
 
 
 def _over(began: float, seconds: float | None) -> bool:
-    """Whether the time is over, in any process."""
+    """Return whether the time is over in any process."""
     return seconds is not None and any(workers.gathered(time.monotonic() - began >= seconds))
 
 

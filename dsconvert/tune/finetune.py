@@ -1,4 +1,4 @@
-"""A converted model, learned on labelled images: from files to a model and a record of how it went."""
+"""Train a converted model on labelled images: from files to a model and a record of the training."""
 
 from __future__ import annotations
 
@@ -32,12 +32,19 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class FinetuneOptions:
-    """What decides the result besides the model file, the images and the machine.
+    """All that decides the result, besides the model file, the images and the machine.
 
-    data a data.yaml with train and val splits; train one of TRAINED; rate of CDSw's factor (others: `latents.PACE`);
-    warmup in epochs; patience: epochs without a better mAP50-95 on val after which to stop; mosaic the share of
-    training images that are four in one; augment: whether they are changed at all; strict: lists and labels of which a
-    part cannot be used are refused."""
+    data: a data.yaml with train and val splits.
+    train: what learns, one of TRAINED.
+    epochs: at most.
+    batch: images in a batch, over all processes.
+    rate: learning rate of CDSw's factor (see `latents.PACE` for the others).
+    warmup: in epochs.
+    patience: epochs without a better mAP50-95 on val after which training stops.
+    mosaic: share of training images that are a mosaic of four.
+    augment: whether images are augmented at all.
+    strict: whether lists and labels with unusable parts are refused.
+    """
 
     data: Path
     train: str = "shifts+bias"
@@ -55,8 +62,15 @@ class FinetuneOptions:
 
 @dataclass(frozen=True)
 class Finetuned:
-    """The best model, mAP50-95 and loss by epoch (entry 0: before), its epoch, the share of the network's numbers that
-    was learned, images trained on, and why others could not be read."""
+    """The result of training.
+
+    model: the best one.
+    log: mAP50-95 and loss of each epoch; entry 0 is before training.
+    best_epoch: whose model it is.
+    share: numbers that learned, as a share of the network's.
+    images: trained on.
+    skipped: why other images could not be read.
+    """
 
     model: DSModel
     log: list[dict[str, float]]
@@ -75,16 +89,23 @@ def finetune(
     unfinished: Path | None = None,
     resume: bool = False,
 ) -> Finetuned:
-    """Train the model file at `path`. Raises InputError for what cannot be used.
+    """Train the model file at `path`, and return the best model.
 
-    After every epoch the state is kept in the file `unfinished`, if one is named; `resume` goes on from what an equal
-    run left there. Under torchrun every process takes a part of each batch, and returns the whole result; only the
-    first one's file counts."""
+    command: noted in the model file.
+    progress: called with a stage, the number done and the total.
+    note: called with a line after every epoch.
+    unfinished: a file that keeps the state after every epoch; None keeps nothing.
+    resume: go on from the state that an equal run left in `unfinished`.
+
+    Under torchrun every process takes a part of each batch and returns the whole result. Only the first process writes.
+
+    Raises InputError for files and options that cannot be used.
+    """
     _check(options)
     report = progress or (lambda stage, done, total: None)
     model = load_model(path)
     if model.head.nm:
-        raise InputError(f"{path} is a segmentation model; finetune trains detectors alone.")
+        raise InputError(f"{path} is a segmentation model; finetune can train detectors only.")
     data = read_data_yaml(options.data)
     _check_data(options.data, data, model)
     device = workers.device(options.device)
@@ -137,7 +158,9 @@ def _check(options: FinetuneOptions) -> None:
     if min(options.epochs, options.batch, options.patience) < 1:
         raise InputError.naming("{epochs}, {batch} and {patience} must be at least 1.")
     if not 0 < options.rate <= 1 or not 0 <= options.warmup <= options.epochs or not 0 <= options.mosaic <= 1:
-        raise InputError.naming("{rate} lies above 0 and up to 1, {warmup} within {epochs}, {mosaic} from 0 to 1.")
+        raise InputError.naming(
+            "{rate} must be above 0 and at most 1, {warmup} from 0 to {epochs}, {mosaic} from 0 to 1."
+        )
     workers.check_device(options.device)
 
 
@@ -150,6 +173,7 @@ def _check_data(path: Path, data: DataYaml, model: DSModel) -> None:
 
 
 def _line(state: State, epochs: int) -> str:
+    """Return the line that describes the last epoch."""
     epoch, last = len(state.log) - 1, state.log[-1]
     if not epoch:
         return f"before training: mAP50-95 {last['map50_95']:.4f}"
@@ -158,7 +182,9 @@ def _line(state: State, epochs: int) -> str:
 
 
 def _key(path: Path, options: FinetuneOptions, photos: Photos, judging: Labelled, names: Sequence[str]) -> str:
-    """Stands for everything that decides the result: images and labels of both splits by content, and the classes."""
+    """Return a digest of all that decides the result: images and labels of both splits by content, options and
+    classes.
+    """
     digest = hashlib.sha256()
     for image in (*photos.paths, *judging.paths):
         digest.update(f"{image}\0{_content(image)}\0".encode("utf-8", "surrogatepass"))
@@ -169,7 +195,7 @@ def _key(path: Path, options: FinetuneOptions, photos: Photos, judging: Labelled
 
 
 def _content(path: Path) -> str:
-    """A digest of a file; empty where there is none."""
+    """Return a digest of a file's content, or an empty string if there is no file."""
     try:
         with path.open("rb") as stream:
             return hashlib.file_digest(stream, "sha256").hexdigest()
@@ -178,7 +204,7 @@ def _content(path: Path) -> str:
 
 
 def _spread(state: State) -> State:
-    """The first process's state, in every process."""
+    """Send the first process's state to all processes."""
     if workers.count() == 1:
         return state
     sent = workers.gathered({} if workers.number() else _plain(state))[0]

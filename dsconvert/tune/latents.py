@@ -1,11 +1,13 @@
-"""What is learned of a converted model: changes of its shifts, biases and, if wished, integers.
+"""Define what a converted model learns: changes of its shifts and biases and, on request, of its integers.
 
-Every latent is a change, and 0 everywhere is the model as it is. Multipliers change by a factor exp(latent): CDSw and
-the paper's real alpha (which keeps its sign) are real numbers; the integer m is m * exp(latent) rounded to an integer
-from 1 to the largest with which no engine's sums saturate, and VQK is VQK + latent rounded and bounded likewise. The
-gradient goes straight through the rounding. CDSb changes by its latent.
+A latent is the change of one tensor; latents of 0 are the model as it is. With u the latent,
 
-m has nothing to learn in plain int8 layers, where it is 1.
+    CDSw, alpha    are multiplied by exp(u); alpha (the paper's real KDS) keeps its sign
+    m              becomes round(m exp(u)), from 1 up to the largest m at which no engine's sums saturate
+    VQK            becomes round(VQK + u), within its bits and the same bound
+    CDSb           becomes CDSb + u
+
+Gradients pass straight through the rounding. In plain int8 layers m is 1 and does not learn.
 """
 
 from __future__ import annotations
@@ -24,8 +26,8 @@ from dsconvert.graph.integer import QConv
 from dsconvert.model.model import Converted
 
 TRAINED = ("shifts", "shifts+bias", "all")
-PAIRED = PAIR_MAX // 2  # two neighbours up to this never saturate together
-# how fast a latent of each kind moves beside CDSw's factor
+PAIRED = PAIR_MAX // 2  # two neighbours of up to this size never saturate together
+# learning rate of each kind of latent, relative to CDSw's
 PACE = {"cdsw": 1.0, "cdsb": 1.0, "m": 1.0, "alpha": 1.0, "vqk": 5.0}
 
 Model = TypeVar("Model", bound=Converted)
@@ -34,8 +36,12 @@ Latents = dict[str, Tensor]  # "<convolution>.<part>" -> float32
 
 @dataclass(frozen=True)
 class Parts:
-    """One convolution as numbers, on the device it is trained on, float32: vqk (cho, chi, kh, kw), kds (m or alpha;
-    cho, nblk, kh, kw), cds_w and bias (cho,)."""
+    """The numbers of one convolution, float32, on the device on which it is trained.
+
+    vqk: (cho, chi, kh, kw).
+    kds: m or alpha, (cho, nblk, kh, kw).
+    cds_w, bias: (cho,).
+    """
 
     vqk: Tensor
     kds: Tensor
@@ -44,19 +50,24 @@ class Parts:
     block_size: int
 
     def to(self, device: str) -> Parts:
-        """The same on another device."""
+        """Return a copy on another device."""
         cds_w, bias = self.cds_w.to(device), self.bias.to(device)
         return Parts(self.vqk.to(device), self.kds.to(device), cds_w, bias, self.block_size)
 
     def unscaled(self) -> Tensor:
-        """W' / CDSw (cho, chi, kh, kw)."""
+        """Return W' / CDSw, (cho, chi, kh, kw)."""
         return expand_blocks(self.kds, self.vqk.shape[1], self.block_size) * self.vqk
 
 
 @dataclass(frozen=True)
 class Layer:
-    """A convolution's numbers before training, and the bounds of what may become of them. m_most and reach (the
-    largest |m * VQK|) are of the shape of m, vqk_low and vqk_high of that of VQK."""
+    """A convolution's numbers before training, and the bounds within which they may change.
+
+    start: the numbers before training.
+    m_most: the largest m, of m's shape.
+    reach: the largest |m * VQK|, of m's shape.
+    vqk_low, vqk_high: the bounds of VQK, of its shape.
+    """
 
     start: Parts
     m_most: Tensor
@@ -66,7 +77,10 @@ class Layer:
 
     @staticmethod
     def of(conv: QConv, device: str, moving: bool) -> Layer:
-        """`moving`: whether VQK is trained too, so that any integer of its bits may come (not along a trellis)."""
+        """Return the layer of a convolution.
+
+        moving: whether VQK learns too, so that m must allow any integer of its bits. VQK along a trellis never learns.
+        """
         w = conv.weight
         low, high = _vqk_bounds(w)
         largest = _block_amax(w)
@@ -83,7 +97,7 @@ class Layer:
         )
 
     def parts(self, name: str, latents: Mapping[str, Tensor]) -> Parts:
-        """The numbers that the latents stand for, with gradients."""
+        """Return the numbers that the latents stand for, differentiable in them."""
         s = self.start
 
         def get(part: str) -> Tensor | None:
@@ -103,6 +117,7 @@ class Layer:
         return replace(s, kds=kds, vqk=vqk, cds_w=cds_w, bias=bias)
 
     def _bounded_vqk(self, wanted: Tensor, kds: Tensor, real: bool) -> Tensor:
+        """Round VQK within its bits and, unless KDS are real, within the largest |m * VQK|."""
         wanted = wanted.maximum(self.vqk_low).minimum(self.vqk_high)
         if not real:
             most = expand_blocks(
@@ -113,7 +128,10 @@ class Layer:
 
 
 def start(model: Converted, train: str, device: str) -> tuple[dict[str, Layer], Latents]:
-    """Every convolution's layer, and the latents, 0, of what `train` (one of TRAINED) lets learn."""
+    """Return every convolution's layer, and latents of 0 for all that learns.
+
+    train: one of TRAINED.
+    """
     layers: dict[str, Layer] = {}
     latents: Latents = {}
     for name, conv in model.convs.items():
@@ -134,7 +152,9 @@ def start(model: Converted, train: str, device: str) -> tuple[dict[str, Layer], 
 
 @torch.no_grad()
 def hold(layers: Mapping[str, Layer], latents: Mapping[str, Tensor]) -> None:
-    """Bring latents back that left what their integers can be: beyond, no gradient would."""
+    """Bring latents back into the bounds of their integers; beyond these they have no gradient and would never
+    return.
+    """
     for key, u in latents.items():
         name, part = key.rsplit(".", 1)
         layer = layers[name]
@@ -148,7 +168,7 @@ def hold(layers: Mapping[str, Layer], latents: Mapping[str, Tensor]) -> None:
 
 @torch.no_grad()
 def learned(model: Model, layers: Mapping[str, Layer], latents: Mapping[str, Tensor]) -> Model:
-    """The model that the latents stand for, on CPU. What has no latent is the model's own tensor."""
+    """Return the model that the latents stand for, on CPU. Tensors without a latent are taken over unchanged."""
     convs = {}
     for name, conv in model.convs.items():
         parts, w = layers[name].parts(name, latents), conv.weight
@@ -164,24 +184,26 @@ def learned(model: Model, layers: Mapping[str, Layer], latents: Mapping[str, Ten
 
 
 def share(model: Converted, latents: Mapping[str, Tensor]) -> float:
-    """Numbers learned, as a share of the network's weights and biases."""
+    """Return the number of latents, as a share of the network's weights and biases."""
     biases = sum(c.bias.numel() for c in model.convs.values())
     return sum(u.numel() for u in latents.values()) / (model.weight_count + biases)
 
 
 def _straight(wanted: Tensor) -> Tensor:
-    """Rounded exactly, with the gradient of what was not."""
+    """Round, with the gradient of the unrounded value."""
     return torch.fake_quantize_per_tensor_affine(wanted, 1.0, 0, -INT8_MAX, INT8_MAX)
 
 
 def _vqk_bounds(w: DSTensor) -> tuple[Tensor, Tensor]:
-    """What each VQK may become, float, lowest and highest: its bits. Plain int8 weights go beyond PAIRED where their
-    neighbour leaves room; there each of a pair may use half of the room that is left."""
+    """Return the lowest and the highest value of each VQK, float: the limits of its bits.
+
+    In plain int8 layers a VQK may exceed PAIRED if its neighbour leaves room. Each of the two may use half of the room.
+    """
     low, high = (torch.full(w.vqk.shape, float(limit)) for limit in w.format.limits)
     if not w.is_plain_int8:
         return low, high
     v = w.vqk.float()
-    if v.shape[1] % 2:  # any two may be neighbours
+    if v.shape[1] % 2:  # with an odd number of channels any two may become neighbours
         most = max(float(PAIRED), float(v.abs().max()))
         return low.clamp_min(-most), high.clamp_max(most)
     room = ((PAIR_MAX - (v[:, 0::2] + v[:, 1::2]).abs()) / 2).floor().clamp_min(0).repeat_interleave(2, 1)
@@ -189,5 +211,5 @@ def _vqk_bounds(w: DSTensor) -> tuple[Tensor, Tensor]:
 
 
 def _block_amax(w: DSTensor) -> Tensor:
-    """Largest |VQK| of every block, float (cho, nblk, kh, kw)."""
+    """Return the largest |VQK| of every block, float (cho, nblk, kh, kw)."""
     return to_blocks(w.vqk.float().abs(), w.block_size).amax(2).reshape(w.m.shape)

@@ -1,4 +1,4 @@
-"""The training loop: epochs of batches, each followed by a measurement; the best is kept."""
+"""The training loop: epochs of batches, a measurement after each, and the best epoch kept."""
 
 from __future__ import annotations
 
@@ -22,13 +22,21 @@ from dsconvert.tune.state import State
 from dsconvert.yolo.decode import whole_maps
 from dsconvert.yolo.network import Head
 
-STEEPEST = 10.0  # norm beyond which a gradient is shortened
+STEEPEST = 10.0  # longer gradients are shortened to this norm
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How to train: epochs, images a batch (over all processes), rate of CDSw's factor, epochs of warm-up,
-    epochs without a better mAP after which to stop, seed."""
+    """How to train.
+
+    epochs: at most.
+    batch: images in a batch, over all processes.
+    rate: learning rate of CDSw's factor.
+    warmup: in epochs.
+    patience: epochs without a better mAP after which training stops.
+    seed: of all random choices.
+    augment: how images are augmented.
+    """
 
     epochs: int
     batch: int
@@ -41,7 +49,10 @@ class Plan:
 
 @dataclass(frozen=True)
 class Student:
-    """What is trained: the network's fixed parts. Grids as `simulate` takes them."""
+    """The network that is trained, apart from what learns.
+
+    grids: activation grids, as `simulate` takes them.
+    """
 
     graph: Graph
     layers: Mapping[str, Layer]
@@ -50,7 +61,7 @@ class Student:
     device: str
 
     def loss(self, latents: Latents, images: Tensor, targets: Tensor, gains: Gains) -> Tensor:
-        """This process's part of the batch's loss; everyone's parts together are the whole."""
+        """Return this process's part of the batch's loss; the parts of all processes add up to the whole."""
         parts = {name: layer.parts(name, latents) for name, layer in self.layers.items()}
         x = images.to(self.device).contiguous(memory_format=torch.channels_last)  # a fifth faster on CPUs
         raw = whole_maps(simulate(self.graph, parts, self.grids, x), self.head)
@@ -68,8 +79,14 @@ def train(
     report: Callable[[int, int], None],
     after_epoch: Callable[[State], None],
 ) -> None:
-    """Bring the state to the end of training. `measure` is the mAP of the model that latents stand for; `after_epoch`
-    sees the state after every epoch, and before the first. Raises InputError when the loss is no longer finite."""
+    """Train until the plan ends, updating `state`.
+
+    measure: returns the mAP of the model that latents stand for.
+    report: called with the batches done and of the epoch.
+    after_epoch: called with the state after every epoch, and once before the first.
+
+    Raises InputError when the loss is no longer finite.
+    """
     if not state.log:
         state.log.append({"map50_95": measure(state.average)})
         after_epoch(state)
@@ -106,7 +123,7 @@ def train(
 
 
 def _optimiser(state: State) -> torch.optim.Adam:
-    """Adam, one group for each kind of latent, going on with the state's moments."""
+    """Return Adam with one group for each kind of latent, continuing with the state's moments."""
     groups = [
         {"params": [u for k, u in state.latents.items() if k.endswith(f".{part}")], "pace": pace}
         for part, pace in PACE.items()
@@ -121,12 +138,13 @@ def _optimiser(state: State) -> torch.optim.Adam:
 
 
 def _note_moments(optimiser: torch.optim.Adam, state: State) -> None:
+    """Copy the optimizer's moments to the state."""
     for key, u in state.latents.items():
         state.first[key], state.second[key] = optimiser.state[u]["exp_avg"], optimiser.state[u]["exp_avg_sq"]
 
 
 def sum_gradients(latents: Sequence[Tensor]) -> None:
-    """Everyone's gradients, each divided by the whole batch's counts already, added up."""
+    """Add up the gradients of all processes, which are each divided by the whole batch's counts already."""
     if workers.count() == 1:
         return
     summed = workers.summed(torch.cat([u.grad.flatten().cpu() for u in latents if u.grad is not None]))

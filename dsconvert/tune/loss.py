@@ -1,8 +1,8 @@
 """The detection loss of the YOLOv5 family, written from its published description.
 
-Every box is given to the cells it falls in and to the one or two neighbouring cells its centre is nearest to, for
-each anchor of similar shape. Those cells learn the box (complete IoU, arXiv 1911.08287) and the class; every cell
-learns its objectness, whose target is the IoU its own box reaches.
+Every box is assigned to anchors of similar shape, in the cell of its centre and in the one or two neighbouring cells
+that are nearest to it. These cells learn the box (complete IoU, arXiv 1911.08287) and the class. Every cell learns its
+objectness; the target is the IoU that the cell's own box reaches.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from torch.nn import functional as F
 
 from dsconvert.base.size import Size
 
-LEVEL_BALANCE = (4.0, 1.0, 0.4)  # of three levels: finer ones have far more empty cells
-OTHER_BALANCE = (4.0, 1.0, 0.25, 0.06, 0.02)  # of any other number, up to five
-LARGEST_RATIO = 4.0  # anchor and box sides may differ by at most this factor
+LEVEL_BALANCE = (4.0, 1.0, 0.4)  # objectness weights of three levels: finer levels have far more empty cells
+OTHER_BALANCE = (4.0, 1.0, 0.25, 0.06, 0.02)  # of any other number of levels, up to five
+LARGEST_RATIO = 4.0  # largest factor between the sides of anchor and box
 
 
 @dataclass(frozen=True)
 class Gains:
-    """How much each part of the loss counts."""
+    """The weights of the loss's parts."""
 
     box: float = 0.05
     objectness: float = 0.7
@@ -32,14 +32,21 @@ class Gains:
 
     @staticmethod
     def usual(nc: int, size: Size) -> Gains:
-        """YOLOv5's published ones, for 80 classes at 640 pixels, scaled to fewer of either as it does."""
+        """Return YOLOv5's published weights, scaled with the classes (from 80) and the image area (from 640 pixels
+        squared).
+        """
         return Gains(0.05, (size.height / 640) * (size.width / 640), 0.5 * nc / 80)
 
 
 @dataclass(frozen=True)
 class Assigned:
-    """Targets of one level: index tensors (image, anchor, row, column), each (t,); `box` (t, 4) xywh in cells,
-    relative to the cell; `anchor_size` (t, 2) in cells; `kind` (t,) class."""
+    """The targets of one level, t of them.
+
+    index: image, anchor, row and column, (t,) each.
+    box: (t, 4), x, y, w, h in cells, relative to the cell.
+    anchor_size: (t, 2) in cells.
+    kind: class, (t,).
+    """
 
     index: tuple[Tensor, Tensor, Tensor, Tensor]
     box: Tensor
@@ -48,7 +55,11 @@ class Assigned:
 
 
 def assign(targets: Tensor, anchors: Tensor, rows: int, columns: int) -> Assigned:
-    """targets (t, 6): image, class, x, y, w, h in 0..1; anchors (na, 2) in cells -> the cells that learn them."""
+    """Assign each box to the cells and anchors that learn it.
+
+    targets: (t, 6), image, class, x, y, w, h in 0..1.
+    anchors: (na, 2), in cells.
+    """
     na, device = anchors.shape[0], targets.device
     scale = targets.new_tensor([columns, rows, columns, rows])
     box = targets[:, 2:] * scale
@@ -83,7 +94,9 @@ def assign(targets: Tensor, anchors: Tensor, rows: int, columns: int) -> Assigne
 
 
 def complete_iou(a: Tensor, b: Tensor) -> Tensor:
-    """Complete IoU of boxes xywh (t, 4): IoU less centre distance and aspect mismatch; 1 for equal boxes."""
+    """Return the complete IoU of boxes x, y, w, h (t, 4): IoU minus centre distance and aspect mismatch; 1 for equal
+    boxes.
+    """
     a_low, a_high = a[:, :2] - a[:, 2:] / 2, a[:, :2] + a[:, 2:] / 2
     b_low, b_high = b[:, :2] - b[:, 2:] / 2, b[:, :2] + b[:, 2:] / 2
     overlap = (torch.minimum(a_high, b_high) - torch.maximum(a_low, b_low)).clamp(min=0).prod(1)
@@ -98,7 +111,7 @@ def complete_iou(a: Tensor, b: Tensor) -> Tensor:
 
 
 def level_balance(levels: int) -> tuple[float, ...]:
-    """Weight of each level's objectness, finest first."""
+    """Return the weight of each level's objectness, the finest level first."""
     return LEVEL_BALANCE if levels == 3 else OTHER_BALANCE[:levels]
 
 
@@ -106,11 +119,14 @@ def detection_loss(
     raw: Sequence[Tensor], targets: Tensor, anchors: Tensor, nc: int, gains: Gains | None = None,
     total: Callable[[Tensor], Tensor] = lambda counts: counts,
 ) -> Tensor:  # fmt: skip
-    """Raw maps (n, na * (nc + 5), rows, columns), targets (t, 6) as for `assign`, anchors (nl, na, 2) in cells -> mean
-    loss of an image.
+    """Return the mean loss of an image.
 
-    A batch may be spread over several processes: `total` turns counts, int64 (nl + 1,), into everyone's, and the sum
-    of everyone's losses is then the loss of the whole batch."""
+    raw: maps (n, na * (nc + 5), rows, columns), one a level.
+    targets: (t, 6), as for `assign`.
+    anchors: (nl, na, 2), in cells.
+    gains: weights of the parts.
+    total: sums counts, int64 (nl + 1,), over all processes. Then the losses of all processes add up to the batch's.
+    """
     g = gains or Gains()
     found = [
         assign(targets, sizes, *level.shape[2:]) for level, sizes in zip(raw, anchors, strict=True)
@@ -130,7 +146,7 @@ def detection_loss(
             loss = loss + g.box * (1 - iou).sum() / count
             loss = loss + g.kind * _entropy(mine[:, 5:], classes) / (count * nc)
             reached = iou.detach().clamp(min=0).to(wanted)
-            place = _flat(level_found.index, wanted.shape)  # where two boxes meet in a cell, the better one counts
+            place = _flat(level_found.index, wanted.shape)  # if two boxes share a cell, the larger IoU is its target
             wanted.view(-1).scatter_reduce_(0, place, reached, "amax")
         cells = counts[-1] * wanted[0].numel()
         loss = loss + g.objectness * balance * _entropy(p[..., 4], wanted) / cells
@@ -142,7 +158,7 @@ def _entropy(logits: Tensor, wanted: Tensor) -> Tensor:
 
 
 def _flat(index: tuple[Tensor, ...], shape: Sequence[int]) -> Tensor:
-    """Indices of an array of that shape as places in it laid flat."""
+    """Return the indices of an array of that shape as places in the flattened array."""
     place = torch.zeros_like(index[0])
     for along, size in zip(index, shape, strict=True):
         place = place * size + along

@@ -1,6 +1,6 @@
-"""Labelled training images, and the batches that an epoch makes of them.
+"""Labelled training images, and the batches that an epoch is made of.
 
-What a batch holds follows from the seed, the epoch and its number alone, whichever process makes it.
+A batch depends only on the seed, the epoch and its number, not on the process that makes it.
 """
 
 from __future__ import annotations
@@ -20,13 +20,19 @@ from dsconvert.photos.images import Image, gain_to_fit, none_readable, read_imag
 from dsconvert.photos.labels import LabelRules, Labels, in_pixels, read_labelled
 from dsconvert.tune.augment import Augment, Photo, augmented
 
-ROOM = 2 << 30  # bytes of scaled images that the processes of one machine keep; beyond, files are read every time
+# bytes of scaled images that the processes of one machine keep in memory; with more, files are read every time
+ROOM = 2 << 30
 
 
 @dataclass(frozen=True)
 class Photos:
-    """Images scaled to fit `size`, in memory or read when they are asked for; labels (n, 5) as `read_labels` has them;
-    and why other files could not be read."""
+    """Training images, scaled to fit `size`, and their labels.
+
+    paths: the files.
+    kept: the scaled images, or None if they are read from the files each time.
+    labels: (n, 5) for each image, as `read_labels` returns them.
+    skipped: why other files could not be read.
+    """
 
     paths: tuple[Path, ...]
     kept: tuple[Image, ...] | None
@@ -38,13 +44,17 @@ class Photos:
         return len(self.paths)
 
     def photo(self, index: int) -> Photo:
-        """An image as large as fits, and its boxes in pixels."""
+        """Return an image, scaled to fit, and its boxes in pixels."""
         image = fitted(self.paths[index], self.size) if self.kept is None else self.kept[index]
         return image, in_pixels(self.labels[index], *image.shape[:2])
 
     def batch(self, picks: Sequence[tuple[int, int]], how: Augment, seed: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Images by (place in the epoch, index) -> batch (n, 3, h, w), 0..1, and targets (t, 6) as the loss
-        takes them."""
+        """Return a batch (n, 3, h, w), 0..1, and its targets (t, 6) as the loss takes them.
+
+        picks: (place in the epoch, index) of each image.
+        how: the augmentation.
+        seed: of this epoch.
+        """
         images, targets = [], []
         across = np.array([self.size.width, self.size.height])
         for number, (place, index) in enumerate(picks):
@@ -66,8 +76,10 @@ def open_photos(
     size: Size,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Photos:
-    """Read every image and its labels once; those with labels that cannot be used are left out, see `read_labelled`.
-    Raises InputError when there is no image that can be read, or no object in any."""
+    """Read every image and its labels once. Images with unusable labels are left out (see `read_labelled`).
+
+    Raises InputError when no image can be read, or no image has an object.
+    """
     labelled = read_labelled(paths, rules)
     found, kept, labels, skipped = [], [], [], []
     room = ROOM // workers.here()
@@ -93,14 +105,16 @@ def open_photos(
 
 
 def fitted(path: Path, size: Size) -> Image:
-    """The image at `path` as large as fits, as `letterbox` scales it. Raises InputError as `read_image` does."""
+    """Read an image and scale it to fit, as `letterbox` does. Raises InputError as `read_image` does."""
     image = read_image(path)
     return scaled(image, gain_to_fit(image, size))
 
 
 def order(count: int, batch: int, seed: Sequence[int]) -> list[list[tuple[int, int]]]:
-    """An epoch's batches: (place in the epoch, image) in random order. What fills no whole batch waits for another
-    epoch, unless there is no whole one."""
+    """Return an epoch's batches, each a list of (place in the epoch, image), in random order.
+
+    Images beyond the last whole batch are left out of this epoch, unless there is no whole batch.
+    """
     mixed = np.random.default_rng(list(seed)).permutation(count).tolist()
     placed = list(enumerate(mixed))
     whole = max(1, count // batch)

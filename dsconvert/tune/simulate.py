@@ -1,4 +1,4 @@
-"""The integer network as a float one that gradients pass through: its activation grids are in the loop."""
+"""Run the integer network in float, with its activation grids, so that gradients pass through it."""
 
 from __future__ import annotations
 
@@ -17,8 +17,10 @@ from dsconvert.tune.latents import Parts
 
 
 class _OnGrid(torch.autograd.Function):
-    """torch.fake_quantize_per_tensor_affine, in several passes that are vectorised: in 2.13 its own loop is not, and
-    took 40 % of a training step."""
+    """torch.fake_quantize_per_tensor_affine in several vectorised passes.
+
+    The loop of torch 2.13 is not vectorised and took 40 % of a training step.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: float, zero_point: int) -> Tensor:
@@ -33,16 +35,19 @@ class _OnGrid(torch.autograd.Function):
 
 
 def on_grid(x: Tensor, grid: QParams) -> Tensor:
-    """The nearest values of the grid; the gradient goes straight through, but not from beyond the grid's ends."""
+    """Round values to the grid. The gradient passes straight through, except beyond the grid's ends."""
     made: Tensor = _OnGrid.apply(x, grid.scale, grid.zero_point)
     return made
 
 
 def simulate(graph: Graph, parts: Mapping[str, Parts], own: Mapping[str, QParams], x: Tensor) -> list[Tensor]:
-    """Image batch (n, 3, h, w), 0..1 -> raw output maps, with gradients; `own` as `grid_of` takes it, or empty where
-    activations stay float.
+    """Run an image batch (n, 3, h, w), 0..1, and return the raw output maps with gradients.
 
-    The numbers are those of `graph.integer.run_integer`, but for what is rounded to the other side of a tie."""
+    parts: the convolutions' numbers.
+    own: activation grids as `grid_of` takes them; empty where activations stay float.
+
+    The values equal `graph.integer.run_integer`'s, except where a tie is rounded to the other side.
+    """
     grids = grid_of(graph, own) if own else None
     if grids is not None:
         x = on_grid(x, grids[INPUT])
@@ -50,11 +55,11 @@ def simulate(graph: Graph, parts: Mapping[str, Parts], own: Mapping[str, QParams
 
 
 def step(node: Node, inputs: list[Tensor], parts: Mapping[str, Parts], grids: Mapping[str, QParams] | None) -> Tensor:
-    """One node. Values are on their grids before and after."""
+    """Run one node. Values are on their grids before and after it."""
     op = OPS[node.op]
     if node.op == "conv":
         p = parts[node.name]
-        # the factor after the sum: while VQK and m stand still, no gradient of the weights is worked out
+        # multiply by CDSw after the sum: as long as VQK and m do not learn, no gradient of the weights is computed
         out = conv(node, inputs[0], p.unscaled(), None) * p.cds_w[:, None, None] + p.bias[:, None, None]
     else:
         out = (op.real if grids is None or op.trained is None else op.trained)(node, inputs)

@@ -1,4 +1,4 @@
-"""How far a finetune has come, and the file that a stopped one leaves behind."""
+"""The state of a training, and the file that keeps it when training is stopped."""
 
 from __future__ import annotations
 
@@ -16,14 +16,21 @@ from dsconvert.tune.latents import Latents
 NAME = "finetuning.safetensors"
 META = "dsconvert.finetuning"
 SETS = ("latents", "average", "best", "first", "second")
-FACTORS = (".cdsw", ".m", ".alpha")  # exp of these latents is a factor
+FACTORS = (".cdsw", ".m", ".alpha")  # latents of these kinds are exponents of a factor
 MOST_CHANGE, MOST_NUMBER = 60.0, 1e30
 
 
 @dataclass
 class State:
-    """After whole epochs: the latents, their average, the best average so far (by mAP), the optimizer's first and
-    second moments, its steps, and one entry an epoch (`map50_95` and `loss`; entry 0 is before training)."""
+    """The state after whole epochs.
+
+    latents: the current ones.
+    average: their moving average.
+    best: the best average so far, by mAP.
+    first, second: the optimizer's moments.
+    steps: of the optimizer so far.
+    log: `map50_95` and `loss` of each epoch; entry 0 is before training and has no loss.
+    """
 
     latents: Latents
     average: Latents
@@ -35,7 +42,7 @@ class State:
 
     @staticmethod
     def new(latents: Latents) -> State:
-        """Before the first step."""
+        """Return the state before the first step."""
         average, best, first, second = (
             {k: torch.zeros_like(v.detach()) for k, v in latents.items()} for _ in SETS[1:]
         )  # fmt: skip
@@ -43,13 +50,13 @@ class State:
 
     @property
     def best_epoch(self) -> int:
-        """The epoch with the highest mAP, the first of equals; 0: none was better than before training."""
+        """The epoch with the highest mAP, the first of equals; 0 if none was better than before training."""
         maps = [entry["map50_95"] for entry in self.log]
         return maps.index(max(maps))
 
 
 def write_state(path: Path, key: str, state: State) -> None:
-    """Replace what was kept before."""
+    """Write the state to a file, replacing an earlier one."""
     tensors: dict[str, Tensor] = {}
     for name in SETS:
         tensors |= {f"{name}/{k}": v for k, v in getattr(state, name).items()}
@@ -58,8 +65,10 @@ def write_state(path: Path, key: str, state: State) -> None:
 
 
 def read_state(path: Path, key: str, like: Latents) -> State:
-    """What `write_state` kept, on the devices of `like`. Raises InputError when there is nothing, or it is of a run
-    with another key."""
+    """Read what `write_state` wrote, to the devices of `like`.
+
+    Raises InputError when there is no file, or it belongs to a run with another key.
+    """
     deciding = "options, images, labels, classes, model, threads, processes or version"
     with resumed(path, META, key, deciding) as (about, tensors):
         state = State.new(like)
@@ -76,7 +85,7 @@ def read_state(path: Path, key: str, like: Latents) -> State:
 
 
 def _check(state: State) -> None:
-    """Raises ValueError, TypeError or KeyError for numbers that no training ends in."""
+    """Raise ValueError, TypeError or KeyError for a state that no training can have."""
     for name in ("latents", "average", "best"):
         for key, value in getattr(state, name).items():
             most = MOST_CHANGE if key.endswith(FACTORS) else MOST_NUMBER

@@ -1,7 +1,7 @@
-"""From a tolerable loss to formats: the smallest file whose measured loss is at most that.
+"""Find the smallest file that loses at most a given number of points of mAP50-95.
 
-Every try fits a model and measures it, which takes a minute or two, so each try is placed by what the one before
-showed: over the useful range the loss grows in proportion to the expected damage (docs/method.md).
+Every try fits a model and measures its loss, which takes a minute or two. So there are few tries, and each is placed by
+the one before: over the useful range the loss is proportional to the expected damage (docs/method.md).
 """
 
 from __future__ import annotations
@@ -16,14 +16,19 @@ from dsconvert.widths.allocate import allocate
 from dsconvert.widths.size import Damage, Formats, choices, formats_like_uniform
 
 TRIES = 4
-CAUTION = 0.9  # of the damage that proportion allows
-STRIDE = 4.0  # most that one try's damage differs from the last one's
+CAUTION = 0.9  # share of the damage that proportionality would allow
+STRIDE = 4.0  # largest factor between the damages of two successive tries
 Model = TypeVar("Model")
 
 
 @dataclass(frozen=True)
 class Tried(Generic[Model]):
-    """One fitted model: its formats, their expected damage, the loss measured (points of mAP50-95)."""
+    """One fitted model.
+
+    formats: of its layers.
+    damage: their expected damage.
+    loss: measured, in points of mAP50-95.
+    """
 
     formats: Formats
     damage: float
@@ -32,12 +37,14 @@ class Tried(Generic[Model]):
 
 
 def expected(damage: Damage, formats: Formats) -> float:
-    """Damage of these formats together."""
+    """Return the expected damage of all formats together."""
     return sum(damage[name][format] for name, format in formats.items())
 
 
 def formats_for_damage(params: Mapping[str, ConvParams], damage: Damage, most: float) -> Formats:
-    """The smallest formats whose expected damage is at most `most`; the least damage there is, if that is more."""
+    """Return the smallest formats with an expected damage of at most `most`, or the least damaging ones if there are
+    none.
+    """
     options = choices(params, damage)
     low = sum(min(c.size for c in some) for some in options.values())
     high = sum(max(c.size for c in some) for some in options.values())
@@ -59,8 +66,12 @@ def smallest_within(
     most: float,
     attempt: Callable[[Formats], tuple[Model, float]],
 ) -> Tried[Model]:
-    """The model of least size among the tried ones that lose at most `most` points. `attempt` fits formats and gives
-    the model and its loss. Raises InputError when the finest formats lose more."""
+    """Return the smallest of some tried models that lose at most `most` points of mAP50-95.
+
+    attempt: fits a model in the given formats, and returns it with its loss.
+
+    Raises InputError when even the finest formats lose more.
+    """
     good: list[Tried[Model]] = []
     bad: list[Tried[Model]] = []
     formats: Formats = formats_like_uniform(params, damage)
@@ -84,7 +95,7 @@ def smallest_within(
 
 
 def _next(last: Tried[Model], good: list[Tried[Model]], bad: list[Tried[Model]], most: float) -> float:
-    """The damage to try: in proportion to the last loss, and between what was good and what was bad."""
+    """Return the damage to try next: in proportion to the last loss, within the bounds known so far."""
     share = CAUTION * most / max(last.loss, 1e-6)
     wanted = last.damage * min(max(share, 1 / STRIDE), STRIDE)
     best, worst = max((t.damage for t in good), default=0.0), min((t.damage for t in bad), default=float("inf"))

@@ -1,1 +1,1 @@
-"""YOLOv5: network definition, safe loading, images and boxes."""
+"""YOLOv5 and YOLOv7: network definition, safe loading of checkpoints, lowering to the graph, boxes."""

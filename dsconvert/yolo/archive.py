@@ -1,10 +1,14 @@
-"""Open PyTorch's `.pt` files (of both forms, see `container`) without running anything found in them.
+"""Open PyTorch's `.pt` files, of both forms (see `container`), without running anything in them.
 
-This is the only module of dsconvert that reads a pickle. Three walls, each enough to stop code from running:
-the pickle's opcodes are read through first and anything PyTorch never writes is refused; every name a pickle asks for
-must be on an allow-list; and every allowed name stands for `Record`, an inert bag of what it was given, torch's own
-classes and functions included. Tensors are then made here, from numbers whose place and size were checked, and only
-those that are asked for: a file cannot make us allocate more than it holds.
+This is the only module of dsconvert that reads a pickle. Each of three barriers is enough to stop code from running:
+
+1. The pickle's opcodes are scanned first, and opcodes that PyTorch never writes are refused.
+2. Every name in a pickle must be on an allow-list.
+3. Every allowed name, even of torch's own classes and functions, stands for `Record`, an inert object that only keeps
+   what it is given.
+
+Tensors are then made here, from numbers whose position and size were checked, and only if they are asked for. So a
+file cannot make us allocate more than it holds.
 """
 
 from __future__ import annotations
@@ -30,13 +34,14 @@ from dsconvert.yolo.families import refuse_names, usual_name
 from dsconvert.yolo.picklestack import Stack
 from dsconvert.yolo.stored_dsconv import KINDS as DSCONV_KINDS
 
-MAX_DIMS, MAX_COUNT = 8, 1 << 40  # of a tensor: its dimensions, and their product
+MAX_DIMS, MAX_COUNT = 8, 1 << 40  # of a tensor: number of dimensions, and their product
 
 
 class Record:
-    """Stands for any allowed class or function: keeps the arguments and attributes it is given, does nothing.
+    """Stands for any allowed class or function; it keeps its arguments and attributes, and does nothing.
 
-    `kind` is the name in the file, `args` what it was called with."""
+    `kind` is the name in the file, `args` are the arguments of the call.
+    """
 
     kind = ""
     args: tuple[Any, ...] = ()
@@ -47,7 +52,7 @@ class Record:
         return made
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        """Arguments were kept by `__new__`."""
+        """`__new__` has kept the arguments."""
 
     def __setstate__(self, state: Any) -> None:
         if isinstance(state, dict):
@@ -55,8 +60,10 @@ class Record:
 
 
 class _Method(Record):
-    """Segment keeps Detect's forward pass as an attribute, which pickle writes as getattr(Detect, "forward"). No other
-    use of getattr is one of a checkpoint's."""
+    """Stands for getattr(Detect, "forward"), which Segment keeps as an attribute.
+
+    No checkpoint uses getattr otherwise.
+    """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         if len(args) != 2 or getattr(args[0], "kind", None) != "models.yolo.Detect" or args[1] != "forward" or kwargs:
@@ -64,7 +71,7 @@ class _Method(Record):
 
 
 class _Dictionary(Record, dict[Any, Any]):
-    """The only allowed classes whose contents count as such."""
+    """Stands for the allowed dictionary classes, whose content is kept."""
 
     def __new__(cls, *args: Any, **kwargs: Any) -> _Dictionary:
         return dict.__new__(cls)
@@ -94,7 +101,7 @@ _STORAGES = {
 DICTIONARIES = ("collections.OrderedDict", "collections.defaultdict", "collections.Counter")
 WRAPPERS = ("torch.nn.parallel.data_parallel.DataParallel", "torch.nn.parallel.distributed.DistributedDataParallel")
 TENSOR, PARAMETER = "torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_parameter"
-_BESIDE = (  # what training scripts leave beside the model: dates, options, numpy scalars
+_BESIDE = (  # what training scripts store beside the model: dates, options, numpy scalars
     "numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar", "numpy.dtype",
     "numpy.core.multiarray._reconstruct", "numpy._core.multiarray._reconstruct", "numpy.ndarray",
     "datetime.datetime", "argparse.Namespace", "pathlib.PosixPath", "pathlib.WindowsPath",
@@ -119,7 +126,7 @@ def _allowed() -> dict[str, type[Record]]:
 
 ALLOWED = _allowed()
 
-# The opcodes of pickle protocol 2 as torch.save uses it. No INST, OBJ, EXT, STACK_GLOBAL, BYTES, FRAME, LONG4.
+# the opcodes of pickle protocol 2 that torch.save uses, without INST, OBJ, EXT, STACK_GLOBAL, BYTES, FRAME and LONG4
 _OPCODES = frozenset((
     "PROTO", "STOP", "MARK", "NONE", "NEWTRUE", "NEWFALSE", "BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT",
     "BINUNICODE", "SHORT_BINSTRING", "BINPUT", "LONG_BINPUT", "BINGET", "LONG_BINGET", "EMPTY_TUPLE", "TUPLE", "TUPLE1",
@@ -129,7 +136,7 @@ _OPCODES = frozenset((
 
 
 class _Unpickler(pickle.Unpickler):
-    """Finds nothing but the inert classes of the allow-list, and makes storages mere descriptions."""
+    """Finds only the inert classes of the allow-list, and turns storages into descriptions."""
 
     def __init__(self, stream: io.BytesIO, legacy: bool) -> None:
         super().__init__(stream)
@@ -144,7 +151,7 @@ class _Unpickler(pickle.Unpickler):
     def persistent_load(self, pid: Any) -> Any:
         word, kind, key, _, *rest = pid
         if self.legacy and word == "module" and isinstance(kind, type) and issubclass(kind, Record) and len(pid) == 4:
-            return kind  # the text of its source follows
+            return kind  # the source text of a module follows in old files
         if word != "storage" or type(key) is not str or rest[1:] not in ([], [None]) or not _whole(rest[0]):
             raise pickle.UnpicklingError("not a storage")
         found = self.storages.setdefault(key, Storage(key, _STORAGES[kind.kind], rest[0]))
@@ -155,7 +162,7 @@ class _Unpickler(pickle.Unpickler):
 
 @dataclass
 class Archive:
-    """An open checkpoint file: `top` is what its pickle holds, in dictionaries, lists, plain values and Records."""
+    """An open checkpoint file. `top` is its pickle's content: dictionaries, lists, plain values and Records."""
 
     path: Path
     top: Any
@@ -163,17 +170,20 @@ class Archive:
     _left: int = field(repr=False)
 
     def tensor(self, record: Any) -> Tensor:
-        """The numbers of a stored tensor or parameter. Raises InputError when they are not what it says."""
+        """Return the numbers of a stored tensor or parameter.
+
+        Raises InputError when they do not match its description.
+        """
         while isinstance(record, Record) and record.kind == PARAMETER and record.args:
             record = record.args[0]
         if not isinstance(record, Record) or record.kind != TENSOR or len(record.args) < 4:
             raise InputError(f"{self.path} is damaged: a weight is stored as something else.")
         storage, offset, size, stride = record.args[:4]
         if not (isinstance(storage, Storage) and _whole(offset) and _shape(size) and _shape(stride)):
-            raise InputError(f"{self.path} is damaged: a weight's shape or place is not one.")
+            raise InputError(f"{self.path} is damaged: the shape or the place of a weight is not valid.")
         last = offset + sum((n - 1) * s for n, s in zip(size, stride, strict=False))
         numel = math.prod(size)
-        most = math.prod(max(n, 1) for n in size)  # of no numbers at all, torch multiplies the other dimensions
+        most = math.prod(max(n, 1) for n in size)  # for a tensor without numbers, torch multiplies the other dimensions
         if len(size) != len(stride) or numel > storage.numel or (numel and last >= storage.numel) or most > MAX_COUNT:
             raise InputError(f"{self.path} declares larger weights than it holds.")
         data = self._numbers(storage)
@@ -185,15 +195,17 @@ class Archive:
     def _numbers(self, storage: Storage) -> bytes:
         data = self._container.numbers(storage)
         self._left -= len(data)
-        if self._left < 0:  # every weight is stored once, so honest files never get here
+        if self._left < 0:  # every weight is stored once, so an honest file never gets here
             raise InputError(f"{self.path} declares more weights than it holds.")
         return data
 
 
 @contextmanager
 def open_archive(path: Path) -> Iterator[Archive]:
-    """Open a `.pt` of either form; its tensors can be read inside the `with`. Raises InputError, one sentence, for
-    anything else."""
+    """Open a `.pt` of either form; its tensors can be read inside the `with`.
+
+    Raises InputError for any other file.
+    """
     check_ordinary(path)
     try:
         stream = path.open("rb")
@@ -207,7 +219,7 @@ def open_archive(path: Path) -> Iterator[Archive]:
             legacy = isinstance(container, Legacy)
             readers = [_Unpickler(io.BytesIO(content), legacy) for content in container.pickles]
             found = [reader.load() for reader in readers]
-        except Exception:  # the unpickler raises many kinds on malformed input; all mean the same to the user
+        except Exception:  # the unpickler raises many kinds on malformed input, which mean the same to the user
             raise InputError(f"{path} is damaged or not a YOLOv5 checkpoint: its contents cannot be read.") from None
         if isinstance(container, Legacy):
             machine, top, keys = found
@@ -220,8 +232,9 @@ def open_archive(path: Path) -> Iterator[Archive]:
 
 
 def _refuse_unknown(stream: bytes, path: Path) -> None:
-    """Raise InputError for opcodes PyTorch never writes, for classes that are not allowed, see `families`, and for what
-    takes for ever to make, see `Stack`."""
+    """Raise InputError for opcodes that PyTorch never writes, for classes that are not allowed (see `families`), and
+    for content that takes for ever to build (see `Stack`).
+    """
     names: list[str] = []
     foreign, count, stack = False, 0, Stack()
     try:
@@ -240,8 +253,8 @@ def _refuse_unknown(stream: bytes, path: Path) -> None:
     refuse_names(names, unknown, path)
     if foreign:
         raise InputError(
-            f"{path} is pickled as no PyTorch checkpoint is: by another protocol, or with numbers, tuples or keys that "
-            "take for ever to read; save it again by torch.save alone."
+            f"{path} is not pickled like a PyTorch checkpoint: it uses another protocol, or numbers, tuples or keys "
+            "that take for ever to read; save it again with torch.save."
         )
 
 

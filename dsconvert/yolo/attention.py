@@ -1,7 +1,8 @@
-"""The attention block of YOLOv5 (C3TR), written from the architecture: tokens are a map's pixels, and no LayerNorm.
+"""The attention block of YOLOv5 (C3TR), written from the architecture: tokens are a map's pixels; there is no
+LayerNorm.
 
-Every linear layer is a 1x1 convolution of the map, so `projections` gives them as such: those that follow each other
-with nothing between them as one.
+Every linear layer is a 1x1 convolution of the map. `projections` returns them so, and merges linear layers that follow
+each other directly.
 """
 
 from __future__ import annotations
@@ -11,12 +12,12 @@ from torch import Tensor, nn
 
 from dsconvert.yolo.modules import C3
 
-HEADS = 4  # YOLOv5 has no other number
+HEADS = 4  # YOLOv5 uses no other number
 QKV = ("query", "key", "value")
 
 
 class TransformerLayer(nn.Module):
-    """Attention of every token to all of them, and two linear layers, each with a residual."""
+    """Attention of every token to all tokens, and two linear layers, each with a residual."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -27,13 +28,15 @@ class TransformerLayer(nn.Module):
         self.fc1, self.fc2 = (nn.Linear(channels, channels, bias=False) for _ in range(2))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Tokens (pixels, n, channels) -> the same shape."""
+        """Map tokens (pixels, n, channels) to the same shape."""
         x = x + self.ma(self.q(x), self.k(x), self.v(x), need_weights=False)[0]
         return x + self.fc2(self.fc1(x))
 
     def projections(self) -> dict[str, tuple[Tensor, Tensor]]:
-        """Weight (c, c) and bias (c,) of those of QKV, each the product of two layers; of `out` behind the attention;
-        and of `fc`, again a product. Products are made in float64."""
+        """Return weight (c, c) and bias (c,) of each of QKV, of `out` behind the attention, and of `fc`.
+
+        QKV and `fc` are each the product of two layers, computed in float64.
+        """
         found = {}
         bias = self.ma.in_proj_bias.detach()
         second = self.ma.in_proj_weight.detach().double().chunk(3)
@@ -47,18 +50,18 @@ class TransformerLayer(nn.Module):
         return found
 
     def fused_bounds(self) -> Tensor:
-        """The largest |number| of each of the `projections`."""
+        """Return the largest |number| of each of the `projections`."""
         return torch.stack([torch.cat((w.flatten(), b)).abs().max() for w, b in self.projections().values()])
 
 
 class TransformerBlock(nn.Module):
-    """Layers of attention over a map's pixels, which a linear layer gives a place first."""
+    """Attention layers over a map's pixels, behind a linear layer with a residual."""
 
     def __init__(self, channels: int, n: int) -> None:
         super().__init__()
         self.linear = nn.Linear(channels, channels)
         self.tr = nn.Sequential(*(TransformerLayer(channels) for _ in range(n)))
-        self.conv, self.c2 = None, channels  # what YOLOv5's forward pass asks for
+        self.conv, self.c2 = None, channels  # attributes that YOLOv5's forward pass reads
 
     def forward(self, x: Tensor) -> Tensor:
         tokens = x.flatten(2).permute(2, 0, 1)
@@ -66,7 +69,7 @@ class TransformerBlock(nn.Module):
 
 
 class C3TR(C3):
-    """C3 with a TransformerBlock in place of its bottlenecks."""
+    """C3 with a TransformerBlock instead of its bottlenecks."""
 
     def __init__(
         self, c1: int, c2: int, n: int = 1, shortcut: bool = True, g: int = 1, e: float = 0.5, act: str = "SiLU"

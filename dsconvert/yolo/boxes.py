@@ -1,4 +1,4 @@
-"""From predictions to final detections: class-wise non-maximum suppression and back to image pixels."""
+"""Turn predictions into final detections: non-maximum suppression by class, and back to pixels of the image."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from numpy.typing import NDArray
 from dsconvert.photos.images import Letterbox
 
 Array = NDArray[np.float32]
-LEAST, MOST = 0.001, 300  # score, and boxes of an image, as in YOLOv5's val.py
+LEAST, MOST = 0.001, 300  # least score, and most boxes of an image, of YOLOv5's val.py
 
 
 def non_max_suppression(
     predictions: Array, confidence: float = LEAST, iou: float = 0.6, most: int = MOST, candidates: int = 30000
 ) -> Array:
-    """The boxes that `suppressed` keeps of every class."""
+    """Return the boxes that `suppressed` keeps of every class."""
     return suppressed(predictions, confidence, iou, most, candidates)[0]
 
 
@@ -32,12 +32,18 @@ def suppressed(
     classes_kept: Collection[int] | None = None,
     agnostic: bool = False,
 ) -> tuple[Array, NDArray[np.int64]]:
-    """(boxes, 5 + nc) as decoded -> (n, 6): x1, y1, x2, y2, score, class; best first, at most `most`; and the row of
-    `predictions` that each is.
+    """Suppress overlapping boxes, with OpenCV's batched NMS.
 
-    A box takes part once for every class (or only for its best one) whose score (objectness * class) exceeds
-    `confidence` and which is among `classes_kept` (None: all); within a class (`agnostic`: whatever the class),
-    boxes overlapping a better one by more than `iou` are dropped (OpenCV's batched NMS).
+    predictions: (boxes, 5 + nc), as decoded.
+    confidence: a box takes part in each class whose score (objectness * class) exceeds this.
+    iou: boxes that overlap a better one of their class by more than this are dropped.
+    most: most boxes that are returned.
+    candidates: most boxes that take part; the highest scores are kept.
+    best_class_only: whether a box takes part only in its best class.
+    classes_kept: only these classes; None: all.
+    agnostic: whether boxes of different classes suppress each other too.
+
+    Returns (n, 6) x1, y1, x2, y2, score, class, the best first, and for each its row of `predictions`.
     """
     places = np.flatnonzero(predictions[:, 4] > confidence)
     likely = predictions[places]
@@ -67,7 +73,7 @@ def suppressed(
 
 
 def to_image(detections: Array, box: Letterbox, shape: tuple[int, int]) -> Array:
-    """Boxes in the rectangle that an image was placed in -> boxes in the image of (height, width), clipped to it."""
+    """Move boxes from the rectangle that an image was placed in to the image of (height, width), clipped to it."""
     h, w = shape
     out = detections.copy()
     out[:, [0, 2]] = ((detections[:, [0, 2]] - box.pad_x) / box.gain).clip(0, w)
@@ -76,5 +82,5 @@ def to_image(detections: Array, box: Letterbox, shape: tuple[int, int]) -> Array
 
 
 def inside(boxes: Array) -> NDArray[np.bool_]:
-    """Which boxes as `to_image` gives them have an area: what lies wholly in the letterbox's margin has none."""
+    """Return which boxes from `to_image` have an area; boxes wholly in the letterbox's margin have none."""
     return np.all(boxes[:, 2:4] > boxes[:, :2], axis=1)

@@ -1,4 +1,4 @@
-"""A YOLOv5 model yaml as the choice of layers: its DSConv2D_C3 rows say which C3 blocks become DSConv."""
+"""Choose layers by a YOLOv5 model yaml: its DSConv2D_C3 rows say which C3 blocks become DSConv."""
 
 from __future__ import annotations
 
@@ -13,17 +13,20 @@ from dsconvert.base.smallyaml import read_small, refuse_bombs
 from dsconvert.yolo.network import MAX_LAYERS, VARIANTS
 
 OURS = resources.files("dsconvert") / "yolo" / "cfg"
-MOST_DEPTH = 6  # file, backbone, row, args, and a list in them
+MOST_DEPTH = 6  # levels of nesting: file, backbone, row, args, and a list in them
 
 
 def cfg_names() -> list[str]:
-    """Model yamls that come with dsconvert."""
+    """Return the names of the model yamls that come with dsconvert."""
     return sorted(p.name for p in OURS.iterdir() if p.name.endswith(".yaml"))
 
 
 def read_rows(path: Path) -> list[str]:
-    """Module names of a model yaml's rows, backbone then head. A name of ours stands for the file that comes with
-    dsconvert where the working folder has none. Raises InputError for anything that is no model yaml."""
+    """Return the module names of a model yaml's rows, backbone first.
+
+    A name that comes with dsconvert stands for its file, unless the working folder has one of that name. Raises
+    InputError for anything that is not a model yaml.
+    """
     source: Any = OURS / path.name if not path.exists() and str(path) in cfg_names() else path
     try:
         text = read_small(source, str(path), "model yaml")
@@ -39,7 +42,7 @@ def read_rows(path: Path) -> list[str]:
         raise InputError(f"{path} is not a readable YAML file.") from None
     parts: list[Any] = [content.get(key) for key in ("backbone", "head")] if isinstance(content, dict) else []
     if not parts or not all(isinstance(part, list) and part for part in parts):
-        raise InputError(f"{path} is no model yaml: it needs a backbone and a head, each a list of rows.")
+        raise InputError(f"{path} is not a model yaml: it needs a backbone and a head, each a list of rows.")
     rows = [row for part in parts for row in part]
     if len(rows) > MAX_LAYERS:
         raise InputError(f"{path} has more than {MAX_LAYERS} layers.")
@@ -50,8 +53,10 @@ def read_rows(path: Path) -> list[str]:
 
 
 def chosen_blocks(path: Path, kinds: list[str]) -> str:
-    """The DSConv2D_C3 layers of a model yaml, as `blocks` has them, for a checkpoint whose layers are of `kinds`.
-    Raises InputError when the two are not the same network, or no row is one."""
+    """Return the DSConv2D_C3 layers of a model yaml, in the form of `blocks`, for a checkpoint with layers of `kinds`.
+
+    Raises InputError when the two are not the same network, or no row is a DSConv2D_C3.
+    """
     rows = read_rows(path)
     if len(rows) != len(kinds):
         raise InputError(f"{path} has {len(rows)} layers, the checkpoint {len(kinds)}: it is not of this model.")

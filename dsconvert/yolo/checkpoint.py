@@ -1,7 +1,7 @@
-"""Read the `.pt` format of YOLOv5 and YOLOv7 without their code, and without running anything in a file.
+"""Read the `.pt` checkpoints of YOLOv5 and YOLOv7 without their code, and without running anything in a file.
 
-Opening the archive is `archive`'s work. Here the network is rebuilt from the file's model yaml, without memory at first
-(torch's meta device), and filled with the file's tensors by name once their shapes are known to fit.
+`archive` opens the file. Here the network is rebuilt from the file's model yaml, at first without memory (torch's meta
+device). It is then filled with the file's tensors by name, once their shapes are known to fit.
 """
 
 from __future__ import annotations
@@ -32,8 +32,13 @@ _ACTIVATION = "torch.nn.modules.activation."
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A loaded checkpoint: float32 network in evaluation mode (BatchNorm not fused), its head, the file's size in
-    bytes, the bits it stores a weight in (16 or 32) and the file's SHA-256."""
+    """A loaded checkpoint.
+
+    network: float32, in evaluation mode, with BatchNorm not fused.
+    size_bytes: of the file.
+    stored_bits: of a weight in the file (16 or 32).
+    sha256: of the file.
+    """
 
     network: Network
     head: Head
@@ -44,10 +49,9 @@ class Checkpoint:
 
 
 def load_checkpoint(path: str | Path) -> Checkpoint:
-    """Load a `.pt` of a YOLOv5 (v5.0 to v7.0) or YOLOv7 detector or a YOLOv5 segmentation network (`ema` preferred over
-    `model`; float16 or float32).
+    """Load a `.pt` of a YOLOv5 (v5.0 to v7.0) or YOLOv7 detector, or of a YOLOv5 segmentation network.
 
-    Raises InputError, one sentence, for anything that is not one.
+    `ema` is preferred to `model`. Raises InputError for any other file.
     """
     path = Path(path)
     if path.is_dir():
@@ -87,7 +91,7 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
 
 
 def _activation(modules: Iterable[Record], path: Path) -> str:
-    """The activation of layers whose row of the yaml names none."""
+    """Return the activation of layers whose row in the yaml names none."""
     found = {r.kind.removeprefix(_ACTIVATION) for r in modules if r.kind.startswith(_ACTIVATION)} - {
         "MultiheadAttention"
     }
@@ -97,7 +101,7 @@ def _activation(modules: Iterable[Record], path: Path) -> str:
 
 
 def _check_activations(network: Network, modules: Mapping[str, Record], path: Path) -> None:
-    """Raises InputError where an activation that is stored is another than that of the network built from the yaml."""
+    """Raise InputError if a stored activation is not the one that the yaml builds."""
     for name, module in network.named_modules():
         wanted = type(module).__name__
         if name.rpartition(".")[2] != "act":
@@ -108,23 +112,27 @@ def _check_activations(network: Network, modules: Mapping[str, Record], path: Pa
             raise InputError(f"{path}: {name} is {kind} where the model yaml needs {wanted}.")
         slope = getattr(record, "negative_slope", LEAKY_SLOPE)
         if kind == "LeakyReLU" and slope != LEAKY_SLOPE:
-            raise InputError(f"{path}: {name} is a LeakyReLU of slope {shown(slope)}; dsconvert knows {LEAKY_SLOPE}.")
+            raise InputError(
+                f"{path}: {name} is a LeakyReLU of slope {shown(slope)}; dsconvert supports only {LEAKY_SLOPE}."
+            )
 
 
 def _check_attention(network: Network, modules: Mapping[str, Record], path: Path) -> None:
-    """Raises InputError where stored attention is of another kind than YOLOv5's: other heads, or another order."""
+    """Raise InputError if stored attention is not YOLOv5's kind, in its heads or its order of dimensions."""
     usual = {"num_heads": attention.HEADS, "batch_first": False, "add_zero_attn": False}
     for name, module in network.named_modules():
         if isinstance(module, nn.MultiheadAttention):
             for key, value in usual.items():
                 found = getattr(modules.get(f"{name}."), key, value)
                 if type(found) is not type(value) or found != value:
-                    raise InputError(f"{path}: {name} has {key} {shown(found)}; dsconvert knows {value} alone.")
+                    raise InputError(f"{path}: {name} has {key} {shown(found)}; dsconvert supports only {value}.")
 
 
 def _take_epsilons(network: Network, modules: Mapping[str, Record], path: Path) -> None:
-    """Give every BatchNorm the number that its stored one adds to the variance: other trainers than YOLOv5's own leave
-    torch's 1e-5. Raises InputError where it is no small positive number."""
+    """Set every BatchNorm's epsilon to the stored one, as other trainers than YOLOv5's leave torch's 1e-5.
+
+    Raises InputError if it is not a small positive number.
+    """
     for name, module in network.named_modules():
         if isinstance(module, nn.BatchNorm2d) and f"{name}." in modules:
             epsilon = getattr(modules[f"{name}."], "eps", module.eps)
@@ -144,7 +152,7 @@ def _strides(record: Record, detect: Record, archive: Archive) -> list[float]:
 
 
 def _names(record: Record, nc: int) -> list[str]:
-    """Class names that do no harm in a terminal; `class3` where the file has none."""
+    """Return the class names, safe for a terminal; `class3` where the file has none."""
     names = getattr(record, "names", None)
     if isinstance(names, Mapping):
         names = [names.get(i, f"class{i}") for i in range(nc)]
@@ -155,10 +163,12 @@ def _names(record: Record, nc: int) -> list[str]:
 
 
 def _fill(network: Network, stored: Mapping[str, Any], made: Mapping[str, Tensor], archive: Archive) -> int:
-    """Give the network (on the meta device) the checkpoint's tensors, and those `made` from others; every name and
-    shape must match. Returns the bits a weight was stored in."""
+    """Fill the network (on the meta device) with the checkpoint's tensors, and with tensors `made` from others.
+
+    Every name and shape must match. Returns the bits in which a weight is stored.
+    """
     path, own = archive.path, network.state_dict()
-    given = {k: v for k, v in stored.items() if not k.endswith("anchor_grid")}  # v5.0 keeps it as a buffer
+    given = {k: v for k, v in stored.items() if not k.endswith("anchor_grid")}  # v5.0 stores it as a buffer
     missing, extra = sorted(own.keys() - given.keys()), sorted(given.keys() - own.keys())
     missing = [m for m in missing if not m.endswith("num_batches_tracked")]
     if missing or extra:
@@ -180,7 +190,7 @@ def _fill(network: Network, stored: Mapping[str, Any], made: Mapping[str, Tensor
             )
         if value.is_floating_point() != empty.is_floating_point():
             raise InputError(f"{path}: {name} holds {value.dtype} numbers, which no trained network does.")
-        if value.dim() == 4 and name not in made:  # those are made in float32, whatever is stored
+        if value.dim() == 4 and name not in made:  # these are made in float32, whatever is stored
             bits = max(bits, 8 * value.element_size())
         values[name] = value.to(empty.dtype)
         if not bool(torch.isfinite(values[name]).all()):
@@ -189,5 +199,5 @@ def _fill(network: Network, stored: Mapping[str, Any], made: Mapping[str, Tensor
             raise InputError(f"{path}: {name} holds negative variances.")
     network.load_state_dict(values, assign=True)
     if infinite := network.overflowing():
-        raise InputError(f"{path}: {infinite} becomes infinite when what only training needs is folded into it.")
+        raise InputError(f"{path}: {infinite} becomes infinite when BatchNorm and the like are folded into it.")
     return bits

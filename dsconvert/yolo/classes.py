@@ -1,4 +1,4 @@
-"""Class names of a data set beside a model's: the same, in another order, or others."""
+"""Compare the class names of a data set with a model's: the same, in another order, or different ones."""
 
 from __future__ import annotations
 
@@ -13,9 +13,14 @@ MOST_SHOWN = 40  # characters of a name
 
 
 def label_rules(data: DataYaml, names: Sequence[str], whose: str, strict: bool = False) -> LabelRules:
-    """How the data set's labels are read for a model with these class names (none: it does not say), which is called
-    `whose`. Where both name the same classes in another order, labels get the model's numbers; it is said, as it is
-    where the names are others."""
+    """Return how the data set's labels are read for a model.
+
+    names: the model's classes; empty if unknown.
+    whose: the model's name in warnings.
+
+    If both name the same classes in another order, labels get the model's numbers, with a warning. There is also a
+    warning if the names differ.
+    """
     renumber = None
     if names and data.named and len(names) == len(data.names) and not (_are_numbers(names) or _are_numbers(data.names)):
         ours, theirs = [_plain(n) for n in names], [_plain(n) for n in data.names]
@@ -32,16 +37,16 @@ def label_rules(data: DataYaml, names: Sequence[str], whose: str, strict: bool =
 
 
 def other_order(names: Sequence[str], others: Sequence[str]) -> bool:
-    """Whether both name the same classes, in another order."""
+    """Return whether both name the same classes in another order."""
     ours, theirs = [_plain(n) for n in names], [_plain(n) for n in others]
     return ours != theirs and sorted(ours) == sorted(theirs)
 
 
 def _plain(name: str) -> str:
-    """A name without what people write in two ways."""
+    """Return a name without what people write differently: case, spaces, hyphens, underscores."""
     return re.sub(r"[\s_-]+", " ", name).strip().casefold()
 
 
 def _are_numbers(names: Sequence[str]) -> bool:
-    """Whether they only count, as those of a checkpoint that was given none: 0, 1, ... or class0, class1, ..."""
+    """Return whether names only count, as in a checkpoint without names: 0, 1, ... or class0, class1, ..."""
     return all(re.fullmatch(rf"(class)?[ _]?0*{i}", _plain(name)) for i, name in enumerate(names))

@@ -1,8 +1,8 @@
-"""The two forms of PyTorch's files, without their meaning: where the pickle lies, and where the numbers.
+"""The two forms of PyTorch's files: where the pickle lies, and where the numbers.
 
-Since 1.6 `torch.save` writes a zip of one pickle and an entry for each run of numbers. Before, it wrote five pickles
-(a magic number, a protocol number, facts of the machine, the object, the keys of its numbers in order) and behind them
-each run with its length before it. Here pickles are only cut out, never read.
+Since version 1.6 `torch.save` writes a zip with one pickle and an entry for each run of numbers. Older versions wrote
+five pickles: a magic number, a protocol number, facts about the machine, the object, and the keys of its numbers in
+order. Each run of numbers follows, with its length before it. Pickles are only cut out here, never read.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ import torch
 from dsconvert.base.errors import InputError, printable
 from dsconvert.base.filekinds import AGAIN, CHECKPOINT, EXPORTED, LEGACY_MAGIC, SOURCE, refuse_other
 
-MAX_PICKLE_BYTES = 2 << 20  # structure without tensors: 0.1 MB in a yolov5n, under 1 MB in a yolov5x6 with optimizer
-MAX_DIRECTORY_BYTES = 8 << 20  # the zip's table of contents: 60 kB in a yolov5n
-# what zipfile raises, beside errors of the system, for entries that are not as the table of contents says
+MAX_PICKLE_BYTES = 2 << 20  # pickle without tensors: 0.1 MB for a yolov5n, under 1 MB for a yolov5x6 with optimizer
+MAX_DIRECTORY_BYTES = 8 << 20  # of the zip's directory, which has 60 kB for a yolov5n
+# what zipfile raises, besides system errors, for entries that differ from the directory
 _DAMAGE = (zipfile.BadZipFile, zlib.error, struct.error, OSError, ValueError, OverflowError, NotImplementedError,
            RuntimeError, EOFError)  # fmt: skip
 _LEGACY_START = LEGACY_MAGIC + b"\x80\x02M\xe9\x03."  # the magic number, and protocol 1001
@@ -33,7 +33,7 @@ _LEGACY_START = LEGACY_MAGIC + b"\x80\x02M\xe9\x03."  # the magic number, and pr
 
 @dataclass(frozen=True)
 class Storage:
-    """A run of `numel` numbers stored under `key`; read when a tensor needs it."""
+    """A run of `numel` numbers stored under `key`; it is read when a tensor needs it."""
 
     key: str
     dtype: torch.dtype
@@ -41,12 +41,12 @@ class Storage:
 
     @property
     def nbytes(self) -> int:
-        """Bytes that its numbers take."""
+        """Bytes of its numbers."""
         return self.numel * self.dtype.itemsize
 
 
 class Zipped:
-    """A zip as PyTorch writes it; `pickles` holds the one pickle."""
+    """A zip as PyTorch writes it; `pickles` holds its one pickle."""
 
     def __init__(self, stream: BinaryIO, path: Path) -> None:
         self.path = path
@@ -54,7 +54,7 @@ class Zipped:
         self.pickles: Sequence[bytes] = (_pickle(self._archive, self._entries, path),)
 
     def numbers(self, storage: Storage) -> bytes:
-        """The bytes of a run. Raises InputError where there are fewer or more than it says."""
+        """Return the bytes of a run. Raises InputError if there are fewer or more than it declares."""
         entry = self._entries.get(f"data/{storage.key}")
         if entry is None or entry.file_size != storage.nbytes:
             raise InputError(f"{self.path} is damaged: the numbers of a weight are missing or too few.")
@@ -65,16 +65,18 @@ class Zipped:
 
 
 class Legacy:
-    """A file from before PyTorch 1.6; `pickles` are the facts of the machine, the object and the keys of its numbers.
+    """A file from before PyTorch 1.6; `pickles` are the facts about the machine, the object, and the keys of its
+    numbers.
 
-    `place` says where each run lies, once the keys are read. No checksum protects such a file."""
+    `place` finds each run, once the keys are read. No checksum protects such a file.
+    """
 
     def __init__(self, stream: BinaryIO, path: Path) -> None:
         self.path, self._stream = path, stream
         stream.seek(0)
         head = stream.read(len(_LEGACY_START) + MAX_PICKLE_BYTES)
         if not head.startswith(_LEGACY_START):
-            raise InputError(f"{path} is damaged: it begins like a PyTorch checkpoint, and goes on otherwise.")
+            raise InputError(f"{path} is damaged: it begins like a PyTorch checkpoint, but does not go on like one.")
         found, at = [], len(_LEGACY_START)
         for _ in range(3):
             end = _pickle_end(head, at, path)
@@ -84,7 +86,7 @@ class Legacy:
         self._start, self._places = at, dict[str, tuple[int, int]]()
 
     def place(self, keys: object, storages: Mapping[str, Storage]) -> None:
-        """Find each run, from the list of keys and what the object says of them."""
+        """Find each run, from the list of keys and what the object says about them."""
         size, at = os.fstat(self._stream.fileno()).st_size, self._start
         if not isinstance(keys, list) or len(keys) != len(storages) or {*map(type, keys)} - {str}:
             raise InputError(f"{self.path} is damaged: the list of its weights does not fit them.")
@@ -102,7 +104,7 @@ class Legacy:
             at += 8 + storage.nbytes
 
     def numbers(self, storage: Storage) -> bytes:
-        """The bytes of a run. Raises InputError where there are fewer or more than it says."""
+        """Return the bytes of a run. Raises InputError if there are fewer or more than it declares."""
         at, length = self._places.get(storage.key, (0, -1))
         self._stream.seek(at)
         data = self._stream.read(length) if length == storage.nbytes else b""
@@ -112,7 +114,7 @@ class Legacy:
 
 
 def open_container(stream: BinaryIO, path: Path) -> Zipped | Legacy:
-    """The file in its form. Raises InputError, saying what it is, for anything else."""
+    """Open the file in its form. Raises InputError, saying what it is, for any other file."""
     start = stream.read(len(LEGACY_MAGIC))
     if start == LEGACY_MAGIC:
         return Legacy(stream, path)
@@ -122,7 +124,7 @@ def open_container(stream: BinaryIO, path: Path) -> Zipped | Legacy:
 
 
 def _pickle_end(data: bytes, start: int, path: Path) -> int:
-    """Where the pickle that begins at `start` ends."""
+    """Return where the pickle that begins at `start` ends."""
     stream = io.BytesIO(data)
     stream.seek(start)
     try:
@@ -136,7 +138,7 @@ def _pickle_end(data: bytes, start: int, path: Path) -> int:
 
 
 def _entries(stream: BinaryIO, path: Path) -> tuple[zipfile.ZipFile, dict[str, zipfile.ZipInfo]]:
-    """The zip and its entries, by name without the leading folder (which is the pickle's)."""
+    """Return the zip and its entries, by name without the leading folder, which the pickle's name shows."""
     not_one = InputError(f"{path} is not a PyTorch checkpoint, or it is truncated; {AGAIN}, or give a whole one.")
     try:
         if _directory_bytes(stream) > MAX_DIRECTORY_BYTES:
@@ -161,7 +163,7 @@ def _entries(stream: BinaryIO, path: Path) -> tuple[zipfile.ZipFile, dict[str, z
 
 
 def _inside(names: Sequence[str]) -> str:
-    """What a zip that is no checkpoint holds, and what to do."""
+    """Return what a zip that is not a checkpoint holds, and what to do."""
     for ending, what in _ZIPS.items():
         if any(name.endswith(ending) for name in names):
             return f": it is {what}"
@@ -173,7 +175,7 @@ def _inside(names: Sequence[str]) -> str:
     return f": it holds {printable(names[0], 100)}; give the checkpoint (.pt) of the network"
 
 
-# the end of an entry's name, and what writes it
+# end of an entry's name -> what the zip is, and what to do
 _ZIPS = {
     ".npy": "NumPy arrays (npz); give the checkpoint (.pt) of the network",
     "model.weights.h5": f"a Keras model; {EXPORTED}",
@@ -184,7 +186,10 @@ _ZIPS = {
 
 
 def _directory_bytes(stream: BinaryIO) -> int:
-    """Size of the zip's table of contents, which Python's zipfile would read whole. Raises ValueError without one."""
+    """Return the size of the zip's directory, which Python's zipfile would read whole.
+
+    Raises ValueError without one.
+    """
     size = stream.seek(0, os.SEEK_END)
     stream.seek(max(0, size - 42))
     tail = stream.read()

@@ -1,4 +1,6 @@
-"""From Detect's raw maps to boxes in pixels (YOLOv5's published box equations), and how far two results differ."""
+"""Turn Detect's raw maps into boxes in pixels (YOLOv5's published equations), and measure how far two results
+differ.
+"""
 
 from __future__ import annotations
 
@@ -10,11 +12,14 @@ from dsconvert.yolo.network import Head
 
 
 def sigmoids(raw: list[Tensor], head: Head) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """Per level the sigmoids of boxes (n, na, 4, ny, nx), objectness (n, na, 1, ny, nx) and classes
-    (n, na, nc, ny, nx); 1 for a class that is untrained, so that objectness times class is the score of every network.
+    """Return for each level the sigmoids of boxes (n, na, 4, ny, nx), objectness (n, na, 1, ny, nx) and classes (n, na,
+    nc, ny, nx).
 
-    `raw` is one map a level, or a map a level of each of a box's parts (see `lower.split_detect`). Of a segmentation
-    network the prototypes come last."""
+    An untrained class gets 1, so that objectness times class is the score of every network.
+
+    raw: one map a level, or one map a level for each part of a box (see `lower.split_detect`); then the prototypes of a
+        segmentation network.
+    """
     maps, step = raw[:-1] if head.nm else raw, len(head.parts)
     if len(maps) == len(head.strides):
         whole = [t.unflatten(1, (head.na, sum(head.parts)))[:, :, : head.nc + 5].sigmoid() for t in maps]
@@ -28,11 +33,13 @@ def sigmoids(raw: list[Tensor], head: Head) -> list[tuple[Tensor, Tensor, Tensor
 
 
 def decode(raw: list[Tensor], head: Head) -> Tensor:
-    """Raw maps -> (n, boxes, 5 + nc): x, y, w, h in input pixels, objectness, class scores (0..1); then the mask
-    coefficients, where there are any.
+    """Decode raw maps to (n, boxes, 5 + nc): x, y, w, h in input pixels, objectness and class scores (0..1).
 
-    xy = (2 sigmoid(t) - 0.5 + cell) * stride,  wh = (2 sigmoid(t))^2 * anchor. Boxes run over levels, then
-    anchors, then rows, then columns: the order of YOLOv5's own output.
+    Mask coefficients follow, if there are any.
+
+        xy = (2 sigmoid(t) - 0.5 + cell) * stride,    wh = (2 sigmoid(t))^2 * anchor
+
+    Boxes are ordered by level, anchor, row and column, as in YOLOv5's own output.
     """
     levels = []
     for parts, stride, anchors in zip(sigmoids(raw, head), head.strides, head.anchors, strict=True):
@@ -49,17 +56,18 @@ def decode(raw: list[Tensor], head: Head) -> Tensor:
 
 
 def detection_measure(raw: list[Tensor], reference: list[Tensor], head: Head) -> list[Tensor]:
-    """Numbers whose squared change is the damage to the detections: every anchor's class scores (objectness times
-    class), and its box's centre and size relative to the box, weighted by the root of its best score.
+    """Return numbers whose squared change is the damage to the detections.
 
-    The weights, and the box sizes that centres are relative to, come from the `reference` maps. The damage to masks is
-    measured besides, see `mask_measure`."""
+    For every anchor these are the class scores (objectness times class), and the box's centre and size relative to the
+    box, weighted by the square root of its best score. The weights, and the sizes that centres are relative to, come
+    from the `reference` maps. The damage to masks is added by `mask_measure`.
+    """
     parts: list[Tensor] = []
     given = zip(sigmoids(raw, head), sigmoids(reference, head), head.strides, head.anchors, strict=True)
     for (box, objectness, classes), (box0, objectness0, classes0), stride, anchors in given:
         weight = (objectness0 * classes0).amax(2, keepdim=True).sqrt()
         sizes = torch.tensor(anchors, dtype=box.dtype, device=box.device)[None, :, :, None, None]
-        pixels = ((box0[:, :, 2:] * 2) ** 2 * sizes).clamp_min(4.0)  # no box is as small as that
+        pixels = ((box0[:, :, 2:] * 2) ** 2 * sizes).clamp_min(4.0)  # no box is smaller than this
         centre = box[:, :, :2] * (2 * stride) / pixels
         size = 2 * box[:, :, 2:].clamp_min(1e-4).log()
         parts += [objectness * classes, weight * centre, weight * size]
@@ -67,7 +75,7 @@ def detection_measure(raw: list[Tensor], reference: list[Tensor], head: Head) ->
 
 
 def whole_maps(raw: list[Tensor], head: Head) -> list[Tensor]:
-    """One map a level (n, na * (5 + nc), ny, nx), whichever of the forms that `sigmoids` takes is given."""
+    """Return one map a level (n, na * (5 + nc), ny, nx) from either form that `sigmoids` takes."""
     if len(raw) == len(head.strides):
         return raw
     parts = [t.unflatten(1, (head.na, -1)) for t in raw]

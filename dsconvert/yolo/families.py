@@ -1,7 +1,7 @@
-"""Whose checkpoint a file is, by the names of classes in its pickle; none of them is ever looked up or run.
+"""Tell whose checkpoint a file is by the names of classes in its pickle; none of them is ever looked up or run.
 
-Three answers: what a file of pickled code would ask for is refused as such; a fork, another YOLO or another library's
-network is named, with the way that its network can go; anything else is a program's own class.
+There are three answers. Names that could run code are refused as such. A fork, another YOLO or another library's
+network is named, with the way to convert it. Anything else is some program's own class.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ READS = "dsconvert reads detection checkpoints of YOLOv5 and YOLOv7, and segment
 WAY = EXPORTED
 ULTRALYTICS_WAY = "yolo export model=best.pt format=onnx, then dsconvert quantize best.onnx --calib photos/"
 
-# The first pattern that one of the names matches says what the file is; those above are more special.
+# the first pattern that a name matches tells what the file is, so more special ones come first
 _ULTRALYTICS = (
     (r"ultralytics\.nn\.modules\.head\.(v10Detect)", "YOLOv10"),
     (r"ultralytics\.nn\.modules\.head\.(RTDETRDecoder)", "RT-DETR"),
@@ -78,7 +78,7 @@ _FAMILIES = (
     (r"fastai\.", "a checkpoint of fastai"),
 )  # fmt: skip
 
-# Tensors of a state dict by name: what some families hand out in the place of a network.
+# names of tensors in state dicts, which some families hand out instead of a network
 _STATE_DICTS = (
     (r"(module\.)?(backbone\.backbone\.(stem|dark\d)\.|head\.(cls|reg|obj)_preds\.)", "a YOLOX network"),
     (r"(module\.|model\.|avg_model\.)*head\.gfl_cls\.", "a NanoDet network"),
@@ -90,13 +90,13 @@ _STATE_DICTS = (
         "a network of the ultralytics package (YOLOv8 or later)",
     ),
 )
-# Families whose networks want another input than YOLOv5's, or have other outputs, and the name that --input has for it.
+# families with another input or output than YOLOv5's, and their name for --input
 _INPUTS = {
     "a YOLOv5-Lite checkpoint": "v5lite", "a YOLOX checkpoint": "yolox", "a YOLOX network": "yolox",
     "a NanoDet checkpoint": "nanodet", "a NanoDet network": "nanodet", "a FastestDet network": "fastestdet",
 }  # fmt: skip
 
-# Data that programs leave beside a network, and torch's own objects: not known here, and no attack either.
+# data that programs store beside a network, and torch's own objects: unknown here, but not an attack
 _PLAIN = re.compile(
     r"(collections\.(defaultdict|deque|Counter)|datetime\.\w+|pathlib(\._local)?\.\w*Path|argparse\.\w+|decimal\.Decimal|"
     r"uuid\.UUID|types\.SimpleNamespace|fractions\.Fraction|copy_?reg\._reconstructor|logging\.\w*Logger|"
@@ -114,8 +114,11 @@ _WRAPPERS = ("torch.nn.parallel.data_parallel.DataParallel", "torch.nn.parallel.
 
 
 def refuse_names(asked: Sequence[str], unknown: Sequence[str], path: Path) -> None:
-    """Raises InputError that says whose file it is: `asked` are all the names in it, `unknown` those of no YOLOv5 or
-    YOLOv7 network. Does nothing where all are known."""
+    """Raise InputError, saying whose file it is, if it holds unknown names.
+
+    asked: all names in the file.
+    unknown: the names that no YOLOv5 or YOLOv7 network has.
+    """
     for name in unknown:
         if hostile(name):
             raise InputError(f"{path} asks for {name[:80]}, which dsconvert does not allow, so nothing was loaded.")
@@ -156,8 +159,7 @@ def refuse_names(asked: Sequence[str], unknown: Sequence[str], path: Path) -> No
 
 
 def refuse_state_dict(names: Sequence[str], path: Path) -> None:
-    """Raises InputError that says whose network the weights in a file belong to, by the tensors' names. Does nothing
-    where they are no family's."""
+    """Raise InputError, saying whose network it is, if the names of tensors belong to a known family."""
     if family := _first(_STATE_DICTS, names):
         raise InputError(
             f"{path} holds the weights of {family}, a state dict without the network itself; {READS}; {_way(family)}."
@@ -165,20 +167,25 @@ def refuse_state_dict(names: Sequence[str], path: Path) -> None:
 
 
 def _way(family: str) -> str:
-    """The way that a family's network can go."""
+    """Return how a family's network can be converted."""
     return f"{WAY} --input {_INPUTS[family]}" if family in _INPUTS else WAY
 
 
 def usual_name(name: str) -> str:
-    """The name that YOLOv5's own tree gives a class: packages of it put theirs before, as yolov5.models.yolo.Model."""
+    """Return the name of a class in YOLOv5's own tree; packages of it put theirs before, as in
+    yolov5.models.yolo.Model.
+    """
     found = _BEFORE.fullmatch(name)
     known = found is None or name.startswith("ultralytics.") or any(re.match(p, name) for p, _ in _FAMILIES)
     return name if found is None or known else found[1]
 
 
 def hostile(name: str) -> bool:
-    """Whether a name that no checkpoint of a network needs: the interpreter's own functions, torch's and NumPy's that
-    read or run something, methods, and what is no name at all."""
+    """Return whether a name is one that no checkpoint needs.
+
+    These are the interpreter's own functions, functions of torch and NumPy that read or run something, methods, and
+    anything that is not a name.
+    """
     if _PLAIN.fullmatch(name):
         return False
     if not _CLASS.fullmatch(name) or "__" in name.removeprefix("__torch__"):

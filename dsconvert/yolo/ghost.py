@@ -1,6 +1,6 @@
 """The Ghost blocks of YOLOv5 (arXiv 1911.11907), its depthwise convolution and C3SPP, written from the architecture.
 
-Half of a Ghost convolution's channels are made by a convolution, the other half from those by a cheap depthwise one.
+A convolution makes half of a Ghost convolution's channels. A cheap depthwise one makes the other half from these.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from dsconvert.yolo.modules import C3, SPP, Conv
 
 
 class DWConv(Conv):
-    """A convolution in as many groups as input and output channels allow."""
+    """A convolution with as many groups as input and output channels allow."""
 
     def __init__(self, c1: int, c2: int, k: int = 1, s: int = 1, act: str = "SiLU") -> None:
         super().__init__(c1, c2, k, s, None, math.gcd(c1, c2), act)
 
 
 class GhostConv(nn.Module):
-    """A convolution to half the channels, and a 5x5 depthwise one from those to the other half."""
+    """A convolution to half the channels, and a 5x5 depthwise one from these to the other half."""
 
     def __init__(self, c1: int, c2: int, k: int = 1, s: int = 1, g: int = 1, act: str = "SiLU") -> None:
         super().__init__()
@@ -35,7 +35,9 @@ class GhostConv(nn.Module):
 
 
 class GhostBottleneck(nn.Module):
-    """Two Ghost convolutions and a residual; with stride 2 a depthwise convolution between them and in the residual."""
+    """Two Ghost convolutions and a residual; with stride 2, a depthwise convolution between them and in the
+    residual.
+    """
 
     def __init__(self, c1: int, c2: int, k: int = 3, s: int = 1, act: str = "SiLU") -> None:
         super().__init__()
@@ -54,7 +56,7 @@ class GhostBottleneck(nn.Module):
 
 
 class C3Ghost(C3):
-    """C3 whose bottlenecks are GhostBottleneck."""
+    """C3 with GhostBottleneck as its bottlenecks."""
 
     def __init__(
         self, c1: int, c2: int, n: int = 1, shortcut: bool = True, g: int = 1, e: float = 0.5, act: str = "SiLU"
@@ -65,7 +67,7 @@ class C3Ghost(C3):
 
 
 class C3SPP(C3):
-    """C3 with an SPP in place of its bottlenecks."""
+    """C3 with an SPP instead of its bottlenecks."""
 
     def __init__(self, c1: int, c2: int, k: tuple[int, ...] = (5, 9, 13), act: str = "SiLU") -> None:
         super().__init__(c1, c2, 0, act=act)

@@ -1,4 +1,4 @@
-"""One row of a model yaml as a module: which layers there are, and what their arguments may be."""
+"""Turn one row of a model yaml into a module; all known layers and their allowed arguments are here."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from dsconvert.yolo.modules import C3, SPP, SPPF, Bottleneck, Concat, Conv, Dete
 from dsconvert.yolo.segment import Segment
 from dsconvert.yolo.yolov7 import MP, SP, SPPCSPC, IDetect, RepConv
 
-MAX_ARGUMENT = 1 << 16  # of any number in a row's args
+MAX_ARGUMENT = 1 << 16  # largest number in a row's args
 
 DETECTS = {"Detect": Detect, "IDetect": IDetect, "Segment": Segment}
-MAX_MASKS = 1024  # coefficients a box; the published heads have 32
-C3S = {"C3": C3, "C3Ghost": C3Ghost, "C3TR": C3TR}  # the number of repeats is theirs
+MAX_MASKS = 1024  # mask coefficients of a box; the published heads have 32
+C3S = {"C3": C3, "C3Ghost": C3Ghost, "C3TR": C3TR}  # these take the number of repeats themselves
 C3_BLOCKS = (*C3S, "C3SPP")
-_SIMPLE: dict[str, Any] = {  # channels first, then what the module takes
+_SIMPLE: dict[str, Any] = {  # these take the channels first, then their own arguments
     "SPP": SPP, "SPPF": SPPF, "Focus": Focus, "Bottleneck": Bottleneck, "GhostConv": GhostConv,
     "GhostBottleneck": GhostBottleneck, "DWConv": DWConv, "C3SPP": C3SPP, "SPPCSPC": SPPCSPC,
 }  # fmt: skip
-_CONVS: dict[str, Any] = {"Conv": Conv, "RepConv": RepConv}  # the same, with an activation at the end
+_CONVS: dict[str, Any] = {"Conv": Conv, "RepConv": RepConv}  # these also take an activation as last argument
 _POOLS: dict[str, Any] = {"MP": MP, "SP": SP}
 _POOLING = ("SPP", "SPPF", "C3SPP")
 KNOWN = (*_CONVS, *_SIMPLE, *C3S, *_POOLS, "nn.Upsample", "Concat", *DETECTS)
@@ -48,7 +48,7 @@ _ACTS = {f"nn.{kind}({inside})": Act(kind) for kind, insides in _INSIDE.items() 
 
 
 def literal(arg: Any, nc: int) -> Any:
-    """YOLOv5 and YOLOv7 evaluate strings found in the args; only these few are ever meant."""
+    """Return an argument's value. YOLOv5 and YOLOv7 evaluate strings in the args; only these few are ever meant."""
     words = {"nc": nc, "None": None, "True": True, "False": False, "nearest": "nearest", "anchors": None, **_ACTS}
     if isinstance(arg, str) and arg in words:
         return words[arg]
@@ -61,7 +61,7 @@ def literal(arg: Any, nc: int) -> Any:
 
 
 def positive(value: Any, what: str, most: int = MAX_ARGUMENT) -> int:
-    """A number of the yaml from 1 to `most`, as an integer. Raises InputError for anything else."""
+    """Return a number of the yaml from 1 to `most`, as an integer. Raises InputError for anything else."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 1 <= value <= most:
         said = str(value) if isinstance(value, Act) else shown(value)
         raise InputError(f"The model yaml gives {said} as {what}, which is not a number from 1 to {most}.")
@@ -71,7 +71,7 @@ def positive(value: Any, what: str, most: int = MAX_ARGUMENT) -> int:
 def make_layer(
     kind: str, inputs: list[int], args: list[Any], n: int, width: float, nc: int, na: int, act: str
 ) -> tuple[nn.Module, int]:
-    """One yaml row -> (module, output channels). Raises InputError for a layer that is not known or impossible."""
+    """Return the module and output channels of one yaml row. Raises InputError for an unknown or impossible layer."""
     c1 = inputs[0]
     try:
         if kind == "Segment":
@@ -91,7 +91,7 @@ def make_layer(
         if kind in _POOLS:
             return _repeated([_POOLS[kind](*args) for _ in range(n)]), c1
         if kind in KNOWN:
-            # channels that are those of Detect's maps are not scaled
+            # a number of channels that equals Detect's is not scaled
             given = positive(args[0], "channels")
             c2 = given if given == na * (nc + 5) else math.ceil(given * width / 8) * 8
             return _with_channels(kind, c1, c2, args[1:], n, act), c2
@@ -99,7 +99,7 @@ def make_layer(
         if isinstance(error, InputError):
             raise
         raise InputError(f"The model yaml's arguments for a {kind} layer cannot be used: {args}.") from None
-    raise InputError(f"The layer {kind} is not supported; dsconvert knows {', '.join(KNOWN[:-1])} and {KNOWN[-1]}.")
+    raise InputError(f"The layer {kind} is not supported; dsconvert supports {', '.join(KNOWN[:-1])} and {KNOWN[-1]}.")
 
 
 def _with_channels(kind: str, c1: int, c2: int, rest: list[Any], n: int, act: str) -> nn.Module:
@@ -117,7 +117,9 @@ def _with_channels(kind: str, c1: int, c2: int, rest: list[Any], n: int, act: st
 
 
 def _activation(rest: list[Any], act: str) -> tuple[list[Any], str]:
-    """[k, s, p, g, act], or [k, s, p, g, dilation, act] as in YOLOv5 v7.0 -> what is before, and the activation."""
+    """Split [k, s, p, g, act], or YOLOv5 v7.0's [k, s, p, g, dilation, act], into what is before, and the
+    activation.
+    """
     if len(rest) < 5:
         return rest, act
     if len(rest) == 6 and rest[4] == 1:
@@ -133,5 +135,5 @@ def _repeated(blocks: list[nn.Module]) -> nn.Module:
 
 
 def _as_list(args: list[Any]) -> list[Any]:
-    """Numbers of the one argument, itself a number or several."""
+    """Return the numbers of one argument, itself a number or several."""
     return [n for arg in args for n in (arg if isinstance(arg, (list, tuple)) else [arg])]

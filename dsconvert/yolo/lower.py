@@ -1,4 +1,4 @@
-"""From the modules of YOLOv5 and YOLOv7 to the flat graph."""
+"""Lower the modules of YOLOv5 and YOLOv7 to the flat graph."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from dsconvert.yolo.network import Head, Network
 from dsconvert.yolo.segment import Proto, Segment
 from dsconvert.yolo.yolov7 import MP, SP, SPPCSPC, RepConv
 
-PARTS = ("box", "obj", "cls", "mask")  # what a box is made of: see `Head.parts`
+PARTS = ("box", "obj", "cls", "mask")  # the parts of a box: see `Head.parts`
 
 
 class _Builder:
@@ -53,7 +53,7 @@ class _Builder:
         return self.add("add", f"{name}.add", x, y) if module.add else y
 
     def pyramid(self, pools: nn.ModuleList, name: str, x: str) -> str:
-        """The value and its pools, joined."""
+        """Join a value with its pooled versions."""
         pooled = [self.pool(p, f"{name}.m.{i}", x) for i, p in enumerate(pools)]  # type: ignore[arg-type]
         return self.add("concat", f"{name}.cat", x, *pooled)
 
@@ -72,7 +72,7 @@ class _Builder:
         return self.conv(module.cv7, f"{name}.cv7", both)
 
     def linear(self, weight: Tensor, bias: Tensor, name: str, x: str) -> str:
-        """A linear layer of every pixel's channels."""
+        """Add a linear layer over every pixel's channels."""
         self.params[name] = ConvParams(weight.detach()[:, :, None, None], bias.detach())
         return self.add("conv", name, x, stride=1, padding=0, dilation=1, groups=1)
 
@@ -144,7 +144,7 @@ class _Builder:
 
 
 def lower(network: Network) -> tuple[Graph, dict[str, ConvParams]]:
-    """A fused network -> its graph and float weights by convolution name."""
+    """Return the graph of a fused network, and its float weights by convolution name."""
     builder = _Builder()
     made: list[str] = []
     outputs: list[str] = []
@@ -163,9 +163,10 @@ def lower(network: Network) -> tuple[Graph, dict[str, ConvParams]]:
 
 
 def check_maps(network: Network, strides: Sequence[int]) -> None:
-    """Raises InputError when a network's layers do not fit each other, or its maps are not those of the strides.
+    """Raise InputError when a network's layers do not fit each other, or its maps do not have the given strides.
 
-    The network's tensors need not have any numbers (torch's meta device): only shapes count."""
+    Only shapes count, so the network's tensors may be without numbers (torch's meta device).
+    """
     side = 2 * max(strides)
     try:
         graph, params = lower(network.fused())
@@ -177,15 +178,16 @@ def check_maps(network: Network, strides: Sequence[int]) -> None:
     maps = [shapes[name][1:] for name in graph.outputs]
     sides = [side // s for s in strides] + [2 * side // strides[0]] * bool(network.detect.nm)
     if any(side % s for s in strides) or maps != [(s, s) for s in sides]:
-        raise InputError(f"The checkpoint's strides {list(strides)} are not those of its layers.")
+        raise InputError(f"The checkpoint's strides {list(strides)} do not match its layers.")
 
 
 def split_detect(graph: Graph, params: dict[str, ConvParams], head: Head) -> tuple[Graph, dict[str, ConvParams]]:
-    """Each of Detect's convolutions as three, `.box` (na * 4 channels), `.obj` (na) and `.cls` (na * nc), or as four,
-    with `.mask` (na * nm).
+    """Split each of Detect's convolutions into `.box` (na * 4 channels), `.obj` (na) and `.cls` (na * nc).
 
-    The numbers are the same. Quantized, each part has an activation grid of its own: with one class its logit is not
-    trained and lies far above objectness, so that a grid for both clips it. `decode` reads both forms."""
+    A segmentation network also gets `.mask` (na * nm). The numbers stay the same. When quantized, each part has its own
+    activation grid. With one class, its logit is not trained and lies far above objectness, and a common grid would
+    clip it. `decode` reads both forms.
+    """
     nodes: list[Node] = []
     parts: dict[str, ConvParams] = {}
     outputs: list[str] = []

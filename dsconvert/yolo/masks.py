@@ -1,4 +1,6 @@
-"""The masks of a segmentation network: coefficients of every box and prototypes of the image, see `segment`."""
+"""The masks of a segmentation network, from the coefficients of each box and the prototypes of the image (see
+`segment`).
+"""
 
 from __future__ import annotations
 
@@ -7,11 +9,11 @@ from torch import Tensor
 
 from dsconvert.yolo.network import Head
 
-SUREST = 100  # boxes an image whose masks are measured
+SUREST = 100  # boxes of an image whose masks are measured
 
 
 def coefficients(raw: list[Tensor], head: Head) -> Tensor:
-    """Raw maps -> the mask coefficients of all boxes (n, boxes, nm), boxes in the order of `decode`."""
+    """Return the mask coefficients of all boxes (n, boxes, nm) from raw maps, in the order of `decode`."""
     if len(raw) - 1 == len(head.strides):
         levels = [t.unflatten(1, (head.na, sum(head.parts)))[:, :, -head.nm :] for t in raw[:-1]]
     else:
@@ -21,10 +23,13 @@ def coefficients(raw: list[Tensor], head: Head) -> Tensor:
 
 
 def mask_measure(raw: list[Tensor], reference: Tensor, head: Head) -> Tensor:
-    """Numbers whose squared change is the damage to the masks, (n, boxes, h, w): the masks of the SUREST boxes inside
-    these, so weighted that one box's squared change is the mean over its pixels times its best score.
+    """Return numbers (n, boxes, h, w) whose squared change is the damage to the masks.
 
-    `reference` (n, boxes, 5 + nc + nm) as `decode` gives it says which boxes, where they are and their scores."""
+    They are the masks inside the SUREST best boxes. Their weights make the squared change of one box the mean over its
+    pixels, times its best score.
+
+    reference: (n, boxes, 5 + nc + nm) from `decode`; it says which boxes, where they are, and their scores.
+    """
     scores = (reference[..., 4:5] * reference[..., 5 : 5 + head.nc]).amax(-1)
     best, rows = scores.topk(min(SUREST, scores.shape[1]), 1)
     chosen = coefficients(raw, head).gather(1, rows[..., None].expand(-1, -1, head.nm))
@@ -36,7 +41,10 @@ def mask_measure(raw: list[Tensor], reference: Tensor, head: Head) -> Tensor:
 
 
 def _inside(boxes: Tensor, h: int, w: int) -> Tensor:
-    """Boxes (n, k, 4), centre and size in pixels of the prototypes -> 1 in the pixels they touch, (n, k, h, w)."""
+    """Return 1 in the pixels that boxes touch, (n, k, h, w).
+
+    boxes: (n, k, 4), centre and size in pixels of the prototypes.
+    """
     low, high = (boxes[..., :2] - boxes[..., 2:] / 2).floor(), (boxes[..., :2] + boxes[..., 2:] / 2).ceil()
     x, y = torch.arange(w, device=boxes.device), torch.arange(h, device=boxes.device)
     across = (x >= low[..., 0, None]) & (x < high[..., 0, None])

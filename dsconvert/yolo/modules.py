@@ -1,7 +1,7 @@
 """The YOLOv5 building blocks, written from the published architecture (v5.0 to v7.0).
 
-Attribute names (`cv1`, `conv`, `bn`, `m`) follow the parameter names found in checkpoints, so that a
-checkpoint's tensors load by name. Every block is plain inference code plus what training needs.
+Attributes have the parameter names of checkpoints (`cv1`, `conv`, `bn`, `m`), so that a checkpoint's tensors load by
+name.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ BN_EPS, BN_MOMENTUM = 1e-3, 0.03  # YOLOv5 sets these on every BatchNorm when it
 
 
 def make_activation(name: str) -> nn.Module:
-    """Activation by class name, `Identity` for none; YOLOv5's LeakyReLU uses slope 0.1."""
+    """Return an activation by class name, `Identity` for none; YOLOv5's LeakyReLU has slope 0.1."""
     if name == "Identity":
         return nn.Identity()
     return nn.LeakyReLU(LEAKY_SLOPE) if name == "LeakyReLU" else ACTIVATIONS[name]()
 
 
 def norm(channels: int) -> nn.BatchNorm2d:
-    """BatchNorm as YOLOv5 and YOLOv7 set it."""
+    """Return a BatchNorm with the settings of YOLOv5 and YOLOv7."""
     return nn.BatchNorm2d(channels, eps=BN_EPS, momentum=BN_MOMENTUM)
 
 
 def affine(bn: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
-    """What a BatchNorm does when not training: gamma / sigma and beta - mean * gamma / sigma, float64 (c,)."""
+    """Return a BatchNorm's factor gamma / sigma and offset beta - mean * gamma / sigma at inference, float64 (c,)."""
     assert bn.running_mean is not None
     assert bn.running_var is not None
     gain = bn.weight.detach().double() / torch.sqrt(bn.running_var.double() + bn.eps)
@@ -56,7 +56,7 @@ class Conv(nn.Module):
         return self.act(self.bn(self.conv(x)))
 
     def fuse(self) -> None:
-        """Fold BatchNorm: W' = W * gamma / sigma, b' = beta - mean * gamma / sigma (computed in float64)."""
+        """Fold BatchNorm: W' = W * gamma / sigma, b' = beta - mean * gamma / sigma, computed in float64."""
         if not isinstance(self.bn, nn.BatchNorm2d):
             return
         conv = self.conv
@@ -65,7 +65,7 @@ class Conv(nn.Module):
             conv.dilation, conv.groups, bias=True, device=conv.weight.device,  # type: ignore[arg-type]
         )  # fmt: skip
         assert fused.bias is not None
-        if conv.weight.is_meta:  # only the structure is asked for, see `lower.check_maps`
+        if conv.weight.is_meta:  # only the structure is needed, see `lower.check_maps`
             self.conv, self.bn = fused, nn.Identity()
             return
         gain, bias = self._folded()
@@ -74,12 +74,12 @@ class Conv(nn.Module):
         self.conv, self.bn = fused, nn.Identity()
 
     def _folded(self) -> tuple[Tensor, Tensor]:
-        """gamma / sigma and beta - mean * gamma / sigma, float64 (c2,)."""
+        """Return gamma / sigma and beta - mean * gamma / sigma, float64 (c2,)."""
         assert isinstance(self.bn, nn.BatchNorm2d)
         return affine(self.bn)
 
     def fused_bounds(self) -> Tensor:
-        """Largest |weight| of every output channel and its bias, (2, c2), as `fuse` would make them."""
+        """Return the largest |weight| of every output channel and its bias, (2, c2), as `fuse` would make them."""
         largest = self.conv.weight.detach().abs().amax((1, 2, 3))
         if not isinstance(self.bn, nn.BatchNorm2d):
             return torch.stack((largest, largest))
@@ -88,7 +88,7 @@ class Conv(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """1x1 then 3x3 convolution with an optional residual."""
+    """A 1x1 and a 3x3 convolution, with an optional residual."""
 
     def __init__(self, c1: int, c2: int, shortcut: bool = True, g: int = 1, e: float = 0.5, act: str = "SiLU"):
         super().__init__()
@@ -170,15 +170,18 @@ class Focus(nn.Module):
 
 
 class Concat(nn.Module):
-    """Concatenate a list of tensors along the channels."""
+    """Concatenates a list of tensors along the channels."""
 
     def forward(self, xs: list[Tensor]) -> Tensor:
         return torch.cat(xs, 1)
 
 
 class Detect(nn.Module):
-    """The three 1x1 output convolutions; `anchors` (nl, na, 2) is in units of each level's stride. `nm`: numbers a box
-    has behind its classes (see `segment`)."""
+    """The three 1x1 output convolutions.
+
+    `anchors` (nl, na, 2) are in units of each level's stride. `nm` is how many numbers follow a box's classes (see
+    `segment`).
+    """
 
     anchors: Tensor
 
@@ -189,5 +192,5 @@ class Detect(nn.Module):
         self.m = nn.ModuleList(nn.Conv2d(c, na * (5 + nc + nm), 1) for c in channels)
 
     def forward(self, xs: list[Tensor]) -> list[Tensor]:
-        """Raw maps, one (n, na * (nc + 5), h, w) a level; `decode` turns them into boxes."""
+        """Return raw maps, one (n, na * (nc + 5), h, w) a level; `decode` turns them into boxes."""
         return [conv(x) for conv, x in zip(self.m, xs, strict=True)]

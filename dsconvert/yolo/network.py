@@ -1,4 +1,4 @@
-"""A YOLOv5 or YOLOv7 network from its model yaml (`backbone` and `head` rows), and the facts of its Detect layer."""
+"""Build a YOLOv5 or YOLOv7 network from its model yaml (`backbone` and `head` rows), and describe its Detect layer."""
 
 from __future__ import annotations
 
@@ -17,19 +17,25 @@ from dsconvert.yolo.modules import ACTIVATIONS, Concat, Conv, Detect
 from dsconvert.yolo.yolov7 import MP, SP, SPPCSPC, IDetect, RepConv
 
 MAX_LAYERS = 200  # the largest published YOLOv5 (P7) has fewer than 60 rows, yolov7x has 122
-MAX_BLOCKS = 1000  # and, at depth 1.33, about 120 repeated blocks
+MAX_BLOCKS = 1000  # repeated blocks; there are about 120 at depth 1.33
 MAX_STRIDE, MAX_ANCHOR = 1024, 1e5  # pixels
-FOLDS = (Conv, RepConv, IDetect)  # layers with something that only training needs
-OF_YOLOV7 = (IDetect, RepConv, SPPCSPC, MP, SP)  # YOLOv5 has none of them
-# The published DSConv blocks have the layout of these, and their rows the same arguments.
+FOLDS = (Conv, RepConv, IDetect)  # layers with parts that only training needs
+OF_YOLOV7 = (IDetect, RepConv, SPPCSPC, MP, SP)  # layers that YOLOv5 does not have
+# the published DSConv blocks have the layout of these, and their rows take the same arguments
 VARIANTS = {"DSConv2D": "Conv", "Bottleneck_DSConv2D": "Bottleneck", "DSConv2D_C3": "C3"}
 
 
 @dataclass(frozen=True)
 class Head:
-    """What decoding needs: class names, strides in pixels, anchors (nl, na, 2) in pixels, mask coefficients a box (0
-    of a detector; else the last raw map is that of the prototypes). `class_untrained`: there is one class, and its
-    score means nothing, as YOLOv7 neither trains it nor reads it; a box's score is its objectness then."""
+    """What decoding needs.
+
+    names: of the classes.
+    strides: in pixels.
+    anchors: (nl, na, 2), in pixels.
+    nm: mask coefficients of a box; 0 for a detector, otherwise the last raw map holds the prototypes.
+    class_untrained: whether there is one class with a meaningless score, as YOLOv7 neither trains nor reads it. A box's
+        score is its objectness then.
+    """
 
     names: tuple[str, ...]
     strides: tuple[int, ...]
@@ -39,7 +45,7 @@ class Head:
 
     @property
     def parts(self) -> tuple[int, ...]:
-        """Numbers of a box: x, y, w, h; objectness; classes; mask coefficients, where there are any."""
+        """How many numbers of a box are x, y, w, h; objectness; classes; and mask coefficients, if there are any."""
         return (4, 1, self.nc, self.nm) if self.nm else (4, 1, self.nc)
 
     @property
@@ -49,19 +55,19 @@ class Head:
 
     @property
     def na(self) -> int:
-        """Anchors per grid cell."""
+        """Anchors of a grid cell."""
         return len(self.anchors[0])
 
     @property
     def stride(self) -> int:
-        """Largest stride: image sides must be multiples of it."""
+        """The largest stride; image sides must be multiples of it."""
         return max(self.strides)
 
 
 class Network(nn.Module):
     """The layers of a model yaml in order; `forward` returns Detect's raw maps.
 
-    Each layer carries `index` and `sources` (absolute indices of the layers it reads; -1 is the image).
+    `sources` has for each layer the indices of the layers that it reads; -1 is the image.
     """
 
     def __init__(self, config: Mapping[str, Any], nc: int, na: int, act: str = "SiLU") -> None:
@@ -71,8 +77,10 @@ class Network(nn.Module):
         self._kept = {s for sources in self.sources for s in sources}
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        """Image batch (n, 3, h, w), float 0..1 RGB -> raw maps (n, na * (nc + 5), h / stride, w / stride); of a
-        segmentation network what `Segment` gives."""
+        """Map an image batch (n, 3, h, w), RGB 0..1, to raw maps (n, na * (nc + 5), h / stride, w / stride).
+
+        A segmentation network returns what `Segment` does.
+        """
         kept: dict[int, Any] = {-1: x}
         out: Any = x
         for index, (layer, sources) in enumerate(zip(self.model, self.sources, strict=True)):
@@ -91,17 +99,18 @@ class Network(nn.Module):
 
     @property
     def backbone_length(self) -> int:
-        """Number of rows in the yaml's backbone: layers before this index are `backbone`, the rest `head`."""
+        """Rows of the yaml's backbone: layers before this index are `backbone`, the others `head`."""
         return len(self.config["backbone"])
 
     @property
     def is_yolov7(self) -> bool:
-        """True where a layer is one that only YOLOv7 has, whichever kind of Detect comes last."""
+        """Whether any layer is one that only YOLOv7 has, whatever kind of Detect comes last."""
         return any(isinstance(module, OF_YOLOV7) for module in self.modules())
 
     def fused(self) -> Network:
-        """A copy with every BatchNorm, RepConv's branches and IDetect's implicit layers folded into convolutions, in
-        evaluation mode."""
+        """Return a copy in evaluation mode with BatchNorm, RepConv's branches and IDetect's implicit layers folded
+        in.
+        """
         made = copy.deepcopy(self)
         for module in list(made.modules()):
             if isinstance(module, FOLDS):
@@ -109,7 +118,9 @@ class Network(nn.Module):
         return made.eval()
 
     def overflowing(self) -> str | None:
-        """Name of a layer that `fused` (`lower`, of attention) would give infinite numbers, None when there is none."""
+        """Return the name of a layer that would get infinite numbers in `fused` (or `lower`, for attention), or
+        None.
+        """
         for name, module in self.named_modules():
             if isinstance(module, (*FOLDS, TransformerLayer)) and not bool(torch.isfinite(module.fused_bounds()).all()):
                 return name
@@ -154,7 +165,7 @@ def _build(
         if not isinstance(kind, str) or not isinstance(args, (list, tuple)) or len(args) > 8:
             raise InputError(f"Layer {index} of the model yaml is not [from, number, module, args].")
         kind = VARIANTS.get(kind, kind)
-        if kind in DETECTS:  # their classes and anchors come from the file's own layer
+        if kind in DETECTS:  # classes and anchors come from the file's own layer
             args = args[2:] if kind == "Segment" else []
         literals = [literal(a, nc) for a in args]
         layer, out = make_layer(kind, inputs, literals, number, width, nc, na, act)
@@ -168,15 +179,17 @@ def _build(
 
 
 def whole_strides(strides: Sequence[float], levels: int) -> tuple[int, ...]:
-    """Strides in pixels as the integers they are. Raises InputError when they are not usable."""
+    """Return strides in pixels as integers. Raises InputError when they are not usable."""
     if len(strides) != levels or not all(1 <= s <= MAX_STRIDE for s in strides):
         raise InputError(f"The checkpoint's strides {list(strides)} do not fit its Detect layer.")
     return tuple(round(float(s)) for s in strides)
 
 
 def head_from_detect(detect: Detect, strides: Sequence[float], names: Sequence[str], is_yolov7: bool = False) -> Head:
-    """Head with anchors in pixels; the buffer holds them in units of each level's stride. An IDetect is YOLOv7's in any
-    case."""
+    """Return the head, with anchors in pixels; the buffer holds them in units of each level's stride.
+
+    An IDetect always counts as YOLOv7's.
+    """
     whole = whole_strides(strides, detect.anchors.shape[0])
     pixels = detect.anchors.double() * torch.tensor(whole, dtype=torch.float64)[:, None, None]
     if not bool(((pixels > 0) & (pixels <= MAX_ANCHOR)).all()):

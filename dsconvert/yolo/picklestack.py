@@ -1,24 +1,30 @@
-"""What a pickle's opcodes would put on its stack, followed without making any of it.
+"""Follow what a pickle's opcodes would put on its stack, without building any of it.
 
-Hashing is what a pickle can make last for ever. A tuple's hash visits all of its leaves, and forty tuples of twice the
-one before have 2^40; integers' hashes are the same for all that differ by a multiple of 2^61 - 1, and a dictionary of
-such keys compares each with all others. So keys of dictionaries are text, numbers, None, flat tuples of few of these,
-or objects, whose hash is their place in memory; integers have a limit; and no tuple stands for more than a file holds.
+Hashing can make a pickle take for ever. A tuple's hash visits all of its leaves, and forty tuples of twice the one
+before have 2^40. Integers that differ by a multiple of 2^61 - 1 have the same hash, and a dictionary compares each such
+key with all others. So keys of dictionaries must be text, numbers, None, short flat tuples of these, or objects, whose
+hash is their place in memory. Integers are bounded, and so are the leaves of a tuple.
 """
 
 from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-MAX_TUPLES = 100  # within each other; 4 in a checkpoint
-MAX_LEAVES = 2 << 20  # of a tuple, those of the tuples in it included: more than bytes in a pickle that is read
-MAX_KEY_PARTS = 16  # of a tuple that is a key
+MAX_TUPLES = 100  # nested in each other; a checkpoint has 4
+MAX_LEAVES = 2 << 20  # leaves of a tuple and the tuples in it; more than the bytes of a pickle that is read
+MAX_KEY_PARTS = 16  # elements of a tuple that is a key
 MAX_KEY = 1 << 53  # of an integer that is a key: hashes of larger ones can be made equal
-MAX_INTEGER = 1 << 63  # LONG1 has up to 255 bytes
+MAX_INTEGER = 1 << 63  # LONG1 can hold 255 bytes
 
 
 class _Item(NamedTuple):
-    """`depth` of tuples within each other, how many `leaves` these have, whether it may be a key, or a part of one."""
+    """An item on the stack.
+
+    depth: of nested tuples.
+    leaves: of these.
+    key: whether it may be a dictionary's key.
+    part: whether it may be a part of a key.
+    """
 
     depth: int = 0
     leaves: int = 1
@@ -42,7 +48,10 @@ class Stack:
         self._memo: dict[int, _Item] = {}
 
     def bears(self, op: str, arg: Any) -> bool:
-        """Whether what one opcode makes is soon made. Raises IndexError or ValueError where items are missing."""
+        """Return whether the result of one opcode is quickly built.
+
+        Raises IndexError or ValueError if items are missing.
+        """
         items = self._items
         if op == "MARK":
             self._marks.append(len(items))

@@ -1,4 +1,4 @@
-"""Which convolutions become DSConv: from block and scope words to convolution names."""
+"""Choose the convolutions that become DSConv, from the words for blocks and scope."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ SCOPES = ("bottleneck", "c3", "all")
 
 
 def choose_layers(network: Network, blocks: str) -> list[int]:
-    """Indices of the chosen C3 blocks: `all`, `head`, `backbone`, or indices such as `13,17,20,23`."""
+    """Return the indices of the chosen C3 blocks: `all`, `head`, `backbone`, or indices such as `13,17,20,23`."""
     c3 = [i for i, kind in enumerate(network.kinds) if kind in C3_BLOCKS]
     if blocks == "all":
         return c3
@@ -28,13 +28,16 @@ def choose_layers(network: Network, blocks: str) -> list[int]:
 
 
 def choose_convs(network: Network, graph: Graph, blocks: str, scope: str) -> frozenset[str]:
-    """Names of the convolutions to convert.
+    """Return the names of the convolutions to convert.
 
-    `bottleneck`: those inside the chosen blocks' bottlenecks. `c3`: all those of the chosen blocks. `all`: also
-    the other layers of the same part of the network (the whole of it, head or backbone; for a list of indices,
-    those between the first and the last). The stem (layer 0) and Detect are never among them, but the layers that
-    make a segmentation network's prototypes belong to the head. A network without C3 blocks (YOLOv7) has the scope
-    `all` alone.
+    scope: `bottleneck` takes the convolutions inside the chosen blocks' bottlenecks, and `c3` all of the chosen blocks.
+        `all` also takes other layers of the same part of the network: the whole head or backbone, or the layers between
+        the first and the last index.
+
+    The stem (layer 0) and Detect are never among them. The layers that make a segmentation network's prototypes belong
+    to the head. A network without C3 blocks (YOLOv7) has only the scope `all`.
+
+    Raises InputError when nothing is chosen.
     """
     if scope not in SCOPES:
         raise InputError.naming("{scope} {} is not one of {}.", scope, ", ".join(SCOPES))

@@ -1,4 +1,4 @@
-"""The network in an opened checkpoint: where it lies among what else a file holds, its modules, its stored tensors."""
+"""Find the network in an opened checkpoint: its place among the file's other content, its modules and its tensors."""
 
 from __future__ import annotations
 
@@ -10,15 +10,17 @@ from dsconvert.base.errors import InputError, printable, shown
 from dsconvert.yolo.archive import PARAMETER, TENSOR, WRAPPERS, Record
 from dsconvert.yolo.families import WAY, refuse_state_dict
 
-MAX_MODULES, MAX_DEPTH = 10000, 12  # a yolov5x6 has about 1200 modules, 6 deep
+MAX_MODULES, MAX_DEPTH = 10000, 12  # a yolov5x6 has about 1200 modules, nested 6 deep
 MAX_NAME = 200
 TAKE = "take the best.pt or last.pt that YOLOv5's train.py wrote"
 _DETECTS = ("models.yolo.Detect", "models.yolo.IDetect", "models.yolo.Segment")
 
 
 def model_record(content: Any, path: Path) -> Record:
-    """The pickled model: `ema` where there is one, without what trains it on several GPUs around it, or all that the
-    file holds. Raises InputError that says what the file holds in its place."""
+    """Return the pickled model, without DataParallel around it: `ema`, or else `model`, or the file's only content.
+
+    Raises InputError that says what the file holds instead.
+    """
     if not isinstance(content, Mapping):
         record = _unwrapped(content)
         if record is not None and record.kind.startswith("models.yolo."):
@@ -39,7 +41,7 @@ def model_record(content: Any, path: Path) -> Record:
     others = [record for key in ("ema", "model") if isinstance(record := content.get(key), Record)]
     if others and _children(others[0]):
         kind = printable(others[0].kind.rpartition(".")[2], 80)
-        raise InputError(f"{path} holds no model of YOLOv5 or YOLOv7 but a {kind}; {WAY}.")
+        raise InputError(f"{path} holds a {kind} instead of a YOLOv5 or YOLOv7 model; {WAY}.")
     optimizer = " but an optimizer's state" if content.get("optimizer") else ""
     keys = [printable(key, 40) for key in list(content)[:5] if isinstance(key, str)]
     listed = f" (it holds {', '.join(keys)})" if keys and not optimizer else ""
@@ -47,7 +49,7 @@ def model_record(content: Any, path: Path) -> Record:
 
 
 def _described(value: Any) -> str:
-    """What a file holds that holds no dictionary."""
+    """Describe the content of a file that holds no dictionary."""
     if is_tensor(value):
         return "a tensor"
     if isinstance(value, Record):
@@ -61,7 +63,7 @@ def _described(value: Any) -> str:
 
 
 def _unwrapped(value: Any) -> Record | None:
-    """A network without DataParallel around it."""
+    """Return a network without DataParallel around it."""
     for _ in range(MAX_DEPTH):
         if not isinstance(value, Record) or value.kind not in WRAPPERS:
             break
@@ -74,7 +76,7 @@ def is_tensor(value: Any) -> bool:
 
 
 def _is_state_dict(value: Any) -> bool:
-    """Tensors by name; with dots in names, a few other values may be among them."""
+    """Return whether a value is tensors by name; if names have dots, a few other values may be among them."""
     if not isinstance(value, Mapping) or not value:
         return False
     named = sum(is_tensor(v) and isinstance(k, str) and "." in k for k, v in value.items())
@@ -82,7 +84,7 @@ def _is_state_dict(value: Any) -> bool:
 
 
 def check_numbers(detect: Record, nc: int, path: Path) -> None:
-    """Raises InputError where Detect gives other numbers a box than YOLOv5's: forks keep the names of the classes."""
+    """Raise InputError if Detect gives more numbers for a box than YOLOv5's does; forks keep YOLOv5's class names."""
     given = getattr(detect, "no", None)
     if detect.kind == "models.yolo.Segment" or type(given) is not int or given <= nc + 5:
         return
@@ -102,8 +104,10 @@ def _children(record: Any) -> dict[str, Any]:
 
 
 def walk(record: Record) -> Iterator[tuple[str, Record]]:
-    """Modules by dotted prefix, parents first. Raises InputError where a file nests them without end: a few bytes
-    can name one module as the child of itself, or of many."""
+    """Yield the modules by dotted prefix, parents first.
+
+    Raises InputError if a file nests them without end: a few bytes can make a module its own child.
+    """
     waiting, count = [("", record, 0)], 0
     while waiting:
         prefix, module, depth = waiting.pop()
@@ -118,7 +122,7 @@ def walk(record: Record) -> Iterator[tuple[str, Record]]:
 
 
 def stored(modules: Mapping[str, Record]) -> Iterator[tuple[str, Any]]:
-    """Stored parameters and buffers by dotted name, as a state dict would give them."""
+    """Yield stored parameters and buffers by dotted name, as a state dict would have them."""
     for prefix, module in modules.items():
         for store in ("_parameters", "_buffers"):
             held = getattr(module, store, {})

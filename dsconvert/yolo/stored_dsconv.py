@@ -1,8 +1,8 @@
-"""DSConv modules in a checkpoint, as the float weights that their forward pass convolves.
+"""Turn DSConv modules in a checkpoint into the float weights that their forward pass convolves.
 
-Ours (`dsconvert.torch`) apply the whole equation, so W' becomes the weight, and CDSb, which no convolution before a
-BatchNorm has room for, is taken off the mean that the BatchNorm expects. The published class convolves its plain float
-weight; what it calls intweight, alpha, KDSb, CDSw and CDSb never counts, and is left out.
+Our modules (`dsconvert.torch`) apply the whole equation, so W' becomes the weight. A convolution before a BatchNorm has
+no bias, so CDSb is subtracted from the BatchNorm's mean instead. The published class convolves its plain float weight.
+Its intweight, alpha, KDSb, CDSw and CDSb have no effect and are dropped.
 """
 
 from __future__ import annotations
@@ -26,10 +26,13 @@ MOST_BLOCK = 1 << 16
 def float_weights(
     stored: Mapping[str, Any], modules: Mapping[str, Any], read: Callable[[Any], Tensor]
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Stored tensors by name without those of DSConv modules, and, by name, tensors that stand in for some.
+    """Return the stored tensors outside DSConv modules, and new tensors for some of the modules; both by name.
 
-    `modules` are records with a `kind`, by prefix with its dot; `read` makes a stored tensor. Raises InputError where
-    the parts of a DSConv don't fit each other."""
+    modules: records with a `kind`, by prefix with its dot.
+    read: makes a stored tensor.
+
+    Raises InputError if the parts of a DSConv do not fit each other.
+    """
     left, made = dict(stored), dict[str, Tensor]()
     for prefix, module in modules.items():
         if module.kind not in (PUBLISHED, OURS):
@@ -52,7 +55,9 @@ def float_weights(
 
 
 def _weight(name: str, parts: Mapping[str, Tensor], block_size: Any) -> Tensor:
-    """CDSw (alpha VQK + KDSb) in float32: who reads float16 parts makes them float32 before convolving."""
+    """Return CDSw (alpha VQK + KDSb) in float32; readers of float16 parts convert these to float32 before convolving
+    too.
+    """
     wrong = InputError(f"The parts of the DSConv {name} do not fit each other.")
     if not {"intweight", "alpha"} <= parts.keys() or type(block_size) is not int or not 1 <= block_size <= MOST_BLOCK:
         raise wrong

@@ -1,4 +1,4 @@
-"""Objects that images made from nothing are asked to show: see `measure.synthesize`."""
+"""The objects that synthesised images are asked to show (see `measure.synthesize`)."""
 
 from __future__ import annotations
 
@@ -11,15 +11,17 @@ from torch.nn import functional as F
 from dsconvert.base.size import Size
 from dsconvert.yolo.network import Head
 
-OBJECTS = 3  # an image
+OBJECTS = 3  # in an image
 
 Doubt = Callable[[list[Tensor]], Tensor]
 
 
 def wished(head: Head, images: int, size: Size, generator: torch.Generator) -> Doubt:
-    """Draws OBJECTS objects an image, each of any class at any anchor of any cell of any level, and returns how much
-    raw maps (n, na (5 + nc + nm), ny, nx) of `images` images of that size doubt them: the mean cross entropy
-    of objectness and class. With one class its score means nothing (YOLOv5 does not train it)."""
+    """Draw OBJECTS objects for each image, and return a function that measures how much raw maps doubt them.
+
+    An object has any class, at any anchor of any cell of any level. The doubt of raw maps (n, na (5 + nc + nm), ny, nx)
+    is the mean cross entropy of objectness and class. A single class is left out, as YOLOv5 does not train its score.
+    """
 
     def draw(below: int) -> Tensor:
         return torch.randint(below, (images * OBJECTS,), generator=generator)

@@ -1,6 +1,6 @@
-"""What YOLOv7 has besides Conv and Concat (arXiv 2207.02696), written from the architecture.
+"""The layers that only YOLOv7 has (arXiv 2207.02696), written from the architecture.
 
-Attribute names are those of the parameters in its checkpoints. `fuse()` turns what only training needs into one
+Attributes have the parameter names of its checkpoints. `fuse()` turns parts that only training needs into one
 convolution: the branches of RepConv, and the implicit knowledge (YOLOR, arXiv 2105.04206) of IDetect.
 """
 
@@ -14,7 +14,7 @@ from dsconvert.yolo.modules import Conv, Detect, affine, make_activation, norm
 
 
 class MP(nn.Module):
-    """Max-pool of k by k, every k pixels."""
+    """Max-pool over k by k pixels with stride k."""
 
     def __init__(self, k: int = 2) -> None:
         super().__init__()
@@ -25,7 +25,7 @@ class MP(nn.Module):
 
 
 class SP(nn.Module):
-    """Max-pool of k by k that keeps the size (stride 1)."""
+    """Max-pool over k by k pixels that keeps the size (stride 1)."""
 
     def __init__(self, k: int = 3, s: int = 1) -> None:
         super().__init__()
@@ -56,8 +56,10 @@ class SPPCSPC(nn.Module):
 
 
 class RepConv(nn.Module):
-    """3x3 and 1x1 convolutions side by side, and the input itself where shapes allow, each with its BatchNorm, then
-    the activation (RepVGG, arXiv 2101.03697). `fuse()` makes one 3x3 convolution of them, `rbr_reparam`."""
+    """3x3 and 1x1 convolutions and, where shapes allow, the input itself, each with its BatchNorm, added and activated.
+
+    `fuse()` merges them into one 3x3 convolution, `rbr_reparam` (RepVGG, arXiv 2101.03697).
+    """
 
     def __init__(
         self, c1: int, c2: int, k: int = 3, s: int = 1, p: int | None = None, g: int = 1, act: str = "SiLU"
@@ -78,7 +80,7 @@ class RepConv(nn.Module):
         return self.act(y if self.rbr_identity is None else y + self.rbr_identity(x))
 
     def fuse(self) -> None:
-        """W' = gain3 W3 + (gain1 W1 + gain0 I at the centre), b' the sum of the three; computed in float64."""
+        """Merge the branches: W' = gain3 W3 + (gain1 W1 + gain0 I at the centre), b' their sum, computed in float64."""
         if self.rbr_reparam is not None:
             return
         dense = self.rbr_dense[0]
@@ -95,7 +97,7 @@ class RepConv(nn.Module):
         self.rbr_reparam = fused
 
     def _merged(self) -> tuple[Tensor, Tensor]:
-        """Weight (c2, c1 / groups, 3, 3) and bias (c2,), float64."""
+        """Return weight (c2, c1 / groups, 3, 3) and bias (c2,), float64."""
         (dense, dense_bn), (point, point_bn) = self.rbr_dense, self.rbr_1x1
         assert isinstance(dense_bn, nn.BatchNorm2d)
         assert isinstance(point_bn, nn.BatchNorm2d)
@@ -111,7 +113,7 @@ class RepConv(nn.Module):
         return weight, bias
 
     def fused_bounds(self) -> Tensor:
-        """Largest |weight| of every output channel and its bias, (2, c2), as `fuse` would make them."""
+        """Return the largest |weight| of every output channel and its bias, (2, c2), as `fuse` would make them."""
         if self.rbr_reparam is not None:
             weight, bias = self.rbr_reparam.weight.detach(), self.rbr_reparam.bias
             assert bias is not None
@@ -121,7 +123,7 @@ class RepConv(nn.Module):
 
 
 class Implicit(nn.Module):
-    """One learned number a channel, (1, channels, 1, 1)."""
+    """One learned number for each channel, (1, channels, 1, 1)."""
 
     def __init__(self, channels: int, value: float) -> None:
         super().__init__()
@@ -139,7 +141,7 @@ class ImplicitA(Implicit):
 
 
 class ImplicitM(Implicit):
-    """Numbers that are multiplied with."""
+    """Numbers to multiply by."""
 
     def __init__(self, channels: int) -> None:
         super().__init__(channels, 1.0)
@@ -149,7 +151,7 @@ class ImplicitM(Implicit):
 
 
 class IDetect(Detect):
-    """Detect with an ImplicitA before and an ImplicitM behind each of its convolutions; `fuse()` folds them in."""
+    """Detect with an ImplicitA before and an ImplicitM behind each convolution; `fuse()` folds them in."""
 
     def __init__(self, nc: int, channels: list[int], na: int) -> None:
         super().__init__(nc, channels, na)
@@ -157,14 +159,14 @@ class IDetect(Detect):
         self.im = nn.ModuleList(ImplicitM(na * (nc + 5)) for _ in channels)
 
     def forward(self, xs: list[Tensor]) -> list[Tensor]:
-        """Raw maps, as Detect gives them."""
+        """Return raw maps, as Detect does."""
         if not len(self.ia):
             return super().forward(xs)
         return [im(conv(ia(x))) for ia, conv, im, x in zip(self.ia, self.m, self.im, xs, strict=True)]
 
     def fuse(self) -> None:
-        """im * (W (x + ia) + b) = (im W) x + im (b + W ia); computed in float64."""
-        known = not any(p.is_meta for p in self.parameters())  # else only the structure is asked for
+        """Fold the implicit layers: im * (W (x + ia) + b) = (im W) x + im (b + W ia), computed in float64."""
+        known = not any(p.is_meta for p in self.parameters())  # otherwise only the structure is needed
         for conv, (weight, bias) in zip(self.m, self._merged() if known else [], strict=False):
             assert isinstance(conv, nn.Conv2d)
             assert conv.bias is not None
@@ -172,7 +174,7 @@ class IDetect(Detect):
         self.ia, self.im = nn.ModuleList(), nn.ModuleList()
 
     def _merged(self) -> list[tuple[Tensor, Tensor]]:
-        """Weight and bias of every convolution, float64; none where they are merged already."""
+        """Return weight and bias of every convolution, float64; nothing if they are merged already."""
         found = []
         for ia, conv, im in zip(self.ia, self.m, self.im, strict=False):
             assert isinstance(conv, nn.Conv2d)
@@ -184,7 +186,9 @@ class IDetect(Detect):
         return found
 
     def fused_bounds(self) -> Tensor:
-        """Largest |weight| of every output channel and its bias, (2, channels), as `fuse` would make them."""
+        """Return the largest |weight| of every output channel and its bias, (2, channels), as `fuse` would make
+        them.
+        """
         if not len(self.ia):
             return torch.zeros(2, 0)
         parts = [torch.stack((weight.abs().amax((1, 2, 3)), bias)) for weight, bias in self._merged()]

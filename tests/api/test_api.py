@@ -187,7 +187,7 @@ def test_other_bad_input(work, q):
         (lambda: dsconvert.quantize(q, "images"), "converted already"),
         (lambda: q.export("y.onnx", "tight"), "'tight' is not a layout; there are packed"),
         (lambda: q.export("y.onnx", input_type="int4"), "'int4' is not an input type"),
-        (lambda: q.export("y.onnx", conf_thres=0.1), "belong to nms=True"),
+        (lambda: q.export("y.onnx", conf_thres=0.1), "work only with nms=True"),
         (lambda: q.export("y.onnx", nms=True, conf_thres=2.0), "conf_thres must lie in 0..1"),
         (lambda: dsconvert.load(q.save("out")).save("other"), "saved already"),
         (lambda: dsconvert.evaluate([q], "data.yaml", samples=0), "samples must be at least 1"),

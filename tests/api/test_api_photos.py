@@ -123,7 +123,7 @@ def test_warnings_point_at_the_caller(models, converted):
     for call, said in (
         (lambda: dsconvert.detect("q.safetensors", "images"), "1 images were left out; the first: .*broken.jpg"),
         (lambda: dsconvert.compare("best.pt", "q.safetensors", "images"), "1 images were left out"),
-        (lambda: dsconvert.detect("nms.onnx", "images/val/0.jpg", conf_thres=0.1), "only those within conf_thres 0.2"),
+        (lambda: dsconvert.detect("nms.onnx", "images/val/0.jpg", conf_thres=0.1), "only boxes within conf_thres 0.2"),
         (lambda: dsconvert.compare("best.pt", renamed, "images/val/0.jpg"), "name their classes differently"),
     ):
         with pytest.warns(UserWarning, match=said) as caught:

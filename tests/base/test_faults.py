@@ -272,7 +272,7 @@ def test_too_little_memory_is_one_sentence(inputs, tmp_path):
     assert done.returncode == 2, done.stderr
     assert "Traceback" not in done.stderr
     last = done.stderr.splitlines()[-1]
-    assert last == "Error: There is not enough memory; fewer --samples or a smaller --imgsz need less."
+    assert last == "Error: There is not enough memory; use fewer --samples or a smaller --imgsz."
     assert [p for p in tmp_path.rglob("*") if p.is_file() and photos not in p.parents] == []
 
 

@@ -63,7 +63,7 @@ def test_a_full_disk_is_one_sentence(tmp_path):
             raise OSError(errno.ENOSPC, "No space left on device")
 
     disk.file = Full()
-    with pytest.raises(InputError, match="no room for what calibration keeps"):
+    with pytest.raises(InputError, match="no room for the values that calibration keeps"):
         disk.put(0, torch.ones(4, dtype=torch.uint8))
 
 

@@ -19,7 +19,7 @@ def test_a_number_is_a_square_and_a_pair_is_height_and_width():
 
 @pytest.mark.parametrize("given", [True, 1.5, "640", (640,), (1, 2, 3), (1, "2"), (True, 2), 0, (64, 0), -64, None, {}])
 def test_anything_else_is_refused(given):
-    with pytest.raises(InputError, match="nor height and width"):
+    with pytest.raises(InputError, match="nor a height and width"):
         Size.of(given)
 
 

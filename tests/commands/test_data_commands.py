@@ -96,7 +96,7 @@ def test_no_labels_at_all_are_said_with_the_place(work, call):
     shutil.rmtree(work / "labels")
     done = call("eval", "best.pt", "--data", "data.yaml", "--imgsz", "64", cwd=work)
     assert done.code == 2
-    assert "None of the 4 images of data.yaml has labels; those of the first were looked for at" in done.err
+    assert "None of the 4 images of data.yaml has labels; the first one's should be at" in done.err
     assert "labels/val/0.txt" in done.err
 
 
@@ -163,7 +163,7 @@ def test_next_asks_for_other_images_where_all_were_calibrated_on(work, converted
     done = call("export", "m.safetensors", "--onnx", cwd=work)
     assert done.code == 0, done.err
     assert "m-packed.onnx --data OTHER\n" in done.out
-    assert f"OTHER stands for other images than those of {work / calib}, which calibrated.\n" in done.out
+    assert f"OTHER stands for images other than {work / calib}, which calibrated the model.\n" in done.out
     assert "Warning" not in done.err
 
 
@@ -171,7 +171,7 @@ def test_default_images_of_a_folder_are_those_of_calibration(work, call):
     assert call("quantize", "best.pt", "--calib", "images", "--imgsz", "64", "--bits", "4", cwd=work).code == 0
     done = call("eval", "--json", cwd=work)
     assert done.code == 0, done.err
-    assert "which the model was calibrated on; give --data other images" in json.loads(done.out)["warnings"][0]
+    assert "the calibration images; give --data other images" in json.loads(done.out)["warnings"][0]
 
 
 def test_models_whose_classes_are_in_another_order_are_not_compared(work, tiny, converted, call):

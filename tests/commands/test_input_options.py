@@ -43,12 +43,12 @@ WRONG = {
     (
         "--input",
         "nothing",
-    ): r"--input 'nothing' is none of yolov5, .*, imagenet, and no YAML file such as my\.yaml:name",
+    ): r"--input 'nothing' is neither one of yolov5, .*, imagenet nor a YAML file such as my\.yaml:name",
     ("--input", "my.yaml:a"): r"no file at my\.yaml, which --input names",
     ("--scale", "2"): "Invalid value for '--scale'",
     ("--fit", "middle"): "Invalid value for '--fit'",
     ("--pad", "300"): "Invalid value for '--pad'",
-    ("--mean", "1,2"): "--mean and --std are one or three numbers",
+    ("--mean", "1,2"): "--mean and --std must be one or three numbers",
 }
 
 

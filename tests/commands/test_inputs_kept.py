@@ -67,7 +67,11 @@ def test_what_is_no_ordinary_file_is_not_replaced(place, call, args):
     os.mkfifo(place / "pipe.onnx")
     (place / "link.onnx").symlink_to("elsewhere")
     (place / "folder.onnx").mkdir()
-    for out, words in (("pipe.onnx", "no ordinary file"), ("link.onnx", "it is a link"), ("folder.onnx", "a folder")):
+    for out, words in (
+        ("pipe.onnx", "not an ordinary file"),
+        ("link.onnx", "it is a link"),
+        ("folder.onnx", "a folder"),
+    ):
         done = call(*args, "--out", out, "--force", cwd=place)
         assert (done.code, done.out) == (2, ""), out
         assert words in done.err, out

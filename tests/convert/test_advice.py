@@ -51,7 +51,7 @@ def test_scores_that_shift_come_first(make):
 def test_the_layer_that_does_most_of_the_damage(make):
     assert advice(make(damage=[2.9, 2.9, 2.9, 1.3]), 128) == []
     (most,) = advice(make(damage=[1, 7, 2]), 128)
-    assert most.startswith("model.2.cv1, at 4 bits, hurts most: 70 % of the expected damage; a target_size above")
+    assert most.startswith("model.2.cv1, at 4 bits, is expected to cause 70 % of the loss; a target_size above")
     assert "above 0.90MB" in advice(make(damage=[1, 7, 2], target_bytes=900_000), 128)[0]
 
 
@@ -65,7 +65,7 @@ def test_with_a_target_for_the_loss_images_are_held_back_on_purpose(make):
 def test_with_one_width_the_largest_error_speaks(make):
     assert advice(make(sqnr=10.0, bits=3), 128) == []
     (most,) = advice(make(sqnr=9.0, bits=3), 128)
-    assert most.startswith("model.2.cv1 hurts most: at 4 bits its weights are only 9.0 dB above their error")
+    assert most.startswith("model.2.cv1 loses most: at 4 bits its weights are only 9.0 dB above their rounding error")
     assert "leave out bits 3" in most
     assert advice(make(sqnr=9.0, damage=[1, 1, 1, 1]), 128) == []  # where damage was measured it counts, not errors
 
@@ -74,10 +74,10 @@ def test_ranges_far_wider_than_the_others(make):
     grids = {f"model.{i}.act": QParams(0.01, 0) for i in range(5)}
     assert advice(make(grids=grids | {"model.9.conv": QParams(0.16, 0)}), 128) == []
     (wide,) = advice(make(grids=grids | {"model.9.conv": QParams(0.5, 0)}), 128)
-    assert wide.startswith("model.9's values span 127.5, 50 times the usual range")
+    assert wide.startswith("The values of model.9 span 127.5, 50 times the usual range")
     assert "activations float" in wide
     (wide,) = advice(make(grids=grids | {"a": QParams(0.5, 0), "b": QParams(0.6, 0)}), 128)
-    assert wide.startswith("b's values (and 1 other layers') span")
+    assert wide.startswith("The values of b (and of 1 other layers) span")
     assert advice(replace(make(), model=replace(make().model, activations={})), 128) == []  # activations float
 
 

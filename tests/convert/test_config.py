@@ -46,7 +46,7 @@ OTHERS = ["scope", "activations", "samples"]
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("bitz: 4", "sets bitz, which is no option; it may set bits, block-size"),
+        ("bitz: 4", "sets bitz, which is not an option; options are bits, block-size"),
         ("block-size: 4\nblock_size: 8", "sets block-size twice"),
         ("bits: [4]", "neither a number nor a word"),
         ("bits: {a: 4}", "neither a number nor a word"),

@@ -113,7 +113,7 @@ def test_nothing_named_is_the_cpu_and_said(work, call):
     line = ("quantize", "best.pt", "--calib", "images", "--imgsz", "64", "--bits", "8", "--samples", "1", "--quiet")
     done = call(*line, "--device", "", "--out", "a", cwd=work)
     assert done.code == 0, done.err
-    assert "names no device, so the CPU is used; --device 0 takes the first GPU" in done.err
+    assert "names no device, so the CPU is used; give --device 0 for the first GPU" in done.err
     assert call(*line, "--device", "CPU", "--out", "b", cwd=work).code == 0
     first, second = (dsconvert.load(work / f / "model.safetensors").model for f in "ab")
     assert first.provenance["options"]["device"] == second.provenance["options"]["device"] == "cpu"

@@ -31,7 +31,7 @@ def test_stages_warnings_the_table_and_a_next_command_that_works(work, call):
               r"choosing ranges and widths: ", r"fitting layers: \d+ in [\d.]+ s, [\d.]+/s$"]  # fmt: skip
     assert [bool(re.match(p, line)) for p, line in zip(stages, lines, strict=False)] == [True] * 5
     assert next(line for line in lines if line.startswith("Warning: ")).endswith(
-        "give --calib about 100 photos like those that the model will see (no labels needed)."
+        "give --calib about 100 photos of what the model will see (no labels needed)."
     )
     rows = {line.split()[1]: line.split() for line in done.out.splitlines() if re.match(r"^\W+(float|DSConv)\b", line)}
     model = work / "runs/dsconvert/best/model.safetensors"
@@ -103,8 +103,8 @@ def test_the_command_line_wins(work, call, monkeypatch):
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("bitz: 4", "sets bitz, which is no option"),
-        ("force: true", "sets force, which is no option"),
+        ("bitz: 4", "sets bitz, which is not an option"),
+        ("force: true", "sets force, which is not an option"),
         ("bits: 9", "--bits"),
         ("bits: yes", "--bits"),
         ("imgsz: 64.5", "--imgsz"),

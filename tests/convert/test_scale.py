@@ -139,7 +139,7 @@ def test_outputs_of_a_family_with_another_input_are_noticed(batch):
     def run(x):
         return [m + 0 * x.mean() for m in maps(batch)]
 
-    assert "give input nanodet or input picodet, if it is one" in warning(run, pictures, wanted, PLAIN)
+    assert "give input nanodet or input picodet if it is one" in warning(run, pictures, wanted, PLAIN)
     for name in ("nanodet", "picodet"):
         assert warning(run, pictures, wanted, presets()[name].form, presets()[name].decode) is None
     assert warning(run, pictures, wanted, InputForm(scale=1)) is None  # what was typed is meant

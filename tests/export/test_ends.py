@@ -172,8 +172,8 @@ def test_a_partner_who_stops_does_not_hold_the_other(tiny, tmp_path, number):
         _, err = runs[0].communicate()
         assert runs[0].returncode == 2, err
         assert err.decode().splitlines()[-1] == (
-            "Error: Another of the processes has ended, or was silent for 8 s, so nothing more can be done; look for "
-            "its message, and start all of them again."
+            "Error: Another process has ended, or was silent for 8 s, so the work cannot go on; look for its "
+            "message, and start all processes again."
         )
         assert b"Traceback" not in err
     finally:

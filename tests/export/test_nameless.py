@@ -95,7 +95,7 @@ def test_a_fixed_batch_is_filled_with_the_one_image(files, call):
     three.run_once()
     done = call("eval", "one.onnx", "three.onnx", "--data", "data.yaml", "--json", cwd=files)
     assert done.code == 0, done.err
-    assert "three.onnx takes 3 images at once; its ms is of all of them." in done.err
+    assert "three.onnx takes 3 images at once; its ms is for all of them." in done.err
     first, second = json.loads(done.out)["models"]
     assert first["map50_95"] == second["map50_95"]
     assert call("detect", "three.onnx", "images/val", "--out", "d", cwd=files).code == 0
@@ -172,6 +172,6 @@ def test_channels_last_and_other_outputs_are_named(tmp_path, call):
     done = call("detect", "maps.onnx", "a.png", cwd=tmp_path)
     assert done.code == 2
     assert "does not have YOLOv5's output (1, boxes, 5 + classes), nor YOLOv8's" in done.err
-    assert "but [1, 4, 57, 57]; --input names a family whose outputs are read by eval, detect" in done.err
+    assert "but [1, 4, 57, 57]; give --input if it belongs to a known family" in done.err
     exported(Rows(5), tmp_path / "five.onnx", (1, 3, 64, 64))
     assert "but [1, 64, 5]" in call("detect", "five.onnx", "a.png", cwd=tmp_path).err

@@ -17,7 +17,7 @@ class Case:
 
 
 REFUSED = "does not allow, so nothing was loaded"
-PROTOCOL = "pickled as no PyTorch checkpoint is"
+PROTOCOL = "not pickled like a PyTorch checkpoint"
 DAMAGED = "damaged"
 STRANGE = "not a PyTorch checkpoint"
 EVIL_NAMES = ("\x1b[31mred\x1b]0;owned\x07", "<script>alert(1)</script>\r\n\u202egnp.exe")

@@ -124,7 +124,7 @@ def attention() -> dict[str, tuple[Change, str | None]]:
 
     big = torch.full((24, 24), 3e38)
     return {
-        "other heads": (said("num_heads", 8), "num_heads 8; dsconvert knows 4 alone"),
+        "other heads": (said("num_heads", 8), "num_heads 8; dsconvert supports only 4"),
         "heads of text": (said("num_heads", "4"), "num_heads '4'"),
         "another order of tokens": (said("batch_first", True), "batch_first True"),
         "a token of zeros": (said("add_zero_attn", True), "add_zero_attn True"),

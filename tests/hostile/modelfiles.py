@@ -55,7 +55,7 @@ def model_files(good: bytes) -> Iterator[Case]:
     yield Case("safetensors untouched", good, None)
     yield Case("safetensors with its digest made again", changed(good, lambda m: None), None)
     yield Case("no digest", changed(good, lambda m: m.json.pop("digest")), "is damaged")
-    yield Case("a digest of another file", Opened(good).bytes(), "is damaged: its content is not what its checksum")
+    yield Case("a digest of another file", Opened(good).bytes(), "is damaged: its content does not match its checksum")
     yield Case(
         "a digest of no kind", Opened(good).bytes(json.dumps({**Opened(good).json, "digest": [1]})), "is damaged"
     )

@@ -15,7 +15,7 @@ from PIL import Image, features
 
 SIDES = (24, 16)
 TURNED = 0x0112  # EXIF's number for how a picture lies
-EXIF, OVERLAID, LARGE = "has EXIF data that lie on each other", "is a TIFF whose parts lie on each other", "of its kind"
+EXIF, OVERLAID, LARGE = "has overlapping EXIF data", "is a TIFF whose parts overlap", "of its kind"
 SHORT, LONG, TEXT, LONG8 = 3, 4, 2, 16
 Entry = tuple[int, int, int, int]  # number, type, how many values, the value or where they are
 

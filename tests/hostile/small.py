@@ -40,7 +40,7 @@ def of(data: bytes) -> Callable[[Path], object]:
 
 
 def pickled() -> Iterator[Small]:
-    key = "pickled as no PyTorch checkpoint is"
+    key = "not pickled like a PyTorch checkpoint"
     prime = (1 << 61) - 1
     ints = b"".join(b"\x8a\x0b" + (prime * (i + 1)).to_bytes(11, "little") + b"N" for i in range(120_000))
     for name, data in {
@@ -87,7 +87,7 @@ def named() -> Iterator[Small]:
     for name, value in {"integers": nms, "brackets": "[" * 100_000, "minus": "-" * 100_000 + "1",
                         "set": "{" + ints[1:-1].replace(": 'a'", "") + "}"}.items():  # fmt: skip
         data = detector(body, names="['a']", dsconvert_nms=value)
-        yield Small(f"nms-{name}.onnx", of(data), [DETECT], "nothing readable of its non-maximum suppression")
+        yield Small(f"nms-{name}.onnx", of(data), [DETECT], "does not describe its non-maximum suppression readably")
 
 
 def shaped() -> Iterator[Small]:
@@ -100,7 +100,7 @@ def shaped() -> Iterator[Small]:
     for boxes, side, words in ((12000, "640, 640", TOO_MUCH), (12000, "64, 64", "does not have YOLOv5's output")):
         data = detector(constant(f"1, {boxes}, 7005"), side, f"1, {boxes}, 7005", wide)
         yield Small(f"wide-{boxes}-{side[:3].strip(',')}.onnx", of(data), [DETECT, EVAL], words)
-        more = TOO_MUCH if words == TOO_MUCH else r"outputs of \d+ numbers; \d+ are compared at most"
+        more = TOO_MUCH if words == TOO_MUCH else r"outputs of \d+ numbers; at most \d+ can be compared"
         yield Small(f"wider-{boxes}-{side[:3].strip(',')}.onnx", of(data), [COMPARE], more)
     for shape in ("1, 5, 20000", "1, 5, 200000"):
         data = detector(constant(shape), out=shape, names="")
@@ -145,9 +145,7 @@ def many() -> Iterator[Small]:
         "graphs": field(7, field(1, field(5, b"\x5a\x00" * 10_000_000))),
     }.items():  # fmt: skip
         yield Small(f"many-{name}.onnx", of(graph + data), [INFO], "more than")
-    yield Small(
-        "deep.onnx", of(graph + field(7, nested(200))), [INFO, DETECT], "deeper than those of any|not an ONNX file"
-    )
+    yield Small("deep.onnx", of(graph + field(7, nested(200))), [INFO, DETECT], "deeper than in any|not an ONNX file")
     for name, through in {"shared": "", "each": "Identity", "joined": "Concat", "reshaped": "Transpose"}.items():
         yield Small(
             f"web-{name}.onnx", of(web(through)), [INFO], None if name != "joined" else "in more ways|readable|"

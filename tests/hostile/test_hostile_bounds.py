@@ -26,7 +26,7 @@ from dsconvert.onnxfile import bounds
 from dsconvert.onnxfile.bounds import Bounds, enforced, growth, in_time
 from dsconvert.onnxfile.engines import session
 
-TOO_MUCH = r"needs over \d+ MB of memory, more than a network of its size should or than there are\.$"
+TOO_MUCH = r"needs over \d+ MB of memory, more than a network of its size should or than this machine has\.$"
 COMMANDS = {
     "eval": ["eval", "greedy.onnx", "--data", "images", "--threads", "1"],
     "detect": ["detect", "greedy.onnx", "images"],
@@ -282,7 +282,7 @@ def test_large_images_are_for_those_who_ask_for_them(work):
         for command in ("bench", "detect", "quantize"):
             peak, (code, _, err) = peak_of(lambda command=command: dsconvert(work, *COMMANDS[command]))
             assert code == 2, command
-            assert "--imgsz to have it nevertheless." in err, command
+            assert "--imgsz to run it nevertheless." in err, command
             assert peak < MOST_BYTES
 
 

@@ -122,7 +122,7 @@ def test_pipes_and_devices_are_not_read(tmp_path):
     os.mkfifo(tmp_path / "data.yaml")
     with pytest.raises(InputError, match="not a readable YAML file: it is a pipe"):
         read_data_yaml(tmp_path / "data.yaml")
-    with pytest.raises(InputError, match="it is no ordinary file"):
+    with pytest.raises(InputError, match="it is not an ordinary file"):
         read_image(tmp_path / "image.jpg")
 
 

@@ -60,7 +60,7 @@ def test_a_record_that_cannot_be_read_is_refused(case):
             code, err = report(folder, case)
             assert code == 2, what
             assert err.count("\n") == 1, what
-            assert "is not a readable record of dsconvert quantize; remove it or make it anew." in err, what
+            assert "is not a readable record of dsconvert quantize; remove it." in err, what
     finally:
         place.write_text(good)
 

@@ -136,9 +136,9 @@ def test_a_file_of_the_users_adds_names(tmp_path):
     ("text", "name", "words"),
     [("a: {size: 3}", ":a", "size.*none of channels"), ("a: {scale: x}", ":a", "scale to 'x'"),
      ("a: {mean: {}}", ":a", "mean"),
-     ("a: 3", ":a", "no list of keys"), ("- a", ":a", "list of inputs"), ("a: {", ":a", "readable YAML"),
+     ("a: 3", ":a", "not a list of keys"), ("- a", ":a", "list of inputs"), ("a: {", ":a", "readable YAML"),
      ("a: {}\nb: {}", "", "2 entries"),
-     ("a: {}", ":c", "no entry 'c'; it has a"), ("", ":a", "list of inputs"), ("a: {fit: x}", ":a", "a: fit is one of"),
+     ("a: {}", ":c", "no entry 'c'; it has a"), ("", ":a", "list of inputs"), ("a: {fit: x}", ":a", "a: fit must be one of"),
      ("a: {channels: grb}", ":a", "channels"), ("1: &x {}\n2: *x", ":1", None), ("a: {pad: 1e9}", ":a", "pad"),
      ("a: {std: [1, 2]}", ":a", "three numbers"), ("a: {mean: [[1]]}", ":a", "mean"), ("x" * 70000, ":a", "YAML")],
 )  # fmt: skip
@@ -155,7 +155,7 @@ def test_a_wrong_file_is_one_sentence(tmp_path, text, name, words):
 
 
 def test_a_name_that_is_none_is_told_the_names(tmp_path):
-    with pytest.raises(InputError, match=r"'yolo' is none of yolov5, .*imagenet"):
+    with pytest.raises(InputError, match=r"'yolo' is neither one of yolov5, .*imagenet"):
         named_preset("yolo")
     with pytest.raises(InputError, match=r"There is no file at .*none\.yaml"):
         named_preset(str(tmp_path / "none.yaml:a"))

@@ -312,7 +312,7 @@ def test_nothing_but_an_ordinary_file_is_replaced(clips, call):
     (clips / "o").mkdir()
     os.mkfifo(clips / "o/0.jpg")
     done = call("detect", "best.pt", "images/val/0.jpg", "--out", "o", "--force", *SMALL, cwd=clips)
-    assert (done.code, "no ordinary file" in done.err) == (2, True)
+    assert (done.code, "not an ordinary file" in done.err) == (2, True)
     (clips / "o/1.jpg").symlink_to(clips / "somewhere")
     done = call("detect", "best.pt", "images/val/1.jpg", "--out", "o", "--force", *SMALL, cwd=clips)
     assert (done.code, "it is a link" in done.err) == (2, True)

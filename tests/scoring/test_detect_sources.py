@@ -86,7 +86,8 @@ def test_an_address_is_a_stream(place, address):
 @pytest.mark.parametrize(
     ("given", "words"),
     [
-        (["ftp://a/b.mp4"], "no stream"), (["file:///etc/passwd"], "no stream"), (["nowhere"], "no file or folder"),
+        (["ftp://a/b.mp4"], "not a stream"), (["file:///etc/passwd"], "not a stream"),
+        (["nowhere"], "no file or folder"),
         (["none/*.jpg"], "matches no image"), (["photos/*.txt"], "matches no image"), (["empty"], "holds no images"),
         (["nowhere.mp4"], "no file or folder"), (["0", "photos"], "look at it alone"), (["0", "1"], "look at it alone"),
         (["pipe.mp4"], "neither"), (["x" * 300], "cannot be read"), (["a\0b.jpg"], "no file or folder"),

@@ -60,7 +60,7 @@ def test_size_and_speed_are_told_where_nothing_is_found(silent, call):
     assert "4 images." in shown.out
     assert "nan" not in shown.out
     held = call(*args, "--max-map-drop", "1", cwd=silent)
-    assert (held.code, "cannot be held" in held.err) == (2, True)
+    assert (held.code, "cannot be checked" in held.err) == (2, True)
     with pytest.warns(UserWarning, match="finds nothing"):
         (row,) = found = dsconvert.evaluate(silent / "best.pt", silent / "images", imgsz=64)
     assert (row.map50_95, row.recall, row.images, row.ap50_95) == (None, None, 4, {})

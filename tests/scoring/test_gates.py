@@ -100,8 +100,8 @@ def test_other_classes(pair, tiny, call):
 @pytest.mark.parametrize(
     ("args", "words"),
     [
-        (["compare", "best.pt", "q.safetensors"], "Which images?"),
-        (["compare", "best.pt", "q.safetensors", "images", "--data", "data.yaml"], "Which images?"),
+        (["compare", "best.pt", "q.safetensors"], "compare needs one set of images"),
+        (["compare", "best.pt", "q.safetensors", "images", "--data", "data.yaml"], "compare needs one set of images"),
         (["compare", "best.pt", "q.safetensors", "nowhere"], "no file or folder"),
         (["compare", "best.pt", "q.safetensors", "images", "--min-agreement", "90"], "0<=x<=1"),
         (["compare", "best.pt", "q.safetensors", "images", "--conf-thres", "0.9999"], "Neither model"),

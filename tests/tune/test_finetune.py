@@ -129,10 +129,10 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(folder, rising, steps):
     assert len(rising) == 1 + (steps - 1) // 2  # two steps an epoch
     assert model_bytes(finetune(folder / "m.safetensors", chosen, unfinished=kept, resume=True).model) == whole
     for other in ({"rate": 0.04}, {"seed": 1}, {"train": "shifts"}):
-        with pytest.raises(InputError, match="cannot be resumed"):
+        with pytest.raises(InputError, match="start again without resuming"):
             finetune(folder / "m.safetensors", replace(chosen, **other), unfinished=kept, resume=True)
     (folder / "labels/train/0.txt").write_text("")
-    with pytest.raises(InputError, match="cannot be resumed"):
+    with pytest.raises(InputError, match="start again without resuming"):
         finetune(folder / "m.safetensors", chosen, unfinished=kept, resume=True)
     kept.write_bytes(b"12345678")
     with pytest.raises(InputError, match="damaged"):
@@ -325,7 +325,7 @@ def test_the_command_resumes_what_was_stopped(folder, call, rising, monkeypatch)
     [
         (["--epochs", "0"], "at least 1"),
         (["--batch", "0"], "at least 1"),
-        (["--rate", "0"], "--rate lies above 0"),
+        (["--rate", "0"], "--rate must be above 0"),
         (["--mosaic", "2"], "--mosaic from 0 to 1"),
         (["--warmup", "9"], "--warmup within"),
         (["--train", "everything"], "--train"),

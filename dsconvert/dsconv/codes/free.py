@@ -1,4 +1,4 @@
-"""Free integers: every VQK is any integer of its bits, in two's complement."""
+"""Free integers: every VQK is any integer of the given bits, in two's complement."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ if TYPE_CHECKING:
 
 
 class Free(Code):
-    """2 to 8 bits."""
+    """Free integers of 2 to 8 bits."""
 
     name = "free"
-    marked = False  # of what names no code
+    marked = False  # this is the code of layers for which a file names none
     movable = True
 
     def limits(self, bits: int) -> tuple[int, int]:
-        """Two's complement, except that 8 bits stop at -127 (see INT8_MAX)."""
+        """Return two's complement limits, except that 8 bits stop at -127 (see INT8_MAX)."""
         if not 2 <= bits <= 8:
             raise ValueError(f"bits must be 2 to 8, got {bits}")
         return max(-(2 ** (bits - 1)), -INT8_MAX), 2 ** (bits - 1) - 1
@@ -41,7 +41,10 @@ class Free(Code):
         return stored
 
     def order(self, shape: Sequence[int], format: WeightFormat, energy: Tensor) -> list[Tensor]:
-        """Blocks, and columns within a block, by falling energy: what is rounded late makes up for what came before."""
+        """Sort blocks, and columns within a block, by falling input energy.
+
+        Later columns compensate the errors of earlier ones.
+        """
         _, chi, kh, kw = shape
         columns = torch.arange(chi * kh * kw).reshape(chi, kh * kw)
         size = format.block_size
@@ -59,16 +62,22 @@ class Free(Code):
         for m, length, end in zip(chosen, lengths, ends, strict=True):
             group = slice(int(end) - length, int(end))
             m[:], vqk[:, group], errors = self.group(w[:, group], cds, upper[group, group], format)
+            # GPTQ's update: subtract this group's errors, times their part of the factor, from all later columns
             rest, factor = torch.from_numpy(w)[:, group.stop :], torch.from_numpy(upper)[group, group.stop :]
             rest.addmm_(torch.from_numpy(errors), factor, alpha=-1)
         return torch.from_numpy(vqk).to(torch.int8), torch.from_numpy(chosen)
 
     def group(self, w: Floats, cds: Floats, upper: Floats, format: WeightFormat) -> tuple[Floats, Floats, Floats]:
-        """One group's columns w (cho, n) rounded with every m, given their part of the Cholesky factor; of each output
-        channel the m of least J: m (cho,), VQK and the errors to be made up for by later columns, both (cho, n).
+        """Round one group's columns with every m, and keep for each output channel the m that adds least to J.
 
-        Those errors are in units of what the later columns leave: a group adds the sum of their squares to J."""
-        from dsconvert.base import loops  # numba takes a while to load
+        w: (cho, n), the columns.
+        cds: CDSw, (cho,).
+        upper: (n, n), the group's part of the Cholesky factor.
+
+        Returns m (cho,), VQK (cho, n), and the errors (cho, n) divided by the factor's diagonal. The sum of their
+        squares is what the group adds to J, and later columns compensate them.
+        """
+        from dsconvert.base import loops  # numba takes a while to import
 
         m, vqk, errors = np.empty(len(w)), np.empty(w.shape), np.empty(w.shape)
         limits: Any = map(float, (*format.limits, format.most_m))
@@ -84,7 +93,7 @@ class Free(Code):
         return fit_weight(weight, format)
 
     def damage(self, weight: Tensor, format: WeightFormat, squares: Tensor) -> float:
-        """Of least squares from two starting scales; at 8 bits of plain per-channel int8."""
+        """Return sum g^2 D^2 for the errors D of a quick least-squares fit."""
         return float(squares.flatten() @ weight_error(weight, format).flatten().square())
 
     def pack(self, stored: Tensor, format: WeightFormat) -> NDArray[np.uint8]:
@@ -98,7 +107,7 @@ class Free(Code):
     label = "bits"
 
     def spell(self, b: OnnxBuilder, name: str, weight: Weight, by_blocks: bool) -> str:
-        from dsconvert.dsconv.codes.free_onnx import add_free  # onnx takes a while to load
+        from dsconvert.dsconv.codes.free_onnx import add_free  # onnx takes a while to import
 
         return add_free(b, name, weight, by_blocks)
 
@@ -112,8 +121,8 @@ FREE = Free()
 
 
 def weight_error(weight: Tensor, format: WeightFormat) -> Tensor:
-    """W' - W (cho, chi, kh, kw) of free integers, output channels as long as they were."""
+    """Return W' - W (cho, chi, kh, kw), with output channels scaled to their original length (see `shrink`)."""
     with threads_for(weight.numel()):
-        # many bits are best at 1, where nothing is clipped, few at 0.8
+        # many bits are best at 1.0, which clips nothing; few bits at 0.8
         fitted = DSTensor(*fit_weight(weight, format, starts=(1.0, 0.8), rounds=1), format).weight().to(weight)
         return unshrunk(weight, fitted) - weight

@@ -1,7 +1,8 @@
-"""How free integers of several layers are spelled in ONNX together (see `export.weights.joint`).
+"""Write the free integers of several layers together in ONNX (see `export.weights.joint`).
 
-VQK are words of a byte, or of 10 or 12 bits, the rest above a byte together in `.vqk.high`. To a word 256 times its m
-(or more) is added, and what stands there in a table of all words times all m is int8 already.
+Two VQK are one word of 8, 10 or 12 bits (at 4, 5 or 6 bits each). A word's low byte is stored in `.vqk`, its bits above
+a byte in `.vqk.high`, several words to a byte. The word and its m give an index into a table of all words times all m,
+whose rows are int8 already.
 """
 
 from __future__ import annotations
@@ -19,19 +20,22 @@ if TYPE_CHECKING:
     from dsconvert.dsconv.format import Joint, JointLayer
 
 INT8, INT32 = TensorProto.INT8, TensorProto.INT32
-MEMBERS = 2  # VQK of a word
-HIGH = {4: 0, 5: 2, 6: 4}  # bits of a word above a byte, by bits of a VQK
+MEMBERS = 2  # VQK in a word
+HIGH = {4: 0, 5: 2, 6: 4}  # bits of a VQK -> bits of a word above its low byte
 
 
 def add_rows(joint: Joint, group: Sequence[JointLayer], layers: Sequence[JointLayer], label: str) -> str:
-    """INT8 rows of a group, by pairs, some of all layers of their kind."""
+    """Write m * VQK of a group's rows, INT8, two rows at a time.
+
+    layers: all layers of the group's kind; they share a table.
+    """
     levels = 1 + max(int(x.weight.m.max()) for x in layers)
     places = _places(joint, group, levels, label)
     return joint.b.node("Gather", [_table(joint, group[0], levels), places], f"{label}.int8")
 
 
 def _places(joint: Joint, group: Sequence[JointLayer], levels: int, label: str) -> str:
-    """Where in the table the words of layers in equal blocks stand: INT32, by pairs of rows."""
+    """Return the name of the table indices of the group's words, INT32, for two rows at a time."""
     b, bits = joint.b, group[0].weight.bits
     pairs = joint.kds(group, label)
     m = b.node("Gather", [_shifts(joint), pairs], f"{label}.m")
@@ -48,14 +52,14 @@ def _places(joint: Joint, group: Sequence[JointLayer], levels: int, label: str) 
 
 
 def _shifts(joint: Joint) -> str:
-    """INT32 (256, 2, 1): 256 times a byte's two m."""
+    """Return the name of INT32 (256, 2, 1): 256 times the two m that each byte holds."""
     if not joint.b.has("joint.shifts"):
         joint.b.node("Mul", [joint.pairs(), joint.b.constant(np.array(BYTE, np.int32))], "joint.shifts")
     return "joint.shifts"
 
 
 def _above(joint: Joint, layer: JointLayer, levels: int) -> str:
-    """INT32 (256 levels, words of a byte): what a byte and m add to the low bytes of the words they belong to."""
+    """Return the name of INT32 (256 * levels, words): what a byte of high bits, and m, add to its words."""
     b, label, high = joint.b, joint.label_of(layer), HIGH[layer.weight.bits]
     count = 8 // high
     if b.has(f"{label}.shift"):
@@ -67,7 +71,7 @@ def _above(joint: Joint, layer: JointLayer, levels: int) -> str:
 
 
 def _table(joint: Joint, layer: JointLayer, levels: int) -> str:
-    """INT8 (words times levels, VQK of a word): m times every word, m = 0, 1, ..., levels - 1."""
+    """Return the name of INT8 (words * levels, 2): m times the VQK of every word, for m = 0, 1, ..., levels - 1."""
     b, label = joint.b, joint.label_of(layer)
     if b.has(f"{label}.table"):
         return f"{label}.table"
@@ -78,7 +82,7 @@ def _table(joint: Joint, layer: JointLayer, levels: int) -> str:
 
 
 def _all_words(joint: Joint, layer: JointLayer) -> str:
-    """INT32 (what is above a byte, 256, VQK of a word): the integers of every word."""
+    """Return the name of INT32 (high parts, 256, 2): the two VQK of every word."""
     high = HIGH[layer.weight.bits]
     above = np.arange(1 << high)[:, None, None] >> np.arange(MEMBERS) * (high // MEMBERS)
     offset = ((above & (1 << high // MEMBERS) - 1) << 4) - (1 << layer.weight.bits - 1)
@@ -88,8 +92,11 @@ def _all_words(joint: Joint, layer: JointLayer) -> str:
 
 
 def _words(layer: JointLayer) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
-    """The low bytes of VQK's words (pairs of rows, 2, words), and bytes (pairs, 2, n) of what is above; where there is
-    any, the former are (pairs, 2, n, words of such a byte)."""
+    """Return the low bytes and the high bits of a layer's words.
+
+    The low bytes are (pairs of rows, 2, words). The high bits are bytes (pairs of rows, 2, n); where there are any, the
+    low bytes are (pairs of rows, 2, n, words of such a byte).
+    """
     rows, bits = layer.rows(), layer.weight.bits
     high = HIGH[bits]
     unsigned = rows.reshape(len(rows), -1, MEMBERS).astype(np.int32) + (1 << bits - 1)

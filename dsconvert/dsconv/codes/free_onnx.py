@@ -1,7 +1,8 @@
-"""How free integers are spelled in ONNX, one weight by itself.
+"""Write the free integers of one weight in ONNX.
 
-VQK and m are UINT4; Cast, Mul, Cast, Reshape give int8. VQK of 4 bits are INT4. Of other widths, every 4 bits are
-UINT4, and the rest (6 = 4 + 2) comes in runs of four VQK: a number of 4, 8 or 12 bits, which a table takes apart.
+VQK and m are stored as 4-bit integers; Cast, Mul, Cast and Reshape turn them into int8. VQK of 4 bits are INT4. VQK of
+other widths are split into pieces of 4 bits, stored as UINT4, and one piece of the remaining bits (6 = 4 + 2). Four
+such pieces together form a number of 4, 8 or 12 bits, which a table splits again.
 """
 
 from __future__ import annotations
@@ -20,14 +21,19 @@ INT32 = TensorProto.INT32
 
 
 def add_free(b: OnnxBuilder, name: str, weight: Weight, by_blocks: bool) -> str:
-    """Nodes and initializers for m * VQK of one weight of free integers; returns the name of an int8 value (cho, chi,
-    kh, kw). by_blocks: 4 bits as a DequantizeLinear in blocks."""
+    """Write the nodes and initializers of m * VQK; return the name of an int8 value (cho, chi, kh, kw).
+
+    by_blocks: write 4-bit VQK as a DequantizeLinear in blocks.
+    """
     if by_blocks and weight.bits == 4:
         return _blocked(b, name, weight)
     shape, blocks, taps = _axes(weight)
 
     def shift(stored: str) -> str:
-        """KDS as they meet VQK: once a block and tap, or spread out where these are no axes of VQK."""
+        """Return m in the shape in which it multiplies VQK.
+
+        It is one value a block and tap. Where these are not axes of VQK, it is repeated for the VQK that share it.
+        """
         value = b.node("Cast", [stored], f"{stored}32", to=INT32)
         if taps is not None:
             return b.node("Gather", [value, b.constant(taps)], f"{stored}.runs", axis=3)
@@ -42,13 +48,19 @@ def add_free(b: OnnxBuilder, name: str, weight: Weight, by_blocks: bool) -> str:
 
 
 def _is_ragged(weight: Weight) -> bool:
-    """A short last block cannot be a block axis: there the shifts are spread over the channels instead."""
+    """Return whether the last block is short.
+
+    Blocks cannot be an axis then, and m is repeated over the channels instead.
+    """
     return weight.vqk.shape[1] % min(weight.block_size, weight.vqk.shape[1]) != 0
 
 
 def _axes(weight: Weight) -> tuple[tuple[int, ...], tuple[int, ...], NDArray[np.int64] | None]:
-    """Shapes of VQK and of KDS in which they can be multiplied, and where runs of four VQK go across taps, the tap of
-    each member of a run (taps, 4): KDS (cho, nblk, 1, taps) are then looked up by it."""
+    """Return shapes of VQK and of m in which they can be multiplied, and a table of taps or None.
+
+    Where runs of four VQK go across taps, the table (taps, 4) gives the tap of each member of a run. The m (cho, nblk,
+    1, taps) are then looked up by it.
+    """
     cho, chi, kh, kw = weight.vqk.shape
     nblk, size, taps = block_count(chi, weight.block_size), min(weight.block_size, chi), kh * kw
     if _is_ragged(weight):
@@ -64,7 +76,7 @@ def _axes(weight: Weight) -> tuple[tuple[int, ...], tuple[int, ...], NDArray[np.
 
 
 def _blocked(b: OnnxBuilder, name: str, weight: Weight) -> str:
-    """As a DequantizeLinear in blocks; VQK has 4 bits."""
+    """Write 4-bit VQK as a DequantizeLinear in blocks."""
     chi = weight.vqk.shape[1]
     whole = chi // weight.block_size * weight.block_size
     edges = [(0, whole), (whole, chi)]
@@ -74,7 +86,10 @@ def _blocked(b: OnnxBuilder, name: str, weight: Weight) -> str:
 
 
 def _block_range(b: OnnxBuilder, name: str, weight: Weight, first: int, last: int) -> str:
-    """m * VQK of the input channels first..last, all in blocks of one size, as FLOAT (exact: below 128)."""
+    """Write m * VQK of the input channels first..last, all in blocks of one size, as FLOAT.
+
+    This is exact, as the integers are below 128.
+    """
     tail = ".tail" if first else ""
     size = min(weight.block_size, last - first)
     vqk = weight.vqk.numpy()[:, first:last].astype(ml_dtypes.int4)
@@ -86,14 +101,15 @@ def _block_range(b: OnnxBuilder, name: str, weight: Weight, first: int, last: in
 
 
 def _vqk(b: OnnxBuilder, name: str, weight: Weight, shape: tuple[int, ...]) -> str:
-    """VQK as an INT32 value of the given shape: INT4 as it is, other widths as the sum of their pieces."""
+    """Write VQK as an INT32 value of the given shape: INT4 as it is, other widths as the sum of their pieces."""
     vqk, bits = weight.vqk.numpy().reshape(shape), weight.bits
     if bits == 4:
         return b.node("Cast", [b.tensor(f"{name}.vqk", vqk.astype(ml_dtypes.int4))], f"{name}.vqk32", to=INT32)
     unsigned, total, position = vqk.astype(np.int32) + (1 << bits - 1), "", 0
     widths = [4] * (bits // 4) + [bits % 4] * (bits % 4 > 0)
     for width in widths:
-        bottom = -(1 << bits - 1) if position + width == bits else 0  # the last piece takes the offset back
+        # the highest piece subtracts the offset that made VQK unsigned
+        bottom = -(1 << bits - 1) if position + width == bits else 0
         piece = unsigned >> position & (1 << width) - 1
         part = f"{name}.vqk{position if len(widths) > 1 else ''}"
         value = _piece(b, part, piece, width, 1 << position, bottom)
@@ -103,9 +119,10 @@ def _vqk(b: OnnxBuilder, name: str, weight: Weight, shape: tuple[int, ...]) -> s
 
 
 def _piece(b: OnnxBuilder, name: str, piece: NDArray[np.int32], width: int, unit: int, bottom: int) -> str:
-    """unit * piece + bottom as an INT32 value of the piece's shape.
+    """Write unit * piece + bottom as an INT32 value of the piece's shape.
 
-    Below 4 bits, a run of 4 integers is one number of 4, 8 or 12 bits, which a table takes apart."""
+    Below 4 bits, four integers form one number of 4, 8 or 12 bits, which a table splits again.
+    """
     if width == 4:
         value = b.node("Cast", [b.tensor(name, piece.astype(ml_dtypes.uint4))], f"{name}.i", to=INT32)
         if (unit, bottom) == (1, 0):
@@ -125,7 +142,7 @@ def _piece(b: OnnxBuilder, name: str, piece: NDArray[np.int32], width: int, unit
 
 
 def _add_number(b: OnnxBuilder, name: str, numbers: NDArray[np.int32], bits: int) -> str:
-    """Numbers of 4, 8 or 12 bits as an INT32 value: UINT4, UINT8, or both."""
+    """Write numbers of 4, 8 or 12 bits as an INT32 value, stored as UINT4, UINT8 or both."""
     kind = ml_dtypes.uint4 if bits == 4 else np.uint8
     low = b.node("Cast", [b.tensor(name, (numbers & 255).astype(kind))], f"{name}.i", to=INT32)
     if bits <= 8:
@@ -137,8 +154,10 @@ def _add_number(b: OnnxBuilder, name: str, numbers: NDArray[np.int32], bits: int
 
 
 def _table(b: OnnxBuilder, width: int, unit: int, bottom: int) -> str:
-    """(16^width, 4) INT32: the run of integers with that number, times unit plus bottom. It is computed, so that the
-    file need not hold it."""
+    """Return the name of INT32 (16^width, 4): the four integers of each number, times unit plus bottom.
+
+    Nodes compute it, so that the file does not have to store it.
+    """
     name = f"table{width}x{unit}"
     if not b.has(name):
         first, end, one = (b.constant(np.array(v, np.int32)) for v in (0, 1 << 4 * width, 1))
@@ -152,7 +171,7 @@ def _table(b: OnnxBuilder, width: int, unit: int, bottom: int) -> str:
 
 
 def _spread(b: OnnxBuilder, value: str, name: str, weight: Weight) -> str:
-    """(cho, nblk, 1, kh, kw) -> (cho, chi, kh, kw), each block's value over its channels."""
+    """Repeat each block's value over its channels: (cho, nblk, 1, kh, kw) -> (cho, chi, kh, kw)."""
     cho, chi, kh, kw = weight.vqk.shape
     nblk, size = block_count(chi, weight.block_size), weight.block_size
     wide = b.node("Expand", [value, b.shape(cho, nblk, size, kh, kw)], f"{name}.wide")

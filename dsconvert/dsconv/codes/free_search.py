@@ -1,8 +1,8 @@
-"""Per-block least squares: the VQK, KDS and CDSw nearest to a float weight.
+"""Find the VQK, m and CDSw nearest to a float weight, by least squares.
 
-For a fixed CDSw the blocks are independent and small enough to solve exactly: for every m in 1..m_max the best
-VQK is round-and-clamp, so trying all m finds the block's optimum. For fixed integers the best CDSw is a
-projection. The two steps alternate from several starting scales; no step can increase the error.
+For a fixed CDSw the blocks are independent. For each m the best VQK is clamp(round(W / (CDSw m))), so trying all m
+finds a block's optimum. For fixed integers I = m VQK the best CDSw is <W, I> / <I, I>. The two steps alternate from
+several starting scales. No step can increase the error.
 """
 
 from __future__ import annotations
@@ -16,13 +16,19 @@ from torch.nn import functional as F
 from dsconvert.dsconv.format import PAIR_MAX, Parts, WeightFormat
 from dsconvert.dsconv.tensor import block_count
 
-STARTS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5)  # starting CDSw, as a share of the one that just avoids clipping
+STARTS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5)  # starting CDSw, as shares of the smallest one that clips nothing
 ROUNDS = 4
 
 
 def fit_weight(weight: Tensor, format: WeightFormat, starts: Sequence[float] = STARTS, rounds: int = ROUNDS) -> Parts:
-    """Float weight (cho, chi, kh, kw) -> VQK and m, int8, and CDSw of least ||W - W'||^2 by output channel, as far as
-    it is found, on CPU."""
+    """Minimise ||W - W'||^2 for each output channel, as far as the search finds it, on CPU.
+
+    weight: W, (cho, chi, kh, kw) float.
+    starts: starting CDSw, as shares of the smallest one that clips nothing.
+    rounds: alternations from each start.
+
+    Returns VQK and m, int8, and CDSw.
+    """
     cho, chi, kh, kw = weight.shape
     blocks = to_blocks(weight.detach().cpu().double(), format.block_size)
     widest = _unclipped_scale(blocks, format)
@@ -47,9 +53,9 @@ def fit_weight(weight: Tensor, format: WeightFormat, starts: Sequence[float] = S
 
 
 def nearest_integers(blocks: Tensor, cds: Tensor, format: WeightFormat) -> tuple[Tensor, Tensor]:
-    """For each block, the m (cho, nblk, 1, taps) and VQK (cho, nblk, B, taps) nearest to it at the given CDSw.
+    """Return for each block the m (cho, nblk, 1, taps) and VQK (cho, nblk, B, taps) nearest to it at the given CDSw.
 
-    Exact: all m are tried, and for each the nearest VQK is the rounded quotient. Ties go to the smaller m.
+    The result is exact: all m are tried, each with the rounded quotients as VQK. Of equal errors the smaller m is kept.
     """
     low, high = format.limits
     scaled = blocks / cds[:, None, None, None]
@@ -66,19 +72,22 @@ def nearest_integers(blocks: Tensor, cds: Tensor, format: WeightFormat) -> tuple
 
 
 def _unclipped_scale(blocks: Tensor, format: WeightFormat) -> Tensor:
-    """The least CDSw * m (cho,) at which no VQK is clipped, to its own limits or as half of a pair."""
+    """Return the least CDSw * m (cho,) at which no VQK is clipped, by its own limits or by a pair's."""
     low, high = format.limits
     scale = (blocks.amax((1, 2, 3)) / high).maximum(blocks.amin((1, 2, 3)) / low)
     if format.bits == 8:
         together = 2 * blocks if blocks.shape[2] % 2 else blocks[:, :, 0::2] + blocks[:, :, 1::2]
-        scale = scale.maximum(together.abs().amax((1, 2, 3)) / (PAIR_MAX - 1))  # each of the two may round up
+        scale = scale.maximum(together.abs().amax((1, 2, 3)) / (PAIR_MAX - 1))  # each of the two may be rounded up
     return scale.clamp_min(1e-12)
 
 
 def relieve_pairs(vqk: Tensor, bits: int) -> Tensor:
-    """VQK (cho, nblk, B, taps) with the larger of two neighbours cut so that they stay within PAIR_MAX together.
+    """Cut the larger of two neighbouring VQK so that their sum stays within PAIR_MAX.
 
-    Only 8 bits need it: below, `most_m` keeps m VQK within half of PAIR_MAX."""
+    Only 8 bits need it: below, `most_m` keeps each m VQK within half of PAIR_MAX.
+
+    vqk: (cho, nblk, B, taps).
+    """
     if bits < 8:
         return vqk
     if vqk.shape[2] % 2:
@@ -91,14 +100,17 @@ def relieve_pairs(vqk: Tensor, bits: int) -> Tensor:
 
 
 def project_cds(blocks: Tensor, integers: Tensor, fallback: Tensor) -> Tensor:
-    """argmin over CDSw of ||W - CDSw * I||^2 = <W, I> / <I, I> per output channel; `fallback` where I = 0."""
+    """Return the CDSw that minimises ||W - CDSw * I||^2 for each output channel: <W, I> / <I, I>.
+
+    `fallback` is kept where I = 0 or the result is not positive.
+    """
     power = integers.square().sum((1, 2, 3))
     cds = (blocks * integers).sum((1, 2, 3)) / power.clamp_min(1e-30)
     return torch.where((power > 0) & (cds > 0), cds, fallback)
 
 
 def to_blocks(weight: Tensor, block_size: int) -> Tensor:
-    """(cho, chi, kh, kw) -> (cho, nblk, B, kh * kw), a short last block padded with zeros (which fit exactly)."""
+    """Reshape (cho, chi, kh, kw) to (cho, nblk, B, kh * kw); zeros fill up a short last block, and fit exactly."""
     cho, chi, kh, kw = weight.shape
     nblk = block_count(chi, block_size)
     size = min(block_size, chi) if nblk == 1 else block_size
@@ -107,5 +119,5 @@ def to_blocks(weight: Tensor, block_size: int) -> Tensor:
 
 
 def from_blocks(blocks: Tensor, chi: int, kh: int, kw: int) -> Tensor:
-    """Inverse of `to_blocks`."""
+    """Undo `to_blocks`."""
     return blocks.reshape(blocks.shape[0], -1, kh, kw)[:, :chi]

@@ -1,7 +1,7 @@
-"""The paper's real-valued KDS: alpha, one float for every block of every output channel and tap, instead of m * CDSw.
+"""The paper's real-valued KDS: alpha, one float for each block, tap and output channel, instead of m * CDSw.
 
-For given VQK the best alpha are a linear least-squares problem; for given alpha the nearest VQK are rounded quotients.
-Such a weight is no int8 tensor: engines multiply it in float.
+For given VQK the best alpha solve a linear least-squares problem. For given alpha the nearest VQK are rounded
+quotients. Such a weight has no int8 form, so engines multiply in float.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ from dsconvert.dsconv.codes.free_search import from_blocks, to_blocks
 from dsconvert.dsconv.format import Code, Parts, Weight, WeightFormat
 from dsconvert.dsconv.tensor import block_count
 
-STARTS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5)  # starting alpha, as a share of the one that just avoids clipping
+STARTS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5)  # starting alpha, as shares of the smallest one that clips nothing
 ROUNDS = 4
-RIDGE = 1e-9  # of the mean diagonal: only against blocks whose VQK are all zero
+RIDGE = 1e-9  # share of the mean diagonal; it only keeps blocks whose VQK are all zero solvable
 
 
 class Real(Free):
-    """Free integers, and real alpha in the place of m."""
+    """Free integers, with real alpha instead of m."""
 
     name = "real"
-    real = True  # and told in a model file by its alpha
+    real = True  # a model file shows this code by the type of its alpha
     joint_bits = ()
 
     @property
@@ -31,7 +31,10 @@ class Real(Free):
         return FREE
 
     def nearest(self, weight: Tensor, format: WeightFormat) -> Parts:
-        """Locally, from several starts, of either sign as VQK reach further down than up; CDSw = 1."""
+        """Return a local minimum of the squared error, with CDSw = 1.
+
+        Both signs of alpha are tried, as VQK reach one step further down than up.
+        """
         return Parts(*nearest_alpha(weight, format), torch.ones(len(weight)))
 
     def refit(self, fitted: Weight, hessian: Tensor, cross: Tensor, format: WeightFormat) -> Parts:
@@ -43,14 +46,19 @@ REAL = Real()
 
 
 def project_alpha(blocks: Tensor, vqk: Tensor) -> Tensor:
-    """argmin over alpha of ||w - alpha v||^2 = <w, v> / <v, v> of every block: (cho, nblk, B, taps) twice ->
-    (cho, nblk, 1, taps); 0 where v = 0."""
+    """Return the alpha that minimises ||w - alpha v||^2 for every block: <w, v> / <v, v>, 0 where v = 0.
+
+    blocks, vqk: w and v, (cho, nblk, B, taps). The result is (cho, nblk, 1, taps).
+    """
     power = vqk.square().sum(2, keepdim=True)
     return torch.where(power > 0, (blocks * vqk).sum(2, keepdim=True) / power.clamp_min(1), 0.0)
 
 
 def nearest_alpha(weight: Tensor, format: WeightFormat) -> tuple[Tensor, Tensor]:
-    """Float weight (cho, chi, kh, kw) -> VQK int8 and alpha float32 minimising ||W - W'||^2 with CDSw = 1."""
+    """Return VQK, int8, and alpha, float32, that minimise ||W - W'||^2 with CDSw = 1, as far as the search finds it.
+
+    weight: W, (cho, chi, kh, kw) float.
+    """
     _, chi, kh, kw = weight.shape
     low, high = format.limits
     blocks = to_blocks(weight.detach().cpu().double(), format.block_size)
@@ -73,11 +81,15 @@ def nearest_alpha(weight: Tensor, format: WeightFormat) -> tuple[Tensor, Tensor]
 
 
 def best_alpha(fitted: Weight, hessian: Tensor, cross: Tensor) -> Tensor:
-    """The alpha (cho, nblk, kh, kw) float64 that minimise J(W') = const - 2 C W'^T + W' H W'^T (see `fit.gptq`) for the
-    VQK of a weight, CDSw = 1.
+    """Return the alpha (cho, nblk, kh, kw), float64, that minimise J (see `fit.gptq`) for given VQK, with CDSw = 1.
 
-    W' is linear in an output channel's alpha: with the columns of VQK in one matrix V (K, groups), a column for every
-    block and tap, the best are (V^T H V)^-1 V^T C^T. Never worse than `fitted` itself, up to rounding."""
+    W' is linear in the alpha of an output channel: W' = V alpha. V (K, groups) has one column for each block and tap,
+    with the VQK of that group. So
+
+        J = const - 2 C W'^T + W' H W'^T    is least at    alpha = (V^T H V)^-1 V^T C^T
+
+    J is never worse than for `fitted` itself, up to rounding.
+    """
     cho, chi, kh, kw = fitted.vqk.shape
     nblk = block_count(chi, fitted.format.block_size)
     group = (torch.arange(chi)[:, None] // fitted.format.block_size * (kh * kw) + torch.arange(kh * kw)).flatten()

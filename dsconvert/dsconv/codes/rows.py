@@ -1,4 +1,4 @@
-"""Rows of VQK that share an m, as ONNX files have them."""
+"""Helpers for rows of VQK that share an m, as ONNX files store them."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ BYTE = 256
 
 
 def as_bytes(pieces: NDArray[np.integer], width: int) -> NDArray[np.uint8]:
-    """(..., n) unsigned integers of so many bits -> (...) bytes, the first lowest."""
+    """Join unsigned integers (..., n) of `width` bits into bytes (...); the first integer has the lowest bits."""
     return numbers_of(pieces, width).astype(np.uint8)
 
 
 def weight_of_rows(b: OnnxBuilder, name: str, value: str, shape: tuple[int, ...], size: int) -> str:
-    """Rows of `size` integers -> the weight (cho, chi, kh, kw)."""
+    """Write the nodes from rows of `size` integers to the weight (cho, chi, kh, kw)."""
     taps = shape[2] * shape[3]
     if taps > 1:
         value = b.node("Reshape", [value, b.shape(-1, taps, size)], f"{name}.blocks")

@@ -1,18 +1,22 @@
-"""The length of an output channel, which few bits shorten."""
+"""Undo the shrinking of output channels that rounding to few bits causes."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-MOST = 4.0  # times as long a fitted channel may become
+MOST = 4.0  # a channel is made at most so many times longer
 
 
 def unshrunk(weight: Tensor, fitted: Tensor) -> Tensor:
-    """Fitted (cho, chi, kh, kw), every output channel scaled so that <fitted, W> = <W, W>.
+    """Scale every output channel of a fitted weight so that <fitted, W> = <W, W>.
 
-    The nearest weights of few bits are short ones (at 1 bit by 0.4), an error that is no noise: the outputs shrink with
-    them. The fit's CDSw, which is for the outputs, leaves noise alone, and that is what is judged here."""
+    The nearest weight of few bits is shorter than W (at 1 bit by a factor of 0.4). This error is not noise: outputs
+    shrink by the same factor. The fit chooses CDSw for the outputs, so only noise is left. Estimates of damage should
+    judge this noise, so they undo the shrinking first.
+
+    weight, fitted: (cho, chi, kh, kw).
+    """
     w, f = weight.flatten(1), fitted.flatten(1)
     along = (w * f).sum(1)
     scale = torch.where(along > 0, w.square().sum(1) / along.clamp_min(1e-30), torch.ones_like(along))

@@ -1,4 +1,7 @@
-"""VQK along a trellis, as a code: see `trellis_table` for what it is, and `trellis_search` for how it is fitted."""
+"""VQK along a trellis, as a code.
+
+`trellis_table` explains what a trellis is, and `trellis_search` how VQK along one are found.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +25,7 @@ if TYPE_CHECKING:
 
 
 class Trellis(Code):
-    """1 to 4 bits. What is stored of a weight are the bits that its string has there, uint8."""
+    """VQK of 1 to 4 bits along a trellis. What is stored of a weight is its part of the string of bits, uint8."""
 
     name = "trellis"
     stored_as = torch.uint8
@@ -30,7 +33,7 @@ class Trellis(Code):
     has_zero = False
 
     def limits(self, bits: int) -> tuple[int, int]:
-        """As far as the table goes."""
+        """Return the limits of the table's integers."""
         if not 1 <= bits <= 4:
             raise ValueError(f"bits must be 1 to 4 along a trellis, got {bits}")
         return -trellis_table.largest(bits), trellis_table.largest(bits)
@@ -55,7 +58,7 @@ class Trellis(Code):
         return from_strings(row, (cho, chi, kh, kw), format.block_size)
 
     def order(self, shape: Sequence[int], format: WeightFormat, energy: Tensor) -> list[Tensor]:
-        """As its strings go, whatever the energy: a weight's bits decide what the next ones can be."""
+        """Return the columns in the string's order: a weight's bits limit what the next weights can be."""
         _, chi, kh, kw = shape
         columns = torch.arange(chi * kh * kw).reshape(1, chi, kh, kw)
         return list(strings(columns, format.block_size)[0].split(format.size(chi)))
@@ -77,8 +80,16 @@ class Trellis(Code):
         return Parts(code, m.reshape(cho, -1, kh, kw).to(torch.int8), cds.float())
 
     def damage(self, weight: Tensor, format: WeightFormat, squares: Tensor) -> float:
-        """Of mean D^2 by block and tap: what such a block's size lets expect, with the output channel as long as it was
-        (see `shrink.unshrunk`; the errors of the nearest string are at right angles to it)."""
+        """Return sum g^2 D^2 for the errors D that a trellis is expected to leave.
+
+        All errors of a block at a tap have one mean square E, which follows from the root mean square of the block's
+        weights (see `trellis_search.suited`). The nearest string is shorter than the weight. Scaled back to the
+        weight's length (see `shrink.unshrunk`), its error becomes
+
+            E / (1 - sum E / sum P),    P: the weight's mean square, sums over the output channel
+
+        since the error of the nearest string is orthogonal to it.
+        """
         blocks = blocks_of(weight, format)
         power = blocks.square().mean(-1)
         rms = power.sqrt().numpy()
@@ -99,7 +110,7 @@ class Trellis(Code):
     label = "trellis"
 
     def spell(self, b: OnnxBuilder, name: str, weight: Weight, by_blocks: bool) -> str:
-        from dsconvert.dsconv.codes.trellis_onnx import add_trellis  # onnx takes a while to load
+        from dsconvert.dsconv.codes.trellis_onnx import add_trellis  # onnx takes a while to import
 
         return add_trellis(b, name, weight)
 
@@ -113,5 +124,5 @@ TRELLIS = Trellis()
 
 
 def blocks_of(x: Tensor, format: WeightFormat) -> Tensor:
-    """(cho, chi, kh, kw) -> float64 (cho, blocks, size): what shares an m."""
+    """Reshape (cho, chi, kh, kw) to float64 (cho, blocks, size); the numbers of a block share an m."""
     return strings(x.detach().cpu().double(), format.block_size).unflatten(1, (-1, format.size(x.shape[1])))

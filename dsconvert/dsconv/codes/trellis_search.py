@@ -1,8 +1,8 @@
-"""Fitting VQK along a trellis (see `trellis_table`): nearest to a weight, and within GPTQ's loop.
+"""Find VQK along a trellis (see `trellis_table`): the nearest to a weight, or the ones that GPTQ's loop rounds to.
 
-A window is the last eight bits at a place, and decides VQK there; a state is what of it the next window keeps. Of all
-strings that lead to one state, only the best can become part of the best (Viterbi, IEEE Transactions on Information
-Theory 13, 1967), so as many strings as there are states are followed from weight to weight.
+At each weight, the window is the last eight bits of the string, and decides VQK. The state is the part of the window
+that the next window still contains. Of all strings that lead to one state, only the best can be part of the best string
+(Viterbi, IEEE Transactions on Information Theory 13, 1967). So the search follows one string for each state.
 """
 
 from __future__ import annotations
@@ -18,21 +18,24 @@ from dsconvert.base.threads import shared
 from dsconvert.dsconv.codes.trellis_table import largest, table
 from dsconvert.dsconv.format import M_MAX, PAIR_MAX, Floats
 
-AHEAD = 24  # columns of later groups into which strings are followed before a group's best is chosen
-NEAR = 1  # m tried on each side of the one that suits a group
-SHARES = (1.3, 1.15, 1.0, 0.87, 0.75, 0.65, 0.56, 0.48)  # starting CDSw, as shares of what suits the largest block
-MOST = 1 << 26  # windows that are remembered at once
+AHEAD = 24  # columns of later groups that are searched before a group's string is decided
+NEAR = 1  # how many m are tried on each side of the m that suits a group
+# starting CDSw, as shares of the one that suits the largest block
+SHARES = (1.3, 1.15, 1.0, 0.87, 0.75, 0.65, 0.56, 0.48)
+MOST = 1 << 26  # most windows in memory at once
 
 
 def most_m(bits: int) -> int:
-    """Largest m for which no two m * VQK can exceed PAIR_MAX together."""
+    """Return the largest m at which two neighbouring m * VQK never exceed PAIR_MAX together."""
     return max(1, min(M_MAX, PAIR_MAX // 2 // largest(bits)))
 
 
 @dataclass(frozen=True)
 class Register:
-    """What can follow what: `values` (256,) float32 are VQK by window. Window w comes from state w >> bits and leads to
-    state w % states."""
+    """The shift register of a trellis: window w follows state w >> bits and leads to state w % states.
+
+    values: VQK by window, (256,) float32.
+    """
 
     bits: int
     values: Tensor
@@ -49,7 +52,10 @@ class Register:
 
 @lru_cache
 def noise(bits: int) -> tuple[Floats, Floats]:
-    """Root mean squares of numbers, rising, and the mean squared error of the string nearest to such numbers."""
+    """Return rising root mean squares of numbers, and the mean squared error of the string nearest to such numbers.
+
+    The numbers are random, with tails between a Gaussian's and a Laplacian's, as weights have them.
+    """
     rng = np.random.default_rng(0)
     size = rng.gamma(1 / 1.5, size=(32, 128)) ** (1 / 1.5) * rng.choice((-1.0, 1.0), (32, 128))
     numbers = torch.from_numpy(size / np.sqrt(np.square(size).mean())).float()
@@ -64,9 +70,12 @@ def noise(bits: int) -> tuple[Floats, Floats]:
 
 
 def suited(rms: Floats, cds: Floats, bits: int) -> tuple[Floats, Floats]:
-    """For blocks of that root mean square (cho, ...) and CDSw (cho,): the m of least expected error, and that mean
-    squared error, both like rms."""
-    from dsconvert.base import loops  # numba takes a while to load
+    """Return for blocks the m of least expected error, and the expected mean squared error.
+
+    rms: the blocks' root mean squares (cho, ...); both results have this shape.
+    cds: CDSw, (cho,).
+    """
+    from dsconvert.base import loops  # numba takes a while to import
 
     given = np.ascontiguousarray(rms.reshape(len(rms), -1)), np.ascontiguousarray(cds), most_m(bits)
     m, errors = np.empty(given[0].shape), np.empty(given[0].shape)
@@ -75,9 +84,9 @@ def suited(rms: Floats, cds: Floats, bits: int) -> tuple[Floats, Floats]:
 
 
 def starting(rms: Floats, bits: int) -> Floats:
-    """For blocks of that root mean square (cho, blocks): CDSw (cho,) of least expected error."""
+    """Return CDSw (cho,) of least expected error, for blocks of these root mean squares (cho, blocks)."""
     levels, errors = noise(bits)
-    own = levels[(errors / np.square(levels)).argmin()]  # of the numbers that suit the trellis best
+    own = levels[(errors / np.square(levels)).argmin()]  # the root mean square that loses least relative to itself
     widest = rms.max(1).clip(1e-12) / own / most_m(bits)
     best, found = np.full(len(rms), np.inf), widest
     for share in SHARES:
@@ -88,8 +97,12 @@ def starting(rms: Floats, bits: int) -> Floats:
 
 
 def nearest(strings: Tensor, size: int, bits: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Weights in strings (cho, K), `size` of which share an m -> codes uint8 (cho, K), m (cho, K / size) and CDSw
-    (cho,), both float64: near the least squared error."""
+    """Round weights to strings near the least squared error.
+
+    strings: (cho, K), of which `size` neighbours share an m.
+
+    Returns codes, uint8 (cho, K), m (cho, K / size) and CDSw (cho,), both float64.
+    """
     rms = strings.double().unflatten(1, (-1, size)).square().mean(-1).sqrt().numpy()
     start = starting(rms, bits)
     m = torch.from_numpy(suited(rms, start, bits)[0])
@@ -101,14 +114,18 @@ def nearest(strings: Tensor, size: int, bits: int) -> tuple[Tensor, Tensor, Tens
         codes.append(code)
         integers.append(vqk)
     made = torch.cat(integers).double() * spread
+    # for fixed integers the best CDSw is <W, I> / <I, I>
     cross, power = (strings.double() * made).sum(1), made.square().sum(1)
     fitted = torch.where((cross > 0) & (power > 0), cross / power.clamp_min(1e-30), torch.from_numpy(start))
     return torch.cat(codes), m, fitted
 
 
 def nearest_values(wanted: Tensor, m: Tensor, trellis: Register) -> tuple[Tensor, Tensor]:
-    """Codes uint8 and VQK float32, both (n, K), of least `sum m^2 (wanted - VQK)^2` for wanted and m (n, K)."""
-    from dsconvert.base import loops  # numba takes a while to load
+    """Return codes, uint8, and VQK, float32, both (n, K), that minimise sum m^2 (wanted - VQK)^2.
+
+    wanted, m: (n, K).
+    """
+    from dsconvert.base import loops  # numba takes a while to import
 
     windows = torch.empty(wanted.shape, dtype=torch.uint8)
     given = (wanted.contiguous().numpy(), m.contiguous().numpy(), trellis.values.numpy(), trellis.bits, windows.numpy())
@@ -117,13 +134,20 @@ def nearest_values(wanted: Tensor, m: Tensor, trellis: Register) -> tuple[Tensor
 
 
 def _code(windows: Tensor, trellis: Register) -> Tensor:
+    """Return the bits that each window adds to the string."""
     return (windows & (1 << trellis.bits) - 1).to(torch.uint8)
 
 
 def round_strings(target: Floats, cds: Floats, upper: Floats, size: int, bits: int) -> tuple[Tensor, Tensor]:
-    """GPTQ's loop over a target (cho, K) in strings, `size` columns of which share an m, given the Cholesky factor of
-    H^-1 in that order (K, K) and CDSw (cho,): codes uint8 (cho, K) and m (groups, cho)."""
-    from dsconvert.base import loops  # numba takes a while to load
+    """Run GPTQ's loop over a target in strings.
+
+    target: (cho, K), of which `size` neighbours share an m.
+    cds: CDSw, (cho,).
+    upper: (K, K), the upper Cholesky factor of H^-1 in that order.
+
+    Returns codes, uint8 (cho, K), and m (groups, cho).
+    """
+    from dsconvert.base import loops  # numba takes a while to import
 
     w, scale, factor = (np.array(x, np.float32, order="C") for x in (target, cds, upper))
     codes, chosen = np.empty(w.shape, np.uint8), np.empty((len(w), -(-w.shape[1] // size)))

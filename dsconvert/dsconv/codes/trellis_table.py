@@ -1,18 +1,18 @@
-"""VQK along a trellis: each is read off the last eight bits of its output channel's string of bits.
+"""VQK along a trellis: each is looked up by the last eight bits of its output channel's string of bits.
 
-Integers that are each free are points of a cube, and most of a cube looks like no weights. In a trellis code (TCQ:
-Marcellin and Fischer, IEEE Transactions on Communications 38, 1990) a weight's few own bits choose among values that
-the bits before them decide. So from b bits a weight there are many more values than 2^b to be had, and a search over
-whole strings (Viterbi's) finds the one that comes nearest. The form here is the shift register of QTIP (arXiv
-2406.11235, section 3): with c[t] the b bits that stand for weight t,
+Free integers of b bits give each weight 2^b values. In a trellis code, a weight's b bits choose among values that the
+bits before them decide (TCQ: Marcellin and Fischer, IEEE Transactions on Communications 38, 1990). So there are many
+more values than 2^b, and a search over whole strings (Viterbi's) finds the nearest ones. The form here is QTIP's shift
+register (arXiv 2406.11235, section 3). With c[t] the b bits of weight t,
 
-    VQK[t] = TABLES[b][the last 8 bits of c[0] c[1] ... c[t]],    zeros before c[0]
+    VQK[t] = table(b)[the last 8 bits of c[0] c[1] ... c[t]],    zeros before c[0]
 
-so 256 integers are all there is to know. For Gaussian weights the error falls by about 1 dB (1 bit, against signs),
-2.8 dB (2 bits) and 2 dB (3 and 4 bits) from what free integers of as many bits leave.
+so a code is a table of 256 integers. On Gaussian weights, its error is lower than with
+free integers of as many bits. The gain is about 1 dB at 1 bit (against signs), 2.8 dB at 2 bits, and 2 dB at 3 and 4.
 
-An output channel's string goes block by block, within a block tap by tap, within a tap channel by channel: what shares
-an m stands together. `code` (bits of every weight, uint8) has the shape of VQK, `strings` puts it in that order.
+The string of an output channel goes block by block, within a block tap by tap, and within a tap channel by channel. So
+weights that share an m are neighbours. `code` (the bits of every weight, uint8) has the shape of VQK; `strings` puts it
+in the string's order.
 """
 
 from __future__ import annotations
@@ -24,11 +24,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-WINDOW = 8  # bits that decide a VQK
-EVEN = 8  # channels of a block are a multiple of so many, so that its bits are whole bytes
+WINDOW = 8  # last bits of the string that decide a VQK
+EVEN = 8  # a block's channels are a multiple of this, so that its bits fill whole bytes
 
-# bits -> 256 integers, int8 in hexadecimal, made by benchmarks/trellis_tables.py for numbers whose tails are between
-# Gauss's and Laplace's, as weights' are. The largest leave room for m, as two m VQK must not exceed 128.
+# bits -> 256 integers, int8 in hexadecimal. benchmarks/trellis_tables.py made them for numbers with tails between a
+# Gaussian's and a Laplacian's, as weights have them. They leave room for m, as the sum of two m VQK must not exceed
+# 128.
 _TABLES = {
     1: (
         "fe02ff010000fe02000501fc01fe01ff030001fefc01ff01fe01ff02000401fc01fd01ff02ff03fffa01fe01ff01ff03ff0701fd01fd02ff"
@@ -63,37 +64,40 @@ _TABLES = {
 
 @lru_cache
 def table(bits: int) -> NDArray[np.int8]:
-    """(256,): VQK by the last eight bits. Raises KeyError for bits that have no trellis."""
+    """Return VQK (256,) by the last eight bits. Raises KeyError for bits that have no trellis."""
     made = np.frombuffer(bytes.fromhex(_TABLES[bits]), np.int8)
     made.flags.writeable = False
     return made
 
 
 def largest(bits: int) -> int:
-    """Largest |VQK| along a trellis of that many bits. Raises KeyError for bits that have none."""
+    """Return the largest |VQK| of a trellis. Raises KeyError for bits that have no trellis."""
     return int(np.abs(table(bits).astype(int)).max())
 
 
 def fits(bits: int, chi: int, block_size: int) -> bool:
-    """Whether a layer of chi input channels (per group) can be stored so: its blocks are whole, and of whole bytes."""
+    """Return whether a layer of chi input channels (per group) can be stored along a trellis.
+
+    Its blocks must all have one size, and their bits must fill whole bytes.
+    """
     size = min(block_size, chi)
     return bits in _TABLES and chi % size == 0 and size % EVEN == 0
 
 
 def strings(x: Tensor, block_size: int) -> Tensor:
-    """(cho, chi, kh, kw) -> (cho, chi kh kw): every output channel in its string's order."""
+    """Reorder (cho, chi, kh, kw) to (cho, chi * kh * kw), each output channel in its string's order."""
     cho, chi, kh, kw = x.shape
     return x.reshape(cho, -1, min(block_size, chi), kh * kw).transpose(2, 3).reshape(cho, -1)
 
 
 def from_strings(x: Tensor, shape: tuple[int, ...], block_size: int) -> Tensor:
-    """Inverse of `strings`, for a weight of that shape (cho, chi, kh, kw)."""
+    """Undo `strings`, for a weight of shape (cho, chi, kh, kw)."""
     cho, chi, kh, kw = shape
     return x.reshape(cho, -1, kh * kw, min(block_size, chi)).transpose(2, 3).reshape(shape).contiguous()
 
 
 def windows(code: Tensor, bits: int) -> Tensor:
-    """Strings (cho, K) of `bits` bits each, uint8 -> the last eight bits at each place, uint8."""
+    """Return the last eight bits at each place of strings (cho, K), uint8, of `bits` bits a weight."""
     found = code.int()
     for back in range(1, -(-WINDOW // bits)):
         found[:, back:] |= code[:, :-back].int() << bits * back
@@ -102,7 +106,7 @@ def windows(code: Tensor, bits: int) -> Tensor:
 
 @lru_cache
 def quiet(bits: int, length: int) -> Tensor:
-    """A string (length,) whose VQK are small, as none is all zeros: at every place the smallest there is."""
+    """Return a string (length,) with small VQK, choosing the smallest at every place. No string gives zeros alone."""
     book, found, seen = np.abs(table(bits).astype(int)), np.zeros(length, np.uint8), 0
     for t in range(length):
         seen = seen << bits & 255

@@ -1,1 +1,1 @@
-"""How an ONNX file begins and ends: the image, decoding, suppression."""
+"""How an ONNX file begins and ends: image input, box decoding and non-maximum suppression."""

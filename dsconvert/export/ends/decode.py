@@ -1,7 +1,7 @@
-"""The Detect tail in ONNX: raw maps to boxes, in float (the same equations as `yolo.decode`).
+"""Write the decoding of raw maps to boxes as ONNX nodes, in float, with the equations of `yolo.decode`.
 
-All levels are brought into one table of boxes while they are still bytes, a quarter of the size of floats; only then
-are they dequantized, each row with its level's grid, and decoded together.
+The maps of all levels are joined into one table of boxes while they are still bytes, a quarter of float's size. Then
+the table is dequantized, each row with its level's grid, and decoded in one go.
 """
 
 from __future__ import annotations
@@ -20,14 +20,18 @@ from dsconvert.export.written import Place
 from dsconvert.yolo.lower import PARTS
 from dsconvert.yolo.network import Head
 
-SHORT = 16  # bytes of a box that a Transpose moves faster than a Split
+SHORT = 16  # bytes a box, up to which one Transpose is faster than a Split
 
 
 @dataclass(frozen=True)
 class Decoded:
-    """Names of the parts of all boxes: `box` (n, boxes, 4), centre and size in pixels; `objectness` (n, boxes, 1) and
-    `classes` (n, boxes, nc), both 0..1, 1 for a class that is untrained; `masks` (n, boxes, nm), the mask coefficients,
-    none of a detector."""
+    """Names of the parts of all boxes.
+
+    box: (n, boxes, 4), centre and size in pixels.
+    objectness: (n, boxes, 1), 0..1.
+    classes: (n, boxes, nc), 0..1; all 1 where the only class is untrained.
+    masks: (n, boxes, nm), the mask coefficients; empty for a detector.
+    """
 
     box: str
     objectness: str
@@ -35,15 +39,15 @@ class Decoded:
     masks: tuple[str, ...] = ()
 
     def all(self) -> list[str]:
-        """The parts in their order in a row of the output."""
+        """Return the names in the order of an output row."""
         return [self.box, self.objectness, self.classes, *self.masks]
 
 
 def add_decode(b: OnnxBuilder, raw: Sequence[Place], head: Head, imgsz: Size) -> Decoded:
-    """Raw maps -> boxes.
+    """Write the nodes from raw maps to boxes.
 
-    `raw` is one map a level of na * no channels, or a map a level of each of a box's parts (see
-    `lower.split_detect`)."""
+    raw: one map a level, of na * no channels; or one map a level for each part of a box (see `lower.split_detect`).
+    """
     grids = [imgsz.over(stride) for stride in head.strides]
     step = len(head.parts)
     if len(raw) > len(head.strides):
@@ -57,14 +61,19 @@ def add_decode(b: OnnxBuilder, raw: Sequence[Place], head: Head, imgsz: Size) ->
         b.nodes.append(helper.make_node("Split", [whole, b.shape(*head.parts)], names, axis=2))
         if masks:
             box, objectness, classes = (b.node("Sigmoid", [name], f"{name}.sigmoid") for name in names[:3])
-    if head.class_untrained:  # no sigmoid is more than 1
+    if head.class_untrained:  # a score cannot exceed 1, so this makes all of them 1
         classes = b.node("Max", [classes, b.scalar(1.0)], "detect.meant")
     return Decoded(_pixels(b, box, head, grids), objectness, classes, tuple(masks))
 
 
 def _pixels(b: OnnxBuilder, box: str, head: Head, grids: Sequence[Size]) -> str:
-    """Sigmoids s (n, boxes, 4) -> pixels. The centre is 2 stride s + cell, the size s^2 4 anchor: both are
-    s * linear + cell + s^2 * square, with zeros where the other has numbers, as taking s apart would cost more."""
+    """Turn sigmoids s (n, boxes, 4) into pixels.
+
+        centre = 2 stride s + cell,    size = 4 anchor s^2
+
+    Both are written as s * linear + cell + s^2 * square, with zeros where a term does not apply: cutting s into centre
+    and size would cost more time.
+    """
     linear = [[(2 * stride, 2 * stride, 0, 0)] * head.na for stride in head.strides]
     square = [[(0, 0, 4 * w, 4 * h) for w, h in level] for level in head.anchors]
     first = b.node("Mul", [box, _rows(b, linear, "detect.linear", grids)], "detect.s")
@@ -77,7 +86,10 @@ def _pixels(b: OnnxBuilder, box: str, head: Head, grids: Sequence[Size]) -> str:
 def _table(
     b: OnnxBuilder, maps: Sequence[Place], name: str, na: int, columns: int, grids: Sequence[Size], sigmoid: bool = True
 ) -> str:
-    """Raw maps of na * columns channels, one a level -> (n, boxes, columns), their sigmoids unless not wanted."""
+    """Join raw maps of na * columns channels, one a level, into (n, boxes, columns).
+
+    sigmoid: whether to apply the sigmoid.
+    """
     run, runs = _runs(grids)
     levels: list[str] = []
     for i, (raw, grid) in enumerate(zip(maps, grids, strict=True)):
@@ -85,7 +97,7 @@ def _table(
             levels += _by_anchor(b, raw, f"{name}.{i}", na, columns, grid, (run, runs[i]))
             continue
         last = raw.name
-        if columns > 1:  # a single number of every box has no other order
+        if columns > 1:  # with one number a box there is nothing to reorder
             split = b.node("Reshape", [raw.name, b.shape(0, na, columns, *grid.pair)], f"{name}.{i}.split")
             last = b.node("Transpose", [split], f"{name}.{i}.last", perm=[0, 1, 3, 4, 2])
         levels.append(b.node("Reshape", [last, b.shape(0, na * runs[i], run * columns)], f"{name}.{i}.runs"))
@@ -104,8 +116,12 @@ def _table(
 def _by_anchor(
     b: OnnxBuilder, raw: Place, name: str, na: int, columns: int, grid: Size, places: tuple[int, int]
 ) -> list[str]:
-    """A map with its channels last -> its anchors' boxes in runs, to be joined along axis 1: turned around together,
-    or, quicker where each box has many bytes, cut out one by one. `places` are (run, runs)."""
+    """Reorder a map with channels last into runs of boxes by anchor, to be joined along axis 1.
+
+    Boxes of few bytes are reordered by one Transpose. Larger ones are cut out anchor by anchor, which is faster then.
+
+    places: (run, runs), see `_runs`.
+    """
     run, runs = places
     if columns <= SHORT and not raw.more:
         apart = b.node("Reshape", [raw.name, b.shape(0, *grid.pair, na, columns)], f"{name}.split")
@@ -119,14 +135,17 @@ def _by_anchor(
 
 
 def _runs(grids: Sequence[Size]) -> tuple[int, list[int]]:
-    """The longest run of boxes that divides every level's grid, and how many of them each grid is. Runs have one
-    level and one anchor, so what these decide is written once a run, and spread out by the engine at load."""
+    """Return the longest run of boxes that divides every level's grid, and the number of runs of each grid.
+
+    All boxes of a run have one level and one anchor. So numbers that depend on these are stored once a run, and the
+    engine expands them at load.
+    """
     run = math.gcd(*(grid.pixels for grid in grids))
     return run, [grid.pixels // run for grid in grids]
 
 
 def _rows(b: OnnxBuilder, values: Sequence[Sequence[tuple[float, ...]]], name: str, grids: Sequence[Size]) -> str:
-    """Four numbers for every level and anchor -> (boxes, 4)."""
+    """Expand four numbers for every level and anchor to (boxes, 4)."""
     run, runs = _runs(grids)
     short = np.array([row for level, count in zip(values, runs, strict=True) for row in level for _ in range(count)])
     wide = b.node(
@@ -136,7 +155,7 @@ def _rows(b: OnnxBuilder, values: Sequence[Sequence[tuple[float, ...]]], name: s
 
 
 def _cells(b: OnnxBuilder, head: Head, grids: Sequence[Size]) -> str:
-    """Cell centres minus one half, in pixels, and two zeros, (boxes, 4)."""
+    """Make (boxes, 4) of each cell's centre minus half a cell, in pixels, and two zeros."""
     levels = []
     is_x = b.constant(np.array([True, False, True, False]))
     for i, (stride, grid) in enumerate(zip(head.strides, grids, strict=True)):
@@ -149,10 +168,10 @@ def _cells(b: OnnxBuilder, head: Head, grids: Sequence[Size]) -> str:
 
 
 def _middles(count: int, stride: int) -> NDArray[np.float32]:
-    """Pixels of so many cells in a row, minus half a cell."""
+    """Return the centres of `count` cells in a row minus half a cell, in pixels."""
     return np.asarray((np.arange(count, dtype=np.float32) - np.float32(0.5)) * stride)
 
 
 def box_count(head: Head, imgsz: Size) -> int:
-    """Rows of the output: 25200 for three levels of three anchors at 640."""
+    """Return the number of output rows: 25200 for three levels of three anchors at 640 pixels."""
     return sum(head.na * imgsz.over(s).pixels for s in head.strides)

@@ -1,4 +1,4 @@
-"""The image as the file takes it: float32 or float16 in 0..1, or the raw bytes 0..255."""
+"""The types in which a file takes its image: float32 or float16 in 0..1, or bytes 0..255."""
 
 from __future__ import annotations
 
@@ -13,13 +13,14 @@ INPUT_TYPES: dict[str, int] = {
     "float16": TensorProto.FLOAT16,
     "uint8": TensorProto.UINT8,
 }
-BYTES = QParams.of_range(0.0, 1.0)  # the grid whose integers are the bytes themselves: scale 1/255, zero point 0
+BYTES = QParams.of_range(0.0, 1.0)  # on this grid (scale 1/255, zero point 0) the integers are the bytes
 
 
 def add_real_image(b: OnnxBuilder, input_type: str) -> str:
-    """The name of the image as float32 in 0..1, whatever its type in the file."""
+    """Return the name of the image as float32 in 0..1, whatever its type in the file."""
     if input_type == "float32":
         return INPUT
     real = b.node("Cast", [INPUT], f"{INPUT}.real", to=TensorProto.FLOAT)
-    # a division, as whoever feeds the float file does it: so both files see the same numbers to the last bit
+    # Users divide by 255 before they feed the float file. A division here gives the same numbers to the last bit; a
+    # multiplication by 1/255 would not.
     return b.node("Div", [real, b.scalar(255)], f"{INPUT}.unit") if input_type == "uint8" else real

@@ -1,4 +1,4 @@
-"""Non-maximum suppression in the graph: boxes of all cells to the few that count (as `yolo.boxes` does it)."""
+"""Write non-maximum suppression as ONNX nodes, with the rules of `yolo.boxes`."""
 
 from __future__ import annotations
 
@@ -14,10 +14,14 @@ from dsconvert.export.ends.decode import Decoded
 
 @dataclass(frozen=True)
 class Nms:
-    """What counts as a detection; the defaults are those YOLOv5 exports with.
+    """The limits of the suppression; the defaults are YOLOv5's for export.
 
-    Scores (objectness * class) above `confidence`; within a class, a box overlapping a better one by more than `iou`
-    is dropped; at most `most` boxes an image. Raises InputError for values that mean nothing."""
+    confidence: least score (objectness * class score), 0 up to but not including 1.
+    iou: largest overlap (intersection over union, 0..1) with a better box of the same class.
+    most: most boxes an image, at least 1.
+
+    Raises InputError for values outside of these ranges.
+    """
 
     confidence: float = 0.25
     iou: float = 0.45
@@ -26,26 +30,29 @@ class Nms:
     def __post_init__(self) -> None:
         if not (0 <= self.confidence < 1 and 0 <= self.iou <= 1 and self.most >= 1):
             raise InputError.naming(
-                "{conf_thres} must lie in 0..1, {iou_thres} in 0..1, and {max_det} must be at least 1."
+                "{conf_thres} must lie in 0..1 (below 1), {iou_thres} in 0..1, and {max_det} must be at least 1."
             )
 
 
 def add_nms(b: OnnxBuilder, decoded: Decoded, nms: Nms, output: str) -> None:
-    """Decoded boxes -> `output` (k, 7): image index, x1, y1, x2, y2 in input pixels,
-    score, class. Images in order, best first within each; a box takes part once for every class."""
+    """Write the nodes from decoded boxes to `output` (k, 7): image index, x1, y1, x2, y2 in input pixels, score, class.
+
+    Rows are sorted by image, and within an image by score. A box takes part once for every class.
+    """
     every = b.node("Mul", [decoded.objectness, decoded.classes], "nms.every")
     scores = b.node("Transpose", [every], "nms.scores", perm=[0, 2, 1])
     limits = [b.constant(np.array([nms.most], np.int64)), *(_one(b, v) for v in (nms.iou, nms.confidence))]
     kept = b.node(
         "NonMaxSuppression", [decoded.box, scores, *limits], "nms.kept", center_point_box=1
-    )  # image, class, box
+    )  # columns of nms.kept: image, class, box
     count = b.node("Shape", [kept], "nms.shape")
     count = b.node("Gather", [count, b.shape(0)], "nms.count")
     score = b.node("GatherND", [scores, kept], "nms.score")
     kept = b.node("Gather", [kept, _order(b, score, count, "nms.best", largest=1)], "nms.ranked")
     image = b.node("Gather", [kept, b.constant(np.array(0, np.int64))], "nms.image0", axis=1)
-    # Within an image the best stay first. By ONNX, TopK keeps the order of equals, but OpenVINO's does not: so no two
-    # rows are equal, each has its rank behind its image's number.
+    # Sort by image, keeping the best first within each. ONNX's TopK keeps the order of equal values, but OpenVINO's
+    # does
+    # not. So no two values are equal: each is image * count + rank.
     zero, one = (b.constant(np.array(v, np.int64)) for v in (0, 1))
     rows = b.node("Range", [zero, b.node("Squeeze", [count, b.shape(0)], "nms.count0"), one], "nms.rows")
     place = b.node("Add", [b.node("Mul", [image, count], "nms.before"), rows], "nms.place")
@@ -71,14 +78,18 @@ def _one(b: OnnxBuilder, value: float) -> str:
 
 
 def _order(b: OnnxBuilder, values: str, count: str, name: str, largest: int) -> str:
-    """Indices that sort all `count` values."""
+    """Return indices that sort all `count` values."""
     outputs = [f"{name}.values", f"{name}.order"]
     b.nodes.append(helper.make_node("TopK", [values, count], outputs, axis=0, largest=largest, sorted=1))
     return outputs[1]
 
 
 def _first_of_each(b: OnnxBuilder, scores: str, kept: str, rows: str, most: int) -> str:
-    """True for the first `most` rows of every image; `kept` (count, 3) is sorted by image, `rows` its row numbers."""
+    """Return True for the first `most` rows of every image.
+
+    kept: (count, 3), sorted by image.
+    rows: the row numbers 0..count - 1.
+    """
     zero, one = (b.constant(np.array(v, np.int64)) for v in (0, 1))
     image = b.node("Gather", [kept, zero], "nms.which", axis=1)
     images = b.node("Gather", [b.node("Shape", [scores], "nms.dims"), zero], "nms.images")

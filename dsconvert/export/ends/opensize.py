@@ -1,5 +1,8 @@
-"""The Detect tail of a file whose input has any height and width: as `decode`, but each level for itself, as the
-numbers of its boxes are known only when the file runs."""
+"""Write the decoding for a file whose input may have any height and width.
+
+The equations are the same as in `decode`. Each level is decoded by itself, because the number of its boxes is known
+only when the file runs.
+"""
 
 from __future__ import annotations
 
@@ -16,9 +19,9 @@ from dsconvert.yolo.network import Head
 
 
 def add_open_decode(b: OnnxBuilder, raw: Sequence[Place], head: Head) -> Decoded:
-    """Raw maps, in the forms that `decode.add_decode` takes, -> boxes."""
+    """Write the nodes from raw maps to boxes; the maps have the forms that `decode.add_decode` takes."""
     step, levels = len(head.parts), len(head.strides)
-    found: list[list[str]] = []  # by level, the parts of its boxes
+    found: list[list[str]] = []  # for each level, the names of its boxes' parts
     for i in range(levels):
         if len(raw) > levels:
             maps = raw[i * step : (i + 1) * step]
@@ -38,13 +41,13 @@ def add_open_decode(b: OnnxBuilder, raw: Sequence[Place], head: Head) -> Decoded
         b.node("Concat", [parts[k] for parts in found], f"detect.{name}", axis=1)
         for k, name in enumerate(PARTS[: len(head.parts)])
     )
-    if head.class_untrained:  # no sigmoid is more than 1
+    if head.class_untrained:  # a score cannot exceed 1, so this makes all of them 1
         classes = b.node("Max", [classes, b.scalar(1.0)], "detect.meant")
     return Decoded(box, objectness, classes, tuple(masks))
 
 
 def _columns(b: OnnxBuilder, raw: Place, name: str, na: int, columns: int) -> str:
-    """A raw map of na * columns channels -> real numbers (n, na, cells, columns)."""
+    """Turn a raw map of na * columns channels into real numbers (n, na, cells, columns)."""
     apart = b.node("Reshape", [raw.name, b.shape(0, na, columns, -1)], f"{name}.split")
     last = b.node("Transpose", [apart], f"{name}.last", perm=[0, 1, 3, 2])
     if raw.grid is None:
@@ -54,7 +57,10 @@ def _columns(b: OnnxBuilder, raw: Place, name: str, na: int, columns: int) -> st
 
 
 def _cells(b: OnnxBuilder, raw: str, stride: int, name: str) -> str:
-    """Of a map (n, channels, ny, nx): cell centres minus one half, in pixels, and two zeros, (ny * nx, 4)."""
+    """Make (ny * nx, 4) for a map (n, channels, ny, nx).
+
+    A row is a cell's centre minus half a cell, in pixels, and two zeros.
+    """
     shape = b.node("Shape", [raw], f"{name}.shape")
     x, y = (_middles(b, shape, axis, stride, f"{name}.{way}") for axis, way in ((3, "x"), (2, "y")))
     down = b.node("Reshape", [y, b.shape(-1, 1, 1)], f"{name}.down")
@@ -65,7 +71,7 @@ def _cells(b: OnnxBuilder, raw: str, stride: int, name: str) -> str:
 
 
 def _middles(b: OnnxBuilder, shape: str, axis: int, stride: int, name: str) -> str:
-    """As many as the shape has there, in pixels, minus half a cell."""
+    """Make the centres of the cells along one axis of the shape, minus half a cell, in pixels."""
     count = b.node("Gather", [shape, b.constant(np.array(axis, np.int64))], f"{name}.count")
     most = b.node("Cast", [count], f"{name}.most", to=TensorProto.FLOAT)
     each = b.node("Range", [b.scalar(0.0), most, b.scalar(1.0)], f"{name}.each")
@@ -73,7 +79,7 @@ def _middles(b: OnnxBuilder, shape: str, axis: int, stride: int, name: str) -> s
 
 
 def _pixels(b: OnnxBuilder, box: str, cells: str, head: Head, level: int) -> str:
-    """Sigmoids s (n, na, cells, 4) -> pixels, s * linear + cell + s^2 * square as in `decode`."""
+    """Turn sigmoids s (n, na, cells, 4) into pixels: s * linear + cell + s^2 * square, as in `decode`."""
     name, stride = f"detect.{level}", head.strides[level]
     linear = b.constant(np.array([2 * stride, 2 * stride, 0, 0], np.float32))
     square = np.array([[[0, 0, 4 * w, 4 * h]] for w, h in head.anchors[level]], np.float32)  # (na, 1, 4)

@@ -1,1 +1,1 @@
-"""What ONNX Runtime is fast at."""
+"""Graph shapes and operators that ONNX Runtime runs fast."""

@@ -1,10 +1,12 @@
-"""Layout fused: the packed file after ONNX Runtime's own optimiser, its weights still packed.
+"""Layout fused: the packed file after ONNX Runtime's own optimiser, with its weights still packed.
 
-ONNX Runtime turns quantize and dequantize pairs around float operators into operators of its own (QLinearConv,
-QLinearSigmoid, ...) every time it loads a packed file, which is most of the loading. Here that is done once, at export.
-What the optimiser also folds, weights above all, is put back as the constants it was folded from: the file stays as
-small, loads in about half the time and gives the same integers, in ONNX Runtime alone (operators of `com.microsoft`).
-Then it is turned around to channels last (see `lastchannels`), as ONNX Runtime would at every load too.
+Whenever ONNX Runtime loads a packed file, it replaces quantize and dequantize pairs around float operators by operators
+of its own (QLinearConv, QLinearSigmoid, ...). This takes most of the loading time, so here it is done once, at export.
+
+The optimiser also folds constants, above all the weights. These are put back as the constants that they were folded
+from, so the file stays as small. It loads in about half the time and gives the same integers. It runs only in ONNX
+Runtime, as its operators are in the domain `com.microsoft`. At last, feature maps get channels last (see
+`lastchannels`), which ONNX Runtime would also do at every load.
 """
 
 from __future__ import annotations
@@ -20,11 +22,11 @@ from dsconvert.base.files import needs_room, scratch_folder
 from dsconvert.export.ort.lastchannels import channels_last
 from dsconvert.export.written import Written
 
-UNPACKED = 8  # times the packed file's bytes: weights of 1 bit as int8
+UNPACKED = 8  # most bytes of the optimised file per byte of the packed one: weights of 1 bit become int8
 
 
 def fuse(written: Written) -> Written:
-    """The packed model as ONNX Runtime would run it on any CPU, constants as they were."""
+    """Return the packed model with ONNX Runtime's operators for any CPU, and with the constants of the packed file."""
     packed = written.model
     optimised = _optimised(packed)
     stored = {t.name: t for t in packed.graph.initializer}
@@ -41,7 +43,7 @@ def fuse(written: Written) -> Written:
     made.graph.initializer.extend(new[name] for name in needed if name in new)
     turned = channels_last(made, {t.name: tuple(t.dims) for t in optimised.graph.initializer})
     used = {node.domain for node in made.graph.node}
-    # the optimiser lists every domain it knows
+    # the optimiser lists every domain that it knows
     made.opset_import.extend(o for o in optimised.opset_import if o.domain in used)
     _plain_names(made, set(new))
     places = {
@@ -53,19 +55,19 @@ def fuse(written: Written) -> Written:
 
 def _optimised(model: onnx.ModelProto) -> onnx.ModelProto:
     options = ort.SessionOptions()
-    # one step further are layouts of memory that suit this CPU alone
+    # the next level would add memory layouts that suit only this CPU
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
-    options.log_severity_level = 4  # it warns that the file is for this machine, which holds for the last level
+    options.log_severity_level = 4  # its warning that the file is for this machine is true only of the highest level
     data = model.SerializeToString()
     with scratch_folder() as folder:
         path = folder / "optimised.onnx"
         options.optimized_model_filepath = str(path)
-        # what the file turns around stays where it is: `lastchannels` needs it there
+        # `lastchannels` needs every Transpose where it is
         kept = ["TransposeOptimizer", "TransposeOptimizer_CPUExecutionProvider"]
         try:
             ort.InferenceSession(data, options, providers=["CPUExecutionProvider"], disabled_optimizers=kept)
             return onnx.load(path)
-        except Exception:  # both raise many kinds, and one may leave half a file
+        except Exception:  # both calls raise many kinds, and may leave half a file
             size = UNPACKED * len(data)
             if shutil.disk_usage(folder).free < size:
                 raise needs_room(folder, size, OSError()) from None
@@ -73,7 +75,10 @@ def _optimised(model: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def _constant_makers(model: onnx.ModelProto, stored: set[str]) -> dict[str, onnx.NodeProto]:
-    """Values made from initializers alone, and their nodes. (A map's shape is folded too, but not made from them.)"""
+    """Return the values that are computed from initializers alone, with their nodes.
+
+    A feature map's shape may be folded too, but it is not computed from initializers.
+    """
     makers: dict[str, onnx.NodeProto] = {}
     for node in model.graph.node:
         if node.input and all(not name or name in stored or name in makers for name in node.input):
@@ -84,7 +89,7 @@ def _constant_makers(model: onnx.ModelProto, stored: set[str]) -> dict[str, onnx
 def _needed(
     optimised: onnx.ModelProto, makers: dict[str, onnx.NodeProto], stored: dict[str, onnx.TensorProto]
 ) -> Iterator[str]:
-    """Names of all values behind what the optimiser folded, before those that are made from them."""
+    """Yield the names of all values that a folded constant is computed from, each before the values that need it."""
     folded = {t.name for t in optimised.graph.initializer}
 
     def behind(name: str) -> Iterator[str]:
@@ -101,7 +106,9 @@ def _needed(
 
 
 def _plain_names(model: onnx.ModelProto, constants: set[str]) -> None:
-    """The optimiser's own names hold random numbers: the same model would be other bytes every time."""
+    """Rename constants by number, as the optimiser's own names are random and equal models would give different
+    bytes.
+    """
     found = [t.name for t in model.graph.initializer if t.name in constants]
     names = {name: f"constant{number}" for number, name in enumerate(found)}
     for tensor in model.graph.initializer:

@@ -1,7 +1,7 @@
 """Layout fused, second step: feature maps with channels last, from the first convolution to the decoding.
 
-ONNX Runtime's int8 convolutions work on channels last, and it turns a graph that is channels first around every time it
-loads it. Here that is done once, and every Transpose between the two goes.
+ONNX Runtime's int8 convolutions need channels last, and it transposes a graph with channels first whenever it loads it.
+Here this is done once, and pairs of Transpose that cancel are removed.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from dsconvert.onnxfile.source import attribute
 LAST = ".last"  # suffix of a map's name when its channels are last
 MICROSOFT = "com.microsoft"
 TO_LAST, TO_FIRST = [0, 2, 3, 1], [0, 3, 1, 2]
-# what computes every number from those in its place
+# operators whose output at a place depends only on the inputs at that place
 PLACEWISE = (
     "QLinearSigmoid", "QLinearMul", "QLinearAdd", "QLinearLeakyRelu", "QuantizeLinear", "DequantizeLinear", "Relu",
     "LeakyRelu", "HardSigmoid", "Sigmoid", "Mul", "Add",
@@ -28,8 +28,12 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 
 def channels_last(model: onnx.ModelProto, constants: Shapes) -> dict[str, str]:
-    """Turn the graph around, in place; the new names of maps that have their channels last now, by their old ones.
-    `constants` are the shapes of all values that are known before an image is."""
+    """Turn the model's feature maps to channels last, in place.
+
+    constants: shapes of all values that are known before an image is.
+
+    Returns the new names of maps that have their channels last now, by their old names.
+    """
     walk = _Walk(model, constants)
     for node in model.graph.node:
         walk.add(node)
@@ -46,8 +50,11 @@ def channels_last(model: onnx.ModelProto, constants: Shapes) -> dict[str, str]:
 
 
 class _Walk:
-    """Copies nodes one by one; `last` knows the maps that have their channels last, by their old names, and `same` the
-    values that are such a map under another name."""
+    """Copies nodes one by one, with channels last where possible.
+
+    last: names of the maps with channels last, by the names that the maps had.
+    same: names of values that are such a map under another name.
+    """
 
     def __init__(self, model: onnx.ModelProto, constants: Shapes) -> None:
         self.b, self.constants = OnnxBuilder(21), constants
@@ -56,7 +63,7 @@ class _Walk:
         self.same: dict[str, str] = {}
 
     def add(self, node: onnx.NodeProto) -> None:
-        """Emit one node, turned around if it has to do with maps."""
+        """Emit one node, with channels last if it reads feature maps."""
         if node.op_type == "QLinearConv":
             self._conv(node)
         elif not (self._cancels(node) or self._turned(node)):
@@ -68,7 +75,7 @@ class _Walk:
             self.b.nodes.append(made)
 
     def _cancels(self, node: onnx.NodeProto) -> bool:
-        """Whether it turns a map to how it is already, or to how it was before; then nothing is left of it."""
+        """Return whether a Transpose gives a map that exists already; then the node is left out."""
         if node.op_type != "Transpose" or node.output[0] in self.outputs:
             return False
         source, order = node.input[0], attribute(node, "perm")
@@ -81,7 +88,9 @@ class _Walk:
         return True
 
     def _turned(self, node: onnx.NodeProto) -> bool:
-        """Emit it, channels last, if one of its maps is turned and it is known how."""
+        """Emit a node with channels last, and return True, if it reads such a map and its form for channels last is
+        known.
+        """
         if not any(name in self.last for name in node.input) or self.outputs & set(node.output):
             return False
         if node.op_type in PLACEWISE:
@@ -100,13 +109,13 @@ class _Walk:
     def _same(
         self, node: onnx.NodeProto, kind: str, domain: str, changed: Mapping[str, int] | None = None, turn: bool = False
     ) -> None:
-        """The same operator on the turned maps; `turn` those that are not yet."""
+        """Emit the same operator on maps with channels last; `turn` transposes inputs that are not so yet."""
         inputs = [
             self._turn(name) if turn and name not in self.constants else self.last.get(name, name)
             for name in node.input
         ]
         made = helper.make_node(kind, inputs, [self._named(name) for name in node.output], domain=domain)
-        gone = {"storage_order", *(changed or {})}  # an order of indices, which nobody asks for
+        gone = {"storage_order", *(changed or {})}  # storage_order only affects indices, which nothing reads
         made.attribute.extend(a for a in node.attribute if a.name not in gone)
         made.attribute.extend(helper.make_attribute(name, value) for name, value in (changed or {}).items())
         self.b.nodes.append(made)
@@ -116,13 +125,13 @@ class _Walk:
         return self.last[name]
 
     def _turn(self, name: str) -> str:
-        """The map, channels last."""
+        """Return the name of the map with channels last."""
         if name not in self.last:
             self.b.node("Transpose", [name], self._named(name), perm=TO_LAST)
         return self.last[name]
 
     def _first(self, name: str) -> None:
-        """Make the map under its old name, channels first, if it is wanted so."""
+        """Transpose the map back to channels first, under its old name, if a node needs it so."""
         if name in self.last and not self.b.has(name):
             self.b.node("Transpose", [self.last[name]], name, perm=TO_FIRST)
 

@@ -1,17 +1,18 @@
-"""Convolutions in the shapes that ONNX Runtime's int8 CPU kernels are fast at, channels last.
+"""Bring convolutions into the shapes that ONNX Runtime's int8 CPU kernel is fast at, without changing their result.
 
-The fast kernel (MLAS: MlasConvSymPackWSize) takes input channels in multiples of 4 and output channels in multiples of
-4, and computes 16 of them at once; anything else is unrolled, multiplied and rounded in three passes over memory. Two
-kinds of convolution in these networks are anything else, and both can be had in the right shape with equal numbers:
+The fast kernel (MLAS: MlasConvSymPackWSize) works on channels last. It takes multiples of 4 input channels and of 4
+output channels, and computes 16 output channels at once. Any other convolution is unrolled, multiplied and rounded in
+three passes over memory. Two kinds of convolution in these networks do not fit by themselves:
 
-- the last, of so many channels a class: zero weights fill them up to a multiple of 16, and what they make is dropped.
-- the first, of an image's 3 channels: zeros fill them up to 4; or, where it takes every second pixel, two rows of four
-  pixels become one pixel, a quad, of 24 channels, and two outputs side by side one of twice as many. A kernel 6x6 is
-  then one of 3x2 quads, with a third more products, the additional ones with zeros. The kernel reads each pixel's
-  channels as one run of bytes, and the image's bytes are turned around by fours: a quarter of the work, where two
-  threads that write single bytes are in each other's cache lines.
+- The last convolutions have a number of channels that depends on the classes. Zero weights fill them up to a multiple
+  of 16, and the additional outputs are dropped.
+- The first convolution reads the 3 channels of an image. Zeros fill them up to 4. If it has stride 2, there is a faster
+  way: 2 x 4 pixels become one pixel of 24 channels (a quad), and two neighbouring outputs become one of twice the
+  channels. A 6x6 kernel is then one of 3x2 quads. It has a third more products, and the additional weights are zero.
+  The kernel reads the channels of a quad as one run of bytes. Reordering the image moves four bytes at a time, in a
+  quarter of the time: two threads that write single bytes would often write to one cache line.
 
-All weights are made of the stored ones by nodes that are folded at load.
+The new weights are made from the stored ones by nodes that engines fold at load.
 """
 
 from __future__ import annotations
@@ -21,24 +22,29 @@ from dataclasses import dataclass
 from dsconvert.base.builder import OnnxBuilder
 
 WIDE = 4  # pixels of a quad along a row
-STEP = 2  # pixels from one output to the next
+STEP = 2  # stride of the convolution: pixels between two outputs
 
-RUN = 4  # input channels taken together
-FULL = 16  # output channels computed at once
-FEW = 32  # up to so many, filling them up gains no time
+RUN = 4  # input channels that the kernel takes together
+FULL = 16  # output channels that it computes at once
+FEW = 32  # with no more output channels than this, filling them up gains no time
 
 
 def more_channels(cho: int) -> int:
-    """How many output channels the fast kernel should have more than so many."""
+    """Return how many output channels of zeros to add so that the fast kernel takes the convolution."""
     return 0 if cho <= FEW or cho % 4 == 0 else -cho % FULL
 
 
 @dataclass(frozen=True)
 class Quads:
-    """How many pixels stand left and right of an image's rows so that they are whole quads, and how many quads (units)
-    a row has then; the kernel (rows, columns) in quads, the rows of zeros above and below it in pixels, the new
-    convolution's padding above and below in quads, and its number of output rows and columns before they were
-    paired."""
+    """The geometry of a convolution over quads.
+
+    left, right: pixels of padding beside each image row, so that rows are whole quads.
+    units: quads in a padded row.
+    kernel: (rows, columns) of the kernel, in quads.
+    above, below: rows of zeros above and below the kernel, in pixels.
+    pads: padding above and below the image, in rows of quads.
+    outputs: (rows, columns) of the original convolution's output.
+    """
 
     left: int
     right: int
@@ -51,8 +57,12 @@ class Quads:
 
 
 def quads_of(kernel: tuple[int, int], pads: list[int], size: tuple[int, int]) -> Quads | None:
-    """For a kernel (kh, kw) at every second pixel of an image (h, w) padded by (top, left, bottom, right); None where
-    rows or outputs do not come in pairs."""
+    """Return the geometry for a stride-2 convolution, or None where rows or outputs do not come in pairs.
+
+    kernel: (kh, kw).
+    pads: (top, left, bottom, right), in pixels.
+    size: (height, width) of the image.
+    """
     (kh, kw), (top, left, bottom, right), (high, wide) = kernel, pads, size
     outputs = (high + top + bottom - kh) // STEP + 1, (wide + left + right - kw) // STEP + 1
     before = -(-top // STEP)
@@ -68,8 +78,13 @@ def quads_of(kernel: tuple[int, int], pads: list[int], size: tuple[int, int]) ->
 
 
 def image_by_quads(b: OnnxBuilder, image: str, shape: tuple[int, int], q: Quads, zero: str, name: str) -> str:
-    """Bytes (n, chi, h, w) -> (n, h / 2, units, 8 chi), a quad's rows, channels and columns in that order; `shape` is
-    (chi, h), `zero` the byte that means 0."""
+    """Reorder bytes (n, chi, h, w) to (n, h / 2, units, 8 chi).
+
+    A quad's channels are its rows, channels and columns, in this order.
+
+    shape: (chi, h).
+    zero: name of the byte that stands for 0.
+    """
     chi, high = shape
     filled = b.node("Pad", [image, b.shape(0, 0, 0, q.left, 0, 0, 0, q.right), zero], f"{name}.filled")
     rows = b.node("Reshape", [filled, b.shape(0, chi, high // STEP, STEP, WIDE * q.units)], f"{name}.rows")
@@ -80,7 +95,7 @@ def image_by_quads(b: OnnxBuilder, image: str, shape: tuple[int, int], q: Quads,
 
 
 def kernel_by_quads(b: OnnxBuilder, weight: str, shape: tuple[int, ...], q: Quads, name: str) -> str:
-    """int8 (cho, chi, kh, kw) -> (2 cho, 8 chi, rows, columns): the left outputs' channels, then the right ones'."""
+    """Reorder int8 weights (cho, chi, kh, kw) to (2 cho, 8 chi, rows, columns), left outputs before right outputs."""
     cho, chi, _, kw = shape
     rows, columns = q.kernel
     sides = []
@@ -95,10 +110,10 @@ def kernel_by_quads(b: OnnxBuilder, weight: str, shape: tuple[int, ...], q: Quad
 
 
 def twice(b: OnnxBuilder, values: str, name: str) -> str:
-    """Numbers (cho,) for the channels of both outputs."""
+    """Repeat numbers (cho,) for the channels of both outputs."""
     return b.node("Concat", [values, values], f"{name}.twice", axis=0)
 
 
 def outputs_apart(b: OnnxBuilder, paired: str, cho: int, q: Quads, output: str) -> str:
-    """(n, h', w' / 2, 2 cho) -> (n, h', w', cho), which moves nothing."""
+    """Separate paired outputs: (n, h', w' / 2, 2 cho) -> (n, h', w', cho). The bytes stay where they are."""
     return b.node("Reshape", [paired, b.shape(0, *q.outputs, cho)], output)

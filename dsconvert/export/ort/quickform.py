@@ -1,4 +1,4 @@
-"""The QDQ form in shapes that ONNX Runtime's int8 kernels are fast at, with equal integers (see `quickconv`)."""
+"""Write the QDQ form in shapes that ONNX Runtime's int8 kernels are fast at, with equal integers (see `quickconv`)."""
 
 from __future__ import annotations
 
@@ -30,30 +30,34 @@ from dsconvert.model.model import Converted, DSModel
 
 
 class QuickForm(PlainForm):
-    """Convolutions with as many channels as the kernels like, the image in quads, upsampling by Gather, and maps for
-    `decode` with their channels last. Maps' shapes are known from the image's, (3, h, w)."""
+    """Writes convolutions, upsampling and outputs in the shapes that ONNX Runtime is fast at.
+
+    Convolutions get padding channels, the image is read in quads, upsampling is a Gather, and decoding gets its maps
+    with channels last. All shapes are derived from the image's, (3, h, w).
+    """
 
     def __init__(self, b: OnnxBuilder, model: Converted, layout: Layout, input_type: str, image: Shape) -> None:
         super().__init__(b, model, layout, input_type)
         weights = {name: tuple(conv.weight.vqk.shape) for name, conv in model.convs.items()}
         self.shapes = value_shapes(model.graph, weights, image)
-        self.images: dict[tuple[int, ...], str] = {}  # the image in other shapes, bytes
-        self.wide: dict[str, Place] = {}  # raw maps that have more channels than the graph's
+        self.images: dict[tuple[int, ...], str] = {}  # the uint8 image in other shapes
+        self.wide: dict[str, Place] = {}  # raw maps that have padding channels
 
     def places(self) -> dict[str, Place]:
-        """Where the file has the graph's values."""
+        """Return where the file has each of the graph's values, except values without a grid."""
         return super().places() | self.wide
 
     def place(self, value: str) -> Place:
-        """Where the file has a value of the graph, perhaps with more channels."""
+        """Return where the file has a value of the graph, perhaps with padding channels."""
         return self.wide.get(value) or super().place(value)
 
     def raw(self, value: str) -> Place:
-        """An output of the graph, as `decode` shall have it."""
-        assert isinstance(self.model, DSModel)  # other files' outputs are not decoded
+        """Return where decoding finds an output of the graph."""
+        assert isinstance(self.model, DSModel)  # only a DSModel's outputs are decoded
         place, head = self.place(value), self.model.head
         prototypes = bool(head.nm) and value == self.model.graph.outputs[-1]
-        # decoding turns few channels around by itself; ONNX Runtime would make one Transpose of the two
+        # With few channels, decoding reorders the map itself; ONNX Runtime would merge two Transposes into a slower
+        # one.
         few = not self.layout.fused and not place.more and self.shapes[value][0] <= SHORT * head.na
         if prototypes or few:
             return place
@@ -64,7 +68,10 @@ class QuickForm(PlainForm):
         return self._upsample(node) if node.op == "upsample" else super()._moved(node)
 
     def _upsample(self, node: Node) -> str:
-        """Every pixel so many times, along one side after the other, channels last: quicker than a Resize."""
+        """Repeat every pixel along the width, then along the height.
+
+        A Gather with channels last is faster than a Resize.
+        """
         b, name, scale = self.b, node.name, node.attrs["scale"]
         high, wide = self.shapes[node.inputs[0]][1:]
         rows, columns = (b.constant(np.repeat(np.arange(n, dtype=np.int32), scale)) for n in (high, wide))
@@ -74,7 +81,7 @@ class QuickForm(PlainForm):
         return b.node("Transpose", [tall], f"{name}.q", perm=TO_FIRST)
 
     def _add_conv(self, node: Node) -> None:
-        """In quads; or with channels of zeros more than are asked for, which are cut off again."""
+        """Write a convolution over quads of pixels (see `quickconv`), with padding channels, or as it is."""
         if quads := self._quads(node):
             self.uint8[node.name] = self._conv_by_quads(node, quads)
             return
@@ -84,13 +91,14 @@ class QuickForm(PlainForm):
             return
         wide = self._q(self._conv(node), f"{node.name}.wide", self.grids[node.name])
         if node.name in self.model.graph.outputs:
-            self.wide[node.name] = Place(wide, self.grids[node.name], more=more)  # decoding cuts them off
+            # decoding cuts the padding channels off
+            self.wide[node.name] = Place(wide, self.grids[node.name], more=more)
             return
         cut = [self.b.shape(0), self.b.shape(len(self.model.convs[node.name].bias)), self.b.shape(1)]
         self.uint8[node.name] = self.b.node("Slice", [wide, *cut], f"{node.name}.q")
 
     def _conv(self, node: Node) -> str:
-        """With zeros for the channels that its kernel lacks."""
+        """Write a convolution with the padding channels that its kernel needs; return the name of its float result."""
         b, name = self.b, display_name(node)
         more, fill = self._more(node), self._fill(node)
         weight, cds = real_weight(b, name, self.model.convs[node.name].weight, self.weights, more, fill)
@@ -102,14 +110,15 @@ class QuickForm(PlainForm):
         return OPS[node.op].onnx(b, node, [x, weight, real], node.name)
 
     def _more(self, node: Node) -> int:
-        """How many output channels of zeros it shall have."""
+        """Return how many output channels of zeros the convolution gets."""
         return more_channels(len(self.model.convs[node.name].bias)) if node.attrs["groups"] == 1 else 0
 
     def _fill(self, node: Node) -> int:
-        """How many input channels of zeros it shall have: those an image lacks."""
+        """Return how many input channels of zeros the convolution gets; only a convolution of the image gets any."""
         return -self.shapes[INPUT][0] % RUN if node.inputs == (INPUT,) and node.attrs["groups"] == 1 else 0
 
     def _filled_image(self, node: Node, fill: int) -> str:
+        """Return a new float name of the image with `fill` channels of zeros added."""
         if (fill,) not in self.images:
             name, (_, zero) = self._image_name(node), self._grid(self.grids[INPUT])
             pads = self.b.shape(*[0] * 5, fill, 0, 0)
@@ -117,6 +126,7 @@ class QuickForm(PlainForm):
         return self._read(self.images[fill,], self.images[fill,], self.grids[INPUT])
 
     def _image_by_quads(self, node: Node, q: Quads) -> str:
+        """Return a new float name of the image in quads."""
         key = (q.left, q.right, q.units)
         if key not in self.images:
             name, (_, zero) = self._image_name(node), self._grid(self.grids[INPUT])
@@ -126,11 +136,11 @@ class QuickForm(PlainForm):
         return self._read(self.images[key], self.images[key], self.grids[INPUT])
 
     def _image_name(self, node: Node) -> str:
-        """What the image in another shape is called: a network with several convolutions of it may need several."""
+        """Return a name for the image in another shape; a network may need several of them."""
         return f"{node.name}.{INPUT}" if self.images else INPUT
 
     def _quads(self, node: Node) -> Quads | None:
-        """For a convolution of every second pixel of an image whose channels no kernel likes."""
+        """Return the geometry in quads for a stride-2 convolution of an image that lacks channels, else None."""
         a, kernel = node.attrs, self.model.convs[node.name].weight.vqk.shape[2:]
         if not self._fill(node) or (a["stride"], a["dilation"]) != (2, 1):
             return None
@@ -138,7 +148,7 @@ class QuickForm(PlainForm):
         return quads_of((kernel[0], kernel[1]), [a["padding"]] * 4, (high, wide))
 
     def _conv_by_quads(self, node: Node, q: Quads) -> str:
-        """The same convolution of two rows of four pixels as one; the quantized result's name."""
+        """Write the convolution over quads and return the name of its quantized result."""
         b, name, w = self.b, display_name(node), self.model.convs[node.name].weight
         cho = len(w.vqk)
         real = self._image_by_quads(node, q)

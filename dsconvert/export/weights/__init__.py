@@ -1,1 +1,1 @@
-"""Layouts, and how weights are spelled in each."""
+"""The layouts, and how each of them stores the quantized weights."""

@@ -1,4 +1,4 @@
-"""Which weights of a file are decoded one by one (see `layouts`), and which together (see `joint`)."""
+"""Decide which weights of a file are decoded one by one (see `layouts`), and which together (see `joint`)."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from dsconvert.export.weights.layouts import Layout, add_int8_weight
 
 
 class Weights:
-    """Collects a file's weights in one layout; `finish` puts what decodes several in front of what reads them."""
+    """Collects a file's weights in one layout; `finish` puts the nodes that decode them together before all readers."""
 
     def __init__(self, b: OnnxBuilder, layout: Layout) -> None:
         self.b, self.layout, self.joint = b, layout, JointWeights(b)
-        self.made: dict[str, str] = {}  # the weights' values by the names of their layers
+        self.made: dict[str, str] = {}  # the names of the weights' values, by layer
 
     def add(self, name: str, weight: DSTensor) -> str:
-        """The name of m * VQK as an int8 value (cho, chi, kh, kw)."""
+        """Add a weight; returns the name of m VQK as an int8 value (cho, chi, kh, kw)."""
         together = self.layout.joint and joins(weight)
         self.made[name] = (
             self.joint.add(name, weight) if together else add_int8_weight(self.b, name, weight, self.layout)
@@ -24,5 +24,5 @@ class Weights:
         return self.made[name]
 
     def finish(self) -> None:
-        """After the last weight."""
+        """Write the nodes for the weights that are decoded together, after the last `add`."""
         self.joint.finish()
