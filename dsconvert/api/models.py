@@ -18,13 +18,13 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import NoneType
 from typing import Any
 
+from dsconvert.api.checked import check_split, check_values
 from dsconvert.base.errors import InputError
 from dsconvert.base.filekinds import MODEL, ONNX, file_kind
 from dsconvert.base.files import refuse_inputs, write_atomic
-from dsconvert.base.size import Size, SizeLike
+from dsconvert.base.size import SizeLike
 from dsconvert.convert import exporting
 from dsconvert.convert import quantize as pipeline
 from dsconvert.convert.options import QuantizeOptions
@@ -37,12 +37,10 @@ from dsconvert.measure.calibration import Progress
 from dsconvert.model.file import load_model, model_bytes
 from dsconvert.model.model import DSModel
 from dsconvert.onnxfile.presets import perhaps_named
-from dsconvert.photos.dataset import SPLITS
 from dsconvert.scoring import contest
 from dsconvert.yolo.checkpoint import Checkpoint, load_checkpoint
 
 File = str | Path
-ACTIVATIONS = ("int8", "float")
 
 
 @dataclass(frozen=True, repr=False)
@@ -268,7 +266,7 @@ def quantize(
         split=split, strict=strict, device=device, activations=activations, kds=kds, finetune_steps=finetune_steps,
         finetune_time=finetune_time,
     )  # fmt: skip
-    _check(options)
+    check_values(options)
     # the fit folds BatchNorm and may move the network to a device, in place
     own = replace(source.checkpoint, network=copy.deepcopy(source.checkpoint.network))
     result = pipeline.quantize(own, options, _as_call(source, options), progress)
@@ -363,32 +361,6 @@ def _ends(
     if chosen and not nms:
         raise InputError("conf_thres, iou_thres and max_det work only with nms=True; give it too.")
     return Ends(dynamic_batch, input_type, Nms(**chosen) if nms else None, dynamic)
-
-
-def _check(options: QuantizeOptions) -> None:
-    """Raise InputError for values that the command line's parser would refuse."""
-    if options.activations not in ACTIVATIONS:
-        raise InputError(f"activations {options.activations!r} is not one of {', '.join(ACTIVATIONS)}.")
-    if options.kds not in ("int", "float"):
-        raise InputError(f"kds {options.kds!r} is not one of int, float.")
-    Size.of(options.imgsz)  # raises for invalid values
-    numbers = {"bits": options.bits, "target_size": options.target_bytes, "block_size": options.block_size,
-               "samples": options.samples, "seed": options.seed,
-               "finetune_steps": options.finetune_steps}  # fmt: skip
-    for name, value in numbers.items():
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
-            raise InputError(f"{name} {value!r} is not a whole number.")
-    if not isinstance(options.finetune_time, (int, float, NoneType)):
-        raise InputError(f"finetune_time {options.finetune_time!r} is not a number.")
-    check_split(options.split)
-    if options.block_size is not None and options.block_size < 1:
-        raise InputError("block_size must be at least 1.")
-
-
-def check_split(split: str | None) -> None:
-    """Raise InputError for an unknown split."""
-    if split is not None and split not in SPLITS:
-        raise InputError(f"split {split!r} is not one of {', '.join(SPLITS)}.")
 
 
 def _as_call(source: FloatModel, options: QuantizeOptions) -> str:

@@ -17,7 +17,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from dsconvert.api.models import File, FloatModel, QuantizedModel, as_file, check_split
+from dsconvert.api.checked import check_split
+from dsconvert.api.models import File, FloatModel, QuantizedModel, as_file
 from dsconvert.base.errors import InputError
 from dsconvert.base.size import SizeLike
 from dsconvert.onnxfile.presets import perhaps_named
