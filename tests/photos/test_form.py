@@ -138,7 +138,8 @@ def test_a_file_of_the_users_adds_names(tmp_path):
      ("a: {mean: {}}", ":a", "mean"),
      ("a: 3", ":a", "not a list of keys"), ("- a", ":a", "list of inputs"), ("a: {", ":a", "readable YAML"),
      ("a: {}\nb: {}", "", "2 entries"),
-     ("a: {}", ":c", "no entry 'c'; it has a"), ("", ":a", "list of inputs"), ("a: {fit: x}", ":a", "a: fit must be one of"),
+     ("a: {}", ":c", "no entry 'c'; it has a"), ("", ":a", "list of inputs"),
+     ("a: {fit: x}", ":a", "a: fit must be one of"),
      ("a: {channels: grb}", ":a", "channels"), ("1: &x {}\n2: *x", ":1", None), ("a: {pad: 1e9}", ":a", "pad"),
      ("a: {std: [1, 2]}", ":a", "three numbers"), ("a: {mean: [[1]]}", ":a", "mean"), ("x" * 70000, ":a", "YAML")],
 )  # fmt: skip
