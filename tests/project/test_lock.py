@@ -18,7 +18,7 @@ from packaging.version import Version
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 EXTRAS = PROJECT["project"]["optional-dependencies"]
 RUNS = "requirements.lock"
-LOCKS = [RUNS, "locks/dev.lock", "locks/bench.lock", "locks/audit.lock"]
+LOCKS = [RUNS, "locks/dev.lock", "locks/bench.lock", "locks/ops.lock", "locks/audit.lock"]
 
 
 def pinned(lock: str) -> dict[str, Version]:
@@ -31,11 +31,11 @@ def wanted() -> list[tuple[str, str]]:
     """Each requirement of pyproject.toml, and the lock that must have it when requirements.lock has not."""
     runs = [(RUNS, line) for line in (*PROJECT["project"]["dependencies"], *EXTRAS["report"])]
     extras = {name: [line for line in EXTRAS[name] if not line.startswith("dsconvert[")] for name in EXTRAS}
-    assert set(extras) == {"report", "docs", "dev", "bench", "audit"}
+    assert set(extras) == {"report", "docs", "dev", "bench", "ops", "audit"}
     added = [
         ("locks/dev.lock", line) for line in (*extras["dev"], *extras["docs"], *PROJECT["build-system"]["requires"])
     ]
-    return runs + added + [(f"locks/{name}.lock", line) for name in ("bench", "audit") for line in extras[name]]
+    return runs + added + [(f"locks/{name}.lock", line) for name in ("bench", "ops", "audit") for line in extras[name]]
 
 
 @pytest.mark.parametrize(("lock", "line"), wanted())
