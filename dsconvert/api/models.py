@@ -131,8 +131,9 @@ class QuantizedModel:
         """Write ONNX with integer weights; returns the file. Before that it is run in ONNX Runtime and must give
         torch's numbers, else CheckError is raised; check=False leaves this out.
 
-        layout: packed (smallest), fused (that for ONNX Runtime alone, loads faster), blocked (ONNX block scales),
-        openvino (for OpenVINO: the fastest there), int8 (runs on old engines) or float (of kds="float").
+        layout: packed (smallest), fused (that for ONNX Runtime alone, loads faster), fast (fused with an operator of
+        dsconvert-ops, which it needs), blocked (ONNX block scales), openvino (for OpenVINO: the fastest there), int8
+        (runs on old engines) or float (of kds="float").
         imgsz: pixels of the input, a square's side or (height, width) (None: as calibrated).
         dynamic_batch=True leaves the batch size open, dynamic=True height and width too (slower, for
         ONNX Runtime).

@@ -35,6 +35,7 @@ from dsconvert.graph.integer import real_between
 from dsconvert.graph.ir import INPUT, ConvParams, Graph, Node, display_name
 from dsconvert.graph.ops import OPS
 from dsconvert.model.model import Converted, DSModel
+from dsconvert.onnxfile.operators import need_operators
 from dsconvert.yolo.network import Head
 
 OUTPUT, PROTOTYPES, DETECTIONS = "output0", "output1", "detections"
@@ -70,6 +71,8 @@ def write_quantized(model: DSModel, layout: Layout, imgsz: SizeLike, ends: Ends 
         raise InputError.naming(
             "{layout} {} needs one image size; leave out {dynamic}, or choose another.", layout.name
         )
+    if layout.tables:
+        need_operators(f"Layout {layout.name}")
     model = in_layout(model, layout)
     made = _written(model, layout, Size.of(imgsz), ends)
     return fuse(made) if layout.fused else made

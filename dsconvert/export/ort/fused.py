@@ -19,6 +19,7 @@ import onnxruntime as ort
 from dsconvert.base.files import needs_room, scratch_folder
 from dsconvert.export.ort.lastchannels import channels_last
 from dsconvert.export.written import Written
+from dsconvert.onnxfile.operators import with_operators
 
 UNPACKED = 8  # times the packed file's bytes: weights of 1 bit as int8
 
@@ -52,7 +53,7 @@ def fuse(written: Written) -> Written:
 
 
 def _optimised(model: onnx.ModelProto) -> onnx.ModelProto:
-    options = ort.SessionOptions()
+    options = with_operators(ort.SessionOptions())
     # one step further are layouts of memory that suit this CPU alone
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
     options.log_severity_level = 4  # it warns that the file is for this machine, which holds for the last level
