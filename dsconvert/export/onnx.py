@@ -25,6 +25,7 @@ from dsconvert.export.ends.nms import Nms, add_nms
 from dsconvert.export.ends.opensize import add_open_decode
 from dsconvert.export.operators import real_weight
 from dsconvert.export.ort.fused import fuse
+from dsconvert.export.ort.joined import join_by_tables
 from dsconvert.export.ort.quickform import QuickForm
 from dsconvert.export.quantized import PlainForm
 from dsconvert.export.weights.layouts import Layout, check_layout
@@ -75,7 +76,8 @@ def write_quantized(model: DSModel, layout: Layout, imgsz: SizeLike, ends: Ends 
         need_operators(f"Layout {layout.name}")
     model = in_layout(model, layout)
     made = _written(model, layout, Size.of(imgsz), ends)
-    return fuse(made) if layout.fused else made
+    made = fuse(made) if layout.fused else made
+    return join_by_tables(made) if layout.tables else made
 
 
 def in_layout(model: Model, layout: Layout) -> Model:

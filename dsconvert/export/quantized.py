@@ -64,7 +64,7 @@ class PlainForm:
         """An activation as a table: that of the integer reference, so that every layout has the same integers."""
         x = node.inputs[0]
         table = self.b.constant(activation_table(node.attrs["kind"], self.grids[x], self.grids[node.name]))
-        return self.b.node(LOOKUP, [self.uint8[x], table], f"{node.name}.q", domain=DOMAIN)
+        return self.b.node(LOOKUP, [table, self.uint8[x]], f"{node.name}.q", domain=DOMAIN)
 
     def _gate(self, node: Node) -> str:
         """What an activation multiplies its input with, in steps of 1/255."""

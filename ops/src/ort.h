@@ -13,6 +13,7 @@
 
 #define ORT_VERSION 18 /* of the interface */
 #define ORT_UINT8 2    /* the type of bytes, as ONNX counts types */
+#define ANY_NUMBER 2   /* the kind of a last input that stands for any number of them */
 #define REFUSED_AS 2   /* the code of a status: an argument is wrong */
 
 typedef struct OrtStatus Status; /* NULL: all is well */
@@ -41,6 +42,9 @@ typedef struct {
 #define ADD_OPERATOR(api) CALL(api, 27, Domain *domain, const void *operator_)
 #define ADD_DOMAIN(api) CALL(api, 28, Options *options, Domain *domain)
 #define TENSOR_DATA(api) CALL(api, 51, Value *value, void **data)
+#define NEW_SHAPE(api) CALL(api, 57, Shape **made)
+#define SET_TYPE(api) CALL(api, 58, Shape *shape, int type)
+#define SET_DIMENSIONS(api) CALL(api, 59, Shape *shape, const int64_t *dimensions, size_t rank)
 #define ELEMENT_TYPE(api) CALL(api, 60, const Shape *shape, int *type)
 #define RANK(api) CALL(api, 61, const Shape *shape, size_t *rank)
 #define DIMENSIONS(api) CALL(api, 62, const Shape *shape, int64_t *dimensions, size_t rank)
@@ -50,7 +54,9 @@ typedef struct {
 #define OUTPUT(api) CALL(api, 91, Context *context, size_t index, const int64_t *dimensions, size_t rank, Value **value)
 #define RELEASE_STATUS 93
 #define RELEASE_SHAPE(api) FREE(api, 99, Shape)
+#define INPUTS(api) CALL(api, 230, const KernelInfo *info, size_t *count)
 #define CONSTANT_INPUT(api) CALL(api, 249, const KernelInfo *info, size_t index, int *is_constant, const Value **value)
+#define INFERRED_INPUTS(api) CALL(api, 267, const ShapeContext *context, size_t *count)
 #define INPUT_SHAPE(api) CALL(api, 268, const ShapeContext *context, size_t index, Shape **shape)
 #define OUTPUT_SHAPE(api) CALL(api, 270, const ShapeContext *context, size_t index, const Shape *shape)
 #define PARALLEL_FOR(api) \

@@ -76,7 +76,7 @@ def file(shape: list, table: np.ndarray, kind: int = TensorProto.UINT8, constant
     if not constant:
         inputs.append(helper.make_tensor_value_info("t", TensorProto.UINT8, table.shape))
     graph = helper.make_graph(
-        [helper.make_node(LOOKUP, ["x", "t"], ["y"], domain=DOMAIN)], "one", inputs,
+        [helper.make_node(LOOKUP, ["t", "x"], ["y"], domain=DOMAIN)], "one", inputs,
         [helper.make_tensor_value_info("y", kind, shape)], stored if constant else [],
     )  # fmt: skip
     sets = [helper.make_opsetid("", 21), helper.make_opsetid(DOMAIN, 1)]
@@ -107,7 +107,7 @@ def test_the_node_gives_each_channel_its_own_table(shape):
 def test_a_shape_that_nobody_knows_before_it_comes():
     graph = onnx.load_from_string(file([4, 4], drawn(256)))
     graph.graph.node.insert(0, helper.make_node("Reshape", ["x", "to"], ["z"]))
-    graph.graph.node[1].input[0] = "z"
+    graph.graph.node[1].input[1] = "z"
     graph.graph.input.append(helper.make_tensor_value_info("to", TensorProto.INT64, ["rank"]))
     del graph.graph.output[0].type.tensor_type.shape.dim[:]
     graph.graph.output[0].type.tensor_type.ClearField("shape")
@@ -119,11 +119,11 @@ def test_a_shape_that_nobody_knows_before_it_comes():
 
 
 REFUSED = {
-    "255 bytes": (drawn(255), "not of 256 bytes"),
-    "a number": (drawn(), "not of 256 bytes"),
-    "three dimensions": (drawn(1, 3, 256), "not of 256 bytes"),
-    "tables of 255": (drawn(3, 255), "not of 256 bytes"),
-    "no channel": (drawn(0, 256), "not of 256 bytes"),
+    "255 bytes": (drawn(255), "not of 256 bytes each"),
+    "a number": (drawn(), "not of 256 bytes each"),
+    "three dimensions": (drawn(1, 3, 256), "not of 256 bytes each"),
+    "tables of 255": (drawn(3, 255), "not of 256 bytes each"),
+    "no channel": (drawn(0, 256), "not of 256 bytes each"),
     "signed": (drawn(256).astype(np.int8), "Type Error"),
     "floats": (drawn(256).astype(np.float32), "Type Error"),
 }
@@ -137,7 +137,7 @@ def test_a_table_of_another_size_or_type_is_refused_when_the_file_is_loaded(name
 
 
 def test_a_table_that_is_no_constant_is_refused_when_the_file_is_loaded():
-    with pytest.raises(Exception, match="not a constant"):
+    with pytest.raises(Exception, match="are not a constant"):
         opened(file([4], drawn(256), constant=False))
 
 
@@ -164,10 +164,53 @@ def test_a_map_that_others_read_too_is_not_overwritten():
     model = onnx.load_from_string(file([1, 64, 64, 16], drawn(256)))
     model.graph.node.insert(0, helper.make_node("Identity", ["x"], ["own"]))
     model.graph.node.insert(1, helper.make_node("Max", ["x", "own"], ["kept"]))
-    model.graph.node[2].input[0] = "kept"
+    model.graph.node[2].input[1] = "kept"
     model.graph.node.append(helper.make_node("Max", ["kept", "own"], ["again"]))
     model.graph.output.append(helper.make_tensor_value_info("again", TensorProto.UINT8, [1, 64, 64, 16]))
     x = drawn(1, 64, 64, 16)
     made, again = opened(model.SerializeToString()).run(None, {"x": x})
     assert np.array_equal(made, drawn(256)[x])
     assert np.array_equal(again, x)
+
+
+def joining(shapes: list[list], tables: np.ndarray) -> bytes:
+    """One node that joins as many maps as there are shapes."""
+    names = [f"x{i}" for i in range(len(shapes))]
+    graph = helper.make_graph(
+        [helper.make_node(LOOKUP, ["t", *names], ["y"], domain=DOMAIN)], "joined",
+        [helper.make_tensor_value_info(n, TensorProto.UINT8, s) for n, s in zip(names, shapes, strict=True)],
+        [helper.make_tensor_value_info("y", TensorProto.UINT8, None)], [numpy_helper.from_array(tables, "t")],
+    )  # fmt: skip
+    sets = [helper.make_opsetid("", 21), helper.make_opsetid(DOMAIN, 1)]
+    return helper.make_model(graph, opset_imports=sets, ir_version=10).SerializeToString()
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize(
+    ("sides", "widths"),
+    [((1, 160, 160), (16, 16)), ((2, 9, 7), (1, 3, 0, 40)), ((), (5, 6)), ((1, 3, 3), (5000, 33)), ((0, 4), (2, 2)),
+     ((1, 1, 1), (1,) * 64), ((1, 80, 80), (32, 48, 64))],
+)  # fmt: skip
+def test_several_maps_are_joined_each_by_its_own_table(sides, widths, threads):
+    maps, tables = [drawn(*sides, width) for width in widths], drawn(len(widths), 256)
+    tables[-1] = np.arange(256)  # which changes nothing
+    wanted = np.concatenate([table[x] for table, x in zip(tables, maps, strict=True)], -1)
+    feed = {f"x{i}": x for i, x in enumerate(maps)}
+    for shapes in ([list(x.shape) for x in maps], [[None] * x.ndim for x in maps]):
+        made = opened(joining(shapes, tables), threads).run(None, feed)[0]
+        assert np.array_equal(made, wanted)
+
+
+def test_tables_for_another_number_of_maps_are_refused_when_the_file_is_loaded():
+    for tables in (drawn(256), drawn(1, 256), drawn(3, 256)):
+        with pytest.raises(Exception, match="another number of tables"):
+            opened(joining([[1, 2, 2, 3]] * 2, tables))
+    with pytest.raises(Exception, match="too many maps"):
+        opened(joining([[1, 2]] * 65, drawn(65, 256)))
+
+
+@pytest.mark.parametrize("shapes", [[(1, 2, 2, 3), (1, 2, 3, 3)], [(1, 4, 3), (4, 3)], [(), ()]])
+def test_maps_that_do_not_fit_are_refused_when_it_runs(shapes):
+    running = opened(joining([[None] * len(s) for s in shapes], drawn(2, 256)))
+    with pytest.raises(Exception, match="differ in more than their channels"):
+        running.run(None, {f"x{i}": drawn(*s) for i, s in enumerate(shapes)})
