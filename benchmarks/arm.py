@@ -26,6 +26,7 @@ import onnx
 import onnxruntime as ort
 from numpy.typing import NDArray
 
+from dsconvert.base.size import Size
 from dsconvert.convert.options import QuantizeOptions
 from dsconvert.convert.quantize import quantize
 from dsconvert.convert.record import save_quantized
@@ -33,6 +34,7 @@ from dsconvert.export.ends.nms import Nms
 from dsconvert.export.onnx import Ends, write_quantized
 from dsconvert.export.weights.layouts import LAYOUTS, layout_named
 from dsconvert.model.file import load_model
+from dsconvert.model.model import DSModel
 from dsconvert.onnxfile.engines import as_input, session
 from dsconvert.onnxfile.operators import library
 from dsconvert.onnxfile.source import giving
@@ -148,17 +150,17 @@ def drawn(count: int, side: tuple[int, int]) -> NDArray[np.float32]:
     return np.asarray(np.rint(255 * mixed) / 255, np.float32)
 
 
-def write_files(model_path: Path, folder: Path, layouts: list[str]) -> list[str]:
+def write_files(model: DSModel, size: Size, folder: Path, layouts: list[str]) -> list[str]:
     """NAME.onnx with its integer maps as outputs too, NAME.in.npy and NAME.here.npz, of every layout and option."""
-    model, names = load_model(model_path), []
+    names = []
     for layout in layouts:
         for option, ends in ENDS.items():
             name = f"{layout}{option}".removesuffix("none")
-            written = write_quantized(model, layout_named(layout), model.imgsz, ends)
+            written = write_quantized(model, layout_named(layout), size, ends)
             maps = [written.places[value].name for value in model.graph.outputs]
             made = giving(written.model, maps).SerializeToString()
             kind = {"uint8": np.uint8, "float16": np.float16}.get(ends.input_type, np.float32)
-            feed = as_input(drawn(2 if ends.dynamic_batch else 1, model.imgsz.pair), kind)
+            feed = as_input(drawn(2 if ends.dynamic_batch else 1, size.pair), kind)
             outputs = [o.name for o in onnx.load_from_string(made).graph.output]
             here = session(made, 2).run(outputs, {"images": feed})
             (folder / f"{name}.onnx").write_bytes(made)
@@ -186,6 +188,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=ROOT / "runs/arm", help="where all of it is kept")
     parser.add_argument("--model", type=Path, help="a model.safetensors (default: the demo, quantized)")
+    parser.add_argument("--imgsz", type=int, help="pixels of the files' input (default: the model's)")
     given = parser.parse_args()
     if missing := next((name for name in (QEMU, "apt-get", "dpkg-deb") if shutil.which(name) is None), None):
         raise SystemExit(f"There is no {missing}; on Debian, apt-get install qemu-user-static.")
@@ -193,15 +196,17 @@ def main() -> None:
     folder = work / "files"
     folder.mkdir(parents=True, exist_ok=True)
     root, site, ops = debian_tree(work), wheels(work), compiled(work)
-    model = given.model or work / "demo" / "model.safetensors"
-    if not model.exists():
+    path = given.model or work / "demo" / "model.safetensors"
+    if not path.exists():
         options = QuantizeOptions(calib=DEMO / "images/calib", imgsz=320, samples=16)
-        save_quantized(quantize(load_checkpoint(DEMO / "demo.pt"), options), model.parent, force=True)
+        save_quantized(quantize(load_checkpoint(DEMO / "demo.pt"), options), path.parent, force=True)
     layouts = [x.name for x in LAYOUTS.values() if not x.real and (not x.tables or (ops and library()))]
-    names, side = write_files(model, folder, layouts), max(load_model(model).imgsz.pair)
+    model = load_model(path)
+    size = Size.of(given.imgsz or model.imgsz)
+    names, side = write_files(model, size, folder, layouts), max(size.pair)
     environment = {**os.environ, "ORT_DISABLE_TELEMETRY": "1", "OPENBLAS_NUM_THREADS": "1"}
     bad = 0
-    print(f"onnxruntime {ort.__version__}, {done([QEMU, '--version']).splitlines()[0]}")
+    print(f"{path.name} at {size} pixels, onnxruntime {ort.__version__}, {done([QEMU, '--version']).splitlines()[0]}")
     for processor in PROCESSORS:
         command = play(processor, root)
         if ops:

@@ -223,22 +223,25 @@ static Status *run(void *kernel, Context *context) {
   return PARALLEL_FOR(api)(context, one_piece, pieces, 0, &job);
 }
 
-/* The shape of several maps joined, where each of them is known. */
-static Status *infer_joined(const Api *api, ShapeContext *context, size_t maps) {
+/* The shape of the output, where all sides of all maps are known. ONNX Runtime says of a shape that it does not know that
+   it has no dimension, and of a side that it is -1. */
+static Status *infer_known(const Api *api, ShapeContext *context) {
   Sides all = {.rank = 0}, own;
-  for (size_t i = 0; i < maps; i++) {
+  size_t inputs = 0;
+  TRY(INFERRED_INPUTS(api)(context, &inputs));
+  for (size_t i = 1; i < inputs; i++) {
     Shape *shape = NULL; /* the context's own */
-    TRY(INPUT_SHAPE(api)(context, i + 1, &shape));
+    TRY(INPUT_SHAPE(api)(context, i, &shape));
     TRY(RANK(api)(shape, &own.rank));
-    if (!own.rank || own.rank > MOST_DIMENSIONS) return NULL;
+    if (!own.rank || own.rank > MOST_DIMENSIONS || (i > 1 && own.rank != all.rank)) return NULL;
     TRY(DIMENSIONS(api)(shape, own.sides, own.rank));
     for (size_t k = 0; k < own.rank; k++)
       if (own.sides[k] < 0) return NULL;
-    int64_t before = i ? all.sides[own.rank - 1] : 0;
-    if (i && own.rank != all.rank) return NULL;
+    int64_t before = i > 1 ? all.sides[own.rank - 1] : 0;
     all = own;
     all.sides[own.rank - 1] += before;
   }
+  if (!all.rank) return NULL;
   Shape *made = NULL;
   TRY(NEW_SHAPE(api)(&made));
   Status *said = SET_TYPE(api)(made, ORT_UINT8);
@@ -250,12 +253,7 @@ static Status *infer_joined(const Api *api, ShapeContext *context, size_t maps) 
 
 static Status *infer(const Operator *operator_, ShapeContext *context) {
   const Api *api = ((const Ours *)operator_)->api;
-  Shape *shape = NULL; /* the context's own */
-  size_t inputs = 0;
-  Status *said = INFERRED_INPUTS(api)(context, &inputs);
-  if (!said && inputs > 2) said = infer_joined(api, context, inputs - 1);
-  if (!said && inputs == 2) said = INPUT_SHAPE(api)(context, 1, &shape);
-  if (!said && shape) said = OUTPUT_SHAPE(api)(context, 0, shape);
+  Status *said = infer_known(api, context);
   if (said) FREE(api, RELEASE_STATUS, Status)(said); /* a shape that is not known yet is no fault */
   return NULL;
 }

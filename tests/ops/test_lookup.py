@@ -118,6 +118,24 @@ def test_a_shape_that_nobody_knows_before_it_comes():
         assert np.array_equal(made, drawn(256)[x].reshape(to))
 
 
+def test_what_reads_a_map_of_unknown_shape_takes_it(tmp_path):
+    """ONNX Runtime checks shapes that are said to be known: here a pooling wants four dimensions."""
+    for operator in (file([None, None, None, None], drawn(256)), joining([[None] * 4] * 2, drawn(2, 256))):
+        model = onnx.load_from_string(operator)
+        inputs = [v.name for v in model.graph.input]
+        for i, name in enumerate(inputs):
+            model.graph.node.insert(0, helper.make_node("Reshape", [name, "to"], [f"unknown{i}"]))
+            model.graph.node[-1].input[1 + i] = f"unknown{i}"
+        model.graph.input.append(helper.make_tensor_value_info("to", TensorProto.INT64, ["rank"]))
+        model.graph.node.append(helper.make_node("MaxPool", ["y"], ["pooled"], kernel_shape=[1, 1]))
+        model.graph.output[0].CopyFrom(helper.make_tensor_value_info("pooled", TensorProto.UINT8, None))
+        feed = {name: drawn(1, 4, 4, 3) for name in inputs}
+        made = opened(model.SerializeToString()).run(None, {**feed, "to": np.array((1, 4, 4, 3))})[0]
+        tables = drawn(256)[None] if len(inputs) == 1 else drawn(2, 256)
+        wanted = [table[x] for table, x in zip(tables, feed.values(), strict=True)]
+        assert np.array_equal(made, np.concatenate(wanted, -1))
+
+
 REFUSED = {
     "255 bytes": (drawn(255), "not of 256 bytes each"),
     "a number": (drawn(), "not of 256 bytes each"),
