@@ -4,7 +4,7 @@
 
 Needs dsconvert-ops (make ops). Files take turns; ratios are of medians with 95 % intervals over rounds, and of the
 least times, which a busy machine disturbs less. Then: the operator alone on the maps that the network's SiLU has, by
-every kernel of this processor on one thread; the same with a table for each channel; and where the time of a frame goes.
+every kernel of this processor on one thread; the same with a table for each channel; where the time of a frame goes.
 """
 
 from __future__ import annotations
