@@ -92,9 +92,7 @@ bench: setup
 # A wheel of its own, which nothing else needs. Its tests are among all others, and skip where it is not installed.
 ops: setup
 	$(INSTALL) --requirement locks/ops.lock
-	rm -rf build/ops
-	$(BIN)/pip wheel --quiet --no-deps --no-build-isolation --wheel-dir build/ops ./ops
-	$(BIN)/pip install --quiet --no-deps --force-reinstall build/ops/*.whl
+	$(BIN)/pip install --quiet --no-deps --no-build-isolation --force-reinstall ./ops
 
 test-ops: ops
 	$(PYTEST) tests/ops tests/export/test_fast.py
