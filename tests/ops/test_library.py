@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,30 @@ def test_no_kernel_touches_memory_that_is_not_its_own(tmp_path):
     done = said(tmp_path / "exact")
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.endswith("exact\n")
+
+
+@compiles
+@pytest.mark.long
+def test_the_operator_touches_no_memory_that_is_not_its_own(tmp_path):
+    """All tests of test_lookup.py in ONNX Runtime, with the library built for the address sanitizer."""
+    sanitizers = [said(CC, f"-print-file-name={name}").stdout.strip() for name in ("libasan.so", "libubsan.so")]
+    if not all(Path(name).is_absolute() for name in sanitizers):
+        pytest.skip("this compiler has no sanitizers that can be loaded")
+    done = said("cmake", "-S", ROOT / "ops", "-B", tmp_path / "build", "-DSANITIZE=ON")
+    assert done.returncode == 0, done.stderr
+    done = said("cmake", "--build", tmp_path / "build")
+    assert done.returncode == 0, done.stdout + done.stderr
+    package = tmp_path / "site/dsconvert_ops"
+    shutil.copytree(ROOT / "ops/dsconvert_ops", package)
+    shutil.copy(next((tmp_path / "build").glob("libdsconvert_ops.*")), package)
+    environment = {
+        **os.environ, "LD_PRELOAD": " ".join(sanitizers), "ASAN_OPTIONS": "detect_leaks=0",
+        "PYTHONPATH": os.pathsep.join((str(package.parent), os.environ["PYTHONPATH"])),
+    }  # fmt: skip
+    done = said(sys.executable, "-m", "pytest", "-p", "no:cacheprovider", ROOT / "tests/ops/test_lookup.py",
+                env=environment, cwd=ROOT)  # fmt: skip
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    assert "passed" in done.stdout
 
 
 @compiles
