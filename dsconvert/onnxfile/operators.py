@@ -20,6 +20,8 @@ MISSING = (
     "pip install ./ops"
 )
 
+_HELD: list[ort.SessionOptions] = []  # while one has it, the library stays loaded, and keeps what it made for others
+
 
 @functools.cache
 def library() -> str | None:
@@ -30,7 +32,9 @@ def library() -> str | None:
         import dsconvert_ops
 
         path = str(dsconvert_ops.library())
-        ort.SessionOptions().register_custom_ops_library(path)
+        options = ort.SessionOptions()
+        options.register_custom_ops_library(path)
+        _HELD.append(options)
         return path
     return None
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import replace
+from itertools import count
 
 import numpy as np
 import onnx
@@ -36,7 +37,8 @@ def join_by_tables(written: Written) -> Written:
     reads = Counter(name for node in graph.node for name in node.input)
     reads.update(v.name for v in graph.output)
     gone: set[str] = set()
-    joined: list[str] = []
+    taken = {*makers, *tables, *(v.name for v in graph.input)}
+    free = (name for number in count() if (name := f"joined{number}") not in taken)  # no dot: no layer's own
     for node in graph.node:
         if not _joins_bytes(node, makers):
             continue
@@ -48,8 +50,7 @@ def join_by_tables(written: Written) -> Written:
             maps.append(maker.input[1] if alone else name)
             rows.append(table)
             gone |= {name} if alone else set()
-        stored = f"joined{len(joined)}"  # without a dot: no layer's own
-        joined.append(stored)
+        stored = next(free)
         graph.initializer.append(numpy_helper.from_array(np.stack(rows), stored))
         node.CopyFrom(helper.make_node(LOOKUP, [stored, *maps], list(node.output), domain=DOMAIN))
     nodes = [node for node in graph.node if not gone & set(node.output)]
