@@ -24,7 +24,7 @@ CHECKED := $(patsubst %,tests/%,dsconv graph fit measure export widths)
 # Two processes share the tests; the one that is done first takes over what the other has not begun.
 PYTEST := $(BIN)/pytest --numprocesses 2 --dist worksteal
 
-.PHONY: help demo lint check test test-all docs package lock lowest audit bench setup clean
+.PHONY: help demo lint check test test-all docs package lock lowest audit bench ops test-ops arm setup clean
 .DEFAULT_GOAL := help
 
 help:
@@ -35,6 +35,9 @@ help:
 	@echo "make docs      build the documentation into site/"
 	@echo "make package   build wheel and sdist into dist/, and check them"
 	@echo "make bench     install what benchmarks compare with: OpenVINO, NNCF, MNN"
+	@echo "make ops       build the operator library of ops/ and install it (needs a C compiler)"
+	@echo "make test-ops  the same, and its tests"
+	@echo "make arm       run exported files, and the library, on an emulated ARM processor (needs Debian's qemu-user-static)"
 	@echo "make lock      pin every dependency with its hashes in requirements.lock and locks/"
 	@echo "make lowest    the tests of make check with the oldest versions that pyproject.toml allows (gigabytes)"
 	@echo "make audit     licences and known vulnerabilities of what is pinned (the latter needs the internet)"
@@ -88,6 +91,17 @@ lowest: .venv/.audit
 bench: setup
 	$(INSTALL) --requirement locks/bench.lock
 
+# A wheel of its own, which nothing else needs. Its tests are among all others, and skip where it is not installed.
+ops: setup
+	$(INSTALL) --requirement locks/ops.lock
+	$(BIN)/pip install --quiet --no-deps --no-build-isolation --force-reinstall ./ops
+
+test-ops: ops
+	$(PYTEST) tests/ops tests/export/test_fast.py
+
+arm: setup
+	$(BIN)/python benchmarks/arm.py
+
 .venv/.audit: .venv/.ready locks/audit.lock
 	$(INSTALL) --requirement locks/audit.lock
 	touch $@
@@ -97,7 +111,7 @@ lock: .venv/.audit
 	echo 'torch==$(TORCH)' | $(COMPILE) --constraints - --all-extras --upgrade --output-file .venv/versions.txt
 	$(ONE_OF_THEM) --extra report --output-file requirements.lock
 	grep -q '$(TORCH_ARM)' requirements.lock || sed -i 's/^torch==.*/&\n    --hash=$(TORCH_ARM) \\/' requirements.lock
-	for extra in dev bench audit; do $(ONE_OF_THEM) --extra $$extra $(NOT_AGAIN) --output-file locks/$$extra.lock || exit 1; done
+	for extra in dev bench ops audit; do $(ONE_OF_THEM) --extra $$extra $(NOT_AGAIN) --output-file locks/$$extra.lock || exit 1; done
 
 # faster-coco-eval names its licence in a file alone: Apache 2.0. codespell is GPL 2.0: a program that lint runs, and that
 # nothing imports.

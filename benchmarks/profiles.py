@@ -19,6 +19,7 @@ from onnx import TensorProto, helper, numpy_helper
 from dsconvert.graph.ir import ConvParams, Graph
 from dsconvert.graph.run import run_float
 from dsconvert.onnxfile.engines import session
+from dsconvert.onnxfile.operators import with_operators
 from dsconvert.scoring.latency import interleaved_times
 
 WARMUP = 5
@@ -31,7 +32,7 @@ CHAIN = 4  # convolutions in a row, so that bringing the image into the kernels'
 def op_times(path: Path, threads: int, runs: int) -> dict[str, float]:
     """Milliseconds a frame by kind of node, the medians over runs, most first. Takes one float image."""
     with tempfile.TemporaryDirectory() as folder:
-        options = ort.SessionOptions()
+        options = with_operators(ort.SessionOptions())
         options.intra_op_num_threads, options.log_severity_level = threads, 3
         options.enable_profiling, options.profile_file_prefix = True, f"{folder}/profile"
         running = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])

@@ -135,8 +135,9 @@ class QuantizedModel:
     ) -> Path:
         """Write ONNX with integer weights; return the file.
 
-        layout: packed (smallest), fused (for ONNX Runtime, loads faster), blocked (ONNX block scales), openvino (for
-            OpenVINO, the fastest there), int8 (runs on old engines), or float (for kds="float").
+        layout: packed (smallest), fused (for ONNX Runtime, loads faster), fast (fused with an operator of
+            dsconvert-ops, which it needs), blocked (ONNX block scales), openvino (for OpenVINO, the fastest there),
+            int8 (runs on old engines), or float (for kds="float").
         imgsz: pixels of the input, a square's side or (height, width); None: as calibrated.
         check: whether to run the file in ONNX Runtime first and compare it with torch.
         force: whether to replace an existing file.

@@ -97,6 +97,7 @@ class OnnxBuilder:
         def values(named: Mapping[str, tuple[int | str, ...]], kind: int) -> list[onnx.ValueInfoProto]:
             return [helper.make_tensor_value_info(n, kind, s) for n, s in named.items()]
 
+        others = dict.fromkeys(node.domain for node in self.nodes if node.domain)
         graph = helper.make_graph(
             self.nodes,
             "dsconvert",
@@ -106,7 +107,7 @@ class OnnxBuilder:
         )
         model = helper.make_model(
             graph,
-            opset_imports=[helper.make_opsetid("", self.opset)],
+            opset_imports=[helper.make_opsetid("", self.opset), *(helper.make_opsetid(d, 1) for d in others)],
             ir_version=IR_VERSION[self.opset],
             producer_name="dsconvert",
             producer_version=VERSION,

@@ -43,7 +43,7 @@ MOST_COLUMNS = 4608  # 512 channels of 3x3: H takes 170 MB, and what is computed
 # Two engines' or two graphs' float32 sums, in another order, through a deep network.
 RTOL, ATOL = 1e-3, 1e-4
 # layouts by what becomes of activations
-KINDS = {"int8": ("packed", "int8", "blocked", "openvino"), "float": tuple(LAYOUTS)}
+KINDS = {"int8": ("packed", "fused", "fast", "int8", "blocked", "openvino"), "float": tuple(LAYOUTS)}
 Progress = Callable[[str, int, int], None]
 
 

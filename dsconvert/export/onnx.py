@@ -31,6 +31,7 @@ from dsconvert.export.ends.nms import Nms, add_nms
 from dsconvert.export.ends.opensize import add_open_decode
 from dsconvert.export.operators import real_weight
 from dsconvert.export.ort.fused import fuse
+from dsconvert.export.ort.joined import join_by_tables
 from dsconvert.export.ort.quickform import QuickForm
 from dsconvert.export.quantized import PlainForm
 from dsconvert.export.weights.layouts import Layout, check_layout
@@ -41,6 +42,7 @@ from dsconvert.graph.integer import real_between
 from dsconvert.graph.ir import INPUT, ConvParams, Graph, Node, display_name
 from dsconvert.graph.ops import OPS
 from dsconvert.model.model import Converted, DSModel
+from dsconvert.onnxfile.operators import need_operators
 from dsconvert.yolo.network import Head
 
 OUTPUT, PROTOTYPES, DETECTIONS = "output0", "output1", "detections"
@@ -84,9 +86,12 @@ def write_quantized(model: DSModel, layout: Layout, imgsz: SizeLike, ends: Ends 
         raise InputError.naming(
             "{layout} {} needs one image size; leave out {dynamic}, or choose another layout.", layout.name
         )
+    if layout.tables:
+        need_operators(f"Layout {layout.name}")
     model = in_layout(model, layout)
     made = _written(model, layout, Size.of(imgsz), ends)
-    return fuse(made) if layout.fused else made
+    made = fuse(made) if layout.fused else made
+    return join_by_tables(made) if layout.tables else made
 
 
 def in_layout(model: Model, layout: Layout) -> Model:

@@ -17,13 +17,14 @@ from dsconvert.export.operators import real_weight
 from dsconvert.export.weights.layouts import Layout
 from dsconvert.export.weights.weights import Weights
 from dsconvert.export.written import Place
-from dsconvert.graph.activations import GATES, THREE
+from dsconvert.graph.activations import GATES, THREE, activation_table
 from dsconvert.graph.gates import is_limit, is_relabelled
 from dsconvert.graph.grids import SIGMOID, QParams
 from dsconvert.graph.integer import grid_of
 from dsconvert.graph.ir import INPUT, Node, display_name
 from dsconvert.graph.ops import OPS
 from dsconvert.model.model import Converted
+from dsconvert.onnxfile.operators import DOMAIN, LOOKUP
 
 
 class PlainForm:
@@ -56,6 +57,8 @@ class PlainForm:
             self.uint8[node.name] = self.uint8[node.inputs[0]]
         elif op.moves and all(self.grids[x] == self.grids[node.name] for x in node.inputs):
             self.uint8[node.name] = self._moved(node)
+        elif self.layout.tables and node.op == "act" and node.inputs[0] in self.uint8:
+            self.uint8[node.name] = self._looked_up(node)
         elif node.op == "act" and node.attrs["kind"] in GATES and node.inputs[0] in self.uint8:
             gate = self._dq(self._gate(node), f"{node.name}.sd", SIGMOID)
             self._quantize(node.name, self.b.node("Mul", [self.real(node.inputs[0]), gate], node.name))
@@ -67,6 +70,12 @@ class PlainForm:
         if node.op == "relu":
             return is_limit(node, self.grids[node.name])
         return node.op == "times" and is_relabelled(node, self.grids[node.inputs[0]], self.grids[node.name])
+
+    def _looked_up(self, node: Node) -> str:
+        """An activation as a table: that of the integer reference, so that every layout has the same integers."""
+        x = node.inputs[0]
+        table = self.b.constant(activation_table(node.attrs["kind"], self.grids[x], self.grids[node.name]))
+        return self.b.node(LOOKUP, [table, self.uint8[x]], f"{node.name}.q", domain=DOMAIN)
 
     def _gate(self, node: Node) -> str:
         """Write the factor that an activation multiplies its input by (its gate), quantized in steps of 1/255."""

@@ -19,6 +19,7 @@ from dsconvert.base.errors import InputError, printable, refusing
 from dsconvert.base.filekinds import NAMES, ONNX, check_ordinary, file_kind
 from dsconvert.base.size import USUAL, Size, SizeLike
 from dsconvert.onnxfile.bounds import Bounds
+from dsconvert.onnxfile.operators import check_operators, with_operators
 
 ENGINES = ("onnxruntime", "openvino")
 MAX_SIDE = 8192
@@ -60,13 +61,20 @@ class Session:
 
 def session(model: bytes | Path, threads: int, what: str = "The file", size: int | None = None) -> Session:
     """A session of a file in memory or on disk, of so many bytes with all that belongs to it (None: its own). Raises
-    InputError about `what` when it takes more than such a file should, anything when it is faulty."""
+    InputError about `what` when it takes more than such a file should or needs the library of `operators`, which is not
+    there; anything when it is faulty."""
     bounds = Bounds(what, size or (model.stat().st_size if isinstance(model, Path) else len(model)))
-    return Session(bounds.first(lambda: _inference_session(model, threads)), bounds)
+    try:
+        return Session(bounds.first(lambda: _inference_session(model, threads)), bounds)
+    except InputError:
+        raise
+    except Exception:  # onnxruntime raises many kinds
+        check_operators(model, what)
+        raise
 
 
 def _inference_session(model: bytes | Path, threads: int) -> ort.InferenceSession:
-    options = ort.SessionOptions()
+    options = with_operators(ort.SessionOptions())
     if isinstance(model, bytes):  # of a fit or a check, never timed: threads that wait let others work meanwhile
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.intra_op_num_threads = threads

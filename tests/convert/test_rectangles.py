@@ -11,6 +11,7 @@ import onnx
 import onnxruntime as ort
 import pytest
 import torch
+from built import HERE
 from conftest import convert, smooth_picture
 from safetensors import safe_open
 
@@ -36,7 +37,7 @@ from dsconvert.yolo.lower import lower
 from dsconvert.yolo.network import Head
 
 SIZES = [(32, 96), (96, 32), (64, 40)]
-INT8 = [name for name, layout in LAYOUTS.items() if not layout.real]
+INT8 = [name for name in HERE if not LAYOUTS[name].real]
 
 
 def test_a_photo_of_the_same_shape_has_no_grey():

@@ -19,6 +19,7 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
+from built import HERE
 from conftest import HANGS, ROOT, SIDE, convert, smooth_picture, tiny_network
 from formats import fit_weight_real
 from onnx.reference import ReferenceEvaluator
@@ -29,6 +30,7 @@ from dsconvert.export.onnx import Ends, export_float, export_quantized
 from dsconvert.export.weights.layouts import layout_named
 from dsconvert.graph.ir import display_name
 from dsconvert.onnxfile.compact import compact
+from dsconvert.onnxfile.operators import with_operators
 from dsconvert.yolo.boxes import non_max_suppression
 from dsconvert.yolo.lower import lower
 
@@ -39,8 +41,8 @@ OPTIONS = {
     "none": Ends(), "`--nms`": Ends(nms=SUPPRESSION), "`--uint8-input`": Ends(input_type="uint8"),
     "`--half-input`": Ends(input_type="float16"), "`--dynamic-batch`": Ends(dynamic_batch=True),
 }  # fmt: skip
-INTEGER = ("packed", "fused", "blocked", "int8")
-LAYOUTS = (*INTEGER, "openvino", "float", "float32")
+INTEGER = tuple(name for name in ("packed", "fused", "fast", "blocked", "int8") if name in HERE)
+LAYOUTS = (*INTEGER, "openvino", "float", "float32")  # fast is among them where its library is
 Files = dict[tuple[str, str], bytes]
 
 
@@ -87,7 +89,8 @@ def fed(option: str) -> np.ndarray:
 
 
 def run_onnxruntime(file: bytes, image: np.ndarray) -> np.ndarray:
-    return ort.InferenceSession(file, providers=["CPUExecutionProvider"]).run(None, {"images": image})[0]
+    options = with_operators(ort.SessionOptions())
+    return ort.InferenceSession(file, options, providers=["CPUExecutionProvider"]).run(None, {"images": image})[0]
 
 
 def run_openvino(file: bytes, image: np.ndarray) -> np.ndarray:
@@ -212,7 +215,7 @@ def test_a_no_names_the_engines_message():
     assert all(len(message(cell)) > 10 for cell in noes)
     assert set(table("Layouts")) == set(table("Options")) == {"ONNX Runtime", "onnxruntime-web", *ENGINES}
     for row in table("Layouts").values():
-        assert set(row) == {*LAYOUTS, "proved by"}
+        assert set(row) == {*LAYOUTS, "fast", "proved by"}
     for row in table("Options").values():
         assert set(row) == {*OPTIONS, "proved by"} - {"none"}
 
@@ -221,7 +224,8 @@ def test_a_no_names_the_engines_message():
 def test_the_file_is_what_yolov5_reads(files, layout):
     """By YOLOv5's detect.py and val.py: the first input gets (n, 3, h, w) floats in 0..1, the first output is
     (n, boxes, 5 + nc), int(stride) and a dictionary or list of names come from the metadata."""
-    session = ort.InferenceSession(files[layout, "none"], providers=["CPUExecutionProvider"])
+    options = with_operators(ort.SessionOptions())
+    session = ort.InferenceSession(files[layout, "none"], options, providers=["CPUExecutionProvider"])
     (entry,), (out,) = session.get_inputs(), session.get_outputs()
     assert (entry.name, entry.type, entry.shape) == ("images", "tensor(float)", [1, 3, SIDE, SIDE])
     boxes = 3 * ((SIDE // 4) ** 2 + (SIDE // 8) ** 2)

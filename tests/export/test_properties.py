@@ -12,6 +12,7 @@ import onnx
 import onnxruntime as ort
 import pytest
 import torch
+from built import HERE
 from conftest import convert, smooth_picture, tiny_network
 from formats import along, fit_weight, free
 from hypothesis import HealthCheck, assume, given, settings
@@ -156,7 +157,7 @@ def test_a_model_file_read_and_written_is_the_same_file(tmp_path_factory, model)
     path.write_bytes(model_bytes(model))
     read = load_model(path)
     assert model_bytes(read) == path.read_bytes()
-    for layout in set(LAYOUTS) - {"float"}:  # which has float activations
+    for layout in set(HERE) - {"float"}:  # which has float activations
         first, second = (
             export_quantized(m, layout_named(layout), m.imgsz).SerializeToString(deterministic=True)
             for m in (model, read)
@@ -354,5 +355,5 @@ def test_fits_scale_with_their_weights(scale):
 
 def test_exporting_twice_gives_the_same_bytes():
     model = convert(*tiny_network(), smooth_picture())
-    for layout in set(LAYOUTS) - {"float"}:  # which has float activations
+    for layout in set(HERE) - {"float"}:  # which has float activations
         assert onnx_bytes(model, layout) == onnx_bytes(model, layout)

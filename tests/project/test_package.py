@@ -20,7 +20,7 @@ import dsconvert
 SOURCES = (
     "dsconvert", "calib", "docs", "examples", "tests", "benchmarks", "pyproject.toml", "README.md", "LICENSE",
     "Makefile", "CHANGELOG.md", "CITATION.cff", "MANIFEST.in", "Dockerfile", ".dockerignore", "mkdocs.yml",
-    "requirements.lock", "locks",
+    "requirements.lock", "locks", "ops",
 )  # fmt: skip
 
 

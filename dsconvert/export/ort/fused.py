@@ -21,6 +21,7 @@ import onnxruntime as ort
 from dsconvert.base.files import needs_room, scratch_folder
 from dsconvert.export.ort.lastchannels import channels_last
 from dsconvert.export.written import Written
+from dsconvert.onnxfile.operators import with_operators
 
 UNPACKED = 8  # most bytes of the optimised file per byte of the packed one: weights of 1 bit become int8
 
@@ -54,7 +55,7 @@ def fuse(written: Written) -> Written:
 
 
 def _optimised(model: onnx.ModelProto) -> onnx.ModelProto:
-    options = ort.SessionOptions()
+    options = with_operators(ort.SessionOptions())
     # the next level would add memory layouts that suit only this CPU
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
     options.log_severity_level = 4  # its warning that the file is for this machine is true only of the highest level

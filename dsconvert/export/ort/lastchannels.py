@@ -13,6 +13,7 @@ import onnx
 from onnx import helper
 
 from dsconvert.base.builder import OnnxBuilder
+from dsconvert.onnxfile.operators import DOMAIN, LOOKUP
 from dsconvert.onnxfile.source import attribute
 
 LAST = ".last"  # suffix of a map's name when its channels are last
@@ -93,7 +94,9 @@ class _Walk:
         """
         if not any(name in self.last for name in node.input) or self.outputs & set(node.output):
             return False
-        if node.op_type in PLACEWISE:
+        if node.domain == DOMAIN and node.op_type == LOOKUP:
+            self._same(node, LOOKUP, DOMAIN)
+        elif node.op_type in PLACEWISE:
             parts = [name for name in node.input if name and name not in self.last]
             if not all(name in self.constants and math.prod(self.constants[name]) == 1 for name in parts):
                 return False

@@ -36,6 +36,7 @@ class Layout:
     bias_vector: bool = True  # one vector holds the biases of all layers, see `biases`; else each layer has its own
     quick: bool = False  # convolutions and maps have shapes that ONNX Runtime computes fast, see `quickform`
     fused: bool = False  # ONNX Runtime's own operators stand around the weights, channels last, see `fused`
+    tables: bool = False  # activations are looked up by the operator of our own, see `onnxfile.operators`
 
 
 _TABLE = (
@@ -52,6 +53,17 @@ _TABLE = (
         joint=True,
         quick=True,
         fused=True,
+    ),
+    # Fused, and every activation is one pass over its map, by an operator that ONNX Runtime has not got.
+    Layout(
+        name="fast",
+        about="with an operator of dsconvert-ops, which it needs, the fastest in ONNX Runtime",
+        engines=("ONNX Runtime",),
+        activations=("int8",),
+        joint=True,
+        quick=True,
+        fused=True,
+        tables=True,
     ),
     # 4-bit VQK that are free -> DequantizeLinear in blocks of channels, its scale m -> Cast INT8: the operator ONNX has
     # for block scales. OpenVINO folds it; ONNX Runtime computes it again in every inference. A short last block is
