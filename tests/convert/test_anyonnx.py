@@ -29,6 +29,7 @@ from dsconvert.graph.ops import conv
 from dsconvert.onnxfile.images import as_input, pictures
 from dsconvert.onnxfile.inspect import conv_weights
 from dsconvert.onnxfile.layers import find_layers
+from dsconvert.onnxfile.operators import with_operators
 from dsconvert.onnxfile.source import ImageInput, read_source
 from dsconvert.photos.form import PLAIN, InputForm
 
@@ -53,7 +54,7 @@ def exported(module: nn.Module, path: Path, shape=(1, 3, 32, 32), opset: int = 1
 
 
 def run(model: onnx.ModelProto | Path, x: np.ndarray, level: int = 99) -> list[np.ndarray]:
-    options = ort.SessionOptions()
+    options = with_operators(ort.SessionOptions())
     options.log_severity_level = 3
     options.graph_optimization_level = ort.GraphOptimizationLevel(level)
     data = str(model) if isinstance(model, Path) else model.SerializeToString()

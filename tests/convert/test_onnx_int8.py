@@ -11,6 +11,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from built import needs_ops
 from spellings import Between, Decoded, Gate, Heads, Shuffle
 from test_anyonnx import exported as plainly_exported
 from test_anyonnx import run
@@ -113,7 +114,7 @@ def test_a_relu_costs_nothing(detector):
     assert not any(n.op_type == "Relu" for n in made.model.graph.node)
 
 
-@pytest.mark.parametrize("layout", ["int8", "blocked", "openvino"])
+@pytest.mark.parametrize("layout", ["fused", pytest.param("fast", marks=needs_ops), "int8", "blocked", "openvino"])
 def test_every_layout_gives_the_numbers_of_packed(layout, tmp_path, photos):
     path = exported(Between(nn.SiLU(), 16), tmp_path / "net.onnx")
     x = picture(photos)
