@@ -65,19 +65,14 @@ class FloatModel:
     def export(
         self, file: File, *, imgsz: SizeLike = 640, check: bool = True, force: bool = False, **ends: Any
     ) -> Path:
-        """Write the float32 network as ONNX, for comparison; return the file.
-
-        `check` and `ends` are as in QuantizedModel.export.
-        """
+        """Write the float32 network as ONNX and return the file; arguments are as in QuantizedModel.export."""
         refuse_inputs([Path(file)], [self.path])
         return _write(file, exporting.onnx_bytes(self.path, PACKED, imgsz, _ends(**ends), check), force)
 
 
 @dataclass(frozen=True, repr=False)
 class QuantizedModel:
-    """A converted model; `quantize` and `load` return one. `result` describes the conversion; it is None after
-    `load`.
-    """
+    """A converted model from `quantize` or `load`; `result` describes the conversion, and is None after `load`."""
 
     model: DSModel
     result: Quantized | None = None
@@ -107,8 +102,8 @@ class QuantizedModel:
     def layers(self) -> list[dict[str, Any]]:
         """One row for each convolution.
 
-        It has name, shape, kind, bits, block_size, bytes, float32_bytes, and the damage expected by bits. After
-        `quantize` it also has sqnr_db, the weight's signal-to-quantization-noise ratio in decibels.
+        It has name, shape, kind, bits, block_size, bytes, float32_bytes, and the expected damage by bits. After
+        `quantize` it also has sqnr_db, the weight's signal-to-quantization-noise ratio in dB.
         """
         if self.result is None:
             return layer_table(self.model)
@@ -161,11 +156,10 @@ class EvaluationRow:
 
     model: its file.
     map50_95, map50, precision, recall: 0..1; None if, without labels, the first model finds nothing.
-    size_bytes: of the file.
-    weight_bits: stored bits of a weight.
+    size_bytes, weight_bits: of the file, and of a stored weight.
     latency_ms, latency_spread_ms: median and interquartile range of ONNX Runtime.
-    images: measured on.
-    ap50_95: by class number.
+    images: how many it was measured on.
+    ap50_95: average precision by class number.
     """
 
     model: str
@@ -238,8 +232,7 @@ def quantize(
     """Convert a checkpoint to DSConv. The checkpoint is left as it is.
 
     model: a checkpoint, or its file.
-    images: folder, data.yaml or text file of paths to calibrate on, without labels; None: synthesised from the
-        checkpoint.
+    images: folder, data.yaml or text file of paths, without labels; None: synthesised from the checkpoint.
     bits: 2..8, of every weight.
     target_size: largest packed ONNX file, in bytes.
     target_map_drop: most points of mAP50-95 to lose on held-back images. At most one of these three may be given.
@@ -288,12 +281,9 @@ def evaluate(
     """Measure accuracy, size and latency of models.
 
     models: values, or `.pt`, `.safetensors` and `.onnx` files.
-    data: a data.yaml with labels, or a folder of images. Without labels the first model's detections are the truth, and
-        the other rows measure agreement with it.
+    data: a data.yaml with labels, or a folder of images. Without labels, the first model's detections are the truth.
     imgsz: pixels of the images, a square's side or (height, width); None: what the models were made for.
-    samples: most images used.
-    split: of the data.yaml; None: val, else test or train.
-    strict: refuse lists and labels with unusable parts, instead of a warning.
+    samples, split, strict: as in `quantize`, but split None takes val, else test or train.
     input: the family of ONNX files, as in `detect`.
     progress: called as progress(stage, done, total).
 
