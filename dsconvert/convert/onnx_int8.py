@@ -268,6 +268,6 @@ def _check(written: Written, network: Prepared, model: Converted) -> None:
     except Exception:  # ONNX Runtime raises many kinds
         raise CheckError("ONNX Runtime fails on the file that was made, so it was not written.") from None
     got = {value: of_graph(found[place.name], place) for value, place in written.places.items()}
-    inside = {node.name for node in graph.nodes} - grids.keys()
+    inside = {node.name for node in graph.nodes} - written.places.keys()  # what one step makes with its reader
     if wrong := first_wrong(got, graph, partial(integer_step, convs=model.convs, grids=grids), True, inside):
         raise CheckError(f"The file computes something else than it should at {wrong}; please report it.")

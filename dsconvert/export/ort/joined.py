@@ -60,7 +60,8 @@ def join_by_tables(written: Written) -> Written:
     kept = [t for t in graph.initializer if t.name in left]
     del graph.initializer[:]
     graph.initializer.extend(kept)
-    return replace(written, model=model)
+    places = {value: place for value, place in written.places.items() if place.name not in gone}
+    return replace(written, model=model, places=places)
 
 
 def _joins_bytes(node: onnx.NodeProto, makers: dict[str, onnx.NodeProto]) -> bool:
