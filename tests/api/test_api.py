@@ -166,7 +166,7 @@ def test_nothing_is_overwritten_without_force(work, q):
         ({"bits": 4, "target_size": 9000}, "bits, target_size and target_map_drop each decide"),
         ({"target_map_drop": -1}, "target_map_drop needs a number above 0, and images"),
         ({"block_size": 0}, "block_size must be at least 1"),
-        ({"imgsz": 65}, "imgsz 65 is not a multiple"),
+        ({"imgsz": 65}, "imgsz 65 must be a multiple"),
         ({"scope": "most"}, "scope most is not one of"),
         ({"activations": "int4"}, "activations 'int4' is not one of int8, float"),
         ({"images": "nowhere"}, "no file or folder at nowhere"),
@@ -191,7 +191,10 @@ def test_other_bad_input(work, q):
         (lambda: q.export("y.onnx", nms=True, conf_thres=2.0), "conf_thres must lie in 0..1"),
         (lambda: dsconvert.load(q.save("out")).save("other"), "saved already"),
         (lambda: dsconvert.evaluate([q], "data.yaml", samples=0), "samples must be at least 1"),
-        (lambda: dsconvert.evaluate(["x.txt"], "data.yaml"), "is not a .pt, .safetensors or .onnx file"),
+        (
+            lambda: dsconvert.evaluate(["x.txt"], "data.yaml"),
+            "no file at x.txt; give a .pt, .safetensors or .onnx file",
+        ),
     ]:
         with pytest.raises(dsconvert.InputError, match=said):
             call()

@@ -120,7 +120,7 @@ def test_what_is_near_is_opened_unasked(made, tmp_path, monkeypatch, place):
 
 @pytest.mark.parametrize("provenance", [{}, {"options": {}}, {"options": {"calib": None}}, {"options": {"calib": ""}}])
 def test_what_is_not_known_is_asked_for(provenance, tmp_path):
-    with pytest.raises(InputError, match="Give data"):
+    with pytest.raises(InputError, match="names no images; give data"):
         known_images(provenance, tmp_path / "m.safetensors")
     with pytest.raises(InputError, match="is not known; say it"):
         known_source(provenance, tmp_path / "m.safetensors", "say it")

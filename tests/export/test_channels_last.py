@@ -230,5 +230,5 @@ def test_several_convolutions_read_the_image(layout, kind):
 def test_names_of_layers_that_the_file_needs_itself_are_refused(name):
     """As only a forged model file has them."""
     model = also_of_the_image(network_of([32, 6, 2, 2]), [(6, 2, 1)], name)
-    with pytest.raises(InputError, match=rf"^Two values of the exported file would be called more0\.{name}, as"):
+    with pytest.raises(InputError, match=rf"^Two values of the exported file would be called more0\.{name};"):
         export_quantized(model, layout_named("packed"), SIDE)

@@ -180,7 +180,7 @@ def test_a_table_of_another_size_or_type_is_refused_in_one_sentence(table, tmp_p
     answer = call("bench", path, cwd=tmp_path)
     assert answer.code == 2
     assert answer.err.count("\n") == 1
-    assert "is not an ONNX file ONNX Runtime can run" in answer.err
+    assert "is not an ONNX file that ONNX Runtime can run" in answer.err
 
 
 @needs_ops
@@ -249,7 +249,7 @@ def test_export_says_what_the_layout_needs_before_it_makes_anything(without, con
 def test_a_faulty_file_that_needs_nothing_is_refused_as_ever(without, tmp_path):
     path = tmp_path / "bad.onnx"
     path.write_bytes(b"\x08\x0a\x12\x03abc")
-    with pytest.raises(InputError, match="is not an ONNX file ONNX Runtime can run"):
+    with pytest.raises(InputError, match="is not an ONNX file that ONNX Runtime can run"):
         load_file(path, 1, path.stat().st_size)
 
 

@@ -312,11 +312,14 @@ def holes() -> Iterator[Small]:
     for name, tensors in {"one": {"a.vqk": ("U8", [giga], giga)}, "other": {"b": ("F32", [giga // 4], giga)}}.items():
         start = tensors_file(tensors, about)
         write = lambda path, start=start: sparse(path, start, len(start) + giga)  # noqa: E731
-        yield Small(f"sparse-{name}.safetensors", write, [INFO, DETECT], "holes|is damaged|do not fit")
+        yield Small(f"sparse-{name}.safetensors", write, [INFO, DETECT], "like a broken download|is damaged|do not fit")
     zeros = detector(constant("1, 3, 6"))
     begin = zeros + b"\x3a\x80\x80\x80\x80\x07"  # a graph of 1.9 GB
     yield Small(
-        "sparse.onnx", lambda path: sparse(path, begin, len(begin) + (7 << 28)), [INFO, DETECT, QUANTIZE], "holes"
+        "sparse.onnx",
+        lambda path: sparse(path, begin, len(begin) + (7 << 28)),
+        [INFO, DETECT, QUANTIZE],
+        "like a broken download",
     )
     long = struct.pack("<Q", 90 << 20) + b'{"a":' + b" " * (91 << 20)
     yield Small("table.safetensors", of(long), [INFO], "larger header")

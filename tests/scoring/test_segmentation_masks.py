@@ -194,7 +194,7 @@ def test_without_polygons_masks_are_not_measured(half):
 
 
 def test_other_classes_are_refused(half):
-    with pytest.raises(InputError, match="other classes"):
+    with pytest.raises(InputError, match="another number of classes than the 3"):
         detect_all([looking_at([[16, 24, 16, 32, 1, 0, 0.9, 1.0]], stepped())], half, 64, 3)
 
 

@@ -327,7 +327,7 @@ def test_the_command_resumes_what_was_stopped(folder, call, rising, monkeypatch)
         (["--batch", "0"], "at least 1"),
         (["--rate", "0"], "--rate must be above 0"),
         (["--mosaic", "2"], "--mosaic from 0 to 1"),
-        (["--warmup", "9"], "--warmup within"),
+        (["--warmup", "9"], "--warmup from 0 to --epochs"),
         (["--train", "everything"], "--train"),
         (["--data", "other.yaml"], "no data file"),
         (["--data", "three.yaml"], "2 classes, three.yaml has 3"),
