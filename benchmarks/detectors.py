@@ -40,6 +40,7 @@ from dsconvert.convert.quantize import quantize
 from dsconvert.convert.record import save_quantized
 from dsconvert.export.weights.layouts import PACKED
 from dsconvert.onnxfile.decoding import boxes_of
+from dsconvert.onnxfile.operators import with_operators
 from dsconvert.onnxfile.presets import Preset, named_preset
 from dsconvert.photos.dataset import read_data_yaml
 from dsconvert.photos.form import InputForm
@@ -54,6 +55,7 @@ FAMILIES = {
     "v5Lite-e-sim-320.onnx": "v5lite", "FastestDet.onnx": "fastestdet", "yolov8-lite-t.onnx": "yolov8-face",
 }  # fmt: skip
 UNLABELLED = ("yolov8-lite-t.onnx",)
+FAST = "dsconvert, layout fast"
 SAMPLES = 128
 TURNS = 60  # of latency
 LEAST_SCORE = 0.05  # of boxes that are looked at: with all of them suppression takes most of an hour
@@ -121,8 +123,8 @@ def for_peers(source: Path, work: Path) -> Path:
     return target
 
 
-def files_for(source: Path, data: Path, preset: Preset, work: Path) -> dict[str, Path]:
-    """Every tool's file."""
+def files_for(source: Path, data: Path, preset: Preset, work: Path, fast: bool) -> dict[str, Path]:
+    """Every tool's file; `fast`: ours in layout fast, too, whose numbers are those of packed."""
     name, size = inputs_of(source)
     images: list[NDArray[np.float32]] = []
 
@@ -138,6 +140,9 @@ def files_for(source: Path, data: Path, preset: Preset, work: Path) -> dict[str,
         ),
         "OpenVINO NNCF": (work / f"{source.stem}-nncf.xml", lambda t: nncf_int8(for_peers(source, work), t, given())),
     }  # fmt: skip
+    if fast:
+        target = work / f"{source.stem}-fast.onnx"
+        made_by[FAST] = (target, lambda t: ours(source, t, data, preset, layout="fast"))
     found = {"float32": source}
     for tool, (target, make) in made_by.items():
         if made(target, lambda make=make, target=target: make(target)):  # type: ignore[misc]
@@ -191,7 +196,7 @@ def latencies(files: dict[str, Path], threads: int) -> dict[str, float]:
     running = {}
     for tool, path in files.items():
         if path.suffix == ".onnx":
-            options = ort.SessionOptions()
+            options = with_operators(ort.SessionOptions())
             options.intra_op_num_threads, options.log_severity_level = threads, 3
             options.add_session_config_entry("session.force_spinning_stop", "1")
             running[tool] = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
@@ -212,6 +217,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--only", nargs="*", help="names of files")
     parser.add_argument("--parts", nargs="*", default=["accuracy", "latency"])
     parser.add_argument("--checkpoint", type=Path, help="one that is converted both ways, as it is and as ONNX")
+    parser.add_argument("--fast", nargs="*", default=[], help="names of files that are timed in layout fast, too")
     parser.add_argument("--rounds", type=int, default=1000)
     args = parser.parse_args(arguments)
     args.work.mkdir(parents=True, exist_ok=True)
@@ -230,14 +236,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if "latency" in args.parts:
             row["latency"] = latencies(files, threads)
         if "accuracy" in args.parts and name not in UNLABELLED:
-            row["accuracy"] = accuracies(files, args.data, preset, args.rounds)
+            compared = {tool: path for tool, path in files.items() if tool != FAST}
+            row["accuracy"] = accuracies(compared, args.data, preset, args.rounds)
         print(name, json.dumps(row, indent=1), flush=True)
         args.out.write_text(json.dumps(results, indent=1) + "\n")
 
     for name, family in FAMILIES.items():
         if args.only is None or name in args.only:
             preset = named_preset(family)
-            measure(name, files_for(args.models / name, args.data, preset, args.work), preset)
+            measure(name, files_for(args.models / name, args.data, preset, args.work, name in args.fast), preset)
     if args.checkpoint is not None:
         measure(args.checkpoint.name, both_ways(args.checkpoint, args.data, args.work), Preset())
 
