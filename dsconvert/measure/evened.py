@@ -25,8 +25,8 @@ from dsconvert.graph.ir import ConvParams, Graph, Node
 from dsconvert.measure.importance import Measure, gradients
 
 IMAGES = 16  # that are looked at
-# A map gets factors, or one part more, if that saves this share of the error which all maps leave at best. 0.03 saves
-# 5 % more of PicoDet's error with half as many parts more (docs/detectors.md).
+# A map gets factors, or one part more, if that saves this share of the error which all maps leave at best. A smaller
+# share makes many more parts, and saves little more (docs/notebook.md, "Channels of equal range").
 WORTH = 0.1
 BETTER = 4.0  # and only if it leaves so many times less of the map's own error
 MOST_PARTS = 3
