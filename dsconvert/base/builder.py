@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -21,6 +21,17 @@ IR_VERSION = {13: 7, 21: 10}
 def is_constant(tensor: onnx.TensorProto) -> bool:
     """Return whether an initializer is shared by nodes; a layer's own is named after its layer, with a dot."""
     return "." not in tensor.name
+
+
+def rename_values(
+    nodes: Iterable[onnx.NodeProto], tensors: Iterable[onnx.TensorProto], names: Mapping[str, str]
+) -> None:  # fmt: skip
+    """Give the values of a graph other names, all at once and in place; values that `names` lacks keep theirs."""
+    for node in nodes:
+        for values in (node.input, node.output):
+            values[:] = [names.get(name, name) for name in values]
+    for tensor in tensors:
+        tensor.name = names.get(tensor.name, tensor.name)
 
 
 class OnnxBuilder:
@@ -59,11 +70,7 @@ class OnnxBuilder:
 
     def rename(self, names: Mapping[str, str]) -> None:
         """Rename values, all at once."""
-        for node in self.nodes:
-            for values in (node.input, node.output):
-                values[:] = [names.get(name, name) for name in values]
-        for tensor in self.initializers.values():
-            tensor.name = names.get(tensor.name, tensor.name)
+        rename_values(self.nodes, self.initializers.values(), names)
         self.initializers = {tensor.name: tensor for tensor in self.initializers.values()}
 
     def shape(self, *dims: int) -> str:

@@ -23,7 +23,7 @@ from dsconvert.convert.onnx_int8 import OnnxInt8, Wish, quantize_lowered, taken_
 from dsconvert.convert.onnx_lockstep import fit_lockstep
 from dsconvert.convert.onnx_rewrite import LAYOUTS, with_floats, with_integers
 from dsconvert.dsconv.codes import usual_format
-from dsconvert.export.weights.layouts import PACKED, layout_named
+from dsconvert.export.weights.layouts import PACKED, check_library, layout_named
 from dsconvert.fit.layer import GPTQ
 from dsconvert.graph.integer import QConv
 from dsconvert.onnxfile.engines import session
@@ -132,6 +132,7 @@ def quantize_onnx(
     the file or the images cannot be used, CheckError when the result computes something else than it should."""
     plan, report = plan or OnnxPlan(), progress or (lambda stage, done, total: None)
     threads = torch.get_num_threads()
+    check_library(layout_named(plan.layout))  # before minutes of work
     given = read_source(path, plan.imgsz, threads)
     find_layers(given)  # nothing to do is said before images are read
     finetunes = plan.activations == "int8" and plan.wish.finetunes

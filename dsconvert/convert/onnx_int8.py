@@ -36,7 +36,7 @@ from dsconvert.measure.views import wanted
 from dsconvert.model.model import Converted
 from dsconvert.onnxfile.compact import compact
 from dsconvert.onnxfile.engines import session
-from dsconvert.onnxfile.facts import Facts, facts_of
+from dsconvert.onnxfile.facts import Facts, facts_of, is_near
 from dsconvert.onnxfile.layers import find_layers
 from dsconvert.onnxfile.lower import Lowered, NotLowered, lower
 from dsconvert.onnxfile.meaning import Maps, in_steps, score_kinds
@@ -52,7 +52,6 @@ RANGED = 64  # images on which the outputs' ranges are looked at
 # A network of fewer weights loses more with each bit. If the bytes of 4 bits leave room, its file takes this share of
 # the float file's bytes.
 SMALL, SMALL_SHARE = 1_500_000, 0.195
-MOST_OFF = 1e-3  # of an output's largest number, that a lowered float graph may differ from the file's
 
 
 @dataclass(frozen=True)
@@ -123,8 +122,7 @@ def taken_apart(source: Source, probe: Array) -> tuple[Facts, Lowered]:
         wanted_there = facts.values[name]
         if wanted_there.dtype != np.float32:
             raise NotLowered("it has values of another type than float32")
-        off = np.abs(made.numpy().reshape(wanted_there.shape) - wanted_there).max()
-        if not off <= MOST_OFF * np.abs(wanted_there).max():
+        if not is_near(made.numpy().reshape(wanted_there.shape), wanted_there):
             raise NotLowered("it computes something else than it seems to")
     return facts, low
 
@@ -201,15 +199,11 @@ def _formats(network: Prepared, found: Calibration, wish: Wish) -> dict[str, Wei
         )  # fmt: skip
 
     formats = within(wish.target_bytes)
-    room = int(SMALL_SHARE * network.source.model.ByteSize())
-    if (
-        wish.bits is not None
-        or wish.target_bytes is not None
-        or not _is_small(network.low)
-        or file_size(formats) > room
-    ):
-        return formats
-    return within(room)
+    if wish.bits is None and wish.target_bytes is None and _is_small(network.low):
+        room = int(SMALL_SHARE * network.source.model.ByteSize())
+        if file_size(formats) <= room:
+            return within(room)
+    return formats
 
 
 def _is_small(low: Lowered) -> bool:

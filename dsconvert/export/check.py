@@ -28,7 +28,7 @@ from dsconvert.export.written import Place
 from dsconvert.graph.ir import INPUT, Graph, Node, display_name
 from dsconvert.model.check import largest_sum
 from dsconvert.model.model import Converted
-from dsconvert.onnxfile.operators import with_operators
+from dsconvert.onnxfile.operators import quiet_options
 from dsconvert.yolo.decode import decode
 
 __all__ = ["check_accumulators", "check_export", "check_images", "float_reference", "reference_of"]
@@ -186,8 +186,8 @@ def _inputs(image: Array, ends: Ends) -> tuple[Array, Tensor]:
 
 
 def _session(data: bytes) -> ort.InferenceSession:
-    options = with_operators(ort.SessionOptions())
-    options.intra_op_num_threads, options.log_severity_level = torch.get_num_threads(), 4
+    options = quiet_options()
+    options.intra_op_num_threads = torch.get_num_threads()
     try:
         return ort.InferenceSession(data, options, providers=["CPUExecutionProvider"])
     except Exception:  # onnxruntime raises many kinds

@@ -30,8 +30,7 @@ from dsconvert.export.ends.inputs import INPUT_TYPES, add_real_image
 from dsconvert.export.ends.nms import Nms, add_nms
 from dsconvert.export.ends.opensize import add_open_decode
 from dsconvert.export.operators import real_weight
-from dsconvert.export.ort.fused import fuse
-from dsconvert.export.ort.joined import join_by_tables
+from dsconvert.export.ort.fused import for_onnx_runtime
 from dsconvert.export.ort.quickform import QuickForm
 from dsconvert.export.quantized import PlainForm
 from dsconvert.export.weights.layouts import Layout, check_layout
@@ -42,7 +41,6 @@ from dsconvert.graph.integer import real_between
 from dsconvert.graph.ir import INPUT, ConvParams, Graph, Node, display_name
 from dsconvert.graph.ops import OPS
 from dsconvert.model.model import Converted, DSModel
-from dsconvert.onnxfile.operators import need_operators
 from dsconvert.yolo.network import Head
 
 OUTPUT, PROTOTYPES, DETECTIONS = "output0", "output1", "detections"
@@ -86,12 +84,8 @@ def write_quantized(model: DSModel, layout: Layout, imgsz: SizeLike, ends: Ends 
         raise InputError.naming(
             "{layout} {} needs one image size; leave out {dynamic}, or choose another layout.", layout.name
         )
-    if layout.tables:
-        need_operators(f"Layout {layout.name}")
     model = in_layout(model, layout)
-    made = _written(model, layout, Size.of(imgsz), ends)
-    made = fuse(made) if layout.fused else made
-    return join_by_tables(made) if layout.tables else made
+    return for_onnx_runtime(_written(model, layout, Size.of(imgsz), ends), layout)
 
 
 def in_layout(model: Model, layout: Layout) -> Model:

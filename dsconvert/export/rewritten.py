@@ -11,8 +11,7 @@ from onnx import helper
 from dsconvert.base.builder import IR_VERSION, OnnxBuilder
 from dsconvert.base.version import VERSION
 from dsconvert.export.onnx import LAYOUT_KEY, in_layout
-from dsconvert.export.ort.fused import fuse
-from dsconvert.export.ort.joined import join_by_tables
+from dsconvert.export.ort.fused import for_onnx_runtime
 from dsconvert.export.ort.quickform import QuickForm
 from dsconvert.export.quantized import PlainForm
 from dsconvert.export.weights.layouts import Layout, check_layout
@@ -21,15 +20,12 @@ from dsconvert.graph.ir import INPUT
 from dsconvert.model.model import Converted
 from dsconvert.onnxfile.lower import Lowered
 from dsconvert.onnxfile.meaning import STEPS, Exit, Maps
-from dsconvert.onnxfile.operators import need_operators
 from dsconvert.onnxfile.source import Source, made_within, used
 
 
 def write_rewritten(source: Source, low: Lowered, maps: Maps, model: Converted, layout: Layout) -> Written:
     """The file with integer weights and activations. Its names, metadata, outputs and batch are the source's."""
     check_layout(model, layout)
-    if layout.tables:
-        need_operators(f"Layout {layout.name}")
     model = in_layout(model, layout)
     b, image = OnnxBuilder(source.opset), source.image.shape
     form = QuickForm(b, model, layout, "float32", image) if layout.quick else PlainForm(b, model, layout, "float32")
@@ -59,8 +55,7 @@ def write_rewritten(source: Source, low: Lowered, maps: Maps, model: Converted, 
     helper.set_model_props(made, {**meta, LAYOUT_KEY: layout.name})
     places = {value: replace(place, name=final.get(place.name, place.name)) for value, place in form.places().items()}
     weights = {layer: final.get(name, name) for layer, name in form.weights.made.items()}
-    written = fuse(Written(made, places, weights)) if layout.fused else Written(made, places, weights)
-    return join_by_tables(written) if layout.tables else written
+    return for_onnx_runtime(Written(made, places, weights), layout)
 
 
 def _tails_names(source: Source, low: Lowered) -> set[str]:

@@ -24,7 +24,7 @@ from dsconvert.export.reference import Reference
 from dsconvert.export.written import Written
 from dsconvert.graph.ir import display_name
 from dsconvert.onnxfile.compact import compact
-from dsconvert.onnxfile.operators import with_operators
+from dsconvert.onnxfile.operators import quiet_options
 
 Array = NDArray[Any]
 DETECT = "Detect"
@@ -98,10 +98,8 @@ def _constants(model: onnx.ModelProto, names: Sequence[str]) -> dict[str, Array]
     outputs = [onnx.ValueInfoProto(name=name) for name in made]
     graph = onnx.helper.make_graph(nodes, "stored", [], outputs, [t for n, t in stored.items() if n in reads])
     part = onnx.helper.make_model(graph, opset_imports=model.opset_import, ir_version=model.ir_version)
-    options = with_operators(ort.SessionOptions())
-    options.log_severity_level = 4
     try:
-        running = ort.InferenceSession(part.SerializeToString(), options, providers=["CPUExecutionProvider"])
+        running = ort.InferenceSession(part.SerializeToString(), quiet_options(), providers=["CPUExecutionProvider"])
         return values | dict(zip(made, running.run(made, {}), strict=True))
     except Exception:  # onnxruntime raises many kinds
         raise CheckError("ONNX Runtime cannot unpack the exported file's weights, so it was not written.") from None

@@ -15,13 +15,14 @@ Factors pass through pooling, resizing, concatenations, selections and products 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from dsconvert.graph.grids import QMAX
 from dsconvert.graph.ir import ConvParams, Graph, Node
+from dsconvert.graph.shapes import value_shapes
 from dsconvert.measure.importance import Measure, gradients
 
 IMAGES = 16  # that are looked at
@@ -50,7 +51,7 @@ class _Chain:
     conv: Node
     act: Node | None
     readers: tuple[_Reader, ...]
-    joins: tuple[str, ...] = field(default=())  # concatenations on the way
+    joins: tuple[str, ...] = ()  # concatenations on the way
 
     @property
     def value(self) -> str:
@@ -60,7 +61,7 @@ class _Chain:
     @property
     def is_gated(self) -> bool:
         """Whether its activation does not commute with a factor."""
-        return self.act is not None and self.act.op == "act" and self.act.attrs["kind"] not in OF_ALL_FACTORS
+        return self.act is not None and not _commutes(self.act)
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,8 @@ def evened(
     """The same network with channels of similar ranges where the rounding error of its result falls by much.
 
     measure: the result, as in `measure.importance`. images: (1, c, h, w) each, as the network reads them."""
-    chains = _chains(graph, params)
+    shapes = value_shapes(graph, {name: p.weight.shape for name, p in params.items()}, tuple(images[0].shape[1:]))
+    chains = _chains(graph, {name: shape[0] for name, shape in shapes.items()})
     seen = _look(graph, params, measure, images, seed)
     plans = {chain.value: _plan(chain, seen, _widest(graph, chain, seen)) for chain in chains}
     left = sum(plan.errors[-1] for plan in plans.values())
@@ -102,9 +104,10 @@ def evened(
     return graph, made
 
 
-def _chains(graph: Graph, params: Mapping[str, ConvParams]) -> list[_Chain]:
+def _chains(graph: Graph, widths: Mapping[str, int]) -> list[_Chain]:
+    """Every convolution whose result, perhaps behind an activation, only convolutions read. widths: channels by value
+    name."""
     consumers, found = graph.consumers(), list[_Chain]()
-    widths = _widths(graph, params)
     for conv in graph.convs():
         following = consumers.get(conv.name, [])
         act = following[0] if len(following) == 1 and following[0].op in ("act", "relu") else None
@@ -116,25 +119,6 @@ def _chains(graph: Graph, params: Mapping[str, ConvParams]) -> list[_Chain]:
         if chain is not None and chain.readers:
             found.append(chain)
     return found
-
-
-def _widths(graph: Graph, params: Mapping[str, ConvParams]) -> dict[str, int]:
-    """How many channels the values have that selections, concatenations and their like are made of."""
-    widths: dict[str, int] = {}
-    for node in graph.nodes:
-        if node.op == "conv":
-            widths[node.name] = len(params[node.name].weight)
-        elif node.op == "select":
-            widths[node.name] = len(node.attrs["channels"])
-        elif node.op == "concat":
-            widths[node.name] = sum(widths.get(x, 0) for x in node.inputs)
-        elif node.op == "island":
-            widths[node.name] = node.attrs["part"].shape[0]
-        elif node.op == "space_to_depth":
-            widths[node.name] = 4 * widths.get(node.inputs[0], 0)
-        else:
-            widths[node.name] = widths.get(node.inputs[-1 if "attention" in node.op else 0], 0)
-    return widths
 
 
 def _followed(

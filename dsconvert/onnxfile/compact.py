@@ -12,7 +12,7 @@ from string import ascii_letters, digits
 
 import onnx
 
-from dsconvert.base.builder import is_constant
+from dsconvert.base.builder import is_constant, rename_values
 
 
 def compact(model: onnx.ModelProto) -> onnx.ModelProto:
@@ -24,11 +24,7 @@ def compact(model: onnx.ModelProto) -> onnx.ModelProto:
     uses = Counter(name for node in graph.node for name in (*node.input, *node.output) if name and name not in kept)
     free = (name for name in short_names() if name not in kept)
     names = {old: next(free) for old, _ in uses.most_common()}
-    for node in graph.node:
-        for values in (node.input, node.output):
-            values[:] = [names.get(name, name) for name in values]
-    for tensor in graph.initializer:
-        tensor.name = names.get(tensor.name, tensor.name)
+    rename_values(graph.node, graph.initializer, names)
     return made
 
 

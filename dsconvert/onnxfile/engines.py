@@ -19,7 +19,7 @@ from dsconvert.base.errors import InputError, printable, refusing
 from dsconvert.base.filekinds import NAMES, ONNX, check_ordinary, file_kind
 from dsconvert.base.size import USUAL, Size, SizeLike
 from dsconvert.onnxfile.bounds import Bounds
-from dsconvert.onnxfile.operators import check_operators, with_operators
+from dsconvert.onnxfile.operators import check_operators, quiet_options
 
 ENGINES = ("onnxruntime", "openvino")
 MAX_SIDE = 8192
@@ -74,12 +74,10 @@ def session(model: bytes | Path, threads: int, what: str = "The file", size: int
 
 
 def _inference_session(model: bytes | Path, threads: int) -> ort.InferenceSession:
-    options = with_operators(ort.SessionOptions())
+    options = quiet_options()
     if isinstance(model, bytes):  # of a fit or a check, never timed: threads that wait let others work meanwhile
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.intra_op_num_threads = threads
-    # Errors are raised anyway, and the log would print an untrusted file's names unescaped.
-    options.log_severity_level = 4
     # Else idle threads of one session would still spin during the next session's turn.
     options.add_session_config_entry("session.force_spinning_stop", "1")
     return ort.InferenceSession(

@@ -14,6 +14,7 @@ from dsconvert.onnxfile.engines import session
 from dsconvert.onnxfile.source import Array, Source, giving, used
 
 LONGEST = 64  # most nodes that are followed from a value back to its sources
+MOST_OFF = 1e-3  # of a map's largest number, that torch's and ONNX Runtime's float32 sums may differ by
 SHAPES = ("Shape", "Size")  # operators that depend only on an image's size
 
 
@@ -112,3 +113,8 @@ def facts_of(source: Source, probe: Array) -> Facts:
     found = running.run(wanted, {source.image.name: probe})
     values = {name: value for name, value in zip(wanted, found, strict=True) if isinstance(value, np.ndarray)}
     return Facts(source, {**values, source.image.name: probe})
+
+
+def is_near(found: Array, wanted: Array) -> bool:
+    """Whether two computations of one map agree; one with a number that is none does not."""
+    return found.shape == wanted.shape and bool(np.abs(found - wanted).max() <= MOST_OFF * np.abs(wanted).max())

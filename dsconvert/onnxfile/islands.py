@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import numpy as np
 import onnx
 import torch
 
 from dsconvert.graph.ir import Node
 from dsconvert.graph.island import FLOAT, Part
+from dsconvert.onnxfile.facts import is_near
 from dsconvert.onnxfile.source import Array
 from dsconvert.onnxfile.walk import Walk
 
-MOST_OFF = 1e-3  # of the map's largest number: float32 sums in another order
 MOST_NODES = 200  # of an island: more are another network
 
 
@@ -57,8 +56,7 @@ def _computes(part: Part, given: list[Array], wanted: Array) -> bool:
             found = part.compute([torch.from_numpy(x) for x in given]).numpy()
     except (ValueError, TypeError, IndexError, RuntimeError, KeyError, AssertionError):  # an attribute that is unknown
         return False
-    off = np.abs(found - wanted).max() if found.shape == wanted.shape else np.inf
-    return bool(off <= MOST_OFF * np.abs(wanted).max())
+    return is_near(found, wanted)
 
 
 def _is_known(node: onnx.NodeProto) -> bool:

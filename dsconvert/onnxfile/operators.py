@@ -47,6 +47,14 @@ def with_operators(options: ort.SessionOptions) -> ort.SessionOptions:
     return options
 
 
+def quiet_options() -> ort.SessionOptions:
+    """Options with the library where there is one, and without a log: errors are raised anyway, and the log would print
+    an untrusted file's names unescaped."""
+    options = with_operators(ort.SessionOptions())
+    options.log_severity_level = 4
+    return options
+
+
 def need_operators(what: str) -> None:
     """Raises InputError about `what`, which cannot be had without the library, where there is none."""
     if library() is None:

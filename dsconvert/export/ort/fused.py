@@ -18,8 +18,11 @@ from dataclasses import replace
 import onnx
 import onnxruntime as ort
 
+from dsconvert.base.builder import rename_values
 from dsconvert.base.files import needs_room, scratch_folder
+from dsconvert.export.ort.joined import join_by_tables
 from dsconvert.export.ort.lastchannels import channels_last
+from dsconvert.export.weights.layouts import Layout, check_library
 from dsconvert.export.written import Written
 from dsconvert.onnxfile.operators import with_operators
 
@@ -52,6 +55,17 @@ def fuse(written: Written) -> Written:
         for value, place in written.places.items()
     }
     return Written(made, places, written.weights)
+
+
+def for_onnx_runtime(written: Written, layout: Layout) -> Written:
+    """Return a file in the operators that the layout has of ONNX Runtime's own, or of dsconvert-ops.
+
+    Raises InputError where the layout needs the library, which is not there.
+    """
+    check_library(layout)
+    if layout.fused:
+        written = fuse(written)
+    return join_by_tables(written) if layout.tables else written
 
 
 def _optimised(model: onnx.ModelProto) -> onnx.ModelProto:
@@ -112,9 +126,7 @@ def _plain_names(model: onnx.ModelProto, constants: set[str]) -> None:
     """
     found = [t.name for t in model.graph.initializer if t.name in constants]
     names = {name: f"constant{number}" for number, name in enumerate(found)}
-    for tensor in model.graph.initializer:
-        tensor.name = names.get(tensor.name, tensor.name)
+    rename_values(model.graph.node, model.graph.initializer, names)
     for node in model.graph.node:
-        node.input[:] = [names.get(name, name) for name in node.input]
         node.name = node.name if "Conv" in node.op_type else ""
         node.doc_string = ""

@@ -16,6 +16,7 @@ from dsconvert.base.builder import OnnxBuilder
 from dsconvert.base.errors import InputError
 from dsconvert.dsconv.tensor import DSTensor
 from dsconvert.model.model import Converted
+from dsconvert.onnxfile.operators import need_operators
 
 
 @dataclass(frozen=True)
@@ -115,6 +116,12 @@ def check_layout(model: Converted, layout: Layout) -> None:
         raise InputError.naming(
             "This model's group scales are real numbers ({kds} float); use {layout} {}, not {}.", REAL.name, layout.name
         )
+
+
+def check_library(layout: Layout) -> None:
+    """Raise InputError if the layout needs the library of operators, and it is not installed."""
+    if layout.tables:
+        need_operators(f"Layout {layout.name}")
 
 
 def add_int8_weight(b: OnnxBuilder, name: str, weight: DSTensor, layout: Layout) -> str:
