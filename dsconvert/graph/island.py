@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import onnx
@@ -37,18 +38,27 @@ class Part:
     output: str  # name of the map that they make
     shape: Shape  # its channels, height and width
 
+    @cached_property
+    def _attributes(self) -> tuple[Attributes, ...]:
+        """The attributes of each node, and how many outputs it has."""
+        return tuple(
+            {**{a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}, "outputs": len(node.output)}
+            for node in self.nodes
+        )
+
+    @cached_property
+    def _constants(self) -> Mapping[str, Tensor | None]:
+        """What is fixed, as tensors by name. An input that is left out has no name."""
+        return {"": None, **{name: torch.tensor(value) for name, value in self.fixed.items()}}
+
     def compute(self, maps: list[Tensor]) -> Tensor:
         """Maps (n, c, h, w) -> the result (n, c, h, w). The nodes are for one image, so images go one by one."""
         found = [self._one([m[i : i + 1] for m in maps]) for i in range(len(maps[0]))]
         return torch.cat(found)
 
     def _one(self, maps: list[Tensor]) -> Tensor:
-        values: dict[str, Tensor | None] = {"": None}
-        values.update((name, torch.tensor(value)) for name, value in self.fixed.items())
-        values.update(zip(self.inputs, maps, strict=True))
-        for node in self.nodes:
-            attributes = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
-            attributes["outputs"] = len(node.output)
+        values = {**self._constants, **dict(zip(self.inputs, maps, strict=True))}
+        for node, attributes in zip(self.nodes, self._attributes, strict=True):
             made = FLOAT[node.op_type](attributes, [values[name] for name in node.input])
             made = made if isinstance(made, (tuple, list)) else (made,)
             values.update(zip(node.output, made, strict=False))
@@ -180,18 +190,14 @@ def _around(a: Attributes, x: Tensor, fill: float = 0.0) -> Tensor:
 
 
 def _conv(a: Attributes, inputs: Inputs) -> Tensor:
-    x, weight, bias = inputs[0], inputs[1], _given(inputs, 2)
-    assert x is not None
-    assert weight is not None
+    (x, weight), bias = _same(inputs[:2]), _given(inputs, 2)
     return F.conv2d(
         _around(a, x), weight, bias, a.get("strides", [1, 1]), 0, a.get("dilations", [1, 1]), a.get("group", 1)
     )
 
 
 def _conv_transpose(a: Attributes, inputs: Inputs) -> Tensor:
-    x, weight, bias = inputs[0], inputs[1], _given(inputs, 2)
-    assert x is not None
-    assert weight is not None
+    (x, weight), bias = _same(inputs[:2]), _given(inputs, 2)
     if "output_shape" in a or a.get("auto_pad", b"NOTSET") != b"NOTSET":
         raise ValueError("only padding by numbers is known")
     made = F.conv_transpose2d(
@@ -234,8 +240,7 @@ def _space_to_depth(a: Attributes, inputs: Inputs) -> Tensor:
 
 
 def _layer_norm(a: Attributes, inputs: Inputs) -> Tensor:
-    x, scale, bias = inputs[0], inputs[1], _given(inputs, 2)
-    assert x is not None
+    (x, scale), bias = _same(inputs[:2]), _given(inputs, 2)
     return F.layer_norm(x, x.shape[a.get("axis", -1) :], scale, bias, a.get("epsilon", 1e-5))
 
 
@@ -250,9 +255,7 @@ def _batch_norm(a: Attributes, inputs: Inputs) -> Tensor:
 
 
 def _gemm(a: Attributes, inputs: Inputs) -> Tensor:
-    x, y, more = inputs[0], inputs[1], _given(inputs, 2)
-    assert x is not None
-    assert y is not None
+    (x, y), more = _same(inputs[:2]), _given(inputs, 2)
     product = (x.T if a.get("transA", 0) else x) @ (y.T if a.get("transB", 0) else y)
     made = a.get("alpha", 1.0) * product
     return made if more is None else made + a.get("beta", 1.0) * more

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import pickle
 
 import numpy as np
 import onnx
@@ -95,6 +97,23 @@ def test_in_float_and_in_shape(op, attrs, inputs, wanted):
     torch.testing.assert_close(OPS[op].real(node, given)[0], torch.tensor(wanted))
     shapes = [tuple(t.shape[1:] if i == 0 or op != "conv" else t.shape) for i, t in enumerate(given)]
     assert OPS[op].shape(node, shapes[:2] if op == "conv" else shapes) == np.array(wanted).shape
+
+
+def test_an_island_reads_its_nodes_once(monkeypatch):
+    """For any number of images. Copies of it are equal to it and compute the same."""
+    nodes = (helper.make_node("Concat", ["a", "c"], ["b"], axis=3), helper.make_node("Softmax", ["b"], ["y"], axis=3))
+    part = Part(nodes, {"c": np.zeros((1, 1, 1, 1), np.float32)}, ("a",), "y", (1, 1, 2))
+    read, decode = [], helper.get_attribute_value
+    monkeypatch.setattr(helper, "get_attribute_value", lambda a: read.append(a.name) or decode(a))
+    maps = torch.tensor([0.0, math.log(3), math.log(7)]).reshape(3, 1, 1, 1)
+    wanted = torch.tensor([[0.5, 0.5], [0.75, 0.25], [0.875, 0.125]]).reshape(3, 1, 1, 2)
+    for _ in range(2):
+        torch.testing.assert_close(part.compute([maps]), wanted)
+    assert read == ["axis", "axis"]
+    assert part == Part(nodes, part.fixed, ("a",), "y", (1, 1, 2))  # which has computed nothing
+    for copied in (copy.deepcopy(part), pickle.loads(pickle.dumps(part))):
+        assert copied.nodes == part.nodes
+        torch.testing.assert_close(copied.compute([maps]), wanted)
 
 
 @EVERY
