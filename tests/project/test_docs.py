@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import importlib
-import importlib.util
 import json
 import os
 import re
@@ -17,6 +16,7 @@ import pytest
 import torch
 import yaml
 from conftest import HANGS, ROOT
+from loaded import load
 
 import dsconvert
 from dsconvert.base import kept, threads
@@ -38,13 +38,7 @@ DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", *sorted(DOCS.glob("*.md"))]
 ACTION = ROOT / "examples/github-action.yml"
 DOCKERFILE = ROOT / "Dockerfile"
-
-
-def hooks():
-    spec = importlib.util.spec_from_file_location("hooks", DOCS / "hooks.py")
-    made = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(made)
-    return made
+hooks = load(DOCS / "hooks.py")
 
 
 def commands(text: str) -> list[str]:
@@ -139,7 +133,7 @@ def test_the_dockerfile_calls_commands_that_exist():
 
 
 def test_the_reference_has_every_command_option_and_function():
-    text = hooks().reference()
+    text = hooks.reference()
     for name, command in cli.commands.items():
         assert f"### dsconvert {name}\n" in text
         section = text.split(f"### dsconvert {name}\n")[1].split("\n### ")[0]
@@ -154,12 +148,12 @@ def test_the_reference_has_every_command_option_and_function():
         "    bits: ",
     ):
         assert part in text
-    assert hooks().MARKER in (DOCS / "reference.md").read_text()
+    assert hooks.MARKER in (DOCS / "reference.md").read_text()
     assert set(dsconvert.__all__) >= set(re.findall(r"dsconvert\.(\w+)\(", (DOCS / "tutorial.md").read_text()))
 
 
 def test_the_navigation_lists_what_exists_in_its_groups():
-    found = hooks().navigation(["zebra.md", "faq.md", "index.md", "apple.md", "method.md"])
+    found = hooks.navigation(["zebra.md", "faq.md", "index.md", "apple.md", "method.md"])
     assert found == [{"Use": ["index.md", "faq.md"]}, {"Method": ["method.md"]}, "apple.md", "zebra.md"]
 
 
@@ -435,6 +429,6 @@ def test_detects_convolutions_are_named_as_they_are():
 
 
 def test_every_page_has_its_place_in_the_navigation():
-    groups = hooks().GROUPS
+    groups = hooks.GROUPS
     assert list(groups) == ["Use", "Reference", "Method", "Trust", "Contribute"]
     assert sorted(page for pages in groups.values() for page in pages) == sorted(p.name for p in DOCS.glob("*.md"))

@@ -11,13 +11,13 @@ from collections.abc import Iterator
 import click
 import pytest
 from conftest import ROOT
+from loaded import load
 
 from dsconvert.commands.cli import cli
 
-LONG = 30  # words
+counting = load(ROOT / "docs/sentences.py")
 MOST_LONG = 0.01  # of all sentences
 FILES = sorted((ROOT / "dsconvert").rglob("*.py"))
-END = re.compile(r"(?<=[.!?])(?<!e\.g\.)(?<!i\.e\.)(?<! vs\.)[\"')]*\s+")  # of a sentence
 ARGUMENT = re.compile(r"[\w*]+(, [\w*]+)*: ")
 # Phrases that only the authors understood.
 DIALECT = re.compile(
@@ -42,12 +42,7 @@ def paragraphs(text: str) -> Iterator[str]:
 
 def sentences(text: str) -> list[str]:
     """The sentences of a docstring, comment or help text; code between back quotes is one word."""
-    return [s for p in paragraphs(text) for s in END.split(re.sub(r"`[^`]+`", "CODE", p))]
-
-
-def words(sentence: str) -> int:
-    """How many words a sentence has; a mark alone is none."""
-    return sum(bool(re.search(r"\w", word)) for word in sentence.split())
+    return [s for p in paragraphs(text) for s in counting.END.split(re.sub(r"`[^`]+`", "CODE", p))]
 
 
 def docstrings(source: str) -> Iterator[str]:
@@ -92,7 +87,7 @@ def texts() -> Iterator[str]:
 
 def test_hardly_any_sentence_is_long():
     found = [s for text in texts() for s in sentences(text)]
-    long = [s for s in found if words(s) > LONG]
+    long = [s for s in found if counting.words(s) > counting.LONG]
     assert len(found) > 4000  # the files were read
     assert len(long) < MOST_LONG * len(found), long
 
@@ -100,7 +95,6 @@ def test_hardly_any_sentence_is_long():
 def test_what_counts_as_a_sentence():
     text = "Return `a b c` twice.\n\nIt has, e.g.\nthis.\n\n    x = y. z\n\nfirst: one. Two\n    three.\nsecond: four."
     assert sentences(text) == ["Return CODE twice.", "It has, e.g. this.", "first: one.", "Two three.", "second: four."]
-    assert words("One, two - CODE = 3.") == 4
     source = '"""A. B."""\nx = 1  # C.\n# D\n# e.\n\n# fmt: skip\ndef f():\n    """F.\n\n    \b\n    $ g h"""\n'
     assert [t.strip() for t in docstrings(source)] == ["A. B.", "F."]
     assert list(comments(source)) == ["C.", "D e."]

@@ -2,25 +2,16 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
 from xml.etree import ElementTree
 
 import pytest
 from conftest import ROOT
+from loaded import load
 
 DOCS = ROOT / "docs"
-
-
-def load():
-    spec = importlib.util.spec_from_file_location("figures", DOCS / "figures.py")
-    made = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(made)
-    return made
-
-
-figures = load()
+figures = load(DOCS / "figures.py")
 
 
 @pytest.mark.parametrize("name", sorted(figures.FIGURES))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
 import subprocess
 import sys
@@ -10,18 +9,10 @@ import tomllib
 
 import pytest
 from conftest import HANGS, ROOT
+from loaded import load
 
 MOST_LONG = 0.02  # of all sentences
-
-
-def load():
-    spec = importlib.util.spec_from_file_location("sentences", ROOT / "docs/sentences.py")
-    made = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(made)
-    return made
-
-
-counting = load()
+counting = load(ROOT / "docs/sentences.py")
 
 
 def test_fewer_than_two_in_a_hundred_sentences_are_long():
