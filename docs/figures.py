@@ -69,7 +69,7 @@ def example() -> dict[str, Any]:
     weight = torch.tensor(WEIGHT)[:, :, None, None]
     found = DSTensor.nearest(weight, FORMAT)
     conv = QConv(found, torch.tensor(BIAS))
-    node = Node("layer", "conv", ("images",), {"stride": 1, "padding": 0, "dilation": 1, "groups": 1})
+    node = Node("conv", "layer", ("images",), {"stride": 1, "padding": 0, "dilation": 1, "groups": 1})
     step = IntegerConv.of(node, conv, INPUT, OUTPUT, "cpu")
     q = torch.tensor(PIXEL, dtype=torch.float32).reshape(1, 4, 1, 1)
     real = (weight.flatten(1) @ (q.flatten() * INPUT.scale)) + torch.tensor(BIAS)
@@ -94,38 +94,46 @@ def _listed(numbers: Sequence[float], digits: int = 0) -> str:
     return ", ".join(f"{n:.{digits}f}" for n in numbers)
 
 
+def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """The lines of a Markdown table."""
+    return [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads), *(f"| {' | '.join(row)} |" for row in rows)]
+
+
+def _by_channel(rows: Sequence[tuple[str, Callable[[int], str]]]) -> str:
+    """A table of the worked example: for each row its name and what an output channel has there."""
+    heads = ("", "output channel 0", "output channel 1")
+    return "\n".join(_table(heads, [(name, *map(cell, range(2))) for name, cell in rows]))
+
+
 def example_table() -> str:
     """The worked example's weights, a row for each step and a column for each output channel."""
-    e, both = example(), range(2)
-    rows = [
-        ("float weights `W`", [_listed(WEIGHT[o], 2) for o in both]),
-        ("quantized weights `VQK`, 4 bits each", [_listed(e["vqk"][o]) for o in both]),
-        ("group scales `m`, one a block of two", [_listed(e["m"][o]) for o in both]),
-        ("int8 weights `m VQK`", [_listed(e["merged"][o]) for o in both]),
-        ("per-channel scale `CDSw`", [f"{e['cds'][o]:.6f}" for o in both]),
-        ("weights they stand for, `W'`", [_listed(e["weight"][o], 3) for o in both]),
-    ]
-    lines = ["| | output channel 0 | output channel 1 |", "|---|---|---|"]
-    return "\n".join([*lines, *(f"| {name} | {' | '.join(cells)} |" for name, cells in rows)])
+    e = example()
+    return _by_channel([
+        ("float weights `W`", lambda o: _listed(WEIGHT[o], 2)),
+        ("quantized weights `VQK`, 4 bits each", lambda o: _listed(e["vqk"][o])),
+        ("group scales `m`, one a block of two", lambda o: _listed(e["m"][o])),
+        ("int8 weights `m VQK`", lambda o: _listed(e["merged"][o])),
+        ("per-channel scale `CDSw`", lambda o: f"{e['cds'][o]:.6f}"),
+        ("weights they stand for, `W'`", lambda o: _listed(e["weight"][o], 3)),
+    ])  # fmt: skip
+
+
+def _product(byte: int, weight: int) -> str:
+    return f"{byte} × {weight}" if weight >= 0 else f"{byte} × ({weight})"
 
 
 def integer_table() -> str:
     """The worked example's arithmetic at one position."""
-    e, both = example(), range(2)
-    products = []
-    for o in both:
-        terms = [f"{q} × {w}" if w >= 0 else f"{q} × ({w})" for q, w in zip(PIXEL, e["merged"][o], strict=True)]
-        products.append(" + ".join(terms))
-    rows = [
-        ("bias `CDSb` in units of the sum, int32", [str(e["bias"][o]) for o in both]),
-        ("sum `acc`, int32", [f"{products[o]} + bias = {e['sums'][o]:.0f}" for o in both]),
-        ("multiplier `sx CDSw / sy`, float32", [f"{e['multiplier'][o]:.6f}" for o in both]),
-        ("output byte `qy`", [f"{e['out'][o]:.0f}" for o in both]),
-        ("number it stands for", [f"{e['value'][o]:.3f}" for o in both]),
-        ("the float layer's output", [f"{e['real'][o]:.3f}" for o in both]),
-    ]
-    lines = ["| | output channel 0 | output channel 1 |", "|---|---|---|"]
-    return "\n".join([*lines, *(f"| {name} | {' | '.join(cells)} |" for name, cells in rows)])
+    e = example()
+    products = [" + ".join(_product(q, w) for q, w in zip(PIXEL, row, strict=True)) for row in e["merged"]]
+    return _by_channel([
+        ("bias `CDSb` in units of the sum, int32", lambda o: str(e["bias"][o])),
+        ("sum `acc`, int32", lambda o: f"{products[o]} + bias = {e['sums'][o]:.0f}"),
+        ("multiplier `sx CDSw / sy`, float32", lambda o: f"{e['multiplier'][o]:.6f}"),
+        ("output byte `qy`", lambda o: f"{e['out'][o]:.0f}"),
+        ("number it stands for", lambda o: f"{e['value'][o]:.3f}"),
+        ("the float layer's output", lambda o: f"{e['real'][o]:.3f}"),
+    ])  # fmt: skip
 
 
 # --- accuracy -----------------------------------------------------------------------------------------------------
@@ -140,14 +148,15 @@ def measured() -> dict[str, Mapping[str, Any]]:
 def readme_table() -> str:
     """README's table: four files, and a sentence about the second fit."""
     rows = measured()
-    lines = ["| file | MB | mAP50-95 lost, points (95 % interval) | boxes lost |", "|---|---|---|---|"]
+    cells = []
     for label, name in ROWS:
         r = rows[name]
         lost = f"{r['drop']:.2f} ({r['low']:.2f} to {r['high']:.2f})" if name != "float32" else ""
         boxes = f"{100 * r['lost']:.1f} %" if name != "float32" else ""
-        lines.append(f"| {label} | {r['bytes'] / 1e6:.2f} | {lost} | {boxes} |")
+        cells.append((label, f"{r['bytes'] / 1e6:.2f}", lost, boxes))
     again = rows[DEFAULT + SECOND]
-    lines += [
+    lines = [
+        *_table(("file", "MB", "mAP50-95 lost, points (95 % interval)", "boxes lost"), cells),
         "",
         f"A second fit of the default, with another seed, lost {again['drop']:.2f} points and "
         f"{100 * again['lost']:.1f} % of the boxes.",
