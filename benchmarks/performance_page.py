@@ -155,11 +155,12 @@ def _machines(r: Results) -> list[str]:
         versions = ", ".join(f"{k} {v}" for k, v in m["versions"].items())
         subject = f"{m['checkpoint']}, {m['imgsz']} pixels" if "checkpoint" in m else ""
         row = [name, subject, found.get("date", ""), f"{m.get('load', '')}", f"`{found['command']}`"]
-        by_machine.setdefault(f"{m['threads']} threads of {m['cpu']} ({m['int8']}); {versions}", []).append(row)
+        about = f"These ran on {m['threads']} threads of {m['cpu']} ({m['int8']}). The versions are {versions}."
+        by_machine.setdefault(about, []).append(row)
     lines = ["## Where the figures are from", ""]
     for about, rows in by_machine.items():
         head = ("what", "of", "on", "load average before it", "command")
-        lines += [f"On {about}:", "", *_table(head, rows), ""]
+        lines += [about, "", *_table(head, rows), ""]
     return lines
 
 
