@@ -4,7 +4,8 @@
     python docs/sentences.py --draw 10 --seed 27        print ten passages drawn at random
 
 A long sentence has more than LONG words. Code blocks, tables, headings, comments and the targets of links are left
-out. A span of code counts as one word, as it is read as one.
+out. A span of code counts as one word, as it is read as one. A sentence that leads into a list goes on in its items,
+unless the items are sentences of their own.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ ITEM = re.compile(r"\s*(?:[-*]|\d+\.) ")
 # A sentence ends at a full stop, question mark or exclamation mark before a space, but not after an abbreviation.
 END = re.compile(r"(?<=[.!?])(?<!e\.g\.)(?<!i\.e\.)(?<! vs\.)(?<!\.\.\.)[\"')]*\s+")
 
+WHOLE = re.compile(r"[.!?][\"')]*$")  # a sentence that has its end
+
 
 def pages() -> list[Path]:
     """README.md and the pages in docs/."""
@@ -32,31 +35,49 @@ def pages() -> list[Path]:
 
 def paragraphs(text: str) -> Iterator[str]:
     """The paragraphs and the items of lists of a page, each on one line."""
-    text = COMMENT.sub("", FENCED.sub("", text))
+    return (said for _, said in following(text))
+
+
+def following(text: str) -> Iterator[tuple[bool, str]]:
+    """The paragraphs of a page, and whether each is an item of a list with nothing but text before it."""
+    text = COMMENT.sub("", FENCED.sub("|", text))
     found: list[str] = []
+    item = False
+    parted = False  # whether code, a table or a heading stands before it
     listed = False  # whether the paragraph before was an item, whose text may be indented
     for line in [*text.splitlines(), ""]:
         code = line.startswith("    ") and not found and not listed
         code |= line.startswith("        ") and not found
-        if not line.strip() or line.lstrip().startswith(("|", "#", "![")) or code:
-            if found:
-                yield " ".join(found)
-            found = []
+        other = line.lstrip().startswith(("|", "#", "![")) or code
+        if found and (other or not line.strip() or ITEM.match(line)):
+            yield item and not parted, " ".join(found)
+            found, item, parted = [], False, False
+        if other:
+            parted = True
         elif ITEM.match(line):
-            if found:
-                yield " ".join(found)
-            found, listed = [ITEM.sub("", line, count=1).strip()], True
-        else:
+            found, listed, item = [ITEM.sub("", line, count=1).strip()], True, True
+        elif line.strip():
             listed = listed and (bool(found) or line.startswith(" "))
             found.append(line.strip())
 
 
 def sentences(text: str) -> Iterator[str]:
     """The sentences of a page, without Markdown's marks."""
-    for paragraph in paragraphs(text):
+    begun = ""  # a sentence that has not ended, and may go on in a list
+    for listed, paragraph in following(text):
         plain = re.sub(r"!?\[((?:[^\]`]|`[^`]*`)*)\]\([^)\s]*\)", r"\1", paragraph)
         plain = re.sub(r"``?[^`]+``?", "CODE", plain).replace("**", "").replace("*", "")
-        yield from END.split(plain)
+        first, *more = END.split(plain)
+        if begun and (not listed or (begun.endswith(":") and WHOLE.search(first))):
+            yield begun
+            begun = ""
+        *ended, last = (f"{begun} {first}".strip(), *more)
+        yield from ended
+        begun = "" if WHOLE.search(last) else last
+        if not begun:
+            yield last
+    if begun:
+        yield begun
 
 
 def words(sentence: str) -> int:

@@ -37,6 +37,18 @@ def test_the_code_in_a_list_is_no_sentence():
     assert list(counting.sentences(text)) == ["Do this:", "Then that.", "And more:"]
 
 
+def test_a_sentence_goes_on_in_a_list_unless_its_items_are_sentences():
+    text = "It has:\n\n- one;\n- two,\n    and\n- three. Four\n\nFive if\n1. six.\n\nIt does:\n\n- One. Two:\n"
+    text += "    - three\n\n```\nx\n```\n- Four;\n\nFive.\n\nIt is:\n\n    code\n\n- six;\n\n| it |\n|---|\n\n1. seven"
+    assert list(counting.sentences(text)) == [
+        "It has: one; two, and three.", "Four", "Five if six.", "It does:", "One.", "Two: three", "Four;", "Five.",
+        "It is:", "six;", "seven",
+    ]  # fmt: skip
+    lead = "Here are words that lead into a list of which every item has some more:\n\n"
+    (long,) = counting.sentences(lead + "- this item has eight words, without an end;\n" * 2 + "- and so on.")
+    assert counting.words(long) > counting.LONG
+
+
 def test_the_readme_is_short():
     lines = (ROOT / "README.md").read_text().splitlines()
     assert len(lines) <= 80
