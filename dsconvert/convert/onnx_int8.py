@@ -20,6 +20,7 @@ from dsconvert.base.kept import MEMORY, Room
 from dsconvert.base.size import Size
 from dsconvert.dsconv.format import WeightFormat
 from dsconvert.export.check import check_accumulators, first_wrong, of_graph
+from dsconvert.export.halves import in_halves
 from dsconvert.export.onnx import in_layout
 from dsconvert.export.rewritten import write_rewritten
 from dsconvert.export.weights.layouts import Layout
@@ -51,7 +52,8 @@ COMPARED = 4  # images on which the written file is held against the float one
 RANGED = 64  # images on which the outputs' ranges are looked at
 # A network of fewer weights loses more with each bit. If the bytes of 4 bits leave room, its file takes this share of
 # the float file's bytes.
-SMALL, SMALL_SHARE = 1_500_000, 0.195
+SMALL, SMALL_SHARE = 1_500_000, 0.198
+FINE_BITS = (6, 8)  # of a small network's last layers
 
 
 @dataclass(frozen=True)
@@ -138,11 +140,12 @@ def quantize_lowered(
     room = Room(folder, MEMORY)
     network = _prepared(facts, low, photographs, form, wish, room)
     found = _measured(network, wish, report, room)
+    wish = replace(wish, layout=replace(wish.layout, halves=wish.layout.joint and _is_small(low)))
     formats = _formats(network, found, wish)
     fitted = _fitted(network, found, formats, report, room)
     held = [torch.from_numpy(form.ordered(image, facts.source.image.channels)) for image in judges]
     tuned = _tuned(fitted, network, held, wish, report)
-    model = tuned.model if tuned is not None else fitted
+    model, wish = _rounded(tuned.model if tuned is not None else fitted, low, wish)
     check_accumulators(model)
     written = _written(network, model, wish.layout)
     _check(written, network, in_layout(model, wish.layout))
@@ -182,11 +185,25 @@ def _chosen(low: Lowered) -> list[str]:
     ]  # fmt: skip
 
 
+def _judged(low: Lowered, wish: Wish) -> dict[str, list[WeightFormat]]:
+    """The formats that layers may have, by name; other layers are int8.
+
+    In a small network the layers that make the outputs take a sixth of the file. Their damage is only right for small
+    errors: it is reckoned at the float network's scores, and a score near 0 hardly changes with its logit."""
+    if wish.bits is not None:
+        return {}
+    judged = judged_formats(low.params, _chosen(low), wish.block_size)
+    if _is_small(low):
+        last = [node.name for node in low.graph.convs() if node.name in low.graph.outputs and node.name not in judged]
+        several = [name for name in last if low.params[name].weight.shape[1] > 1]
+        judged |= judged_formats(low.params, several, wish.block_size, FINE_BITS)
+    return judged
+
+
 def _measured(network: Prepared, wish: Wish, report: Progress, room: Room) -> Calibration:
-    low, wanted = network.low, _chosen(network.low) if wish.bits is None else []
-    judged = judged_formats(low.params, wanted, wish.block_size)
+    low = network.low
     return calibrate(
-        low.graph, low.params, network.maps, network.images, judged, wish.seed, "cpu", True, report, room
+        low.graph, low.params, network.maps, network.images, _judged(low, wish), wish.seed, "cpu", True, report, room
     )  # fmt: skip
 
 
@@ -219,8 +236,11 @@ def _size(network: Prepared, found: Calibration, layout: Layout, formats: Format
 def _fitted(network: Prepared, found: Calibration, formats: Formats, report: Progress, room: Room) -> Converted:
     low, images = network.low, network.images
     report("widths", 1, 1)
+    # An output's error stays its own. Where its gradient is all but 0, as of a class that no image has, it would else
+    # get the errors of others, until they are no longer small.
+    channels = {name: moment for name, moment in found.channels.items() if name not in low.graph.outputs}
     convs = fit_lockstep(
-        low.graph, low.params, GPTQ(found.channels, images.all_photographs()), of_every_layer(low.params, formats),
+        low.graph, low.params, GPTQ(channels, images.all_photographs()), of_every_layer(low.params, formats),
         found.own, images.pixels, found.drawn, images.part.mine, room, "cpu",
         lambda done, total: report("fit", done, total), entry=images.entry,
     )  # fmt: skip
@@ -238,6 +258,15 @@ def _tuned(
         model, network.low.params, network.maps, pictures, wish.finetune_steps, wish.finetune_time, wish.seed,
         "cpu", partial(report, "finetune"),
     )  # fmt: skip
+
+
+def _rounded(model: Converted, low: Lowered, wish: Wish) -> tuple[Converted, Wish]:
+    """The model with the numbers that small files hold, whatever the layout: all layouts give the same result.
+
+    Channels that differ too much for half floats keep whole ones.
+    """
+    rounded = in_halves(model) if _is_small(low) else None
+    return (model, replace(wish, layout=replace(wish.layout, halves=False))) if rounded is None else (rounded, wish)
 
 
 def _written(network: Prepared, model: Converted, layout: Layout) -> Written:

@@ -4,7 +4,7 @@ One vector for the whole file takes fewer bytes than one a convolution, and fewe
 the integers (input scale * CDSw) are computed together too, where the layers' channel counts allow it.
 
 A bias is an int32 in these units. Few need more than 20 bits. So the low 16 bits are stored as UINT16, and the bits
-above them in as many 4-bit vectors as the largest bias needs.
+above them in as many 4-bit vectors as the largest bias needs. A small file has half floats instead (see `halves`).
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
 from dsconvert.base.builder import OnnxBuilder
+from dsconvert.export.halves import add_integers
 
 RUN = 8  # units of layers whose channels are a multiple of it are computed together
 VECTOR = "bias."  # the stored parts of the bias vector have names that begin so
@@ -37,8 +38,8 @@ class _Bias:
 class Biases:
     """Collects biases; `finish` adds the nodes that make them, in front of the nodes that read them."""
 
-    def __init__(self, b: OnnxBuilder) -> None:
-        self.b = b
+    def __init__(self, b: OnnxBuilder, halves: bool) -> None:
+        self.b, self.halves = b, halves
         self.found: list[_Bias] = []
 
     def add(self, name: str, integers: NDArray[np.int32], cds: str, scale: float, more: int = 0) -> tuple[str, str]:
@@ -68,6 +69,9 @@ class Biases:
     def _integers(self) -> None:
         """Add the nodes of bias = low + sum of (high nibble << place), as int32, and split it by layer."""
         b, rest = self.b, np.concatenate([x.integers for x in self.found]).astype(np.int64)
+        if self.halves:
+            self._split(add_integers(b, VECTOR, rest), self.found, "bias")
+            return
         low = b.tensor(f"{VECTOR}low", (rest & 0xFFFF).astype(np.uint16))
         total = b.node("Cast", [low], "bias.0", to=TensorProto.INT32)
         place, rest = 16, rest >> 16

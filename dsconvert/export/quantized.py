@@ -13,6 +13,7 @@ import numpy as np
 from dsconvert.base.builder import OnnxBuilder
 from dsconvert.export.biases import Biases
 from dsconvert.export.ends.inputs import BYTES, add_real_image
+from dsconvert.export.halves import join_scales
 from dsconvert.export.operators import real_weight
 from dsconvert.export.weights.layouts import Layout
 from dsconvert.export.weights.weights import Weights
@@ -36,7 +37,7 @@ class PlainForm:
 
     def __init__(self, b: OnnxBuilder, model: Converted, layout: Layout, input_type: str) -> None:
         self.b, self.model, self.layout = b, model, layout
-        self.weights, self.biases = Weights(b, layout), Biases(b)
+        self.weights, self.biases = Weights(b, layout), Biases(b, layout.halves)
         self.grids = grid_of(model.graph, model.activations)
         self.uint8: dict[str, str] = {}
         self.floats: dict[str, str] = {}  # names of values that have no grid and stay float
@@ -92,6 +93,8 @@ class PlainForm:
         """Add the nodes that make biases and weights, in front of all others. Call it after the last node."""
         self.biases.finish()
         self.weights.finish()
+        if self.layout.halves:
+            join_scales(self.b)
 
     def places(self) -> dict[str, Place]:
         """Return where the file has each of the graph's values, except values without a grid."""

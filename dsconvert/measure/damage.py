@@ -12,6 +12,7 @@ varies much less with s than <g, D>^2. So one backward pass for each image judge
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -47,6 +48,45 @@ def squared_gradient(node: Node, x: Tensor, gradient: Tensor, shape: torch.Size)
     x: the layer's input (1, chi, h, w).
     gradient: of its output (1, cho, h', w').
     """
-    centred = gradient - gradient.mean((2, 3), keepdim=True)
+    return _of_weight(node, x, gradient - gradient.mean((2, 3), keepdim=True), shape).square_()
+
+
+@dataclass(frozen=True)
+class Spots:
+    """Sums over images of a layer whose map has one position, as behind a global mean.
+
+    Centred there, a gradient would be 0. CDSb corrects the mean error over images. With G the gradient of a weight, and
+    g the gradient of its output,
+
+        min over c of sum (G - g c)^2  =  sum G^2 - (sum g G)^2 / sum g^2
+    """
+
+    squares: Tensor  # sum G^2, (cho, chi, kh, kw)
+    products: Tensor  # sum g G, of the same shape
+    outputs: Tensor  # sum g^2, (cho, 1, 1, 1)
+
+    @staticmethod
+    def of(node: Node, x: Tensor, gradient: Tensor, shape: torch.Size) -> Spots:
+        """Of one image; see `squared_gradient`."""
+        of_weight, of_output = _of_weight(node, x, gradient, shape), gradient.reshape(-1, 1, 1, 1)
+        return Spots((of_weight**2).cpu(), (of_weight * of_output).cpu(), (of_output**2).cpu())
+
+    @staticmethod
+    def none(weight: Tensor) -> Spots:
+        """Of no image, for a weight of that shape."""
+        nothing = torch.zeros_like(weight)
+        return Spots(nothing, nothing, nothing[:, :1, :1, :1])
+
+    def plus(self, other: Spots) -> Spots:
+        """Of the images of both."""
+        outputs = self.outputs + other.outputs
+        return Spots(self.squares + other.squares, self.products + other.products, outputs)
+
+    def centred(self) -> Tensor:
+        """Return the sum over images of g^2 of the weight, with what CDSb corrects left out, (cho, chi, kh, kw)."""
+        return (self.squares - self.products.square() / self.outputs.clamp_min(1e-30)).clamp_min(0)
+
+
+def _of_weight(node: Node, x: Tensor, gradient: Tensor, shape: torch.Size) -> Tensor:
     a = node.attrs
-    return conv2d_weight(x, shape, centred, a["stride"], a["padding"], a["dilation"], a["groups"]).square_()
+    return conv2d_weight(x, shape, gradient, a["stride"], a["padding"], a["dilation"], a["groups"])

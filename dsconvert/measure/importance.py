@@ -31,7 +31,7 @@ from dsconvert.graph.ir import INPUT, ConvParams, Graph, Node
 from dsconvert.graph.run import execute, float_step
 from dsconvert.graph.shapes import value_shapes
 from dsconvert.measure.clipping import LEVELS, clip_effects
-from dsconvert.measure.damage import squared_gradient
+from dsconvert.measure.damage import Spots, squared_gradient
 
 SAMPLES_PER_IMAGE = 1024  # values drawn from a map of one image
 FEWEST_SAMPLES = 64  # least of them where there are many images; two extremes come on top
@@ -190,6 +190,7 @@ def measure_importance(
     shapes = {name: tuple(p.weight.shape) for name, p in params.items()}
     channels = {n.name: torch.zeros((shapes[n.name][0],) * 2, dtype=torch.float64) for n in graph.convs()}
     squares = {name: torch.zeros(shapes[name]) for name in chosen}
+    spots: dict[str, Spots] = {}
     behind, readers = graph.activated(), graph.consumers()
     clipping = {name: torch.zeros_like(LEVELS) for name in samples if name not in behind}
     clipped = dict.fromkeys(clipping, 0)  # number of images that contribute to each value's clipping effects
@@ -234,6 +235,8 @@ def measure_importance(
             clipped[name] += 1
         for name, square in look_at.squares.items():
             squares[name] += square
+        for name, spot in look_at.spots.items():
+            spots[name] = spots[name].plus(spot) if name in spots else spot
     # a layer without any gradient in all processes has no importance to draw by
     counts = workers.summed(torch.tensor([taken.total() for taken in drawn.values()], dtype=torch.float64))
     for taken, count in zip(drawn.values(), counts, strict=True):
@@ -249,7 +252,7 @@ def measure_importance(
         {name: (joined([v for v, _ in s]), joined([w for _, w in s])) for name, s in samples.items()},
         drawn,
         {name: workers.summed(c).float() for (name, c), count in zip(channels.items(), counts, strict=True) if count},
-        {name: workers.summed(square) * (all_images / some) for name, square in squares.items()},
+        {name: square * (all_images / some) for name, square in _of_all_processes(squares, spots).items()},
         {
             name: workers.summed(effects) * (some / max(count, 1))
             for (name, effects), count in zip(clipping.items(), saying, strict=True)
@@ -257,15 +260,26 @@ def measure_importance(
     )
 
 
+def _of_all_processes(squares: Mapping[str, Tensor], spots: Mapping[str, Spots]) -> dict[str, Tensor]:
+    """Return the sums over all images; layers in `spots` have theirs from there."""
+    found = {name: workers.summed(square) for name, square in squares.items()}
+    for name in sorted(set().union(*workers.gathered(set(spots)))):  # a process may have no thorough image
+        mine = spots.get(name) or Spots.none(found[name])
+        whole = Spots(workers.summed(mine.squares), workers.summed(mine.products), workers.summed(mine.outputs))
+        found[name] = whole.centred()
+    return found
+
+
 @dataclass(frozen=True)
 class _Look:
-    """What one image adds to `Importance`; only a thorough image has `channels` and `squares`."""
+    """What one image adds to `Importance`; only a thorough image has `channels`, and `squares` or `spots`."""
 
     drawn: Mapping[str, tuple[Places, Tensor]]  # positions, and the float outputs there
     channels: Mapping[str, Tensor] = field(default_factory=dict)
     samples: Mapping[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     clipping: Mapping[str, Tensor] = field(default_factory=dict)
     squares: Mapping[str, Tensor] = field(default_factory=dict)
+    spots: Mapping[str, Spots] = field(default_factory=dict)  # of layers whose maps have one position
 
     @staticmethod
     def at_gradients(
@@ -321,15 +335,18 @@ class _Look:
         behind = graph.activated()
         names = [n.name for n in graph.nodes if not keeps_grid(n.op)]
         samples = {name: _sample(found[name][0], found[behind.get(name, name)][1], generator, each) for name in names}
-        squares, channels = {}, {}
+        squares, spots, channels = {}, {}, {}
         for node in graph.convs():
             gradient = found[node.name][1]
             channels[node.name] = second_moment(gradient[0].flatten(1), self.drawn[node.name][0])
             if node.name in chosen:
                 x = image if node.inputs[0] == INPUT else found[node.inputs[0]][0]
                 shape = params[node.name].weight.shape
-                squares[node.name] = squared_gradient(node, x, gradient, shape).cpu()
-        return replace(self, channels=channels, samples=samples, squares=squares)
+                if gradient[0, 0].numel() == 1:
+                    spots[node.name] = Spots.of(node, x, gradient, shape)
+                else:
+                    squares[node.name] = squared_gradient(node, x, gradient, shape).cpu()
+        return replace(self, channels=channels, samples=samples, squares=squares, spots=spots)
 
 
 def length_of(gradient: Tensor) -> Tensor:

@@ -129,14 +129,15 @@ def unfitted(params: Mapping[str, ConvParams], formats: Formats) -> dict[str, QC
 
 
 def judged_formats(
-    params: Mapping[str, ConvParams], chosen: Sequence[str], block_size: int | None
+    params: Mapping[str, ConvParams], chosen: Sequence[str], block_size: int | None, bits: Sequence[int] = BITS
 ) -> dict[str, list[WeightFormat]]:
     """Return the formats that each chosen layer can be stored in.
 
     block_size: the only block size; None: all of BLOCK_SIZES.
+    bits: to choose from.
     """
     sizes = [block_size] if block_size else BLOCK_SIZES
-    return {name: formats_of(params[name].weight.shape[1], BITS, sizes) for name in chosen}
+    return {name: formats_of(params[name].weight.shape[1], bits, sizes) for name in chosen}
 
 
 def formats_as_asked(

@@ -23,7 +23,7 @@ def test_biases_and_units_are_exact(bits, stored_bits):
     rng = np.random.default_rng(bits)
     edge = 1 << bits - 1
     b, names, wanted = OnnxBuilder(21), [], []
-    biases = Biases(b)
+    biases = Biases(b, False)
     for i, count in enumerate(CHANNELS):
         integers = rng.integers(-edge, edge, count).astype(np.int32)
         integers[:2] = -edge, edge - 1
@@ -40,7 +40,7 @@ def test_biases_and_units_are_exact(bits, stored_bits):
 
 def test_small_biases_take_two_bytes():
     b = OnnxBuilder(21)
-    biases = Biases(b)
+    biases = Biases(b, False)
     parts = biases.add("m", np.array([0, 65535], np.int32), b.tensor("m.cds", np.ones(2, np.float32)), 0.5)
     name = b.node("DequantizeLinear", [*parts], "m.b", axis=0)
     biases.finish()
@@ -51,5 +51,5 @@ def test_small_biases_take_two_bytes():
 
 def test_without_convolutions_there_is_nothing():
     b = OnnxBuilder(21)
-    Biases(b).finish()
+    Biases(b, False).finish()
     assert b.nodes == []

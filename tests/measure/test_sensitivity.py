@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 
 import pytest
@@ -12,7 +13,7 @@ from dsconvert.dsconv.codes.free import weight_error
 from dsconvert.dsconv.codes.shrink import unshrunk
 from dsconvert.graph.ir import INPUT, ConvParams, Graph, Node
 from dsconvert.graph.run import run_float
-from dsconvert.measure.damage import damage_of, formats_of, squared_gradient
+from dsconvert.measure.damage import Spots, damage_of, formats_of, squared_gradient
 from dsconvert.measure.importance import measure_importance
 from dsconvert.yolo.lower import lower
 
@@ -33,6 +34,32 @@ def test_effect_is_the_mean_over_the_signs_of_the_error():
     wanted = sum(squares) / len(squares)
     found = (squared_gradient(node, x, gradient, error.shape) * error.square()).sum().item()
     assert found == pytest.approx(wanted, rel=1e-4)  # float32 sums
+
+
+def test_a_map_of_one_position_is_judged_over_images():
+    """An error of one weight on each image, with the bias taken out that makes up for most of it: by least squares."""
+    generator = torch.Generator().manual_seed(0)
+    node = Node("conv", "c", (INPUT,), POINT)
+    xs, gradients = torch.randn(6, 1, 3, 1, 1, generator=generator) + 2, torch.randn(6, 1, 2, 1, 1, generator=generator)
+    parts = [Spots.of(node, x, g, torch.Size((2, 3, 1, 1))) for x, g in zip(xs, gradients, strict=True)]
+    found = functools.reduce(Spots.plus, parts, Spots.none(torch.zeros(2, 3, 1, 1))).centred()
+    for o, i in itertools.product(range(2), range(3)):
+        effect, slope = (xs[:, 0, i] * gradients[:, 0, o]).flatten(), gradients[:, 0, o].flatten()
+        bias = torch.linalg.lstsq(slope[:, None].double(), effect[:, None].double()).solution
+        wanted = (effect.double() - slope.double() * bias[0, 0]).square().sum().item()
+        assert found[o, i, 0, 0].item() == pytest.approx(wanted, rel=1e-4)  # float32 sums
+
+
+def test_importance_sees_what_a_global_mean_feeds(picture):
+    """Squeeze and excite: a layer on a map of one position has a damage, and one of several images at that."""
+    generator = torch.Generator().manual_seed(0)
+    nodes = (Node("mean", "m", (INPUT,), {}), Node("conv", "c", ("m",), POINT))
+    params = {"c": ConvParams(torch.randn(4, 3, 1, 1, generator=generator), torch.zeros(4))}
+    images = [picture * share for share in (0.2, 0.6, 1.0)]
+    squares = measure_importance(Graph(nodes, ("c",)), params, images, lambda raw, _: raw, 0, ["c"]).squares["c"]
+    means = torch.stack([image.mean((2, 3))[0] for image in images])
+    wanted = (means - means.mean(0)).square().sum(0)  # every output is a number of the result, so g^2 is 1
+    assert torch.allclose(squares[:, :, 0, 0], wanted.expand(4, 3), rtol=1e-3)
 
 
 def test_expected_damage_of_a_linear_layer_is_its_noise_at_the_output(picture):
