@@ -140,7 +140,7 @@ def quantize_lowered(
     room = Room(folder, MEMORY)
     network = _prepared(facts, low, photographs, form, wish, room)
     found = _measured(network, wish, report, room)
-    wish = replace(wish, layout=replace(wish.layout, halves=wish.layout.joint and _is_small(low)))
+    wish = replace(wish, layout=replace(wish.layout, lean=wish.layout.joint and _is_small(low)))
     formats = _formats(network, found, wish)
     fitted = _fitted(network, found, formats, report, room)
     held = [torch.from_numpy(form.ordered(image, facts.source.image.channels)) for image in judges]
@@ -149,7 +149,7 @@ def quantize_lowered(
     check_accumulators(model)
     written = _written(network, model, wish.layout)
     _check(written, network, in_layout(model, wish.layout))
-    made = _compacted(written.model)
+    made = _compacted(written.model, wish.layout)
     seen = [network.images.one(i, "cpu").numpy() for i in range(min(COMPARED, len(photographs)))]
     strayed = how_far_off(facts.source, made, seen)
     return OnnxInt8(made, model, low, len(photographs), tuned, warnings=(strayed,) if strayed else ())
@@ -230,7 +230,7 @@ def _is_small(low: Lowered) -> bool:
 def _size(network: Prepared, found: Calibration, layout: Layout, formats: Formats) -> int:
     """Most bytes of the file with these formats, before it is fitted."""
     model = Converted(network.low.graph, unfitted(network.low.params, formats), found.own)
-    return _compacted(_written(network, model, layout).model).ByteSize()
+    return _compacted(_written(network, model, layout).model, layout).ByteSize()
 
 
 def _fitted(network: Prepared, found: Calibration, formats: Formats, report: Progress, room: Room) -> Converted:
@@ -266,17 +266,17 @@ def _rounded(model: Converted, low: Lowered, wish: Wish) -> tuple[Converted, Wis
     Channels that differ too much for half floats keep whole ones.
     """
     rounded = in_halves(model) if _is_small(low) else None
-    return (model, replace(wish, layout=replace(wish.layout, halves=False))) if rounded is None else (rounded, wish)
+    return (model, replace(wish, layout=replace(wish.layout, lean=False))) if rounded is None else (rounded, wish)
 
 
 def _written(network: Prepared, model: Converted, layout: Layout) -> Written:
     return write_rewritten(network.source, network.low, network.maps, model, layout)
 
 
-def _compacted(model: onnx.ModelProto) -> onnx.ModelProto:
+def _compacted(model: onnx.ModelProto, layout: Layout) -> onnx.ModelProto:
     """With short names, where no node has a graph of its own, whose names reach out."""
     nested = any(a.g.node or a.graphs for node in model.graph.node for a in node.attribute)
-    return model if nested else compact(model)
+    return model if nested else compact(model, layout.lean)
 
 
 def _check(written: Written, network: Prepared, model: Converted) -> None:

@@ -37,7 +37,7 @@ class PlainForm:
 
     def __init__(self, b: OnnxBuilder, model: Converted, layout: Layout, input_type: str) -> None:
         self.b, self.model, self.layout = b, model, layout
-        self.weights, self.biases = Weights(b, layout), Biases(b, layout.halves)
+        self.weights, self.biases = Weights(b, layout), Biases(b, layout.lean)
         self.grids = grid_of(model.graph, model.activations)
         self.uint8: dict[str, str] = {}
         self.floats: dict[str, str] = {}  # names of values that have no grid and stay float
@@ -93,7 +93,7 @@ class PlainForm:
         """Add the nodes that make biases and weights, in front of all others. Call it after the last node."""
         self.biases.finish()
         self.weights.finish()
-        if self.layout.halves:
+        if self.layout.lean:
             join_scales(self.b)
 
     def places(self) -> dict[str, Place]:

@@ -62,3 +62,21 @@ def test_optional_inputs_stay_empty_and_so_does_the_original(converted):
     resize = next(n for n in compact(before).graph.node if n.op_type == "Resize")
     assert resize.input[1] == ""
     assert before.SerializeToString() == text
+
+
+def test_a_lean_file_is_smaller_still_and_gives_the_same(converted, picture):
+    """All values but inputs and outputs have short names, and an integer below 128 takes a byte."""
+    before = export_quantized(converted, layout_named("packed"), SIDE)
+    plain, lean = compact(before), compact(before, True)
+    onnx.checker.check_model(lean, full_check=True)
+    assert np.array_equal(run(before, picture.numpy()), run(lean, picture.numpy()))
+    assert lean.ByteSize() < plain.ByteSize()
+    ends = {v.name for v in (*lean.graph.input, *lean.graph.output)}
+    assert max(len(t.name) for t in lean.graph.initializer) == 2
+    assert all(len(name) <= 2 for node in lean.graph.node for name in node.output if name not in ends)
+    assert [n.name for n in lean.graph.node] == [n.name for n in before.graph.node]  # convolutions can be found
+    for old, new in zip(before.graph.initializer, lean.graph.initializer, strict=True):
+        assert np.array_equal(numpy_helper.to_array(old), numpy_helper.to_array(new))
+        assert new.ByteSize() <= old.ByteSize()
+    axes = [t for t in lean.graph.initializer if t.data_type == TensorProto.INT64 and t.dims]
+    assert all(t.int64_data and not t.raw_data for t in axes if max(numpy_helper.to_array(t), default=0) > 0)

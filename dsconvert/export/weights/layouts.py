@@ -35,7 +35,7 @@ class Layout:
     real: bool = False  # W' is computed in float, for group scales that are real numbers
     joint: bool = False  # weights of many layers are decoded together, see `joint`
     bias_vector: bool = True  # one vector holds the biases of all layers, see `biases`; else each layer has its own
-    halves: bool = False  # CDSw and biases are half floats, of a model that was rounded so, see `halves`
+    lean: bool = False  # for small networks: CDSw and biases are half floats, see `halves`; names and sizes are short
     quick: bool = False  # convolutions and maps have shapes that ONNX Runtime computes fast, see `quickform`
     fused: bool = False  # ONNX Runtime's own operators stand around the weights, channels last, see `fused`
     tables: bool = False  # activations are looked up by the operator of our own, see `onnxfile.operators`
