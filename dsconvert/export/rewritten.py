@@ -27,12 +27,12 @@ def write_rewritten(source: Source, low: Lowered, maps: Maps, model: Converted, 
     """The file with integer weights and activations. Its names, metadata, outputs and batch are the source's."""
     check_layout(model, layout)
     model = in_layout(model, layout)
-    b, image = OnnxBuilder(source.opset), source.image.shape
+    b, image = OnnxBuilder(source.opset), low.entrance.shape
     form = QuickForm(b, model, layout, "float32", image) if layout.quick else PlainForm(b, model, layout, "float32")
     for node in model.graph.nodes:
         form.add(node)
     integers = {value: _cut(b, value, form, model) for value in (*model.graph.outputs, *low.shapes.values())}
-    final = {INPUT: source.image.name}  # our names -> the file's
+    final = {INPUT: low.entrance.value}  # our names -> the file's
 
     def tails(name: str) -> str:
         """Our name of a value that the tail reads: we may have given its own to another."""
@@ -60,9 +60,14 @@ def write_rewritten(source: Source, low: Lowered, maps: Maps, model: Converted, 
 
 def _tails_names(source: Source, low: Lowered) -> set[str]:
     """Every name that the source's own nodes, inputs and outputs have in the written file."""
-    tail = [source.nodes[i] for i in low.tail]
+    own = _own(source, low)
     names = {value.name for value in (*source.model.graph.input, *source.model.graph.output)}
-    return names | {name for node in tail for name in (*used(node), *made_within(node))}
+    return names | {name for node in own for name in (*used(node), *made_within(node))}
+
+
+def _own(source: Source, low: Lowered) -> list[onnx.NodeProto]:
+    """The source's own nodes in the written file, before and behind the graph."""
+    return [source.nodes[i] for i in (*low.entrance.nodes, *low.tail)]
 
 
 def _cut(b: OnnxBuilder, value: str, form: PlainForm, model: Converted) -> Place:
@@ -92,16 +97,16 @@ def _assembled(source: Source, low: Lowered, b: OnnxBuilder) -> onnx.ModelProto:
     made = onnx.ModelProto()
     made.CopyFrom(source.model)
     graph = made.graph
-    tail = [source.nodes[i] for i in low.tail]
-    read = {name for node in tail for name in used(node)}
+    own, before = _own(source, low), len(low.entrance.nodes)
+    read = {name for node in own for name in used(node)}
     fixed = [onnx.numpy_helper.from_array(np.asarray(v), name) for name, v in low.fixed.items() if name in read]
     stored = [t for t in source.model.graph.initializer if t.name in read]
     del graph.node[:], graph.initializer[:], graph.value_info[:]
-    graph.node.extend([*b.nodes, *tail])
+    graph.node.extend([*own[:before], *b.nodes, *own[before:]])
     graph.initializer.extend([*stored, *fixed, *b.initializers.values()])
     for entry in graph.input:  # the graph is for images of one size
         dims = entry.type.tensor_type.shape.dim
-        for dim, size in zip(dims[1:], source.image.shape, strict=True):
+        for dim, size in zip(dims[1:], source.image.sides, strict=True):
             dim.dim_value = size
     made.ir_version = max(made.ir_version, IR_VERSION[21] if source.opset >= 21 else IR_VERSION[13])
     made.producer_name, made.producer_version = "dsconvert", VERSION

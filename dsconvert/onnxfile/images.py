@@ -49,6 +49,11 @@ def as_input(images: Sequence[Image], wanted: ImageInput, form: InputForm) -> ND
         batch: NDArray[Any] = np.stack([form.ordered(image, wanted.channels) for image in images])
     else:
         batch = np.stack([form.numbers(image, wanted.channels) for image in images]).astype(wanted.type, copy=False)
+    return laid_out(batch, wanted)
+
+
+def laid_out(batch: NDArray[Any], wanted: ImageInput) -> NDArray[Any]:
+    """Turn images (n, channels, height, width) into the layout of the input."""
     return np.ascontiguousarray(batch.transpose(0, 2, 3, 1)) if wanted.channels_last else batch
 
 
