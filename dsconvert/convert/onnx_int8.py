@@ -48,6 +48,7 @@ from dsconvert.photos.images import Image
 from dsconvert.tune.distil import Distilled, Pictures, distil
 from dsconvert.widths.size import Formats, formats_as_asked, judged_formats, of_every_layer, unfitted
 
+MOST_TOGETHER = 8 * 640 * 640  # pixels of a batch
 COMPARED = 4  # images on which the written file is held against the float one
 RANGED = 64  # images on which the outputs' ranges are looked at
 # A network of fewer weights loses more with each bit. If the bytes of 4 bits leave room, its file takes this share of
@@ -113,10 +114,10 @@ class OnnxInt8:
 
 def taken_apart(source: Source, probe: Array) -> tuple[Facts, Lowered]:
     """The file's graph and its tail. Raises NotLowered where the graph has no operation for what leads to a layer, or
-    computes something else than the file on the probe."""
+    computes something else than the file on the probe, whose images differ."""
     image = source.image
-    if image.batch != 1:
-        raise NotLowered(f"it takes {image.batch} images at once")
+    if image.batch > 1 and image.batch * image.height * image.width > MOST_TOGETHER:
+        raise NotLowered(f"all values of its {image.batch} images at once take too much memory")
     facts = facts_of(source, probe)
     low = lower(facts, find_layers(source))
     found = run_float(low.graph, low.params, torch.from_numpy(facts.values[low.entrance.value]))
@@ -124,7 +125,8 @@ def taken_apart(source: Source, probe: Array) -> tuple[Facts, Lowered]:
         wanted_there = facts.values[name]
         if wanted_there.dtype != np.float32:
             raise NotLowered("it has values of another type than float32")
-        if not is_near(made.numpy().reshape(wanted_there.shape), wanted_there):
+        alike = made.numel() == wanted_there.size
+        if not alike or not is_near(made.numpy().reshape(wanted_there.shape), wanted_there):
             raise NotLowered("it computes something else than it seems to")
     return facts, low
 
@@ -163,7 +165,7 @@ def _prepared(
     total = wanted(len(photographs))
     kept = with_views(pixels, len(photographs), range(total), wish.seed, room)
     images = Images(kept, Part(0, total, total), Size(*shape[1:]), len(photographs), (), 0, low.entrance.entry(form))
-    feeds = tuple(batches(photographs[:COMPARED], source.image, form))
+    feeds = tuple(batches(photographs[: max(COMPARED, source.image.batch)], source.image, form))
 
     def seen(most: int) -> Iterator[Tensor]:
         return (images.one(index, "cpu") for index in range(0, total, max(1, total // most)))

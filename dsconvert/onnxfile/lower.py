@@ -41,7 +41,7 @@ class Lowered:
     flat: frozenset[str]  # exits that have two dimensions in the file, (n, c) for the graph's (n, c, 1, 1)
     tail: tuple[int, ...]  # places of the nodes behind them
     shapes: Mapping[str, str]  # shapes that the tail asks for -> the graph's value that has it
-    fixed: Mapping[str, Array]  # shapes that it asks for of values that are no more, as they are for one image
+    fixed: Mapping[str, Array]  # shapes that it asks for of values that are no more, as they are for one batch
     stayed: Mapping[str, int]  # operators that stay float, before and behind the graph and in it, how many of each
     float_share: float  # multiplications of convolutions that stay float, as a share of all convolutions'
 
@@ -143,7 +143,8 @@ def _float_share(w: Walk, tail: set[int]) -> float:
         weight, made = w.facts.constant(node.input[1]), w.facts.shape(node.output[0])
         if weight is None:
             return 0
-        pixels = {"Conv": made[2:], "ConvTranspose": w.facts.shape(node.input[0])[2:]}
+        given = w.facts.shape(node.input[0])
+        pixels = {"Conv": (*made[:1], *made[2:]), "ConvTranspose": (*given[:1], *given[2:])}
         return int(weight.size * np.prod(pixels.get(node.op_type, made[:-1])))
 
     every = sum(map(count, range(len(source.nodes))))

@@ -11,15 +11,17 @@ import onnx
 import pytest
 import torch
 from built import needs_ops
+from spellings import Between, Heads
 from test_anyonnx import run
 from test_onnx_int8 import SIDE, Detector, off, photographs, picture
 from torch import nn
 from torch.nn import functional as F
 
+from dsconvert.convert import onnx_int8
 from dsconvert.convert.onnx import OnnxConverted, OnnxPlan, quantize_onnx
 from dsconvert.convert.onnx_int8 import OnnxInt8
-from dsconvert.onnxfile.images import as_input, pictures
-from dsconvert.onnxfile.source import read_source
+from dsconvert.onnxfile.images import as_input, pictures, probe_of
+from dsconvert.onnxfile.source import ImageInput, read_source
 from dsconvert.photos.form import PLAIN, InputForm
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # the exporter's own
@@ -203,3 +205,83 @@ def test_the_command_says_that_activations_are_integers(tmp_path, photos, call):
     told = json.loads(done.out)
     assert told["activations"] == "int8"
     assert told["float_multiplications"] < 0.05
+
+
+@pytest.mark.parametrize("layout", ["packed", "fused"])
+@pytest.mark.parametrize("way", ["as it is", "bytes, channels last"])
+def test_two_images_at_once_give_what_each_gives_alone(way, layout, usual, tmp_path, photos):
+    """The detector has shapes of two images in its Reshapes, before and behind its layers."""
+    before, kind, shape, _ = WAYS.get(way, (None, torch.float32, BYTES, None))
+    path = exported(detector(before), tmp_path / "net.onnx", kind, (2, *shape[1:]))
+    made = converted(path, photos, layout=layout)
+    assert made.model.graph.input[0].type.tensor_type.shape.dim[0].dim_value == 2
+    assert made.low.float_share == usual.low.float_share
+    (found,) = run(made.model, fed(path, photos, 2))
+    for i, x in enumerate(picture(photos, 2)):
+        np.testing.assert_allclose(found[i : i + 1], run(usual.model, x[None])[0], rtol=1e-5, atol=1e-5)
+
+
+def rows(x):
+    """Half of each image's numbers below 0, by way of one row for an image."""
+    n, c, h, w = x.shape
+    return F.elu(x.reshape(n, -1), 0.7).reshape(n, c, h, w)
+
+
+class Classes(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Conv2d(3, 16, 3, 4, 1), nn.Linear(16 * (SIDE // 4) ** 2, 5)
+
+    def forward(self, x):
+        return self.last(F.relu(self.first(x)).reshape(len(x), -1))
+
+
+PIECES = {
+    "an island": Between(rows, 16),
+    "attention": Between(Heads(), 8, 4),
+    "rows of a whole map": Classes(),
+}
+
+
+@pytest.mark.parametrize("what", PIECES)
+def test_pieces_with_the_batch_in_their_shapes(what, tmp_path, photos):
+    paths = [exported(PIECES[what], tmp_path / f"{n}.onnx", shape=(n, 3, SIDE, SIDE)) for n in (1, 3)]
+    one, three = (converted(path, photos) for path in paths)
+    assert one.low.stayed == three.low.stayed
+    assert one.low.float_share == three.low.float_share
+    (found,) = run(three.model, fed(paths[1], photos, 3))
+    for i, x in enumerate(picture(photos, 3)):
+        np.testing.assert_allclose(found[i : i + 1], run(one.model, x[None])[0], rtol=1e-4, atol=1e-4)
+
+
+MIXED = {
+    "the other image": (Between(lambda x: x.flip(0)), "it computes something else"),
+    "the mean image": (Between(lambda x: x + x.mean(0, keepdim=True)), "the operator ReduceMean"),
+    "one image of all": (Between(lambda x: x.reshape(1, -1, SIDE, SIDE), 8, 16), "the operator Reshape"),
+}
+
+
+@pytest.mark.parametrize("what", MIXED)
+def test_images_that_are_mixed_stay_float(what, tmp_path, photos):
+    net, why = MIXED[what]
+    path = exported(net, tmp_path / "net.onnx", shape=(2, 3, SIDE, SIDE))
+    said: list[str] = []
+    made = quantize_onnx(path, photos, OnnxPlan(bits=8, finetune_steps=0), note=said.append)
+    assert isinstance(made, OnnxConverted)
+    assert why in said[-1]
+
+
+def test_a_probe_has_different_images_however_few_there_are():
+    wanted = ImageInput("x", np.float32, 5, 3, 8, 8)
+    rng = np.random.default_rng(0)
+    images = [rng.integers(0, 256, (8, 8, 3), dtype=np.uint8) for _ in range(2)]
+    made = probe_of(images, wanted, PLAIN)
+    assert len({x.tobytes() for x in made}) == 5
+
+
+def test_a_batch_that_takes_too_much_memory_stays_float(tmp_path, photos, monkeypatch):
+    monkeypatch.setattr(onnx_int8, "MOST_TOGETHER", 2 * SIDE * SIDE)
+    path = exported(Between(nn.ReLU()), tmp_path / "net.onnx", shape=(3, 3, SIDE, SIDE))
+    said: list[str] = []
+    assert isinstance(quantize_onnx(path, photos, OnnxPlan(bits=8), note=said.append), OnnxConverted)
+    assert "its 3 images at once" in said[-1]
