@@ -48,14 +48,28 @@ class Entrance:
     lines: tuple[Line, ...]  # of its channels
     is_bytes: bool  # whether the file takes bytes
 
+    @property
+    def order(self) -> list[int]:
+        """Of each of its channels the file's channel that it is."""
+        return [line.channel for line in self.lines]
+
+    @property
+    def keeps_bytes(self) -> bool:
+        """Whether the file's bytes are the integers of the map on its grid, whose step is one byte."""
+        return (
+            self.is_bytes and len({line.factor for line in self.lines}) == 1 and not any(n.offset for n in self.lines)
+        )
+
     def ordered(self, image: Image) -> Image:
         """Turn bytes (channels, h, w) in the order of the file's channels into those of the map, (c, h, w)."""
-        return np.ascontiguousarray(image[[line.channel for line in self.lines]])
+        return np.ascontiguousarray(image[self.order])
 
     def entry(self, form: InputForm) -> Entry:
         """How bytes become the map's numbers, if those of the file's input are as the form says."""
+        if self.keeps_bytes:
+            return Entry(UNIT.divisor / self.lines[0].factor)
         base = UNIT if self.is_bytes else form.entry
-        if all(line.is_plain for line in self.lines) and [n.channel for n in self.lines] == [*range(len(self.lines))]:
+        if all(line.is_plain for line in self.lines) and self.order == [*range(len(self.lines))]:
             return base
         means, stds = list[float](), list[float]()
         for line in self.lines:

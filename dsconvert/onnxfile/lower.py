@@ -35,6 +35,7 @@ class Lowered:
     """A file in three parts: the nodes before the graph, the graph, and the nodes behind it."""
 
     entrance: Entrance  # what the graph reads
+    front: tuple[int, ...]  # places of the nodes before it; not those in whose place the graph reads the file's bytes
     graph: Graph  # its outputs are the values that the tail reads, in the order of `exits`
     params: Mapping[str, ConvParams]  # weights and biases by convolution name
     exits: tuple[str, ...]  # the file's names of the graph's outputs
@@ -104,7 +105,9 @@ def _finished(w: Walk) -> Lowered:
                 raise NotLowered(f"nothing in integers stands for {_why(w, source.nodes[index])}")
             tail.add(index)
             left += used(node)
-    tail -= {*w.entrance.nodes}
+    before = {*w.entrance.nodes}
+    front = before & tail if w.entrance.keeps_bytes else before
+    tail -= before
     ordered = tuple(sorted(exits, key=lambda name: source.makers[name]))
     if not ordered:
         raise NotLowered("no layer's result leads to an output")
@@ -120,7 +123,7 @@ def _finished(w: Walk) -> Lowered:
         for one in node.attrs["part"].nodes for out in one.output if out
     }  # fmt: skip
     stayed: dict[str, int] = {}
-    for index in sorted(tail | inside | {*w.entrance.nodes}):
+    for index in sorted(tail | inside | front):
         if not facts.varying(source.nodes[index]):
             continue
         kind = source.nodes[index].op_type
@@ -130,7 +133,19 @@ def _finished(w: Walk) -> Lowered:
     share = _float_share(w, tail | inside)
     if share > MOST_FLOAT:
         raise NotLowered(f"{100 * share:.0f} % of its multiplications have no integers")
-    return Lowered(w.entrance, graph, params, ordered, flat, tuple(sorted(tail)), shapes, fixed, stayed, share)
+    return Lowered(
+        w.entrance,
+        tuple(sorted(front)),
+        graph,
+        params,
+        ordered,
+        flat,
+        tuple(sorted(tail)),
+        shapes,
+        fixed,
+        stayed,
+        share,
+    )
 
 
 def _float_share(w: Walk, tail: set[int]) -> float:
