@@ -48,7 +48,7 @@ from dsconvert.photos.images import Image
 from dsconvert.tune.distil import Distilled, Pictures, distil
 from dsconvert.widths.size import Formats, formats_as_asked, judged_formats, of_every_layer, unfitted
 
-MOST_TOGETHER = 8 * 640 * 640  # pixels of a batch
+MOST_TOGETHER = 8 * 640 * 640  # pixels of a batch: all its values are in memory at once
 COMPARED = 4  # images on which the written file is held against the float one
 RANGED = 64  # images on which the outputs' ranges are looked at
 # A network of fewer weights loses more with each bit. If the bytes of 4 bits leave room, its file takes this share of
