@@ -27,7 +27,7 @@ from dsconvert.export.weights.layouts import PACKED, check_library, layout_named
 from dsconvert.fit.layer import GPTQ
 from dsconvert.graph.integer import QConv
 from dsconvert.onnxfile.engines import session
-from dsconvert.onnxfile.images import as_input, batches, pictures
+from dsconvert.onnxfile.images import batches, pictures, probe_of
 from dsconvert.onnxfile.layers import Layer, find_layers
 from dsconvert.onnxfile.lower import NotLowered
 from dsconvert.onnxfile.presets import INPUT_KEY, Preset, as_text
@@ -146,7 +146,7 @@ def quantize_onnx(
     ]
     for sentence in filter(None, said):
         note(sentence)
-    probe = as_input(images[:1] * given.image.batch, given.image, plan.form)
+    probe = probe_of(images, given.image, plan.form)
     if plan.activations == "int8":
         try:
             source = _raised(path, given, layout_named(plan.layout).opset, probe)

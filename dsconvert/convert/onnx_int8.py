@@ -38,6 +38,7 @@ from dsconvert.model.model import Converted
 from dsconvert.onnxfile.compact import compact
 from dsconvert.onnxfile.engines import session
 from dsconvert.onnxfile.facts import Facts, facts_of, is_near
+from dsconvert.onnxfile.images import batches
 from dsconvert.onnxfile.layers import find_layers
 from dsconvert.onnxfile.lower import Lowered, NotLowered, lower
 from dsconvert.onnxfile.meaning import Maps, in_steps, score_kinds
@@ -48,6 +49,7 @@ from dsconvert.photos.images import Image
 from dsconvert.tune.distil import Distilled, Pictures, distil
 from dsconvert.widths.size import Formats, formats_as_asked, judged_formats, of_every_layer, unfitted
 
+MOST_TOGETHER = 8 * 640 * 640  # pixels of a batch: all its values are in memory at once
 COMPARED = 4  # images on which the written file is held against the float one
 RANGED = 64  # images on which the outputs' ranges are looked at
 # A network of fewer weights loses more with each bit. If the bytes of 4 bits leave room, its file takes this share of
@@ -81,7 +83,8 @@ class Prepared:
     source: Source
     low: Lowered  # with its outputs in steps
     maps: Maps  # what these mean
-    images: Images
+    images: Images  # as the graph reads them
+    feeds: tuple[Array, ...]  # some of them as the file takes them
 
 
 @dataclass(frozen=True)
@@ -113,18 +116,19 @@ class OnnxInt8:
 
 def taken_apart(source: Source, probe: Array) -> tuple[Facts, Lowered]:
     """The file's graph and its tail. Raises NotLowered where the graph has no operation for what leads to a layer, or
-    computes something else than the file on the probe."""
+    computes something else than the file on the probe, whose images differ."""
     image = source.image
-    if image.type is not np.float32 or image.channels_last or image.batch != 1:
-        raise NotLowered("its input is not one float image with channels first")
+    if image.batch > 1 and image.batch * image.height * image.width > MOST_TOGETHER:
+        raise NotLowered(f"all values of its {image.batch} images at once take too much memory")
     facts = facts_of(source, probe)
     low = lower(facts, find_layers(source))
-    found = run_float(low.graph, low.params, torch.from_numpy(probe))
+    found = run_float(low.graph, low.params, torch.from_numpy(facts.values[low.entrance.value]))
     for name, made in zip(low.exits, found, strict=True):
         wanted_there = facts.values[name]
         if wanted_there.dtype != np.float32:
             raise NotLowered("it has values of another type than float32")
-        if not is_near(made.numpy().reshape(wanted_there.shape), wanted_there):
+        alike = made.numel() == wanted_there.size
+        if not alike or not is_near(made.numpy().reshape(wanted_there.shape), wanted_there):
             raise NotLowered("it computes something else than it seems to")
     return facts, low
 
@@ -143,35 +147,40 @@ def quantize_lowered(
     wish = replace(wish, layout=replace(wish.layout, lean=wish.layout.joint and _is_small(low)))
     formats = _formats(network, found, wish)
     fitted = _fitted(network, found, formats, report, room)
-    held = [torch.from_numpy(form.ordered(image, facts.source.image.channels)) for image in judges]
+    held = [_pixels(image, network.source, low, form) for image in judges]
     tuned = _tuned(fitted, network, held, wish, report)
     model, wish = _rounded(tuned.model if tuned is not None else fitted, low, wish)
     check_accumulators(model)
     written = _written(network, model, wish.layout)
     _check(written, network, in_layout(model, wish.layout))
     made = _compacted(written.model, wish.layout)
-    seen = [network.images.one(i, "cpu").numpy() for i in range(min(COMPARED, len(photographs)))]
-    strayed = how_far_off(facts.source, made, seen)
+    strayed = how_far_off(facts.source, made, network.feeds)
     return OnnxInt8(made, model, low, len(photographs), tuned, warnings=(strayed,) if strayed else ())
 
 
 def _prepared(
     facts: Facts, low: Lowered, photographs: list[Image], form: InputForm, wish: Wish, room: Room
 ) -> Prepared:  # fmt: skip
-    shape = facts.source.image.shape
+    source, shape = facts.source, low.entrance.shape
     pixels = room.kept(len(photographs), shape, torch.uint8)
     for index, image in enumerate(photographs):
-        pixels.put(index, torch.from_numpy(form.ordered(image, shape[0])))
+        pixels.put(index, _pixels(image, source, low, form))
     total = wanted(len(photographs))
     kept = with_views(pixels, len(photographs), range(total), wish.seed, room)
-    images = Images(kept, Part(0, total, total), Size(*shape[1:]), len(photographs), (), 0, form.entry)
+    images = Images(kept, Part(0, total, total), Size(*shape[1:]), len(photographs), (), 0, low.entrance.entry(form))
+    feeds = tuple(batches(photographs[: max(COMPARED, source.image.batch)], source.image, form))
 
     def seen(most: int) -> Iterator[Tensor]:
         return (images.one(index, "cpu") for index in range(0, total, max(1, total // most)))
 
     stepped, maps = in_steps(low, score_kinds(facts, low), seen(RANGED))
     graph, params = evened(stepped.graph, stepped.params, maps.measure, list(seen(IMAGES)), wish.seed)
-    return Prepared(facts.source, replace(stepped, graph=graph, params=params), maps, images)
+    return Prepared(source, replace(stepped, graph=graph, params=params), maps, images, feeds)
+
+
+def _pixels(image: Image, source: Source, low: Lowered, form: InputForm) -> Tensor:
+    """A placed photograph as bytes (c, h, w) of what the graph reads."""
+    return torch.from_numpy(low.entrance.ordered(form.ordered(image, source.image.channels)))
 
 
 def _chosen(low: Lowered) -> list[str]:
@@ -283,11 +292,11 @@ def _check(written: Written, network: Prepared, model: Converted) -> None:
     """Every layer of the file, in ONNX Runtime, gives the integers of `model`, which is in the file's layout, for what
     it is given."""
     graph, grids = model.graph, grid_of(model.graph, model.activations)
-    names = list(dict.fromkeys(place.name for place in written.places.values()))
-    x = network.images.one(0, "cpu")
+    image, feed = network.source.image.name, network.feeds[0]
+    names = [name for name in dict.fromkeys(place.name for place in written.places.values()) if name != image]
     try:
         running = session(giving(written.model, names).SerializeToString(), torch.get_num_threads())
-        found = dict(zip(names, running.run(names, {network.source.image.name: x.numpy()}), strict=True))
+        found = {image: feed, **dict(zip(names, running.run(names, {image: feed}), strict=True))}
     except Exception:  # ONNX Runtime raises many kinds
         raise CheckError("ONNX Runtime fails on the file that was made, so it was not written.") from None
     got = {value: of_graph(found[place.name], place) for value, place in written.places.items()}

@@ -27,6 +27,8 @@ from dsconvert.graph.ops import OPS
 from dsconvert.model.model import Converted
 from dsconvert.onnxfile.operators import DOMAIN, LOOKUP
 
+INTEGERS = "integers"  # an input type: the file's image has the graph's own integers
+
 
 class PlainForm:
     """Walks the graph and keeps the name of the uint8 value of every map.
@@ -42,7 +44,7 @@ class PlainForm:
         self.uint8: dict[str, str] = {}
         self.floats: dict[str, str] = {}  # names of values that have no grid and stay float
         self.readers: Counter[str] = Counter()
-        if input_type == "uint8" and self.grids[INPUT] == BYTES:
+        if input_type == INTEGERS or (input_type == "uint8" and self.grids[INPUT] == BYTES):
             self.uint8[INPUT] = INPUT  # the bytes are the quantized image
         else:
             self._quantize(INPUT, add_real_image(b, input_type))

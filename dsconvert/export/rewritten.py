@@ -12,8 +12,9 @@ from dsconvert.base.builder import IR_VERSION, OnnxBuilder
 from dsconvert.base.version import VERSION
 from dsconvert.export.onnx import LAYOUT_KEY, in_layout
 from dsconvert.export.ort.fused import for_onnx_runtime
+from dsconvert.export.ort.lastchannels import TO_FIRST
 from dsconvert.export.ort.quickform import QuickForm
-from dsconvert.export.quantized import PlainForm
+from dsconvert.export.quantized import INTEGERS, PlainForm
 from dsconvert.export.weights.layouts import Layout, check_layout
 from dsconvert.export.written import Place, Written
 from dsconvert.graph.ir import INPUT
@@ -27,12 +28,13 @@ def write_rewritten(source: Source, low: Lowered, maps: Maps, model: Converted, 
     """The file with integer weights and activations. Its names, metadata, outputs and batch are the source's."""
     check_layout(model, layout)
     model = in_layout(model, layout)
-    b, image = OnnxBuilder(source.opset), source.image.shape
-    form = QuickForm(b, model, layout, "float32", image) if layout.quick else PlainForm(b, model, layout, "float32")
+    b, image = OnnxBuilder(source.opset), low.entrance.shape
+    final = _begin(b, source, low)
+    kind = INTEGERS if low.entrance.keeps_bytes else "float32"
+    form = QuickForm(b, model, layout, kind, image) if layout.quick else PlainForm(b, model, layout, kind)
     for node in model.graph.nodes:
         form.add(node)
     integers = {value: _cut(b, value, form, model) for value in (*model.graph.outputs, *low.shapes.values())}
-    final = {INPUT: source.image.name}  # our names -> the file's
 
     def tails(name: str) -> str:
         """Our name of a value that the tail reads: we may have given its own to another."""
@@ -60,9 +62,31 @@ def write_rewritten(source: Source, low: Lowered, maps: Maps, model: Converted, 
 
 def _tails_names(source: Source, low: Lowered) -> set[str]:
     """Every name that the source's own nodes, inputs and outputs have in the written file."""
-    tail = [source.nodes[i] for i in low.tail]
+    own = _own(source, low)
     names = {value.name for value in (*source.model.graph.input, *source.model.graph.output)}
-    return names | {name for node in tail for name in (*used(node), *made_within(node))}
+    return names | {name for node in own for name in (*used(node), *made_within(node))}
+
+
+def _begin(b: OnnxBuilder, source: Source, low: Lowered) -> dict[str, str]:
+    """What the graph reads: a value of the file, or its bytes, turned as the graph has them. Returns our name of what
+    the file has, and the file's."""
+    image, order = source.image, low.entrance.order
+    if not low.entrance.keeps_bytes:
+        return {INPUT: low.entrance.value}
+    turned, chosen = image.channels_last, order != [*range(image.channels)]
+    if not turned and not chosen:
+        return {INPUT: image.name}
+    taken = name = f"{INPUT}.taken"
+    if turned:
+        name = b.node("Transpose", [name], f"{INPUT}.turned" if chosen else INPUT, perm=TO_FIRST)
+    if chosen:
+        b.node("Gather", [name, b.shape(*order)], INPUT, axis=1)
+    return {taken: image.name}
+
+
+def _own(source: Source, low: Lowered) -> list[onnx.NodeProto]:
+    """The source's own nodes in the written file, before and behind the graph."""
+    return [source.nodes[i] for i in (*low.front, *low.tail)]
 
 
 def _cut(b: OnnxBuilder, value: str, form: PlainForm, model: Converted) -> Place:
@@ -92,16 +116,16 @@ def _assembled(source: Source, low: Lowered, b: OnnxBuilder) -> onnx.ModelProto:
     made = onnx.ModelProto()
     made.CopyFrom(source.model)
     graph = made.graph
-    tail = [source.nodes[i] for i in low.tail]
-    read = {name for node in tail for name in used(node)}
+    own, before = _own(source, low), len(low.front)
+    read = {name for node in own for name in used(node)}
     fixed = [onnx.numpy_helper.from_array(np.asarray(v), name) for name, v in low.fixed.items() if name in read]
     stored = [t for t in source.model.graph.initializer if t.name in read]
     del graph.node[:], graph.initializer[:], graph.value_info[:]
-    graph.node.extend([*b.nodes, *tail])
+    graph.node.extend([*own[:before], *b.nodes, *own[before:]])
     graph.initializer.extend([*stored, *fixed, *b.initializers.values()])
     for entry in graph.input:  # the graph is for images of one size
         dims = entry.type.tensor_type.shape.dim
-        for dim, size in zip(dims[1:], source.image.shape, strict=True):
+        for dim, size in zip(dims[1:], source.image.sides, strict=True):
             dim.dim_value = size
     made.ir_version = max(made.ir_version, IR_VERSION[21] if source.opset >= 21 else IR_VERSION[13])
     made.producer_name, made.producer_version = "dsconvert", VERSION

@@ -34,9 +34,10 @@ class Part:
 
     nodes: tuple[onnx.NodeProto, ...]  # in order
     fixed: Mapping[str, NDArray[Any]]  # what they read that is the same for every image, by name
-    inputs: tuple[str, ...]  # names of the maps (1, c, h, w) that they read
+    inputs: tuple[str, ...]  # names of the maps (n, c, h, w) that they read
     output: str  # name of the map that they make
     shape: Shape  # its channels, height and width
+    batch: int = 1  # images that the nodes take at once
 
     @cached_property
     def _attributes(self) -> tuple[Attributes, ...]:
@@ -52,11 +53,18 @@ class Part:
         return {"": None, **{name: torch.tensor(value) for name, value in self.fixed.items()}}
 
     def compute(self, maps: list[Tensor]) -> Tensor:
-        """Maps (n, c, h, w) -> the result (n, c, h, w). The nodes are for one image, so images go one by one."""
-        found = [self._one([m[i : i + 1] for m in maps]) for i in range(len(maps[0]))]
-        return torch.cat(found)
+        """Maps (n, c, h, w) -> the result (n, c, h, w). The nodes are for `batch` images, so as many go at once."""
+        starts = range(0, len(maps[0]), self.batch)
+        return torch.cat([self._some([m[i : i + self.batch] for m in maps]) for i in starts])
 
-    def _one(self, maps: list[Tensor]) -> Tensor:
+    def _some(self, maps: list[Tensor]) -> Tensor:
+        """Maps of at most `batch` images -> the result. Copies of the last image fill up the batch."""
+        count, more = len(maps[0]), self.batch - len(maps[0])
+        if more:
+            maps = [torch.cat((m, m[-1:].expand(more, *m.shape[1:]))) for m in maps]
+        return self._whole(maps)[:count]
+
+    def _whole(self, maps: list[Tensor]) -> Tensor:
         values = {**self._constants, **dict(zip(self.inputs, maps, strict=True))}
         for node, attributes in zip(self.nodes, self._attributes, strict=True):
             made = FLOAT[node.op_type](attributes, [values[name] for name in node.input])

@@ -20,7 +20,7 @@ SHAPES = ("Shape", "Size")  # operators that depend only on an image's size
 
 @dataclass(frozen=True)
 class Facts:
-    """A file, and its values for one image of the size that it is converted for."""
+    """A file, and its values for one batch of images of the size that it is converted for."""
 
     source: Source
     values: Mapping[str, Array]  # by name, of all nodes; values that are not tensors are missing

@@ -40,7 +40,7 @@ class Heads:
 
 
 def find_attention(facts: Facts, output: str, origin: Callable[[str], str | None]) -> Heads | None:
-    """Return the attention that makes a map (1, c, h, w), or None.
+    """Return the attention that makes a map (n, c, h, w), or None.
 
     origin: returns the one value of our graph whose numbers were moved to a value, or None.
     """

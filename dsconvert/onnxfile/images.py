@@ -39,6 +39,12 @@ def batches(images: Sequence[Image], wanted: ImageInput, form: InputForm) -> Ite
         yield as_input([*some, *[some[-1]] * (n - len(some))], wanted, form)
 
 
+def probe_of(images: Sequence[Image], wanted: ImageInput, form: InputForm) -> NDArray[Any]:
+    """Make one batch of images that all differ, however few are given: moved copies fill it up."""
+    n = len(images)
+    return as_input([np.roll(images[i % n], i // n, 1) for i in range(wanted.batch)], wanted, form)
+
+
 def as_input(images: Sequence[Image], wanted: ImageInput, form: InputForm) -> NDArray[Any]:
     """Turn placed RGB images (height, width, 3) into one batch of the input's layout and type.
 
@@ -49,6 +55,11 @@ def as_input(images: Sequence[Image], wanted: ImageInput, form: InputForm) -> ND
         batch: NDArray[Any] = np.stack([form.ordered(image, wanted.channels) for image in images])
     else:
         batch = np.stack([form.numbers(image, wanted.channels) for image in images]).astype(wanted.type, copy=False)
+    return laid_out(batch, wanted)
+
+
+def laid_out(batch: NDArray[Any], wanted: ImageInput) -> NDArray[Any]:
+    """Turn images (n, channels, height, width) into the layout of the input."""
     return np.ascontiguousarray(batch.transpose(0, 2, 3, 1)) if wanted.channels_last else batch
 
 

@@ -15,10 +15,10 @@ MOST_NODES = 200  # of an island: more are another network
 
 
 def island(w: Walk, value: str) -> bool:
-    """Make a map (1, c, h, w) of the file by its own operators from maps that the graph has. False where it is no map,
+    """Make a map (n, c, h, w) of the file by its own operators from maps that the graph has. False where it is no map,
     or an operator on the way is unknown."""
     shape = w.facts.shape(value)
-    if len(shape) != 4 or shape[0] != 1:
+    if len(shape) != 4 or shape[0] != w.facts.source.image.batch:
         return False
     inside, inputs = set[int](), dict[str, None]()
     left = [value]
@@ -41,7 +41,7 @@ def island(w: Walk, value: str) -> bool:
         return False
     given = tuple(name for name in read if name in inputs)
     known = {name: found for name, found in fixed.items() if found is not None}
-    part = Part(nodes, known, given, value, tuple(shape[1:]))
+    part = Part(nodes, known, given, value, tuple(shape[1:]), shape[0])
     if not _computes(part, [w.facts.values[x] for x in given], w.facts.values[value]):
         return False
     name = w.free(f"{w.facts.source.free_prefix}island{len(w.nodes)}")
@@ -50,13 +50,14 @@ def island(w: Walk, value: str) -> bool:
 
 
 def _computes(part: Part, given: list[Array], wanted: Array) -> bool:
-    """Whether torch makes of the maps what ONNX Runtime made of them."""
+    """Whether torch makes of the maps what ONNX Runtime made of them, and of the first image alone what it made of it
+    among others."""
     try:
         with torch.no_grad():
-            found = part.compute([torch.from_numpy(x) for x in given]).numpy()
+            found, alone = (part.compute([torch.from_numpy(x[:n]) for x in given]).numpy() for n in (part.batch, 1))
     except (ValueError, TypeError, IndexError, RuntimeError, KeyError, AssertionError):  # an attribute that is unknown
         return False
-    return is_near(found, wanted)
+    return is_near(found, wanted) and is_near(alone, wanted[:1])
 
 
 def _is_known(node: onnx.NodeProto) -> bool:

@@ -1,7 +1,8 @@
 """From a float ONNX graph to the graph that is measured, fitted and run in integers, and to what stays as it is.
 
 What leads to a layer with weights is lowered; what comes behind the last of them, decoding and its like, is the tail:
-it stays float, node by node. Nothing is told by a name.
+it stays float, node by node. So do nodes in front that only move and scale the image (see `entrance`). Nothing is told
+by a name.
 """
 
 from __future__ import annotations
@@ -14,11 +15,12 @@ import onnx
 import torch
 
 from dsconvert.graph.ir import ConvParams, Graph, Node
+from dsconvert.onnxfile.entrance import Entrance, find_entrance
 from dsconvert.onnxfile.facts import SHAPES, Facts
 from dsconvert.onnxfile.islands import island
 from dsconvert.onnxfile.layers import Layer
 from dsconvert.onnxfile.source import Array, used
-from dsconvert.onnxfile.walk import Walk
+from dsconvert.onnxfile.walk import Walk, leading_to
 from dsconvert.onnxfile.ways import WAYS, weights
 
 MOST_FLOAT = 0.5  # of all multiplications: a file that keeps more of them float is no int8 file
@@ -30,22 +32,28 @@ class NotLowered(Exception):
 
 @dataclass(frozen=True)
 class Lowered:
-    """A file in two parts: the graph, and the nodes behind it."""
+    """A file in three parts: the nodes before the graph, the graph, and the nodes behind it."""
 
+    entrance: Entrance  # what the graph reads
+    front: tuple[int, ...]  # places of the nodes before it; not those in whose place the graph reads the file's bytes
     graph: Graph  # its outputs are the values that the tail reads, in the order of `exits`
     params: Mapping[str, ConvParams]  # weights and biases by convolution name
     exits: tuple[str, ...]  # the file's names of the graph's outputs
     flat: frozenset[str]  # exits that have two dimensions in the file, (n, c) for the graph's (n, c, 1, 1)
     tail: tuple[int, ...]  # places of the nodes behind them
     shapes: Mapping[str, str]  # shapes that the tail asks for -> the graph's value that has it
-    fixed: Mapping[str, Array]  # shapes that it asks for of values that are no more, as they are for one image
-    stayed: Mapping[str, int]  # operators that stay float, of the tail and of islands, how many of each
+    fixed: Mapping[str, Array]  # shapes that it asks for of values that are no more, as they are for one batch
+    stayed: Mapping[str, int]  # operators that stay float, before and behind the graph and in it, how many of each
     float_share: float  # multiplications of convolutions that stay float, as a share of all convolutions'
 
 
 def lower(facts: Facts, layers: Iterable[Layer]) -> Lowered:
     """Take a file apart. Raises NotLowered, saying why, where a layer reads what the graph cannot express."""
-    walk = Walk(facts, {layer.index: layer for layer in layers if not _counts(layer)})
+    chosen = {layer.index: layer for layer in layers if not _counts(layer)}
+    entrance = find_entrance(facts, leading_to(facts, chosen), chosen.keys())
+    if entrance is None:
+        raise NotLowered("its image is not made a float32 map with channels first before its layers")
+    walk = Walk(facts, chosen, entrance)
     for index, node in enumerate(facts.source.nodes):
         if index in walk.core:
             _add(walk, index, node)
@@ -97,6 +105,9 @@ def _finished(w: Walk) -> Lowered:
                 raise NotLowered(f"nothing in integers stands for {_why(w, source.nodes[index])}")
             tail.add(index)
             left += used(node)
+    before = {*w.entrance.nodes}
+    front = before & tail if w.entrance.keeps_bytes else before
+    tail -= before
     ordered = tuple(sorted(exits, key=lambda name: source.makers[name]))
     if not ordered:
         raise NotLowered("no layer's result leads to an output")
@@ -112,7 +123,7 @@ def _finished(w: Walk) -> Lowered:
         for one in node.attrs["part"].nodes for out in one.output if out
     }  # fmt: skip
     stayed: dict[str, int] = {}
-    for index in sorted(tail | inside):
+    for index in sorted(tail | inside | front):
         if not facts.varying(source.nodes[index]):
             continue
         kind = source.nodes[index].op_type
@@ -122,7 +133,19 @@ def _finished(w: Walk) -> Lowered:
     share = _float_share(w, tail | inside)
     if share > MOST_FLOAT:
         raise NotLowered(f"{100 * share:.0f} % of its multiplications have no integers")
-    return Lowered(graph, params, ordered, flat, tuple(sorted(tail)), shapes, fixed, stayed, share)
+    return Lowered(
+        w.entrance,
+        tuple(sorted(front)),
+        graph,
+        params,
+        ordered,
+        flat,
+        tuple(sorted(tail)),
+        shapes,
+        fixed,
+        stayed,
+        share,
+    )
 
 
 def _float_share(w: Walk, tail: set[int]) -> float:
@@ -135,7 +158,8 @@ def _float_share(w: Walk, tail: set[int]) -> float:
         weight, made = w.facts.constant(node.input[1]), w.facts.shape(node.output[0])
         if weight is None:
             return 0
-        pixels = {"Conv": made[2:], "ConvTranspose": w.facts.shape(node.input[0])[2:]}
+        given = w.facts.shape(node.input[0])
+        pixels = {"Conv": (*made[:1], *made[2:]), "ConvTranspose": (*given[:1], *given[2:])}
         return int(weight.size * np.prod(pixels.get(node.op_type, made[:-1])))
 
     every = sum(map(count, range(len(source.nodes))))

@@ -18,7 +18,7 @@ FAR_OFF = 0.5
 
 
 def how_far_off(source: Source, made: onnx.ModelProto, images: Sequence[Array]) -> str | None:
-    """A sentence about the output that is farthest off on images (1, c, h, w), where it is far off; else None.
+    """A sentence about the output that is farthest off on images as the file takes them, if it is far off; else None.
 
     Outputs whose shapes depend on the objects found say nothing here. Raises CheckError where the converted file gives
     no numbers though the float file does."""

@@ -76,9 +76,14 @@ def _close(found: Array, wanted: Array) -> bool:
 
 
 def places(shape: tuple[int, ...]) -> Array | None:
-    """Return an array of that shape in which each number is its own index; None if float32 cannot hold all indices."""
-    count = int(np.prod(shape))
-    return np.arange(count, dtype=np.float32).reshape(shape) if count < EXACT else None
+    """Return images (n, ...) of that shape in which each number is its own index, in every image alike.
+
+    Returns None if float32 cannot hold all indices.
+    """
+    count = int(np.prod(shape[1:]))
+    if count >= EXACT:
+        return None
+    return np.tile(np.arange(count, dtype=np.float32), shape[0]).reshape(shape)
 
 
 def moved(found: Array, shape: tuple[int, ...]) -> Moved | None:
@@ -89,7 +94,7 @@ def moved(found: Array, shape: tuple[int, ...]) -> Moved | None:
     """
     if found.ndim == 2:
         found = found[:, :, None, None]
-    if found.ndim != 4 or found.size == 0:
+    if found.ndim != 4 or found.size == 0 or len(found) != shape[0] or (found != found[:1]).any():
         return None
     _, c, h, w = shape
     at = np.rint(found[0]).astype(np.int64)

@@ -48,6 +48,11 @@ class ImageInput:
         """Channels, height and width."""
         return self.channels, self.height, self.width
 
+    @property
+    def sides(self) -> tuple[int, int, int]:
+        """The same in the order of the input's dimensions."""
+        return (*self.shape[1:], self.channels) if self.channels_last else self.shape
+
 
 @dataclass(frozen=True)
 class Source:

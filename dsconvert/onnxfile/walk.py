@@ -10,6 +10,7 @@ import onnx
 import torch
 
 from dsconvert.graph.ir import INPUT, ConvParams, Node
+from dsconvert.onnxfile.entrance import Entrance
 from dsconvert.onnxfile.facts import Facts
 from dsconvert.onnxfile.layers import Layer
 from dsconvert.onnxfile.recognise import ELEMENTWISE, MOVING
@@ -25,6 +26,7 @@ class Walk:
 
     facts: Facts
     layers: dict[int, Layer]  # by the place of their node
+    entrance: Entrance  # where the graph begins
     nodes: dict[str, Node] = field(default_factory=dict)  # of the graph, by name, in order
     params: dict[str, ConvParams] = field(default_factory=dict)  # of its convolutions
     place: dict[str, str] = field(default_factory=dict)  # the graph's value that a value of the file became
@@ -33,14 +35,14 @@ class Walk:
 
     def __post_init__(self) -> None:
         source = self.facts.source
-        self.place[source.image.name] = INPUT
-        self.widths[INPUT] = self.facts.shape(source.image.name)[1]
+        self.place[self.entrance.value] = INPUT
+        self.widths[INPUT] = self.entrance.shape[0]
         self.outputs = {v.name for v in source.model.graph.output}
         self.readers: dict[str, int] = {}
         for node in source.nodes:
             for name in used(node):
                 self.readers[name] = self.readers.get(name, 0) + 1
-        self.core = leading_to(self.facts, self.layers)
+        self.core = leading_to(self.facts, self.layers) - {*self.entrance.nodes}
         self.names = {*source.initializers, *source.makers, source.image.name}
 
     def known(self, value: str) -> str | None:

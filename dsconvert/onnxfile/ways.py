@@ -49,13 +49,15 @@ def weights(w: Walk, layer: Layer, output: str) -> bool:
 
 
 def _of_whole_map(w: Walk, layer: Layer) -> tuple[str | None, Tensor]:
-    """The map (1, c, h, w) whose numbers are the row that a layer reads, in order, and the layer's weight for it, (cho,
-    c, h, w); None and the weight as it is where there is no such map."""
+    """The map (n, c, h, w) whose numbers are the rows that a layer reads, in order, and the layer's weight for it,
+    (cho, c, h, w); None and the weight as it is where there is no such map."""
     root = w.origin(layer.value)
     shape = w.facts.shape(root) if root is not None else ()
     numbers = places(shape) if len(shape) == 4 else None
     found = w.facts.compute(layer.value, {root: numbers}) if root is not None and numbers is not None else None
-    if root is None or found is None or not np.array_equal(found.reshape(-1), np.arange(found.size)):
+    if root is None or numbers is None or found is None or found.shape != (shape[0], layer.weight.shape[1]):
+        return None, layer.weight
+    if not np.array_equal(found.reshape(-1), numbers.reshape(-1)):
         return None, layer.weight
     return w.place[root], layer.weight.reshape(len(layer.weight), *shape[1:])
 

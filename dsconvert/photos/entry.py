@@ -14,7 +14,7 @@ from dsconvert.graph.grids import QParams
 class Entry:
     """Computes (byte / divisor - mean) / std for each channel."""
 
-    divisor: float = 255.0  # 255 or 1
+    divisor: float = 255.0  # 255 or 1, or what an ONNX file divides bytes by
     mean: tuple[float, ...] = (0.0,)  # one number, or one for each channel of the network's input
     std: tuple[float, ...] = (1.0,)  # as mean; above 0
 

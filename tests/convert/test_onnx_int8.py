@@ -50,8 +50,13 @@ class Detector(nn.Module):
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory) -> Path:
-    """A folder of 64 small pictures, smooth as photographs are: as many as need no views."""
-    folder, rng = tmp_path_factory.mktemp("photos"), np.random.default_rng(0)
+    """A folder of pictures."""
+    return photographs(tmp_path_factory.mktemp("photos"))
+
+
+def photographs(folder: Path) -> Path:
+    """Put 64 small pictures into a folder, smooth as photographs are: as many as need no views."""
+    rng = np.random.default_rng(0)
     for i in range(64):
         cv2.imwrite(str(folder / f"{i}.png"), cv2.resize(rng.integers(0, 256, (4, 4, 3), dtype=np.uint8), (SIDE, SIDE)))
     return folder
