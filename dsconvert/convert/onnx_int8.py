@@ -23,7 +23,7 @@ from dsconvert.export.check import check_accumulators, first_wrong, of_graph
 from dsconvert.export.onnx import in_layout
 from dsconvert.export.rewritten import write_rewritten
 from dsconvert.export.weights.layouts import Layout
-from dsconvert.export.written import Written
+from dsconvert.export.written import Place, Written
 from dsconvert.fit.layer import GPTQ
 from dsconvert.fit.lockstep import fit_lockstep
 from dsconvert.graph.integer import grid_of, integer_step
@@ -40,7 +40,7 @@ from dsconvert.onnxfile.facts import Facts, facts_of, is_near
 from dsconvert.onnxfile.layers import find_layers
 from dsconvert.onnxfile.lower import Lowered, NotLowered, lower
 from dsconvert.onnxfile.meaning import Maps, in_steps, score_kinds
-from dsconvert.onnxfile.nearness import how_far_off
+from dsconvert.onnxfile.nearness import Look, how_far_off
 from dsconvert.onnxfile.source import Array, Source, giving
 from dsconvert.photos.form import InputForm
 from dsconvert.photos.images import Image
@@ -144,12 +144,10 @@ def quantize_lowered(
     tuned = _tuned(fitted, network, held, wish, report)
     model = tuned.model if tuned is not None else fitted
     check_accumulators(model)
-    written = _written(network, model, wish.layout)
-    _check(written, network, in_layout(model, wish.layout))
-    made = _compacted(written.model)
-    seen = [network.images.one(i, "cpu").numpy() for i in range(min(COMPARED, len(photographs)))]
-    strayed = how_far_off(facts.source, made, seen)
-    return OnnxInt8(made, model, low, len(photographs), tuned, warnings=(strayed,) if strayed else ())
+    made = _compacted(_written(network, model, wish.layout))
+    _check(made, network, in_layout(model, wish.layout))
+    strayed = how_far_off(facts, low, network.maps, _looks(made, network, min(COMPARED, len(photographs))))
+    return OnnxInt8(made.model, model, low, len(photographs), tuned, warnings=(strayed,) if strayed else ())
 
 
 def _prepared(
@@ -213,7 +211,7 @@ def _is_small(low: Lowered) -> bool:
 def _size(network: Prepared, found: Calibration, layout: Layout, formats: Formats) -> int:
     """Most bytes of the file with these formats, before it is fitted."""
     model = Converted(network.low.graph, unfitted(network.low.params, formats), found.own)
-    return _compacted(_written(network, model, layout).model).ByteSize()
+    return _compacted(_written(network, model, layout)).model.ByteSize()
 
 
 def _fitted(network: Prepared, found: Calibration, formats: Formats, report: Progress, room: Room) -> Converted:
@@ -244,10 +242,35 @@ def _written(network: Prepared, model: Converted, layout: Layout) -> Written:
     return write_rewritten(network.source, network.low, network.maps, model, layout)
 
 
-def _compacted(model: onnx.ModelProto) -> onnx.ModelProto:
+def _compacted(written: Written) -> Written:
     """With short names, where no node has a graph of its own, whose names reach out."""
-    nested = any(a.g.node or a.graphs for node in model.graph.node for a in node.attribute)
-    return model if nested else compact(model)
+    before = written.model
+    if any(a.g.node or a.graphs for node in before.graph.node for a in node.attribute):
+        return written
+    made = compact(before)
+    nodes = zip(before.graph.node, made.graph.node, strict=True)
+    names = {old: new for a, b in nodes for old, new in zip(a.output, b.output, strict=True)}
+    places = {value: replace(place, name=names.get(place.name, place.name)) for value, place in written.places.items()}
+    return Written(made, places, {layer: names.get(name, name) for layer, name in written.weights.items()})
+
+
+def _looks(written: Written, network: Prepared, count: int) -> list[Look]:
+    """What the file makes of the first photographs, as the graph's values at its exits and as its outputs."""
+    ends = [written.places[name] for name in network.low.graph.outputs]
+    outputs = [value.name for value in written.model.graph.output]
+    names = list(dict.fromkeys([*outputs, *(place.name for place in ends)]))
+    running = session(giving(written.model, names).SerializeToString(), torch.get_num_threads())
+    looks = []
+    for index in range(count):
+        image = network.images.one(index, "cpu").numpy()
+        found = dict(zip(names, running.run(names, {network.source.image.name: image}), strict=True))
+        maps = [_real(of_graph(found[place.name], place), place) for place in ends]
+        looks.append(Look(image, maps, [found[name] for name in outputs]))
+    return looks
+
+
+def _real(q: Tensor, place: Place) -> Tensor:
+    return q if place.grid is None else place.grid.dequantize(q)
 
 
 def _check(written: Written, network: Prepared, model: Converted) -> None:
