@@ -24,7 +24,7 @@ from dsconvert.export.halves import in_halves
 from dsconvert.export.onnx import in_layout
 from dsconvert.export.rewritten import write_rewritten
 from dsconvert.export.weights.layouts import Layout
-from dsconvert.export.written import Written
+from dsconvert.export.written import Place, Written
 from dsconvert.fit.layer import GPTQ
 from dsconvert.fit.lockstep import fit_lockstep
 from dsconvert.graph.integer import grid_of, integer_step
@@ -42,7 +42,7 @@ from dsconvert.onnxfile.images import batches
 from dsconvert.onnxfile.layers import find_layers
 from dsconvert.onnxfile.lower import Lowered, NotLowered, lower
 from dsconvert.onnxfile.meaning import Maps, in_steps, score_kinds
-from dsconvert.onnxfile.nearness import how_far_off
+from dsconvert.onnxfile.nearness import Look, how_far_off
 from dsconvert.onnxfile.source import Array, Source, giving
 from dsconvert.photos.form import InputForm
 from dsconvert.photos.images import Image
@@ -151,11 +151,10 @@ def quantize_lowered(
     tuned = _tuned(fitted, network, held, wish, report)
     model, wish = _rounded(tuned.model if tuned is not None else fitted, low, wish)
     check_accumulators(model)
-    written = _written(network, model, wish.layout)
-    _check(written, network, in_layout(model, wish.layout))
-    made = _compacted(written.model, wish.layout)
-    strayed = how_far_off(facts.source, made, network.feeds)
-    return OnnxInt8(made, model, low, len(photographs), tuned, warnings=(strayed,) if strayed else ())
+    made = _compacted(_written(network, model, wish.layout), wish.layout)
+    _check(made, network, in_layout(model, wish.layout))
+    strayed = how_far_off(facts, low, network.maps, _looks(made, network))
+    return OnnxInt8(made.model, model, low, len(photographs), tuned, warnings=(strayed,) if strayed else ())
 
 
 def _prepared(
@@ -239,7 +238,7 @@ def _is_small(low: Lowered) -> bool:
 def _size(network: Prepared, found: Calibration, layout: Layout, formats: Formats) -> int:
     """Most bytes of the file with these formats, before it is fitted."""
     model = Converted(network.low.graph, unfitted(network.low.params, formats), found.own)
-    return _compacted(_written(network, model, layout).model, layout).ByteSize()
+    return _compacted(_written(network, model, layout), layout).model.ByteSize()
 
 
 def _fitted(network: Prepared, found: Calibration, formats: Formats, report: Progress, room: Room) -> Converted:
@@ -282,10 +281,34 @@ def _written(network: Prepared, model: Converted, layout: Layout) -> Written:
     return write_rewritten(network.source, network.low, network.maps, model, layout)
 
 
-def _compacted(model: onnx.ModelProto, layout: Layout) -> onnx.ModelProto:
+def _compacted(written: Written, layout: Layout) -> Written:
     """With short names, where no node has a graph of its own, whose names reach out."""
-    nested = any(a.g.node or a.graphs for node in model.graph.node for a in node.attribute)
-    return model if nested else compact(model, layout.lean)
+    before = written.model
+    if any(a.g.node or a.graphs for node in before.graph.node for a in node.attribute):
+        return written
+    made = compact(before, layout.lean)
+    nodes = zip(before.graph.node, made.graph.node, strict=True)
+    names = {old: new for a, b in nodes for old, new in zip(a.output, b.output, strict=True)}
+    places = {value: replace(place, name=names.get(place.name, place.name)) for value, place in written.places.items()}
+    return Written(made, places, {layer: names.get(name, name) for layer, name in written.weights.items()})
+
+
+def _looks(written: Written, network: Prepared) -> list[Look]:
+    """What the file makes of some photographs, as the graph's values at its exits and as its outputs."""
+    ends = [written.places[name] for name in network.low.graph.outputs]
+    outputs = [value.name for value in written.model.graph.output]
+    names = list(dict.fromkeys([*outputs, *(place.name for place in ends)]))
+    running = session(giving(written.model, names).SerializeToString(), torch.get_num_threads())
+    looks = []
+    for feed in network.feeds:
+        found = dict(zip(names, running.run(names, {network.source.image.name: feed}), strict=True))
+        maps = [_real(of_graph(found[place.name], place), place) for place in ends]
+        looks.append(Look(feed, maps, [found[name] for name in outputs]))
+    return looks
+
+
+def _real(q: Tensor, place: Place) -> Tensor:
+    return q if place.grid is None else place.grid.dequantize(q)
 
 
 def _check(written: Written, network: Prepared, model: Converted) -> None:

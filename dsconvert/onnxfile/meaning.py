@@ -51,6 +51,37 @@ class Exit:
         shape = (-1, 1, 1)
         return (x + (STEPS.zero_point - self.zero).to(x).view(shape)) * self.step.to(x).view(shape)
 
+    def raw(self, real: Tensor) -> Tensor:
+        """The map (n, c, h, w) that `real` makes this of."""
+        shape = (-1, 1, 1)
+        return real / self.step.to(real).view(shape) - (STEPS.zero_point - self.zero).to(real).view(shape)
+
+
+@dataclass(frozen=True)
+class Other:
+    """The channels of one map that are no scores.
+
+    exit: place of the map among the exits.
+    shares: (n, c, h, w), as shares of their range, or of 1 behind a Sigmoid.
+    root: (n, c, h, w), root of the best score of the box that a channel belongs to, a constant; None: cells have one.
+    """
+
+    exit: int
+    shares: Tensor
+    root: Tensor | None
+
+
+@dataclass(frozen=True)
+class Level:
+    """What maps of one size mean.
+
+    scores: (n, classes, h, w); None where no channel becomes a score.
+    others: all other channels, map by map.
+    """
+
+    scores: Tensor | None
+    others: tuple[Other, ...]
+
 
 @dataclass(frozen=True)
 class Maps:
@@ -62,25 +93,31 @@ class Maps:
         """Scores, and all other channels as shares of their range. These count where the float network's best score
         is: by its root, as boxes do in `yolo.decode.detection_measure`. Maps of one size belong together."""
         parts: list[Tensor] = []
-        for size in dict.fromkeys(x.shape[2:] for x in reference):
-            here = [i for i, x in enumerate(reference) if x.shape[2:] == size]
-            (scores, others), (scores0, _) = (self._level(here, maps) for maps in (raw, reference))
-            weight = scores0.amax(1, keepdim=True).sqrt() if scores0 is not None else None
-            parts += [scores] if scores is not None else []
+        for level, level0 in zip(self.levels(raw), self.levels(reference), strict=True):
+            weight = level0.scores.amax(1, keepdim=True).sqrt() if level0.scores is not None else None
+            parts += [level.scores] if level.scores is not None else []
+            others = [o.shares if o.root is None else o.shares * o.root for o in level.others]
             parts += [x * weight if weight is not None else x for x in others]
         return parts
 
-    def _level(self, here: Sequence[int], maps: Sequence[Tensor]) -> tuple[Tensor | None, list[Tensor]]:
-        """Of maps of one size the scores (n, classes, h, w), None where there are none, and all else."""
+    def levels(self, maps: Sequence[Tensor]) -> list[Level]:
+        """What the maps (n, c, h, w), one for each exit, mean; maps of one size together."""
+        sizes = dict.fromkeys(x.shape[2:] for x in maps)
+        return [self._level([i for i, x in enumerate(maps) if x.shape[2:] == size], maps) for size in sizes]
+
+    def _level(self, here: Sequence[int], maps: Sequence[Tensor]) -> Level:
+        """What maps of one size mean."""
         found: list[Tensor] = []
-        others: list[Tensor] = []
+        others: list[Other] = []
         for i in here:
             e, x = self.exits[i], maps[i]
             if e.has_boxes:
                 apart = e.real(x).unflatten(1, (ANCHORS, -1)).sigmoid()
                 products = apart[:, :, 4:5] * apart[:, :, 5:]
                 found.append(products.flatten(1, 2))
-                others.append((apart[:, :, :4] * products.detach().amax(2, keepdim=True).sqrt()).flatten(1, 2))
+                boxes = apart[:, :, :4]
+                root = products.detach().amax(2, keepdim=True).sqrt().expand_as(boxes)
+                others.append(Other(i, boxes.flatten(1, 2), root.flatten(1, 2)))
                 continue
             real = e.real(x)
             logits = real[:, e.kinds == SIGMOID]
@@ -90,15 +127,15 @@ class Maps:
             if shares.shape[1]:
                 found.append(shares.softmax(1))
             if (e.kinds == NOTHING).any():
-                others.append(x[:, e.kinds == NOTHING] / QMAX)
+                others.append(Other(i, x[:, e.kinds == NOTHING] / QMAX, None))
         if not found:
-            return None, others
+            return Level(None, tuple(others))
         # one channel beside several is an objectness
         single = [s for s in found if s.shape[1] == 1] if max(s.shape[1] for s in found) > 1 else []
         scores = torch.cat([s for s in found if all(s is not one for one in single)], 1)
         for one in single:
             scores = scores * one
-        return scores, others
+        return Level(scores, tuple(others))
 
     def reach(self, graph: Graph) -> dict[str, float]:
         """None: the grids of outputs are pinned."""

@@ -4,6 +4,7 @@ float file, with its names, batch and outputs."""
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import cv2
@@ -18,14 +19,17 @@ from test_anyonnx import run
 from torch import nn
 from torch.nn import functional as F
 
-from dsconvert.base.errors import InputError
+from dsconvert.base.errors import CheckError, InputError
+from dsconvert.convert import onnx_int8
 from dsconvert.convert.onnx import OnnxConverted, OnnxPlan, quantize_onnx
-from dsconvert.convert.onnx_int8 import OnnxInt8
+from dsconvert.convert.onnx_int8 import OnnxInt8, Prepared
 from dsconvert.graph.activations import activation_table
 from dsconvert.graph.gates import is_limit
 from dsconvert.graph.grids import QParams
 from dsconvert.graph.integer import grid_of
 from dsconvert.graph.ir import INPUT, Node
+from dsconvert.model.model import Converted
+from dsconvert.onnxfile.meaning import SIGMOID
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # the exporter's own
 SIDE = 32
@@ -97,6 +101,59 @@ def test_the_file_is_near_the_float_one_with_its_names_and_any_batch(detector, p
     assert found.shape == wanted.shape == (3, 7, 256)
     # eight bits everywhere: some tenths of a per cent of the outputs' variance
     assert max(off(found[:, :4], wanted[:, :4]), off(found[:, 4:], wanted[:, 4:])) < 0.02
+    assert made.warnings == ()
+
+
+def of_scores(model: Converted, network: Prepared) -> Converted:
+    """The model with the weights of its scores in other places: integers as good as any, and wrong."""
+    (name,) = (e.name for e in network.maps.exits if (e.kinds == SIGMOID).all())
+    conv = model.convs[name]
+    wrong = replace(conv.weight, stored=conv.weight.stored.flip(0, 1))
+    return replace(model, convs={**model.convs, name: replace(conv, weight=wrong)})
+
+
+def test_wrong_scores_beside_right_boxes_are_said(tmp_path, photos, monkeypatch):
+    fitted = onnx_int8._fitted
+    monkeypatch.setattr(onnx_int8, "_fitted", lambda network, *rest: of_scores(fitted(network, *rest), network))
+    path, said = exported(Detector(), tmp_path / "net.onnx"), list[str]()
+    made = quantize_onnx(path, photos, OnnxPlan(bits=8, finetune_steps=0), note=said.append)
+    assert said == list(made.warnings)
+    assert any(sentence.startswith("On calibration images, scores are off by") for sentence in said)
+
+
+def test_a_tail_that_reads_its_maps_in_another_order_is_refused(tmp_path, photos, monkeypatch):
+    written = onnx_int8._written
+
+    def turned(*given):
+        made = written(*given)
+        last = next(n for n in reversed(made.model.graph.node) if n.op_type == "Concat")
+        last.input[:] = reversed(last.input)
+        return made
+
+    monkeypatch.setattr(onnx_int8, "_written", turned)
+    path = exported(Detector(), tmp_path / "net.onnx")
+    with pytest.raises(CheckError, match="not what its layers lead to"):
+        quantize_onnx(path, photos, OnnxPlan(bits=8, finetune_steps=0))
+
+
+class Ranked(Detector):
+    """Thirty rows of a box in pixels and its score, the best first."""
+
+    def forward(self, x):
+        boxes, scores = super().forward(x).split([4, 3], 1)
+        value, place = scores.amax(1).topk(30)
+        rows = (boxes * 100).transpose(1, 2).gather(1, place.unsqueeze(2).expand(-1, -1, 4))
+        return torch.cat((rows, value.unsqueeze(2)), 2)
+
+
+@pytest.mark.parametrize("layout", ["packed", "fused"])
+def test_rows_in_another_order_are_not_mentioned(layout, tmp_path, photos):
+    path = exported(Ranked(), tmp_path / "net.onnx")
+    made = quantize_onnx(path, photos, OnnxPlan(bits=8, layout=layout, finetune_steps=0))
+    (wanted,), (found,) = (run(file, picture(photos)) for file in (path, made.model))
+    assert off(found[..., 4], wanted[..., 4]) < 0.05
+    assert off(found[..., :4], wanted[..., :4]) > 0.1  # other rows; a box by itself is off by a fiftieth at most
+    assert made.warnings == ()
 
 
 def test_only_the_decoding_is_float(detector):
