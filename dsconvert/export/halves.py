@@ -24,8 +24,9 @@ from dsconvert.model.model import Converted
 
 LARGEST = 15  # exponent of the largest number: half floats end at 65504
 SMALLEST = 2.0**-14  # of half floats with all 11 bits
-# a channel that is smaller than the layer's largest by this factor vanishes when both are rounded to one grid
-LOST = 2.0**20
+# a channel that is smaller than the layer's largest by this factor vanishes when both are rounded to one grid: it stays
+# within a sixteenth of a step
+LOST = 2.0**12
 SCALES = ".cds"  # names of the initializers CDSw end so
 
 
