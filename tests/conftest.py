@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import os
 import signal
 from collections.abc import Callable, Iterator
@@ -110,6 +111,13 @@ def randomise(network: Network, seed: int = 0) -> None:
             # linear layers, which are attention's, have no activation behind them; large values make its softmax a step
             gain = 2 if value.dim() > 2 else 0.5
             value.copy_(torch.randn(value.shape, generator=generator) * (gain / fan_in) ** 0.5)
+
+
+def pytest_collection_finish() -> None:
+    """Thousands of tests and their modules live to the end. The product collects garbage before it loads a file, and
+    would look through all of them each time: a large part of a second."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True, scope="session")
