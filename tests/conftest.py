@@ -12,6 +12,7 @@ from pathlib import Path
 
 import cv2
 import numpy as np
+import onnxruntime as ort
 import pytest
 import torch
 from formats import fit_weight, fit_weight_real
@@ -44,6 +45,21 @@ if worker := os.environ.get("PYTEST_XDIST_WORKER"):
     cores = sorted(os.sched_getaffinity(0))
     os.sched_setaffinity(0, {cores[int(worker.removeprefix("gw")) % len(cores)]})
     torch.set_num_threads(1)
+
+    class OneThread(ort.SessionOptions):
+        """ONNX Runtime's options, of one thread too: by itself it adds one, and each spins where the other works."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.intra_op_num_threads = 1
+
+    class OneThreadSession(ort.InferenceSession):
+        """A session that has one thread unless its options say otherwise."""
+
+        def __init__(self, model: object, sess_options: object = None, *rest: object, **named: object) -> None:
+            super().__init__(model, sess_options or OneThread(), *rest, **named)
+
+    ort.SessionOptions, ort.InferenceSession = OneThread, OneThreadSession
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared" / "data"
