@@ -156,6 +156,10 @@ def quickly_synthesised() -> Iterator[None]:
         yield
 
 
+# the same for a process that a test starts: the beginning of its script
+QUICKLY = "from dsconvert.measure import calibration; calibration.SYNTHETIC_STEPS, calibration.SYNTHETIC_IMAGES = 2, 4"
+
+
 def tiny_network() -> tuple[Network, Head]:
     """A random two-level network of 12 convolutions and its head."""
     network = Network(TINY, nc=2, na=3).eval()
