@@ -23,6 +23,8 @@ NOT_AGAIN = $$(sed -n 's/^\([A-Za-z0-9._-]*\)==.*/--no-emit-package \1/p' requir
 CHECKED := $(patsubst %,tests/%,dsconv graph fit measure export widths)
 # Two processes share the tests; the one that is done first takes over what the other has not begun.
 PYTEST := $(BIN)/pytest --numprocesses 2 --dist worksteal
+# Python keeps what it compiled, whatever is set here: else each process compiles every file of tests and product again.
+export PYTHONDONTWRITEBYTECODE :=
 
 .PHONY: help demo lint check test test-all docs package lock lowest audit bench ops test-ops arm setup clean
 .DEFAULT_GOAL := help

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import os
 import signal
 from collections.abc import Callable, Iterator
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import cv2
 import numpy as np
+import onnxruntime as ort
 import pytest
 import torch
 from formats import fit_weight, fit_weight_real
@@ -30,6 +32,7 @@ from dsconvert.measure import calibration
 from dsconvert.measure.grids import choose_grids
 from dsconvert.measure.importance import measure_importance
 from dsconvert.model.model import DSModel
+from dsconvert.scoring.latency import interleaved_latency
 from dsconvert.yolo.lower import lower, split_detect
 from dsconvert.yolo.network import Head, Network, head_from_detect
 
@@ -42,6 +45,21 @@ if worker := os.environ.get("PYTEST_XDIST_WORKER"):
     cores = sorted(os.sched_getaffinity(0))
     os.sched_setaffinity(0, {cores[int(worker.removeprefix("gw")) % len(cores)]})
     torch.set_num_threads(1)
+
+    class OneThread(ort.SessionOptions):
+        """ONNX Runtime's options, of one thread too: by itself it adds one, and each spins where the other works."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.intra_op_num_threads = 1
+
+    class OneThreadSession(ort.InferenceSession):
+        """A session that has one thread unless its options say otherwise."""
+
+        def __init__(self, model: object, sess_options: object = None, *rest: object, **named: object) -> None:
+            super().__init__(model, sess_options or OneThread(), *rest, **named)
+
+    ort.SessionOptions, ort.InferenceSession = OneThread, OneThreadSession
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared" / "data"
@@ -112,6 +130,22 @@ def randomise(network: Network, seed: int = 0) -> None:
             value.copy_(torch.randn(value.shape, generator=generator) * (gain / fan_in) ** 0.5)
 
 
+def pytest_collection_finish() -> None:
+    """Thousands of tests and their modules live to the end. The product collects garbage before it loads a file, and
+    would look through all of them each time: a large part of a second."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(autouse=True, scope="session")
+def quickly_timed() -> Iterator[tuple[object, ...] | None]:
+    """`eval` and `report` run each model 33 times for its latency; five times take the same way. Gives the defaults."""
+    usual = interleaved_latency.__defaults__
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(interleaved_latency, "__defaults__", (4, 1, 60.0))
+        yield usual
+
+
 @pytest.fixture(autouse=True, scope="session")
 def quickly_synthesised() -> Iterator[None]:
     """Most tests convert on four pictures, and so with synthesised ones beside them: 96, which take seconds to become
@@ -120,6 +154,10 @@ def quickly_synthesised() -> Iterator[None]:
         patch.setattr(calibration, "SYNTHETIC_STEPS", 2)
         patch.setattr(calibration, "SYNTHETIC_IMAGES", 4)
         yield
+
+
+# the same for a process that a test starts: the beginning of its script
+QUICKLY = "from dsconvert.measure import calibration; calibration.SYNTHETIC_STEPS, calibration.SYNTHETIC_IMAGES = 2, 4"
 
 
 def tiny_network() -> tuple[Network, Head]:

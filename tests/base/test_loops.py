@@ -226,10 +226,9 @@ def test_no_float_operations_are_joined_or_reordered(name):
     assert ("llvm.fma" in text) == (name in ("follow", "round_strings"))
 
 
-RUN = ("round_columns", "follow")  # by SCRIPT
-# what every run of it must print: integers, m and errors of a small group, and windows of strings
+# What every run of it must print: integers, m and errors of a small group, and m of blocks.
 SCRIPT = """
-import hashlib, sys
+import hashlib
 import numpy as np
 import loops
 rng = np.random.default_rng(0)
@@ -237,38 +236,51 @@ upper = np.triu(rng.random((24, 24))) + np.eye(24)
 m, vqk, errors = np.empty(9), np.empty((9, 24)), np.empty((9, 24))
 loops.round_columns(0, 9, rng.standard_normal((9, 24)), np.full(9, 0.1), upper, -4.0, 3.0, 15.0, m, vqk, errors)
 found = hashlib.sha256(m.tobytes() + vqk.tobytes() + errors.tobytes())
+m, errors = np.empty((9, 4)), np.empty((9, 4))
+loops.suit(0, 9, rng.random((9, 4)), np.full(9, 0.1), 8, np.arange(1.0, 9), rng.random(8), m, errors)
+found.update(m.tobytes() + errors.tobytes())
+print(found.hexdigest(), *(sum(f.stats.cache_hits.values()) for f in (loops.suit, loops.round_columns)))
+"""
+QUICK = ("round_columns", "suit")  # by SCRIPT: the two that compile in a fraction of a second
+# The same of strings, where products and sums are rounded once.
+FUSED = """
+import hashlib
+import numpy as np
+rng = np.random.default_rng(0)
+upper = np.triu(rng.random((24, 24))) + np.eye(24)
 columns, tried = 6 * rng.standard_normal((9, 24)), np.tile(np.arange(1, 4), (9, 1))
 values, state = rng.integers(-9, 9, 256), np.zeros(9, np.int64)
 m, windows = np.empty(9, np.float32), np.empty((9, 16), np.int64)
 given = [x.astype(np.float32) for x in (columns, upper, tried, np.ones(9))]
 loops.follow(0, 9, *given, 16, state, values.astype(np.float32), 2, m, windows)
-found.update(m.tobytes() + windows.tobytes())
-print(found.hexdigest(), *(sum(f.stats.cache_hits.values()) for f in (loops.follow, loops.round_columns)))
+found = hashlib.sha256(m.tobytes() + windows.tobytes()).hexdigest()
 """
 
 
-def few_loops() -> str:
-    """The loops' source without those that SCRIPT does not run: each takes a second to compile."""
+def few_loops(names: tuple[str, ...]) -> str:
+    """The loops' source with these alone, as others take seconds to compile."""
     tree = ast.parse(LOOPS.read_text())
     loops = {
         part.name: part
         for part in tree.body
         if isinstance(part, ast.FunctionDef) and any("compiled(" in ast.unparse(d) for d in part.decorator_list)
     }
-    assert set(RUN) < set(loops)
-    for name in set(loops) - set(RUN):
+    assert set(names) < set(loops)
+    for name in set(loops) - set(names):
         tree.body.remove(loops[name])
     return ast.unparse(tree)
 
 
-def started(folder: Path, **environment: str) -> subprocess.Popen[str]:
-    """The script beside a copy of the loops in that folder, its caches where the environment says."""
+def started(
+    folder: Path, script: str = SCRIPT, names: tuple[str, ...] = QUICK, **environment: str
+) -> subprocess.Popen[str]:
+    """The script beside a copy of these loops in that folder, its caches where the environment says."""
     folder.mkdir(exist_ok=True)
     if not (folder / "loops.py").exists():
-        (folder / "loops.py").write_text(few_loops())
+        (folder / "loops.py").write_text(few_loops(names))
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("NUMBA_", "XDG_"))}
     return subprocess.Popen(
-        [sys.executable, "-c", SCRIPT], cwd=folder, env={**kept, **environment}, text=True,
+        [sys.executable, "-c", script], cwd=folder, env={**kept, **environment}, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
 
@@ -332,9 +344,12 @@ def test_machine_code_goes_where_it_is_told(compiled, tmp_path):
     assert printed(started(tmp_path / "loops", **told)) == (found, True)
 
 
-def test_a_cpu_without_fused_instructions_finds_the_same(compiled, tmp_path):
+def test_a_cpu_without_fused_instructions_finds_the_same(tmp_path):
+    here: dict[str, object] = {"loops": loops}
+    exec(FUSED, here)
     plain = {"NUMBA_CPU_NAME": "generic", "NUMBA_CPU_FEATURES": ""}
-    assert printed(started(tmp_path / "loops", **plain))[0] == compiled[1]
+    script = f"import loops\n{FUSED}\nprint(found, 0, 0)"
+    assert printed(started(tmp_path / "loops", script, ("follow",), **plain))[0] == here["found"]
 
 
 def test_numba_is_loaded_only_by_a_fit():

@@ -117,14 +117,11 @@ def test_a_process_leaves_the_others_before_python_ends(tmp_path):
     assert done.stdout.splitlines() == ["20 sums, with others: False"] * 2
 
 
-def test_two_processes_measure_what_one_measures(folder):
-    found = []
-    for processes in (1, 2):
-        status, out, err = run(
-            folder, processes, "eval", "best.pt", "best.pt", "--data", "images", "--imgsz", "64", "--json"
-        )
-        assert status == 0, err
-        found.append(json.loads(out)["models"])
+def test_two_processes_measure_what_one_measures(folder, call):
+    command = ("eval", "best.pt", "best.pt", "--data", "images", "--imgsz", "64", "--json")
+    alone, together = call(*command, cwd=folder), run(folder, 2, *command)
+    assert alone.code == together[0] == 0, (alone.err, together[2])
+    found = [json.loads(out)["models"] for out in (alone.out, together[1])]
     for row in ("map50_95", "map50", "precision", "recall", "images", "skipped"):
         assert [m[row] for m in found[0]] == [m[row] for m in found[1]]
 

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import HANGS
+from conftest import HANGS, QUICKLY
 
 from dsconvert.measure.calibration import FEW
 from dsconvert.model.file import model_bytes
@@ -20,9 +20,10 @@ Done = subprocess.CompletedProcess[str]
 QUANTIZE = ("quantize", "best.pt", "--calib", "data.yaml", "--imgsz", "64")
 
 
-def process(*args: str | Path, cwd: Path) -> Done:
-    """A process of its own, as a user has it."""
-    command = [sys.executable, "-m", "dsconvert", *map(str, args)]
+def process(*args: str | Path, cwd: Path, quickly: bool = False) -> Done:
+    """A process of its own, as a user has it; quickly: with few synthesised images."""
+    script = ["-c", f"{QUICKLY}; from dsconvert.__main__ import run; run()"] if quickly else ["-m", "dsconvert"]
+    command = [sys.executable, *script, *map(str, args)]
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=HANGS)
 
 
@@ -50,7 +51,7 @@ def model(work, converted) -> Path:
     return work / "q/model.safetensors"
 
 
-def test_the_three_commands_one_after_the_other(work):
+def test_the_three_commands_one_after_the_other(work, dsconvert):
     for i in range(4, FEW):  # beside fewer than FEW, images would be synthesised, which `process` does at full length
         for kind, suffix in (("images", "jpg"), ("labels", "txt")):
             shutil.copy(work / f"{kind}/val/{i % 4}.{suffix}", work / f"{kind}/val/{i}.{suffix}")
@@ -68,7 +69,7 @@ def test_the_three_commands_one_after_the_other(work):
     assert second.returncode == 0, second.stderr
     assert (folder / "model-packed.onnx").is_file()
 
-    third = process("eval", "--json", cwd=work)
+    third = dsconvert("eval", "--json", cwd=work)
     assert third.returncode == 0, third.stderr
     models = json.loads(third.stdout)["models"]
     assert [m["format"] for m in models] == ["pt", "safetensors"]
@@ -78,7 +79,7 @@ def test_the_three_commands_one_after_the_other(work):
         assert m["images"] == FEW
         assert m["size_bytes"] == Path(m["path"]).stat().st_size if Path(m["path"]).is_absolute() else True
 
-    fourth = process("info", "--json", cwd=work)
+    fourth = dsconvert("info", "--json", cwd=work)
     layers = json.loads(fourth.stdout)["layers"]
     assert sum(row["bytes"] for row in layers) * 4 < sum(row["float32_bytes"] for row in layers)
 
@@ -133,7 +134,8 @@ def test_same_inputs_same_bytes_and_a_new_folder_each_time(work, quantize):
 
 
 def test_json_is_alone_on_stdout(work):
-    done = process("quantize", "best.pt", "--imgsz", "64", "--samples", "8", "--json", cwd=work)
+    line = ("quantize", "best.pt", "--imgsz", "64", "--samples", "8", "--json")
+    done = process(*line, cwd=work, quickly=True)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["weights"] > 0
     assert "synthesised" in done.stderr  # data-free says so

@@ -7,11 +7,8 @@ import subprocess
 import sys
 
 import pytest
-from conftest import HANGS, ROOT, write_work
+from conftest import HANGS, QUICKLY, ROOT, write_work
 from fuzz_damage import resealed
-
-# as `quickly_synthesised` has it
-QUICKLY = "from dsconvert.measure import calibration; calibration.SYNTHETIC_STEPS, calibration.SYNTHETIC_IMAGES = 2, 4"
 
 
 @pytest.mark.parametrize("threads", ["1", pytest.param("2", marks=pytest.mark.long)])

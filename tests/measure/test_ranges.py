@@ -120,9 +120,9 @@ def test_what_matters_decides_the_range():
 def test_values_that_are_cut_together_are_not_cut():
     """A thousand sevens that pull on one result: cut one by one they would not matter, together they do."""
     generator = torch.Generator().manual_seed(0)
-    values = torch.cat((torch.rand(500_000, generator=generator), torch.full((1000,), 7.0)))
+    values = torch.cat((torch.rand(50_000, generator=generator), torch.full((1000,), 7.0)))
     weights = torch.full_like(values, 300.0)
-    weights[-1000:] = 1.0
+    weights[-1000:] = 0.1
     together = (torch.full((1000,), 7.0).sum() - 1000 * LEVELS.clamp_max(7.0)).square()
     assert range_of(values, weights).scale * 255 < 6.5
     assert best_range(values, weights, lambda x: x, together).scale * 255 > 6.9

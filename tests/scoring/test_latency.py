@@ -80,3 +80,9 @@ def test_at_least_one_round_and_no_time_for_warming_up(clock):
     assert found.runs == 2
     (found,) = interleaved_latency([clock.spender("a", 60_000)], runs=3, warmup=0, most_seconds=0)
     assert found.runs == 1
+
+
+def test_a_model_is_usually_timed_thirty_times(clock, quickly_timed, monkeypatch):
+    monkeypatch.setattr(interleaved_latency, "__defaults__", quickly_timed)
+    (found,) = interleaved_latency([clock.spender("a", 1)])
+    assert (found.runs, len(clock.called)) == (30, 33)
