@@ -26,6 +26,7 @@ from dsconvert.onnxfile.source import Array, giving, used
 FAR_OFF = 0.75
 UNSEEN = 0.05  # scores below are all the same, as good as none
 FAINT = 0.25  # scores may be off as if each image had but one such score
+FLAT = 0.02  # of a channel's size: one that varies by less may be off as if it varied by this
 SLACK, LEAST = 1e-3, 1e-5  # of a number, and of its output's largest, by which two runs of one tail may differ
 NEARLY_ALL = 0.99  # of an output's numbers: the largest of nearly equal ones may be another in another run
 RANKING = ("TopK", "NonMaxSuppression")  # operators that order what they read: equal scores may change places
@@ -131,6 +132,7 @@ def _share(sums: Tensor, are_scores: bool, images: int) -> float:
     weight, off, count, first, second = sums
     mean = first.mean() / images if count[0] == images else first / count
     variance = second / count - 2 * mean * first / count + mean**2
+    variance = variance.maximum(second / count * FLAT**2)
     spread = float((weight.clamp_min(images) * variance).sum())
     return float(off.sum()) / max(spread, images * FAINT**2 if are_scores else 1e-30)
 

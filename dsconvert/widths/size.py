@@ -74,9 +74,14 @@ def choices(params: Mapping[str, ConvParams], damage: Damage) -> dict[str, list[
 
 
 def formats_like_uniform(params: Mapping[str, ConvParams], damage: Damage) -> dict[str, WeightFormat]:
-    """Return formats by convolution name that take at most the bytes of `UNIFORM` in every layer."""
-    budget = sum(stored_bytes(params[name].weight.shape, UNIFORM) for name in damage)
-    return {name: c.format for name, c in allocate(choices(params, damage), budget).items()}
+    """Return formats by convolution name that take at most the bytes of `UNIFORM` in every layer.
+
+    A layer that has no format so small counts with the bytes of its smallest.
+    """
+    options = choices(params, damage)
+    uniform = {name: stored_bytes(params[name].weight.shape, UNIFORM) for name in damage}
+    budget = sum(max(uniform[name], min(c.size for c in some)) for name, some in options.items())
+    return {name: c.format for name, c in allocate(options, budget).items()}
 
 
 def formats_for_file(

@@ -128,6 +128,16 @@ def test_wrong_scores_or_boxes_are_said_whatever_their_units(module, wrong, tmp_
     assert "dsconvert compare" in said
 
 
+def test_numbers_that_are_the_same_everywhere_may_be_off_by_a_step(tmp_path):
+    """They have no variance that anything could be a share of. At twice their size they are far off."""
+    constant = Scores(beside)
+    nn.init.zeros_(constant.boxes.weight)
+    net = network(constant, tmp_path)
+    assert net.said(net.looks(lambda x: x + 1, same)) is None
+    end = net.maps.exits[0]
+    assert "boxes" in (net.said(net.looks(lambda x: end.raw(2 * end.real(x)), same)) or "")
+
+
 def test_how_far_off_is_a_share_of_the_variance(tmp_path):
     """Twice the numbers too much of a map that is no score and no box: four times its variance, about a mean of its
     own in each channel, and four times the mean's square."""

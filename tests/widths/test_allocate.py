@@ -92,6 +92,14 @@ def test_room_that_is_left_goes_into_smaller_blocks():
     assert budget.formats_like_uniform(params, damage) == {"calm": poor, "touchy": fine}
 
 
+def test_a_layer_without_small_formats_counts_with_its_smallest():
+    """A last layer of 6 or 8 bits: it cannot be paid with the bytes of 4."""
+    params = {name: ConvParams(torch.zeros(256, 256, 1, 1), torch.zeros(8)) for name in ("inner", "last")}
+    inner, six, eight = free(4, 32), free(6, 32), usual_format(8, 256, 32)
+    damage = {"inner": {inner: 1.0}, "last": {six: 1.0, eight: 0.1}}
+    assert budget.formats_like_uniform(params, damage) == {"inner": inner, "last": six}
+
+
 def test_a_file_size_is_kept_whatever_the_widths_add_to_it():
     params = {f"l{i}": ConvParams(torch.zeros(128, 128, 1, 1), torch.zeros(32)) for i in range(4)}
     damage = {name: {usual_format(b, 128, 32): 4.0**-b for b in budget.BITS} for name in params}
