@@ -100,6 +100,13 @@ TINY = {
 }
 
 
+# The least that can be converted: quantized in a second.
+SMALL = {
+    "nc": 2, "depth_multiple": 0.33, "width_multiple": 0.25,
+    "backbone": [[-1, 1, "Conv", [32, 3, 2]], [-1, 3, "C3", [32]]], "head": [[[1], 1, "Detect", ["nc", "anchors"]]],
+}  # fmt: skip
+
+
 def write_work(folder: Path, tiny: tuple[Network, Head], pictures: int) -> Path:
     """best.pt and so many random pictures in images/; returns the folder."""
     (folder / "best.pt").write_bytes(yolov5_bytes(*tiny))
@@ -166,6 +173,14 @@ def tiny_network() -> tuple[Network, Head]:
     randomise(network)
     network.requires_grad_(False)
     return network, head_from_detect(network.detect, [4, 8], ["cat", "dog"])
+
+
+def small_network() -> tuple[Network, Head]:
+    """A random network of one level and six convolutions, and its head."""
+    network = Network(SMALL, nc=2, na=3).eval()
+    randomise(network)
+    network.requires_grad_(False)
+    return network, head_from_detect(network.detect, [2], ["cat", "dog"])
 
 
 @pytest.fixture

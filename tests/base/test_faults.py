@@ -22,7 +22,7 @@ import numpy as np
 import pytest
 import stress
 import torch
-from conftest import HANGS, INTERRUPTED, ROOT, randomise
+from conftest import HANGS, INTERRUPTED, ROOT, SMALL, randomise, small_network
 from pt_writer import yolov5_bytes
 
 from dsconvert import __main__ as entry
@@ -42,20 +42,12 @@ from dsconvert.yolo.network import Network, head_from_detect
 
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 
-# The least that can be converted: quantized in a second.
-SMALL = {
-    "nc": 2, "depth_multiple": 0.33, "width_multiple": 0.25,
-    "backbone": [[-1, 1, "Conv", [32, 3, 2]], [-1, 3, "C3", [32]]], "head": [[[1], 1, "Detect", ["nc", "anchors"]]],
-}  # fmt: skip
-
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory) -> Path:
     """A folder with best.pt, four labelled pictures and data.yaml."""
     folder = tmp_path_factory.mktemp("inputs")
-    network = Network(SMALL, nc=2, na=3).eval()
-    randomise(network)
-    (folder / "best.pt").write_bytes(yolov5_bytes(network, head_from_detect(network.detect, [2], ["cat", "dog"])))
+    (folder / "best.pt").write_bytes(yolov5_bytes(*small_network()))
     for kind in ("images", "labels"):
         (folder / kind / "val").mkdir(parents=True)
     rng = np.random.default_rng(0)

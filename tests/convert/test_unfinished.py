@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import write_work
+from conftest import small_network, write_work
 from formats import free
+from pt_writer import yolov5_bytes
 
 from dsconvert.base.errors import InputError
 from dsconvert.base.sealed import run_key
@@ -25,6 +26,12 @@ class Killed(BaseException):
 def folder(tiny, tmp_path):
     """best.pt and three pictures."""
     return write_work(tmp_path, tiny, 3)
+
+
+@pytest.fixture
+def small(folder):
+    """A smaller network, where no more is asked than whether a run is refused."""
+    (folder / "best.pt").write_bytes(yolov5_bytes(*small_network()))
 
 
 def run(folder, stop_after=None, resume=False, by=GPTQ, **options):
@@ -72,9 +79,10 @@ def test_real_shifts_are_kept_too(folder):
     assert run(folder, resume=True, **options) == whole
 
 
+@pytest.mark.usefixtures("small")
 def test_a_run_with_other_options_or_images_is_refused(folder):
     with pytest.raises(Killed):
-        run(folder, 9)
+        run(folder, 7)
     for other in ({"bits": 4}, {"seed": 1}):
         with pytest.raises(InputError, match="start again without resuming"):
             run(folder, resume=True, **other)
