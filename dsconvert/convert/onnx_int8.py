@@ -202,9 +202,9 @@ def _judged(low: Lowered, wish: Wish) -> dict[str, list[WeightFormat]]:
         return {}
     judged = judged_formats(low.params, _chosen(low), wish.block_size)
     if _is_small(low):
-        last = [node.name for node in low.graph.convs() if node.name in low.graph.outputs and node.name not in judged]
-        several = [name for name in last if low.params[name].weight.shape[1] > 1]
-        judged |= judged_formats(low.params, several, wish.block_size, FINE_BITS)
+        outputs = [n.name for n in low.graph.convs() if n.name in low.graph.outputs]
+        last = [name for name in outputs if low.params[name].weight.shape[1] > 1]
+        judged |= judged_formats(low.params, last, wish.block_size, FINE_BITS)
     return judged
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -48,22 +49,21 @@ def in_halves(model: Converted) -> Converted | None:
 def _rounded(conv: QConv, source: QParams, up: float) -> QConv:
     """Return a convolution that reads integers on the grid `source`, with CDSw a half float divided by `up`."""
     cds_w = (conv.weight.cds_w * up).clamp_min(SMALLEST).half().float() / up
-    weight = replace(conv.weight, cds_w=cds_w)
-    integers = torch.from_numpy(significant(QConv(weight, conv.bias).bias_int(source.scale).numpy()))
-    unit = torch.tensor(source.scale, dtype=torch.float32) * cds_w  # as `bias_int` computes it
-    return QConv(weight, (integers.double() * unit.double()).float())
+    made = replace(conv, weight=replace(conv.weight, cds_w=cds_w))
+    integers = torch.from_numpy(significant(made.bias_int(source.scale).numpy()))
+    return replace(made, bias=(integers * made.unit(source.scale).double()).float())
 
 
 def significant(integers: NDArray[np.int32]) -> NDArray[np.float64]:
     """Round integers to those with 11 significant bits."""
-    down = 2.0 ** _exponent(float(np.abs(integers).max(initial=1)))
+    down = _down(integers)
     made: NDArray[np.float64] = (integers * down).astype(np.float16).astype(np.float64) / down
     return made
 
 
 def add_integers(b: OnnxBuilder, name: str, integers: NDArray[np.int64]) -> str:
     """Store integers with 11 significant bits as half floats; return the name of their INT32 value."""
-    down = 2.0 ** min(0, _exponent(float(np.abs(integers).max(initial=1))))
+    down = _down(integers)
     stored = b.tensor(f"{name}halves", (integers * down).astype(np.float16))
     value = _times(b, stored, f"{name}real", 1 / down)
     return b.node("Cast", [value], f"{name}0", to=TensorProto.INT32)
@@ -91,6 +91,11 @@ def join_scales(b: OnnxBuilder) -> None:
 def _times(b: OnnxBuilder, stored: str, name: str, factor: float) -> str:
     """Return the name of a half float vector's numbers times a factor, float32."""
     return b.node("Mul", [b.node("Cast", [stored], f"{name}.1", to=TensorProto.FLOAT), b.scalar(factor)], name)
+
+
+def _down(integers: NDArray[Any]) -> float:
+    """Return the power of two that integers are multiplied by: 1, unless the largest is beyond a half float."""
+    return 2.0 ** min(0, _exponent(float(np.abs(integers).max(initial=1))))
 
 
 def _up(scales: Iterable[Tensor]) -> float:

@@ -31,10 +31,15 @@ class QConv:
     weight: DSTensor
     bias: Tensor
 
+    def unit(self, input_scale: float) -> Tensor:
+        """Return the accumulator's unit, input scale * CDSw (cho,), computed in float32 as engines do."""
+        return torch.tensor(input_scale, dtype=torch.float32) * self.weight.cds_w.float()
+
     def bias_int(self, input_scale: float) -> Tensor:
-        """Return the int32 bias in units of input scale * CDSw, computed in float32 as engines do."""
-        unit = torch.tensor(input_scale, dtype=torch.float32) * self.weight.cds_w.float()
-        return torch.round(self.bias.double() / unit.double()).clamp(-(2**31), 2**31 - 1).to(torch.int32)
+        """Return the int32 bias in units of the accumulator."""
+        return (
+            torch.round(self.bias.double() / self.unit(input_scale).double()).clamp(-(2**31), 2**31 - 1).to(torch.int32)
+        )
 
     def with_room(self, input_scale: float) -> QConv:
         """Return the convolution with every bias representable in int32.
@@ -127,7 +132,7 @@ class IntegerConv:
         exact = int(conv.largest_sum(source.scale).max()) <= FLOAT_EXACT
         kind = torch.float32 if exact else torch.float64
         weight, bias = conv.weight.merged().to(device, kind), conv.bias_int(source.scale).to(device, kind)
-        multiplier = torch.tensor(source.scale, dtype=torch.float32) * conv.weight.cds_w.float() / target.scale
+        multiplier = conv.unit(source.scale) / target.scale
         return IntegerConv(node, weight, bias, multiplier.to(device), source, target)
 
     def sums(self, q: Tensor) -> Tensor:

@@ -50,10 +50,11 @@ class Lowered:
 def lower(facts: Facts, layers: Iterable[Layer]) -> Lowered:
     """Take a file apart. Raises NotLowered, saying why, where a layer reads what the graph cannot express."""
     chosen = {layer.index: layer for layer in layers if not _counts(layer)}
-    entrance = find_entrance(facts, leading_to(facts, chosen), chosen.keys())
+    core = leading_to(facts, chosen)
+    entrance = find_entrance(facts, core, chosen.keys())
     if entrance is None:
         raise NotLowered("its image is not made a float32 map with channels first before its layers")
-    walk = Walk(facts, chosen, entrance)
+    walk = Walk(facts, chosen, entrance, core.difference(entrance.nodes))
     for index, node in enumerate(facts.source.nodes):
         if index in walk.core:
             _add(walk, index, node)

@@ -27,6 +27,7 @@ class Walk:
     facts: Facts
     layers: dict[int, Layer]  # by the place of their node
     entrance: Entrance  # where the graph begins
+    core: set[int]  # places of the nodes that lead to layers, and of the layers, behind the entrance
     nodes: dict[str, Node] = field(default_factory=dict)  # of the graph, by name, in order
     params: dict[str, ConvParams] = field(default_factory=dict)  # of its convolutions
     place: dict[str, str] = field(default_factory=dict)  # the graph's value that a value of the file became
@@ -42,7 +43,6 @@ class Walk:
         for node in source.nodes:
             for name in used(node):
                 self.readers[name] = self.readers.get(name, 0) + 1
-        self.core = leading_to(self.facts, self.layers) - {*self.entrance.nodes}
         self.names = {*source.initializers, *source.makers, source.image.name}
 
     def known(self, value: str) -> str | None:

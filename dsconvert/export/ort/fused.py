@@ -24,7 +24,7 @@ from dsconvert.export.ort.joined import join_by_tables
 from dsconvert.export.ort.lastchannels import channels_last
 from dsconvert.export.weights.layouts import Layout, check_library
 from dsconvert.export.written import Written
-from dsconvert.onnxfile.operators import with_operators
+from dsconvert.onnxfile.operators import quiet_options
 
 UNPACKED = 8  # most bytes of the optimised file per byte of the packed one: weights of 1 bit become int8
 
@@ -69,10 +69,9 @@ def for_onnx_runtime(written: Written, layout: Layout) -> Written:
 
 
 def _optimised(model: onnx.ModelProto) -> onnx.ModelProto:
-    options = with_operators(ort.SessionOptions())
+    options = quiet_options()  # a warning that the file is for this machine is true only of the highest level
     # the next level would add memory layouts that suit only this CPU
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
-    options.log_severity_level = 4  # its warning that the file is for this machine is true only of the highest level
     data = model.SerializeToString()
     with scratch_folder() as folder:
         path = folder / "optimised.onnx"
