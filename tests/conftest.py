@@ -184,6 +184,18 @@ def small_network() -> tuple[Network, Head]:
 
 
 @pytest.fixture
+def folder(tiny: tuple[Network, Head], tmp_path: Path) -> Path:
+    """best.pt and three pictures."""
+    return write_work(tmp_path, tiny, 3)
+
+
+@pytest.fixture
+def small(folder: Path) -> None:
+    """A smaller best.pt, for tests that ask no more than whether work is done again, or refused."""
+    (folder / "best.pt").write_bytes(yolov5_bytes(*small_network()))
+
+
+@pytest.fixture
 def tiny() -> tuple[Network, Head]:
     """The network of `tiny_network`."""
     return tiny_network()

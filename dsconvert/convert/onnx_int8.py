@@ -144,15 +144,14 @@ def quantize_lowered(
     room = Room(folder, MEMORY)
     network = _prepared(facts, low, photographs, form, wish, room)
     found = _measured(network, wish, report, room)
-    wish = replace(wish, layout=replace(wish.layout, lean=wish.layout.joint and _is_small(low)))
     formats = _formats(network, found, wish)
     fitted = _fitted(network, found, formats, report, room)
     held = [_pixels(image, network.source, low, form) for image in judges]
     tuned = _tuned(fitted, network, held, wish, report)
-    model, wish = _rounded(tuned.model if tuned is not None else fitted, low, wish)
+    model, layout = _stored(tuned.model if tuned is not None else fitted, low, wish.layout)
     check_accumulators(model)
-    made = _compacted(_written(network, model, wish.layout), wish.layout)
-    _check(made, network, in_layout(model, wish.layout))
+    made = _compacted(_written(network, model, layout), layout)
+    _check(made, network, in_layout(model, layout))
     strayed = how_far_off(facts, low, network.maps, _looks(made, network))
     return OnnxInt8(made.model, model, low, len(photographs), tuned, warnings=(strayed,) if strayed else ())
 
@@ -216,7 +215,7 @@ def _measured(network: Prepared, wish: Wish, report: Progress, room: Room) -> Ca
 
 
 def _formats(network: Prepared, found: Calibration, wish: Wish) -> dict[str, WeightFormat]:
-    params, file_size = network.low.params, partial(_size, network, found, wish.layout)
+    params, file_size = network.low.params, partial(_size, network, found, _lean(network.low, wish.layout))
 
     def within(target: int | None) -> dict[str, WeightFormat]:
         return formats_as_asked(
@@ -268,13 +267,16 @@ def _tuned(
     )  # fmt: skip
 
 
-def _rounded(model: Converted, low: Lowered, wish: Wish) -> tuple[Converted, Wish]:
-    """The model with the numbers that small files hold, whatever the layout: all layouts give the same result.
-
-    Channels that differ too much for half floats keep whole ones.
-    """
+def _stored(model: Converted, low: Lowered, layout: Layout) -> tuple[Converted, Layout]:
+    """The model with the numbers that its file holds, and the file's layout. A small network is rounded whatever the
+    layout, as all layouts give the same result. Channels that differ too much for half floats keep whole ones."""
     rounded = in_halves(model) if _is_small(low) else None
-    return (model, replace(wish, layout=replace(wish.layout, lean=False))) if rounded is None else (rounded, wish)
+    return (model, layout) if rounded is None else (rounded, _lean(low, layout))
+
+
+def _lean(low: Lowered, layout: Layout) -> Layout:
+    """The layout as a network of this size is written in it."""
+    return replace(layout, lean=layout.joint and _is_small(low))
 
 
 def _written(network: Prepared, model: Converted, layout: Layout) -> Written:

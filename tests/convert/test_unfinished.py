@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import small_network, write_work
 from formats import free
-from pt_writer import yolov5_bytes
 
 from dsconvert.base.errors import InputError
 from dsconvert.base.sealed import run_key
@@ -20,18 +18,6 @@ from dsconvert.yolo.checkpoint import load_checkpoint
 
 class Killed(BaseException):
     """Stands for the end of the process: nothing catches it."""
-
-
-@pytest.fixture
-def folder(tiny, tmp_path):
-    """best.pt and three pictures."""
-    return write_work(tmp_path, tiny, 3)
-
-
-@pytest.fixture
-def small(folder):
-    """A smaller network, where no more is asked than whether a run is refused."""
-    (folder / "best.pt").write_bytes(yolov5_bytes(*small_network()))
 
 
 def run(folder, stop_after=None, resume=False, by=GPTQ, **options):

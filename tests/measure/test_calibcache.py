@@ -5,25 +5,11 @@ from __future__ import annotations
 import cv2
 import numpy as np
 import pytest
-from conftest import small_network, write_work
-from pt_writer import yolov5_bytes
 
 from dsconvert.convert.options import QuantizeOptions
 from dsconvert.convert.quantize import quantize
 from dsconvert.model.file import model_bytes
 from dsconvert.yolo.checkpoint import load_checkpoint
-
-
-@pytest.fixture
-def folder(tiny, tmp_path):
-    """best.pt and three pictures."""
-    return write_work(tmp_path, tiny, 3)
-
-
-@pytest.fixture
-def small(folder):
-    """A smaller network, for tests that ask no more than whether work is done again."""
-    (folder / "best.pt").write_bytes(yolov5_bytes(*small_network()))
 
 
 @pytest.fixture
